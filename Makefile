@@ -1,0 +1,40 @@
+# Each target sets up all that it needs: a fresh clone and `make demo` or `make test` are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format clean
+
+help:  ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+demo: $(INSTALLED)  ## train a small language model on this machine's devices
+	$(BIN)/paceline launch examples/language_model.py
+
+test: $(INSTALLED)  ## the tests that CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu and not gpus2"
+
+test-slow: $(INSTALLED)  ## the long sweeps as well
+	$(BIN)/python -m pytest -m "not gpu and not gpus2" --timeout 900
+
+check: $(INSTALLED)  ## format, lint, types, layers, docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/docs
+
+format: $(INSTALLED)  ## rewrite the code in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and what runs wrote
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,87 @@
+"""paceline: one PyTorch training script on one CPU, one GPU or many, under DDP or FSDP2.
+
+Names are resolved on first use, so `import paceline` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Accelerator": "paceline.accelerator",
+    "AutocastKwargs": "paceline.config",
+    "DataLoaderConfiguration": "paceline.config",
+    "DeepSpeedPlugin": "paceline.config",
+    "DistributedDataParallelKwargs": "paceline.config",
+    "DistributedType": "paceline.strategies",
+    "FullyShardedDataParallelPlugin": "paceline.config",
+    "GradScalerKwargs": "paceline.config",
+    "GradientAccumulationPlugin": "paceline.config",
+    "InitProcessGroupKwargs": "paceline.config",
+    "PacelineError": "paceline.errors",
+    "ParallelismConfig": "paceline.config",
+    "ProfileKwargs": "paceline.config",
+    "ProjectConfiguration": "paceline.config",
+    "TorchDynamoPlugin": "paceline.config",
+    "get_logger": "paceline.environment.logging",
+    "set_seed": "paceline.environment.seeding",
+}
+
+__all__ = [
+    "Accelerator",
+    "AutocastKwargs",
+    "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DistributedDataParallelKwargs",
+    "DistributedType",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
+    "PacelineError",
+    "ParallelismConfig",
+    "ProfileKwargs",
+    "ProjectConfiguration",
+    "TorchDynamoPlugin",
+    "__version__",
+    "get_logger",
+    "set_seed",
+]
+
+if TYPE_CHECKING:
+    from paceline.accelerator import Accelerator
+    from paceline.config import (
+        AutocastKwargs,
+        DataLoaderConfiguration,
+        DeepSpeedPlugin,
+        DistributedDataParallelKwargs,
+        FullyShardedDataParallelPlugin,
+        GradientAccumulationPlugin,
+        GradScalerKwargs,
+        InitProcessGroupKwargs,
+        ParallelismConfig,
+        ProfileKwargs,
+        ProjectConfiguration,
+        TorchDynamoPlugin,
+    )
+    from paceline.environment.logging import get_logger
+    from paceline.environment.seeding import set_seed
+    from paceline.errors import PacelineError
+    from paceline.strategies import DistributedType
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module 'paceline' has no attribute {name!r}") from None
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

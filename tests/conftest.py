@@ -1,0 +1,32 @@
+"""What every test shares: ranks that end with the session, and a check that no test leaves anything behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.ranks import close_pools
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_end_with_the_session() -> Iterator[None]:
+    yield
+    close_pools()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves an environment variable or a thread behind."""
+    variables = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    threads = set(threading.enumerate())
+    yield
+    after = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    assert after == variables, f"environment changed: {set(after.items()) ^ set(variables.items())}"
+    left = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
+    assert not left, f"threads left running: {left}"

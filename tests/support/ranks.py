@@ -1,0 +1,139 @@
+"""Real ranks for tests: a few processes over gloo that stay up and run one test function after another.
+
+Starting a process and importing torch takes seconds; a pool of ranks pays that once a session. Every test
+function must be importable (defined at the top of a test module) and gets its arguments pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.context import SpawnProcess
+
+_POOLS: dict[tuple[int, str], RankPool] = {}
+
+
+class RanksFailed(AssertionError):
+    """One or more ranks raised; the text holds each rank's own traceback."""
+
+
+def run_on_ranks(
+    size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", timeout: float = 120.0
+) -> list[Any]:
+    """Run `function(*arguments)` on `size` real ranks at once; return what each returned, by rank."""
+    pool = _POOLS.get((size, device))
+    if pool is None or not pool.alive:
+        pool = _POOLS[size, device] = RankPool(size, device)
+    return pool.run(function, arguments, timeout)
+
+
+def close_pools() -> None:
+    """End every rank; called once when the session ends."""
+    while _POOLS:
+        _POOLS.popitem()[1].close()
+
+
+class RankPool:
+    """`size` processes with one process group among them."""
+
+    def __init__(self, size: int, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.alive = True
+        self.connections: list[Connection] = []
+        self.processes: list[SpawnProcess] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, port, device), daemon=False)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
+        for connection in self.connections:
+            connection.send((function, arguments))
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < len(self.connections):
+            waiting = [c for i, c in enumerate(self.connections) if i not in answers]
+            ready = wait(waiting, timeout=timeout if not answers else min(timeout, 60.0))
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = self.connections.index(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process ended")
+            # A rank that failed leaves the others in a collective that never ends.
+            if any(not fine for fine, _ in answers.values()):
+                timeout = min(timeout, 5.0)
+        failed = [f"rank {rank}: {value}" for rank, (fine, value) in sorted(answers.items()) if not fine]
+        missing = sorted(set(range(len(self.connections))) - set(answers))
+        if failed or missing:
+            self.close()
+            silent = [f"ranks {missing} did not answer"] if missing else []
+            raise RanksFailed("\n".join([*failed, *silent]))
+        return [answers[rank][1] for rank in range(len(self.connections))]
+
+    def close(self) -> None:
+        self.alive = False
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+            connection.close()
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            process.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(connection: Connection, rank: int, size: int, port: int, device: str) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo")
+    for function, arguments in _tasks(connection):
+        try:
+            answer = (True, function(*arguments))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+    dist.destroy_process_group()
+
+
+def _tasks(connection: Connection) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        if task is None:
+            return
+        yield task

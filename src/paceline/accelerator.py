@@ -1,0 +1,788 @@
+"""The facade: the public methods, each of which hands on to the part that knows."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from paceline.assembly import Handlers, assemble, decide_strategy
+from paceline.checkpoint import save_weights
+from paceline.collectives import operations
+from paceline.config import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
+from paceline.environment.profiling import peak_memory, profile
+from paceline.errors import (
+    ConfigError,
+    ForeignOptimizerError,
+    NotBuiltError,
+    PacelineError,
+    PrepareError,
+    Problem,
+    UnassignedParametersError,
+)
+from paceline.overview import describe_run
+from paceline.stepping import (
+    AcceleratedOptimizer,
+    AcceleratedScheduler,
+    Accumulation,
+    Window,
+    is_scheduler,
+    unassigned,
+)
+from paceline.strategies import Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from paceline.config import (
+        AutocastKwargs,
+        DeepSpeedPlugin,
+        FullyShardedDataParallelPlugin,
+        ParallelismConfig,
+        ProfileKwargs,
+        TorchDynamoPlugin,
+    )
+    from paceline.environment.world import World
+    from paceline.precision import LossScaler
+    from paceline.strategies import DistributedType, Surroundings
+
+T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+class Accelerator:
+    """Runs one training script on whatever it was launched on.
+
+    Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
+    What the launcher's configuration leaves open may be said here. What both say, and differently, is an error.
+
+    Args:
+        device_placement: Move models and batches to the device.
+        mixed_precision: `no`, `bf16` or `fp16`.
+        gradient_accumulation_steps: Micro-batches to an optimizer step.
+        cpu: Stay on the CPU even where there is an accelerator.
+        strategy: `auto`, `single`, `ddp`, `fsdp`, or a strategy of your own: a class derived from
+            `paceline.strategies.Strategy`, or an object of one. `auto` takes the least sharding that fits.
+        dataloader_config: How prepared loaders are shared out.
+        fsdp_plugin: Settings of FSDP2; asks for that strategy.
+        deepspeed_plugin: Settings of DeepSpeed; asks for that strategy.
+        gradient_accumulation_plugin: Says more than `gradient_accumulation_steps`; give one of them.
+        step_scheduler_with_optimizer: Let a prepared scheduler move once an optimizer step; else on every call.
+        kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
+            `InitProcessGroupKwargs`, `ProfileKwargs`: one of each kind at most.
+        dynamo_plugin: Settings of `torch.compile`.
+        dynamo_backend: Short for `TorchDynamoPlugin(backend=...)`.
+        parallelism_config: Sizes of the mesh axes, for hybrid sharding.
+        project_dir: Where a run keeps its files.
+        project_config: Says more than `project_dir`; give one of them.
+        log_with: Experiment trackers; this release has none.
+        rng_types: Accepted as `["generator"]` or None: the order of samples depends on seed and epoch only, so
+            no generator has to be synchronised.
+    """
+
+    def __init__(
+        self,
+        device_placement: bool = True,
+        *,
+        mixed_precision: str | None = None,
+        gradient_accumulation_steps: int | None = None,
+        cpu: bool | None = None,
+        strategy: str | Strategy | Callable[[Surroundings], Strategy] | None = None,
+        dataloader_config: DataLoaderConfiguration | None = None,
+        fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        deepspeed_plugin: DeepSpeedPlugin | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
+        step_scheduler_with_optimizer: bool = True,
+        kwargs_handlers: Sequence[object] = (),
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        dynamo_backend: str | None = None,
+        parallelism_config: ParallelismConfig | None = None,
+        project_dir: str | os.PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
+        log_with: object = None,
+        rng_types: Sequence[str] | None = None,
+    ) -> None:
+        if log_with is not None:
+            raise NotBuiltError(f"log_with={log_with!r}", "Log from the script, on accelerator.is_main_process")
+        dynamo_plugin = _one_of("dynamo", dynamo_plugin, dynamo_backend, _dynamo)
+        accumulation = gradient_accumulation_plugin
+        if accumulation is not None and gradient_accumulation_steps not in (None, accumulation.num_steps):
+            _refuse_both("gradient_accumulation_steps", "gradient_accumulation_plugin")
+        said = {
+            "mixed_precision": mixed_precision,
+            "gradient_accumulation_steps": accumulation.num_steps if accumulation else gradient_accumulation_steps,
+            "use_cpu": cpu,
+            "fsdp_config": fsdp_plugin,
+            "deepspeed_config": deepspeed_plugin,
+            "dynamo_config": dynamo_plugin,
+            "parallelism_config": parallelism_config,
+        }
+        _check_rng_types(rng_types)
+        named = strategy if isinstance(strategy, str) or strategy is None else None
+        self._parts = assemble(
+            os.environ, {k: v for k, v in said.items() if v is not None}, Handlers.sort(kwargs_handlers), named
+        )
+        config = self._parts.around.config
+        self.device_placement = device_placement
+        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+        self.project_configuration = _project(project_dir, project_config)
+        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
+        self.scaler: LossScaler | None = self._parts.scaler
+        self._debug = config.debug
+        self._trigger = False
+        self._loaders = ActiveLoaders()
+        plugin = accumulation or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
+        self._window = Window(plugin, self._loaders, self._parts.group)
+        self._accumulation = Accumulation(self._window, sync_each_batch=plugin.sync_each_batch)
+        self._models: list[nn.Module] = []
+        self._optimizers: list[AcceleratedOptimizer] = []
+        self._schedulers: list[AcceleratedScheduler] = []
+        self._dataloaders: list[PreparedDataLoader] = []
+        self._reason = ""
+        self._strategy: Strategy | None = None
+        if strategy is not None and not isinstance(strategy, str):
+            self._strategy, self._reason = _own_strategy(strategy, self._parts.around), "asked for by the script"
+        if self._strategy is None and (config.strategy != "auto" or self.num_processes == 1):
+            self._strategy, self._reason = decide_strategy(self._parts, (), ())
+
+    # Who and where
+
+    @property
+    def _world(self) -> World:
+        return self._parts.around.world
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self._parts.around.device
+
+    @property
+    def num_processes(self) -> int:
+        """How many ranks train together."""
+        return self._world.size
+
+    @property
+    def process_index(self) -> int:
+        """This process's rank among all."""
+        return self._world.rank
+
+    @property
+    def local_process_index(self) -> int:
+        """This process's rank on its machine."""
+        return self._world.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return self._world.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self._world.is_local_main
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the last rank."""
+        return self._world.is_last
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.num_processes > 1
+
+    @property
+    def mixed_precision(self) -> str:
+        """`no`, `bf16` or `fp16`."""
+        return self._parts.around.precision.mode
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """How configuration files call this way of training."""
+        return self.strategy.distributed_type
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in force; under `auto` it is decided when the first model is prepared."""
+        if self._strategy is None:
+            raise PrepareError(
+                "The strategy was asked for before a model was prepared",
+                "strategy='auto' looks at the model's size to decide",
+                "Call accelerator.prepare(model, ...) first, or name a strategy",
+            )
+        return self._strategy
+
+    @property
+    def project_dir(self) -> str | None:
+        """Where the run keeps its files."""
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> str | None:
+        """Where the run keeps its logs."""
+        return self.project_configuration.logging_dir
+
+    @property
+    def split_batches(self) -> bool:
+        """Whether a loader's batch is the global one."""
+        return self.dataloader_config.split_batches
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether the last batches are filled up so that all ranks have as many."""
+        return self.dataloader_config.even_batches
+
+    def describe(self) -> str:
+        """What was detected and decided, as lines of text for the start of a log."""
+        return describe_run(self._parts, self._strategy, self._reason, self._dataloaders, self._window.num_steps)
+
+    def peak_memory(self) -> int:
+        """The most bytes this rank has held: of the device, or of the process on a CPU."""
+        return peak_memory(self.device)
+
+    # Prepare
+
+    def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
+        """Make models, optimizers, loaders and schedulers fit the run.
+
+        They come back in the order given; one alone comes back by itself. What is none of them, or was prepared
+        before, comes back as it is. An optimizer may be made before or after its model is prepared.
+        Collective: every rank must call it.
+
+        Args:
+            args: In any order.
+            device_placement: One flag an argument, to override `device_placement` of the constructor.
+
+        Raises:
+            PrepareError: Something cannot be trained, sharded or stepped.
+            DataError: A loader cannot be shared out.
+        """
+        flags = list(device_placement) if device_placement is not None else [None] * len(args)
+        if len(flags) != len(args):
+            raise PrepareError(
+                f"device_placement has {len(flags)} entries for {len(args)} arguments",
+                "Each entry belongs to one argument",
+                "Give one flag (or None) for each argument",
+            )
+        place = {id(arg): flag for arg, flag in zip(args, flags, strict=True)}
+        done: dict[int, Any] = {}
+        for loader in _unique(args, DataLoader):
+            done[id(loader)] = self.prepare_data_loader(loader, place[id(loader)])
+        models = [m for m in _unique(args, nn.Module) if not self._knows_model(m)]
+        optimizers = [o for o in _unique(args, Optimizer) if not isinstance(o, AcceleratedOptimizer)]
+        done |= self._prepare_trained(models, optimizers, place)
+        for other in args:
+            if id(other) not in done and not isinstance(other, (nn.Module, Optimizer)) and is_scheduler(other):
+                done[id(other)] = self.prepare_scheduler(other)
+        result = [done.get(id(arg), arg) for arg in args]
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Prepare one model; with `evaluation_mode` it is only placed, and no gradients are exchanged for it."""
+        if self._knows_model(model):
+            return model
+        place = self.device_placement if device_placement is None else device_placement
+        if evaluation_mode:
+            return self._decided([model], []).prepare_evaluation(model, place=place)
+        prepared: nn.Module = self._prepare_trained([model], [], {id(model): place})[id(model)]
+        return prepared
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
+        """Prepare one optimizer, before or after the model whose parameters it holds."""
+        if isinstance(optimizer, AcceleratedOptimizer):
+            return optimizer
+        prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
+        return prepared
+
+    def prepare_data_loader(
+        self, data_loader: DataLoader[Any], device_placement: bool | None = None
+    ) -> PreparedDataLoader:
+        """Make a loader yield this rank's share, on the device ahead of need."""
+        place = self.device_placement if device_placement is None else device_placement
+        prepared = prepare_loader(
+            data_loader,
+            group=self._parts.group,
+            device=self.device if place else None,
+            config=self.dataloader_config,
+            active=self._loaders,
+        )
+        if prepared not in self._dataloaders:
+            self._dataloaders.append(prepared)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        """Make a scheduler move once for each step that its optimizer takes."""
+        if isinstance(scheduler, AcceleratedScheduler):
+            return scheduler
+        inner = getattr(scheduler, "optimizer", None)
+        own = [o for o in self._optimizers if inner is o or inner is o.optimizer]
+        prepared = AcceleratedScheduler(
+            scheduler,
+            window=self._window,
+            optimizers=own or self._optimizers,
+            step_with_optimizer=self.step_scheduler_with_optimizer,
+        )
+        self._schedulers.append(prepared)
+        return prepared
+
+    def _prepare_trained(
+        self, models: list[nn.Module], optimizers: list[Optimizer], place: dict[int, bool | None]
+    ) -> dict[int, Any]:
+        if not models and not optimizers:
+            return {}
+        strategy = self._decided(models, optimizers) if models else self._strategy
+        done: dict[int, Any] = {}
+        for model in models:
+            flag = place.get(id(model))
+            where = self.device_placement if flag is None else flag
+            done[id(model)] = strategy.prepare([model], [], place=where)[0] if strategy else model
+        self._models.extend(done[id(model)] for model in models)
+        wrappers = [self._wrap_optimizer(optimizer) for optimizer in optimizers]
+        # Optimizers prepared before their model still hold what it was made of.
+        for wrapper in self._optimizers:
+            if strategy is not None:
+                strategy.adopt(wrapper.optimizer)
+        if models:
+            self._check_foreign([wrapper.optimizer for wrapper in wrappers])
+        done.update((id(o), w) for o, w in zip(optimizers, wrappers, strict=True))
+        return done
+
+    def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
+        wrapper = AcceleratedOptimizer(
+            optimizer,
+            window=self._window,
+            scaler=self.scaler,
+            first_step=self._check_first_step,
+        )
+        self._optimizers.append(wrapper)
+        return wrapper
+
+    def _decided(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Strategy:
+        if self._strategy is None:
+            known = [*optimizers, *(wrapper.optimizer for wrapper in self._optimizers)]
+            self._strategy, self._reason = decide_strategy(self._parts, models, known)
+        return self._strategy
+
+    def _knows_model(self, model: object) -> bool:
+        return any(model is known for known in self._models)
+
+    def _check_foreign(self, optimizers: Iterable[Optimizer]) -> None:
+        known = {id(p) for model in self._models for p in model.parameters()}
+        for optimizer in optimizers:
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            foreign = [tuple(p.shape) for p in held if id(p) not in known]
+            if foreign and self._models:
+                raise ForeignOptimizerError(foreign, len(held))
+
+    def _check_first_step(self) -> Strategy:
+        """Look for what would go wrong in silence, before the first step of each optimizer."""
+        self.strategy.check_first_backward()
+        self._check_foreign(wrapper.optimizer for wrapper in self._optimizers)
+        missing = unassigned(self._models, [w.optimizer for w in self._optimizers], self.strategy)
+        if missing:
+            raise UnassignedParametersError(missing)
+        return self.strategy
+
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> nn.Module:
+        """The user's own module behind a prepared one; under FSDP2 that module is the sharded one."""
+        inner = self._strategy.unwrap(model) if self._strategy is not None else model
+        if keep_torch_compile:
+            return inner
+        original: nn.Module = getattr(inner, "_orig_mod", inner)
+        return original
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        """Forget everything prepared and give the device's memory back; returns a None for each object.
+
+        Assign the result to the names that hold the objects, so that nothing else keeps them:
+        `model, optimizer = accelerator.free_memory(model, optimizer)`.
+        """
+        for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
+            prepared.clear()  # type: ignore[attr-defined]
+        self._accumulation = Accumulation(self._window, sync_each_batch=False)
+        if self._reason:
+            self._strategy, self._reason = None, ""
+            if self._parts.around.config.strategy != "auto" or self.num_processes == 1:
+                self._strategy, self._reason = decide_strategy(self._parts, (), ())
+        count = len(objects)
+        del objects
+        gc.collect()
+        if self.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        return [None] * count
+
+    clear = free_memory
+
+    # One step
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the micro-batch in work is the last of its accumulation window."""
+        return self._window.sync_gradients
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches to an optimizer step."""
+        return self._window.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value: int) -> None:
+        self._window.num_steps = value
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """Whether the last step of any prepared optimizer was skipped for an fp16 overflow."""
+        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Open one micro-batch: `with accelerator.accumulate(model):` around forward, backward and step.
+
+        Gradients are exchanged, and optimizers and schedulers act, in the last micro-batch of a window only: every
+        `gradient_accumulation_steps`, and at the end of the loader.
+
+        Args:
+            models: Whose gradients to hold back; all prepared ones when left out.
+        """
+        return self._accumulation.over(models or self._models, self.strategy)
+
+    @contextmanager
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
+        """Keep gradients to this rank inside; the next backward outside exchanges their sum."""
+        self.strategy.set_gradient_sync(model, False)
+        try:
+            yield
+        finally:
+            self.strategy.set_gradient_sync(model, True)
+
+    def backward(self, loss: Tensor, *, weight: float | Tensor | None = None, **kwargs: Any) -> None:
+        """Compute gradients: a true mean over the window, over its micro-batches or over what `weight` counts.
+
+        Without `weight`, `loss` is a mean, and the window's gradient is the mean over its micro-batches and ranks.
+        With it, `loss` is a sum, `weight` says over how many tokens or samples, and the window's gradient is that of
+        the sum over all ranks divided by the total weight, however unequally it is spread.
+
+        Args:
+            loss: Shape [].
+            weight: A number, or a tensor of shape [] (on the device it costs no wait).
+            kwargs: Passed on to `Tensor.backward`.
+
+        Raises:
+            SteppingError: Weighted and unweighted losses in one window.
+        """
+        scale = self._window.scale_of(loss, weight)
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        self.strategy.backward(loss, scale, **kwargs)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """Scale gradients so that their norm over all ranks is at most `max_norm`.
+
+        Collective under sharding: every rank must call it.
+
+        Args:
+            parameters: Of prepared models; any subset.
+            max_norm: `inf` only measures.
+            norm_type: 2, another power, or `inf`.
+
+        Returns:
+            The norm before clipping, shape [], on the device. `.item()` waits for the device.
+
+        Raises:
+            SteppingError: Called before the accumulation window ends.
+        """
+        parameters = self._closed("clip_grad_norm_", parameters)
+        return self.strategy.clip_norm(parameters, float(max_norm), float(norm_type))
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamp every element of every gradient to [-clip_value, clip_value].
+
+        Raises:
+            SteppingError: Called before the accumulation window ends.
+        """
+        self.strategy.clip_value(self._closed("clip_grad_value_", parameters), float(clip_value))
+
+    def _closed(self, what: str, parameters: Any) -> list[nn.Parameter]:
+        """The parameters as a list, their gradients final and unscaled."""
+        self._window.require_end(what)
+        listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        self._window.settle(self.strategy)
+        if self.scaler is not None:
+            asked = {id(p) for p in listed}
+            for wrapper in self._optimizers:
+                if any(id(p) in asked for group in wrapper.param_groups for p in group["params"]):
+                    self.scaler.unscale_(wrapper.optimizer)
+        return listed
+
+    def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
+        """Divide fp16 gradients by the loss scale, once; of the optimizers named, else of all."""
+        if self.scaler is None:
+            return
+        chosen = self._optimizers if optimizer is None else optimizer
+        for one in [chosen] if isinstance(chosen, Optimizer) else chosen:
+            self.scaler.unscale_(one.optimizer if isinstance(one, AcceleratedOptimizer) else one)
+
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
+        """Open an autocast region for code outside a prepared model, such as a loss."""
+        return self._parts.around.precision.context(autocast_handler)
+
+    @contextmanager
+    def join_uneven_inputs(
+        self, joinables: Sequence[nn.Module], even_batches: bool | None = None
+    ) -> Iterator[None]:
+        """Let ranks with fewer batches follow along until all are done (DDP).
+
+        Args:
+            joinables: The prepared models that the loop trains.
+            even_batches: Overrides the loaders' own setting inside.
+
+        Raises:
+            SteppingError: The strategy's ranks cannot follow along.
+        """
+        before = [(loader, loader.even_batches) for loader in self._dataloaders]
+        if even_batches is not None:
+            for loader in self._dataloaders:
+                loader.even_batches = even_batches
+        try:
+            with self.strategy.join(joinables):
+                yield
+        finally:
+            for loader, value in before:
+                loader.even_batches = value
+
+    # Between ranks
+
+    def gather(self, tensor: Any) -> Any:
+        """Concatenate tensors of all ranks along dim 0, in a nested structure. Collective: every rank must call it."""
+        return operations.gather(self._parts.group, tensor, debug=self._debug)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """Gather so that every sample counts once: what filled up the last batches is dropped.
+
+        Tensors and lists with one entry a sample are trimmed; values of a rank (shape [] or another length) are all
+        kept. Structure, strings and numbers included, stays as it is. Collective: every rank must call it.
+        """
+        loader = self._loaders.current
+        counts = None if loader is None else loader.counts
+        return operations.gather_samples(
+            self._parts.group, input_data, counts, use_gather_object=use_gather_object, debug=self._debug
+        )
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Concatenate lists of any Python objects over ranks. Collective: every rank must call it."""
+        return operations.gather_object(self._parts.group, value)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Sum or average tensors over ranks into new ones. Collective: every rank must call it."""
+        return operations.reduce(self._parts.group, tensor, reduction, scale, debug=self._debug)
+
+    def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
+        """Send tensors from one rank to all, in place. Collective: every rank must call it."""
+        return operations.broadcast(self._parts.group, tensor, from_process, debug=self._debug)
+
+    def broadcast_object_list(self, object_list: list[Any], from_process: int = 0) -> list[Any]:
+        """Send a list of Python objects from one rank to all, in place. Collective: every rank must call it."""
+        return operations.broadcast_object_list(self._parts.group, object_list, from_process)
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Pad tensors along `dim` to the longest over all ranks. Collective: every rank must call it."""
+        return operations.pad_across_processes(
+            self._parts.group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first
+        )
+
+    def split_between_processes(
+        self, inputs: Any, apply_padding: bool = False
+    ) -> AbstractContextManager[Any]:
+        """Share out a list, tuple, tensor or dictionary of them: each rank gets its part inside the context."""
+        return operations.split_between_processes(self._parts.group, inputs, apply_padding)
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every rank is here. Collective: every rank must call it."""
+        self._parts.group.barrier()
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """Let rank 0 run the body before the others do. Collective: every rank must call it."""
+        return operations.main_process_first(self._parts.group, self.is_main_process)
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """Let the first rank of each machine run the body before the others do. Collective."""
+        return operations.main_process_first(self._parts.group, self.is_local_main_process)
+
+    def set_trigger(self) -> None:
+        """Raise a flag on this rank that `check_trigger` shows to all."""
+        self._trigger = True
+
+    def check_trigger(self) -> bool:
+        """Whether any rank has raised its flag; lowers it if so. Collective: every rank must call it."""
+        flag = torch.tensor(int(self._trigger))
+        raised = bool(self._parts.group.all_reduce(flag, "max").item())
+        self._trigger = False
+        return raised
+
+    # Only here, only there
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first rank of each machine."""
+        if self.is_local_main_process:
+            print(*args, **kwargs)
+
+    def on_main_process(self, function: F) -> F:
+        """Decorate a function to run on rank 0 only; it returns None elsewhere."""
+        return _only_if(self.is_main_process, function)
+
+    def on_local_main_process(self, function: F) -> F:
+        """Decorate a function to run on the first rank of each machine only."""
+        return _only_if(self.is_local_main_process, function)
+
+    def on_last_process(self, function: F) -> F:
+        """Decorate a function to run on the last rank only."""
+        return _only_if(self.is_last_process, function)
+
+    def on_process(self, function: F | None = None, process_index: int = 0) -> Any:
+        """Decorate a function to run on one rank only."""
+        if function is None:
+            return functools.partial(self.on_process, process_index=process_index)
+        return _only_if(self.process_index == process_index, function)
+
+    def on_local_process(self, function: F | None = None, local_process_index: int = 0) -> Any:
+        """Decorate a function to run on one rank of each machine only."""
+        if function is None:
+            return functools.partial(self.on_local_process, local_process_index=local_process_index)
+        return _only_if(self.local_process_index == local_process_index, function)
+
+    # Weights
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+        """All weights of a prepared model on the CPU of rank 0, under the names of the user's own module; {} elsewhere.
+
+        They may share memory with a model that is on the CPU and whole.
+        Collective: every rank must call it.
+        """
+        return self._decided([model], []).gather_state(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: str | int = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a model's weights as safetensors, in files that `from_pretrained` of transformers reads.
+
+        Collective: every rank must call it; rank 0 writes, and all go on when the files are whole.
+
+        Args:
+            model: A prepared model.
+            save_directory: Made when missing; weights saved there before are replaced.
+            max_shard_size: Bytes, or a text such as `"5GB"`.
+            safe_serialization: Only True: paceline writes no pickle.
+
+        Raises:
+            PacelineError: On every rank, when the files could not be written.
+        """
+        if not safe_serialization:
+            raise PacelineError(
+                "save_model(safe_serialization=False)",
+                "Pickled weights run code when they are loaded",
+                "Leave it out: the weights are written as safetensors",
+            )
+        state = self.get_state_dict(model)
+        failure: str | None = None
+        if self.is_main_process:
+            try:
+                save_weights(state, save_directory, max_shard_size=max_shard_size)
+            except (OSError, PacelineError) as error:
+                failure = f"{type(error).__name__}: {error}"
+        failure = self._parts.group.broadcast_object(failure)
+        if failure is not None:
+            raise PacelineError(f"The weights could not be saved into {os.fspath(save_directory)}", failure)
+
+    # Looking inside
+
+    @contextmanager
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
+        """Profile what runs inside; with `output_trace_dir`, each rank writes `profile_{rank}.json`."""
+        with profile(profile_handler or self._parts.handlers.profile, self.process_index) as profiler:
+            yield profiler
+        self.wait_for_everyone()
+
+
+def _only_if(here: bool, function: F) -> F:
+    @functools.wraps(function)
+    def maybe(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if here else None
+
+    return maybe  # type: ignore[return-value]
+
+
+def _unique(things: Iterable[object], kind: type[T]) -> list[T]:
+    """Each thing of a kind once, in order."""
+    return list({id(thing): thing for thing in things if isinstance(thing, kind)}.values())
+
+
+def _one_of(name: str, plugin: T | None, short: str | None, build: Callable[[str], T]) -> T | None:
+    if plugin is not None and short is not None:
+        _refuse_both(f"{name}_plugin", f"{name}_backend")
+    return build(short) if short is not None else plugin
+
+
+def _dynamo(backend: str) -> TorchDynamoPlugin:
+    from paceline.config import TorchDynamoPlugin
+
+    return TorchDynamoPlugin(backend=backend.lower())
+
+
+def _refuse_both(one: str, other: str) -> None:
+    raise ConfigError([Problem("Accelerator(…)", one, f"given together with {other}", hint="give one of them")])
+
+
+def _check_rng_types(rng_types: Sequence[str] | None) -> None:
+    extra = [kind for kind in rng_types or () if str(kind) != "generator"]
+    if extra:
+        raise ConfigError(
+            [
+                Problem(
+                    "Accelerator(…)",
+                    "rng_types",
+                    f"{extra} cannot be synchronised",
+                    "copying a rank's generator to all makes their dropout the same",
+                    "leave rng_types out: the order of samples is the same on all ranks by construction",
+                )
+            ]
+        )
+
+
+def _project(
+    project_dir: str | os.PathLike[str] | None, project_config: ProjectConfiguration | None
+) -> ProjectConfiguration:
+    folder = None if project_dir is None else os.fspath(project_dir)
+    if project_config is None:
+        return ProjectConfiguration(project_dir=folder)
+    if folder is not None and project_config.project_dir not in (None, folder):
+        _refuse_both("project_dir", "project_config")
+    return project_config
+
+
+def _own_strategy(strategy: object, around: Surroundings) -> Strategy:
+    made = strategy(around) if callable(strategy) else strategy
+    if isinstance(made, Strategy):
+        return made
+    raise PrepareError(
+        f"strategy={strategy!r}",
+        "A strategy is a name, or a class derived from paceline.strategies.Strategy",
+        "Choose auto, single, ddp or fsdp",
+    )

@@ -1,0 +1,190 @@
+"""The one place where the parts of a run are built from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.collectives import SoloGroup, TorchGroup
+from paceline.config import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+    worker_config,
+    with_arguments,
+)
+from paceline.environment.device import choose_device, describe_device, memory_info
+from paceline.environment.process_group import open_process_group
+from paceline.environment.world import World
+from paceline.errors import ConfigError, Problem
+from paceline.planner import choose_strategy, measure
+from paceline.precision import LossScaler, policy_for
+from paceline.strategies import Strategy, Surroundings, load_strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from paceline.collectives import Group
+    from paceline.config import Resolved
+
+_HANDLERS = (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What a script says in objects rather than in a file: at most one of each kind."""
+
+    autocast: AutocastKwargs
+    scaler: GradScalerKwargs
+    process_group: InitProcessGroupKwargs
+    profile: ProfileKwargs
+    ddp: DistributedDataParallelKwargs | None
+
+    @classmethod
+    def sort(cls, handlers: Iterable[object]) -> Handlers:
+        """Sort handlers by their kind.
+
+        Raises:
+            ConfigError: Something that is no handler, or two of one kind.
+        """
+        found: dict[type, Any] = {}
+        problems: list[Problem] = []
+        for handler in handlers:
+            kind = next((known for known in _HANDLERS if isinstance(handler, known)), None)
+            if kind is None or kind in found:
+                problems.append(_handler_problem(handler, repeated=kind is not None))
+            else:
+                found[kind] = handler
+        if problems:
+            raise ConfigError(problems)
+        return cls(
+            autocast=found.get(AutocastKwargs) or AutocastKwargs(),
+            scaler=found.get(GradScalerKwargs) or GradScalerKwargs(),
+            process_group=found.get(InitProcessGroupKwargs) or InitProcessGroupKwargs(),
+            profile=found.get(ProfileKwargs) or ProfileKwargs(),
+            ddp=found.get(DistributedDataParallelKwargs),
+        )
+
+
+def _handler_problem(handler: object, *, repeated: bool) -> Problem:
+    name = type(handler).__name__
+    if repeated:
+        return Problem("Accelerator(…)", "kwargs_handlers", f"two {name}", hint="keep one of them")
+    known = ", ".join(kind.__name__ for kind in _HANDLERS)
+    return Problem("Accelerator(…)", "kwargs_handlers", f"a {name}", hint=f"handlers are {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an Accelerator is made of before it has seen a model."""
+
+    resolved: Resolved
+    handlers: Handlers
+    around: Surroundings
+    backend: str | None
+    scaler: LossScaler | None
+
+    @property
+    def group(self) -> Group:
+        """The ranks that share the global batch."""
+        return self.around.group
+
+
+def assemble(
+    env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers, strategy: str | None
+) -> Parts:
+    """Build a run's parts from the launcher's configuration and the script's own arguments.
+
+    Collective: every rank must call it.
+
+    Args:
+        env: Holds the launcher's variables.
+        arguments: What the script said, by top-level configuration key; only what it said.
+        handlers: The script's handler objects.
+        strategy: The strategy asked for in the script, if any.
+
+    Raises:
+        ConfigError: The script and the launcher's configuration contradict each other.
+        PrecisionError: The device cannot compute in the asked precision.
+    """
+    said = dict(arguments)
+    if handlers.ddp is not None:
+        said["ddp_config"] = handlers.ddp
+    if strategy is not None:
+        said["strategy"] = strategy
+    resolved = with_arguments(worker_config(env), said)
+    config = resolved.config
+    world = World.read(env)
+    device = choose_device(world, cpu=config.use_cpu)
+    opening = handlers.process_group
+    timeout = opening.timeout or (timedelta(seconds=config.timeout) if config.timeout else None)
+    backend = open_process_group(
+        world,
+        device,
+        backend=opening.backend,
+        timeout=timeout,
+        init_method=opening.init_method,
+        # A mesh of one still is a mesh: FSDP runs on a single process as well.
+        force=config.strategy == "fsdp",
+    )
+    group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
+    precision = policy_for(config.mixed_precision, device, handlers.autocast)
+    scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
+    around = Surroundings(world=world, device=device, group=group, precision=precision, config=config)
+    return Parts(resolved, handlers, around, backend, scaler)
+
+
+def decide_strategy(
+    parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]
+) -> tuple[Strategy, str]:
+    """Build the configured strategy, or the least sharding under which these models fit; say why.
+
+    Collective: every rank must call it.
+    """
+    config = parts.around.config
+    if config.strategy != "auto":
+        source = parts.resolved.origin("strategy")
+        return load_strategy(config.strategy)(parts.around), f"{config.strategy}: asked for by {source.where}"
+    group = parts.group
+    if group.size == 1:
+        return load_strategy("single")(parts.around), "single: there is one process"
+    footprint = measure(models, optimizers, parts.around.device)
+    free = torch.tensor(_free_bytes(parts), dtype=torch.int64)
+    choice = choose_strategy(
+        footprint,
+        # All ranks must decide alike, so the poorest decides.
+        free=int(group.all_reduce(free, "min")),
+        ranks=group.size,
+        device=describe_device(parts.around.device),
+    )
+    around = parts.around
+    if choice.settings:
+        plugin = FullyShardedDataParallelPlugin(**choice.settings)
+        around = Surroundings(
+            world=around.world,
+            device=around.device,
+            group=around.group,
+            precision=around.precision,
+            config=config.model_copy(update={"fsdp_config": plugin}),
+        )
+    return load_strategy(choice.strategy)(around), f"{choice.reason} (auto)"
+
+
+def _free_bytes(parts: Parts) -> int:
+    free, _ = memory_info(parts.around.device, local_size=parts.around.world.local_size)
+    return free

@@ -1,0 +1,18 @@
+"""`paceline env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import click
+
+from paceline.environment.report import environment_report
+
+
+@click.command(name="env")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def command(as_json: bool) -> None:
+    """Show versions, devices and the configuration file in force, ready to paste into a bug report."""
+    report = environment_report(os.environ)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())

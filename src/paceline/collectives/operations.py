@@ -1,0 +1,225 @@
+"""Collectives on nested batches, a few exchanges for all leaves together.
+
+`data` is a tensor, or tensors in lists, tuples, named tuples, mappings and dataclasses, nested at will; the
+result has the same structure. With `debug=True` the ranks first compare what they bring, at the price of one
+more exchange, and the odd rank is named.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+
+import torch
+
+from paceline.collectives.agreement import check_agreement
+from paceline.collectives.nested import leaves, map_tensors, path_text, send_to_device
+from paceline.collectives.packing import all_gather_many, all_reduce_many, broadcast_many
+from paceline.collectives.samples import BatchCounts, gather_samples
+from paceline.collectives.splitting import split_between_processes
+from paceline.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from paceline.collectives.group import Group
+
+__all__ = [
+    "BatchCounts",
+    "Reduction",
+    "broadcast",
+    "broadcast_object_list",
+    "gather",
+    "gather_object",
+    "gather_samples",
+    "pad_across_processes",
+    "reduce",
+    "split_between_processes",
+]
+
+T = TypeVar("T")
+Reduction = Literal["sum", "mean", "max", "min", "none"]
+
+
+def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
+    """Concatenate every tensor over the ranks along dimension 0, in rank order.
+
+    A tensor of shape [n, ...] becomes [size * n, ...], one without dimensions becomes [size]. Shapes must be
+    the same on all ranks. In a group of one rank nothing is copied. Collective: every rank must call it.
+
+    Raises:
+        CollectiveError: A leaf is no tensor; with `debug`, also when the ranks differ.
+    """
+    if debug:
+        check_agreement(group, "gather", data)
+    found = tensors_only(data, "gather")
+    if group.size == 1:
+        return map_tensors(_at_least_1d, data)
+    results = iter(all_gather_many(group, found))
+    return map_tensors(lambda _: _joined(next(results)), data)
+
+
+def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
+    """Give every rank the objects of all ranks; they are pickled.
+
+    Lists are concatenated in rank order and may differ in length. Anything else comes as a list with one
+    entry per rank. Tensors on an accelerator arrive in host memory. Collective: every rank must call it.
+    """
+    if debug:
+        check_agreement(group, "gather_object", None)
+    # A pickled tensor would come back on the sender's device, whose memory the receiver should not touch.
+    portable = obj if group.device.type == "cpu" else send_to_device(obj, "cpu")
+    values = group.all_gather_object(portable)
+    if all(isinstance(value, list) for value in values):
+        return [entry for value in values for entry in value]
+    return values
+
+
+def reduce(
+    group: Group, data: Any, reduction: Reduction = "mean", scale: float = 1.0, *, debug: bool = False
+) -> Any:
+    """Reduce every tensor over the ranks, element by element, into a new tensor.
+
+    The mean of integers is float32, as the sum of bool is int64. Collective: every rank must call it.
+
+    Args:
+        group: The ranks.
+        data: Tensors, nested.
+        reduction: "none" exchanges nothing and gives copies.
+        scale: The result is multiplied by this.
+        debug: Compare over the ranks first.
+
+    Raises:
+        CollectiveError: A leaf is no tensor, or the reduction is not known; with `debug`, also when the ranks
+            differ.
+    """
+    if reduction not in get_args(Reduction):
+        raise CollectiveError(
+            f"reduce was asked for {reduction!r}",
+            "No such reduction is known",
+            f"Choose one of {', '.join(get_args(Reduction))}",
+        )
+    if debug:
+        check_agreement(group, f"reduce({reduction!r})", data)
+    found = tensors_only(data, "reduce")
+    if reduction == "none":
+        reduced = [tensor.detach().clone() for tensor in found]
+    else:
+        reduced = all_reduce_many(group, found, reduction)
+    results = iter(reduced)
+    return map_tensors(lambda _: _scaled(next(results), scale), data)
+
+
+def broadcast(group: Group, data: T, from_process: int = 0, *, debug: bool = False) -> T:
+    """Overwrite every tensor, in place, with that of rank `from_process`; return `data`.
+
+    Collective: every rank must call it.
+
+    Raises:
+        CollectiveError: A leaf is no tensor, or there is no such rank; with `debug`, also when the ranks
+            differ.
+    """
+    group.check_source(from_process)
+    if debug:
+        check_agreement(group, f"broadcast(from_process={from_process})", data)
+    found = tensors_only(data, "broadcast")
+    if group.size > 1:
+        broadcast_many(group, found, from_process)
+    return data
+
+
+def broadcast_object_list(
+    group: Group, objects: list[T], from_process: int = 0, *, debug: bool = False
+) -> list[T]:
+    """Overwrite the entries of a list, in place, with those of rank `from_process`; return the list.
+
+    The entries are pickled. Collective: every rank must call it.
+
+    Raises:
+        CollectiveError: There is no such rank; with `debug`, also when the lengths differ.
+    """
+    group.check_source(from_process)
+    if debug:
+        check_agreement(group, f"broadcast_object_list of {len(objects)} from rank {from_process}", None)
+    objects[:] = group.broadcast_object(list(objects), from_process)
+    return objects
+
+
+def pad_across_processes(
+    group: Group,
+    data: Any,
+    dim: int = 0,
+    pad_index: float = 0,
+    pad_first: bool = False,
+    *,
+    debug: bool = False,
+) -> Any:
+    """Pad every tensor along `dim` to the largest size that it has on any rank.
+
+    A tensor that has no such dimension stays as it is, and so does one that is the largest already. The sizes
+    of all tensors are compared in one exchange. Collective: every rank must call it.
+
+    Args:
+        group: The ranks.
+        data: Tensors, nested.
+        dim: Counts from the end if negative.
+        pad_index: The value to pad with.
+        pad_first: Put the padding before the data.
+        debug: Compare over the ranks first.
+
+    Raises:
+        CollectiveError: A leaf is no tensor; with `debug`, also when the ranks differ in anything but the
+            sizes along `dim`.
+    """
+    if debug:
+        call = f"pad_across_processes(dim={dim})"
+        check_agreement(group, call, data, lambda tensor: dim if _has_dim(tensor, dim) else None)
+    found = tensors_only(data, "pad_across_processes")
+    if group.size == 1 or not found:
+        return data
+    # In host memory: shapes are known there, and a device would have to be waited for.
+    sizes = torch.tensor([tensor.shape[dim] if _has_dim(tensor, dim) else -1 for tensor in found])
+    largest = iter(group.all_gather(sizes).amax(0).tolist())
+    return map_tensors(lambda tensor: _padded(tensor, dim, next(largest), pad_index, pad_first), data)
+
+
+def tensors_only(data: Any, operation: str) -> list[torch.Tensor]:
+    """Return all leaves, depth first; raise `CollectiveError` for one that is no tensor."""
+    found = []
+    for path, leaf in leaves(data):
+        if not isinstance(leaf, torch.Tensor):
+            raise CollectiveError(
+                f"{operation} was given {path_text(path)}, a {type(leaf).__name__}",
+                "It exchanges tensors only",
+                "Use gather_object for other objects, or make it a tensor",
+            )
+        found.append(leaf)
+    return found
+
+
+def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
+
+
+def _joined(gathered: torch.Tensor) -> torch.Tensor:
+    """Turn [size, n, ...] into [size * n, ...]; leave [size] as it is."""
+    if gathered.dim() == 1:
+        return gathered.contiguous()
+    # Contiguous, so that a small result does not keep the buffer that it came in alive.
+    return gathered.contiguous().flatten(0, 1)
+
+
+def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    return tensor if scale == 1.0 else tensor * scale
+
+
+def _has_dim(tensor: torch.Tensor, dim: int) -> bool:
+    return -tensor.dim() <= dim < tensor.dim()
+
+
+def _padded(tensor: torch.Tensor, dim: int, size: int, pad_index: float, pad_first: bool) -> torch.Tensor:
+    if not _has_dim(tensor, dim) or tensor.shape[dim] == size:
+        return tensor
+    shape = list(tensor.shape)
+    own = shape[dim]
+    shape[dim] = size
+    padded = tensor.new_full(shape, pad_index)
+    padded.narrow(dim, size - own if pad_first else 0, own).copy_(tensor)
+    return padded

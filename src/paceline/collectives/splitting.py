@@ -1,0 +1,135 @@
+"""Sharing inputs out between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+
+from paceline.collectives.nested import is_namedtuple, maybe_children, rebuild
+from paceline.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from paceline.collectives.group import Group
+
+__all__ = ["split_between_processes"]
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """Something with rows that can be picked by index, such as a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Sequence[int]) -> Any:
+        """Return the rows at `indices`."""
+
+
+@contextmanager
+def split_between_processes(
+    group: Group, inputs: T, apply_padding: bool = False, *, debug: bool = False
+) -> Iterator[T]:
+    """Give each rank its run of `inputs`; of n inputs the first n % size ranks get one more than the others.
+
+    `inputs` is a list, tuple or other sequence, a tensor or array (along dimension 0), anything with
+    `select`, or a mapping, named tuple or dataclass of such, all of one length. It is never changed; in a
+    group of one rank it is yielded itself. Nothing is exchanged, so all ranks must hold the same `inputs`.
+    With fewer inputs than ranks and no padding, the last ranks get none.
+
+    Args:
+        group: The ranks.
+        inputs: What all ranks hold.
+        apply_padding: Give every rank equally many, by repeating the last one that it has.
+        debug: Compare the number of inputs over the ranks first. Collective then: every rank must call it.
+
+    Raises:
+        CollectiveError: The lengths of the columns differ, or something cannot be split; with `debug`, also
+            when the ranks hold different numbers of inputs.
+    """
+    total = _common_length(inputs)
+    if debug:
+        _check_totals(group.all_gather_object(total))
+    if group.size == 1:
+        yield inputs
+        return
+    yield _pick(inputs, _indices(total, group.rank, group.size, apply_padding))
+
+
+def _indices(total: int, rank: int, size: int, padded: bool) -> list[int]:
+    share, extra = divmod(total, size)
+    start = rank * share + min(rank, extra)
+    own = list(range(start, start + share + (rank < extra)))
+    if padded and total:
+        full = share + (extra > 0)
+        own += [own[-1] if own else total - 1] * (full - len(own))
+    return own
+
+
+def _maybe_columns(inputs: Any) -> list[tuple[object, Any]] | None:
+    if isinstance(inputs, torch.Tensor | np.ndarray) or _is_selectable(inputs):
+        return None
+    if isinstance(inputs, list | tuple) and not is_namedtuple(inputs):
+        return None
+    return maybe_children(inputs)
+
+
+def _common_length(inputs: Any) -> int:
+    columns = _maybe_columns(inputs)
+    if columns is None:
+        return _length(inputs)
+    lengths = {key: _common_length(column) for key, column in columns}
+    if len(set(lengths.values())) > 1:
+        seen = ", ".join(f"{key!r}: {length}" for key, length in lengths.items())
+        raise CollectiveError(
+            f"Columns of different lengths were to be split between ranks ({seen})",
+            "Rows that belong together would end up on different ranks",
+            "Give columns of one length",
+        )
+    return next(iter(lengths.values()), 0)
+
+
+def _length(inputs: Any) -> int:
+    if isinstance(inputs, torch.Tensor | np.ndarray):
+        has_rows = inputs.ndim > 0
+    else:
+        has_rows = isinstance(inputs, Sequence) or _is_selectable(inputs)
+    if not has_rows or isinstance(inputs, str | bytes):
+        raise CollectiveError(
+            f"A {type(inputs).__name__} was to be split between ranks",
+            "It has no rows to share out",
+            "Give a list, tuple, tensor, array or dataset, or a dict of those",
+        )
+    return len(inputs)
+
+
+def _is_selectable(inputs: Any) -> bool:
+    # A tensor has a method `select` too, of another meaning.
+    return isinstance(inputs, Selectable) and not isinstance(inputs, torch.Tensor)
+
+
+def _pick(inputs: Any, indices: list[int]) -> Any:
+    columns = _maybe_columns(inputs)
+    if columns is not None:
+        return rebuild(inputs, [_pick(column, indices) for _, column in columns])
+    if isinstance(inputs, torch.Tensor):
+        return inputs[torch.tensor(indices, dtype=torch.long, device=inputs.device)]
+    if isinstance(inputs, np.ndarray):
+        return inputs[np.array(indices, dtype=np.intp)]
+    if _is_selectable(inputs):
+        return inputs.select(indices)
+    picked = [inputs[index] for index in indices]
+    return tuple(picked) if isinstance(inputs, tuple) else picked
+
+
+def _check_totals(totals: list[int]) -> None:
+    if len(set(totals)) > 1:
+        raise CollectiveError(
+            f"The ranks hold {totals} inputs to be split between them",
+            "Each rank takes its share of what all hold alike",
+            "Give the same inputs on every rank",
+        )

@@ -1,0 +1,264 @@
+"""What cannot go together, what nothing would read, and what this release does not carry out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from paceline.config.names import places
+from paceline.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.config.origin import Origin
+    from paceline.config.run import RunConfig
+
+_OWNERS: Final = {
+    "ddp_config": ("ddp",),
+    "fsdp_config": ("fsdp",),
+    "deepspeed_config": ("deepspeed",),
+    "megatron_lm_config": (),
+    "parallelism_config": ("fsdp", "deepspeed"),
+}
+"""Which strategies read a section."""
+
+_AUTO_READS: Final = ("ddp_config", "fsdp_config", "parallelism_config")
+"""What the strategies that auto chooses among read."""
+
+_NEEDS: Final = {
+    "ddp_config": "distributed_type: MULTI_GPU or strategy: ddp",
+    "fsdp_config": "distributed_type: FSDP or strategy: fsdp",
+    "deepspeed_config": "distributed_type: DEEPSPEED",
+    "megatron_lm_config": "distributed_type: MEGATRON_LM",
+    "parallelism_config": "distributed_type: FSDP or strategy: fsdp",
+}
+
+_UNBUILT_TYPES: Final = {
+    "XLA": "use a machine with GPUs, or use_cpu: true",
+    "MEGATRON_LM": "write distributed_type: FSDP and remove megatron_lm_config",
+}
+_TPU_KEYS: Final = (
+    "tpu_name",
+    "tpu_zone",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+    "tpu_vm",
+    "tpu_env",
+    "downcast_bf16",
+)
+_TPU_KEYS_MORE: Final = ("commands", "command_file", "main_training_function")
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the checks look at.
+
+    Attributes:
+        config: The values; those that were wrong are at their defaults.
+        given: Source of every key that some source set, also of those that were translated away.
+        broken: Keys whose value was wrong and has been reported.
+    """
+
+    config: RunConfig
+    given: Mapping[str, Origin]
+    broken: frozenset[str] = frozenset()
+
+    def where(self, *keys: str) -> str:
+        """Return the source of the first of the keys that somebody set."""
+        return next((self.given[key].where for key in keys if key in self.given), "")
+
+    def asked(self, key: str) -> bool:
+        """Whether somebody asked for a key's value, rather than it being detected."""
+        return key in self.given and self.given[key].is_explicit
+
+    def keys_in(self, section: str) -> list[str]:
+        """List the keys of a section that somebody set, in the order of their sources."""
+        return [key for key in self.given if key.startswith(f"{section}.") and self.asked(key)]
+
+    def differs(self, key: str) -> bool:
+        """Whether a top-level key was set to something other than its default."""
+        return self.asked(key) and getattr(self.config, key) != places()[key].default
+
+
+def find_problems(facts: Facts) -> list[Problem]:
+    """Return everything that is wrong with a whole configuration."""
+    checks = (
+        _unbuilt,
+        _unused_sections,
+        _unused_keys,
+        _devices,
+        _processes,
+        _mesh,
+        _precision,
+        _accumulation,
+    )
+    return [problem for check in checks for problem in check(facts)]
+
+
+def _not_built(where: str, key: str, value: object, todo: str) -> Problem:
+    return Problem(where, key, f"{value} is known but not carried out in this release", "", todo)
+
+
+def _unbuilt(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    if config.strategy == "deepspeed":
+        where = facts.where("distributed_type", "strategy")
+        key = "distributed_type" if facts.asked("distributed_type") else "strategy"
+        yield _not_built(where, key, "deepspeed", "write strategy: fsdp, which shards as ZeRO stage 3 does")
+    if config.distributed_type in _UNBUILT_TYPES:
+        todo = _UNBUILT_TYPES[config.distributed_type]
+        yield _not_built(facts.where("distributed_type"), "distributed_type", config.distributed_type, todo)
+    elif any(map(facts.differs, _TPU_KEYS + _TPU_KEYS_MORE)):
+        yield from _tpu(facts)
+    yield from _unbuilt_values(facts)
+    yield from _unbuilt_sizes(facts)
+
+
+def _tpu(facts: Facts) -> Iterator[Problem]:
+    for key in filter(facts.differs, _TPU_KEYS + _TPU_KEYS_MORE):
+        value = getattr(facts.config, key)
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        yield _not_built(facts.where(key), key, f"{shown} (a TPU setting)", "remove the key")
+
+
+def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    if config.num_machines > 1:
+        todo = "write num_machines: 1, or start each machine with torchrun"
+        yield _not_built(facts.where("num_machines"), "num_machines", config.num_machines, todo)
+    if config.mixed_precision == "fp8":
+        yield _not_built(
+            facts.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16"
+        )
+    if config.enable_cpu_affinity:
+        key = "enable_cpu_affinity"
+        yield _not_built(facts.where(key), key, "true", "write false, or start the launcher under numactl")
+    for key in facts.keys_in("mpirun_config"):
+        yield _not_built(facts.where(key), key, "starting processes by mpirun", "remove mpirun_config")
+
+
+def _unbuilt_sizes(facts: Facts) -> Iterator[Problem]:
+    mesh = facts.config.parallelism_config
+    for part in ("tp", "cp", "sp") if mesh is not None else ():
+        size = getattr(mesh, f"{part}_size")
+        if size > 1:
+            key = f"parallelism_config.parallelism_config_{part}_size"
+            yield _not_built(
+                facts.where(key), key, size, "write 1 and shard by parallelism_config_dp_shard_size"
+            )
+
+
+def _unused_sections(facts: Facts) -> Iterator[Problem]:
+    strategy = facts.config.strategy
+    if facts.broken & {"strategy", "distributed_type"}:
+        return
+    for section, owners in _OWNERS.items():
+        keys = facts.keys_in(section)
+        if strategy in owners or (strategy == "auto" and section in _AUTO_READS):
+            continue
+        if not keys or (section == "parallelism_config" and not _asks_mesh(facts)):
+            continue
+        if section == "megatron_lm_config" and facts.config.distributed_type == "MEGATRON_LM":
+            continue
+        names = ", ".join(key.rpartition(".")[2] for key in keys)
+        chosen = facts.where("strategy", "distributed_type")
+        why = f"the strategy is {strategy}" + (f" ({chosen})" if chosen else "")
+        hint = f"write {_NEEDS[section]}, or remove the section"
+        yield Problem(facts.where(keys[0]), section, f"nothing reads {names}", why, hint)
+
+
+def _asks_mesh(facts: Facts) -> bool:
+    mesh = facts.config.parallelism_config
+    return mesh is not None and mesh.total_size > 1
+
+
+def _unused_keys(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    if config.num_machines == 1 and "num_machines" not in facts.broken:
+        for key in ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf"):
+            if facts.differs(key):
+                what = f"{getattr(config, key)} is not used"
+                yield Problem(facts.where(key), key, what, "there is one machine", "remove the key")
+    keys = facts.keys_in("fp8_config")
+    if keys and config.mixed_precision != "fp8" and "mixed_precision" not in facts.broken:
+        names = ", ".join(key.rpartition(".")[2] for key in keys)
+        why = f"mixed_precision is {config.mixed_precision}"
+        yield Problem(facts.where(keys[0]), "fp8_config", f"nothing reads {names}", why, "remove the section")
+
+
+def _devices(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    named = config.distributed_type or ""
+    if config.use_cpu and named.startswith("MULTI_") and named != "MULTI_CPU" and facts.asked("use_cpu"):
+        why = f"{facts.where('distributed_type')} has distributed_type {named}, which trains on devices"
+        hint = "write distributed_type: MULTI_CPU, or remove use_cpu"
+        yield Problem(facts.where("use_cpu"), "use_cpu", "true cannot be carried out", why, hint)
+    ids = config.gpu_ids
+    if ids is None or ids == "all":
+        return
+    if config.use_cpu:
+        why = f"use_cpu is true ({facts.where('use_cpu')})"
+        yield Problem(facts.where("gpu_ids"), "gpu_ids", f"{ids} is not used", why, "remove one of the two")
+    elif (config.num_processes or 0) > len(ids.split(",")) and facts.asked("num_processes"):
+        count = len(ids.split(","))
+        why = f"num_processes is {config.num_processes} ({facts.where('num_processes')})"
+        hint = f"list as many devices, or set num_processes to {count}"
+        yield Problem(facts.where("gpu_ids"), "gpu_ids", f"{ids} names {count} devices", why, hint)
+
+
+def _processes(facts: Facts) -> Iterator[Problem]:
+    config = facts.config
+    count = config.num_processes
+    if config.strategy == "single" and count is not None and count > 1:
+        chosen = "distributed_type" if facts.asked("distributed_type") else "strategy"
+        value = getattr(config, chosen)
+        why = f"{facts.where(chosen)} has {chosen} {value}, which is one process"
+        hint = "write strategy: ddp, or num_processes: 1"
+        yield Problem(
+            facts.where("num_processes"), "num_processes", f"{count} cannot be carried out", why, hint
+        )
+
+
+def _mesh(facts: Facts) -> Iterator[Problem]:
+    mesh, count = facts.config.parallelism_config, facts.config.num_processes
+    if mesh is None or count is None or mesh.total_size in (1, count):
+        return
+    if max(mesh.tp_size, mesh.cp_size, mesh.sp_size) > 1:
+        return  # reported as not built
+    prefix = "parallelism_config.parallelism_config_"
+    key = next((k for k in facts.keys_in("parallelism_config") if k.endswith("_size")), "parallelism_config")
+    processes = f"num_processes is {count} ({facts.where('num_processes')})"
+    if not facts.asked(f"{prefix}dp_shard_size"):
+        if count % mesh.dp_replicate_size:
+            what = f"{mesh.dp_replicate_size} copies cannot share the processes out evenly"
+            hint = f"choose a divisor of {count}"
+            yield Problem(facts.where(key), f"{prefix}dp_replicate_size", what, processes, hint)
+        return
+    sizes = f"dp_replicate_size {mesh.dp_replicate_size} times dp_shard_size {mesh.dp_shard_size}"
+    what = f"{sizes} is {mesh.total_size}"
+    yield Problem(
+        facts.where(key), "parallelism_config", what, processes, "choose sizes whose product is that"
+    )
+
+
+def _precision(facts: Facts) -> Iterator[Problem]:
+    engine = facts.config.deepspeed_config
+    if engine is None or engine.hf_ds_config in (None, "none") or not facts.differs("mixed_precision"):
+        return
+    where = facts.where("deepspeed_config.deepspeed_config_file")
+    what = f"{facts.config.mixed_precision} is given beside a DeepSpeed file"
+    why = f"the file named at {where} sets the precision itself"
+    yield Problem(
+        facts.where("mixed_precision"), "mixed_precision", what, why, "write it in one of the two places"
+    )
+
+
+def _accumulation(facts: Facts) -> Iterator[Problem]:
+    key, inner = "gradient_accumulation_steps", "deepspeed_config.gradient_accumulation_steps"
+    engine = facts.config.deepspeed_config
+    if engine is None or engine.gradient_accumulation_steps == "auto" or not facts.asked(key):
+        return
+    if engine.gradient_accumulation_steps != facts.config.gradient_accumulation_steps:
+        what = f"{facts.config.gradient_accumulation_steps} differs from {engine.gradient_accumulation_steps}"
+        yield Problem(facts.where(key), key, what, f"{facts.where(inner)} sets it for DeepSpeed", "keep one")

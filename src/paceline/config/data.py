@@ -1,0 +1,71 @@
+"""Settings of loaders, of the accumulation window and of the project's folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from paceline.config.base import Fault, Section
+
+
+class DataLoaderConfiguration(Section):
+    """How prepared loaders share data out among ranks."""
+
+    split_batches: bool = Field(
+        False, description="Whether the loader's batch size is the global one, split over ranks."
+    )
+    dispatch_batches: bool | None = Field(
+        None,
+        description="Whether rank 0 reads all data and sends the others their part; None: for iterables.",
+    )
+    even_batches: bool = Field(True, description="Fill the last global batch so that all ranks get as much.")
+    use_seedable_sampler: bool = Field(
+        True, description="Shuffle by seed and epoch only, not by global RNG state."
+    )
+    data_seed: int | None = Field(None, description="Seed of the shuffle; None draws one and shares it.")
+    non_blocking: bool | None = Field(
+        None, description="Copy to the device while the previous step runs; None: when memory is pinned."
+    )
+    streams_are_sharded: bool = Field(
+        False, description="Whether every rank's iterable dataset already yields only its own samples."
+    )
+
+
+class GradientAccumulationPlugin(Section):
+    """When an optimizer step is real."""
+
+    num_steps: Annotated[int, Field(ge=1)] = Field(1, description="Micro-batches of one optimizer step.")
+    adjust_scheduler: bool = Field(True, description="Step schedulers once per optimizer step; always true.")
+    sync_with_dataloader: bool = Field(
+        True, description="Take a step at the end of a pass, however short the window."
+    )
+    sync_each_batch: bool = Field(
+        False, description="Average gradients in every micro-batch, which takes less memory and more time."
+    )
+
+    def clashes(self) -> Iterator[Fault]:
+        """Refuse the meaning of `adjust_scheduler=False`, which would step schedulers per micro-batch."""
+        if not self.adjust_scheduler:
+            yield Fault(
+                "adjust_scheduler",
+                "adjust_scheduler=False cannot be used",
+                "a scheduler steps once per optimizer step",
+                "leave it out and count your schedule in optimizer steps",
+            )
+
+
+class ProjectConfiguration(Section):
+    """Where a run keeps its files."""
+
+    project_dir: str | None = Field(None, description="Folder of checkpoints.")
+    logging_dir: str | None = Field(None, description="Folder of trackers; None is the project's folder.")
+    automatic_checkpoint_naming: bool = Field(
+        False, description="Number checkpoints under project_dir/checkpoints."
+    )
+    total_limit: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Checkpoints kept; None keeps all."
+    )
+    iteration: Annotated[int, Field(ge=0)] = Field(0, description="Number of the next checkpoint.")
+    save_on_each_node: bool = Field(False, description="Write shared files on every machine's first rank.")

@@ -1,0 +1,38 @@
+"""Validators shared by several sections: loose input forms become the one form that a field holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+
+def as_names(value: Any) -> Any:
+    """Turn a comma-separated string, a list or a set into a tuple of names."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, (set, frozenset)):
+        return tuple(sorted(value, key=str))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def as_dtype_name(value: Any) -> Any:
+    """Turn any usual spelling of a floating-point type, torch's own objects too, into fp32, bf16 or fp16."""
+    word = str(value).removeprefix("torch.").casefold()
+    return _DTYPES.get(word, value)
+
+
+_DTYPES = {
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "half": "fp16",
+}
+
+Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+"""Names; a file may write them as a list or with commas between."""

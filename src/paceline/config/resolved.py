@@ -1,0 +1,82 @@
+"""The finished configuration, and how it travels to the workers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from paceline.config.base import Section, slots
+from paceline.config.names import sections
+from paceline.config.origin import DEFAULT, Origin
+from paceline.config.run import RunConfig
+from paceline.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration with the source of each value.
+
+    Attributes:
+        config: The values.
+        origins: Dotted YAML key to source; keys that are absent have their defaults.
+        notes: One line for each value that was translated on the way.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, Origin]
+    notes: tuple[str, ...] = ()
+
+    def origin(self, key: str) -> Origin:
+        """Return the source of a dotted key's value."""
+        return self.origins.get(key, DEFAULT)
+
+    def explain(self) -> tuple[tuple[str, Any, Origin], ...]:
+        """List every effective value as dotted key, value and source."""
+        return tuple((key, value, self.origin(key)) for key, value in values_of(self.config))
+
+    def to_json(self) -> str:
+        """Write everything as one line of JSON, which `from_json` reads back."""
+        document = {
+            "config": self.config.model_dump(exclude_unset=True),
+            "origins": {key: asdict(origin) for key, origin in self.origins.items()},
+            "notes": self.notes,
+        }
+        return json.dumps(document, separators=(",", ":"), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> Resolved:
+        """Read what `to_json` wrote; raise `ConfigError` when it is something else."""
+        try:
+            document = json.loads(text)
+            config = _load(document["config"])
+            origins = {str(key): Origin(**origin) for key, origin in document["origins"].items()}
+            return cls(config, origins, tuple(document["notes"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{text[:60]!r} is not a resolved configuration"
+            hint = "unset the variable, and start workers with `paceline launch`"
+            why = f"only the launcher writes it ({type(error).__name__}: {error})"
+            raise ConfigError([Problem("PACELINE_CONFIG", "", what, why, hint)]) from error
+
+
+def values_of(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Yield each dotted key with its value; sections that are None yield nothing."""
+    for slot in slots(RunConfig):
+        value = getattr(config, slot.field)
+        if isinstance(value, Section):
+            for inner in slots(type(value)):
+                yield f"{slot.key}.{inner.key}", getattr(value, inner.field)
+        elif slot.field not in sections():
+            yield slot.key, value
+
+
+def _load(values: Mapping[str, Any]) -> RunConfig:
+    models = sections()
+    read: dict[str, Any] = {
+        name: models[name][0](**value) if name in models and value is not None else value
+        for name, value in values.items()
+    }
+    return RunConfig(**read)

@@ -1,0 +1,140 @@
+"""The whole configuration file as one model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from paceline.config.base import Key, Section
+from paceline.config.deepspeed import DeepSpeedPlugin
+from paceline.config.dynamo import TorchDynamoPlugin
+from paceline.config.fp8 import FP8Config
+from paceline.config.fsdp import FullyShardedDataParallelPlugin
+from paceline.config.kwargs import DistributedDataParallelKwargs
+from paceline.config.megatron import MegatronLMConfig, MpirunConfig
+from paceline.config.parallelism import ParallelismConfig
+from paceline.config.readers import Names
+
+DistributedType = Literal[
+    "NO",
+    "MULTI_CPU",
+    "MULTI_GPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_SDAA",
+    "MULTI_MUSA",
+    "MULTI_XPU",
+    "MULTI_HPU",
+    "MULTI_NEURON",
+    "DEEPSPEED",
+    "FSDP",
+    "XLA",
+    "MEGATRON_LM",
+]
+StrategyName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+Precision = Literal["no", "fp16", "bf16", "fp8"]
+Count = Annotated[int, Field(ge=1)]
+
+
+def _as_device_list(value: Any) -> Any:
+    """Write device numbers as one comma-separated string without blanks."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(part) for part in value)
+    return value
+
+
+def _device_list(value: str | None) -> str | None:
+    if value is None:
+        return None
+    ids = [part.strip() for part in value.split(",")]
+    if not all(ids):
+        raise ValueError("it must be `all` or device numbers with commas between, for example 0,1,3")
+    if len(set(ids)) != len(ids):
+        raise ValueError("a device is listed twice")
+    return ",".join(ids)
+
+
+DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list)]
+
+
+class RunConfig(Section):
+    """Everything that decides how one training run is carried out."""
+
+    compute_environment: Annotated[Literal["LOCAL_MACHINE"], Key(has_flag=False)] = Field(
+        "LOCAL_MACHINE", description="Where the run happens."
+    )
+    distributed_type: DistributedType | None = Field(
+        None, description="Accelerate's name for the strategy; paceline's own key is strategy."
+    )
+    strategy: StrategyName = Field(
+        "auto", description="How the model is spread over ranks; auto takes the least sharding that fits."
+    )
+    mixed_precision: Precision = Field(
+        "no", description="Precision of matrix products in forward and backward."
+    )
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
+    num_processes: Count | None = Field(
+        None, description="Processes over all machines; none: one per device."
+    )
+    num_machines: Count = Field(1, description="Machines that take part.")
+    machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Which machine this is, from 0.")
+    main_process_ip: str | None = Field(None, description="Address of machine 0.")
+    main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="Port of the rendezvous; 0 or none takes a free one."
+    )
+    rdzv_backend: str = Field("static", description="Rendezvous of torch elastic between machines.")
+    rdzv_conf: str | None = Field(
+        None, description="Options of the rendezvous, key=value with commas between."
+    )
+    same_network: bool = Field(True, description="Whether all machines are in one local network.")
+    gpu_ids: DeviceList = Field(
+        None, description="Devices of this machine to use: all, or numbers like 0,1,3."
+    )
+    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(
+        False, description="Train on the CPU even if there are devices."
+    )
+    debug: bool = Field(False, description="Compare shapes between ranks before each collective.")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Seconds that a collective may wait; none is torch's default."
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        0, description="How often failed workers are started again."
+    )
+    monitor_interval: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="Seconds between two looks at the workers."
+    )
+    num_cpu_threads_per_process: Count | None = Field(
+        None, description="Value of OMP_NUM_THREADS for each worker; none: the cores shared out."
+    )
+    enable_cpu_affinity: bool = Field(False, description="Pin each process to the cores near its device.")
+    main_training_function: str = Field("main", description="Function that a TPU process would call.")
+    downcast_bf16: bool = Field(False, description="Whether a TPU would compute fp32 in bf16.")
+    tpu_name: str | None = Field(None, description="Name of the TPU.")
+    tpu_zone: str | None = Field(None, description="Zone of the TPU.")
+    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(
+        False, description="Start on a TPU pod."
+    )
+    tpu_use_sudo: bool = Field(False, description="Run commands on the TPU as root.")
+    tpu_vm: Annotated[Names, Key(flag="vm")] = Field((), description="Machines of the TPU pod.")
+    tpu_env: Annotated[Names, Key(flag="env")] = Field((), description="Variables set on the TPU pod.")
+    commands: Annotated[Names, Key(has_flag=False)] = Field((), description="Commands run on the TPU pod.")
+    command_file: Annotated[str | None, Key(has_flag=False)] = Field(
+        None, description="File of those commands."
+    )
+    ddp_config: DistributedDataParallelKwargs = Field(
+        default_factory=DistributedDataParallelKwargs, description="How DDP averages gradients."
+    )
+    fsdp_config: FullyShardedDataParallelPlugin | None = Field(None, description="How FSDP shards.")
+    deepspeed_config: DeepSpeedPlugin | None = Field(None, description="How DeepSpeed shards and offloads.")
+    parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the mesh.")
+    fp8_config: FP8Config | None = Field(None, description="How 8-bit matrix products are scaled.")
+    dynamo_config: TorchDynamoPlugin = Field(
+        default_factory=TorchDynamoPlugin, description="How models are compiled."
+    )
+    mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts processes.")
+    megatron_lm_config: MegatronLMConfig | None = Field(
+        None, description="How Megatron-LM would divide the model."
+    )

@@ -1,0 +1,17 @@
+"""Loaders that share data out among ranks, know where they are, and go on from there."""
+
+from __future__ import annotations
+
+from paceline.data.active import ActiveLoaders
+from paceline.data.loader import PreparedDataLoader
+from paceline.data.prefetch import DevicePrefetcher
+from paceline.data.prepare import prepare_loader
+from paceline.data.sharding import ShardedBatchSampler
+
+__all__ = [
+    "ActiveLoaders",
+    "DevicePrefetcher",
+    "PreparedDataLoader",
+    "ShardedBatchSampler",
+    "prepare_loader",
+]

@@ -1,0 +1,229 @@
+"""The loader that `prepare` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, DistributedSampler
+
+from paceline.data.randomness import mix_seed
+from paceline.data.reading import Position
+from paceline.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.collectives import BatchCounts, Group
+    from paceline.data.active import ActiveLoaders
+    from paceline.data.prefetch import DevicePrefetcher
+    from paceline.data.progress import Progress
+    from paceline.data.reading import Reading
+
+__all__ = ["PreparedDataLoader"]
+
+STATE_VERSION = 1
+
+
+@dataclass(slots=True)
+class Pass:
+    """One iteration over a loader, begun at `start`."""
+
+    start: Position
+    progress: Progress
+    running: bool = True
+
+
+class PreparedDataLoader(DataLoader[Any]):
+    """A `DataLoader` that yields this rank's batches, on its device, from a position that can be saved.
+
+    The order of an epoch depends on the seed and the number of the epoch only. Passes number epochs: the
+    first is epoch 0, each further pass the next, whether the one before went to its end or was broken off.
+
+    Build it with `prepare_loader`.
+
+    Args:
+        reading: The way of getting this rank's batches.
+        seed: Of the order, the same on all ranks.
+        group: The ranks.
+        active: Where passes are noted.
+        prefetcher: Puts batches on the device; None leaves them where they are.
+        batch_size: Rows of this rank's batches, where they are known.
+        drop_last: Whether an incomplete global batch is left out.
+        settings: Arguments of `DataLoader`.
+    """
+
+    def __init__(
+        self,
+        *,
+        reading: Reading,
+        seed: int,
+        group: Group,
+        active: ActiveLoaders,
+        prefetcher: DevicePrefetcher | None,
+        batch_size: int | None,
+        drop_last: bool,
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(**settings, generator=reading.generator)
+        # As in any loader, beside the batch sampler; torch refuses the assignment only to catch mistakes.
+        self.__dict__.update(batch_size=batch_size, drop_last=drop_last)
+        self._reading = reading
+        self._seed = seed
+        self._group = group
+        self._active = active
+        self._prefetcher = prefetcher
+        self._next = Position()
+        self._pass: Pass | None = None
+        self._followed: DistributedSampler[Any] | None = None
+        self._followed_epoch = 0
+
+    def follow(self, sampler: DistributedSampler[Any]) -> None:
+        """Let calls of `sampler.set_epoch` set the epoch of this loader."""
+        self._followed, self._followed_epoch = sampler, sampler.epoch
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._obey_followed()
+        outer = self._pass
+        current, batches = self._begin()
+        with self._active.during(self):
+            self._pass = current
+            progress = current.progress
+            try:
+                for batch in batches:
+                    progress.hand_out()
+                    yield batch
+                if self._pass is current:
+                    self._pass = outer if outer is not None and outer.running else None
+            finally:
+                current.running = False
+
+    def _begin(self) -> tuple[Pass, Iterator[Any]]:
+        for start in (self._next, Position(self._next.epoch + 1)):
+            self._reading.generator.manual_seed(
+                mix_seed(self._seed, start.epoch, self._group.rank, start.samples)
+            )
+            begun = self._reading.begin(super().__iter__, self._seed, start)
+            if begun is not None:
+                self._next = Position(start.epoch + 1)
+                batches, progress = begun
+                if self._prefetcher is not None:
+                    batches = self._prefetcher.over(batches)
+                return Pass(start, progress), batches
+            if not start.batches and not start.samples:
+                break
+        raise DataError(
+            f"Epoch {start.epoch} of the data set {type(self.dataset).__name__} gave no batch",
+            "A loop over it would do nothing",
+            "Check the data set; with drop_last=True it needs one whole global batch"
+            + (f" of {self.total_batch_size} samples" if self.total_batch_size else ""),
+        )
+
+    def _obey_followed(self) -> None:
+        if self._followed is not None and self._followed.epoch != self._followed_epoch:
+            self._followed_epoch = self._followed.epoch
+            self.set_epoch(self._followed_epoch)
+
+    def __len__(self) -> int:
+        return self._reading.num_batches()
+
+    @property
+    def total_batch_size(self) -> int | None:
+        """Samples of one global batch; None where it varies."""
+        return self._reading.total_batch_size
+
+    @property
+    def total_dataset_length(self) -> int | None:
+        """Samples of an epoch over all ranks; None where that is not known."""
+        return self._reading.size()
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether the last batch of the pass is in use.
+
+        For a stream this may wait until the other ranks have read their next batch.
+        """
+        return self._pass is not None and self._pass.progress.at_end
+
+    @property
+    def remaining(self) -> int | None:
+        """Batches after the one in use in this pass; None if unknown or if there is no pass."""
+        return None if self._pass is None else self._pass.progress.remaining
+
+    @property
+    def counts(self) -> BatchCounts:
+        """Samples per rank in the batch in use.
+
+        Where ranks end separately (a stream, `even_batches=False`) a rank that goes on puts 0 for the others.
+
+        Raises:
+            DataError: No batch is in use.
+        """
+        if self._pass is None:
+            raise DataError(
+                "The counts of a batch were asked for outside a pass",
+                "They belong to the batch in use",
+                "Ask for them inside the loop",
+            )
+        return self._pass.progress.counts
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last pass begun, if it has not come to its end; else that of the next one."""
+        return self._next.epoch if self._pass is None else self._pass.start.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of `epoch`.
+
+        From its start, unless the next pass goes on within that very epoch after `load_state_dict`.
+        """
+        if self._pass is not None and not self._pass.running:
+            self._pass = None
+            self._next = Position(epoch)
+        elif epoch != self._next.epoch:
+            self._next = Position(epoch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position: integers only, the same on all ranks.
+
+        Batches handed out count as used. After a loop that was left with `break` this is still the position
+        within that pass, until the next pass begins.
+        """
+        at = self._next
+        samples, batches = at.samples, at.batches
+        if self._pass is not None:
+            at = self._pass.start
+            samples = self._pass.progress.samples
+            batches = at.batches + self._pass.progress.handed
+        return {
+            "version": STATE_VERSION,
+            "epoch": at.epoch,
+            "samples": samples,
+            "batches": batches,
+            "seed": self._seed,
+            "ranks": self._group.size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next pass go on at a saved position; a pass that is going on is left alone.
+
+        Raises:
+            DataError: This is not a position that this release can read.
+        """
+        missing = [key for key in ("epoch", "samples", "batches", "seed") if key not in state]
+        if missing or state.get("version") != STATE_VERSION:
+            raise DataError(
+                f"A loader's position has version {state.get('version')!r}"
+                + (f" and lacks {', '.join(missing)}" if missing else ""),
+                f"This release reads version {STATE_VERSION} with epoch, samples, batches and seed",
+                "Load a position that state_dict() of a prepared loader returned",
+            )
+        self._pass = None
+        self._seed = int(state["seed"])
+        self._next = Position(
+            int(state["epoch"]), int(state["samples"]), int(state["batches"]), int(state.get("ranks", 0))
+        )
+
+    def describe(self) -> str:
+        """Say in one line how the data is dealt out."""
+        return self._reading.describe(self._seed)

@@ -1,0 +1,325 @@
+"""Builds a prepared loader from the user's own: decides how its data is read and dealt out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from paceline.collectives import Group, SoloGroup
+from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed
+from paceline.data.loader import PreparedDataLoader
+from paceline.data.order import order_source, own_generators, size_of
+from paceline.data.plan import Layout
+from paceline.data.prefetch import DevicePrefetcher
+from paceline.data.reading import MapReading, Reading
+from paceline.data.sharding import (
+    BatchSharding,
+    PlannedSharding,
+    SampleSharding,
+    ShardedBatchSampler,
+    Sharding,
+    UnsizedSharding,
+    split_rows,
+)
+from paceline.data.stream import StreamReading
+from paceline.data.worker_split import StreamShard
+from paceline.errors import DataError
+
+if TYPE_CHECKING:
+    from paceline.config import DataLoaderConfiguration
+    from paceline.data.active import ActiveLoaders
+
+__all__ = ["prepare_loader"]
+
+
+def prepare_loader(
+    loader: DataLoader[Any],
+    *,
+    group: Group,
+    device: torch.device | None,
+    config: DataLoaderConfiguration,
+    active: ActiveLoaders,
+) -> PreparedDataLoader:
+    """Make a loader that yields this rank's part of what `loader` yields.
+
+    A map-style data set is dealt out by its indices. An iterable one is split among the workers of all ranks
+    and read once; rank 0 reads for all only with `dispatch_batches=True` (Accelerate's default for iterable
+    data sets). A loader that is prepared already is returned as it is.
+    Collective: every rank must call it.
+
+    Args:
+        loader: The user's own. A subclass with an `__iter__` of its own is iterated as it is, which works for
+            one rank and with `dispatch_batches=True`.
+        group: The ranks that share the data.
+        device: Where batches go; None leaves them where the loader puts them.
+        config: The settings.
+        active: Where passes are noted.
+
+    Raises:
+        DataError: The loader cannot be shared out, or it yields nothing.
+    """
+    if isinstance(loader, PreparedDataLoader):
+        return loader
+    return _Preparation(loader, group, device, config).build(active)
+
+
+class _Preparation:
+    """What is known about a loader while it is prepared."""
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        group: Group,
+        device: torch.device | None,
+        config: DataLoaderConfiguration,
+    ) -> None:
+        self.loader = loader
+        self.group = group
+        self.device = device
+        self.config = config
+        self.split = config.split_batches
+        self.foreign = _iterates_its_own_way(loader)
+        self.iterable = isinstance(loader.dataset, IterableDataset)
+        self.rows: int | None = None
+
+    def build(self, active: ActiveLoaders) -> PreparedDataLoader:
+        seed = self._seed()
+        settings = self._settings()
+        reading, own = self._reading(settings)
+        prepared = PreparedDataLoader(
+            reading=reading,
+            seed=seed,
+            group=self.group,
+            active=active,
+            prefetcher=self._prefetcher(settings),
+            batch_size=self.rows,
+            drop_last=bool(self.loader.drop_last),
+            settings={**settings, **own},
+        )
+        sampler = self.loader.sampler
+        if isinstance(sampler, DistributedSampler):
+            prepared.follow(sampler)
+        return prepared
+
+    def _seed(self) -> int:
+        """Choose the seed of the order; rank 0's choice counts."""
+        generators = [g for g in (self.loader.generator, *own_generators(self._batches())) if g is not None]
+        if self.config.data_seed is not None:
+            seed = self.config.data_seed
+        elif isinstance(self.loader.sampler, DistributedSampler):
+            seed = self.loader.sampler.seed
+        elif self.config.use_seedable_sampler:
+            seed = generators[0].initial_seed() if generators else torch.initial_seed()
+        else:
+            drawn = torch.empty((), dtype=torch.int64)
+            seed = int(drawn.random_(generator=generators[0] if generators else None))
+        return self.group.broadcast_object(int(seed))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the loader's settings that do not depend on the way of reading."""
+        loader = self.loader
+        pin = loader.pin_memory
+        if self.device is not None and self.device.type not in ("cpu", "mps"):
+            # Only copies out of pinned memory overlap with work; what is on a device cannot be pinned.
+            pin = pin or not _is_on_device(loader.dataset)
+        settings = {
+            "dataset": loader.dataset,
+            "num_workers": loader.num_workers,
+            "collate_fn": loader.collate_fn,
+            "pin_memory": pin,
+            "timeout": loader.timeout,
+            "worker_init_fn": loader.worker_init_fn,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "persistent_workers": loader.persistent_workers,
+            "in_order": getattr(loader, "in_order", True),
+        }
+        if loader.num_workers:
+            settings["prefetch_factor"] = loader.prefetch_factor
+        return settings
+
+    def _prefetcher(self, settings: dict[str, Any]) -> DevicePrefetcher | None:
+        if self.device is None or self.device.type == "cpu":
+            return None
+        non_blocking = self.config.non_blocking
+        return DevicePrefetcher(
+            self.device, non_blocking=settings["pin_memory"] if non_blocking is None else non_blocking
+        )
+
+    def _reading(self, settings: dict[str, Any]) -> tuple[Reading, dict[str, Any]]:
+        """Choose the way of reading; also return the remaining arguments of the prepared `DataLoader`."""
+        own: dict[str, Any] = {"batch_size": None}
+        if not self.iterable and self.loader.batch_sampler is None:
+            own["sampler"] = self.loader.sampler
+        elif not self.iterable:
+            own = {"batch_sampler": self.loader.batch_sampler}
+        if self.config.dispatch_batches and self.group.size > 1:
+            return self._dispatched(settings), own
+        if self.foreign:
+            return self._foreign(), own
+        if self.iterable:
+            return self._stream(settings), own
+        sampler = ShardedBatchSampler(self._sharding(self.group), self._batches(), single=self._is_single())
+        _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
+        reading = MapReading(sampler, self.loader.dataset, self.group)
+        unbatched = self.loader.batch_sampler is None
+        return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
+
+    def _batches(self) -> Any:
+        """Return what makes the batches of keys: the batch sampler, else the sampler."""
+        return self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
+
+    def _is_single(self) -> bool:
+        """Say whether the data set is asked for one key at a time."""
+        return self.loader.batch_sampler is None and not isinstance(self.loader.sampler, BatchSampler)
+
+    def _layout(self, rows: int | None, *, drop_last: bool) -> Layout:
+        if rows and self.split:
+            rows = split_rows(rows, self.group.size)
+        self.rows = rows or None
+        return Layout(
+            rows=rows or 0, size=self.group.size, even=self.config.even_batches, drop_last=drop_last
+        )
+
+    def _sharding(self, group: Group) -> Sharding:
+        """Deal out keys; `group` is who runs samplers together."""
+        batches = self._batches()
+        if self._is_single():
+            self.split = False
+            layout = self._layout(1, drop_last=False)
+            self.rows = None
+            if size_of(batches) is not None:
+                return SampleSharding(order_source(batches, group), layout, group)
+            return UnsizedSharding(BatchSampler(batches, 1, False), layout, group, split=False)
+        drop_last = bool(getattr(batches, "drop_last", False))
+        rows = getattr(batches, "batch_size", None)
+        layout = self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
+        plain = isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__
+        if plain and size_of(batches.sampler) is not None:
+            return SampleSharding(order_source(batches.sampler, group), layout, group)
+        if size_of(batches) is not None:
+            return BatchSharding(batches, layout, group, split=self.split)
+        return UnsizedSharding(batches, layout, group, split=self.split)
+
+    def _stream(self, settings: dict[str, Any]) -> Reading:
+        layout = self._layout(self.loader.batch_size, drop_last=self.loader.drop_last)
+        dataset, note = self._split_stream()
+        reader = self._reader(settings, dataset, batch_size=layout.rows or None)
+        return self._with_generator(StreamReading(reader, layout, self.group, note), reader)
+
+    def _reader(self, settings: dict[str, Any], dataset: Any, *, batch_size: int | None) -> DataLoader[Any]:
+        own = {"dataset": dataset, "batch_size": batch_size, "generator": torch.Generator()}
+        if batch_size is not None:
+            own["drop_last"] = self.loader.drop_last
+        return DataLoader(**{**settings, **own})
+
+    def _with_generator(self, reading: Reading, reader: DataLoader[Any]) -> Reading:
+        """Let the loader seed the workers of an inner reader."""
+        if reader is not self.loader:
+            reading.generator = reader.generator
+        return reading
+
+    def _split_stream(self) -> tuple[Any, str]:
+        """Decide how ranks share a stream."""
+        dataset, workers = self.loader.dataset, self.loader.num_workers
+        rank, size = self.group.rank, self.group.size
+        if size == 1 and workers <= 1:
+            return dataset, "stream read by one reader"
+        readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
+        if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
+            return StreamShard(dataset, 0, 1, workers), f"stream already split over {size} ranks"
+        shards = next(
+            (n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0
+        )
+        shard = getattr(dataset, "shard", None)
+        if callable(shard) and shards:
+            if shards >= size:
+                part = shard(num_shards=size, index=rank) if size > 1 else dataset
+                return StreamShard(
+                    part, 0, 1, workers
+                ), f"stream of {shards} shards split over {readers}, read once"
+            note = f"stream of {shards} shards, too few for {size} ranks, split item by item"
+            return StreamShard(dataset, rank, size, workers, by_items=True), note
+        return StreamShard(dataset, rank, size, workers), (
+            f"stream split over {readers}, by the data set itself if it asks for num_workers, else by items"
+        )
+
+    def _foreign(self) -> Reading:
+        kind = type(self.loader).__name__
+        if self.group.size > 1:
+            raise DataError(
+                f"The loader {kind} has an __iter__ of its own",
+                f"What it yields cannot be shared out among {self.group.size} ranks without reading it",
+                "Pass DataLoaderConfiguration(dispatch_batches=True), so that rank 0 reads, or prepare "
+                "a plain DataLoader",
+            )
+        layout = self._layout(self.loader.batch_size, drop_last=False)
+        return StreamReading(
+            self.loader, layout, self.group, f"read as {kind} yields it", length=lambda: len(self.loader)
+        )
+
+    def _dispatched(self, settings: dict[str, Any]) -> Reading:
+        rows = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
+        if self._is_single() and not self.iterable:
+            self.split, rows = False, 1
+        drop_last = bool(self.loader.drop_last or getattr(self._batches(), "drop_last", False))
+        layout = self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
+        feed, failure = None, None
+        if self.group.rank == 0:
+            try:
+                feed = self._feed(settings, layout)
+            except Exception as error:
+                failure = error
+        told = self.group.broadcast_object(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise DataError(f"Rank 0 cannot read the data: {told}", "", "See the traceback of rank 0")
+        reading = DispatchReading(feed, layout, self.group)
+        _check_not_empty(reading.num_rounds(), self.loader, reading.total_batch_size)
+        return reading
+
+    def _feed(self, settings: dict[str, Any], layout: Layout) -> Feed:
+        """Build what rank 0 reads from."""
+        if self.foreign:
+            return ReadFeed(self.loader, layout, split=self.split)
+        if self.iterable:
+            shard = StreamShard(self.loader.dataset, 0, 1, self.loader.num_workers)
+            return ReadFeed(
+                self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split
+            )
+        sharding = self._sharding(SoloGroup())
+        if not isinstance(sharding, PlannedSharding):
+            return ReadFeed(self.loader, layout, split=self.split)
+        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
+        own = (
+            {"sampler": sampler, "batch_size": None}
+            if self.loader.batch_sampler is None
+            else {"batch_sampler": sampler}
+        )
+        reader = DataLoader(**settings, **own, generator=torch.Generator())
+        return PlannedFeed(reader, sampler, sharding, self.group.size)
+
+
+def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
+    kind = type(loader)
+    # torchdata's loader adds only saving and loading of its position, which the prepared loader does itself.
+    restorable = kind.__name__ == "StatefulDataLoader" and kind.__module__.startswith("torchdata.")
+    return kind.__iter__ is not DataLoader.__iter__ and not restorable
+
+
+def _is_on_device(dataset: Any) -> bool:
+    return isinstance(dataset, TensorDataset) and any(t.device.type != "cpu" for t in dataset.tensors)
+
+
+def _check_not_empty(rounds: int | None, loader: DataLoader[Any], total: int | None) -> None:
+    if rounds != 0:
+        return
+    size = size_of(loader.dataset)
+    needed = f"; drop_last=True needs one whole global batch of {total}" if loader.drop_last and size else ""
+    raise DataError(
+        f"The data set {type(loader.dataset).__name__} with {size} samples makes no batch{needed}",
+        "A loop over it would do nothing",
+        "Check the data set and the sampler, or make the batch smaller" if size else "Check the data set",
+    )

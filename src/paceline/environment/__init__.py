@@ -1,0 +1,1 @@
+"""What this process finds around itself: ranks, devices, the process group, the log."""

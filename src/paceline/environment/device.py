@@ -1,0 +1,108 @@
+"""The device of this rank and what it can do, asked through `torch.accelerator` whoever made it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.environment.host import core_count, host_memory
+from paceline.errors import DeviceError
+
+if TYPE_CHECKING:
+    from paceline.environment.world import World
+
+__all__ = ["choose_device", "describe_device", "memory_info", "supported_precisions"]
+
+# The first NVIDIA generation (Ada, then Hopper) whose tensor cores multiply 8-bit floats.
+_FP8_CAPABILITY = (8, 9)
+
+
+def choose_device(world: World, *, cpu: bool = False) -> torch.device:
+    """Return this rank's device and make it torch's current one.
+
+    Under Slurm, a task that sees exactly one device uses it: Slurm has then bound one device to each task.
+
+    Raises:
+        DeviceError: This machine has more processes than devices.
+    """
+    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    index = world.local_rank
+    if world.source == "slurm" and count == 1:
+        index = 0
+    if index >= count:
+        raise DeviceError(
+            f"More processes than devices: this is local rank {world.local_rank} of {world.local_size}, "
+            f"and it sees {count} {accelerator.type} device{'s' if count != 1 else ''}",
+            "Each process needs a device of its own",
+            f"Start at most {count} processes on this machine (--num_processes), make more devices visible, "
+            "or run on the processor with --cpu",
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(accelerator.type, index)
+
+
+def supported_precisions(device: torch.device) -> frozenset[str]:
+    """Return which of "no", "bf16", "fp16", "fp8" the device computes in by itself, without emulation."""
+    names = {"no", "fp16"}
+    if device.type == "cpu" or _has_bf16(device):
+        names.add("bf16")
+    if _has_fp8(device):
+        names.add("fp8")
+    return frozenset(names)
+
+
+def memory_info(device: torch.device, *, local_size: int = 1) -> tuple[int, int]:
+    """Return (free, total) bytes of the device.
+
+    Args:
+        device: The device asked about.
+        local_size: How many processes share the host's memory; each gets an equal part. It counts only for
+            devices without a memory of their own (the processor, and chips that share the host's).
+    """
+    ask = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
+    if ask is not None:
+        free, total = ask(device)
+        return int(free), int(total)
+    available, total = host_memory()
+    return available // max(local_size, 1), total // max(local_size, 1)
+
+
+def describe_device(device: torch.device) -> str:
+    """Name the device in one phrase, such as `NVIDIA H100 80GB HBM3 (cuda:0, 79.1 GiB)`."""
+    gib = f"{memory_info(device)[1] / 2**30:.1f} GiB"
+    if device.type == "cpu":
+        cores = core_count()
+        return f"cpu ({cores} core{'s' if cores != 1 else ''}, {gib})"
+    ask = getattr(_module(device), "get_device_name", None)
+    return f"{ask(device)} ({device}, {gib})" if ask is not None else f"{device} ({gib})"
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    ask = getattr(_module(device), "is_bf16_supported", None)
+    if ask is not None:
+        try:
+            return bool(ask(including_emulation=False))
+        except TypeError:  # not every device's module knows emulation
+            return bool(ask())
+    try:
+        torch.ones(1, dtype=torch.bfloat16, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _has_fp8(device: torch.device) -> bool:
+    # torch.version.cuda is None in builds for other vendors, whose capability numbers mean something else.
+    if device.type == "cpu" or torch.version.cuda is None:
+        return False
+    ask = getattr(_module(device), "get_device_capability", None)
+    capability = ask(device) if ask is not None else None
+    return isinstance(capability, tuple) and capability >= _FP8_CAPABILITY

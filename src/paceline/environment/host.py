@@ -1,0 +1,51 @@
+"""What this machine has: memory and processor cores, within the limits that its container sets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+__all__ = ["core_count", "host_memory", "oom_kill_count"]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def host_memory() -> tuple[int, int]:
+    """Return (available, total) bytes of host memory; a container's limit counts when it is lower."""
+    memory = psutil.virtual_memory()
+    available, total = int(memory.available), int(memory.total)
+    limit = _number(_CGROUP / "memory.max")
+    used = _number(_CGROUP / "memory.current")
+    if limit is None or used is None or limit >= total:
+        return available, total
+    # Cached files count as used by the container, and go when memory is needed.
+    reclaimable = _counters(_CGROUP / "memory.stat").get("inactive_file", 0)
+    return min(available, max(0, limit - used + reclaimable)), limit
+
+
+def core_count() -> int:
+    """Return how many physical cores this process may use; logical ones where physical are not known."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def oom_kill_count() -> int:
+    """Return how often the kernel has killed a process for lack of memory since it started."""
+    return _counters(Path("/proc/vmstat")).get("oom_kill", 0)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or the word "max"
+        return None
+
+
+def _counters(path: Path) -> dict[str, int]:
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}

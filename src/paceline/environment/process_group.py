@@ -1,0 +1,234 @@
+"""The process group over which the ranks talk: opened once, closed at exit.
+
+The ranks meet in a store under a prefix of their own for every restart. torch's own rendezvous shares the
+keys of all attempts, so that a rank started again can read the address of a dead one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+
+from paceline.errors import DeviceError, WorldError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from paceline.environment.world import World
+
+__all__ = ["open_process_group"]
+
+# On a loaded file system some ranks import their libraries for minutes longer than others, so that meeting
+# may take longer than one collective is allowed to.
+_MEETING = timedelta(minutes=5)
+_SHORTEST_MEETING = timedelta(minutes=1)
+
+
+def open_process_group(
+    world: World,
+    device: torch.device,
+    *,
+    backend: str | None = None,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    force: bool = False,
+) -> str | None:
+    """Open torch's default process group; return the backend string in force, or None for a single process.
+
+    A group that is already open is kept and never closed; an asked timeout is applied to it. A group opened
+    here is closed when the process exits. Collective: every rank must call it.
+
+    Args:
+        world: This rank's place.
+        device: This rank's device.
+        backend: For example "gloo", "nccl" or "cpu:gloo,cuda:nccl"; None chooses gloo for the processor, and
+            with an accelerator its own backend beside gloo. A name alone, given for an accelerator, gets gloo
+            for the processor beside it.
+        timeout: How long a collective may take; None is torch's own.
+        init_method: A torch rendezvous address, such as `file:///shared/meeting`, instead of the world's.
+        force: Open a group of one for a single process too.
+
+    Raises:
+        WorldError: The ranks do not find each other, the port is taken, or a group that is open contradicts
+            the world.
+        DeviceError: The backend is not available for the device.
+    """
+    if dist.is_initialized():
+        return _keep_open_group(world, device, backend, timeout)
+    if world.size == 1 and not force:
+        return None
+    chosen = _choose_backend(device, backend)
+    device_id = None if device.type == "cpu" else device
+    if init_method is not None:
+        dist.init_process_group(
+            chosen,
+            init_method=init_method,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device_id,
+        )
+    else:
+        store = HashStore() if world.size == 1 else _meet(world, timeout)
+        dist.init_process_group(
+            chosen, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device_id
+        )
+    group = dist.group.WORLD
+    assert group is not None
+    atexit.register(_close_at_exit, group, os.getpid())
+    return _in_force(device)
+
+
+def _keep_open_group(
+    world: World, device: torch.device, backend: str | None, timeout: timedelta | None
+) -> str:
+    if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
+        raise WorldError(
+            f"A process group is open in which this is rank {dist.get_rank()} of {dist.get_world_size()}, "
+            f"but the environment says rank {world.rank} of {world.size}",
+            "One of them must be wrong",
+            "Call torch.distributed.destroy_process_group() first, or correct the variables",
+        )
+    in_force = _in_force(device)
+    if backend is not None:
+        open_pairs = set(dist.get_backend_config().split(","))
+        asked = {p for p in _with_devices(device, backend).split(",") if p.split(":")[0] == device.type}
+        if not asked <= open_pairs:
+            raise DeviceError(
+                f"The backend {backend!r} was asked for, but a process group with {in_force!r} is open",
+                "The backend of an open group cannot be changed",
+                "Ask for it where the group is first opened",
+            )
+    if timeout is not None:
+        dist.distributed_c10d._set_pg_timeout(timeout)
+    return in_force
+
+
+def _in_force(device: torch.device) -> str:
+    pairs = str(dist.get_backend_config())
+    if device.type != "cpu":
+        return pairs
+    return next((pair[4:] for pair in pairs.split(",") if pair.startswith("cpu:")), pairs)
+
+
+def _choose_backend(device: torch.device, backend: str | None) -> str:
+    """Return `backend`, or the default one, as torch takes it; raise when it cannot serve `device`."""
+    if not dist.is_available():
+        raise DeviceError(
+            "This build of torch has no torch.distributed",
+            "Several processes cannot talk to each other with it",
+            "Install an official build of torch",
+        )
+    chosen = _with_devices(device, backend or _default_backend(device))
+    for pair in chosen.split(","):
+        kind, _, name = pair.partition(":")
+        if name not in _available_backends(kind):
+            raise DeviceError(
+                f"The backend {name!r} was asked for on {kind}",
+                f"This build of torch has for {kind}: {', '.join(_available_backends(kind)) or 'none'}",
+                "Choose one of those, or leave the backend out",
+            )
+    return chosen.removeprefix("cpu:") if "," not in chosen else chosen
+
+
+def _default_backend(device: torch.device) -> str:
+    return dist.get_default_backend_for_device(device) if device.type != "cpu" else "gloo"
+
+
+def _with_devices(device: torch.device, backend: str) -> str:
+    """Write `nccl` as `cpu:gloo,cuda:nccl`: values of the script and checkpoints travel on the processor."""
+    if ":" in backend:
+        return backend.lower()
+    name = backend.lower()
+    return f"cpu:{name}" if device.type == "cpu" else f"cpu:gloo,{device.type}:{name}"
+
+
+def _available_backends(kind: str) -> tuple[str, ...]:
+    capability = dist.Backend.backend_capability
+    return tuple(
+        name
+        for name in dist.Backend.backend_list
+        if name not in ("undefined", "fake")
+        and kind in capability.get(name, ())
+        and dist.is_backend_available(name)
+    )
+
+
+def _meet(world: World, timeout: timedelta | None) -> Store:
+    """Return the store of this attempt once every rank has come to it."""
+    patience = _MEETING if timeout is None else max(timeout, _SHORTEST_MEETING)
+    base = _open_store(world, patience)
+    store = PrefixStore(f"paceline/{world.run_id}/{world.restart_count}", base)
+    store.set(f"here/{world.rank}", "1")
+    if store.add("arrived", 1) == world.size:
+        store.set("all", "1")
+    try:
+        store.wait(["all"], patience)
+    except dist.DistStoreError as error:
+        missing = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
+        raise WorldError(
+            f"Of {world.size} ranks, {_ranks(missing)} did not come to "
+            f"{world.main_address}:{world.main_port} within {patience.total_seconds():.0f} s",
+            "All ranks must open the process group together",
+            "Look at the output of the missing ranks: they ended early, are stuck before this point, or "
+            "reach another address",
+        ) from error
+    # torch waits in this store for each rank's address, under the collectives' own timeout.
+    if timeout is not None:
+        store.set_timeout(timeout)
+    return store
+
+
+def _open_store(world: World, patience: timedelta) -> Store:
+    listens = world.rank == 0 and not world.use_agent_store
+    where = f"{world.main_address}:{world.main_port}"
+    try:
+        return TCPStore(
+            world.main_address,
+            world.main_port,
+            world.size,
+            is_master=listens,
+            timeout=patience,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        if listens:
+            raise WorldError(
+                f"Rank 0 cannot listen at {where} ({_first_line(error)})",
+                "Another program uses that port, perhaps another run on this machine",
+                "Choose another with MASTER_PORT or --main_process_port; without either, `paceline launch` "
+                "finds a free one",
+            ) from error
+        raise WorldError(
+            f"Rank {world.rank} cannot reach rank 0 at {where} ({_first_line(error)})",
+            "Rank 0 has not started, or its name or port is blocked or wrong",
+            "Check MASTER_ADDR and MASTER_PORT, and that rank 0 is running",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(". ")
+
+
+def _ranks(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + ("…" if len(numbers) > 8 else "")
+    return f"rank{'s' if len(numbers) != 1 else ''} {shown}"
+
+
+def _close_at_exit(group: dist.ProcessGroup, owner: int) -> None:
+    """Close the group that this process opened.
+
+    Closing waits for the other ranks' pending work. A process that dies of an exception leaves them alone, so
+    that it dies at once and its launcher sees why.
+    """
+    dying = getattr(sys, "last_value", None) is not None
+    if os.getpid() == owner and not dying and dist.is_initialized() and dist.group.WORLD is group:
+        dist.destroy_process_group()

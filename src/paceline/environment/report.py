@@ -1,0 +1,226 @@
+"""What `paceline env` shows: versions, devices, the launcher's variables and the configuration in force."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from paceline.config import find_config_file, resolve
+from paceline.environment.device import describe_device, memory_info
+from paceline.environment.host import core_count, host_memory
+from paceline.environment.world import World
+from paceline.errors import ConfigError, PacelineError, WorldError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["DeviceReport", "EnvironmentReport", "environment_report"]
+
+_PACKAGES = (
+    "accelerate",
+    "datasets",
+    "deepspeed",
+    "numpy",
+    "peft",
+    "pydantic",
+    "safetensors",
+    "tensorboard",
+    "torchdata",
+    "transformers",
+    "triton",
+    "trl",
+)
+_LAUNCHER_PREFIXES = ("MV2_COMM_", "OMPI_COMM_", "PACELINE_", "PMIX_RANK", "PMI_", "SLURM_", "TORCHELASTIC_")
+_LAUNCHER_NAMES = (
+    "CUDA_VISIBLE_DEVICES",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "MPI_LOCALNRANKS",
+    "MPI_LOCALRANKID",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "OMP_NUM_THREADS",
+    "RANK",
+    "WORLD_SIZE",
+)
+_PROGRAM_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """One accelerator, with its memory in bytes."""
+
+    name: str
+    free: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentReport:
+    """What a bug report should say about a machine.
+
+    Attributes:
+        versions: paceline, Python, torch and the platform.
+        packages: Versions of installed packages that matter here, by name.
+        devices: The accelerators that torch sees.
+        drivers: Versions of the device's driver and libraries.
+        topology: How the devices are connected, as the vendor's program prints it; empty when unknown.
+        cores: Physical processor cores that this process may use.
+        host_memory: Bytes of host memory available, and in all.
+        world: Whose variables tell this process its rank, and what they say.
+        variables: The launcher's variables that are set.
+        config_file: The configuration file in force; empty without one.
+        config_problems: What is wrong with it.
+    """
+
+    versions: Mapping[str, str]
+    packages: Mapping[str, str]
+    devices: tuple[DeviceReport, ...]
+    drivers: Mapping[str, str]
+    topology: str
+    cores: int
+    host_memory: tuple[int, int]
+    world: str
+    variables: Mapping[str, str]
+    config_file: str
+    config_problems: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values that JSON can hold."""
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """Return aligned lines to read and to paste."""
+        available, total = self.host_memory
+        rows = [
+            *self.versions.items(),
+            ("processor", f"{self.cores} cores, {_gib(available)} of {_gib(total)} GiB memory available"),
+            *((f"device {n}", _device_line(device)) for n, device in enumerate(self.devices)),
+            *([] if self.devices else [("devices", "none: runs on the processor")]),
+            *self.drivers.items(),
+            ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
+            ("world", self.world),
+            *self.variables.items(),
+            ("configuration", self.config_file or "no file: defaults and what is detected"),
+            *(("problem", problem) for problem in self.config_problems),
+        ]
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        return "\n".join([*lines, *(["", self.topology] if self.topology else [])])
+
+
+def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
+    """Look at this machine and process; nothing that is wrong makes it raise."""
+    file, problems = _config(env)
+    return EnvironmentReport(
+        versions={
+            "paceline": importlib.metadata.version("paceline"),
+            "python": f"{platform.python_version()} ({sys.executable})",
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+        },
+        packages=_packages(),
+        devices=_devices(),
+        drivers=_drivers(env),
+        topology=_output(env, "nvidia-smi", "topo", "-m"),
+        cores=core_count(),
+        host_memory=host_memory(),
+        world=_world(env),
+        variables={
+            name: value if len(value) <= 200 else f"{value[:200]}…"
+            for name, value in sorted(env.items())
+            if name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES)
+        },
+        config_file=file,
+        config_problems=problems,
+    )
+
+
+def _packages() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _devices() -> tuple[DeviceReport, ...]:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return ()
+    reports = []
+    for index in range(torch.accelerator.device_count()):
+        device = torch.device(accelerator.type, index)
+        free, total = memory_info(device)
+        reports.append(DeviceReport(describe_device(device), free, total))
+    return tuple(reports)
+
+
+def _drivers(env: Mapping[str, str]) -> dict[str, str]:
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    found = {
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "driver": _output(env, "nvidia-smi", *query).partition("\n")[0],
+    }
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        from torch.cuda import nccl
+
+        found["nccl"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
+    return {name: version for name, version in found.items() if version}
+
+
+def _output(env: Mapping[str, str], program: str, *arguments: str) -> str:
+    """Return what a program prints; empty when it is not there, fails, or takes long."""
+    path = shutil.which(program, path=env.get("PATH"))
+    if path is None:
+        return ""
+    try:
+        done = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=_PROGRAM_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.rstrip()
+
+
+def _world(env: Mapping[str, str]) -> str:
+    try:
+        world = World.read(env)
+    except WorldError as error:
+        return f"contradictory: {error}"
+    if world.source == "none":
+        return "one process, no launcher"
+    local = f"local {world.local_rank} of {world.local_size}"
+    return f"rank {world.rank} of {world.size} ({local}) by {world.source}"
+
+
+def _config(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    file = None
+    try:
+        file = find_config_file(env, None)
+        resolve(flags={}, env=env, file=file)
+    except ConfigError as error:
+        return str(file or ""), tuple(map(str, error.problems))
+    except PacelineError as error:
+        return str(file or ""), (str(error),)
+    return str(file or ""), ()
+
+
+def _device_line(device: DeviceReport) -> str:
+    return f"{device.name}, {_gib(device.free)} of {_gib(device.total)} GiB free"
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"

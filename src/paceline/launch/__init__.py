@@ -1,0 +1,39 @@
+"""From one command to N ranks on this machine, and from their failures to one report.
+
+The names are resolved on first use: every worker imports this package before the script, and must not pay
+for the launcher's own imports.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from paceline.launch.command import Command
+    from paceline.launch.detection import detect
+    from paceline.launch.launcher import launch
+    from paceline.launch.planning import Plan, plan
+
+__all__ = ["Command", "Plan", "detect", "launch", "plan"]
+
+
+def __getattr__(name: str) -> object:
+    match name:
+        case "Command":
+            from paceline.launch.command import Command
+
+            return Command
+        case "Plan" | "plan":
+            from paceline.launch import planning
+
+            return getattr(planning, name)
+        case "detect":
+            from paceline.launch.detection import detect
+
+            return detect
+        case "launch":
+            from paceline.launch.launcher import launch
+
+            return launch
+        case _:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

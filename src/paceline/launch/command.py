@@ -1,0 +1,139 @@
+"""What to run on every rank, checked before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.machinery
+import importlib.util
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from paceline.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from importlib.machinery import ModuleSpec
+
+__all__ = ["Command", "check_command"]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A script and its arguments.
+
+    Attributes:
+        script: Path of a script, dotted name of a module, or name of a program.
+        arguments: Handed on as they are.
+        kind: Whether `script` is run as `python script`, as `python -m script`, or by itself.
+    """
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    kind: Literal["script", "module", "program"] = "script"
+
+
+def check_command(command: Command, env: Mapping[str, str]) -> None:
+    """Raise `UsageError` when there is nothing that `command` could run."""
+    match command.kind:
+        case "script":
+            _check_script(Path(command.script))
+        case "module":
+            _check_module(command.script)
+        case "program":
+            if shutil.which(command.script, path=env.get("PATH")) is None:
+                raise UsageError(
+                    f"There is no program {command.script!r}",
+                    "It is neither a path to an executable file nor a name found in PATH",
+                    "Check the spelling, or leave --no_python out to run it with Python",
+                )
+
+
+def _check_script(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        scripts = sorted(p.name for p in path.glob("*.py"))[:8]
+        raise UsageError(
+            f"{str(path)!r} is a folder",
+            "The launcher runs one script",
+            f"Name a script in it ({', '.join(scripts)})" if scripts else "Name a script",
+        )
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(
+            f"There is no script {str(path)!r}: the folder {str(folder)!r} does not exist",
+            f"Paths count from {Path.cwd()}",
+            _or_option(path) or "Check the path",
+        )
+    names = [p.name for p in folder.iterdir() if p.is_file() and (p.suffix == ".py" or p.name == path.name)]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    hint = f"Did you mean {str(folder / close[0])!r}?" if close else _or_option(path) or "Check the path"
+    raise UsageError(
+        f"There is no script {str(path)!r}", f"The folder {str(folder.resolve())!r} does not hold it", hint
+    )
+
+
+def _or_option(path: Path) -> str:
+    """Say what a missing script may be instead, judging by its looks; may be empty."""
+    if str(path).startswith("-"):
+        return "Options of the launcher come before the script, the script's own after it; check the spelling"
+    if path.suffix != ".py" and len(path.parts) == 1:
+        return "To run a module, give -m; to run a program that is not Python, give --no_python"
+    return ""
+
+
+def _check_module(name: str) -> None:
+    # The workers, started with `python -m`, look in the current folder first; the command itself does not.
+    with _current_folder_first():
+        spec = _find_without_importing(name)
+        if spec is None:
+            raise _no_module(name)
+        if spec.submodule_search_locations is None:
+            return
+        if _find_without_importing(f"{name}.__main__") is None:
+            raise UsageError(
+                f"{name!r} is a package without a __main__ module",
+                "Python cannot run it",
+                f"Name a module in it, such as {name}.train",
+            )
+
+
+def _find_without_importing(name: str) -> ModuleSpec | None:
+    """Find a module; `importlib.util.find_spec` alone would run the packages that hold it."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        return None
+    head, *rest = name.split(".")
+    spec = importlib.util.find_spec(head)
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        head = f"{head}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(head, list(spec.submodule_search_locations))
+    return spec
+
+
+def _no_module(name: str) -> UsageError:
+    hint = "Check the spelling, and that it is installed or lies under the current folder"
+    if Path(name).is_file():
+        hint = f"{name!r} is a file: leave -m out"
+    return UsageError(
+        f"There is no module {name!r}",
+        f"Modules are looked for from {Path.cwd()} and where packages are",
+        hint,
+    )
+
+
+@contextlib.contextmanager
+def _current_folder_first() -> Iterator[None]:
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)

@@ -1,0 +1,239 @@
+"""The plan of a launch: which processes with which variables, checked and printable before any starts."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import socket
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from paceline.environment.host import core_count
+from paceline.environment.world import World
+from paceline.errors import ConfigError, NotBuiltError, Problem, UsageError, WorldError
+from paceline.launch.command import check_command
+from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.config import Resolved, RunConfig
+    from paceline.launch.command import Command
+
+__all__ = ["Plan", "PlannedRank", "plan"]
+
+_WORKER = "paceline.launch.worker"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRank:
+    """One process: its command line and the variables that only it gets."""
+
+    rank: int
+    command: tuple[str, ...]
+    variables: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a launch will start.
+
+    Attributes:
+        ranks: One entry for each process.
+        variables: What all processes get besides, as far as it differs from the launcher's environment.
+        address: Where the ranks meet.
+        port: The port there; 0 stands for a free one, chosen when the launch begins.
+        max_restarts: How often failed ranks are started again.
+    """
+
+    ranks: tuple[PlannedRank, ...]
+    variables: Mapping[str, str]
+    address: str
+    port: int
+    max_restarts: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the plan as plain values that JSON can hold."""
+        return {
+            "address": self.address,
+            "port": self.port,
+            "max_restarts": self.max_restarts,
+            "variables": dict(self.variables),
+            "ranks": [
+                {"rank": r.rank, "command": list(r.command), "variables": dict(r.variables)}
+                for r in self.ranks
+            ],
+        }
+
+    def as_text(self) -> str:
+        """Return the plan as lines that a shell could run, but for the port while it is not chosen."""
+        count = len(self.ranks)
+        port = f"port {self.port}" if self.port else "a free port"
+        lines = [
+            f"{count} process{'es' if count != 1 else ''} on this machine, meeting at {self.address}, {port}"
+        ]
+        lines.append("for all:")
+        lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
+        for rank in self.ranks:
+            own = " ".join(f"{name}={shlex.quote(value)}" for name, value in rank.variables.items())
+            lines += [f"rank {rank.rank}:", f"  {own} {shlex.join(rank.command)}"]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+
+def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
+    """Check everything that can be checked without starting a process, and say what would be started.
+
+    Raises:
+        ConfigError: The configuration does not fit this machine; it holds every problem.
+        UsageError: There is nothing to run under that name, or this is a launched process itself.
+        NotBuiltError: More than one machine.
+    """
+    _refuse_inside_a_launch(env)
+    check_command(command, env)
+    config = resolved.config
+    if config.num_machines != 1:
+        raise NotBuiltError(
+            f"num_machines={config.num_machines}",
+            "Start the script with torchrun or srun on each machine: paceline reads their variables",
+        )
+    if config.num_processes is None:
+        found = detect(env, config.use_cpu)
+        config = config.model_copy(update=found)
+        resolved = replace(resolved, config=config)
+    problems = list(_problems(resolved))
+    if problems:
+        raise ConfigError(problems)
+    size = config.num_processes or 1
+    port = config.main_process_port or 0
+    address = config.main_process_ip or "127.0.0.1"
+    shared = {
+        **_device_variables(config),
+        **_thread_variables(config, size, env),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": address,
+        "PACELINE_CONFIG": resolved.to_json(),
+        "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(size),
+        **({"MASTER_PORT": str(port)} if port else {}),
+    }
+    line = _command_line(command)
+    return Plan(
+        ranks=tuple(PlannedRank(rank, line, _rank_variables(rank)) for rank in range(size)),
+        variables={name: value for name, value in shared.items() if env.get(name) != value},
+        address=address,
+        port=port,
+        max_restarts=config.max_restarts,
+    )
+
+
+def _command_line(command: Command) -> tuple[str, ...]:
+    kind = () if command.kind == "script" else (f"--{command.kind}",)
+    return (sys.executable, "-m", _WORKER, *kind, command.script, *command.arguments)
+
+
+def _rank_variables(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+
+
+def _device_variables(config: RunConfig) -> dict[str, str]:
+    ids = _device_ids(config)
+    if not ids:
+        return {}
+    kind, _ = count_accelerators()
+    name = visible_devices_variable(kind) if kind is not None else None
+    return {name: ",".join(ids)} if name is not None else {}
+
+
+def _device_ids(config: RunConfig) -> tuple[str, ...]:
+    return () if config.gpu_ids in (None, "all") else tuple(str(config.gpu_ids).split(","))
+
+
+def _thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> dict[str, str]:
+    """Share the cores out: left alone, each of the N processes would start a thread for every core."""
+    if config.num_cpu_threads_per_process is not None:
+        return {"OMP_NUM_THREADS": str(config.num_cpu_threads_per_process)}
+    if "OMP_NUM_THREADS" in env:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, core_count() // size))}
+
+
+def _refuse_inside_a_launch(env: Mapping[str, str]) -> None:
+    try:
+        world = World.read(env)
+    except WorldError:  # left-overs in a shell; the ranks get variables of their own
+        return
+    if world.size > 1:
+        raise UsageError(
+            f"This is already rank {world.rank} of {world.size} (by the variables of {world.source})",
+            f"Each of the {world.size} would start a run of its own",
+            "Run the script itself in place of `paceline launch`: paceline reads these variables",
+        )
+
+
+def _problems(resolved: Resolved) -> Iterator[Problem]:
+    config = resolved.config
+    yield from _device_problems(resolved)
+    if config.main_process_port:
+        reason = _why_port_is_taken(config.main_process_port)
+        if reason is not None:
+            yield Problem(
+                resolved.origin("main_process_port").where,
+                "main_process_port",
+                f"the port {config.main_process_port} cannot be used here: {reason}",
+                "the ranks meet there",
+                "choose another, or 0 for a free one",
+            )
+
+
+def _device_problems(resolved: Resolved) -> Iterator[Problem]:
+    config, size, ids = resolved.config, resolved.config.num_processes or 1, _device_ids(resolved.config)
+    kind, count = (None, 0) if config.use_cpu else count_accelerators()
+    if ids and kind is None:
+        yield Problem(
+            resolved.origin("gpu_ids").where,
+            "gpu_ids",
+            f"devices {config.gpu_ids} were asked for, and this run has none",
+            "use_cpu is set" if config.use_cpu else "torch finds no accelerator on this machine",
+            "leave gpu_ids out",
+        )
+    elif ids and visible_devices_variable(str(kind)) is None:
+        yield Problem(
+            resolved.origin("gpu_ids").where,
+            "gpu_ids",
+            f"no variable is known that chooses among devices of type {kind}",
+            "the processes would use other devices than those",
+            "leave gpu_ids out, and hide devices with the vendor's own variable",
+        )
+    elif kind is not None and size > (len(ids) or count):
+        what = f"the {len(ids)} of gpu_ids" if ids else f"the {count} that torch sees"
+        yield Problem(
+            resolved.origin("num_processes").where,
+            "num_processes",
+            f"{size} processes, more than {kind} devices ({what})",
+            "each process needs a device of its own",
+            f"take num_processes {len(ids) or count}, or run on the processor with --cpu",
+        )
+    if config.enable_cpu_affinity and (kind != "cuda" or shutil.which("numactl") is None):
+        yield Problem(
+            resolved.origin("enable_cpu_affinity").where,
+            "enable_cpu_affinity",
+            "processes cannot be pinned to the cores near their device here",
+            "that takes CUDA devices and the program numactl",
+            "install numactl, or leave enable_cpu_affinity out",
+        )
+
+
+def _why_port_is_taken(port: int) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None

@@ -1,0 +1,215 @@
+"""What every launched process runs first, as `python -m paceline.launch.worker`, before the user's script.
+
+It runs the script as `python script.py` would, and when that fails leaves an account of it for the launcher,
+which prints the first failure once. It must start fast and alone: it imports neither torch nor the rest of
+paceline, and no module that the script could do without.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+# What a rank says when it failed only because another one went away (gloo, NCCL, torch's stores).
+_SECONDARY_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_SECONDARY_TEXTS = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Software caused connection abort",
+    "remote process exited or there was a network error",
+    "Timed out waiting",
+    "Read timeout",
+    "Write timeout",
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the script, module or program that `arguments` name; leave with its exit code."""
+    rest = list(arguments)
+    if rest[0] == "--parent":
+        _die_with(int(rest[1]))
+        del rest[:2]
+    kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
+    if kind == "--program":
+        os.execvp(rest[0], rest)
+    sys.argv = rest
+    try:
+        if kind == "--module":
+            _run_module(rest[0])
+        else:
+            _run_script(rest[0])
+    except SystemExit as stop:
+        code = _exit_code(stop)
+        if code != 0:
+            _leave(stop, code)
+        raise
+    except KeyboardInterrupt as stop:
+        _leave(stop, 128 + signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
+    except BaseException as error:
+        _tell_hook(error)
+        _leave(error, 1)
+        sys.exit(1)
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the launcher dies, however it dies; nothing outside Linux."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it died before we asked
+        os._exit(128 + signal.SIGKILL)
+
+
+def _run_script(script: str) -> None:
+    path = str(Path(script).absolute())
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = str(Path(path).resolve().parent)
+    with io.open_code(path) as source:
+        text = source.read()
+    loader = importlib.machinery.SourceFileLoader("__main__", path)
+    module = _new_main({"__file__": path, "__loader__": loader, "__cached__": None})
+    exec(compile(text, path, "exec", dont_inherit=True), module.__dict__)
+
+
+def _run_module(name: str) -> None:
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        spec = importlib.util.find_spec(f"{name}.__main__")
+    loader = spec.loader if spec is not None else None
+    if spec is None or not isinstance(loader, importlib.machinery.SourceFileLoader):
+        sys.exit(f"{sys.executable}: no module named {name!r} that can be run")
+    code = loader.get_code(spec.name)
+    assert code is not None
+    sys.argv[0] = spec.origin or name
+    module = _new_main(
+        {
+            "__file__": spec.origin,
+            "__loader__": loader,
+            "__cached__": spec.cached,
+            "__spec__": spec,
+            "__package__": spec.parent,
+        }
+    )
+    exec(code, module.__dict__)
+
+
+def _new_main(names: Mapping[str, object]) -> ModuleType:
+    """Put an empty `__main__` in this one's place, and keep it until the process ends, as python does.
+
+    Pickling, `multiprocessing` and exit handlers of the script look for its names there.
+    """
+    module = ModuleType("__main__")
+    module.__dict__.update({"__builtins__": builtins, "__annotations__": {}, "__spec__": None, **names})
+    sys.modules["__main__"] = module
+    return module
+
+
+def _exit_code(stop: SystemExit) -> int:
+    if stop.code is None:
+        return 0
+    return stop.code & 0xFF if isinstance(stop.code, int) else 1
+
+
+def _tell_hook(error: BaseException) -> None:
+    """Call an exception hook that the script installed (trackers note a crash there), but print nothing."""
+    if sys.excepthook is not sys.__excepthook__:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+            sys.excepthook(type(error), error, _own_traceback(error))
+
+
+def _leave(error: BaseException, code: int) -> None:
+    """Write the account of a failure where torch elastic looks for it, in its format, with fields added."""
+    # Exit handlers look here, as after any uncaught exception: they must not wait for other ranks now.
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    own = _own_traceback(error)
+    text = "".join(traceback.format_exception(type(error), error.with_traceback(own), own))
+    headline = traceback.format_exception_only(type(error), error)[-1].strip()
+    account = {
+        "message": {
+            "message": headline,
+            "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
+        },
+        "paceline": {
+            "kind": _kind(error),
+            "rank": int(os.environ.get("RANK", "0")),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+            "code": code,
+            "where": _place(own),
+            "headline": headline,
+            "traceback": text,
+            "secondary": _looks_secondary(error),
+        },
+    }
+    unfinished = Path(f"{path}.part")
+    unfinished.write_text(json.dumps(account), encoding="utf-8")
+    unfinished.rename(path)
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "exit"
+    return "interrupt" if isinstance(error, KeyboardInterrupt) else "exception"
+
+
+def _own_traceback(error: BaseException) -> TracebackType | None:
+    """Return the traceback from the script's first line on, without the frames of this file."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
+
+
+def _place(trace: TracebackType | None) -> str:
+    """Return `file:line` of the innermost frame that belongs to no library."""
+    standard = str(Path(os.__file__).parent)
+    place = ""
+    for frame, line in traceback.walk_tb(trace):
+        name = frame.f_code.co_filename
+        if not place or not (name.startswith((standard, "<")) or "site-packages" in name):
+            place = f"{name}:{line}"
+    return place
+
+
+def _looks_secondary(error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        names = {cls.__name__ for cls in type(cause).__mro__}
+        if names & _SECONDARY_TYPES or any(text in str(cause) for text in _SECONDARY_TEXTS):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""What was detected and decided, as text for the start of a log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paceline.environment.device import describe_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from paceline.assembly import Parts
+    from paceline.data import PreparedDataLoader
+    from paceline.strategies import Strategy
+
+_WIDTH = 13
+
+
+def describe_run(
+    parts: Parts, strategy: Strategy | None, reason: str, loaders: Sequence[PreparedDataLoader], steps: int
+) -> str:
+    """Lines of `what     value`: devices, backend, strategy and why, precision, dtypes, data, global batch.
+
+    Args:
+        parts: The run.
+        strategy: The one in force; None while it is still open.
+        reason: Why that one.
+        loaders: Those prepared so far.
+        steps: Micro-batches to an optimizer step.
+    """
+    rows = [*_where(parts), *_strategy(strategy, reason), *_precision(parts, strategy)]
+    rows += [row for loader in loaders for row in _data(loader, steps)]
+    rows += [("note", note) for note in parts.resolved.notes]
+    rows += [(f"{key}", f"{value}  ({origin.where})") for key, value, origin in _said(parts)]
+    lines: list[str] = []
+    for what, value in rows:
+        repeated = bool(lines) and what == last
+        lines.append(f"{'' if repeated else what:<{_WIDTH}} {value}")
+        last = what
+    return "\n".join(lines)
+
+
+def _where(parts: Parts) -> Iterator[tuple[str, str]]:
+    world = parts.around.world
+    machines = "" if world.num_nodes == 1 else f" on {world.num_nodes} machines"
+    yield "processes", f"{world.size}{machines} (from {world.source})" if world.size > 1 else "1"
+    yield "device", f"{describe_device(parts.around.device)}, one each" if world.size > 1 else describe_device(
+        parts.around.device
+    )
+    yield "backend", parts.backend or "none: nothing is exchanged"
+
+
+def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str]]:
+    yield "strategy", reason or "auto: decided when the first model is prepared"
+    if strategy is not None:
+        yield from (("strategy", line) for line in strategy.describe())
+
+
+def _precision(parts: Parts, strategy: Strategy | None) -> Iterator[tuple[str, str]]:
+    yield "precision", parts.around.precision.mode
+    if strategy is not None:
+        yield "dtypes", ", ".join(f"{use} {dtype}" for use, dtype in strategy.dtypes().items())
+
+
+def _data(loader: PreparedDataLoader, steps: int) -> Iterator[tuple[str, str]]:
+    yield "data", loader.describe()
+    if loader.total_batch_size:
+        window = f" x {steps} accumulation steps" if steps > 1 else ""
+        total = loader.total_batch_size * steps
+        yield "data", f"global batch {total:,} samples an optimizer step = {loader.total_batch_size:,}{window}"
+
+
+def _said(parts: Parts) -> Iterator[tuple[str, object, object]]:
+    """The settings that somebody gave: neither defaults nor what was detected."""
+    for key, value, origin in parts.resolved.explain():
+        if origin.kind not in ("default", "detected") and key != "strategy":
+            yield key, value, origin

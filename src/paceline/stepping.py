@@ -1,0 +1,407 @@
+"""When a step is real: the accumulation window, the weights in it, skipped steps and the scheduler.
+
+A window is the micro-batches between two optimizer steps. Gradients are the true mean over what was in it:
+
+* `backward(loss)`: the mean over the micro-batches that were really there, the short last window included;
+* `backward(loss_sum, weight=n)`: the sum over all ranks divided by the sum of all weights.
+
+The divisor is applied as the first gradient of the backward pass, where it costs nothing. It is known before the
+window ends in all cases but two (a stream that ends early, and weights over several micro-batches); then one multiply
+over the gradients puts it right when the window closes. Nothing here reads a number from the device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from paceline.errors import SteppingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+
+    from paceline.collectives import Group
+    from paceline.config import GradientAccumulationPlugin
+    from paceline.data import ActiveLoaders
+    from paceline.precision import LossScaler
+    from paceline.strategies import Strategy
+
+__all__ = [
+    "AcceleratedOptimizer",
+    "AcceleratedScheduler",
+    "Accumulation",
+    "Window",
+    "is_scheduler",
+    "unassigned",
+]
+
+
+class Window:
+    """The micro-batches between two optimizer steps.
+
+    Attributes:
+        sync_gradients: Whether the micro-batch in work is the last of its window.
+    """
+
+    def __init__(self, plugin: GradientAccumulationPlugin, loaders: ActiveLoaders, group: Group) -> None:
+        self.num_steps = plugin.num_steps
+        self.sync_gradients = True
+        self.follows_loader = plugin.sync_with_dataloader
+        self._loaders = loaders
+        self._group = group
+        self._scales: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._ended = True
+        self._open()
+
+    def _open(self) -> None:
+        self._begun = 0
+        self._planned = 1
+        self._backwards = 0
+        self._backwards_now = 0
+        self._settled = False
+        self._ended = False
+        self._weight: Tensor | None = None
+        self._reference: Tensor | None = None
+
+    # The way through a window
+
+    def advance(self) -> bool:
+        """Begin the next micro-batch; return whether it is the last of its window."""
+        if self._ended or (self.sync_gradients and self._begun):
+            self._open()
+        loader = self._loaders.current if self.follows_loader else None
+        if self._begun == 0:
+            self._planned = self._plan(None if loader is None else loader.remaining)
+        self._begun += 1
+        self._backwards_now = 0
+        last = loader is not None and loader.end_of_dataloader
+        self.sync_gradients = self._begun >= self.num_steps or last
+        return self.sync_gradients
+
+    def _plan(self, remaining: int | None) -> int:
+        """How many micro-batches the window will have, as far as that can be known."""
+        return self.num_steps if remaining is None else min(self.num_steps, remaining + 1)
+
+    def scale_of(self, loss: Tensor, weight: float | Tensor | None) -> Tensor | None:
+        """The first gradient of this backward pass; None is one.
+
+        Args:
+            loss: A mean (no weight), or a sum over what `weight` counts. Shape [].
+            weight: How many tokens or samples this rank's sum is over.
+
+        Raises:
+            SteppingError: Weighted and unweighted losses in one window.
+        """
+        if self._ended:
+            self._open()
+        if self._backwards and (weight is None) != (self._weight is None):
+            raise SteppingError(
+                "backward() was called with a weight and without one in the same accumulation window",
+                "A mean and a weighted sum have no common divisor",
+                "Pass weight= in every backward() of the window, or in none",
+            )
+        self._backwards += 1
+        self._backwards_now += 1
+        if weight is not None:
+            return self._weighted(loss, weight)
+        return None if self._planned == 1 else self._constant(1.0 / self._planned, loss)
+
+    def _constant(self, value: float, like: Tensor) -> Tensor:
+        key = (value, like.dtype, like.device)
+        if key not in self._scales:
+            self._scales[key] = torch.full((), value, dtype=like.dtype, device=like.device)
+        scale = self._scales[key]
+        return scale if like.ndim == 0 else scale.expand(like.shape)
+
+    def _weighted(self, loss: Tensor, weight: float | Tensor) -> Tensor:
+        """Divide by a guess of the window's total weight that is the same on all ranks.
+
+        The guess is the first micro-batch's weight over all ranks times the window's length. It keeps gradients
+        near their true size, which fp16 needs; `settle` replaces it by the true total.
+        """
+        mine = _as_weight(weight, loss.device)
+        if self._weight is None or self._reference is None:
+            self._weight = mine
+            guess = self._group.all_reduce(mine.clone(), "sum") * self._planned
+            self._reference = torch.where(guess > 0, guess, torch.ones_like(guess))
+        else:
+            self._weight = self._weight + mine
+        scale = (self._group.size / self._reference).to(loss.dtype)
+        return scale if loss.ndim == 0 else scale.expand(loss.shape)
+
+    def settle(self, strategy: Strategy) -> None:
+        """Replace the guessed divisor of a closing window by the true one, once.
+
+        Collective when losses are weighted: every rank must call it.
+        """
+        if self._settled or self._ended or not self.sync_gradients or not self._backwards:
+            return
+        self._settled = True
+        if self._weight is not None and self._reference is not None:
+            if self._backwards > 1 or self._planned > 1:
+                total = self._group.all_reduce(self._weight.clone(), "sum")
+                factor = torch.where(total > 0, self._reference / total, torch.zeros_like(total))
+                strategy.scale_gradients(strategy.trainable(), factor)
+        elif self._begun and self._begun != self._planned:
+            strategy.scale_gradients(strategy.trainable(), self._planned / self._begun)
+
+    def end(self) -> None:
+        """Note that an optimizer took its step: the next backward opens a new window."""
+        self._ended = True
+
+    # What the wrapped objects ask
+
+    @property
+    def may_zero(self) -> bool:
+        """Whether gradients may be dropped now without losing what the open window has gathered."""
+        return self._ended or not self._backwards or (self.sync_gradients and self._backwards_now > 0)
+
+    def require_end(self, what: str) -> None:
+        """Refuse what is right only when all of a window's gradients are there.
+
+        Raises:
+            SteppingError: The window is still open.
+        """
+        if not self.sync_gradients:
+            raise SteppingError(
+                f"{what} was called in micro-batch {self._begun} of a window of {self._planned}",
+                "The gradients of the later micro-batches are not in yet, so it would act on a part of them",
+                "Call it under `if accelerator.sync_gradients:`",
+            )
+
+
+def _as_weight(weight: float | Tensor, device: torch.device) -> Tensor:
+    """One fp32 number on the device, made without a copy from the host that would wait for the device."""
+    if isinstance(weight, torch.Tensor):
+        return weight.detach().to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
+    return torch.full((), float(weight), dtype=torch.float32, device=device)
+
+
+class AcceleratedOptimizer(Optimizer):
+    """An optimizer that steps and zeroes at the end of a window only.
+
+    It is a `torch.optim.Optimizer`, so schedulers accept it; its state and its groups are those of the optimizer
+    that it was made from, which stays reachable as `optimizer`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        window: Window,
+        scaler: LossScaler | None,
+        first_step: Callable[[], Strategy],
+    ) -> None:
+        # The base class's constructor would build groups of its own.
+        self.optimizer = optimizer
+        self._window = window
+        self._scaler = scaler
+        # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
+        self._first_step = first_step
+        self._strategy: Strategy | None = None
+        self.step_was_skipped = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step if this micro-batch ends its window; otherwise do nothing.
+
+        Under fp16 a step in which any rank found an overflow is skipped on all ranks: see `step_was_skipped`.
+        """
+        window = self._window
+        if not window.sync_gradients:
+            return None
+        strategy = self._strategy
+        if strategy is None:
+            strategy = self._strategy = self._first_step()
+        window.settle(strategy)
+        result = None
+        if self._scaler is None:
+            result = strategy.step(self.optimizer, closure)
+        else:
+            self._refuse_closure(closure)
+            self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
+        window.end()
+        return result
+
+    @staticmethod
+    def _refuse_closure(closure: object) -> None:
+        if closure is not None:
+            raise SteppingError(
+                "optimizer.step(closure) was called under mixed_precision='fp16'",
+                "The gradient scaler must see the gradients before the optimizer does",
+                "Use mixed_precision='bf16' or 'no' with optimizers that call a closure",
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, unless the open window still needs them."""
+        if self._window.may_zero:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> None:
+        """Switch a schedule-free optimizer to training; nothing for any other."""
+        getattr(self.optimizer, "train", _nothing)()
+
+    def eval(self) -> None:
+        """Switch a schedule-free optimizer to evaluation; nothing for any other."""
+        getattr(self.optimizer, "eval", _nothing)()
+
+    # What the optimizer inside has
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The state of the optimizer inside, by parameter."""
+        return self.optimizer.state
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        """The groups of the optimizer inside."""
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> Any:  # type: ignore[override]
+        """The defaults of the optimizer inside."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the optimizer inside."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer inside."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizer inside."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Register on the optimizer inside: it runs only before steps that are taken."""
+        return self.optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Register on the optimizer inside: it runs only after steps that are taken."""
+        return self.optimizer.register_step_post_hook(hook)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer}
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+class AcceleratedScheduler:
+    """A learning-rate scheduler that moves once for each optimizer step that was taken, at any world size."""
+
+    def __init__(
+        self,
+        scheduler: LRScheduler,
+        *,
+        window: Window,
+        optimizers: Iterable[AcceleratedOptimizer],
+        step_with_optimizer: bool = True,
+    ) -> None:
+        self.scheduler = scheduler
+        self._window = window
+        self._optimizers = tuple(optimizers)
+        self._step_with_optimizer = step_with_optimizer
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Move on, if the optimizer did: not inside a window, and not after a skipped step."""
+        if self._step_with_optimizer:
+            if not self._window.sync_gradients:
+                return
+            if any(optimizer.step_was_skipped for optimizer in self._optimizers):
+                return
+        self.scheduler.step(*args, **kwargs)
+
+    def get_last_lr(self) -> list[Any]:
+        """The learning rates in force, one a group."""
+        return self.scheduler.get_last_lr()
+
+    def get_lr(self) -> Any:
+        """What the scheduler inside computes; `get_last_lr` is what scripts want."""
+        return self.scheduler.get_lr()
+
+    @property
+    def last_epoch(self) -> int:
+        """How many steps the schedule has moved."""
+        return self.scheduler.last_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the scheduler inside."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the scheduler inside."""
+        self.scheduler.load_state_dict(state_dict)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.scheduler!r})"
+
+
+def is_scheduler(thing: object) -> bool:
+    """Whether something is a learning-rate scheduler of torch, or acts as one."""
+    return isinstance(thing, LRScheduler) or all(
+        callable(getattr(thing, name, None)) for name in ("step", "get_last_lr", "state_dict")
+    )
+
+
+def unassigned(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], strategy: Strategy) -> list[str]:
+    """The names of trainable parameters that no optimizer updates, in models of which it updates others.
+
+    A model of which no parameter is in any optimizer and none got a gradient (a teacher, say) is left alone.
+    """
+    assigned = {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    names: list[str] = []
+    for model in models:
+        trained = [(name, p) for name, p in strategy.named_parameters(model) if p.requires_grad]
+        missing = [name for name, p in trained if id(p) not in assigned]
+        involved = len(missing) < len(trained) or any(p.grad is not None for _, p in trained)
+        if involved:
+            names.extend(missing)
+    return names
+
+
+class Accumulation:
+    """The context around one micro-batch: `with accelerator.accumulate(model):`.
+
+    One object serves every step, so that entering it makes nothing.
+    """
+
+    def __init__(self, window: Window, *, sync_each_batch: bool) -> None:
+        self._window = window
+        self._sync_each_batch = sync_each_batch
+        self._strategy: Strategy | None = None
+        self._models: Iterable[nn.Module] = ()
+        self._held: dict[int, nn.Module] = {}
+
+    def over(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
+        """Aim at these models."""
+        self._models = models
+        self._strategy = strategy
+        return self
+
+    def __enter__(self) -> None:
+        strategy = self._strategy
+        assert strategy is not None
+        if self._window.advance():
+            for model in self._held.values():
+                strategy.set_gradient_sync(model, True)
+            self._held.clear()
+        elif not self._sync_each_batch:
+            for model in self._models:
+                if id(model) not in self._held:
+                    self._held[id(model)] = model
+                    strategy.set_gradient_sync(model, False)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._strategy is not None:
+            self._window.settle(self._strategy)

@@ -1,0 +1,6 @@
+"""How a model is spread over ranks: one file and one class for each way."""
+
+from paceline.strategies.base import DistributedType, Strategy, Surroundings
+from paceline.strategies.table import load_strategy, strategy_names
+
+__all__ = ["DistributedType", "Strategy", "Surroundings", "load_strategy", "strategy_names"]

@@ -1,0 +1,314 @@
+"""Every rank holds a part of every parameter, gradient and optimizer state (`torch.distributed.fsdp.fully_shard`)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from paceline.config import FullyShardedDataParallelPlugin
+from paceline.errors import PrepareError
+from paceline.precision import autocast_forward
+from paceline.strategies.base import DistributedType, Strategy, by_device, refuse_join, short_dtype
+from paceline.strategies.compiled import compile_model
+from paceline.strategies.remat import checkpoint_blocks, plain_name
+from paceline.strategies.shards import (
+    Ownership,
+    Replacements,
+    initialize_meta,
+    local_gradients,
+    materialize,
+    sharded_axes,
+)
+from paceline.strategies.units import find_units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from paceline.strategies.base import Surroundings
+    from paceline.strategies.units import Units
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FSDPStrategy(Strategy):
+    """FSDP2: parameters are gathered unit by unit when needed and dropped again."""
+
+    name = "fsdp"
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.FSDP
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self._plugin = surroundings.config.fsdp_config or FullyShardedDataParallelPlugin()
+        self._mesh = _build_mesh(surroundings)
+        self._mixed = _mixed_precision(surroundings, self._plugin)
+        self._replacements = Replacements()
+        self._units: dict[int, tuple[FSDPModule, ...]] = {}
+        self._told: list[str] = []
+
+    # What becomes of models and optimizers
+
+    def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
+        plugin = self._plugin
+        units = find_units(model, plugin)
+        ignored = self._ignored_parameters(model)
+        names = {id(p): name for name, p in model.named_parameters()}
+        ownership = Ownership(model)
+        if self.around.group.rank == 0:
+            initialize_meta(model, ownership)
+        if plugin.activation_checkpointing:
+            checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
+        placed: set[nn.Module] = set()
+        parts = [*(model.get_submodule(name) for name in units.names), model]
+        shards = [self._shard(part, ownership, ignored, placed) for part in parts]
+        ownership.check_ties(names)
+        self._replacements.record(ownership)
+        self._units[id(model)] = tuple(shards)
+        autocast_forward(model, self.around.precision)
+        compile_model(model, self.around.config.dynamo_config)
+        self._tell(units)
+        return model
+
+    def _shard(
+        self, module: nn.Module, ownership: Ownership, ignored: set[nn.Parameter], placed: set[nn.Module]
+    ) -> FSDPModule:
+        """Shard what is in `module` and in no unit inside it; `placed` holds the modules done before."""
+        own = [p for p in module.parameters() if not isinstance(p, DTensor)]
+        inner = [m for m in module.modules() if m not in placed]
+        buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
+        materialize(own, buffers, ownership, self.around.device, self.around.group)
+        placed.update(inner)
+        return fully_shard(
+            module,
+            mesh=self._mesh,
+            reshard_after_forward=self._plugin.reshard_after_forward,
+            mp_policy=self._mixed,
+            offload_policy=self._offload_policy(),
+            ignored_params=ignored or None,
+        )
+
+    def _offload_policy(self) -> OffloadPolicy:
+        if not self._plugin.cpu_offload:
+            return OffloadPolicy()
+        # Pinned memory belongs to an accelerator; without one torch refuses to allocate it.
+        return CPUOffloadPolicy(pin_memory=self.around.device.type != "cpu")
+
+    def _ignored_parameters(self, model: nn.Module) -> set[nn.Parameter]:
+        pattern = self._plugin.ignored_modules
+        if pattern is None:
+            return set()
+        matched = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
+        if not matched:
+            raise PrepareError(
+                f"fsdp_ignored_modules={pattern!r} matches no module of {type(model).__name__}",
+                "The pattern must match a module's whole name",
+                f"Names look like {', '.join([n for n, _ in model.named_modules() if n][:6])}",
+            )
+        ignored = {p for module in matched for p in module.parameters()}
+        if any(p.requires_grad for p in ignored):
+            raise PrepareError(
+                f"fsdp_ignored_modules={pattern!r} matches trainable parameters",
+                "FSDP does not average the gradients of ignored parameters, so the ranks would part",
+                "Freeze them with requires_grad_(False), or let them be sharded",
+            )
+        return ignored
+
+    def prepare_evaluation(self, model: nn.Module, *, place: bool = True) -> nn.Module:
+        if any(p.is_meta for p in model.parameters()):
+            return self.prepare_model(model, place=place)
+        return super().prepare_evaluation(model, place=place)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        self._replacements.renew(optimizer)
+
+    # One step
+
+    def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
+        for unit in self._units.get(id(model), ()):
+            unit.set_requires_gradient_sync(enabled, recurse=False)
+
+    @torch.no_grad()
+    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        _multiply([local for local, _, _ in local_gradients(parameters)], factor)
+
+    @torch.no_grad()
+    def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
+        """Clip by the norm over all ranks: each rank's share is summed with one tiny collective a mesh axis.
+
+        Exact for any subset of the parameters, and without DTensor's dispatch for each of them.
+        """
+        gradients = local_gradients(parameters)
+        total = self._total_norm(gradients, float(norm_type))
+        # The same guard as torch.nn.utils.clip_grad_norm_.
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        _multiply([local for local, _, _ in gradients], factor)
+        return total
+
+    def _total_norm(
+        self, gradients: list[tuple[Tensor, Sequence[Any], Any]], norm_type: float
+    ) -> Tensor:
+        device = self.around.device
+        together = _Norm(norm_type)
+        shares: dict[tuple[int, ...], tuple[DeviceMesh | None, list[Tensor]]] = {}
+        for local, placements, mesh in gradients:
+            shares.setdefault(sharded_axes(placements), (mesh, []))[1].append(local)
+        total = torch.zeros((), device=device)
+        for axes, (mesh, locals_) in sorted(shares.items(), key=lambda item: item[0]):
+            share = together.of(locals_, device)
+            for axis in axes:
+                assert mesh is not None
+                dist.all_reduce(share, op=together.op, group=mesh.get_group(axis))
+            total = together.add(total, share)
+        return together.root(total)
+
+    @torch.no_grad()
+    def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
+        for local, _, _ in local_gradients(parameters):
+            local.clamp_(-value, value)
+
+    def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        raise refuse_join("FSDP2")
+
+    # What others want to know
+
+    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+
+    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        first_names: dict[int, str] = {}
+        aliases = {
+            plain_name(name): first_names.setdefault(id(p), plain_name(name))
+            for name, p in model.named_parameters(remove_duplicate=False)
+        }
+        for name, value in model.state_dict().items():
+            first = aliases.get(name, name)
+            if not torch.is_tensor(value):
+                continue
+            # A tied weight is gathered once, and stays one tensor.
+            whole = state[first] if first in state else self._whole(value).detach()
+            if self.around.world.is_main:
+                state[name] = whole.cpu()
+            else:
+                state[name] = whole.new_empty(0)
+        return state if self.around.world.is_main else {}
+
+    def _whole(self, value: Tensor) -> Tensor:
+        if not isinstance(value, DTensor):
+            return value
+        local = value.to_local().to(self.around.device)
+        here = DTensor.from_local(
+            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
+        )
+        return here.full_tensor()
+
+    def _tell(self, units: Units) -> None:
+        shape = " x ".join(
+            f"{name} {size}"
+            for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
+        )
+        after = self._plugin.reshard_after_forward
+        kept = "dropped after" if after is True else "kept after" if after is False else f"cut in {after} after"
+        extras = [
+            text
+            for text, on in (
+                ("activation checkpointing", self._plugin.activation_checkpointing),
+                ("parameters in host memory", self._plugin.cpu_offload),
+            )
+            if on
+        ]
+        self._told.append(
+            "; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} the forward", *extras])
+        )
+
+    def describe(self) -> list[str]:
+        return list(self._told)
+
+    def dtypes(self) -> dict[str, str]:
+        table = super().dtypes()
+        if self._mixed.param_dtype is not None:
+            table["compute"] = short_dtype(self._mixed.param_dtype)
+        if self._mixed.reduce_dtype is not None:
+            table["reduce"] = short_dtype(self._mixed.reduce_dtype)
+        return table
+
+
+class _Norm:
+    """How norms of parts make the norm of the whole: sums of powers, or the largest."""
+
+    def __init__(self, norm_type: float) -> None:
+        self._type = norm_type
+        self._largest = norm_type == float("inf")
+        self.op = dist.ReduceOp.MAX if self._largest else dist.ReduceOp.SUM
+
+    def of(self, tensors: list[Tensor], device: torch.device) -> Tensor:
+        # A rank may hold no row of a short parameter, and the largest of nothing is not defined.
+        filled = [tensor for tensor in tensors if tensor.numel()]
+        if not filled:
+            return torch.zeros((), device=device)
+        norm = torch.nn.utils.get_total_norm(filled, self._type).to(device, torch.float32)
+        return norm if self._largest else norm.pow(self._type)
+
+    def add(self, total: Tensor, share: Tensor) -> Tensor:
+        return torch.maximum(total, share) if self._largest else total + share
+
+    def root(self, total: Tensor) -> Tensor:
+        return total if self._largest else total.pow(1.0 / self._type)
+
+
+def _multiply(tensors: list[Tensor], factor: Tensor | float) -> None:
+    for device, same in by_device(tensors).items():
+        torch._foreach_mul_(same, factor.to(device) if isinstance(factor, torch.Tensor) else factor)
+
+
+def _build_mesh(around: Surroundings) -> DeviceMesh:
+    """One axis of shards, or two: replicas of shards (hybrid sharding)."""
+    size = around.group.size
+    asked = around.config.parallelism_config
+    replicas = asked.dp_replicate_size if asked else 1
+    shards = asked.dp_shard_size if asked and asked.dp_shard_size > 1 else size // replicas
+    if replicas * shards != size:
+        raise PrepareError(
+            f"parallelism_config asks for {replicas} replicas x {shards} shards on {size} ranks",
+            "Their product must be the number of ranks",
+            f"Use {size // shards if size % shards == 0 else 1} replicas or {size // replicas} shards",
+        )
+    if replicas == 1:
+        return init_device_mesh(around.device.type, (size,), mesh_dim_names=("dp_shard",))
+    return init_device_mesh(
+        around.device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
+    )
+
+
+def _mixed_precision(around: Surroundings, plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
+    """Compute in the run's precision, and add up gradients in fp32 unless something else is asked for.
+
+    The output is left as it comes: rounding it would round the loss that users log by up to 0.4 %.
+    """
+    policy = around.precision
+    compute = _DTYPES[plugin.param_dtype] if plugin.param_dtype else None
+    if compute is None and policy.mode != "no":
+        compute = policy.compute_dtype
+    reduce = _DTYPES[plugin.reduce_dtype] if plugin.reduce_dtype else None
+    if reduce is None and compute is not None:
+        reduce = torch.float32
+    output = _DTYPES[plugin.output_dtype] if plugin.output_dtype else None
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, output_dtype=output)

@@ -1,0 +1,29 @@
+"""One process, one device: plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paceline.precision import autocast_forward
+from paceline.strategies.base import DistributedType, Strategy
+from paceline.strategies.compiled import compile_model
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class SingleStrategy(Strategy):
+    """Leaves the model as it is, on the device."""
+
+    name = "single"
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.NO
+
+    def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
+        if place:
+            model.to(self.around.device)
+        autocast_forward(model, self.around.precision)
+        compile_model(model, self.around.config.dynamo_config)
+        return model

@@ -1,0 +1,141 @@
+"""Loaders on real ranks over gloo, with real workers."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from paceline.collectives import TorchGroup, gather_samples
+from tests.support.ranks import run_on_ranks
+from tests.unit.data.support import (
+    Numbers,
+    PlainStream,
+    ShardedStream,
+    ShuffledStream,
+    SplittingStream,
+    ids,
+    prepared,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def read_stream(stream: Any, workers: int, config: dict[str, Any]) -> dict[str, Any]:
+    group = TorchGroup()
+    settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    loader = prepared(DataLoader(stream, 3, **settings), group, **config)
+    passes = []
+    for _ in range(2):
+        own, gathered, batches = [], [], 0
+        for batch in loader:
+            batches += 1
+            own += batch[: loader.counts.real[group.rank]].tolist()
+            gathered += gather_samples(group, batch, loader.counts).tolist()
+        passes.append({"own": own, "gathered": gathered, "batches": batches})
+    return {"passes": passes, "describe": loader.describe()}
+
+
+STREAMS: dict[str, Callable[[], Any]] = {
+    "shards": lambda: ShardedStream([list(range(s, 50, 5)) for s in range(5)]),
+    "few shards": lambda: ShardedStream([list(range(50))]),
+    "splits itself": lambda: SplittingStream(50),
+    "plain": lambda: PlainStream(50),
+    "plain, shuffled by random": lambda: ShuffledStream(50),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", STREAMS)
+def test_two_ranks_read_every_item_of_a_stream_once(name: str, workers: int) -> None:
+    results = run_on_ranks(2, read_stream, STREAMS[name](), workers, {})
+    for number in range(2):
+        passes = [result["passes"][number] for result in results]
+        assert sorted(passes[0]["own"] + passes[1]["own"]) == list(range(50))
+        assert passes[0]["own"]
+        assert passes[1]["own"]
+        assert sorted(passes[0]["gathered"]) == list(range(50))
+        assert passes[0]["gathered"] == passes[1]["gathered"]
+        assert passes[0]["batches"] == passes[1]["batches"]
+
+
+def test_a_stream_that_is_split_already_is_not_split_again() -> None:
+    results = run_on_ranks(2, read_stream, PlainStream(20), 0, {"streams_are_sharded": True})
+    assert [result["passes"][0]["own"] for result in results] == [list(range(20))] * 2
+
+
+class RandomOrder(Sampler[int]):
+    def __len__(self) -> int:
+        return 30
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(30))
+        random.shuffle(order)
+        return iter(order)
+
+
+def read_sampled(workers: int) -> list[list[int]]:
+    group = TorchGroup()
+    random.seed(group.rank)
+    torch.manual_seed(group.rank)
+    loader = prepared(
+        DataLoader(Numbers(30), 4, sampler=RandomOrder(), num_workers=workers), group, data_seed=None
+    )
+    ids(loader)
+    return ids(loader)
+
+
+def test_ranks_seeded_differently_agree_on_the_order() -> None:
+    whole = [n for part in run_on_ranks(2, read_sampled, 0) for batch in part for n in batch]
+    assert set(whole) == set(range(30))
+    # 30 samples in global batches of 8: 2 samples of padding.
+    assert len(whole) == 32
+
+
+def read_dispatched(stream: bool, workers: int) -> dict[str, Any]:
+    group = TorchGroup()
+    data: Any = PlainStream(11) if stream else Numbers(11)
+    loader = prepared(DataLoader(data, 2, num_workers=workers), group, dispatch_batches=True)
+    batches, gathered = [], []
+    for batch in loader:
+        batches.append(batch.tolist())
+        gathered += gather_samples(group, batch, loader.counts).tolist()
+    return {"batches": batches, "gathered": gathered, "reads": getattr(data, "reads", 0)}
+
+
+@pytest.mark.parametrize(("stream", "workers"), [(False, 0), (True, 0), (False, 2)])
+def test_rank_0_reads_for_all(stream: bool, workers: int) -> None:
+    first, second = run_on_ranks(2, read_dispatched, stream, workers)
+    assert first["batches"][:2] == [[0, 1], [4, 5]]
+    assert second["batches"][:2] == [[2, 3], [6, 7]]
+    assert sorted(first["gathered"]) == sorted(second["gathered"]) == list(range(11))
+    assert second["reads"] == 0
+
+
+def save_then_resume(stop: int, workers: int) -> list[list[int]]:
+    group = TorchGroup()
+
+    def make(workers: int) -> Any:
+        settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+        return prepared(DataLoader(Numbers(50), 4, shuffle=True, **settings), group)
+
+    whole, loader, again = make(0), make(workers), make(workers)
+    first, second = ids(whole), ids(whole)
+    seen = []
+    for batch in loader:
+        seen.append(batch.tolist())
+        if len(seen) == stop:
+            break
+    again.load_state_dict(loader.state_dict())
+    assert [*seen, *ids(again)] == first
+    assert ids(again) == second
+    return first
+
+
+def test_resume_equals_never_stopped_on_two_ranks() -> None:
+    results = run_on_ranks(2, save_then_resume, 3, 2)
+    assert {n for rank in results for batch in rank for n in batch} == set(range(50))

@@ -1,0 +1,383 @@
+"""What prepare accepts, refuses and leaves alone, on real ranks."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from paceline import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    TorchDynamoPlugin,
+)
+from paceline.errors import (
+    ForeignOptimizerError,
+    PrepareError,
+    UnassignedParametersError,
+    UnknownBlockError,
+    UnusedParametersError,
+)
+from tests.support.models import TinyTransformer, make_tokens, token_losses
+from tests.support.ranks import run_on_ranks
+
+
+def step(accelerator: Accelerator, model: Any, optimizer: Any, shift: int = 0) -> float:
+    tokens = make_tokens(4, seed=shift)[accelerator.process_index :: accelerator.num_processes]
+    loss = token_losses(model(tokens), tokens).mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(accelerator.reduce(loss.detach(), "mean"))
+
+
+# The order of things
+
+
+def trained(strategy: str, order: str) -> list[float]:
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    model: Any = TinyTransformer()
+    match order:
+        case "together":
+            model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+        case "optimizer first":
+            optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.01))
+            model = accelerator.prepare(model)
+        case "model first":
+            raw = torch.optim.AdamW(model.parameters(), lr=0.01)
+            model = accelerator.prepare(model)
+            optimizer = accelerator.prepare(raw)
+        case "made after":
+            model = accelerator.prepare(model)
+            optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.01))
+        case _:
+            raise AssertionError(order)
+    return [step(accelerator, model, optimizer, i) for i in range(4)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_order_of_model_and_optimizer_does_not_matter(strategy: str) -> None:
+    orders = ["together", "optimizer first", "model first", "made after"]
+    losses = [run_on_ranks(2, trained, strategy, order)[0] for order in orders]
+    assert all(one == pytest.approx(losses[0], abs=1e-6) for one in losses[1:])
+    assert losses[0][0] != losses[0][-1]
+
+
+def optimizer_state_follows() -> list[str]:
+    from torch.distributed.tensor import DTensor
+
+    accelerator = Accelerator(cpu=True, strategy="fsdp")
+    model: Any = TinyTransformer()
+    raw = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = make_tokens(2)
+    token_losses(model(tokens), tokens).mean().backward()
+    raw.step()  # the optimizer comes with a state of its own
+    raw.zero_grad()
+    wanted = {id(p): s["exp_avg"].clone() for p, s in raw.state.items()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_name = {names[key]: value for key, value in wanted.items()}
+    model, optimizer = accelerator.prepare(model, raw)
+    kinds = []
+    for name, parameter in model.named_parameters():
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert isinstance(moment, DTensor)
+        assert moment.placements == parameter.placements
+        assert torch.equal(moment.full_tensor(), by_name[name]), name
+        kinds.append(type(moment).__name__)
+    step(accelerator, model, optimizer)
+    return kinds
+
+
+def test_optimizer_state_follows_the_shards() -> None:
+    assert set(run_on_ranks(2, optimizer_state_follows)[0]) == {"DTensor"}
+
+
+def meta_start(strategy: str) -> list[float]:
+    """Only rank 0 has values; the others built the model on the meta device."""
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    if accelerator.is_main_process:
+        model: Any = TinyTransformer()
+    else:
+        with torch.device("meta"):
+            model = TinyTransformer()
+        model.head.weight = model.tokens.weight
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    unwrapped = accelerator.unwrap_model(model)
+    assert unwrapped.head.weight is unwrapped.tokens.weight
+    return [step(accelerator, model, optimizer, i) for i in range(4)]
+
+
+def test_ranks_without_values_get_them_from_rank_0() -> None:
+    assert run_on_ranks(2, meta_start, "fsdp")[1] == pytest.approx(
+        run_on_ranks(2, trained, "fsdp", "together")[0], abs=1e-6
+    )
+
+
+# What is refused
+
+
+def refused(case: str, strategy: str) -> str:
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    model: Any = TinyTransformer()
+    match case:
+        case "foreign optimizer":
+            other = TinyTransformer()
+            with pytest.raises(ForeignOptimizerError) as error:
+                accelerator.prepare(model, torch.optim.AdamW(other.parameters()))
+        case "nothing trainable":
+            model.requires_grad_(False)
+            with pytest.raises(PrepareError) as error:
+                accelerator.prepare(model)
+        case "no parameters":
+            with pytest.raises(PrepareError) as error:
+                accelerator.prepare(nn.ReLU())
+        case "unassigned":
+            some = [p for name, p in model.named_parameters() if not name.startswith("norm")]
+            model, optimizer = accelerator.prepare(model, torch.optim.AdamW(some))
+            with pytest.raises(UnassignedParametersError) as error:
+                step(accelerator, model, optimizer)
+        case _:
+            raise AssertionError(case)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("foreign optimizer", "belong to no prepared model"),
+        ("nothing trainable", "none of them requires a gradient"),
+        ("no parameters", "0 parameters"),
+        ("unassigned", "norm.weight, norm.bias are trainable but in no optimizer"),
+    ],
+)
+def test_bad_input_is_named(strategy: str, case: str, words: str) -> None:
+    assert all(words in message for message in run_on_ranks(2, refused, case, strategy))
+
+
+def unknown_block() -> tuple[str, ...]:
+    plugin = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap="Blok")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    with pytest.raises(UnknownBlockError) as error:
+        accelerator.prepare(TinyTransformer())
+    return error.value.candidates
+
+
+def test_an_unknown_block_class_lists_the_candidates() -> None:
+    assert "Block" in run_on_ranks(2, unknown_block)[0]
+
+
+class Half(nn.Module):
+    """Uses one of its two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 4)
+        self.forgotten = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.used(x)
+        return out
+
+
+def unused(find: bool) -> str:
+    accelerator = Accelerator(
+        cpu=True,
+        strategy="ddp",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find)],
+    )
+    model: Any = Half()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+    return "trained"
+
+
+def unused_caught() -> tuple[str, ...]:
+    with pytest.raises(UnusedParametersError) as error:
+        unused(False)
+    return error.value.names
+
+
+def unused_noticed_by_torch() -> tuple[str, ...]:
+    accelerator = Accelerator(cpu=True, strategy="ddp")
+    model: Any = accelerator.prepare(Half())
+    accelerator.backward(model(torch.ones(2, 4)).sum())
+    with pytest.raises(UnusedParametersError) as error:
+        model(torch.ones(2, 4))
+    return error.value.names
+
+
+def test_unused_parameters_are_named() -> None:
+    names = ("forgotten.weight", "forgotten.bias")
+    assert run_on_ranks(2, unused_caught) == [names, names]
+    assert run_on_ranks(2, unused_noticed_by_torch) == [names, names]
+    assert run_on_ranks(2, unused, True) == ["trained", "trained"]
+
+
+# DDP's hooks
+
+
+def hooked(hook: str, wrapper: str) -> list[float]:
+    handler = DistributedDataParallelKwargs(
+        comm_hook=hook,
+        comm_wrapper=wrapper,
+        comm_state_option={"start_powerSGD_iter": 3} if "power" in hook else {},
+    )
+    accelerator = Accelerator(cpu=True, strategy="ddp", kwargs_handlers=[handler])
+    model: Any = TinyTransformer()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    return [step(accelerator, model, optimizer, i) for i in range(6)]
+
+
+def refused_hook() -> str:
+    with pytest.raises(PrepareError) as error:
+        hooked("bf16", "no")
+    return str(error.value)
+
+
+def test_a_hook_that_the_backend_cannot_carry_is_refused() -> None:
+    assert "comm_hook='bf16'" in run_on_ranks(2, refused_hook)[0]
+
+
+@pytest.mark.parametrize(("hook", "wrapper"), [("fp16", "no"), ("power_sgd", "no"), ("power_sgd", "fp16")])
+def test_communication_hooks_train(hook: str, wrapper: str) -> None:
+    plain = run_on_ranks(2, hooked, "no", "no")[0]
+    got = run_on_ranks(2, hooked, hook, wrapper)[0]
+    assert got == pytest.approx(plain, abs=0.05)
+    assert got != plain, "the hook did nothing"
+
+
+# Sharding by other rules
+
+
+def sharded_by(settings: dict[str, Any]) -> tuple[str, list[float]]:
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(**settings))
+    model: Any = TinyTransformer()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    return accelerator.strategy.describe()[0], [step(accelerator, model, optimizer, i) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "units"),
+    [
+        ({}, "4 units: 3 Block + the rest (found as repeated blocks)"),
+        ({"transformer_cls_names_to_wrap": "Block"}, "4 units: 3 Block + the rest (class Block as named)"),
+        ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 800}, "3 Linear + 3 Sequential"),
+        ({"auto_wrap_policy": "NO_WRAP"}, "1 units: the whole model"),
+    ],
+)
+def test_units_are_found_and_told(settings: dict[str, Any], units: str) -> None:
+    told, losses = run_on_ranks(2, sharded_by, settings)[0]
+    assert units in told
+    assert losses == pytest.approx(run_on_ranks(2, trained, "ddp", "together")[0][:3], abs=1e-5)
+
+
+def clip_some(strategy: str, norm_type: float) -> float:
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    model: Any = accelerator.prepare(TinyTransformer())
+    tokens = make_tokens(4)[accelerator.process_index :: accelerator.num_processes]
+    accelerator.backward(token_losses(model(tokens), tokens).mean())
+    some = [p for name, p in model.named_parameters() if "blocks.1" in name or name.endswith("norm.weight")]
+    return float(accelerator.clip_grad_norm_(itertools.chain(some), 0.1, norm_type))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_the_norm_of_a_subset_is_global(norm_type: float) -> None:
+    wanted = run_on_ranks(1, clip_some, "single", norm_type)[0]
+    assert wanted > 0
+    for ranks in (2, 4):
+        for got in run_on_ranks(ranks, clip_some, "fsdp", norm_type):
+            assert got == pytest.approx(wanted, rel=1e-5)
+
+
+# auto
+
+
+def automatic(free: int | None) -> tuple[str, str]:
+    from paceline import assembly
+
+    original = assembly._free_bytes
+    if free is not None:
+        assembly._free_bytes = lambda parts: free
+    try:
+        accelerator = Accelerator(cpu=True)
+        model: Any = TinyTransformer(width=64)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+        step(accelerator, model, optimizer)
+    finally:
+        assembly._free_bytes = original
+    return accelerator.strategy.name, accelerator.describe()
+
+
+def test_auto_takes_the_least_sharding_that_fits() -> None:
+    assert run_on_ranks(1, automatic, None)[0][0] == "single"
+    name, text = run_on_ranks(2, automatic, None)[0]
+    assert name == "ddp"
+    assert "on every rank" in text
+    name, text = run_on_ranks(2, automatic, 1_000_000)[0]
+    assert name == "fsdp"
+    assert "too much for a rank" in text
+
+
+# Compile
+
+
+def compiled(strategy: str, regional: bool) -> list[float]:
+    plugin = TorchDynamoPlugin(backend="eager", use_regional_compilation=regional)
+    accelerator = Accelerator(cpu=True, strategy=strategy, dynamo_plugin=plugin)
+    model: Any = TinyTransformer()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    return [step(accelerator, model, optimizer, i) for i in range(3)]
+
+
+@pytest.mark.parametrize(("strategy", "regional"), [("ddp", False), ("ddp", True), ("fsdp", True)])
+def test_compiled_models_train_alike(strategy: str, regional: bool) -> None:
+    plain = run_on_ranks(2, trained, strategy, "together")[0][:3]
+    assert run_on_ranks(2, compiled, strategy, regional)[0] == pytest.approx(plain, abs=1e-5)
+
+
+# Weights on disk
+
+
+def saved(folder: str, strategy: str, shard_size: int) -> dict[str, torch.Tensor]:
+    accelerator = Accelerator(cpu=True, strategy=strategy, mixed_precision="bf16")
+    model = accelerator.prepare(TinyTransformer())
+    accelerator.save_model(model, folder, max_shard_size=shard_size)
+    return accelerator.get_state_dict(model)
+
+
+@pytest.mark.parametrize("shard_size", [10**9, 4096], ids=["one file", "many files"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_saved_weights_are_safetensors(tmp_path: Path, strategy: str, shard_size: int) -> None:
+    state = run_on_ranks(2, saved, str(tmp_path), strategy, shard_size)[0]
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_size == 4096)
+    loaded: dict[str, torch.Tensor] = {}
+    for file in files:
+        loaded |= load_file(file)
+    assert not list(tmp_path.glob("*.partial"))
+    assert set(state) - set(loaded) == {"head.weight"}, "the tie is written once"
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+
+
+def unwritable(folder: str) -> str:
+    accelerator = Accelerator(cpu=True, strategy="ddp")
+    model = accelerator.prepare(TinyTransformer())
+    with pytest.raises(Exception, match="could not be saved") as error:
+        accelerator.save_model(model, folder)
+    return str(error.value)
+
+
+def test_a_failed_save_fails_on_every_rank(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    first, second = run_on_ranks(2, unwritable, str(blocked / "weights"))
+    assert first == second

@@ -1,0 +1,582 @@
+"""What must hold in every group, whatever connects its ranks and however many there are.
+
+Each case is called on every rank with that rank's group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from paceline.collectives import (
+    BatchCounts,
+    Group,
+    Pending,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    gather_object,
+    gather_samples,
+    main_process_first,
+    pad_across_processes,
+    reduce,
+)
+from paceline.errors import CollectiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from paceline.collectives import Op
+
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
+)  # fmt: skip
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class CountingGroup(Group):
+    """Counts the exchanges that another group makes."""
+
+    def __init__(self, inner: Group) -> None:
+        self.inner, self.rank, self.size, self.device = inner, inner.rank, inner.size, inner.device
+        self.calls: Counter[str] = Counter()
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.calls["all_gather"] += 1
+        return self.inner.all_gather(tensor)
+
+    def start_all_gather(self, tensor: torch.Tensor) -> Pending:
+        self.calls["all_gather"] += 1
+        return self.inner.start_all_gather(tensor)
+
+    def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
+        self.calls["all_reduce"] += 1
+        return self.inner.all_reduce(tensor, op)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        self.calls["broadcast"] += 1
+        return self.inner.broadcast(tensor, source)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.calls["all_gather_object"] += 1
+        return self.inner.all_gather_object(value)
+
+    def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        self.calls["broadcast_object"] += 1
+        return self.inner.broadcast_object(value, source)
+
+    def scatter_object(self, values: Sequence[Any] | None, source: int = 0) -> Any:
+        self.calls["scatter_object"] += 1
+        return self.inner.scatter_object(values, source)
+
+    def barrier(self) -> None:
+        self.calls["barrier"] += 1
+        self.inner.barrier()
+
+
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal in shape, dtype and every bit of value."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    assert torch.equal(actual, expected), f"{actual} is not {expected}"
+
+
+def all_gather_stacks_every_dtype(group: Group) -> None:
+    for dtype in DTYPES:
+        mine = torch.tensor([[group.rank, 1], [0, 2]]).to(dtype)
+        expected = torch.stack([torch.tensor([[r, 1], [0, 2]]).to(dtype) for r in range(group.size)])
+        same(group.all_gather(mine).to(torch.complex64), expected.to(torch.complex64))
+        assert group.all_gather(mine).dtype == dtype
+
+
+def all_gather_takes_odd_shapes(group: Group) -> None:
+    ranks = torch.arange(group.size)
+    same(group.all_gather(torch.tensor(group.rank)), ranks)
+    same(group.all_gather(torch.empty(0, 3)), torch.empty(group.size, 0, 3))
+    turned = (torch.arange(6).view(2, 3) + 10 * group.rank).t()
+    same(group.all_gather(turned), torch.arange(6).view(2, 3).t() + 10 * ranks.view(-1, 1, 1))
+    learnt = torch.full((2,), float(group.rank), requires_grad=True)
+    assert not group.all_gather(learnt).requires_grad
+
+
+def started_gathers_may_overlap(group: Group) -> None:
+    first = group.start_all_gather(torch.tensor([group.rank]))
+    second = group.start_all_gather(torch.tensor([-group.rank]))
+    ranks = torch.arange(group.size).view(-1, 1)
+    same(second.wait(), -ranks)
+    same(first.wait(), ranks)
+    assert first.wait() is first.wait()
+
+
+def all_gather_does_not_alias(group: Group) -> None:
+    mine = torch.tensor([group.rank])
+    gathered = group.all_gather(mine)
+    mine.fill_(99)
+    same(gathered, torch.arange(group.size).view(-1, 1))
+
+
+def all_reduce_works_in_place(group: Group) -> None:
+    ranks = range(group.size)
+    expected: dict[Op, float] = {
+        "sum": sum(r + 1 for r in ranks), "max": group.size, "min": 1, "mean": (group.size + 1) / 2,
+    }  # fmt: skip
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        for op, value in expected.items():
+            mine = torch.full((2, 2), group.rank + 1.0).to(dtype)
+            assert group.all_reduce(mine, op) is mine
+            same(mine.float(), torch.full((2, 2), float(value)))
+
+
+def all_reduce_of_integers(group: Group) -> None:
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        mine = torch.tensor([group.rank, 2], dtype=dtype)
+        total = sum(range(group.size))
+        same(group.all_reduce(mine.clone()), torch.tensor([total, 2 * group.size], dtype=dtype))
+        same(group.all_reduce(mine.clone(), "max"), torch.tensor([group.size - 1, 2], dtype=dtype))
+        same(group.all_reduce(mine, "mean"), torch.tensor([total / group.size, 2]))
+        same(mine, torch.tensor([group.rank, 2], dtype=dtype))
+
+
+def all_reduce_of_bool(group: Group) -> None:
+    mine = torch.tensor([group.rank == 0, True, False])
+    same(group.all_reduce(mine.clone(), "max"), torch.tensor([True, True, False]))
+    same(group.all_reduce(mine.clone(), "min"), torch.tensor([group.size == 1, True, False]))
+    same(group.all_reduce(mine, "sum"), torch.tensor([1, group.size, 0]))
+    same(group.all_reduce(mine, "mean"), torch.tensor([1 / group.size, 1, 0]))
+
+
+def all_reduce_takes_odd_tensors(group: Group) -> None:
+    same(group.all_reduce(torch.tensor(2.0)), torch.tensor(2.0 * group.size))
+    same(group.all_reduce(torch.empty(0)), torch.empty(0))
+    base = torch.ones(2, 3)
+    assert group.all_reduce(base.t()[1]).shape == (2,)
+    same(base, torch.tensor([[1.0, group.size, 1.0]] * 2))
+    same(group.all_reduce(torch.tensor([1j])), torch.tensor([1j * group.size]))
+    # The sum would be beyond float16.
+    same(group.all_reduce(torch.tensor([60000.0]).half(), "mean"), torch.tensor([60000.0]).half())
+    weight = torch.nn.Parameter(torch.ones(2))
+    same(group.all_reduce(weight).detach(), torch.full((2,), float(group.size)))
+
+
+def all_reduce_refuses(group: Group) -> None:
+    with pytest.raises(CollectiveError, match="'median'"):
+        group.all_reduce(torch.ones(1), "median")  # type: ignore[arg-type]
+    with pytest.raises(CollectiveError, match="no order"):
+        group.all_reduce(torch.tensor([1j]), "max")
+
+
+def broadcast_overwrites_in_place(group: Group) -> None:
+    last = group.size - 1
+    for dtype in DTYPES:
+        mine = torch.full((2,), group.rank).to(dtype)
+        assert group.broadcast(mine, last) is mine
+        same(mine.to(torch.complex64), torch.full((2,), last).to(dtype).to(torch.complex64))
+    base = torch.full((2, 2), float(group.rank))
+    group.broadcast(base[:, 0], last)
+    same(base, torch.tensor([[float(last), float(group.rank)]] * 2))
+    same(group.broadcast(torch.tensor(group.rank), 0), torch.tensor(0))
+    with pytest.raises(CollectiveError, match=f"Rank {group.size} was named"):
+        group.broadcast(torch.ones(1), group.size)
+
+
+def objects_travel(group: Group) -> None:
+    last = group.size - 1
+    assert group.all_gather_object({"rank": group.rank}) == [{"rank": r} for r in range(group.size)]
+    assert group.broadcast_object(f"from {group.rank}", last) == f"from {last}"
+    given = [f"for {r}" for r in range(group.size)] if group.rank == last else None
+    assert group.scatter_object(given, last) == f"for {group.rank}"
+    group.barrier()
+
+
+def a_wrong_scatter_fails_everywhere(group: Group) -> None:
+    with pytest.raises(CollectiveError, match=f"{group.size + 1} values"):
+        group.scatter_object([0] * (group.size + 1) if group.rank == 0 else None)
+    with pytest.raises(CollectiveError, match="no values"):
+        group.scatter_object(None)
+
+
+def gather_keeps_the_structure(group: Group) -> None:
+    rank = group.rank
+    data: OrderedDict[str, Any] = OrderedDict(
+        out=Output(torch.tensor(float(rank)), torch.full((2, 3), rank, dtype=torch.bfloat16)),
+        labels=[torch.tensor([rank, rank + 10]), (torch.tensor([rank > 0]), torch.empty(0, 2))],
+        ids=torch.tensor([[rank]], dtype=torch.int16),
+    )
+    result = gather(group, data, debug=True)
+    ranks = torch.arange(group.size)
+    assert type(result) is OrderedDict
+    assert type(result["out"]) is Output
+    same(result["out"].loss, ranks.float())
+    same(result["out"].logits, ranks.repeat_interleave(2).view(-1, 1).expand(-1, 3).bfloat16())
+    same(result["labels"][0], torch.stack([ranks, ranks + 10], 1).flatten())
+    same(result["labels"][1][0], ranks > 0)
+    same(result["labels"][1][1], torch.empty(0, 2))
+    same(result["ids"], ranks.view(-1, 1).short())
+    assert list(data) == list(result)
+    assert data["out"].loss.dim() == 0
+
+
+def gather_takes_one_exchange(group: Group) -> None:
+    counting = CountingGroup(group)
+    data = {f"k{i}": torch.full((i, 2), group.rank).to(DTYPES[i % 10]) for i in range(20)}
+    result = gather(counting, data)
+    assert counting.calls == ({"all_gather": 1} if group.size > 1 else {})
+    for i in range(20):
+        expected = torch.arange(group.size).repeat_interleave(i).view(-1, 1).expand(-1, 2)
+        same(result[f"k{i}"], expected.to(DTYPES[i % 10]))
+
+
+def large_tensors_travel_alone(group: Group) -> None:
+    counting = CountingGroup(group)
+    big = torch.full((1100, 1000), float(group.rank))
+    result = gather(counting, [big, torch.tensor([group.rank]), torch.tensor(group.rank)])
+    assert counting.calls["all_gather"] == (2 if group.size > 1 else 0)
+    same(result[0][::1100, 0], torch.arange(group.size).float())
+    same(result[1], torch.arange(group.size))
+    same(result[2], torch.arange(group.size))
+
+
+def gather_refuses_objects(group: Group) -> None:
+    with pytest.raises(CollectiveError, match=r"data\['text'\]\[0\], a str.*gather_object"):
+        gather(group, {"loss": torch.ones(1), "text": ["a"]})
+    with pytest.raises(CollectiveError, match="sparse"):
+        reduce(group, torch.ones(2, 2).to_sparse())
+
+
+def gather_object_joins_lists(group: Group) -> None:
+    assert gather_object(group, ["x"] * group.rank + [group.rank]) == [
+        entry for r in range(group.size) for entry in ["x"] * r + [r]
+    ]
+    assert gather_object(group, {"rank": group.rank}) == [{"rank": r} for r in range(group.size)]
+
+
+def reduce_leaves_its_input_alone(group: Group) -> None:
+    data: dict[str, Any] = {
+        "a": torch.full((2,), float(group.rank)),
+        "b": [torch.tensor(group.rank), torch.tensor(1.0)],
+    }
+    mean = (group.size - 1) / 2
+    total = sum(range(group.size))
+    means, sums = reduce(group, data, "mean", debug=True), reduce(group, data, "sum", scale=0.5)
+    same(means["a"], torch.full((2,), mean))
+    same(means["b"][0], torch.tensor(mean))
+    same(means["b"][1], torch.tensor(1.0))
+    same(sums["a"], torch.full((2,), total / 2))
+    same(sums["b"][0], torch.tensor(total / 2))
+    same(reduce(group, data, "max")["b"][0], torch.tensor(group.size - 1))
+    same(reduce(group, data, "min")["a"], torch.zeros(2))
+    same(data["a"], torch.full((2,), float(group.rank)))
+
+
+def reduce_none_exchanges_nothing(group: Group) -> None:
+    counting = CountingGroup(group)
+    mine = torch.tensor([float(group.rank)])
+    result = reduce(counting, mine, "none", scale=2.0)
+    same(result, 2 * mine)
+    assert reduce(counting, mine, "none").data_ptr() != mine.data_ptr()
+    assert not counting.calls
+    with pytest.raises(CollectiveError, match="'avg'"):
+        reduce(group, mine, "avg")  # type: ignore[arg-type]
+
+
+def reduce_takes_one_exchange_per_dtype(group: Group) -> None:
+    counting = CountingGroup(group)
+    data = [torch.ones(3), torch.ones(2, 2), torch.tensor(1), torch.tensor([2]), torch.ones(1)]
+    result = reduce(counting, data, "sum")
+    assert counting.calls == {"all_reduce": 2}
+    for before, after in zip(data, result, strict=True):
+        same(after, before * group.size)
+
+
+def broadcast_fills_a_nested_batch(group: Group) -> None:
+    last = group.size - 1
+    counting = CountingGroup(group)
+    data: dict[str, Any] = {
+        "a": torch.tensor(group.rank),
+        "b": [torch.full((3,), float(group.rank)), torch.empty(0)],
+    }
+    a = data["a"]
+    assert broadcast(counting, data, last) is data
+    assert data["a"] is a
+    same(a, torch.tensor(last))
+    same(data["b"][0], torch.full((3,), float(last)))
+    assert counting.calls == ({"broadcast": 1} if group.size > 1 else {})
+    objects = [group.rank, {"r": group.rank}]
+    assert broadcast_object_list(group, objects, last) is objects
+    assert objects == [last, {"r": last}]
+
+
+def pad_makes_sizes_equal(group: Group) -> None:
+    rank, size = group.rank, group.size
+    counting = CountingGroup(group)
+    data: dict[str, Any] = {"x": torch.ones(rank + 1, 2), "y": [torch.ones(2, rank)], "z": torch.tensor(1)}
+    first = pad_across_processes(counting, data)
+    assert counting.calls == ({"all_gather": 1} if size > 1 else {})
+    same(first["x"], torch.cat([torch.ones(rank + 1, 2), torch.zeros(size - rank - 1, 2)]))
+    same(first["y"][0], torch.ones(2, rank))
+    assert first["z"] is data["z"]
+    last = pad_across_processes(group, data["y"], dim=-1, pad_index=-100, pad_first=True, debug=True)[0]
+    same(last, torch.cat([torch.full((2, size - 1 - rank), -100.0), torch.ones(2, rank)], 1))
+    same(pad_across_processes(group, torch.ones(2), dim=1), torch.ones(2))
+    assert data["x"].shape == (rank + 1, 2)
+
+
+# 10,007 samples in batches of 16: the last ones differ from rank to rank or hold padding.
+NUM_SAMPLES = 10_007
+
+
+def rounds(size: int, padded_parity: int, batch: int = 16) -> list[tuple[BatchCounts, list[list[int]]]]:
+    """Share the samples out in order: per round, the counts and the ids of every rank, padding included.
+
+    Rounds of one parity are padded to full batches, the others have fewer rows where samples run out.
+    """
+    shared = []
+    for index, start in enumerate(range(0, NUM_SAMPLES, batch * size)):
+        ids = list(range(start, min(start + batch * size, NUM_SAMPLES)))
+        per_rank = [ids[r * batch : (r + 1) * batch] for r in range(size)]
+        real = tuple(map(len, per_rank))
+        if index % 2 != padded_parity:
+            rows = real
+        else:
+            per_rank = [own + [0] * (batch - len(own)) for own in per_rank]
+            rows = (batch,) * size
+        shared.append((BatchCounts(rows=rows, real=real), per_rank))
+    return shared
+
+
+def every_sample_is_gathered_once(group: Group) -> None:
+    for padded_parity in (0, 1):
+        check_samples(group, rounds(group.size, padded_parity))
+
+
+def check_samples(group: Group, shared: list[tuple[BatchCounts, list[list[int]]]]) -> None:
+    seen: dict[str, list[Any]] = {"ids": [], "text": [], "logits": [], "info": [], "names": []}
+    # Every tenth round and the last ones: all rounds are the same but for those.
+    kept = shared[:-3:10] + shared[-3:]
+    for counts, per_rank in kept:
+        own = per_rank[group.rank]
+        ids = torch.tensor(own, dtype=torch.int64)
+        batch = {
+            "ids": ids,
+            "nested": Output(torch.tensor(1.5), ids.view(-1, 1).float() * torch.ones(1, 3)),
+            "text": [f"s{i}" for i in own],
+            "info": [{"id": i} for i in own],
+            "names": tuple(f"s{i}" for i in own),
+        }
+        result = gather_samples(group, batch, counts)
+        assert list(result) == list(batch)
+        seen["ids"] += result["ids"].tolist()
+        seen["logits"] += result["nested"].logits[:, 2].tolist()
+        same(result["nested"].loss, torch.full((group.size,), 1.5))
+        seen["text"] += result["text"]
+        seen["info"] += [entry["id"] for entry in result["info"]]
+        assert isinstance(result["names"], tuple)
+        seen["names"] += result["names"]
+    expected = [i for counts, own in kept for r, ids in enumerate(own) for i in ids[: counts.real[r]]]
+    assert expected[-1] == NUM_SAMPLES - 1
+    assert seen["ids"] == seen["logits"] == seen["info"] == expected
+    assert seen["text"] == seen["names"] == [f"s{i}" for i in expected]
+
+
+def uneven_rows_are_exact(group: Group) -> None:
+    size, rank = group.size, group.rank
+    for rows in (tuple(range(size)), tuple(range(size, 0, -1)), (0,) * size):
+        for real in (rows, tuple(max(0, r - 1) for r in rows)):
+            ids = torch.arange(rows[rank]) + 10 * rank
+            data = {
+                "ids": ids,
+                "flags": ids > 3,
+                "loss": torch.tensor(float(rank)),
+                "stats": torch.full((7,), rank),
+            }
+            result = gather_samples(group, data, BatchCounts(rows=rows, real=real), debug=True)
+            expected = [10 * r + i for r in range(size) for i in range(real[r])]
+            assert result["ids"].tolist() == expected
+            assert result["flags"].tolist() == [i > 3 for i in expected]
+            same(result["loss"], torch.arange(size).float())
+            same(result["stats"], torch.arange(size).repeat_interleave(7))
+
+
+def values_of_a_rank_are_never_cut(group: Group) -> None:
+    size, rank = group.size, group.rank
+    counts = BatchCounts(rows=(4,) * size, real=(4,) * (size - 1) + (1,))
+    data = {
+        "loss": torch.tensor(float(rank)),
+        "hist": torch.full((3,), rank),
+        "step": rank,
+        "name": f"r{rank}",
+        "none": None,
+        "tags": [f"t{rank}"],
+    }
+    result = gather_samples(group, data, counts)
+    same(result["loss"], torch.arange(size).float())
+    same(result["hist"], torch.arange(size).repeat_interleave(3))
+    assert result["step"] == list(range(size))
+    assert result["name"] == [f"r{r}" for r in range(size)]
+    assert result["none"] == [None] * size
+    assert result["tags"] == [f"t{r}" for r in range(size)]
+
+
+def a_value_that_looks_like_rows_on_one_rank_is_kept_whole(group: Group) -> None:
+    rows = tuple(range(3, 3 + group.size))
+    value = torch.full((3,), group.rank)
+    result = gather_samples(group, value, BatchCounts(rows=rows, real=(1,) * group.size))
+    if group.size == 1:
+        same(result, torch.tensor([0]))
+    else:
+        same(result, torch.arange(group.size).repeat_interleave(3))
+
+
+def one_row_is_one_sample(group: Group) -> None:
+    counts = BatchCounts(rows=(1,) * group.size, real=(1,) + (0,) * (group.size - 1))
+    same(gather_samples(group, torch.tensor([group.rank + 5]), counts), torch.tensor([5]))
+    same(gather_samples(group, torch.tensor(group.rank), counts), torch.arange(group.size))
+
+
+def without_counts_nothing_is_cut(group: Group) -> None:
+    result = gather_samples(group, (torch.tensor([group.rank]), ["a"], 3), None)
+    same(result[0], torch.arange(group.size))
+    assert result[1] == ["a"] * group.size
+    assert result[2] == [3] * group.size
+    assert gather_samples(group, [group.rank], None) == list(range(group.size))
+
+
+def samples_as_objects_may_differ_in_shape(group: Group) -> None:
+    size, rank = group.size, group.rank
+    counts = BatchCounts(rows=(2,) * size, real=(2,) * (size - 1) + (1,))
+    boxes = [torch.full((rank + 1, 4), i) for i in range(2)]
+    joined = gather_samples(group, boxes, counts, use_gather_object=True)
+    assert [tuple(box.shape) for box in joined] == [(r + 1, 4) for r in range(size) for _ in range(2)][:-1]
+    logits = gather_samples(group, {"x": torch.ones(2, rank + 1)}, counts, use_gather_object=True, debug=True)
+    assert [tuple(x.shape) for x in logits["x"]] == [(counts.real[r], r + 1) for r in range(size)]
+    targets = gather_samples(group, [{"box": torch.ones(rank, 4)} for _ in range(2)], counts)
+    assert [len(t["box"]) for t in targets] == [r for r in range(size) for _ in range(2)][:-1]
+    array = gather_samples(group, {"a": np.arange(2) + 2 * rank, "b": np.zeros(3)}, counts)
+    assert array["a"].tolist() == list(range(2 * size))[:-1]
+    assert len(array["b"]) == size
+
+
+def gathering_samples_takes_few_exchanges(group: Group) -> None:
+    size, rank = group.size, group.rank
+    counting = CountingGroup(group)
+    even = BatchCounts(rows=(2,) * size, real=(2,) * (size - 1) + (1,))
+    data = {
+        "a": torch.ones(2),
+        "b": [torch.ones(2, 3).half(), torch.tensor(1)],
+        "c": torch.tensor([True] * 2),
+    }
+    gather_samples(counting, data, even)
+    assert counting.calls == ({"all_gather": 1} if size > 1 else {})
+    gather_samples(counting, {**data, "t": ["x", "y"], "n": 3}, even)
+    assert counting.calls == ({"all_gather": 2} if size > 1 else {}) | {"all_gather_object": 1}
+    uneven = BatchCounts(rows=tuple(range(size)), real=tuple(range(size)))
+    counting.calls.clear()
+    gather_samples(counting, [torch.ones(rank), torch.ones(rank, 2)], uneven)
+    assert counting.calls["all_gather"] == (2 if size > 1 else 0)
+
+
+def the_first_goes_first(group: Group) -> None:
+    last = group.size - 1
+    with main_process_first(group, group.rank == last):
+        began = time.monotonic()
+        if group.rank == last:
+            time.sleep(0.05)
+        ended = time.monotonic()
+    times = group.all_gather_object((began, ended))
+    assert all(times[r][0] >= times[last][1] for r in range(last))
+
+
+def a_failing_first_fails_the_others(group: Group) -> None:
+    expected = (RuntimeError, "disk full") if group.rank == 0 else (CollectiveError, "Rank 0 .*disk full")
+
+    def fail() -> None:
+        raise RuntimeError("disk full" if group.rank == 0 else "the others must not get here")
+
+    with pytest.raises(expected[0], match=f"(?s){expected[1]}"), main_process_first(group, group.rank == 0):
+        fail()
+    with pytest.raises(CollectiveError, match="No rank"), main_process_first(group, False):
+        pass
+    assert group.all_gather_object(1) == [1] * group.size
+
+
+def a_value_that_cannot_be_pickled_fails_everywhere(group: Group) -> None:
+    if group.size == 1:
+        return
+    odd: Any = (lambda: None) if group.rank == 1 else "fine"
+    with pytest.raises(CollectiveError, match="Rank 1 brought an object that cannot be pickled"):
+        group.all_gather_object(odd)
+    assert group.all_gather_object(2) == [2] * group.size
+
+
+def debug_names_the_odd_rank(group: Group) -> None:
+    if group.size == 1:
+        return
+    odd = group.size - 1
+    usual = "rank 0 brings" if group.size == 2 else "ranks 0, 1 bring"
+    is_odd = group.rank == odd
+
+    def refused(message: str, call: Callable[[], object]) -> None:
+        with pytest.raises(CollectiveError, match=message):
+            call()
+
+    shapes = {"logits": [torch.ones((3 if is_odd else 4), 5)]}
+    refused(rf"Rank {odd} brings data\['logits'\]\[0\] of shape \(3, 5\) where {usual} \(4, 5\)",
+            lambda: gather(group, shapes, debug=True))  # fmt: skip
+    dtypes = torch.ones(2, dtype=torch.float64 if is_odd else torch.float32)
+    refused(rf"Rank {odd} brings data as torch.float64 on c.* where {usual} torch.float32",
+            lambda: reduce(group, dtypes, debug=True))  # fmt: skip
+    keys = {"a": torch.ones(1)} | ({"b": torch.ones(1)} if is_odd else {})
+    refused(rf"Rank {odd} brings data\['b'\] of shape \(1,\) where {usual} nothing",
+            lambda: broadcast(group, keys, debug=True))  # fmt: skip
+    kinds = {"a": "text" if is_odd else torch.ones(1)}
+    refused(f"Rank {odd} brings .* as a str", lambda: pad_across_processes(group, kinds, debug=True))
+    counts = BatchCounts(rows=(2,) * group.size, real=(2,) * group.size)
+    widths = torch.ones(2, 4 if is_odd else 3)
+    refused(rf"Rank {odd} brings data of shape \(\*, 4\) where {usual} \(\*, 3\)",
+            lambda: gather_samples(group, widths, counts, debug=True))  # fmt: skip
+    call = (lambda: reduce(group, torch.ones(1), "sum", debug=True)) if is_odd else (
+        lambda: gather(group, torch.ones(1), debug=True)
+    )  # fmt: skip
+    refused(f"Rank {odd} is in reduce.* where rank.* in gather", call)
+    assert group.all_gather_object(3) == [3] * group.size
+
+
+def an_odd_uneven_tensor_is_named(group: Group) -> None:
+    if group.size == 1:
+        return
+    rows = tuple(range(2, 2 + group.size))
+    own = rows[group.rank] + (1 if group.rank == 1 else 0)
+    with pytest.raises(CollectiveError, match=r"rank 1 differs"):
+        gather_samples(group, torch.ones(own), BatchCounts(rows=rows, real=rows))
+    with pytest.raises(CollectiveError, match="Counts for 1 ranks"):
+        gather_samples(group, torch.ones(1), BatchCounts(rows=(1,), real=(1,)))
+
+
+CASES: dict[str, Callable[[Group], None]] = {
+    case.__name__: case
+    for case in (
+        all_gather_stacks_every_dtype, all_gather_takes_odd_shapes, started_gathers_may_overlap,
+        all_gather_does_not_alias, all_reduce_works_in_place, all_reduce_of_integers, all_reduce_of_bool,
+        all_reduce_takes_odd_tensors, all_reduce_refuses, broadcast_overwrites_in_place, objects_travel,
+        a_wrong_scatter_fails_everywhere, gather_keeps_the_structure, gather_takes_one_exchange,
+        large_tensors_travel_alone, gather_refuses_objects, gather_object_joins_lists,
+        reduce_leaves_its_input_alone, reduce_none_exchanges_nothing, reduce_takes_one_exchange_per_dtype,
+        broadcast_fills_a_nested_batch, pad_makes_sizes_equal, every_sample_is_gathered_once,
+        uneven_rows_are_exact, values_of_a_rank_are_never_cut,
+        a_value_that_looks_like_rows_on_one_rank_is_kept_whole, one_row_is_one_sample,
+        without_counts_nothing_is_cut, samples_as_objects_may_differ_in_shape,
+        gathering_samples_takes_few_exchanges, the_first_goes_first, a_failing_first_fails_the_others,
+        a_value_that_cannot_be_pickled_fails_everywhere, debug_names_the_odd_rank,
+        an_odd_uneven_tensor_is_named,
+    )
+}  # fmt: skip

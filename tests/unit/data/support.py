@@ -1,0 +1,126 @@
+"""Data sets that count what is asked of them, and ranks that are only a number."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from paceline.collectives import Group, SoloGroup
+from paceline.config import DataLoaderConfiguration
+from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Seat(SoloGroup):
+    """A rank among `size` that exchanges nothing: for what needs no exchange."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+class Numbers(Dataset[int]):
+    """Yields its indices and counts the reads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> int:
+        self.reads += 1
+        return index
+
+
+class PlainStream(IterableDataset[int]):
+    """Knows nothing of readers."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.size)
+
+
+class SplittingStream(IterableDataset[int]):
+    """Splits itself over the readers that it is told of, as PyTorch's documentation says."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        step, first = (1, 0) if info is None else (info.num_workers, info.id)
+        yield from range(first, self.size, step)
+
+
+class ShuffledStream(IterableDataset[int]):
+    """Shuffles with the global `random`, and knows nothing of readers."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Iterator[int]:
+        items = list(range(self.size))
+        random.shuffle(items)
+        yield from items
+
+
+class ShardedStream(IterableDataset[int]):
+    """Shards as those of `datasets`: rank by `shard`, workers by `get_worker_info`."""
+
+    def __init__(self, shards: list[list[int]]) -> None:
+        self.shards = shards
+        self.asked: list[tuple[int, int]] = []
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def shard(self, num_shards: int, index: int) -> ShardedStream:
+        self.asked.append((num_shards, index))
+        return ShardedStream(self.shards[index::num_shards])
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        step, first = (1, 0) if info is None else (info.num_workers, info.id)
+        for shard in self.shards[first::step]:
+            yield from shard
+
+
+def prepared(
+    loader: DataLoader[Any],
+    group: Group | None = None,
+    active: ActiveLoaders | None = None,
+    device: torch.device | None = None,
+    **config: Any,
+) -> PreparedDataLoader:
+    config.setdefault("data_seed", 7)
+    return prepare_loader(
+        loader,
+        group=group or SoloGroup(),
+        device=device,
+        config=DataLoaderConfiguration(**config),
+        active=active or ActiveLoaders(),
+    )
+
+
+def ids(loader: Any) -> list[list[int]]:
+    """Run a pass; return its batches as lists."""
+    return [batch.tolist() for batch in loader]
+
+
+def real_ids(loader: PreparedDataLoader, rank: int = 0) -> list[int]:
+    """Run a pass; return the samples that are no padding."""
+    found: list[int] = []
+    for batch in loader:
+        assert len(batch) == loader.counts.rows[rank]
+        found += batch[: loader.counts.real[rank]].tolist()
+    return found

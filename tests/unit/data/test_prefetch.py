@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from paceline.data import DevicePrefetcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ACCELERATOR = torch.accelerator.is_available()
+needs_accelerator = pytest.mark.skipif(not ACCELERATOR, reason="no accelerator")
+
+
+class Moves:
+    """Hides a tensor and can move itself."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, device: Any, non_blocking: bool = False) -> Moves:
+        return Moves(self.tensor.to(device, non_blocking=non_blocking))
+
+
+def test_batches_on_the_cpu_are_not_touched() -> None:
+    batches = iter([{"x": torch.ones(2)}, "text"])
+    assert DevicePrefetcher(torch.device("cpu"), non_blocking=True).over(batches) is batches
+
+
+def test_a_device_without_streams_gets_plain_copies() -> None:
+    # The meta device has no streams, and holds no numbers.
+    prefetcher = DevicePrefetcher(torch.device("meta"), non_blocking=False)
+    found = list(prefetcher.over(iter([{"x": torch.ones(2), "name": "a"}, Moves(torch.ones(3))])))
+    assert found[0]["x"].device.type == "meta"
+    assert found[0]["name"] == "a"
+    assert found[1].tensor.device.type == "meta"
+
+
+def pinned(number: int, rows: int) -> Iterator[dict[str, Any]]:
+    for value in range(number):
+        full = torch.full((rows, 1024), float(value)).pin_memory()
+        yield {"x": full, "parts": [full[:8].clone(), (f"n{value}", value)]}
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_batches_arrive_whole_while_earlier_ones_are_still_being_used() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    slow = torch.ones(4096, 4096, device=device)
+    sums = []
+    for batch in DevicePrefetcher(device, non_blocking=True).over(pinned(24, 4096)):
+        assert batch["x"].device.type == device.type
+        # Long work first: the batch is read on the device when the host has long let go of it.
+        for _ in range(20):
+            slow = (slow @ slow).clamp_(max=1.0)
+        sums.append((batch["x"].amin(), batch["x"].amax(), batch["parts"][0].mean(), batch["parts"][1]))
+        del batch
+    for value, (low, high, part, (name, number)) in enumerate(sums):
+        assert (low.item(), high.item(), part.item()) == (value, value, value)
+        assert (name, number) == (f"n{value}", value)
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_the_next_batch_is_fetched_before_this_one_is_handed_out() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    fetched = []
+
+    def source() -> Iterator[torch.Tensor]:
+        for value in range(4):
+            fetched.append(value)
+            yield torch.tensor([value])
+
+    seen = []
+    for batch in DevicePrefetcher(device, non_blocking=False).over(source()):
+        seen.append((batch.item(), len(fetched)))
+    assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_objects_that_move_themselves_arrive_too() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    batches = iter([{"a": Moves(torch.ones(3)), "b": torch.ones(2)} for _ in range(3)])
+    for batch in DevicePrefetcher(device, non_blocking=True).over(batches):
+        assert batch["a"].tensor.device.type == batch["b"].device.type == device.type

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import torch
+
+import paceline
+from paceline.environment.report import environment_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_report_as_text_and_json(tmp_path: Path) -> None:
+    env = {
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path),
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "SECRET": "x",
+    }
+    report = environment_report(env)
+    text = report.as_text()
+    for expected in (
+        paceline.__version__,
+        torch.__version__,
+        "numpy ",
+        "rank 1 of 2 (local 1 of 2) by torchrun",
+    ):
+        assert expected in text
+    data = json.loads(json.dumps(report.as_dict()))
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["variables"] == {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+    assert data["config_file"] == ""
+    assert "SECRET" not in text
+
+
+def test_contradictions_are_shown_not_raised(tmp_path: Path) -> None:
+    report = environment_report({"HOME": str(tmp_path), "HF_HOME": str(tmp_path), "RANK": "1"})
+    assert "WORLD_SIZE and LOCAL_RANK are not" in report.as_text()
+
+
+def test_problems_of_the_configuration_are_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "accelerate"
+    folder.mkdir()
+    file = folder / "default_config.yaml"
+    file.write_text("mixed_precision: bf61\nno_such_key: 1\n")
+    report = environment_report({"HOME": str(tmp_path), "HF_HOME": str(tmp_path)})
+    assert report.config_file == str(file)
+    assert len(report.config_problems) == 2
+    assert "no_such_key" in report.as_text()

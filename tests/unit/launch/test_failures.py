@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, read_account, report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def account(headline: str, time: float, *, secondary: bool = False, kind: str = "exception") -> Account:
+    return Account(
+        kind, 1, headline, f"Traceback (most recent call last):\n{headline}\n", "train.py:8", time, secondary
+    )
+
+
+def test_what_caused_the_others_comes_first_then_the_earliest() -> None:
+    lost = RankEnd(
+        0, 10, 1, 1.0, account=account("RuntimeError: Connection closed by peer", 1.0, secondary=True)
+    )
+    late = RankEnd(1, 11, 1, 3.0, account=account("ValueError: b", 3.0))
+    early = RankEnd(2, 12, 1, 9.0, account=account("ValueError: a", 2.0))
+    stopped = RankEnd(3, 13, -15, 0.0, stopped=True)
+    assert first_failure([lost, late, early, stopped]) is early
+    assert first_failure([lost, stopped]) is lost
+
+
+def test_report_folds_the_others_into_one_line_and_ends_with_the_cause() -> None:
+    ends = [
+        RankEnd(0, 10, -15, 0.0, stopped=True),
+        RankEnd(1, 11, 1, 2.0, account=account("KeyError: 'x'", 2.0)),
+        *(RankEnd(rank, 10 + rank, -15, 0.0, stopped=True) for rank in (2, 3, 4)),
+        RankEnd(
+            5,
+            15,
+            1,
+            3.0,
+            account=account(
+                "RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True
+            ),
+        ),
+        RankEnd(6, 16, 0, 1.0),
+    ]
+    first, second, *rest = report(ends).splitlines()
+    assert first.startswith(
+        "ranks 0, 2-4: stopped by the launcher; rank 5: lost touch with it (RuntimeError: Connection"
+    )
+    assert "rank 6: had finished" in first
+    assert len(first) < 300
+    assert second.startswith("rank 1 on ")
+    assert second.endswith("(pid 11) raised KeyError at train.py:8")
+    assert rest == ["", "Traceback (most recent call last):", "KeyError: 'x'"]
+
+
+def test_reasons_and_codes() -> None:
+    killed = RankEnd(1, 11, -9, 2.0, hint="out of host memory?", log="logs/rank_1.err")
+    assert "was killed by SIGKILL (out of host memory?); its output is in logs/rank_1.err" in report([killed])
+    assert exit_code(killed) == 137
+    assert "was killed by SIGSEGV" in report([RankEnd(0, 1, -11, 0.0)])
+    left = RankEnd(0, 1, 3, 0.0, account=account("SystemExit: 3", 0.0, kind="exit"))
+    assert "train.py:8 (sys.exit)" in report([left])
+    assert "Traceback" not in report([left])
+    assert exit_code(left) == 3
+    assert "exited with code 4 without a Python error" in report([RankEnd(0, 1, 4, 0.0)])
+    caught_while_failing = RankEnd(0, 1, -15, 0.0, account=account("KeyError: 1", 0.0))
+    assert exit_code(caught_while_failing) == 1
+
+
+def test_accounts_of_torch_elastic_are_read_too(tmp_path: Path) -> None:
+    file = tmp_path / "error.json"
+    assert read_account(file) is None
+    file.write_text("{")
+    assert read_account(file) is None
+    extra = {"py_callstack": "Traceback…\nValueError: v", "timestamp": "12"}
+    file.write_text(json.dumps({"message": {"message": "ValueError: v", "extraInfo": extra}}))
+    found = read_account(file)
+    assert found is not None
+    assert (found.headline, found.time, found.secondary) == ("ValueError: v", 12.0, False)

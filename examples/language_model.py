@@ -156,12 +156,8 @@ def main() -> None:
     size = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.95))
     warm_up = min(20, args.steps // 5 + 1)
-    scheduler = LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, max(0.05, 1 - step / max(args.steps, 1)))
-    )
-    model, optimizer, train, held_out, scheduler = accelerator.prepare(
-        model, optimizer, train, held_out, scheduler
-    )
+    scheduler = LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, max(0.05, 1 - step / max(args.steps, 1))))
+    model, optimizer, train, held_out, scheduler = accelerator.prepare(model, optimizer, train, held_out, scheduler)
 
     accelerator.print(accelerator.describe())
     accelerator.print(f"\n{size:,} parameters, {len(train_text):,} bytes of Python to learn from")

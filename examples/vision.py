@@ -32,7 +32,9 @@ def build_model() -> nn.Module:
     )
 
 
-def load(batch_size: int) -> tuple[DataLoader[tuple[torch.Tensor, ...]], DataLoader[tuple[torch.Tensor, ...]]]:
+def load(
+    batch_size: int,
+) -> tuple[DataLoader[tuple[torch.Tensor, ...]], DataLoader[tuple[torch.Tensor, ...]]]:
     """The images as [n, 1, 8, 8] in 0..1, every fifth held out."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16

@@ -15,8 +15,13 @@ from torch.utils.data import DataLoader
 
 from paceline.assembly import Handlers, assemble, decide_strategy
 from paceline.checkpoint import save_weights
-from paceline.collectives import operations
-from paceline.config import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from paceline.collectives import main_process_first, operations
+from paceline.config import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+)
 from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
 from paceline.environment.profiling import peak_memory, profile
 from paceline.errors import (
@@ -45,13 +50,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.collectives import Reduction
     from paceline.config import (
         AutocastKwargs,
         DeepSpeedPlugin,
         FullyShardedDataParallelPlugin,
         ParallelismConfig,
         ProfileKwargs,
-        TorchDynamoPlugin,
     )
     from paceline.environment.world import World
     from paceline.precision import LossScaler
@@ -131,7 +136,10 @@ class Accelerator:
         _check_rng_types(rng_types)
         named = strategy if isinstance(strategy, str) or strategy is None else None
         self._parts = assemble(
-            os.environ, {k: v for k, v in said.items() if v is not None}, Handlers.sort(kwargs_handlers), named
+            os.environ,
+            {k: v for k, v in said.items() if v is not None},
+            Handlers.sort(kwargs_handlers),
+            named,
         )
         config = self._parts.around.config
         self.device_placement = device_placement
@@ -152,7 +160,10 @@ class Accelerator:
         self._reason = ""
         self._strategy: Strategy | None = None
         if strategy is not None and not isinstance(strategy, str):
-            self._strategy, self._reason = _own_strategy(strategy, self._parts.around), "asked for by the script"
+            self._strategy, self._reason = (
+                _own_strategy(strategy, self._parts.around),
+                "asked for by the script",
+            )
         if self._strategy is None and (config.strategy != "auto" or self.num_processes == 1):
             self._strategy, self._reason = decide_strategy(self._parts, (), ())
 
@@ -413,7 +424,7 @@ class Accelerator:
         `model, optimizer = accelerator.free_memory(model, optimizer)`.
         """
         for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
-            prepared.clear()  # type: ignore[attr-defined]
+            prepared.clear()
         self._accumulation = Accumulation(self._window, sync_each_batch=False)
         if self._reason:
             self._strategy, self._reason = None, ""
@@ -519,7 +530,7 @@ class Accelerator:
     def _closed(self, what: str, parameters: Any) -> list[nn.Parameter]:
         """The parameters as a list, their gradients final and unscaled."""
         self._window.require_end(what)
-        listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        listed: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         self._window.settle(self.strategy)
         if self.scaler is not None:
             asked = {id(p) for p in listed}
@@ -541,9 +552,7 @@ class Accelerator:
         return self._parts.around.precision.context(autocast_handler)
 
     @contextmanager
-    def join_uneven_inputs(
-        self, joinables: Sequence[nn.Module], even_batches: bool | None = None
-    ) -> Iterator[None]:
+    def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> Iterator[None]:
         """Let ranks with fewer batches follow along until all are done (DDP).
 
         Args:
@@ -586,7 +595,7 @@ class Accelerator:
         """Concatenate lists of any Python objects over ranks. Collective: every rank must call it."""
         return operations.gather_object(self._parts.group, value)
 
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    def reduce(self, tensor: Any, reduction: Reduction = "sum", scale: float = 1.0) -> Any:
         """Sum or average tensors over ranks into new ones. Collective: every rank must call it."""
         return operations.reduce(self._parts.group, tensor, reduction, scale, debug=self._debug)
 
@@ -604,9 +613,7 @@ class Accelerator:
             self._parts.group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first
         )
 
-    def split_between_processes(
-        self, inputs: Any, apply_padding: bool = False
-    ) -> AbstractContextManager[Any]:
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
         """Share out a list, tuple, tensor or dictionary of them: each rank gets its part inside the context."""
         return operations.split_between_processes(self._parts.group, inputs, apply_padding)
 
@@ -616,11 +623,11 @@ class Accelerator:
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """Let rank 0 run the body before the others do. Collective: every rank must call it."""
-        return operations.main_process_first(self._parts.group, self.is_main_process)
+        return main_process_first(self._parts.group, self.is_main_process)
 
     def local_main_process_first(self) -> AbstractContextManager[None]:
         """Let the first rank of each machine run the body before the others do. Collective."""
-        return operations.main_process_first(self._parts.group, self.is_local_main_process)
+        return main_process_first(self._parts.group, self.is_local_main_process)
 
     def set_trigger(self) -> None:
         """Raise a flag on this rank that `check_trigger` shows to all."""
@@ -740,10 +747,8 @@ def _one_of(name: str, plugin: T | None, short: str | None, build: Callable[[str
     return build(short) if short is not None else plugin
 
 
-def _dynamo(backend: str) -> TorchDynamoPlugin:
-    from paceline.config import TorchDynamoPlugin
-
-    return TorchDynamoPlugin(backend=backend.lower())
+def _dynamo(backend: Any) -> TorchDynamoPlugin:
+    return TorchDynamoPlugin(backend=str(backend).lower())  # type: ignore[arg-type]
 
 
 def _refuse_both(one: str, other: str) -> None:

@@ -16,8 +16,8 @@ from paceline.config import (
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
-    worker_config,
     with_arguments,
+    worker_config,
 )
 from paceline.environment.device import choose_device, describe_device, memory_info
 from paceline.environment.process_group import open_process_group
@@ -149,9 +149,7 @@ def assemble(
     return Parts(resolved, handlers, around, backend, scaler)
 
 
-def decide_strategy(
-    parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]
-) -> tuple[Strategy, str]:
+def decide_strategy(parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[Strategy, str]:
     """Build the configured strategy, or the least sharding under which these models fit; say why.
 
     Collective: every rank must call it.

@@ -72,9 +72,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?", "\n", "`")) else f"{text}."
 
 
-def _rebuild(
-    cls: type[PacelineError], args: tuple[object, ...], fields: dict[str, object]
-) -> PacelineError:
+def _rebuild(cls: type[PacelineError], args: tuple[object, ...], fields: dict[str, object]) -> PacelineError:
     """Unpickle an error without calling its constructor, whose arguments differ from class to class."""
     error = cls.__new__(cls, *args)
     error.args = args
@@ -191,8 +189,7 @@ class ForeignOptimizerError(PrepareError):
         self.shapes = tuple(shapes)
         shown = ", ".join(map(str, self.shapes[:5]))
         super().__init__(
-            f"{len(self.shapes)} of the optimizer's {total} parameters (shapes {shown}…) "
-            "belong to no prepared model",
+            f"{len(self.shapes)} of the optimizer's {total} parameters (shapes {shown}…) belong to no prepared model",
             "Stepping it would not train what you prepared",
             "Build the optimizer from model.parameters() of the model that you prepare",
         )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from paceline.assembly import Parts
+    from paceline.config import Origin
     from paceline.data import PreparedDataLoader
     from paceline.strategies import Strategy
 
@@ -31,21 +32,25 @@ def describe_run(
     rows = [*_where(parts), *_strategy(strategy, reason), *_precision(parts, strategy)]
     rows += [row for loader in loaders for row in _data(loader, steps)]
     rows += [("note", note) for note in parts.resolved.notes]
-    rows += [(f"{key}", f"{value}  ({origin.where})") for key, value, origin in _said(parts)]
-    lines: list[str] = []
+    rows += [("settings", f"{key} = {value} ({origin.where})") for key, value, origin in _said(parts)]
+    return "\n".join(_table(rows))
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """Name each topic once, in front of its first line."""
+    before = ""
     for what, value in rows:
-        repeated = bool(lines) and what == last
-        lines.append(f"{'' if repeated else what:<{_WIDTH}} {value}")
-        last = what
-    return "\n".join(lines)
+        yield f"{'' if what == before else what:<{_WIDTH}} {value}"
+        before = what
 
 
 def _where(parts: Parts) -> Iterator[tuple[str, str]]:
     world = parts.around.world
     machines = "" if world.num_nodes == 1 else f" on {world.num_nodes} machines"
     yield "processes", f"{world.size}{machines} (from {world.source})" if world.size > 1 else "1"
-    yield "device", f"{describe_device(parts.around.device)}, one each" if world.size > 1 else describe_device(
-        parts.around.device
+    yield (
+        "device",
+        f"{describe_device(parts.around.device)}, one each" if world.size > 1 else describe_device(parts.around.device),
     )
     yield "backend", parts.backend or "none: nothing is exchanged"
 
@@ -64,13 +69,12 @@ def _precision(parts: Parts, strategy: Strategy | None) -> Iterator[tuple[str, s
 
 def _data(loader: PreparedDataLoader, steps: int) -> Iterator[tuple[str, str]]:
     yield "data", loader.describe()
-    if loader.total_batch_size:
-        window = f" x {steps} accumulation steps" if steps > 1 else ""
+    if loader.total_batch_size and steps > 1:
         total = loader.total_batch_size * steps
-        yield "data", f"global batch {total:,} samples an optimizer step = {loader.total_batch_size:,}{window}"
+        yield "data", f"an optimizer step takes {total:,} samples = {loader.total_batch_size:,} x {steps} micro-batches"
 
 
-def _said(parts: Parts) -> Iterator[tuple[str, object, object]]:
+def _said(parts: Parts) -> Iterator[tuple[str, object, Origin]]:
     """The settings that somebody gave: neither defaults nor what was detected."""
     for key, value, origin in parts.resolved.explain():
         if origin.kind not in ("default", "detected") and key != "strategy":

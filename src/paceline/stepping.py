@@ -206,7 +206,7 @@ class AcceleratedOptimizer(Optimizer):
         self._strategy: Strategy | None = None
         self.step_was_skipped = False
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step if this micro-batch ends its window; otherwise do nothing.
 
         Under fp16 a step in which any rank found an overflow is skipped on all ranks: see `step_was_skipped`.

@@ -82,9 +82,7 @@ def read_sampled(workers: int) -> list[list[int]]:
     group = TorchGroup()
     random.seed(group.rank)
     torch.manual_seed(group.rank)
-    loader = prepared(
-        DataLoader(Numbers(30), 4, sampler=RandomOrder(), num_workers=workers), group, data_seed=None
-    )
+    loader = prepared(DataLoader(Numbers(30), 4, sampler=RandomOrder(), num_workers=workers), group, data_seed=None)
     ids(loader)
     return ids(loader)
 

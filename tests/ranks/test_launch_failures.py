@@ -132,9 +132,7 @@ def wait_until_ready(process: subprocess.Popen[str], count: int) -> None:
         ("sys.exit(3)", 3, r"exited with code 3 at \S+train.py:11 \(sys.exit\)$", ""),
     ],
 )
-def test_the_cause_comes_last_and_once(
-    launches: Launches, body: str, code: int, headline: str, last: str
-) -> None:
+def test_the_cause_comes_last_and_once(launches: Launches, body: str, code: int, headline: str, last: str) -> None:
     begin = time.monotonic()
     returned, _, err = launches.run(collective(body))
     assert time.monotonic() - begin < 30

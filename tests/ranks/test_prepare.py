@@ -76,7 +76,7 @@ def optimizer_state_follows() -> list[str]:
     model: Any = TinyTransformer()
     raw = torch.optim.AdamW(model.parameters(), lr=0.01)
     tokens = make_tokens(2)
-    token_losses(model(tokens), tokens).mean().backward()
+    token_losses(model(tokens), tokens).mean().backward()  # type: ignore[no-untyped-call]
     raw.step()  # the optimizer comes with a state of its own
     raw.zero_grad()
     wanted = {id(p): s["exp_avg"].clone() for p, s in raw.state.items()}
@@ -108,7 +108,7 @@ def meta_start(strategy: str) -> list[float]:
             model = TinyTransformer()
         model.head.weight = model.tokens.weight
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped: Any = accelerator.unwrap_model(model)
     assert unwrapped.head.weight is unwrapped.tokens.weight
     return [step(accelerator, model, optimizer, i) for i in range(4)]
 
@@ -125,6 +125,7 @@ def test_ranks_without_values_get_them_from_rank_0() -> None:
 def refused(case: str, strategy: str) -> str:
     accelerator = Accelerator(cpu=True, strategy=strategy)
     model: Any = TinyTransformer()
+    error: Any
     match case:
         case "foreign optimizer":
             other = TinyTransformer()
@@ -162,7 +163,7 @@ def test_bad_input_is_named(strategy: str, case: str, words: str) -> None:
 
 
 def unknown_block() -> tuple[str, ...]:
-    plugin = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap="Blok")
+    plugin = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=("Blok",))
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     with pytest.raises(UnknownBlockError) as error:
         accelerator.prepare(TinyTransformer())
@@ -225,7 +226,7 @@ def test_unused_parameters_are_named() -> None:
 # DDP's hooks
 
 
-def hooked(hook: str, wrapper: str) -> list[float]:
+def hooked(hook: Any, wrapper: Any) -> list[float]:
     handler = DistributedDataParallelKwargs(
         comm_hook=hook,
         comm_wrapper=wrapper,

@@ -65,9 +65,7 @@ def one_batch_gradient(micro_batches: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_token_weights_give_the_gradient_of_one_big_batch(
-    strategy: str, accumulation: int, as_tensor: bool
-) -> None:
+def test_token_weights_give_the_gradient_of_one_big_batch(strategy: str, accumulation: int, as_tensor: bool) -> None:
     wanted = one_batch_gradient(accumulation)
     for got in run_on_ranks(2, weighted, strategy, accumulation, as_tensor):
         for name, gradient in wanted.items():

@@ -67,11 +67,9 @@ class RankPool:
             ready = wait(waiting, timeout=timeout if not answers else min(timeout, 60.0))
             if not ready:
                 break
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                rank = self.connections.index(connection)
+            for rank in [i for i, c in enumerate(self.connections) if c in ready]:
                 try:
-                    answers[rank] = connection.recv()
+                    answers[rank] = self.connections[rank].recv()
                 except EOFError:
                     answers[rank] = (False, "the process ended")
             # A rank that failed leaves the others in a collective that never ends.

@@ -45,9 +45,7 @@ def check_agreement(
     )
     paths = list(dict.fromkeys(path for _, account in accounts for path in account))
     for path in paths:
-        _require_same(
-            [account.get(path, ("nothing", "")) for _, account in accounts], partial(_difference, path)
-        )
+        _require_same([account.get(path, ("nothing", "")) for _, account in accounts], partial(_difference, path))
 
 
 def _account(data: Any, free_dim: Callable[[torch.Tensor], int | None] | None) -> dict[str, tuple[str, str]]:
@@ -67,9 +65,7 @@ def _account(data: Any, free_dim: Callable[[torch.Tensor], int | None] | None) -
     return account
 
 
-def _require_same(
-    values: list[Any], sentence: Callable[[str, str, Any, Any], str], *, are: bool = False
-) -> None:
+def _require_same(values: list[Any], sentence: Callable[[str, str, Any, Any], str], *, are: bool = False) -> None:
     counted: Counter[Hashable] = Counter(values)
     if len(counted) <= 1:
         return

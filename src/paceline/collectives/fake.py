@@ -236,8 +236,7 @@ def run_fake_ranks(size: int, function: Callable[[FakeGroup], T], *, timeout: fl
             room.end(rank, "it returned")
 
     threads = [
-        threading.Thread(target=serve, args=(rank,), name=f"fake rank {rank}", daemon=True)
-        for rank in range(size)
+        threading.Thread(target=serve, args=(rank,), name=f"fake rank {rank}", daemon=True) for rank in range(size)
     ]
     for thread in threads:
         thread.start()

@@ -208,9 +208,7 @@ class TorchGroup(Group):
         CollectiveError: No process group is open, or this process is not in it.
     """
 
-    def __init__(
-        self, device: torch.device | str = "cpu", process_group: dist.ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, device: torch.device | str = "cpu", process_group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise CollectiveError(
                 "No process group is open",
@@ -296,9 +294,7 @@ class TorchGroup(Group):
         if not carried.numel():
             return Pending(lambda: result.to(tensor.device))
         with self._translated("all_gather"):
-            work = _all_gather_flat(
-                as_bytes(result), as_bytes(carried), group=self.process_group, async_op=later
-            )
+            work = _all_gather_flat(as_bytes(result), as_bytes(carried), group=self.process_group, async_op=later)
 
         def finish() -> torch.Tensor:
             if work is not None:
@@ -332,8 +328,7 @@ class TorchGroup(Group):
             raise CollectiveError(
                 f"Rank {self.rank} of {self.size} failed in {operation}: {error}",
                 "Another rank ended, did not arrive in time, or brought another shape or dtype",
-                "Look for the first error among the other ranks; every rank must make the same calls in the "
-                "same order",
+                "Look for the first error among the other ranks; every rank must make the same calls in the same order",
             ) from error
 
 

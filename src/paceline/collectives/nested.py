@@ -142,9 +142,7 @@ def path_text(path: Path, root: str = "data") -> str:
     return root + "".join(f"[{key!r}]" for key in path)
 
 
-def map_leaves(
-    function: Callable[[Any], Any], data: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> Any:
+def map_leaves(function: Callable[[Any], Any], data: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """Return the same structure with `function(leaf)` in place of every leaf, visited depth first.
 
     Args:

@@ -72,9 +72,7 @@ def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
     return values
 
 
-def reduce(
-    group: Group, data: Any, reduction: Reduction = "mean", scale: float = 1.0, *, debug: bool = False
-) -> Any:
+def reduce(group: Group, data: Any, reduction: Reduction = "mean", scale: float = 1.0, *, debug: bool = False) -> Any:
     """Reduce every tensor over the ranks, element by element, into a new tensor.
 
     The mean of integers is float32, as the sum of bool is int64. Collective: every rank must call it.
@@ -125,9 +123,7 @@ def broadcast(group: Group, data: T, from_process: int = 0, *, debug: bool = Fal
     return data
 
 
-def broadcast_object_list(
-    group: Group, objects: list[T], from_process: int = 0, *, debug: bool = False
-) -> list[T]:
+def broadcast_object_list(group: Group, objects: list[T], from_process: int = 0, *, debug: bool = False) -> list[T]:
     """Overwrite the entries of a list, in place, with those of rank `from_process`; return the list.
 
     The entries are pickled. Collective: every rank must call it.

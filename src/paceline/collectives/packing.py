@@ -70,9 +70,7 @@ def all_gather_many(group: Group, tensors: Sequence[torch.Tensor]) -> list[torch
     batches = _batches(tensors)
     packings = [Packing.of([tensors[i] for i in batch]) for batch in batches]
     pending = [
-        group.start_all_gather(
-            tensors[batch[0]] if len(batch) == 1 else packing.pack([tensors[i] for i in batch])
-        )
+        group.start_all_gather(tensors[batch[0]] if len(batch) == 1 else packing.pack([tensors[i] for i in batch]))
         for batch, packing in zip(batches, packings, strict=True)
     ]
     for batch, packing, handle in zip(batches, packings, pending, strict=True):

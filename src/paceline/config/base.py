@@ -170,9 +170,7 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
         if field not in known:
             yield Fault(field, "unknown name", hint=did_you_mean(field, known) or _listed(known))
         else:
-            yield _value_fault(
-                known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", ""))
-            )
+            yield _value_fault(known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", "")))
 
 
 def value_fault(slot: Slot, value: object) -> Fault:

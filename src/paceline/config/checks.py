@@ -128,9 +128,7 @@ def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
         todo = "write num_machines: 1, or start each machine with torchrun"
         yield _not_built(facts.where("num_machines"), "num_machines", config.num_machines, todo)
     if config.mixed_precision == "fp8":
-        yield _not_built(
-            facts.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16"
-        )
+        yield _not_built(facts.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16")
     if config.enable_cpu_affinity:
         key = "enable_cpu_affinity"
         yield _not_built(facts.where(key), key, "true", "write false, or start the launcher under numactl")
@@ -144,9 +142,7 @@ def _unbuilt_sizes(facts: Facts) -> Iterator[Problem]:
         size = getattr(mesh, f"{part}_size")
         if size > 1:
             key = f"parallelism_config.parallelism_config_{part}_size"
-            yield _not_built(
-                facts.where(key), key, size, "write 1 and shard by parallelism_config_dp_shard_size"
-            )
+            yield _not_built(facts.where(key), key, size, "write 1 and shard by parallelism_config_dp_shard_size")
 
 
 def _unused_sections(facts: Facts) -> Iterator[Problem]:
@@ -215,9 +211,7 @@ def _processes(facts: Facts) -> Iterator[Problem]:
         value = getattr(config, chosen)
         why = f"{facts.where(chosen)} has {chosen} {value}, which is one process"
         hint = "write strategy: ddp, or num_processes: 1"
-        yield Problem(
-            facts.where("num_processes"), "num_processes", f"{count} cannot be carried out", why, hint
-        )
+        yield Problem(facts.where("num_processes"), "num_processes", f"{count} cannot be carried out", why, hint)
 
 
 def _mesh(facts: Facts) -> Iterator[Problem]:
@@ -237,9 +231,7 @@ def _mesh(facts: Facts) -> Iterator[Problem]:
         return
     sizes = f"dp_replicate_size {mesh.dp_replicate_size} times dp_shard_size {mesh.dp_shard_size}"
     what = f"{sizes} is {mesh.total_size}"
-    yield Problem(
-        facts.where(key), "parallelism_config", what, processes, "choose sizes whose product is that"
-    )
+    yield Problem(facts.where(key), "parallelism_config", what, processes, "choose sizes whose product is that")
 
 
 def _precision(facts: Facts) -> Iterator[Problem]:
@@ -249,9 +241,7 @@ def _precision(facts: Facts) -> Iterator[Problem]:
     where = facts.where("deepspeed_config.deepspeed_config_file")
     what = f"{facts.config.mixed_precision} is given beside a DeepSpeed file"
     why = f"the file named at {where} sets the precision itself"
-    yield Problem(
-        facts.where("mixed_precision"), "mixed_precision", what, why, "write it in one of the two places"
-    )
+    yield Problem(facts.where("mixed_precision"), "mixed_precision", what, why, "write it in one of the two places")
 
 
 def _accumulation(facts: Facts) -> Iterator[Problem]:

@@ -18,13 +18,13 @@ class DataLoaderConfiguration(Section):
     )
     dispatch_batches: bool | None = Field(
         None,
-        description="Whether rank 0 reads all data and sends the others their part; None: for iterables.",
+        description="Whether rank 0 reads all data and sends the others their part; streams are split otherwise.",
     )
     even_batches: bool = Field(True, description="Fill the last global batch so that all ranks get as much.")
     use_seedable_sampler: bool = Field(
-        True, description="Shuffle by seed and epoch only, not by global RNG state."
+        True, description="Take the seed that torch was given; False draws a new one when the loader is prepared."
     )
-    data_seed: int | None = Field(None, description="Seed of the shuffle; None draws one and shares it.")
+    data_seed: int | None = Field(None, description="Seed of the order; None takes the loader's or torch's own.")
     non_blocking: bool | None = Field(
         None, description="Copy to the device while the previous step runs; None: when memory is pinned."
     )
@@ -38,9 +38,7 @@ class GradientAccumulationPlugin(Section):
 
     num_steps: Annotated[int, Field(ge=1)] = Field(1, description="Micro-batches of one optimizer step.")
     adjust_scheduler: bool = Field(True, description="Step schedulers once per optimizer step; always true.")
-    sync_with_dataloader: bool = Field(
-        True, description="Take a step at the end of a pass, however short the window."
-    )
+    sync_with_dataloader: bool = Field(True, description="Take a step at the end of a pass, however short the window.")
     sync_each_batch: bool = Field(
         False, description="Average gradients in every micro-batch, which takes less memory and more time."
     )
@@ -61,11 +59,7 @@ class ProjectConfiguration(Section):
 
     project_dir: str | None = Field(None, description="Folder of checkpoints.")
     logging_dir: str | None = Field(None, description="Folder of trackers; None is the project's folder.")
-    automatic_checkpoint_naming: bool = Field(
-        False, description="Number checkpoints under project_dir/checkpoints."
-    )
-    total_limit: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Checkpoints kept; None keeps all."
-    )
+    automatic_checkpoint_naming: bool = Field(False, description="Number checkpoints under project_dir/checkpoints.")
+    total_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Checkpoints kept; None keeps all.")
     iteration: Annotated[int, Field(ge=0)] = Field(0, description="Number of the next checkpoint.")
     save_on_each_node: bool = Field(False, description="Write shared files on every machine's first rank.")

@@ -51,19 +51,13 @@ class DeepSpeedPlugin(Section):
     zero3_init_flag: bool | None = Field(
         None, description="Shard a model while it is being built; None: exactly under stage 3."
     )
-    zero3_save_16bit_model: bool = Field(
-        False, description="Gather 16-bit weights when a stage 3 model is saved."
-    )
+    zero3_save_16bit_model: bool = Field(False, description="Gather 16-bit weights when a stage 3 model is saved.")
     transformer_moe_cls_names: Annotated[Names, Key("deepspeed_moe_layer_cls_names")] = Field(
         (), description="Mixture-of-experts classes that stage 3 gathers as a whole."
     )
-    deepspeed_multinode_launcher: Launcher = Field(
-        "pdsh", description="Program that starts the other machines."
-    )
+    deepspeed_multinode_launcher: Launcher = Field("pdsh", description="Program that starts the other machines.")
     deepspeed_hostfile: str | None = Field(None, description="Host file of the multi-node launcher.")
-    deepspeed_exclusion_filter: str | None = Field(
-        None, description="Hosts left out by the multi-node launcher."
-    )
+    deepspeed_exclusion_filter: str | None = Field(None, description="Hosts left out by the multi-node launcher.")
     deepspeed_inclusion_filter: str | None = Field(None, description="Hosts used by the multi-node launcher.")
 
     def clashes(self) -> Iterator[Fault]:
@@ -91,9 +85,7 @@ class DeepSpeedPlugin(Section):
         device = getattr(self, f"offload_{part}_device")
         path = getattr(self, f"offload_{part}_nvme_path")
         if device == "nvme" and path in (None, "none"):
-            yield Fault(
-                f"offload_{part}_device", "nvme without a folder", hint=f"set offload_{part}_nvme_path"
-            )
+            yield Fault(f"offload_{part}_device", "nvme without a folder", hint=f"set offload_{part}_nvme_path")
         if device != "nvme" and path not in (None, "none"):
             yield Fault(
                 f"offload_{part}_nvme_path",

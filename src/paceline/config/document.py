@@ -62,9 +62,7 @@ def _read_text(path: Path) -> tuple[str | None, list[Problem]]:
         what, hint = "there is no such file", "run `paceline config` to write one, or correct the path"
         return None, [Problem(where, "", what, hint=hint)]
     except IsADirectoryError:
-        return None, [
-            Problem(where, "", "this is a folder", "a configuration is one file", "name the file in it")
-        ]
+        return None, [Problem(where, "", "this is a folder", "a configuration is one file", "name the file in it")]
     except OSError as error:
         return None, [Problem(where, "", f"the file cannot be read: {error.strerror or error}")]
     try:
@@ -79,18 +77,14 @@ def _without_bom(text: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _top_level(
-    loader: yaml.SafeLoader, node: yaml.Node | None, path: Path
-) -> tuple[tuple[Item, ...], list[Problem]]:
+def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
         hint = "run `paceline config` to write one, or leave --config_file out"
         return (), [Problem(f"{path}:1", "", "the file is empty", "it should hold keys and values", hint)]
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         hint = "write one `key: value` on each line"
-        return (), [
-            Problem(_where(path, node), "", f"the file holds {kind}", "its top must be a mapping", hint)
-        ]
+        return (), [Problem(_where(path, node), "", f"the file holds {kind}", "its top must be a mapping", hint)]
     problems: list[Problem] = []
     items = _mapping(loader, node, path, "", problems)
     return items, problems

@@ -44,9 +44,7 @@ class TorchDynamoPlugin(Section):
     dynamic: Annotated[bool | None, Key("dynamo_use_dynamic", ("dynamo_dynamic",))] = Field(
         None, description="Compile for varying shapes; None lets torch find out."
     )
-    options: Annotated[dict[str, Any] | None, Key(has_flag=False)] = Field(
-        None, description="Options of the backend."
-    )
+    options: Annotated[dict[str, Any] | None, Key(has_flag=False)] = Field(None, description="Options of the backend.")
     disable: bool = Field(False, description="Make torch.compile do nothing, for debugging.")
     use_regional_compilation: bool = Field(
         False, description="Compile the model's repeated block once instead of the whole model."

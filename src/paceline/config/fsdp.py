@@ -33,9 +33,9 @@ class FullyShardedDataParallelPlugin(Section):
         True,
         description="Free gathered parameters after forward; a number keeps them among so many ranks.",
     )
-    cpu_offload: Annotated[
-        bool, BeforeValidator(_as_flag), Key("fsdp_offload_params", ("fsdp_cpu_offload",))
-    ] = Field(False, description="Keep parameters, gradients and optimizer state in host memory.")
+    cpu_offload: Annotated[bool, BeforeValidator(_as_flag), Key("fsdp_offload_params", ("fsdp_cpu_offload",))] = Field(
+        False, description="Keep parameters, gradients and optimizer state in host memory."
+    )
     auto_wrap_policy: WrapPolicy | None = Field(
         None, description="How sharding units are chosen; None finds the model's repeated blocks."
     )
@@ -60,9 +60,7 @@ class FullyShardedDataParallelPlugin(Section):
     ignored_modules: str | None = Field(
         None, description="Regular expression that matches the whole names of modules left unsharded."
     )
-    param_dtype: Dtype = Field(
-        None, description="Precision of gathered parameters; None: from mixed_precision."
-    )
+    param_dtype: Dtype = Field(None, description="Precision of gathered parameters; None: from mixed_precision.")
     reduce_dtype: Dtype = Field(None, description="Precision in which gradients are averaged; None: fp32.")
     output_dtype: Dtype = Field(None, description="Precision of the outputs; None: from mixed_precision.")
 
@@ -152,14 +150,10 @@ def _dtypes_of(policy: Any) -> tuple[dict[str, Any], list[Fault]]:
             return {}, [Fault("mixed_precision_policy", f"{policy!r} is not allowed", why)]
         return {"param_dtype": dtype, "output_dtype": dtype}, []
     fields = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
-    given = (
-        policy if isinstance(policy, dict) else {f: getattr(policy, f) for f in fields if hasattr(policy, f)}
-    )
+    given = policy if isinstance(policy, dict) else {f: getattr(policy, f) for f in fields if hasattr(policy, f)}
     unknown = [str(name) for name in given if name not in fields]
     if unknown or not given:
-        return {}, [
-            Fault("mixed_precision_policy", f"{policy!r} is no precision policy", f"it has {fields[:3]}")
-        ]
+        return {}, [Fault("mixed_precision_policy", f"{policy!r} is no precision policy", f"it has {fields[:3]}")]
     if given.get("cast_forward_inputs", True) is not True:
         return {}, [
             Fault(

@@ -137,9 +137,7 @@ def _translate_sharding(result: Translation, is_version_1: bool) -> None:
         del result.raws[_SHARDING]
         if reshard is not None and not _agree(name, reshard):
             where = reshard.origin.where
-            result.refuse(
-                _SHARDING, named, f"{where} has fsdp_reshard_after_forward {reshard}", "keep one of them"
-            )
+            result.refuse(_SHARDING, named, f"{where} has fsdp_reshard_after_forward {reshard}", "keep one of them")
             return
         _reshard(result, _SHARDING, named, name, is_version_1)
     elif reshard is not None and (name := _name_of(reshard)) is not None:

@@ -20,9 +20,7 @@ class DistributedDataParallelKwargs(Section):
     key_prefix: ClassVar[str] = "ddp_"
 
     dim: int = Field(0, description="Dimension along which DDP would scatter its inputs.")
-    broadcast_buffers: bool = Field(
-        True, description="Copy rank 0's buffers to all ranks before each forward."
-    )
+    broadcast_buffers: bool = Field(True, description="Copy rank 0's buffers to all ranks before each forward.")
     bucket_cap_mb: Annotated[int | float, Field(gt=0)] = Field(
         25, description="Size in MiB of the buckets in which gradients are averaged."
     )
@@ -87,9 +85,7 @@ class ProfileKwargs(Section):
     schedule_option: dict[str, int] | None = Field(
         None, description="Arguments of torch.profiler.schedule: wait, warmup, active, repeat, skip_first."
     )
-    on_trace_ready: Callable[..., Any] | None = Field(
-        None, description="Called with the profiler at each trace."
-    )
+    on_trace_ready: Callable[..., Any] | None = Field(None, description="Called with the profiler at each trace.")
     record_shapes: bool = Field(False, description="Record the shapes of operator inputs.")
     profile_memory: bool = Field(False, description="Record memory use.")
     with_stack: bool = Field(False, description="Record source lines.")

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from paceline.config.shapes import Style
 
 PREFIX: Final = "PACELINE_"
-RESERVED: Final = frozenset(
-    {"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"}
-)
+RESERVED: Final = frozenset({"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"})
 """Variables that are not settings of a run."""
 
 _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
@@ -61,9 +59,7 @@ class Layer:
 
 def flag_layer(flags: Mapping[str, object]) -> Layer:
     """Read the flags that were really typed; a value of None was not."""
-    given = (
-        (name.lstrip("-").replace("-", "_"), value) for name, value in flags.items() if value is not None
-    )
+    given = ((name.lstrip("-").replace("-", "_"), value) for name, value in flags.items() if value is not None)
     return _named_layer(((name, f"--{name}", value) for name, value in given), "flag")
 
 
@@ -71,11 +67,7 @@ def environment_layer(env: Mapping[str, str]) -> Layer:
     """Read the PACELINE_ variables; an empty one counts as not set."""
     given = ((name, value) for name, value in sorted(env.items()) if name.startswith(PREFIX))
     return _named_layer(
-        (
-            (name.removeprefix(PREFIX).lower(), name, value)
-            for name, value in given
-            if value and name not in RESERVED
-        ),
+        ((name.removeprefix(PREFIX).lower(), name, value) for name, value in given if value and name not in RESERVED),
         "environment",
     )
 

@@ -36,20 +36,12 @@ class MegatronLMConfig(Section):
     no_load_optim: bool | None = Field(None, description="Do not load optimizer state.")
     no_save_optim: bool | None = Field(None, description="Do not save optimizer state.")
     eod_mask_loss: bool | None = Field(None, description="Mask the loss at ends of documents.")
-    overlap_cpu_optimizer_d2h_h2d: bool | None = Field(
-        None, description="Overlap copies of the host optimizer."
-    )
+    overlap_cpu_optimizer_d2h_h2d: bool | None = Field(None, description="Overlap copies of the host optimizer.")
     optimizer_cpu_offload: bool | None = Field(None, description="Keep optimizer state in host memory.")
-    use_precision_aware_optimizer: bool | None = Field(
-        None, description="Keep optimizer state in low precision."
-    )
+    use_precision_aware_optimizer: bool | None = Field(None, description="Keep optimizer state in low precision.")
     decoder_last_pipeline_num_layers: Size | None = Field(None, description="Layers of the last stage.")
-    recompute_granularity: Literal["full", "selective"] | None = Field(
-        None, description="What is recomputed."
-    )
-    recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="How recomputation is spread."
-    )
+    recompute_granularity: Literal["full", "selective"] | None = Field(None, description="What is recomputed.")
+    recompute_method: Literal["uniform", "block"] | None = Field(None, description="How recomputation is spread.")
     recompute_num_layers: Size | None = Field(None, description="Layers of one recomputed part.")
     attention_backend: str | bool | None = Field(None, description="Attention kernel.")
     expert_model_parallel_size: Size | None = Field(None, description="Ranks that share the experts.")
@@ -57,8 +49,6 @@ class MegatronLMConfig(Section):
     attention_dropout: float | None = Field(None, description="Dropout of attention weights.")
     hidden_dropout: float | None = Field(None, description="Dropout of hidden states.")
     attention_softmax_in_fp32: bool | None = Field(None, description="Compute the softmax in fp32.")
-    expert_tensor_parallel_size: Size | None = Field(
-        None, description="Ranks that share each expert's layers."
-    )
+    expert_tensor_parallel_size: Size | None = Field(None, description="Ranks that share each expert's layers.")
     calculate_per_token_loss: bool | None = Field(None, description="Average the loss over tokens.")
     use_rotary_position_embeddings: bool | None = Field(None, description="Use rotary positions.")

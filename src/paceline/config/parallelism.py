@@ -27,13 +27,9 @@ class ParallelismConfig(Section):
         "allgather", description="How keys and values travel between the ranks of a sequence."
     )
     sp_size: Size = Field(1, description="Ranks that share each sequence by Ulysses attention.")
-    sp_backend: Literal["deepspeed"] = Field(
-        "deepspeed", description="Implementation of sequence parallelism."
-    )
+    sp_backend: Literal["deepspeed"] = Field("deepspeed", description="Implementation of sequence parallelism.")
     sp_seq_length: Size | None = Field(None, description="Length of all sequences when it never varies.")
-    sp_seq_length_is_variable: bool = Field(
-        True, description="Whether sequences vary in length between batches."
-    )
+    sp_seq_length_is_variable: bool = Field(True, description="Whether sequences vary in length between batches.")
     sp_attn_implementation: str = Field("sdpa", description="Attention kernel under sequence parallelism.")
 
     @property

@@ -204,11 +204,7 @@ def _finish(draft: _Draft) -> RunConfig:
 
 def _values(draft: _Draft, section: str, model: type[Section]) -> dict[str, Any]:
     prefix = f"{section}." if section else ""
-    return {
-        slot.field: draft.values[prefix + slot.key]
-        for slot in slots(model)
-        if prefix + slot.key in draft.values
-    }
+    return {slot.field: draft.values[prefix + slot.key] for slot in slots(model) if prefix + slot.key in draft.values}
 
 
 def _build_section(draft: _Draft, section: str, model: type[Section]) -> Section | None:

@@ -72,13 +72,9 @@ class RunConfig(Section):
     strategy: StrategyName = Field(
         "auto", description="How the model is spread over ranks; auto takes the least sharding that fits."
     )
-    mixed_precision: Precision = Field(
-        "no", description="Precision of matrix products in forward and backward."
-    )
+    mixed_precision: Precision = Field("no", description="Precision of matrix products in forward and backward.")
     gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
-    num_processes: Count | None = Field(
-        None, description="Processes over all machines; none: one per device."
-    )
+    num_processes: Count | None = Field(None, description="Processes over all machines; none: one per device.")
     num_machines: Count = Field(1, description="Machines that take part.")
     machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Which machine this is, from 0.")
     main_process_ip: str | None = Field(None, description="Address of machine 0.")
@@ -86,23 +82,15 @@ class RunConfig(Section):
         None, description="Port of the rendezvous; 0 or none takes a free one."
     )
     rdzv_backend: str = Field("static", description="Rendezvous of torch elastic between machines.")
-    rdzv_conf: str | None = Field(
-        None, description="Options of the rendezvous, key=value with commas between."
-    )
+    rdzv_conf: str | None = Field(None, description="Options of the rendezvous, key=value with commas between.")
     same_network: bool = Field(True, description="Whether all machines are in one local network.")
-    gpu_ids: DeviceList = Field(
-        None, description="Devices of this machine to use: all, or numbers like 0,1,3."
-    )
-    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(
-        False, description="Train on the CPU even if there are devices."
-    )
+    gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or numbers like 0,1,3.")
+    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even if there are devices.")
     debug: bool = Field(False, description="Compare shapes between ranks before each collective.")
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Seconds that a collective may wait; none is torch's default."
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(
-        0, description="How often failed workers are started again."
-    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How often failed workers are started again.")
     monitor_interval: Annotated[float, Field(gt=0)] = Field(
         0.1, description="Seconds between two looks at the workers."
     )
@@ -114,16 +102,12 @@ class RunConfig(Section):
     downcast_bf16: bool = Field(False, description="Whether a TPU would compute fp32 in bf16.")
     tpu_name: str | None = Field(None, description="Name of the TPU.")
     tpu_zone: str | None = Field(None, description="Zone of the TPU.")
-    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(
-        False, description="Start on a TPU pod."
-    )
+    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(False, description="Start on a TPU pod.")
     tpu_use_sudo: bool = Field(False, description="Run commands on the TPU as root.")
     tpu_vm: Annotated[Names, Key(flag="vm")] = Field((), description="Machines of the TPU pod.")
     tpu_env: Annotated[Names, Key(flag="env")] = Field((), description="Variables set on the TPU pod.")
     commands: Annotated[Names, Key(has_flag=False)] = Field((), description="Commands run on the TPU pod.")
-    command_file: Annotated[str | None, Key(has_flag=False)] = Field(
-        None, description="File of those commands."
-    )
+    command_file: Annotated[str | None, Key(has_flag=False)] = Field(None, description="File of those commands.")
     ddp_config: DistributedDataParallelKwargs = Field(
         default_factory=DistributedDataParallelKwargs, description="How DDP averages gradients."
     )
@@ -131,10 +115,6 @@ class RunConfig(Section):
     deepspeed_config: DeepSpeedPlugin | None = Field(None, description="How DeepSpeed shards and offloads.")
     parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the mesh.")
     fp8_config: FP8Config | None = Field(None, description="How 8-bit matrix products are scaled.")
-    dynamo_config: TorchDynamoPlugin = Field(
-        default_factory=TorchDynamoPlugin, description="How models are compiled."
-    )
+    dynamo_config: TorchDynamoPlugin = Field(default_factory=TorchDynamoPlugin, description="How models are compiled.")
     mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts processes.")
-    megatron_lm_config: MegatronLMConfig | None = Field(
-        None, description="How Megatron-LM would divide the model."
-    )
+    megatron_lm_config: MegatronLMConfig | None = Field(None, description="How Megatron-LM would divide the model.")

@@ -115,11 +115,7 @@ class Shape:
         if style == "native":
             return value
         word = value.strip().casefold()
-        if (
-            bool in self.types
-            and word in TRUE_WORDS | FALSE_WORDS
-            and not (int in self.types and word in {"0", "1"})
-        ):
+        if bool in self.types and word in TRUE_WORDS | FALSE_WORDS and not (int in self.types and word in {"0", "1"}):
             return word in TRUE_WORDS
         if style != "quoted" and (int in self.types or float in self.types):
             number = _maybe_number(word)

@@ -31,5 +31,5 @@ class ActiveLoaders:
         self._passes.append((token, loader))
         try:
             yield
-        except ZeroDivisionError:
+        finally:
             self._passes = [entry for entry in self._passes if entry[0] is not token]

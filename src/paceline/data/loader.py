@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from paceline.collectives import BatchCounts, Group
     from paceline.data.active import ActiveLoaders
+    from paceline.data.plan import Layout
     from paceline.data.prefetch import DevicePrefetcher
     from paceline.data.progress import Progress
     from paceline.data.reading import Reading
@@ -47,6 +48,7 @@ class PreparedDataLoader(DataLoader[Any]):
         seed: Of the order, the same on all ranks.
         group: The ranks.
         active: Where passes are noted.
+        layout: How global batches are dealt out.
         prefetcher: Puts batches on the device; None leaves them where they are.
         batch_size: Rows of this rank's batches, where they are known.
         drop_last: Whether an incomplete global batch is left out.
@@ -60,6 +62,7 @@ class PreparedDataLoader(DataLoader[Any]):
         seed: int,
         group: Group,
         active: ActiveLoaders,
+        layout: Layout,
         prefetcher: DevicePrefetcher | None,
         batch_size: int | None,
         drop_last: bool,
@@ -72,6 +75,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._seed = seed
         self._group = group
         self._active = active
+        self._layout = layout
         self._prefetcher = prefetcher
         self._next = Position()
         self._pass: Pass | None = None
@@ -100,9 +104,7 @@ class PreparedDataLoader(DataLoader[Any]):
 
     def _begin(self) -> tuple[Pass, Iterator[Any]]:
         for start in (self._next, Position(self._next.epoch + 1)):
-            self._reading.generator.manual_seed(
-                mix_seed(self._seed, start.epoch, self._group.rank, start.samples)
-            )
+            self._reading.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, start.samples))
             begun = self._reading.begin(super().__iter__, self._seed, start)
             if begun is not None:
                 self._next = Position(start.epoch + 1)
@@ -126,6 +128,15 @@ class PreparedDataLoader(DataLoader[Any]):
 
     def __len__(self) -> int:
         return self._reading.num_batches()
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether the last global batch is completed, so that all ranks have as many; counts from the next pass."""
+        return self._layout.even
+
+    @even_batches.setter
+    def even_batches(self, even: bool) -> None:
+        self._layout.even = even
 
     @property
     def total_batch_size(self) -> int | None:

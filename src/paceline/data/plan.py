@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchListPlan", "Layout", "Plan", "SamplePlan"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Layout:
     """How each global batch is dealt out.
 
@@ -27,7 +27,7 @@ class Layout:
         rows: Samples in one rank's batch.
         size: How many ranks there are.
         even: Complete the last global batch with samples from the start, so that all ranks have equally
-            many batches of the same size. One rank alone is never completed.
+            many batches of the same size. One rank alone is never completed. May be switched between passes.
         drop_last: Leave out a global batch that is not complete.
     """
 
@@ -117,9 +117,7 @@ class SamplePlan(Plan):
     def counts(self, index: int) -> BatchCounts:
         """See `Plan.counts`."""
         rows = self._layout.rows
-        real = tuple(
-            min(rows, max(0, self._samples - self._first(index, rank))) for rank in range(self._layout.size)
-        )
+        real = tuple(min(rows, max(0, self._samples - self._first(index, rank))) for rank in range(self._layout.size))
         return BatchCounts(rows=(rows,) * self._layout.size if self._layout.padded else real, real=real)
 
     def samples_after(self, rounds: int) -> int:

@@ -83,6 +83,7 @@ class _Preparation:
         self.foreign = _iterates_its_own_way(loader)
         self.iterable = isinstance(loader.dataset, IterableDataset)
         self.rows: int | None = None
+        self.layout: Layout
 
     def build(self, active: ActiveLoaders) -> PreparedDataLoader:
         seed = self._seed()
@@ -93,6 +94,7 @@ class _Preparation:
             seed=seed,
             group=self.group,
             active=active,
+            layout=self.layout,
             prefetcher=self._prefetcher(settings),
             batch_size=self.rows,
             drop_last=bool(self.loader.drop_last),
@@ -178,9 +180,8 @@ class _Preparation:
         if rows and self.split:
             rows = split_rows(rows, self.group.size)
         self.rows = rows or None
-        return Layout(
-            rows=rows or 0, size=self.group.size, even=self.config.even_batches, drop_last=drop_last
-        )
+        self.layout = Layout(rows=rows or 0, size=self.group.size, even=self.config.even_batches, drop_last=drop_last)
+        return self.layout
 
     def _sharding(self, group: Group) -> Sharding:
         """Deal out keys; `group` is who runs samplers together."""
@@ -229,16 +230,12 @@ class _Preparation:
         readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
         if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
             return StreamShard(dataset, 0, 1, workers), f"stream already split over {size} ranks"
-        shards = next(
-            (n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0
-        )
+        shards = next((n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0)
         shard = getattr(dataset, "shard", None)
         if callable(shard) and shards:
             if shards >= size:
                 part = shard(num_shards=size, index=rank) if size > 1 else dataset
-                return StreamShard(
-                    part, 0, 1, workers
-                ), f"stream of {shards} shards split over {readers}, read once"
+                return StreamShard(part, 0, 1, workers), f"stream of {shards} shards split over {readers}, read once"
             note = f"stream of {shards} shards, too few for {size} ranks, split item by item"
             return StreamShard(dataset, rank, size, workers, by_items=True), note
         return StreamShard(dataset, rank, size, workers), (
@@ -286,9 +283,7 @@ class _Preparation:
             return ReadFeed(self.loader, layout, split=self.split)
         if self.iterable:
             shard = StreamShard(self.loader.dataset, 0, 1, self.loader.num_workers)
-            return ReadFeed(
-                self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split
-            )
+            return ReadFeed(self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split)
         sharding = self._sharding(SoloGroup())
         if not isinstance(sharding, PlannedSharding):
             return ReadFeed(self.loader, layout, split=self.split)

@@ -168,9 +168,7 @@ class BatchSharding(PlannedSharding):
             return None
         if self._split:
             rows = split_rows(rows, self._layout.size)
-        return Layout(
-            rows=rows, size=self._layout.size, even=self._layout.even, drop_last=self._layout.drop_last
-        )
+        return Layout(rows=rows, size=self._layout.size, even=self._layout.even, drop_last=self._layout.drop_last)
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
@@ -188,11 +186,7 @@ class BatchSharding(PlannedSharding):
     def size(self) -> int | None:
         """See `Sharding.size`; the length of an inner sampler, where there is one."""
         return next(
-            (
-                n
-                for s in sampler_chain(self._batch_sampler)
-                if s is not self._batch_sampler and (n := size_of(s))
-            ),
+            (n for s in sampler_chain(self._batch_sampler) if s is not self._batch_sampler and (n := size_of(s))),
             None,
         )
 

@@ -118,8 +118,7 @@ class StreamReading(Reading):
     def _check(self, position: Position) -> None:
         if position.batches and position.ranks not in (0, self._group.size):
             raise DataError(
-                f"The position in a stream was saved by {position.ranks} ranks and is loaded by "
-                f"{self._group.size}",
+                f"The position in a stream was saved by {position.ranks} ranks and is loaded by {self._group.size}",
                 "Each rank reads its own part, so that parts of other ranks cannot be gone on with",
                 "Resume on the same number of ranks, or save at the end of a pass",
             )

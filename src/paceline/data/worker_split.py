@@ -71,9 +71,7 @@ class StreamShard(IterableDataset[Any]):
         by_items: Let ranks share the stream item by item even if the data set asks: it has too few pieces.
     """
 
-    def __init__(
-        self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False
-    ) -> None:
+    def __init__(self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False) -> None:
         self.dataset = dataset
         self._rank = rank
         self._size = size

@@ -25,9 +25,7 @@ __all__ = ["RankLogger", "get_logger"]
 _LEVEL_VARIABLE = "PACELINE_LOG_LEVEL"
 
 
-def get_logger(
-    name: str, log_level: str | None = None, *, env: Mapping[str, str] | None = None
-) -> RankLogger:
+def get_logger(name: str, log_level: str | None = None, *, env: Mapping[str, str] | None = None) -> RankLogger:
     """Return a logger whose messages come from rank 0 alone unless a call says otherwise.
 
     Only the logger of that name is touched. While the program has set up no logging of its own, the messages
@@ -101,9 +99,7 @@ class RankLogger(_Adapter):
             return dist.get_rank(), dist.get_world_size()
         return self._world.rank, self._world.size
 
-    def _write(
-        self, level: int, msg: object, args: tuple[object, ...], kwargs: dict[str, Any], prefix: str
-    ) -> None:
+    def _write(self, level: int, msg: object, args: tuple[object, ...], kwargs: dict[str, Any], prefix: str) -> None:
         if self.logger.isEnabledFor(level):
             self.logger.log(level, f"{prefix}{msg}" if prefix else msg, *args, **kwargs)
 

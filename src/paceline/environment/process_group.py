@@ -86,9 +86,7 @@ def open_process_group(
     return _in_force(device)
 
 
-def _keep_open_group(
-    world: World, device: torch.device, backend: str | None, timeout: timedelta | None
-) -> str:
+def _keep_open_group(world: World, device: torch.device, backend: str | None, timeout: timedelta | None) -> str:
     if (dist.get_rank(), dist.get_world_size()) != (world.rank, world.size):
         raise WorldError(
             f"A process group is open in which this is rank {dist.get_rank()} of {dist.get_world_size()}, "
@@ -155,9 +153,7 @@ def _available_backends(kind: str) -> tuple[str, ...]:
     return tuple(
         name
         for name in dist.Backend.backend_list
-        if name not in ("undefined", "fake")
-        and kind in capability.get(name, ())
-        and dist.is_backend_available(name)
+        if name not in ("undefined", "fake") and kind in capability.get(name, ()) and dist.is_backend_available(name)
     )
 
 

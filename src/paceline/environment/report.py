@@ -187,9 +187,7 @@ def _output(env: Mapping[str, str], program: str, *arguments: str) -> str:
     if path is None:
         return ""
     try:
-        done = subprocess.run(
-            [path, *arguments], capture_output=True, text=True, timeout=_PROGRAM_SECONDS, check=True
-        )
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=_PROGRAM_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.rstrip()

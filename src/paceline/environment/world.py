@@ -89,8 +89,7 @@ def _read_torchrun(env: Mapping[str, str]) -> World | None:
     if missing:
         given = [f"{name}={env[name]}" for name in needed if env.get(name)]
         raise WorldError(
-            f"{', '.join(given)} {_is_or_are(given)} set but "
-            f"{' and '.join(missing)} {_is_or_are(missing)} not",
+            f"{', '.join(given)} {_is_or_are(given)} set but {' and '.join(missing)} {_is_or_are(missing)} not",
             "A process knows its place among the others only by RANK, WORLD_SIZE and LOCAL_RANK together",
             "Start the script with `paceline launch` or torchrun, which set them all, "
             f"or unset {', '.join(name for name in needed if env.get(name))} to run one process",

@@ -75,9 +75,7 @@ def launch(
     for attempt in range(planned.max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
             streams = RankStreams(Path(folder), log_dir=log_dir, tee=tee, attempt=attempt)
-            outcome = _run_once(
-                planned, env, streams, run_id, attempt, numa, shutdown_timeout, config.monitor_interval
-            )
+            outcome = _run_once(planned, env, streams, run_id, attempt, numa, shutdown_timeout, config.monitor_interval)
         if outcome.signal is not None:
             name, count = signal.Signals(outcome.signal).name, len(planned.ranks)
             ended = "its process has ended" if count == 1 else f"all {count} processes have ended"

@@ -60,19 +60,14 @@ class Plan:
             "port": self.port,
             "max_restarts": self.max_restarts,
             "variables": dict(self.variables),
-            "ranks": [
-                {"rank": r.rank, "command": list(r.command), "variables": dict(r.variables)}
-                for r in self.ranks
-            ],
+            "ranks": [{"rank": r.rank, "command": list(r.command), "variables": dict(r.variables)} for r in self.ranks],
         }
 
     def as_text(self) -> str:
         """Return the plan as lines that a shell could run, but for the port while it is not chosen."""
         count = len(self.ranks)
         port = f"port {self.port}" if self.port else "a free port"
-        lines = [
-            f"{count} process{'es' if count != 1 else ''} on this machine, meeting at {self.address}, {port}"
-        ]
+        lines = [f"{count} process{'es' if count != 1 else ''} on this machine, meeting at {self.address}, {port}"]
         lines.append("for all:")
         lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         for rank in self.ranks:

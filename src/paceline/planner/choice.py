@@ -58,9 +58,7 @@ def choose_strategy(footprint: Footprint, *, free: int, ranks: int, device: str)
     return Choice(strategy="fsdp", settings=settings, reason=reason)
 
 
-def _growing(
-    footprint: Footprint, ranks: int, available: int
-) -> Iterator[tuple[int, dict[str, Any], str]]:
+def _growing(footprint: Footprint, ranks: int, available: int) -> Iterator[tuple[int, dict[str, Any], str]]:
     """Yield (bytes a rank, settings, words) from the fastest way to the most frugal one."""
     shard = footprint.total // ranks
     yield shard + footprint.parameters, {"reshard_after_forward": False}, "parameters kept after the forward"

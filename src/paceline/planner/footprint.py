@@ -41,9 +41,7 @@ class Footprint:
         return self.parameters + self.gradients + self.optimizer
 
 
-def measure(
-    models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device
-) -> Footprint:
+def measure(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device) -> Footprint:
     """Measure what training these models with these optimizers keeps in memory.
 
     Args:

@@ -77,7 +77,5 @@ class LossScaler(GradScaler):
         return taken
 
     def _found(self, optimizer: Optimizer) -> list[torch.Tensor]:
-        found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)][
-            "found_inf_per_device"
-        ]
+        found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         return list(found.values())

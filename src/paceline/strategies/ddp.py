@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from paceline.errors import PrepareError, UnusedParametersError
 from paceline.precision import autocast_forward
@@ -48,10 +48,12 @@ class DDPStrategy(Strategy):
         self._wrapped: list[NamingDDP] = []
 
     @property
+    @override
     def distributed_type(self) -> DistributedType:
         kind = self.around.device.type.upper()
         return DistributedType.MULTI_GPU if kind == "CUDA" else DistributedType(f"MULTI_{kind}")
 
+    @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         if place:
             model.to(self.around.device)
@@ -75,14 +77,17 @@ class DDPStrategy(Strategy):
         # torch 2.13 warns about this argument whatever its value, and True is what it does without it.
         return arguments if settings.broadcast_buffers else arguments | {"broadcast_buffers": False}
 
+    @override
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DistributedDataParallel) else model
 
+    @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         # What DDP.no_sync() sets, without a context manager a step.
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = enabled
 
+    @override
     def check_first_backward(self) -> None:
         """Name the parameters that got no gradient: DDP would train on with unaveraged ones until the next forward.
 
@@ -97,9 +102,11 @@ class DDPStrategy(Strategy):
             if unused and len(unused) < len(trained):
                 raise UnusedParametersError(unused)
 
+    @override
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-        return Join([model for model in models if isinstance(model, DistributedDataParallel)])  # type: ignore[no-untyped-call]
+        return Join([model for model in models if isinstance(model, DistributedDataParallel)])
 
+    @override
     def describe(self) -> list[str]:
         count = self.around.world.size
         lines = [f"DDP: each of {count} ranks holds the whole model; gradients are averaged in the backward"]
@@ -107,6 +114,7 @@ class DDPStrategy(Strategy):
             lines.append(f"gradients travel through the {self._settings.comm_hook} hook")
         return lines
 
+    @override
     def dtypes(self) -> dict[str, str]:
         table = super().dtypes()
         if self._settings.comm_hook in ("fp16", "bf16"):
@@ -124,7 +132,7 @@ class NamingDDP(DistributedDataParallel):
             UnusedParametersError: Parameters got no gradient in the step before.
         """
         try:
-            return super().forward(*inputs, **kwargs)
+            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             unused = self._unused(str(error))
             if not unused:
@@ -152,12 +160,10 @@ def _register_hook(wrapped: DistributedDataParallel, settings: DistributedDataPa
     if settings.comm_hook.endswith("power_sgd"):
         state = powerSGD_hook.PowerSGDState(process_group=None, **settings.comm_state_option)
     try:
-        wrapped.register_comm_hook(state, hook)  # type: ignore[no-untyped-call]
+        wrapped.register_comm_hook(state, hook)
     except TypeError as error:
         raise PrepareError(
             f"comm_hook={settings.comm_hook!r}, comm_wrapper={settings.comm_wrapper!r}",
             f"This backend cannot carry it: {error}",
             "Use fp16 or power_sgd here, or no hook",
         ) from error
-
-

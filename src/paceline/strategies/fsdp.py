@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError
@@ -52,6 +53,7 @@ class FSDPStrategy(Strategy):
     name = "fsdp"
 
     @property
+    @override
     def distributed_type(self) -> DistributedType:
         return DistributedType.FSDP
 
@@ -66,6 +68,7 @@ class FSDPStrategy(Strategy):
 
     # What becomes of models and optimizers
 
+    @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         plugin = self._plugin
         units = find_units(model, plugin)
@@ -131,24 +134,29 @@ class FSDPStrategy(Strategy):
             )
         return ignored
 
+    @override
     def prepare_evaluation(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         if any(p.is_meta for p in model.parameters()):
             return self.prepare_model(model, place=place)
         return super().prepare_evaluation(model, place=place)
 
+    @override
     def adopt(self, optimizer: Optimizer) -> None:
         self._replacements.renew(optimizer)
 
     # One step
 
+    @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         for unit in self._units.get(id(model), ()):
             unit.set_requires_gradient_sync(enabled, recurse=False)
 
+    @override
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
         _multiply([local for local, _, _ in local_gradients(parameters)], factor)
 
+    @override
     @torch.no_grad()
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
         """Clip by the norm over all ranks: each rank's share is summed with one tiny collective a mesh axis.
@@ -162,9 +170,7 @@ class FSDPStrategy(Strategy):
         _multiply([local for local, _, _ in gradients], factor)
         return total
 
-    def _total_norm(
-        self, gradients: list[tuple[Tensor, Sequence[Any], Any]], norm_type: float
-    ) -> Tensor:
+    def _total_norm(self, gradients: list[tuple[Tensor, Sequence[Any], Any]], norm_type: float) -> Tensor:
         device = self.around.device
         together = _Norm(norm_type)
         shares: dict[tuple[int, ...], tuple[DeviceMesh | None, list[Tensor]]] = {}
@@ -179,19 +185,23 @@ class FSDPStrategy(Strategy):
             total = together.add(total, share)
         return together.root(total)
 
+    @override
     @torch.no_grad()
     def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
         for local, _, _ in local_gradients(parameters):
             local.clamp_(-value, value)
 
+    @override
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         raise refuse_join("FSDP2")
 
     # What others want to know
 
+    @override
     def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
 
+    @override
     def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         first_names: dict[int, str] = {}
@@ -215,15 +225,12 @@ class FSDPStrategy(Strategy):
         if not isinstance(value, DTensor):
             return value
         local = value.to_local().to(self.around.device)
-        here = DTensor.from_local(
-            local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride()
-        )
+        here = DTensor.from_local(local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
         return here.full_tensor()
 
     def _tell(self, units: Units) -> None:
         shape = " x ".join(
-            f"{name} {size}"
-            for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
+            f"{name} {size}" for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
         )
         after = self._plugin.reshard_after_forward
         kept = "dropped after" if after is True else "kept after" if after is False else f"cut in {after} after"
@@ -235,13 +242,13 @@ class FSDPStrategy(Strategy):
             )
             if on
         ]
-        self._told.append(
-            "; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} the forward", *extras])
-        )
+        self._told.append("; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} the forward", *extras]))
 
+    @override
     def describe(self) -> list[str]:
         return list(self._told)
 
+    @override
     def dtypes(self) -> dict[str, str]:
         table = super().dtypes()
         if self._mixed.param_dtype is not None:
@@ -293,9 +300,7 @@ def _build_mesh(around: Surroundings) -> DeviceMesh:
         )
     if replicas == 1:
         return init_device_mesh(around.device.type, (size,), mesh_dim_names=("dp_shard",))
-    return init_device_mesh(
-        around.device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard")
-    )
+    return init_device_mesh(around.device.type, (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
 def _mixed_precision(around: Surroundings, plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:

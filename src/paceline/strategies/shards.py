@@ -85,7 +85,7 @@ class Replacements:
                 state = optimizer.state.pop(old)
                 optimizer.state[new] = {key: _like(value, new) for key, value in state.items()}
 
-    def _successor(self, parameter: nn.Parameter) -> nn.Parameter:
+    def _successor(self, parameter: Any) -> Any:
         held, new = self._new.get(id(parameter), (None, parameter))
         return new if held is not None and held() is parameter else parameter
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy
 from paceline.strategies.compiled import compile_model
@@ -18,9 +20,11 @@ class SingleStrategy(Strategy):
     name = "single"
 
     @property
+    @override
     def distributed_type(self) -> DistributedType:
         return DistributedType.NO
 
+    @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         if place:
             model.to(self.around.device)

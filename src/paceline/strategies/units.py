@@ -113,10 +113,7 @@ def _cuts_a_tie(model: nn.Module, module: nn.Module) -> bool:
     own = {id(p) for p in module.parameters()}
     inside = set(module.modules())
     return any(
-        id(p) in own
-        for other in model.modules()
-        if other not in inside
-        for p in other.parameters(recurse=False)
+        id(p) in own for other in model.modules() if other not in inside for p in other.parameters(recurse=False)
     )
 
 
@@ -124,10 +121,7 @@ def _by_structure(model: nn.Module) -> list[nn.Module]:
     """Take the largest family of like siblings: modules of one class in one ModuleList, else one Sequential."""
     for container in (nn.ModuleList, nn.Sequential):
         families = [
-            family
-            for module in model.modules()
-            if isinstance(module, container)
-            for family in _families(module)
+            family for module in model.modules() if isinstance(module, container) for family in _families(module)
         ]
         if families:
             outer = [f for f in families if not any(_inside(f[0], g) for g in families if g is not f)]

@@ -54,9 +54,7 @@ def test_different_operations_are_named() -> None:
         else:
             group.all_gather(torch.ones(1))
 
-    with pytest.raises(
-        CollectiveError, match=r"(?s)different operations.*rank 2 is in broadcast\(source=0\)"
-    ):
+    with pytest.raises(CollectiveError, match=r"(?s)different operations.*rank 2 is in broadcast\(source=0\)"):
         run_fake_ranks(3, work)
 
 

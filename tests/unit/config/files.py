@@ -76,9 +76,7 @@ deepspeed_config:
 
 def answers(distributed_type: str, rest: str = "", num_processes: int = 2, use_cpu: str = "false") -> str:
     """Write a file as the questions of Accelerate's `config` command leave it."""
-    return ANSWERS.format(
-        distributed_type=distributed_type, rest=rest, num_processes=num_processes, use_cpu=use_cpu
-    )
+    return ANSWERS.format(distributed_type=distributed_type, rest=rest, num_processes=num_processes, use_cpu=use_cpu)
 
 
 def read(

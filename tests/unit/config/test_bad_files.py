@@ -305,9 +305,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize(("text", "line", "key", "hint"), TYPOS)
-def test_an_unknown_key_is_reported_at_its_line(
-    tmp_path: Path, text: str, line: int, key: str, hint: str
-) -> None:
+def test_an_unknown_key_is_reported_at_its_line(tmp_path: Path, text: str, line: int, key: str, hint: str) -> None:
     found = problems(tmp_path, text)
     assert found == [Problem(f"config.yaml:{line}", key, "unknown key", hint=hint)]
 
@@ -357,9 +355,7 @@ def test_a_json_file_is_read_with_its_lines(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_at_once_with_the_message_naming_each(tmp_path: Path) -> None:
     text = FOUNDING.replace("fsdp_cpu_offload: false", "fsdp_cpu_ofload: maybe").replace("bf16", "bf61")
-    found = problems(
-        tmp_path, text, {"num_processe": 2}, {"PACELINE_DEBUGG": "1", "PACELINE_TIMEOUT": "long"}
-    )
+    found = problems(tmp_path, text, {"num_processe": 2}, {"PACELINE_DEBUGG": "1", "PACELINE_TIMEOUT": "long"})
     assert sorted(p.where for p in found) == [
         "--num_processe",
         "PACELINE_DEBUGG",

@@ -95,9 +95,7 @@ def test_keys_of_version_1_that_ask_for_the_usual_are_noted_under_version_2(tmp_
 @pytest.mark.parametrize(
     ("named", "reshard"), [("FULL_SHARD", True), ("SHARD_GRAD_OP", False), ("1", True), ("2", False)]
 )
-def test_a_file_without_a_version_may_name_a_sharding_strategy(
-    tmp_path: Path, named: str, reshard: bool
-) -> None:
+def test_a_file_without_a_version_may_name_a_sharding_strategy(tmp_path: Path, named: str, reshard: bool) -> None:
     text = f"distributed_type: FSDP\nfsdp_config:\n  sharding_strategy: {named}\n  use_orig_params: false\n"
     resolved = read(tmp_path, text)
     assert fsdp_of(resolved.config).reshard_after_forward is reshard

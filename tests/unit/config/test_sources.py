@@ -106,9 +106,7 @@ def test_a_foreign_paceline_config_is_refused(text: str) -> None:
 
 def test_arguments_override_defaults_only() -> None:
     base = resolve(flags={}, env={"PACELINE_GRADIENT_ACCUMULATION_STEPS": "4"}, file=None)
-    result = with_arguments(
-        base, {"mixed_precision": "bf16", "gradient_accumulation_steps": 4, "debug": None}
-    )
+    result = with_arguments(base, {"mixed_precision": "bf16", "gradient_accumulation_steps": 4, "debug": None})
     assert result.config.mixed_precision == "bf16"
     assert result.origin("mixed_precision") == Origin("argument", "Accelerator(mixed_precision=…)")
     with pytest.raises(ConfigError) as caught:

@@ -103,9 +103,7 @@ def test_every_sample_once_in_every_layout(shuffle: bool) -> None:
 
 def test_the_number_of_ranks_does_not_change_the_order() -> None:
     def in_order(batch: int, size: int) -> list[list[int]]:
-        loaders = [
-            prepared(DataLoader(Numbers(96), batch, shuffle=True), Seat(rank, size)) for rank in range(size)
-        ]
+        loaders = [prepared(DataLoader(Numbers(96), batch, shuffle=True), Seat(rank, size)) for rank in range(size)]
         return [list(itertools.chain(*parts)) for parts in zip(*map(ids, loaders), strict=True)]
 
     alone = in_order(12, 1)

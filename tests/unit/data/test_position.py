@@ -61,9 +61,7 @@ def test_a_position_at_the_end_goes_on_with_the_next_epoch() -> None:
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 3), (3, 2)])
 def test_resume_with_other_ranks_and_the_same_global_batch(sizes: tuple[int, int]) -> None:
     def loaders(size: int) -> list[Any]:
-        return [
-            prepared(shuffled(100, 6 // size), Seat(rank, size), even_batches=False) for rank in range(size)
-        ]
+        return [prepared(shuffled(100, 6 // size), Seat(rank, size), even_batches=False) for rank in range(size)]
 
     before, after = loaders(sizes[0]), loaders(sizes[1])
     seen: list[int] = []
@@ -91,9 +89,7 @@ def test_seeking_reads_nothing_that_was_used(monkeypatch: pytest.MonkeyPatch) ->
     for samples in (10_000, 900_000):
         data = Numbers(1_000_000)
         loader = prepared(DataLoader(data, 10, shuffle=True))
-        loader.load_state_dict(
-            {"version": 1, "epoch": 0, "samples": samples, "batches": samples // 10, "seed": 7}
-        )
+        loader.load_state_dict({"version": 1, "epoch": 0, "samples": samples, "batches": samples // 10, "seed": 7})
         next(iter(loader))
         assert data.reads == 10
     assert taken == [10, 10]

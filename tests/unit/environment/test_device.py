@@ -48,9 +48,7 @@ def test_each_local_rank_takes_its_device(two_devices: FakeAccelerator) -> None:
 
 
 def test_more_processes_than_devices(two_devices: FakeAccelerator) -> None:
-    with pytest.raises(
-        DeviceError, match=r"local rank 2 of 3, and it sees 2 cuda devices.*at most 2 processes"
-    ):
+    with pytest.raises(DeviceError, match=r"local rank 2 of 3, and it sees 2 cuda devices.*at most 2 processes"):
         choose_device(place(2, 3))
     assert two_devices.chosen is None
 

@@ -40,9 +40,9 @@ def test_the_place_in_the_record_is_the_callers(name: str, caplog: pytest.LogCap
     logger.warning("a")
     logger.warning_once("b")
     logger.log(logging.ERROR, "c")
-    assert {record.funcName for record in caplog.records} == {
-        "test_the_place_in_the_record_is_the_callers"
-    }, [r.funcName for r in caplog.records]
+    assert {record.funcName for record in caplog.records} == {"test_the_place_in_the_record_is_the_callers"}, [
+        r.funcName for r in caplog.records
+    ]
 
 
 def test_warning_once(name: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -155,9 +155,7 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         port = other.getsockname()[1]
         world = World(rank=0, size=2, local_size=2, main_port=port)
-        with pytest.raises(
-            WorldError, match=rf"cannot listen at 127.0.0.1:{port}.*Choose another with MASTER_PORT"
-        ):
+        with pytest.raises(WorldError, match=rf"cannot listen at 127.0.0.1:{port}.*Choose another with MASTER_PORT"):
             open_process_group(world, CPU, timeout=timedelta(seconds=1))
 
 

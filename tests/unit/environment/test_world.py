@@ -125,9 +125,7 @@ def test_slurm() -> None:
 
 
 def test_slurm_ports_differ_from_job_to_job_and_step_to_step() -> None:
-    jobs = [
-        {**SLURM, "SLURM_JOB_ID": str(1000 + n), "SLURM_STEP_ID": str(s)} for n in range(20) for s in range(3)
-    ]
+    jobs = [{**SLURM, "SLURM_JOB_ID": str(1000 + n), "SLURM_STEP_ID": str(s)} for n in range(20) for s in range(3)]
     ports = [World.read(job).main_port for job in jobs]
     assert len(set(ports)) == len(ports)
     assert all(1024 < port < 32768 for port in ports)

@@ -16,9 +16,7 @@ def account(headline: str, time: float, *, secondary: bool = False, kind: str = 
 
 
 def test_what_caused_the_others_comes_first_then_the_earliest() -> None:
-    lost = RankEnd(
-        0, 10, 1, 1.0, account=account("RuntimeError: Connection closed by peer", 1.0, secondary=True)
-    )
+    lost = RankEnd(0, 10, 1, 1.0, account=account("RuntimeError: Connection closed by peer", 1.0, secondary=True))
     late = RankEnd(1, 11, 1, 3.0, account=account("ValueError: b", 3.0))
     early = RankEnd(2, 12, 1, 9.0, account=account("ValueError: a", 2.0))
     stopped = RankEnd(3, 13, -15, 0.0, stopped=True)
@@ -36,9 +34,7 @@ def test_report_folds_the_others_into_one_line_and_ends_with_the_cause() -> None
             15,
             1,
             3.0,
-            account=account(
-                "RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True
-            ),
+            account=account("RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True),
         ),
         RankEnd(6, 16, 0, 1.0),
     ]

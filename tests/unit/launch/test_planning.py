@@ -107,9 +107,7 @@ def test_a_busy_port_and_every_other_problem_at_once(script: Command, no_devices
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(
-            ConfigError, match=rf"the port {port} cannot be used .*0 for a free one"
-        ) as caught:
+        with pytest.raises(ConfigError, match=rf"the port {port} cannot be used .*0 for a free one") as caught:
             plan(resolved(num_processes=2, gpu_ids="0", main_process_port=port), script, {})
     assert {problem.key for problem in caught.value.problems} == {"gpu_ids", "main_process_port"}
 
@@ -158,9 +156,7 @@ def test_detection(monkeypatch: pytest.MonkeyPatch) -> None:
         (Command("no-such-program", kind="program"), "no program 'no-such-program'"),
     ],
 )
-def test_nothing_to_run(
-    command: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_to_run(command: Command, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train.py").write_text("")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("raise RuntimeError('must not be imported')")

@@ -65,9 +65,7 @@ def test_a_module_sees_what_python_would_show_it(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    source = (
-        "import sys; from . import other\nprint(sys.argv, sys.path[0], __name__, __package__, __spec__.name)"
-    )
+    source = "import sys; from . import other\nprint(sys.argv, sys.path[0], __name__, __package__, __spec__.name)"
     for name in ("__main__", "part"):
         (package / f"{name}.py").write_text(source)
     (package / "other.py").write_text("")

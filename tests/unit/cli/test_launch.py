@@ -1,0 +1,267 @@
+"""`paceline launch`: how its words become a configuration and a command, without starting anything."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.cli.conftest import Paceline
+
+FSDP = """
+    compute_environment: LOCAL_MACHINE
+    distributed_type: FSDP
+    fsdp_config:
+      fsdp_version: 2
+      fsdp_reshard_after_forward: true
+      fsdp_cpu_offload: {offload}
+      fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+      fsdp_cpu_ram_efficient_loading: true
+      fsdp_activation_checkpointing: false
+      fsdp_state_dict_type: SHARDED_STATE_DICT
+      fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+    mixed_precision: bf16
+    num_machines: 1
+    num_processes: 4
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> str:
+    (folder / name).write_text(textwrap.dedent(text).lstrip())
+    return name
+
+
+# A dry run
+
+
+def test_a_dry_run_prints_ranks_and_variables_and_starts_nothing(
+    paceline: Paceline, script: Path, tmp_path: Path
+) -> None:
+    answer = paceline("launch", "--num_processes", "3", "--cpu", "--dry-run", script.name, "--lr", "1e-3")
+    assert answer.code == 0
+    assert answer.lines[0].startswith("3 processes on this machine")
+    assert answer.commands == [["train.py", "--lr", "1e-3"]] * 3
+    assert answer.variables["WORLD_SIZE"] == "3"
+    assert [f"RANK={rank} LOCAL_RANK={rank}" in answer.out for rank in range(3)] == [True] * 3
+    assert answer.config["use_cpu"] is True
+    assert not (tmp_path / "it_ran").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_without_flags_the_machine_is_looked_at(paceline: Paceline, script: Path) -> None:
+    answer = paceline("launch", "--cpu", "--dry-run", script.name)
+    assert len(answer.commands) == 2, "two processes on a processor"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_file_of_accelerate_works_as_it_stands(
+    paceline: Paceline, script: Path, tmp_path: Path, offload: bool
+) -> None:
+    file = write(tmp_path, FSDP.format(offload=str(offload).lower()))
+    answer = paceline("launch", "--config_file", file, "--cpu", "--dry-run", script.name)
+    assert answer.code == 0, answer.err
+    assert answer.err == ""
+    assert len(answer.commands) == 4
+    assert answer.config["mixed_precision"] == "bf16"
+    assert answer.config["strategy"] == "fsdp"
+    assert answer.config["fsdp_config"]["cpu_offload"] is offload
+    assert answer.config["fsdp_config"]["transformer_cls_names_to_wrap"] == ["LlamaDecoderLayer"]
+
+
+def test_the_default_file_is_found(paceline: Paceline, script: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home" / ".cache" / "paceline"
+    home.mkdir(parents=True)
+    write(home, "num_processes: 3\nmixed_precision: bf16\n", "default_config.yaml")
+    answer = paceline("launch", "--cpu", "--dry-run", script.name)
+    assert len(answer.commands) == 3
+    assert answer.config["mixed_precision"] == "bf16"
+
+
+def test_flags_beat_variables_which_beat_the_file(
+    paceline: Paceline, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, "num_processes: 1\nmixed_precision: fp16\ngradient_accumulation_steps: 2\n")
+    monkeypatch.setenv("PACELINE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("PACELINE_GRADIENT_ACCUMULATION_STEPS", "3")
+    answer = paceline(
+        "launch", "--config_file", file, "--gradient-accumulation-steps=4", "--cpu", "--dry-run", script.name
+    )
+    config = answer.config
+    assert (config["num_processes"], config["mixed_precision"]) == (1, "bf16")
+    assert config["gradient_accumulation_steps"] == 4
+
+
+def test_a_file_for_fsdp_1_is_translated_aloud(paceline: Paceline, script: Path, tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        distributed_type: FSDP
+        num_processes: 2
+        fsdp_config:
+          fsdp_version: 1
+          fsdp_sharding_strategy: SHARD_GRAD_OP
+          fsdp_offload_params: true
+        """,
+    )
+    answer = paceline("launch", "--config_file", file, "--cpu", "--dry-run", script.name)
+    assert answer.code == 0
+    notes = answer.err.splitlines()
+    assert all(note.startswith(f"paceline: {file}:") for note in notes)
+    assert any("fsdp_sharding_strategy SHARD_GRAD_OP" in note and "false" in note for note in notes)
+    assert answer.config["fsdp_config"]["reshard_after_forward"] is False
+    quiet = paceline("launch", "-q", "--config_file", file, "--cpu", "--dry-run", script.name)
+    assert (quiet.code, quiet.err) == (0, "")
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--use_fsdp"], "strategy", "fsdp"),
+        (["--use-fsdp", "true"], "strategy", "fsdp"),
+        (["--use_fsdp=true"], "strategy", "fsdp"),
+        (["--use_fsdp", "--fsdp-offload-params"], "fsdp_config.cpu_offload", True),
+        (["--use_fsdp", "--fsdp_offload_params", "True"], "fsdp_config.cpu_offload", True),
+        (["--use_fsdp", "--fsdp_offload-params=false"], "fsdp_config.cpu_offload", False),
+        (["--use_fsdp", "--fsdp_offload_params", "no"], "fsdp_config.cpu_offload", False),
+        (["--debug"], "debug", True),
+        (["--debug", "yes"], "debug", True),
+        (["--debug", "0"], "debug", False),
+        (["--debug", "off"], "debug", False),
+        (["--mixed-precision", "bf16"], "mixed_precision", "bf16"),
+        (["--mixed_precision=bf16"], "mixed_precision", "bf16"),
+        (["--multi_gpu"], "strategy", "ddp"),
+        (["--strategy", "fsdp"], "strategy", "fsdp"),
+        (["--timeout", "90.5"], "timeout", 90.5),
+        (["--dynamo_backend", "inductor"], "dynamo_config.backend", "inductor"),
+    ],
+    ids=" ".join,
+)
+def test_flags(paceline: Paceline, script: Path, words: list[str], key: str, value: object) -> None:
+    answer = paceline("launch", "--num_processes", "2", "--cpu", *words, "--dry-run", script.name)
+    assert answer.code == 0, answer.err
+    found: Any = answer.config
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    assert answer.commands == [["train.py"]] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--num_processes", "9", "--cpu", "false", "--help", "-m", "-q"],
+        ["--mixed_precison", "--dry-run", "--use_fsdp=true"],
+        ["--", "x", "--", "y"],
+        ["--use-fsdp", "two words", "", "it's", '"', "$HOME", "*", "é"],
+        ["-", "true", "no"],
+    ],
+    ids=repr,
+)
+def test_the_scripts_arguments_are_its_own(paceline: Paceline, script: Path, arguments: list[str]) -> None:
+    answer = paceline("launch", "--num_processes", "2", "--cpu", "--dry-run", script.name, *arguments)
+    assert answer.code == 0, answer.err
+    assert answer.commands == [["train.py", *arguments]] * 2
+    assert answer.config["num_processes"] == 2
+
+
+def test_two_dashes_end_the_flags(paceline: Paceline, script: Path) -> None:
+    answer = paceline("launch", "--num_processes=1", "--cpu", "--dry_run", "--", script.name, "--cpu")
+    assert answer.code == 0, answer.err
+    assert answer.commands == [["train.py", "--cpu"]]
+
+
+def test_modules_and_programs(paceline: Paceline, tmp_path: Path) -> None:
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "train.py").write_text("raise SystemExit('imported')")
+    for flag in ("-m", "--module"):
+        answer = paceline("launch", "--num_processes=1", "--cpu", "--dry-run", flag, "pack.train", "-m", "x")
+        assert answer.code == 0, answer.err
+        assert answer.commands == [["--module", "pack.train", "-m", "x"]]
+    answer = paceline("launch", "--num_processes=1", "--cpu", "--dry-run", "--no-python", "env", "--module")
+    assert answer.commands == [["--program", "env", "--module"]]
+    answer = paceline("launch", "-m", "--no_python", "pack.train")
+    assert answer.code == 2
+    assert "exclude each other" in answer.err
+
+
+# What is refused: exit code 2, and nothing starts
+
+
+def test_every_problem_of_a_file_is_named_with_its_line(paceline: Paceline, script: Path, tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        """
+        distributed_type: FSDP
+        fsdp_config:
+          fsdp_versoin: 2
+          fsdp_offload_params: maybe
+        mixed_precision: bf15
+        num_processes: two
+        """,
+    )
+    answer = paceline("launch", "--config_file", file, "--timeout", "soon", script.name)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("paceline: 5 problems in the configuration; nothing was started")
+    for place in ("run.yaml:3", "run.yaml:4", "run.yaml:5", "run.yaml:6", "--timeout"):
+        assert answer.err.count(f"  {place}: ") == 1, answer.err
+    assert "did you mean fsdp_version?" in answer.err
+    assert "did you mean bf16?" in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mixed_precison", "bf16"], "--mixed_precision"),
+        (["--num-proceses", "2"], "--num_processes"),
+        (["--num_processes"], "requires an argument"),
+        (["--use_fsdp", "--fsdp_version", "3"], "--fsdp_version"),
+        (["--mixed_precision", "fp8"], "not carried out in this release"),
+        (["--use_deepspeed"], "not carried out in this release"),
+        (["--use_fsdp", "--multi_gpu"], "--multi_gpu"),
+        (["--zero_stage", "2"], "--zero_stage"),
+        (["--gpu_ids", "0,1"], "gpu_ids"),
+        (["--config_file", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_words(paceline: Paceline, script: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    answer = paceline("launch", "--cpu", *words, *(() if len(words) == 1 else (script.name,)))
+    if len(words) == 1 and words[0].startswith("--use"):
+        answer = paceline("launch", "--cpu", *words, script.name)
+    assert answer.code == 2
+    assert said in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_script_that_is_not_there(paceline: Paceline, script: Path) -> None:
+    answer = paceline("launch", "--cpu", "trian.py")
+    assert answer.code == 2
+    assert "Did you mean 'train.py'?" in answer.err
+
+
+def test_no_script_at_all(paceline: Paceline) -> None:
+    answer = paceline("launch")
+    assert answer.code == 2
+    assert "SCRIPT" in answer.err
+
+
+def test_a_variable_that_nobody_knows(
+    paceline: Paceline, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_MIXED_PRECISON", "bf16")
+    answer = paceline("launch", "--cpu", script.name)
+    assert answer.code == 2
+    assert "PACELINE_MIXED_PRECISON" in answer.err
+    assert "PACELINE_MIXED_PRECISION" in answer.err
+    assert not (tmp_path / "it_ran").exists()

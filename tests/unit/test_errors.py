@@ -1,0 +1,145 @@
+"""The error tree: drawn as it is, exported whole, and fit to travel between processes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+import paceline
+from paceline import errors
+from paceline.errors import (
+    CollectiveError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    ForeignOptimizerError,
+    MissingExtraError,
+    NotBuiltError,
+    PacelineError,
+    PrecisionError,
+    PrepareError,
+    Problem,
+    SteppingError,
+    UnassignedParametersError,
+    UnknownBlockError,
+    UnusedParametersError,
+    UsageError,
+    WorkerError,
+    WorldError,
+    named,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXAMPLES: list[PacelineError] = [
+    PacelineError("This was seen", "That cannot be", "Do something else"),
+    ConfigError([Problem("a.yaml:3", "fsdp_config.x", "no such key", hint="did you mean y?")]),
+    UsageError("saw", "why", "todo"),
+    WorldError("saw", "why", "todo"),
+    DeviceError("saw", "why", "todo"),
+    PrecisionError("fp16", "a device", ["no", "bf16"]),
+    NotBuiltError("x='y'", "Use z"),
+    MissingExtraError("deepspeed", "deepspeed", "strategy='deepspeed'"),
+    PrepareError("saw", "why", "todo"),
+    UnknownBlockError(["Blok"], ["Block", "Linear"]),
+    ForeignOptimizerError([(2, 3), (4,)], 5),
+    UnassignedParametersError(["a.weight", "b.weight"]),
+    UnusedParametersError([f"layer{i}" for i in range(12)]),
+    SteppingError("saw", "why", "todo"),
+    CollectiveError("saw", "why", "todo"),
+    DataError("saw", "why", "todo"),
+    WorkerError("Traceback …", 3),
+]
+
+
+def classes() -> dict[str, type[PacelineError]]:
+    return {
+        name: value
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, PacelineError)
+    }
+
+
+def drawn() -> Iterator[tuple[str, str | None]]:
+    """Yield (class, class above it) as the module's docstring draws them."""
+    above: list[str] = []
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"([│├└─ ]*)([A-Z]\w+Error)\s", line)
+        if found is None:
+            continue
+        depth = len(found[1]) // 4
+        above[depth:] = [found[2]]
+        yield found[2], above[depth - 1] if depth else None
+
+
+def test_the_docstring_draws_the_tree_as_it_is() -> None:
+    tree = dict(drawn())
+    assert len(tree) == len(list(drawn()))
+    assert tree == {
+        name: cls.__bases__[0].__name__ if cls is not PacelineError else None for name, cls in classes().items()
+    }
+
+
+def test_all_classes_are_exported() -> None:
+    assert set(errors.__all__) == {*classes(), "Problem"}
+    assert errors.__all__ == sorted(errors.__all__)
+    assert paceline.PacelineError is PacelineError
+
+
+def test_exit_codes_are_those_drawn() -> None:
+    codes = {found[1]: int(found[2]) for found in re.finditer(r"(\w+Error)\s+exit code (\d)", errors.__doc__ or "")}
+    assert codes["ConfigError"] == codes["UsageError"] == 2
+    assert all(classes()[name].exit_code == code for name, code in codes.items())
+
+
+def test_there_is_an_example_of_each_class() -> None:
+    assert {type(error) for error in EXAMPLES} == set(classes().values())
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_errors_travel(error: PacelineError) -> None:
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert back.args == error.args
+    assert vars(back) == vars(error)
+
+
+@pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
+def test_messages_are_sentences(error: PacelineError) -> None:
+    text = str(error)
+    assert text
+    assert not re.search(r"\.\.(?!\.)|\?\.|!\.", text)
+    if not isinstance(error, (ConfigError, WorkerError)):
+        assert text.endswith(".")
+
+
+def test_a_message_has_its_three_parts_in_order() -> None:
+    error = PacelineError("Saw `x`", "Why is it so?", "Do this.")
+    assert str(error) == "Saw `x` Why is it so? Do this."
+    assert (error.saw, error.why, error.todo) == ("Saw `x`", "Why is it so?", "Do this.")
+
+
+def test_a_configuration_error_lists_every_problem() -> None:
+    problems = [Problem(f"a.yaml:{n}", f"key{n}", "wrong", "for a reason", "a hint") for n in range(3)]
+    lines = str(ConfigError(iter(problems))).splitlines()
+    assert lines[0].startswith("3 problems in the configuration; nothing was started")
+    assert lines[1] == "  a.yaml:0: key0: wrong; for a reason; a hint"
+    assert len(lines) == 4
+    assert str(ConfigError(problems[:1])).startswith("1 problem in the configuration")
+
+
+def test_a_missing_package_is_an_import_error_too() -> None:
+    error = MissingExtraError("tensorboard", "trackers", "log_with='tensorboard'")
+    assert isinstance(error, ImportError)
+    assert "pip install 'paceline[trackers]'" in str(error)
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    assert named(["a", "b"]) == "a, b"
+    assert named([str(n) for n in range(10)], limit=3) == "0, 1, 2 and 7 more"

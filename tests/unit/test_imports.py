@@ -1,0 +1,102 @@
+"""What an import costs: each promise is checked in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = {"torch", "pydantic", "transformers", "deepspeed", "numpy", "yaml", "safetensors", "tqdm", "psutil"}
+UNASKED = {"accelerate", "deepspeed", "sklearn", "tensorboard", "transformers", "datasets", "matplotlib"}
+
+
+def modules_after(statement: str) -> set[str]:
+    """The modules loaded after one statement in a fresh interpreter."""
+    code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_check_itself_can_fail() -> None:
+    assert "json" in modules_after("import json")
+    assert "json" not in modules_after("pass")
+
+
+def test_the_package_alone_loads_nothing_heavy() -> None:
+    loaded = modules_after("import paceline")
+    assert "paceline" in loaded
+    assert not HEAVY & loaded
+    assert not [name for name in loaded if name.startswith("paceline.")]
+
+
+def test_the_version_and_the_list_of_names_load_nothing_heavy() -> None:
+    assert not HEAVY & modules_after("import paceline; paceline.__version__, dir(paceline)")
+
+
+def test_errors_load_nothing_heavy() -> None:
+    assert not HEAVY & modules_after("from paceline import PacelineError")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import paceline.config",
+        "from paceline import FullyShardedDataParallelPlugin",
+        "import paceline.environment.world",
+    ],
+)
+def test_configuration_needs_no_torch(statement: str) -> None:
+    loaded = modules_after(statement)
+    assert not {"torch", "numpy", "transformers", "deepspeed"} & loaded
+
+
+def test_the_accelerator_loads_no_optional_package() -> None:
+    loaded = modules_after("from paceline import Accelerator")
+    assert "torch" in loaded
+    assert not UNASKED & loaded
+    assert "paceline.strategies.fsdp" not in loaded, "a strategy is imported when it is chosen"
+    assert "paceline.cli" not in loaded
+
+
+def test_the_accelerator_loads_little_beyond_torch() -> None:
+    """Heavy parts of torch that `import torch` leaves out stay out until a strategy needs them."""
+    extra = modules_after("from paceline import Accelerator") - modules_after("import torch")
+    heavy = {"torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"}
+    assert not heavy & extra
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    run = f"""
+sys.argv = ["paceline", *{arguments!r}]
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    try:
+        from paceline.cli import main
+        main()
+    except SystemExit:
+        pass
+"""
+    loaded = modules_after(run)
+    assert "click" in loaded
+    assert not {"torch", "numpy", "pydantic"} & loaded
+
+
+def test_help_comes_at_once() -> None:
+    """Best of three, since other work may run beside the tests."""
+    took = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "paceline", "--help"], capture_output=True, text=True, timeout=60, check=True
+        )
+        took.append(time.perf_counter() - begun)
+        assert "launch" in done.stdout
+        assert "env" in done.stdout
+        if took[-1] < 1.5:
+            break
+    assert min(took) < 1.5, f"paceline --help took {min(took):.2f} s"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import Accelerator, FullyShardedDataParallelPlugin, ParallelismConfig
+from paceline import Accelerator, FullyShardedDataParallelPlugin, GradScalerKwargs, ParallelismConfig
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 
 STEPS = 20
@@ -78,7 +78,14 @@ def train(
     layout: Layout, accumulation: int = 1, precision: str = "no", device: str = "cpu", wrong: float = 1.0
 ) -> Trained:
     """Train for 20 optimizer steps; `wrong` scales the loss, as a bug would."""
-    accelerator = build(layout, device, gradient_accumulation_steps=accumulation, mixed_precision=precision)
+    accelerator = build(
+        layout,
+        device,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision=precision,
+        # Low enough that fp16 starts without a skipped step: a skipped one is no parity.
+        kwargs_handlers=[GradScalerKwargs(init_scale=256.0)],
+    )
     tokens = make_tokens(STEPS * GLOBAL_BATCH)
     model: Any = TinyTransformer(seed=accelerator.process_index)  # rank 0's values must win
     optimizer: Any = make_optimizer(model)

@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from paceline.data.loader import PreparedDataLoader
+    from paceline.collectives import BatchCounts
 
-__all__ = ["ActiveLoaders"]
+__all__ = ["ActiveLoaders", "LoaderInUse"]
+
+
+class LoaderInUse(Protocol):
+    """What a loader says about the batch that is in use."""
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """Whether it is the last of its pass."""
+        ...
+
+    @property
+    def remaining(self) -> int | None:
+        """How many come after it; None if that is not known."""
+        ...
+
+    @property
+    def counts(self) -> BatchCounts | None:
+        """How many of its rows are real, on every rank."""
+        ...
 
 
 class ActiveLoaders:
     """Knows which prepared loader is being iterated; of nested loops, the innermost."""
 
     def __init__(self) -> None:
-        self._passes: list[tuple[object, PreparedDataLoader]] = []
+        self._passes: list[tuple[object, LoaderInUse]] = []
 
     @property
-    def current(self) -> PreparedDataLoader | None:
+    def current(self) -> LoaderInUse | None:
         """The loader of the innermost pass that has begun and not ended."""
         return self._passes[-1][1] if self._passes else None
 
     @contextmanager
-    def during(self, loader: PreparedDataLoader) -> Iterator[None]:
+    def during(self, loader: LoaderInUse) -> Iterator[None]:
         """Count `loader` as active while the body runs, in whatever order passes end."""
         token = object()
         self._passes.append((token, loader))

@@ -84,6 +84,9 @@ class RankPool:
         return [answers[rank][1] for rank in range(len(self.connections))]
 
     def close(self) -> None:
+        """End the ranks; again is nothing."""
+        if not self.alive:
+            return
         self.alive = False
         for connection in self.connections:
             with contextlib.suppress(OSError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from paceline.assembly import Handlers, assemble, decide_strategy
+from paceline.assembly import assemble, decide_strategy
 from paceline.checkpoint import save_weights
-from paceline.collectives import main_process_first, operations
 from paceline.config import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -25,15 +23,20 @@ from paceline.config import (
 from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
 from paceline.environment.profiling import peak_memory, profile
 from paceline.errors import (
-    ConfigError,
     ForeignOptimizerError,
-    NotBuiltError,
     PacelineError,
     PrepareError,
-    Problem,
     UnassignedParametersError,
 )
 from paceline.overview import describe_run
+from paceline.ranks import Ranks
+from paceline.script_arguments import (
+    Handlers,
+    accumulation_steps,
+    check_unbuilt,
+    compile_settings,
+    project_settings,
+)
 from paceline.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.collectives import Reduction
     from paceline.config import (
         AutocastKwargs,
         DeepSpeedPlugin,
@@ -58,7 +60,6 @@ if TYPE_CHECKING:
         ParallelismConfig,
         ProfileKwargs,
     )
-    from paceline.environment.world import World
     from paceline.precision import LossScaler
     from paceline.strategies import DistributedType, Surroundings
 
@@ -66,7 +67,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-class Accelerator:
+class Accelerator(Ranks):
     """Runs one training script on whatever it was launched on.
 
     Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
@@ -118,38 +119,27 @@ class Accelerator:
         log_with: object = None,
         rng_types: Sequence[str] | None = None,
     ) -> None:
-        if log_with is not None:
-            raise NotBuiltError(f"log_with={log_with!r}", "Log from the script, on accelerator.is_main_process")
-        dynamo_plugin = _one_of("dynamo", dynamo_plugin, dynamo_backend, _dynamo)
+        check_unbuilt(log_with, rng_types)
         accumulation = gradient_accumulation_plugin
-        if accumulation is not None and gradient_accumulation_steps not in (None, accumulation.num_steps):
-            _refuse_both("gradient_accumulation_steps", "gradient_accumulation_plugin")
         said = {
+            "strategy": strategy if isinstance(strategy, str) else None,
             "mixed_precision": mixed_precision,
-            "gradient_accumulation_steps": accumulation.num_steps if accumulation else gradient_accumulation_steps,
+            "gradient_accumulation_steps": accumulation_steps(accumulation, gradient_accumulation_steps),
             "use_cpu": cpu,
             "fsdp_config": fsdp_plugin,
             "deepspeed_config": deepspeed_plugin,
-            "dynamo_config": dynamo_plugin,
+            "dynamo_config": compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
-        _check_rng_types(rng_types)
-        named = strategy if isinstance(strategy, str) or strategy is None else None
-        self._parts = assemble(
-            os.environ,
-            {k: v for k, v in said.items() if v is not None},
-            Handlers.sort(kwargs_handlers),
-            named,
-        )
+        given = {key: value for key, value in said.items() if value is not None}
+        self._parts = assemble(os.environ, given, Handlers.sort(kwargs_handlers))
+        super().__init__(self._parts.around, ActiveLoaders())
         config = self._parts.around.config
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
-        self.project_configuration = _project(project_dir, project_config)
+        self.project_configuration = project_settings(project_dir, project_config)
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.scaler: LossScaler | None = self._parts.scaler
-        self._debug = config.debug
-        self._trigger = False
-        self._loaders = ActiveLoaders()
         plugin = accumulation or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
         self._window = Window(plugin, self._loaders, self._parts.group)
         self._accumulation = Accumulation(self._window, sync_each_batch=plugin.sync_each_batch)
@@ -157,61 +147,11 @@ class Accelerator:
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[PreparedDataLoader] = []
-        self._reason = ""
-        self._strategy: Strategy | None = None
-        if strategy is not None and not isinstance(strategy, str):
-            self._strategy, self._reason = (
-                _own_strategy(strategy, self._parts.around),
-                "asked for by the script",
-            )
-        if self._strategy is None and (config.strategy != "auto" or self.num_processes == 1):
-            self._strategy, self._reason = decide_strategy(self._parts, (), ())
+        self._own_strategy = None if isinstance(strategy, str) else strategy
+        self._strategy: Strategy | None
+        self._strategy, self._reason = self._decide_early()
 
-    # Who and where
-
-    @property
-    def _world(self) -> World:
-        return self._parts.around.world
-
-    @property
-    def device(self) -> torch.device:
-        """Where this rank computes."""
-        return self._parts.around.device
-
-    @property
-    def num_processes(self) -> int:
-        """How many ranks train together."""
-        return self._world.size
-
-    @property
-    def process_index(self) -> int:
-        """This process's rank among all."""
-        return self._world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        """This process's rank on its machine."""
-        return self._world.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this is rank 0."""
-        return self._world.is_main
-
-    @property
-    def is_local_main_process(self) -> bool:
-        """Whether this is the first rank of its machine."""
-        return self._world.is_local_main
-
-    @property
-    def is_last_process(self) -> bool:
-        """Whether this is the last rank."""
-        return self._world.is_last
-
-    @property
-    def use_distributed(self) -> bool:
-        """Whether there is more than one rank."""
-        return self.num_processes > 1
+    # What was decided
 
     @property
     def mixed_precision(self) -> str:
@@ -381,6 +321,14 @@ class Accelerator:
         self._optimizers.append(wrapper)
         return wrapper
 
+    def _decide_early(self) -> tuple[Strategy | None, str]:
+        """The strategy and why, where that does not depend on the model."""
+        if self._own_strategy is not None:
+            return _build_strategy(self._own_strategy, self._parts.around), "asked for by the script"
+        if self._parts.around.config.strategy == "auto" and self.num_processes > 1:
+            return None, ""
+        return decide_strategy(self._parts, (), ())
+
     def _decided(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Strategy:
         if self._strategy is None:
             known = [*optimizers, *(wrapper.optimizer for wrapper in self._optimizers)]
@@ -426,10 +374,7 @@ class Accelerator:
         for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             prepared.clear()
         self._accumulation = Accumulation(self._window, sync_each_batch=False)
-        if self._reason:
-            self._strategy, self._reason = None, ""
-            if self._parts.around.config.strategy != "auto" or self.num_processes == 1:
-                self._strategy, self._reason = decide_strategy(self._parts, (), ())
+        self._strategy, self._reason = self._decide_early()
         count = len(objects)
         del objects
         gc.collect()
@@ -573,104 +518,6 @@ class Accelerator:
             for loader, value in before:
                 loader.even_batches = value
 
-    # Between ranks
-
-    def gather(self, tensor: Any) -> Any:
-        """Concatenate tensors of all ranks along dim 0, in a nested structure. Collective: every rank must call it."""
-        return operations.gather(self._parts.group, tensor, debug=self._debug)
-
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Gather so that every sample counts once: what filled up the last batches is dropped.
-
-        Tensors and lists with one entry a sample are trimmed; values of a rank (shape [] or another length) are all
-        kept. Structure, strings and numbers included, stays as it is. Collective: every rank must call it.
-        """
-        loader = self._loaders.current
-        counts = None if loader is None else loader.counts
-        return operations.gather_samples(
-            self._parts.group, input_data, counts, use_gather_object=use_gather_object, debug=self._debug
-        )
-
-    def gather_object(self, value: Any) -> list[Any]:
-        """Concatenate lists of any Python objects over ranks. Collective: every rank must call it."""
-        return operations.gather_object(self._parts.group, value)
-
-    def reduce(self, tensor: Any, reduction: Reduction = "sum", scale: float = 1.0) -> Any:
-        """Sum or average tensors over ranks into new ones. Collective: every rank must call it."""
-        return operations.reduce(self._parts.group, tensor, reduction, scale, debug=self._debug)
-
-    def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
-        """Send tensors from one rank to all, in place. Collective: every rank must call it."""
-        return operations.broadcast(self._parts.group, tensor, from_process, debug=self._debug)
-
-    def broadcast_object_list(self, object_list: list[Any], from_process: int = 0) -> list[Any]:
-        """Send a list of Python objects from one rank to all, in place. Collective: every rank must call it."""
-        return operations.broadcast_object_list(self._parts.group, object_list, from_process)
-
-    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
-        """Pad tensors along `dim` to the longest over all ranks. Collective: every rank must call it."""
-        return operations.pad_across_processes(
-            self._parts.group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first
-        )
-
-    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
-        """Share out a list, tuple, tensor or dictionary of them: each rank gets its part inside the context."""
-        return operations.split_between_processes(self._parts.group, inputs, apply_padding)
-
-    def wait_for_everyone(self) -> None:
-        """Wait until every rank is here. Collective: every rank must call it."""
-        self._parts.group.barrier()
-
-    def main_process_first(self) -> AbstractContextManager[None]:
-        """Let rank 0 run the body before the others do. Collective: every rank must call it."""
-        return main_process_first(self._parts.group, self.is_main_process)
-
-    def local_main_process_first(self) -> AbstractContextManager[None]:
-        """Let the first rank of each machine run the body before the others do. Collective."""
-        return main_process_first(self._parts.group, self.is_local_main_process)
-
-    def set_trigger(self) -> None:
-        """Raise a flag on this rank that `check_trigger` shows to all."""
-        self._trigger = True
-
-    def check_trigger(self) -> bool:
-        """Whether any rank has raised its flag; lowers it if so. Collective: every rank must call it."""
-        flag = torch.tensor(int(self._trigger))
-        raised = bool(self._parts.group.all_reduce(flag, "max").item())
-        self._trigger = False
-        return raised
-
-    # Only here, only there
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on the first rank of each machine."""
-        if self.is_local_main_process:
-            print(*args, **kwargs)
-
-    def on_main_process(self, function: F) -> F:
-        """Decorate a function to run on rank 0 only; it returns None elsewhere."""
-        return _only_if(self.is_main_process, function)
-
-    def on_local_main_process(self, function: F) -> F:
-        """Decorate a function to run on the first rank of each machine only."""
-        return _only_if(self.is_local_main_process, function)
-
-    def on_last_process(self, function: F) -> F:
-        """Decorate a function to run on the last rank only."""
-        return _only_if(self.is_last_process, function)
-
-    def on_process(self, function: F | None = None, process_index: int = 0) -> Any:
-        """Decorate a function to run on one rank only."""
-        if function is None:
-            return functools.partial(self.on_process, process_index=process_index)
-        return _only_if(self.process_index == process_index, function)
-
-    def on_local_process(self, function: F | None = None, local_process_index: int = 0) -> Any:
-        """Decorate a function to run on one rank of each machine only."""
-        if function is None:
-            return functools.partial(self.on_local_process, local_process_index=local_process_index)
-        return _only_if(self.local_process_index == local_process_index, function)
-
     # Weights
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
@@ -728,61 +575,12 @@ class Accelerator:
         self.wait_for_everyone()
 
 
-def _only_if(here: bool, function: F) -> F:
-    @functools.wraps(function)
-    def maybe(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if here else None
-
-    return maybe  # type: ignore[return-value]
-
-
 def _unique(things: Iterable[object], kind: type[T]) -> list[T]:
     """Each thing of a kind once, in order."""
     return list({id(thing): thing for thing in things if isinstance(thing, kind)}.values())
 
 
-def _one_of(name: str, plugin: T | None, short: str | None, build: Callable[[str], T]) -> T | None:
-    if plugin is not None and short is not None:
-        _refuse_both(f"{name}_plugin", f"{name}_backend")
-    return build(short) if short is not None else plugin
-
-
-def _dynamo(backend: Any) -> TorchDynamoPlugin:
-    return TorchDynamoPlugin(backend=str(backend).lower())  # type: ignore[arg-type]
-
-
-def _refuse_both(one: str, other: str) -> None:
-    raise ConfigError([Problem("Accelerator(…)", one, f"given together with {other}", hint="give one of them")])
-
-
-def _check_rng_types(rng_types: Sequence[str] | None) -> None:
-    extra = [kind for kind in rng_types or () if str(kind) != "generator"]
-    if extra:
-        raise ConfigError(
-            [
-                Problem(
-                    "Accelerator(…)",
-                    "rng_types",
-                    f"{extra} cannot be synchronised",
-                    "copying a rank's generator to all makes their dropout the same",
-                    "leave rng_types out: the order of samples is the same on all ranks by construction",
-                )
-            ]
-        )
-
-
-def _project(
-    project_dir: str | os.PathLike[str] | None, project_config: ProjectConfiguration | None
-) -> ProjectConfiguration:
-    folder = None if project_dir is None else os.fspath(project_dir)
-    if project_config is None:
-        return ProjectConfiguration(project_dir=folder)
-    if folder is not None and project_config.project_dir not in (None, folder):
-        _refuse_both("project_dir", "project_config")
-    return project_config
-
-
-def _own_strategy(strategy: object, around: Surroundings) -> Strategy:
+def _build_strategy(strategy: object, around: Surroundings) -> Strategy:
     made = strategy(around) if callable(strategy) else strategy
     if isinstance(made, Strategy):
         return made

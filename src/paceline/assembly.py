@@ -4,89 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from paceline.collectives import SoloGroup, TorchGroup
-from paceline.config import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    FullyShardedDataParallelPlugin,
-    GradScalerKwargs,
-    InitProcessGroupKwargs,
-    ProfileKwargs,
-    with_arguments,
-    worker_config,
-)
+from paceline.config import FullyShardedDataParallelPlugin, with_arguments, worker_config
 from paceline.environment.device import choose_device, describe_device, memory_info
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
-from paceline.errors import ConfigError, Problem
 from paceline.planner import choose_strategy, measure
 from paceline.precision import LossScaler, policy_for
 from paceline.strategies import Strategy, Surroundings, load_strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
 
     from paceline.collectives import Group
     from paceline.config import Resolved
-
-_HANDLERS = (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    GradScalerKwargs,
-    InitProcessGroupKwargs,
-    ProfileKwargs,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Handlers:
-    """What a script says in objects rather than in a file: at most one of each kind."""
-
-    autocast: AutocastKwargs
-    scaler: GradScalerKwargs
-    process_group: InitProcessGroupKwargs
-    profile: ProfileKwargs
-    ddp: DistributedDataParallelKwargs | None
-
-    @classmethod
-    def sort(cls, handlers: Iterable[object]) -> Handlers:
-        """Sort handlers by their kind.
-
-        Raises:
-            ConfigError: Something that is no handler, or two of one kind.
-        """
-        found: dict[type, Any] = {}
-        problems: list[Problem] = []
-        for handler in handlers:
-            kind = next((known for known in _HANDLERS if isinstance(handler, known)), None)
-            if kind is None or kind in found:
-                problems.append(_handler_problem(handler, repeated=kind is not None))
-            else:
-                found[kind] = handler
-        if problems:
-            raise ConfigError(problems)
-        return cls(
-            autocast=found.get(AutocastKwargs) or AutocastKwargs(),
-            scaler=found.get(GradScalerKwargs) or GradScalerKwargs(),
-            process_group=found.get(InitProcessGroupKwargs) or InitProcessGroupKwargs(),
-            profile=found.get(ProfileKwargs) or ProfileKwargs(),
-            ddp=found.get(DistributedDataParallelKwargs),
-        )
-
-
-def _handler_problem(handler: object, *, repeated: bool) -> Problem:
-    name = type(handler).__name__
-    if repeated:
-        return Problem("Accelerator(…)", "kwargs_handlers", f"two {name}", hint="keep one of them")
-    known = ", ".join(kind.__name__ for kind in _HANDLERS)
-    return Problem("Accelerator(…)", "kwargs_handlers", f"a {name}", hint=f"handlers are {known}")
+    from paceline.script_arguments import Handlers
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +44,7 @@ class Parts:
         return self.around.group
 
 
-def assemble(
-    env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers, strategy: str | None
-) -> Parts:
+def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers) -> Parts:
     """Build a run's parts from the launcher's configuration and the script's own arguments.
 
     Collective: every rank must call it.
@@ -116,7 +53,6 @@ def assemble(
         env: Holds the launcher's variables.
         arguments: What the script said, by top-level configuration key; only what it said.
         handlers: The script's handler objects.
-        strategy: The strategy asked for in the script, if any.
 
     Raises:
         ConfigError: The script and the launcher's configuration contradict each other.
@@ -125,8 +61,6 @@ def assemble(
     said = dict(arguments)
     if handlers.ddp is not None:
         said["ddp_config"] = handlers.ddp
-    if strategy is not None:
-        said["strategy"] = strategy
     resolved = with_arguments(worker_config(env), said)
     config = resolved.config
     world = World.read(env)

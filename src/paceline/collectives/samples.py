@@ -165,10 +165,7 @@ class _SampleGather:
         values = [value.detach() for value in values]
         per_sample = self._which_per_sample(values)
         sent = [self._to_send(v) if sampled else v for v, sampled in zip(values, per_sample, strict=True)]
-        if self.group.size == 1:
-            gathered = [value.unsqueeze(0) for value in sent]
-        else:
-            gathered = all_gather_many(self.group, sent)
+        gathered = [value.unsqueeze(0) for value in sent] if self.group.size == 1 else all_gather_many(self.group, sent)
         for value, sampled in zip(gathered, per_sample, strict=True):
             yield self._real_rows(value) if sampled else _whole(value)
 

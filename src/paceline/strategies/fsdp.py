@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from paceline.config import FullyShardedDataParallelPlugin
-from paceline.errors import PrepareError
+from paceline.errors import PrepareError, named
 from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy, by_device, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
@@ -71,6 +71,7 @@ class FSDPStrategy(Strategy):
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         plugin = self._plugin
+        self._check_values(model)
         units = find_units(model, plugin)
         ignored = self._ignored_parameters(model)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -107,6 +108,18 @@ class FSDPStrategy(Strategy):
             offload_policy=self._offload_policy(),
             ignored_params=ignored or None,
         )
+
+    def _check_values(self, model: nn.Module) -> None:
+        """Say that values are missing, where the ranks were not to get them from the main one."""
+        if self._plugin.cpu_ram_efficient_loading or self.around.group.rank == 0:
+            return
+        empty = [name for name, p in model.named_parameters() if p.is_meta]
+        if empty:
+            raise PrepareError(
+                f"{named(empty)} of {type(model).__name__} on rank {self.around.group.rank} have no values",
+                "fsdp_cpu_ram_efficient_loading is false, so each rank brings its own",
+                "Set it to true: rank 0 then gives the others theirs",
+            )
 
     def _offload_policy(self) -> OffloadPolicy:
         if not self._plugin.cpu_offload:

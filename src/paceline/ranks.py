@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from paceline.collectives import main_process_first, operations
+from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from paceline.collectives import Reduction
+    from paceline.collectives import BatchCounts, Reduction
     from paceline.data import ActiveLoaders
     from paceline.strategies import Surroundings
 
@@ -87,11 +88,17 @@ class Ranks:
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Gather so that every sample counts once: what filled up the last batches is dropped.
 
-        Tensors and lists with one entry a sample are trimmed; values of a rank (shape [] or another length) are all
-        kept. Structure, strings and numbers included, stays as it is. Collective: every rank must call it.
+        Tensors and lists with one entry a sample are trimmed; values of a rank are all kept: a tensor of shape [] or
+        of another length is concatenated, any other value becomes a list of one entry a rank. Dictionaries and
+        tuples stay what they are. Collective: every rank must call it.
+
+        Raises:
+            CollectiveError: Some ranks have no batch now, so they will not come here.
         """
         loader = self._loaders.current
         counts = None if loader is None else loader.counts
+        if counts is not None and 0 in counts.rows:
+            raise _without_a_batch(counts)
         return operations.gather_samples(
             self._group, input_data, counts, use_gather_object=use_gather_object, debug=self._debug
         )
@@ -173,6 +180,15 @@ class Ranks:
         if function is None:
             return functools.partial(self.on_local_process, local_process_index=local_process_index)
         return _only_if(self.local_process_index == local_process_index, function)
+
+
+def _without_a_batch(counts: BatchCounts) -> CollectiveError:
+    missing = ", ".join(str(rank) for rank, rows in enumerate(counts.rows) if not rows)
+    return CollectiveError(
+        f"gather_for_metrics was called while the ranks {missing} have no batch left",
+        "Their loops are over, so the others would wait for them for ever",
+        "Leave even_batches=True: the last batches are filled up, and what was added is dropped here",
+    )
 
 
 def _only_if(here: bool, function: F) -> F:

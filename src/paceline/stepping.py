@@ -65,6 +65,7 @@ class Window:
         self._backwards_now = 0
         self._settled = False
         self._ended = False
+        self._guessed = False
         self._weight: Tensor | None = None
         self._reference: Tensor | None = None
 
@@ -74,6 +75,11 @@ class Window:
         """Begin the next micro-batch; return whether it is the last of its window."""
         if self._ended or (self.sync_gradients and self._begun):
             self._open()
+        if self.num_steps == 1:
+            # Every micro-batch is a window: no need to ask the loader where it is.
+            self._begun = 1
+            self.sync_gradients = True
+            return True
         loader = self._loaders.current if self.follows_loader else None
         if self._begun == 0:
             self._planned = self._plan(None if loader is None else loader.remaining)
@@ -119,23 +125,36 @@ class Window:
         return scale if like.ndim == 0 else scale.expand(like.shape)
 
     def _weighted(self, loss: Tensor, weight: float | Tensor) -> Tensor:
-        """Divide by a guess of the window's total weight that is the same on all ranks.
+        """Divide by the window's total weight over all ranks, or by a guess of it while the window is open.
 
-        The guess is the first micro-batch's weight over all ranks times the window's length. It keeps gradients
-        near their true size, which fp16 needs; `settle` replaces it by the true total.
+        The guess is the first micro-batch's total times the window's length, the same on all ranks. It keeps
+        gradients near their true size, which fp16 needs; `settle` replaces it by the true total.
         """
         mine = _as_weight(weight, loss.device)
-        if self._weight is None or self._reference is None:
-            self._weight = mine
-            guess = self._group.all_reduce(mine.clone(), "sum") * self._planned
-            self._reference = torch.where(guess > 0, guess, torch.ones_like(guess))
+        several = bool(self._begun) and self._backwards_now > 1
+        if several and self._planned > 1:
+            raise SteppingError(
+                f"backward() was called {self._backwards_now} times with a weight in one micro-batch of a window "
+                f"of {self._planned}",
+                "Their gradients are mixed before the window's total weight is known, so they cannot be divided apart",
+                "Add the losses up and call it once, or build one Accelerator for each model",
+            )
+        if several or self._weight is None or self._reference is None:
+            # Several losses of a window of one micro-batch are several means, and their gradients add up.
+            reference = self._total(mine) * self._planned
+            self._weight, self._reference = mine, torch.where(reference > 0, reference, torch.ones_like(reference))
+            self._guessed = self._planned > 1
         else:
             self._weight = self._weight + mine
+            self._guessed = True
         scale = (self._group.size / self._reference).to(loss.dtype)
         return scale if loss.ndim == 0 else scale.expand(loss.shape)
 
+    def _total(self, weight: Tensor) -> Tensor:
+        return self._group.all_reduce(weight.clone(), "sum")
+
     def settle(self, strategy: Strategy) -> None:
-        """Replace the guessed divisor of a closing window by the true one, once.
+        """Replace the guessed divisor of a closing window by the true one, before anything reads the gradients.
 
         Collective when losses are weighted: every rank must call it.
         """
@@ -143,16 +162,23 @@ class Window:
             return
         self._settled = True
         if self._weight is not None and self._reference is not None:
-            if self._backwards > 1 or self._planned > 1:
-                total = self._group.all_reduce(self._weight.clone(), "sum")
+            if self._guessed:
+                total = self._total(self._weight)
                 factor = torch.where(total > 0, self._reference / total, torch.zeros_like(total))
                 strategy.scale_gradients(strategy.trainable(), factor)
         elif self._begun and self._begun != self._planned:
             strategy.scale_gradients(strategy.trainable(), self._planned / self._begun)
+            # A second model's backward in this micro-batch finds the length known.
+            self._planned = self._begun
 
-    def end(self) -> None:
-        """Note that an optimizer took its step: the next backward opens a new window."""
-        self._ended = True
+    def stepped(self) -> None:
+        """Note that an optimizer took its step: outside of `accumulate` that ends the window."""
+        self._ended = self._ended or not self._begun
+
+    def leave(self, strategy: Strategy) -> None:
+        """Note that a micro-batch is over, and with the last one the window."""
+        self.settle(strategy)
+        self._ended = self.sync_gradients
 
     # What the wrapped objects ask
 
@@ -224,7 +250,7 @@ class AcceleratedOptimizer(Optimizer):
         else:
             self._refuse_closure(closure)
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
-        window.end()
+        window.stepped()
         return result
 
     @staticmethod
@@ -289,12 +315,18 @@ class AcceleratedOptimizer(Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A window cannot be copied: a copy, or what comes out of a pickle, is the optimizer inside.
+        return _itself, (self.optimizer,)
 
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _itself(optimizer: Optimizer) -> Optimizer:
+    """Hand an unpickled optimizer back."""
+    return optimizer
 
 
 class AcceleratedScheduler:
@@ -404,4 +436,4 @@ class Accumulation:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._strategy is not None:
-            self._window.settle(self._strategy)
+            self._window.leave(self._strategy)

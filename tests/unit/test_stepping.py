@@ -128,7 +128,7 @@ def test_the_loss_itself_is_not_changed() -> None:
     with accelerator.accumulate(model):
         loss = model(torch.ones(1, 1)).sum()
         accelerator.backward(loss)
-    assert float(loss) == 2.0
+    assert float(loss.detach()) == 2.0
 
 
 def test_the_length_of_windows_may_change_between_them() -> None:
@@ -219,9 +219,6 @@ def test_two_optimizers_step_one_after_the_other() -> None:
     assert both.weights == (-2.0, -29.0)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the first optimizer's step ends the window, so the second one's gradient is not divided"
-)
 def test_two_optimizers_share_a_window() -> None:
     both = Both(make(2))
     both.train(1.0, 10.0)
@@ -332,15 +329,12 @@ accelerator = Accelerator(cpu=True)
 model = torch.nn.Linear(2, 2)
 model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.3))
 for back in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-    assert back.optimizer.param_groups[0]["lr"] == 0.3
+    assert type(back) is torch.optim.AdamW and back.param_groups[0]["lr"] == 0.3
 accelerator.backward(model(torch.ones(1, 2)).sum())
 optimizer.step()
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torch's Optimizer.__setstate__ wraps the class's own step, which breaks all of them"
-)
 def test_copying_an_optimizer_does_not_break_the_others() -> None:
     """In a process of its own: what breaks is the class."""
     done = subprocess.run([sys.executable, "-c", COPIED], capture_output=True, text=True, timeout=60, check=False)
@@ -355,12 +349,12 @@ def test_a_closure_is_called() -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (model(torch.ones(1, 1)) - 2.0).square().sum()
+        loss: Tensor = (model(torch.ones(1, 1)) - 2.0).square().sum()
         accelerator.backward(loss)
         return loss
 
     first = optimizer.step(closure)
-    assert float(first) == pytest.approx(9.0)
+    assert float(first.detach()) == pytest.approx(9.0)
     assert float(model.weight.detach()) == pytest.approx(2.0, abs=0.05)
 
 

@@ -59,7 +59,7 @@ def _read_text(path: Path) -> tuple[str | None, list[Problem]]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        what, hint = "there is no such file", "run `paceline config` to write one, or correct the path"
+        what, hint = "there is no such file", "correct the path"
         return None, [Problem(where, "", what, hint=hint)]
     except IsADirectoryError:
         return None, [Problem(where, "", "this is a folder", "a configuration is one file", "name the file in it")]
@@ -79,7 +79,7 @@ def _without_bom(text: str) -> str:
 
 def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
-        hint = "run `paceline config` to write one, or leave --config_file out"
+        hint = "write what it should hold, or leave --config_file out"
         return (), [Problem(f"{path}:1", "", "the file is empty", "it should hold keys and values", hint)]
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"

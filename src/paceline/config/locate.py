@@ -26,7 +26,7 @@ def find_config_file(env: Mapping[str, str], asked: Path | None = None) -> Path 
 
 
 def default_config_file(env: Mapping[str, str]) -> Path:
-    """Return where `paceline config` writes its answers."""
+    """Return where the file is looked for first that holds for every launch."""
     return next(_default_files(env))
 
 

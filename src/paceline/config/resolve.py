@@ -259,22 +259,30 @@ def _infer_shards(draft: _Draft, mesh: ParallelismConfig, count: int | None) -> 
     return ParallelismConfig.build({**_values(draft, "parallelism_config", ParallelismConfig)})[0]
 
 
+def _parameter(key: str) -> str:
+    """What the constructor of `Accelerator` calls a key of the file."""
+    if key == "use_cpu":
+        return "cpu"
+    plugins = {"fsdp_config": "fsdp_plugin", "deepspeed_config": "deepspeed_plugin", "dynamo_config": "dynamo_plugin"}
+    return plugins.get(key, "kwargs_handlers" if key == "ddp_config" else key)
+
+
 def _lay_over(draft: _Draft, name: str, value: object) -> None:
     known = slots_by_field(RunConfig)
     if name not in known:
         hint = did_you_mean(name, known)
         draft.problems.append(Problem("Accelerator(…)", name, "unknown argument", hint=hint))
     elif name not in sections():
-        _lay_value(draft, name, known[name].shape.read(value), f"Accelerator({name}=…)")
+        _lay_value(draft, name, known[name].shape.read(value), f"Accelerator({_parameter(name)}=…)")
     elif isinstance(value, sections()[name][0]):
         for slot in slots(type(value)):
             if slot.field in value.model_fields_set:
-                where = f"Accelerator({name}={type(value).__name__}({slot.field}=…))"
+                where = f"Accelerator({_parameter(name)}={type(value).__name__}({slot.field}=…))"
                 _lay_value(draft, f"{name}.{slot.key}", getattr(value, slot.field), where)
     else:
         what = f"a {type(value).__name__} is not allowed"
         why = f"it must be a {sections()[name][0].__name__}"
-        draft.problems.append(Problem(f"Accelerator({name}=…)", name, what, why))
+        draft.problems.append(Problem(f"Accelerator({_parameter(name)}=…)", name, what, why))
 
 
 def _lay_value(draft: _Draft, key: str, value: object, where: str) -> None:
@@ -291,4 +299,4 @@ def _follow_section(draft: _Draft, arguments: Mapping[str, object]) -> None:
     """Let a plugin choose its strategy when nobody else did, as users of Accelerate expect."""
     for section, strategy in (("fsdp_config", "fsdp"), ("deepspeed_config", "deepspeed")):
         if arguments.get(section) is not None and arguments.get("strategy") is None:
-            draft.settle("strategy", strategy, Origin("argument", f"Accelerator({section}=…)"))
+            draft.settle("strategy", strategy, Origin("argument", f"Accelerator({_parameter(section)}=…)"))

@@ -188,6 +188,14 @@ def _problems(resolved: Resolved) -> Iterator[Problem]:
 def _device_problems(resolved: Resolved) -> Iterator[Problem]:
     config, size, ids = resolved.config, resolved.config.num_processes or 1, _device_ids(resolved.config)
     kind, count = (None, 0) if config.use_cpu else count_accelerators()
+    if kind is None and config.distributed_type == "MULTI_GPU":
+        yield Problem(
+            resolved.origin("distributed_type").where,
+            "distributed_type",
+            "MULTI_GPU was asked for, and this machine has no GPU that torch can use",
+            "DDP would silently run on the processor",
+            "leave it out, or ask for the processor with --cpu",
+        )
     if ids and kind is None:
         yield Problem(
             resolved.origin("gpu_ids").where,

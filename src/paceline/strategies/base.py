@@ -111,10 +111,14 @@ class Strategy(ABC):
 
     def prepare_evaluation(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         """Place a model that is only evaluated: no gradient of it is ever exchanged."""
+        self.place_whole(model, place=place)
+        return model
+
+    def place_whole(self, model: nn.Module, *, place: bool = True) -> None:
+        """Move a model that no rank holds a part of, and let it compute in the run's precision."""
         if place:
             model.to(self.around.device)
         autocast_forward(model, self.around.precision)
-        return model
 
     def adopt(self, optimizer: Optimizer) -> None:  # noqa: B027 - doing nothing is right for most
         """Point an optimizer at the parameters that this strategy has put in place of its own."""

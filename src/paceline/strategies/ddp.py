@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from paceline.errors import PrepareError, UnusedParametersError
-from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy
 from paceline.strategies.compiled import compile_model
 
@@ -55,9 +54,7 @@ class DDPStrategy(Strategy):
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
-        if place:
-            model.to(self.around.device)
-        autocast_forward(model, self.around.precision)
+        self.place_whole(model, place=place)
         compile_model(model, self.around.config.dynamo_config)
         wrapped = NamingDDP(model, **self._arguments(place))
         _register_hook(wrapped, self._settings)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy
 from paceline.strategies.compiled import compile_model
 
@@ -26,8 +25,6 @@ class SingleStrategy(Strategy):
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
-        if place:
-            model.to(self.around.device)
-        autocast_forward(model, self.around.precision)
+        self.place_whole(model, place=place)
         compile_model(model, self.around.config.dynamo_config)
         return model

@@ -13,9 +13,9 @@ RANKS = 4
 # Of one copy: 400 of parameters, 1600 in all; a shard is 400.
 MODEL = Footprint(parameters=400, gradients=400, optimizer=800)
 
-KEPT = {"reshard_after_forward": False}
-CHECKPOINTED = {"activation_checkpointing": True}
-OFFLOADED = {"cpu_offload": True, "activation_checkpointing": True}
+KEPT: dict[str, Any] = {"reshard_after_forward": False}
+CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
+OFFLOADED: dict[str, Any] = {"cpu_offload": True, "activation_checkpointing": True}
 
 
 def choose(free: int, footprint: Footprint = MODEL, ranks: int = RANKS) -> Choice:

@@ -94,7 +94,10 @@ def test_an_optimizer_that_cannot_be_tried_counts_as_adam() -> None:
 
 def test_groups_of_one_optimizer_are_weighed_apart() -> None:
     model = nn.ModuleList([nn.Linear(10, 10, bias=False), nn.Linear(20, 20, bias=False)])
-    groups = [{"params": model[0].parameters(), "momentum": 0.9}, {"params": model[1].parameters()}]
+    groups: list[dict[str, Any]] = [
+        {"params": model[0].parameters(), "momentum": 0.9},
+        {"params": model[1].parameters()},
+    ]
     got = measure([model], [torch.optim.SGD(groups, lr=0.1)], CPU)
     assert got.optimizer == 4 * 100
 

@@ -1,0 +1,90 @@
+"""The examples, run for real in every way that their first lines promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+PYTHON = [sys.executable]
+LAUNCH = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+WAYS = {
+    "python": PYTHON,
+    "launch": LAUNCH,
+    "torchrun": TORCHRUN,
+    "fsdp bf16": [*LAUNCH, "--use_fsdp", "--mixed_precision", "bf16"],
+}
+TINY = ["--steps", "12", "--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
+TINY += ["--bytes", "60000", "--sample", "4"]
+
+
+def run(folder: Path, way: str, example: str, *arguments: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
+    done = subprocess.run(
+        [*WAYS[way], str(EXAMPLES / example), *arguments],
+        cwd=folder,
+        env=clean | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def language_model(folder: Path, way: str) -> tuple[float, float, dict[str, tuple[int, ...]]]:
+    """Validation losses before and after, and the shapes of the weights that were written."""
+    batch = "8" if way == "python" else "4"
+    text = run(folder, way, "language_model.py", *TINY, "--batch-size", batch, "--output", "weights")
+    found = re.findall(r"validation loss: (\d+\.\d+) -> (\d+\.\d+)", text)
+    assert len(found) == 1, text
+    state = load_file(folder / "weights" / "model.safetensors")
+    return float(found[0][0]), float(found[0][1]), {name: tuple(t.shape) for name, t in state.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float, dict[str, tuple[int, ...]]]:
+    return language_model(tmp_path_factory.mktemp("alone"), "python")
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "python"])
+def test_the_language_model_learns_the_same_everywhere(
+    way: str, tmp_path: Path, alone: tuple[float, float, dict[str, tuple[int, ...]]]
+) -> None:
+    before, after, shapes = language_model(tmp_path, way)
+    assert after < before - 0.1
+    tolerance = 0.05 if "bf16" in way else 2e-3
+    assert (before, after) == pytest.approx(alone[:2], abs=tolerance)
+    assert shapes == alone[2]
+
+
+def test_the_weights_have_the_models_own_names(
+    alone: tuple[float, float, dict[str, tuple[int, ...]]],
+) -> None:
+    shapes = alone[2]
+    assert shapes["blocks.1.attention.qkv.weight"] == (96, 32)
+    assert len({shapes.get("tokens.weight"), shapes.get("head.weight")} - {None}) == 1
+    assert not [name for name in shapes if "module" in name or "_orig_mod" in name]
+
+
+@pytest.mark.parametrize("way", ["python", "launch", "fsdp bf16"])
+def test_every_test_image_is_counted_once(way: str, tmp_path: Path) -> None:
+    # Looked for without importing it, which would set variables in this process.
+    if importlib.util.find_spec("sklearn") is None:
+        pytest.skip("the images ship with scikit-learn, which is not installed")
+    text = run(tmp_path, way, "vision.py", "--epochs", "6")
+    epochs = re.findall(r"epoch (\d+): (\d+) of (\d+) test images right", text)
+    assert [int(epoch) for epoch, *_ in epochs] == list(range(1, 7))
+    # 1,797 images, every fifth from the first on: 360.
+    assert {int(seen) for *_, seen in epochs} == {360}
+    assert int(epochs[-1][1]) / 360 > 0.95

@@ -1,0 +1,330 @@
+"""The Accelerator's own methods on two real ranks, and what its constructor refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedType,
+    GradScalerKwargs,
+    ProfileKwargs,
+    ProjectConfiguration,
+)
+from paceline.config import resolve
+from paceline.errors import ConfigError, NotBuiltError, PacelineError, PrepareError
+from paceline.strategies import load_strategy
+from tests.support.models import TinyTransformer
+from tests.support.ranks import run_on_ranks
+from tests.unit.data.support import Numbers
+
+
+def make(**arguments: Any) -> Accelerator:
+    return Accelerator(cpu=True, **arguments)
+
+
+# Between ranks
+
+
+def exchange() -> dict[str, Any]:
+    one = make()
+    rank = one.process_index
+    mine = torch.tensor([float(rank), 10.0 + rank])
+    found: dict[str, Any] = {
+        "gather": one.gather({"a": [mine]})["a"][0].tolist(),
+        "sum": one.reduce(mine).tolist(),
+        "mean": one.reduce(mine, "mean").tolist(),
+        "scaled": one.reduce(mine, "sum", scale=0.5).tolist(),
+        "kept": mine.tolist(),
+        "objects": one.gather_object([f"rank {rank}"]),
+        "broadcast": one.broadcast(mine.clone(), from_process=1).tolist(),
+        "list": one.broadcast_object_list([rank, {"x": rank}], from_process=1),
+        "padded": one.pad_across_processes(torch.ones(rank + 1), pad_index=-1).tolist(),
+        "first": one.pad_across_processes(torch.ones(rank + 1), pad_index=-1, pad_first=True).tolist(),
+    }
+    with one.split_between_processes([1, 2, 3]) as part:
+        found["split"] = part
+    with one.split_between_processes([1, 2, 3], apply_padding=True) as part:
+        found["split, padded"] = part
+    one.wait_for_everyone()
+    return found
+
+
+def test_exchanges() -> None:
+    first, second = run_on_ranks(2, exchange)
+    for found in (first, second):
+        assert found["gather"] == [0.0, 10.0, 1.0, 11.0]
+        assert found["sum"] == [1.0, 21.0]
+        assert found["mean"] == [0.5, 10.5]
+        assert found["scaled"] == [0.5, 10.5]
+        assert found["objects"] == ["rank 0", "rank 1"]
+        assert found["broadcast"] == [1.0, 11.0]
+        assert found["list"] == [1, {"x": 1}]
+    assert (first["kept"], second["kept"]) == ([0.0, 10.0], [1.0, 11.0]), "reduce makes new tensors"
+    assert (first["padded"], second["padded"]) == ([1.0, -1.0], [1.0, 1.0])
+    assert first["first"] == [-1.0, 1.0]
+    assert (first["split"], second["split"]) == ([1, 2], [3])
+    assert (first["split, padded"], second["split, padded"]) == ([1, 2], [3, 3])
+
+
+def triggers() -> list[bool]:
+    one = make()
+    seen = [one.check_trigger()]
+    if one.process_index == 1:
+        one.set_trigger()
+    return [*seen, one.check_trigger(), one.check_trigger()]
+
+
+def test_a_trigger_on_one_rank_is_seen_by_all_once() -> None:
+    assert run_on_ranks(2, triggers) == [[False, True, False]] * 2
+
+
+# Only here, only there
+
+
+def only(folder: str) -> dict[str, Any]:
+    one = make()
+    rank = one.process_index
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        one.print("once", end="!")
+    mark = Path(folder) / "made"
+    with one.main_process_first():
+        if one.is_main_process:
+            time.sleep(0.2)
+            mark.touch()
+        there = mark.exists()
+    return {
+        "who": (rank, one.local_process_index, one.is_main_process, one.is_last_process, one.num_processes),
+        "main": one.on_main_process(lambda x: x)(5),
+        "last": one.on_last_process(lambda: rank)(),
+        "local main": one.on_local_main_process(lambda: rank)(),
+        "one": one.on_process(lambda: rank, process_index=1)(),
+        "decorated": one.on_process(process_index=1)(lambda: rank)(),
+        "local": one.on_local_process(local_process_index=1)(lambda: rank)(),
+        "printed": printed.getvalue(),
+        "there": there,
+    }
+
+
+def test_ranks_of_their_own(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, only, str(tmp_path))
+    assert first["who"] == (0, 0, True, False, 2)
+    assert second["who"] == (1, 1, False, True, 2)
+    assert (first["main"], second["main"]) == (5, None)
+    assert (first["local main"], second["local main"]) == (0, None)
+    assert (first["printed"], second["printed"]) == ("once!", "")
+    for name in ("last", "one", "decorated", "local"):
+        assert (first[name], second[name]) == (None, 1), name
+    assert first["there"]
+    assert second["there"], "rank 0 goes first"
+
+
+# Prepare
+
+
+def in_order() -> dict[str, Any]:
+    one = make(strategy="ddp")
+    model: Any = nn.Linear(2, 2)
+    raw = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(raw)
+    data: Any = DataLoader(Numbers(3))
+    other = {"left": "alone"}
+    got = one.prepare(schedule, other, data, raw, model, None, 7)
+    again = one.prepare(*got)
+    with pytest.raises(PrepareError, match="2 entries for 1 arguments"):
+        one.prepare(model, device_placement=[True, None])
+    inner = one.unwrap_model(got[4])
+    unprepared = nn.Linear(1, 1)
+    return {
+        "names": [type(thing).__name__ for thing in got],
+        "alone": got[1] is other,
+        "again": all(a is b for a, b in zip(got, again, strict=True)),
+        "unwrapped": inner is model,
+        "plain": one.unwrap_model(unprepared) is unprepared,
+        "freed": one.free_memory(*got),
+        "after": len(one._models),
+    }
+
+
+def test_prepare_keeps_the_order_and_leaves_the_rest_alone() -> None:
+    for found in run_on_ranks(2, in_order):
+        assert found["names"] == [
+            "AcceleratedScheduler",
+            "dict",
+            "PreparedDataLoader",
+            "AcceleratedOptimizer",
+            "NamingDDP",
+            "NoneType",
+            "int",
+        ]
+        assert found["alone"]
+        assert found["again"], "preparing again changes nothing"
+        assert found["unwrapped"]
+        assert found["plain"]
+        assert found["freed"] == [None] * 7
+        assert found["after"] == 0
+
+
+def after_freeing(strategy: str) -> float:
+    one = make(strategy=strategy)
+    for _ in range(2):
+        model: Any = nn.Linear(2, 2)
+        model, optimizer = one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        one.backward(model(torch.ones(1, 2)).sum())
+        optimizer.step()
+        model, optimizer = one.free_memory(model, optimizer)
+    return 1.0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_training_goes_on_after_memory_was_freed(strategy: str) -> None:
+    assert run_on_ranks(2, after_freeing, strategy) == [1.0, 1.0]
+
+
+def clipped_and_cast() -> list[Any]:
+    one = make(strategy="ddp", mixed_precision="bf16")
+    model: Any = one.prepare(nn.Linear(2, 1, bias=False))
+    one.backward(model(torch.tensor([[8.0, 0.25]])).sum())
+    one.clip_grad_value_(model.parameters(), 1.0)
+    plain = nn.Linear(2, 1)
+    with one.autocast():
+        inside = plain(torch.ones(1, 2)).dtype
+    outside = plain(torch.ones(1, 2)).dtype
+    return [model.module.weight.grad.tolist(), str(inside), str(outside)]
+
+
+def test_clipping_values_and_autocast() -> None:
+    assert run_on_ranks(2, clipped_and_cast) == [[[[1.0, 0.25]], "torch.bfloat16", "torch.float32"]] * 2
+
+
+def joined() -> tuple[int, list[float], bool]:
+    one = make(strategy="ddp")
+    model: Any = nn.Linear(1, 1, bias=False)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01)
+    data: Any = DataLoader(TensorDataset(torch.arange(5.0)[:, None]), batch_size=1)
+    model, optimizer, data = one.prepare(model, optimizer, data)
+    steps = 0
+    with one.join_uneven_inputs([model], even_batches=False):
+        for (batch,) in data:
+            one.backward(model(batch).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+    return steps, one.gather(model.module.weight.detach()).flatten().tolist(), data.even_batches
+
+
+def test_ranks_with_fewer_batches_follow_along() -> None:
+    first, second = run_on_ranks(2, joined)
+    assert (first[0], second[0]) == (3, 2)
+    assert first[1][0] == first[1][1], "the ranks parted"
+    assert first[2] is True, "the loader has its own setting back"
+
+
+def traced(folder: str) -> None:
+    one = make(kwargs_handlers=[ProfileKwargs(activities=("cpu",), output_trace_dir=folder)])
+    with one.profile() as profiler:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    assert any("mm" in event.key for event in profiler.key_averages())
+
+
+def test_each_rank_writes_its_trace(tmp_path: Path) -> None:
+    run_on_ranks(2, traced, str(tmp_path / "traces"))
+    files = sorted((tmp_path / "traces").iterdir())
+    assert [file.name for file in files] == ["profile_0.json", "profile_1.json"]
+    assert all(json.loads(file.read_text())["traceEvents"] for file in files)
+
+
+# What it says, and what it refuses
+
+
+def described(strategy: str) -> tuple[str, str]:
+    one = make(strategy=strategy, mixed_precision="bf16", gradient_accumulation_steps=3)
+    model: Any = TinyTransformer()
+    one.prepare(model, DataLoader(Numbers(64), batch_size=4))
+    return one.describe(), str(one.distributed_type)
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "MULTI_CPU"), ("fsdp", "FSDP")])
+def test_a_run_describes_itself(strategy: str, kind: str) -> None:
+    text, told = run_on_ranks(2, described, strategy)[0]
+    assert told == kind
+    assert f"{strategy}: asked for by" in text
+    assert "an optimizer step takes 24 samples = 8 x 3 micro-batches" in text
+    assert "bf16" in text
+    assert "gloo" in text
+    assert "processes     2" in text
+
+
+def own_class() -> list[str]:
+    cls = load_strategy("fsdp")
+    one = make(strategy=cls)
+    with pytest.raises(PrepareError, match="derived from"):
+        make(strategy=lambda around: "nothing")
+    return [one.strategy.name, str(one.distributed_type == DistributedType.FSDP), one.describe()]
+
+
+def test_a_strategy_given_as_a_class() -> None:
+    name, alike, text = run_on_ranks(2, own_class)[0]
+    assert (name, alike) == ("fsdp", "True")
+    assert "asked for by the script" in text
+
+
+def contradicted() -> list[str]:
+    launched = resolve(flags={"mixed_precision": "bf16"}, env={}, file=None)
+    os.environ["PACELINE_CONFIG"] = launched.to_json()
+    try:
+        assert make().mixed_precision == "bf16"
+        assert make(mixed_precision="bf16").mixed_precision == "bf16"
+        with pytest.raises(ConfigError) as error:
+            make(mixed_precision="fp16", strategy="ddp")
+    finally:
+        del os.environ["PACELINE_CONFIG"]
+    return [str(problem) for problem in error.value.problems]
+
+
+def test_a_script_that_contradicts_its_launcher() -> None:
+    [problem] = run_on_ranks(2, contradicted)[0]
+    assert "--mixed_precision" in problem
+    assert "Accelerator" in problem
+    assert "bf16" in problem
+    assert "fp16" in problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"log_with": "tensorboard"}, NotBuiltError, "log_with='tensorboard'"),
+        ({"mixed_precision": "fp8"}, PacelineError, "fp8"),
+        ({"mixed_precision": "bf61"}, PacelineError, "did you mean bf16?"),
+        ({"deepspeed_plugin": DeepSpeedPlugin()}, PacelineError, "deepspeed"),
+        ({"kwargs_handlers": [GradScalerKwargs(), GradScalerKwargs()]}, ConfigError, "two GradScalerKwargs"),
+        ({"kwargs_handlers": [DataLoaderConfiguration()]}, ConfigError, "a DataLoaderConfiguration"),
+        ({"rng_types": ["torch"]}, ConfigError, "rng_types"),
+        ({"strategy": "dpp"}, PacelineError, "ddp"),
+        (
+            {"project_dir": "a", "project_config": ProjectConfiguration(project_dir="b")},
+            ConfigError,
+            "project_config",
+        ),
+        ({"gradient_accumulation_steps": 0}, ConfigError, "gradient_accumulation_steps"),
+    ],
+    ids=str,
+)
+def test_what_the_constructor_refuses(arguments: dict[str, Any], error: type[PacelineError], said: str) -> None:
+    with pytest.raises(error) as raised:
+        make(**arguments)
+    assert said in str(raised.value)

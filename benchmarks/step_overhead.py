@@ -455,13 +455,20 @@ def _is_installed(package: str | None) -> bool:
 def describe_machine(device_type: str, threads: int) -> str:
     """Name the hardware and the versions in one line."""
     packages = ["torch", *(CONTENDERS[name].package for name in installed())]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages if name]
+    versions = [f"{name} {_version(name)}" for name in packages if name]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = [f"{processor_name()}, {cores} cores, {threads} thread(s) a process"]
     if device_type != "cpu":
         count = torch.accelerator.device_count()
         parts.insert(0, f"{count} x {torch.get_device_module(device_type).get_device_name(0)}")
     return "; ".join([*parts, f"Python {platform.python_version()}", ", ".join(versions)])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "from its source"
 
 
 def processor_name() -> str:

@@ -34,12 +34,14 @@ def main() -> int:
     """Run what was asked for; the exit code is that of the tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "demo", "overhead"])
-    skip = parser.parse_args().skip
+    parser.add_argument("--demos", default="", help="only the launches whose name ends so")
+    args = parser.parse_args()
+    skip = args.skip
     count = torch.accelerator.device_count()
     print(f"{count} x {torch.cuda.get_device_name()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     code = 0 if "tests" in skip else run_tests()
     if "demo" not in skip:
-        print_demos(count)
+        print_demos(count, args.demos)
     if "overhead" not in skip:
         run([sys.executable, "benchmarks/step_overhead.py"], show=True)
     return code
@@ -51,11 +53,11 @@ def run_tests() -> int:
     return run([sys.executable, "-m", "pytest", "-q", "--durations=5", *chosen], show=True)[0]
 
 
-def print_demos(count: int) -> None:
+def print_demos(count: int, only: str) -> None:
     """Run the language model in every way, in one table."""
     print("\n| launch | validation loss | tokens/s | peak GB a rank | seconds |\n|---|---|--:|--:|--:|")
     for name, flags in LAUNCHES.items():
-        if name.startswith("all") and count < 2:
+        if (name.startswith("all") and count < 2) or not name.endswith(only):
             continue
         started = time.perf_counter()
         command = [sys.executable, "-m", "paceline", "launch", *flags, "examples/language_model.py", *DEMO]

@@ -26,7 +26,7 @@ class DataLoaderConfiguration(Section):
     )
     data_seed: int | None = Field(None, description="Seed of the order; None takes the loader's or torch's own.")
     non_blocking: bool | None = Field(
-        None, description="Copy to the device while the previous step runs; None: when memory is pinned."
+        None, description="Let the host go on while a batch is copied to the device; None means True."
     )
     streams_are_sharded: bool = Field(
         False, description="Whether every rank's iterable dataset already yields only its own samples."

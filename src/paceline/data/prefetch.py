@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.collectives.nested import leaves, send_to_device
+from paceline.collectives.nested import leaves, map_tensors, send_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,17 +15,22 @@ __all__ = ["DevicePrefetcher"]
 
 _NONE: Any = object()
 
+# A copy of up to this many bytes out of pageable memory is staged by the driver and returns at once (CUDA runtime
+# API, "API synchronization behavior"), so pinning it and a stream of its own would cost more than they hide: about
+# 0.1 ms of host time a batch on an H200 machine.
+_SMALL = 64 * 1024
+
 
 class DevicePrefetcher:
     """Puts batches on a device; on a CPU device they pass through untouched.
 
-    On an accelerator the copy of the next batch runs on a stream of its own while the current one is in use.
-    A batch that holds something other than tensors that can move itself (a method `to`) is copied on the
-    current stream, since nobody can tell the allocator which tensors it hides.
+    On an accelerator the copy of the next batch runs on a stream of its own, out of pinned memory, while the current
+    one is in use. Small batches are copied when they are handed out. So is a batch that holds something other than
+    dense tensors that can move itself (a method `to`), since nobody can tell the allocator which tensors it hides.
 
     Args:
         device: Where batches go.
-        non_blocking: Let the host go on during a copy; only from pinned memory is it then really free.
+        non_blocking: Let the host go on during a copy.
     """
 
     def __init__(self, device: torch.device, *, non_blocking: bool) -> None:
@@ -52,11 +57,21 @@ class DevicePrefetcher:
     def _start(self, batch: Any, stream: torch.Stream) -> tuple[Any, torch.Event | None] | None:
         if batch is _NONE:
             return None
-        if not all(_is_transparent(leaf) for _, leaf in leaves(batch)):
+        size = 0
+        for _, leaf in leaves(batch):
+            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+                size += leaf.numel() * leaf.element_size()
+            elif hasattr(leaf, "to"):
+                return batch, None
+        if size <= _SMALL:
             return batch, None
         with stream:
-            moved = send_to_device(batch, self._device, self._non_blocking)
-            return moved, stream.record_event()
+            return map_tensors(self._copy, batch), stream.record_event()
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._non_blocking and tensor.device.type == "cpu" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=self._non_blocking)
 
     def _finish(self, batch: Any, copied: torch.Event | None) -> Any:
         if copied is None:
@@ -68,10 +83,6 @@ class DevicePrefetcher:
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self._device.type:
                 leaf.record_stream(current)
         return batch
-
-
-def _is_transparent(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) or not hasattr(leaf, "to")
 
 
 def _maybe_stream(device: torch.device) -> torch.Stream | None:

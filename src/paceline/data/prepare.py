@@ -95,7 +95,7 @@ class _Preparation:
             group=self.group,
             active=active,
             layout=self.layout,
-            prefetcher=self._prefetcher(settings),
+            prefetcher=self._prefetcher(),
             batch_size=self.rows,
             drop_last=bool(self.loader.drop_last),
             settings={**settings, **own},
@@ -123,8 +123,9 @@ class _Preparation:
         """Return the loader's settings that do not depend on the way of reading."""
         loader = self.loader
         pin = loader.pin_memory
-        if self.device is not None and self.device.type not in ("cpu", "mps"):
-            # Only copies out of pinned memory overlap with work; what is on a device cannot be pinned.
+        if self.device is not None and self.device.type not in ("cpu", "mps") and loader.num_workers:
+            # torch pins what workers send in a thread beside this one; without workers the prefetcher pins what
+            # is worth it. What is on a device cannot be pinned.
             pin = pin or not _is_on_device(loader.dataset)
         settings = {
             "dataset": loader.dataset,
@@ -141,13 +142,10 @@ class _Preparation:
             settings["prefetch_factor"] = loader.prefetch_factor
         return settings
 
-    def _prefetcher(self, settings: dict[str, Any]) -> DevicePrefetcher | None:
+    def _prefetcher(self) -> DevicePrefetcher | None:
         if self.device is None or self.device.type == "cpu":
             return None
-        non_blocking = self.config.non_blocking
-        return DevicePrefetcher(
-            self.device, non_blocking=settings["pin_memory"] if non_blocking is None else non_blocking
-        )
+        return DevicePrefetcher(self.device, non_blocking=self.config.non_blocking is not False)
 
     def _reading(self, settings: dict[str, Any]) -> tuple[Reading, dict[str, Any]]:
         """Choose the way of reading; also return the remaining arguments of the prepared `DataLoader`."""

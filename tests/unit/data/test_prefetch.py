@@ -38,20 +38,22 @@ def test_a_device_without_streams_gets_plain_copies() -> None:
     assert found[1].tensor.device.type == "meta"
 
 
-def pinned(number: int, rows: int) -> Iterator[dict[str, Any]]:
+def filled(number: int, rows: int, pin: bool) -> Iterator[dict[str, Any]]:
     for value in range(number):
-        full = torch.full((rows, 1024), float(value)).pin_memory()
+        full = torch.full((rows, 1024), float(value))
+        full = full.pin_memory() if pin else full
         yield {"x": full, "parts": [full[:8].clone(), (f"n{value}", value)]}
 
 
 @pytest.mark.gpu
 @needs_accelerator
-def test_batches_arrive_whole_while_earlier_ones_are_still_being_used() -> None:
+@pytest.mark.parametrize(("rows", "pin"), [(4096, True), (4096, False), (8, False)])
+def test_batches_arrive_whole_while_earlier_ones_are_still_being_used(rows: int, pin: bool) -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     slow = torch.ones(4096, 4096, device=device)
     sums = []
-    for batch in DevicePrefetcher(device, non_blocking=True).over(pinned(24, 4096)):
+    for batch in DevicePrefetcher(device, non_blocking=True).over(filled(24, rows, pin)):
         assert batch["x"].device.type == device.type
         # Long work first: the batch is read on the device when the host has long let go of it.
         for _ in range(20):

@@ -201,7 +201,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps (default 160)")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps (default 240)")
     parser.add_argument("--batch-size", type=int, default=16, help="windows a rank and micro-batch (default 16)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default 1)")
     parser.add_argument("--context", type=int, default=128, help="bytes a window (default 128)")

@@ -2,6 +2,7 @@
 
     python benchmarks/step_overhead.py                       # one process and DDP over two
     python benchmarks/step_overhead.py --accumulation 1 4    # also with four micro-batches to a step
+    python benchmarks/step_overhead.py --strategy fsdp       # FSDP2 by hand and through paceline
 
 A step is a batch from the loader, forward, backward, clip_grad_norm_, optimizer.step, scheduler.step and zero_grad;
 with accumulation it is all micro-batches of one optimizer step. Every contender trains the same model on the same
@@ -38,6 +39,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn as spawn_ranks
 from torch.nn import functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -60,6 +64,7 @@ class Setting:
     device_type: str
     processes: int
     accumulation: int
+    strategy: str
     rounds: int
     block: int
     threads: int
@@ -169,7 +174,8 @@ class Contender(ABC):
 
     def weights(self) -> Tensor:
         """All weights as one vector."""
-        return torch.cat([p.detach().float().flatten() for p in self.model.parameters()])
+        whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        return torch.cat([p.detach().float().flatten() for p in whole])
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -186,8 +192,7 @@ class Raw(Contender):
         self.model.to(self.device)
         self.distributed = self.setting.processes > 1
         if self.distributed:
-            device_ids = None if self.device.type == "cpu" else [self.device.index]
-            self.model = DistributedDataParallel(self.model, device_ids=device_ids)
+            self.spread()
             sampler: DistributedSampler[Any] = DistributedSampler(self.loader.dataset, shuffle=False)
             self.loader = DataLoader(
                 self.loader.dataset,
@@ -197,8 +202,22 @@ class Raw(Contender):
             )
         self.make_optimizer()
 
+    def spread(self) -> None:
+        """Wrap or shard the model."""
+        if self.setting.strategy == "fsdp":
+            mesh = init_device_mesh(self.device.type, (self.setting.processes,))
+            for block in getattr(self.model, "blocks", ()):
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+            return
+        device_ids = None if self.device.type == "cpu" else [self.device.index]
+        self.model = DistributedDataParallel(self.model, device_ids=device_ids)
+
     def hold(self, last: bool) -> AbstractContextManager[Any]:
         """Keep gradients on this rank but for the last micro-batch."""
+        if self.setting.strategy == "fsdp":
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
         return nullcontext() if last or not self.distributed else self.model.no_sync()
 
     def step(self) -> None:
@@ -264,7 +283,7 @@ class Paceline(FacadeContender):
         self.accelerator = Accelerator(
             gradient_accumulation_steps=self.accumulation,
             cpu=self.device.type == "cpu",
-            strategy="ddp" if self.setting.processes > 1 else "single",
+            strategy=self.setting.strategy if self.setting.processes > 1 else "single",
         )
         self.prepare()
 
@@ -496,7 +515,8 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
                     rounds=args.rounds or ROUNDS[case],
                     block=args.block or max(BLOCKS[case] // accumulation, 1),
                     threads=args.threads,
-                    contenders=installed(),
+                    strategy=args.strategy,
+                    contenders=installed() if args.strategy == "ddp" else ("raw", "again", "paceline"),
                 )
 
 
@@ -521,6 +541,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default=here, help=f"cpu, cuda, ... (default: the accelerator if any; here {here})")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="models (default: both)")
     add("--processes", nargs="+", type=int, default=[1, 2], help="ranks (default: 1 2)")
+    add("--strategy", choices=["ddp", "fsdp"], default="ddp", help="on several ranks; fsdp: without the other wrappers")
     add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches a step (default: 1)")
     add("--rounds", type=int, default=0, help="turns of each contender, 2 at least (default: by model)")
     add("--block", type=int, default=0, help="steps in a turn (default: by model)")

@@ -37,11 +37,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn as spawn_ranks
-from torch.nn import functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn as spawn_ranks
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -450,6 +450,8 @@ def table_rows(setting: Setting, measured: dict[str, list[float]]) -> Iterator[s
     """Write one line for each contender, also for those that are not installed."""
     where = f"| {setting.case} | {setting.processes} | {setting.accumulation} "
     for name, contender in CONTENDERS.items():
+        if setting.strategy == "fsdp" and name not in setting.contenders:
+            continue
         if name not in measured:
             yield f"{where}| {contender.title} | not installed | | |"
             continue
@@ -541,7 +543,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default=here, help=f"cpu, cuda, ... (default: the accelerator if any; here {here})")
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="models (default: both)")
     add("--processes", nargs="+", type=int, default=[1, 2], help="ranks (default: 1 2)")
-    add("--strategy", choices=["ddp", "fsdp"], default="ddp", help="on several ranks; fsdp: without the other wrappers")
+    add("--strategy", choices=["ddp", "fsdp"], default="ddp", help="on several ranks (fsdp: PyTorch and paceline only)")
     add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches a step (default: 1)")
     add("--rounds", type=int, default=0, help="turns of each contender, 2 at least (default: by model)")
     add("--block", type=int, default=0, help="steps in a turn (default: by model)")

@@ -123,7 +123,7 @@ def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
     file, problems = _config(env)
     return EnvironmentReport(
         versions={
-            "paceline": importlib.metadata.version("paceline"),
+            "paceline": _maybe_version("paceline") or "not installed: runs from its source",
             "python": f"{platform.python_version()} ({sys.executable})",
             "torch": torch.__version__,
             "platform": platform.platform(),
@@ -146,13 +146,16 @@ def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
 
 
 def _packages() -> dict[str, str]:
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    """The optional and required packages that are installed."""
+    versions = {name: _maybe_version(name) for name in _PACKAGES}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def _maybe_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _devices() -> tuple[DeviceReport, ...]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 import paceline
@@ -51,3 +53,13 @@ def test_problems_of_the_configuration_are_shown(tmp_path: Path) -> None:
     assert report.config_file == str(file)
     assert len(report.config_problems) == 2
     assert "no_such_key" in report.as_text()
+
+
+def test_a_package_without_metadata_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    report = environment_report({})
+    assert report.versions["paceline"] == "not installed: runs from its source"
+    assert not report.packages

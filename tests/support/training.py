@@ -39,6 +39,12 @@ TWO_RANKS = [
     Layout("fsdp2-kept", 2, "fsdp", {"reshard_after_forward": False}),
     Layout("fsdp2-checkpointed", 2, "fsdp", {"activation_checkpointing": True}),
     Layout("fsdp2-offloaded", 2, "fsdp", {"cpu_offload": True}),
+    Layout(
+        "fsdp2-activations-offloaded",
+        2,
+        "fsdp",
+        {"activation_checkpointing": True, "activation_checkpointing_offload": True},
+    ),
 ]
 FOUR_RANKS = [
     Layout("fsdp4", 4, "fsdp"),

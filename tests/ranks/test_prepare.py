@@ -238,14 +238,19 @@ def hooked(hook: Any, wrapper: Any) -> list[float]:
     return [step(accelerator, model, optimizer, i) for i in range(6)]
 
 
-def refused_hook() -> str:
-    with pytest.raises(PrepareError) as error:
+def bf16_hook() -> tuple[str, bool]:
+    """What came of it, and whether torch was built for a backend that carries it."""
+    carries = torch.version.cuda is not None or torch.version.hip is not None
+    try:
         hooked("bf16", "no")
-    return str(error.value)
+    except PrepareError as error:
+        return str(error), carries
+    return "trained", carries
 
 
 def test_a_hook_that_the_backend_cannot_carry_is_refused() -> None:
-    assert "comm_hook='bf16'" in run_on_ranks(2, refused_hook)[0]
+    for answer, carries in run_on_ranks(2, bf16_hook):
+        assert answer == "trained" if carries else "comm_hook='bf16'" in answer
 
 
 @pytest.mark.parametrize(("hook", "wrapper"), [("fp16", "no"), ("power_sgd", "no"), ("power_sgd", "fp16")])

@@ -165,9 +165,9 @@ class Window:
             if self._guessed:
                 total = self._total(self._weight)
                 factor = torch.where(total > 0, self._reference / total, torch.zeros_like(total))
-                strategy.scale_gradients(strategy.trainable(), factor)
+                strategy.scale_gradients(strategy.parameters(), factor)
         elif self._begun and self._begun != self._planned:
-            strategy.scale_gradients(strategy.trainable(), self._planned / self._begun)
+            strategy.scale_gradients(strategy.parameters(), self._planned / self._begun)
             # A second model's backward in this micro-batch finds the length known.
             self._planned = self._begun
 

@@ -76,6 +76,7 @@ class Strategy(ABC):
     def __init__(self, surroundings: Surroundings) -> None:
         self.around = surroundings
         self._models: list[nn.Module] = []
+        self._parameters: list[nn.Parameter] | None = None
 
     @property
     @abstractmethod
@@ -101,6 +102,7 @@ class Strategy(ABC):
             check_trainable(model)
             prepared.append(self.prepare_model(model, place=place))
             self._models.append(model)
+            self._parameters = None
         for optimizer in optimizers:
             self.adopt(optimizer)
         return prepared
@@ -142,12 +144,11 @@ class Strategy(ABC):
         """
         loss.backward(gradient=scale, **kwargs)  # type: ignore[no-untyped-call]
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The trainable parameters of every prepared model, each once."""
-        seen: dict[int, nn.Parameter] = {}
-        for model in self._models:
-            seen.update((id(p), p) for p in model.parameters() if p.requires_grad)
-        return list(seen.values())
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of every prepared model, each once; listed when first asked for, since steps ask."""
+        if self._parameters is None:
+            self._parameters = list({id(p): p for model in self._models for p in model.parameters()}.values())
+        return self._parameters
 
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
         """Multiply the gradients of `parameters` by one number, without reading it on the host."""
@@ -202,7 +203,7 @@ class Strategy(ABC):
 
     def dtypes(self) -> dict[str, str]:
         """Which dtype is used where: stored, compute, reduce, optimizer."""
-        first = next(iter(self.trainable()), None)
+        first = next((p for p in self.parameters() if p.requires_grad), None)
         stored = short_dtype(first.dtype) if first is not None else "fp32"
         policy = self.around.precision
         compute = short_dtype(policy.compute_dtype) if policy.uses_autocast else stored

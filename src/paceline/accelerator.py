@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     from paceline.strategies import DistributedType, Surroundings
 
 T = TypeVar("T")
-F = TypeVar("F", bound="Callable[..., Any]")
 
 
 class Accelerator(Ranks):
@@ -295,20 +294,18 @@ class Accelerator(Ranks):
         if not models and not optimizers:
             return {}
         strategy = self._decided(models, optimizers) if models else self._strategy
-        done: dict[int, Any] = {}
-        for model in models:
-            flag = place.get(id(model))
-            where = self.device_placement if flag is None else flag
-            done[id(model)] = strategy.prepare([model], [], place=where)[0] if strategy else model
-        self._models.extend(done[id(model)] for model in models)
         wrappers = [self._wrap_optimizer(optimizer) for optimizer in optimizers]
-        # Optimizers prepared before their model still hold what it was made of.
-        for wrapper in self._optimizers:
-            if strategy is not None:
-                strategy.adopt(wrapper.optimizer)
+        done: dict[int, Any] = {id(o): w for o, w in zip(optimizers, wrappers, strict=True)}
+        if strategy is not None:
+            flags = [place.get(id(model)) for model in models]
+            where = [self.device_placement if flag is None else flag for flag in flags]
+            # Optimizers prepared before their model still hold what it was made of.
+            known = [wrapper.optimizer for wrapper in self._optimizers]
+            prepared = strategy.prepare(models, known, place=where)
+            self._models.extend(prepared)
+            done.update((id(m), p) for m, p in zip(models, prepared, strict=True))
         if models:
-            self._check_foreign([wrapper.optimizer for wrapper in wrappers])
-        done.update((id(o), w) for o, w in zip(optimizers, wrappers, strict=True))
+            self._check_foreign(optimizers)
         return done
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
@@ -373,7 +370,7 @@ class Accelerator(Ranks):
         """
         for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             prepared.clear()
-        self._accumulation = Accumulation(self._window, sync_each_batch=False)
+        self._accumulation.forget()
         self._strategy, self._reason = self._decide_early()
         count = len(objects)
         del objects

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -106,14 +106,10 @@ def decide_strategy(parts: Parts, models: Sequence[nn.Module], optimizers: Seque
     )
     around = parts.around
     if choice.settings:
-        plugin = FullyShardedDataParallelPlugin(**choice.settings)
-        around = Surroundings(
-            world=around.world,
-            device=around.device,
-            group=around.group,
-            precision=around.precision,
-            config=config.model_copy(update={"fsdp_config": plugin}),
-        )
+        said = config.fsdp_config or FullyShardedDataParallelPlugin()
+        # What somebody said himself stays.
+        chosen = {key: value for key, value in choice.settings.items() if key not in said.model_fields_set}
+        around = replace(around, config=config.model_copy(update={"fsdp_config": said.changed(**chosen)}))
     return load_strategy(choice.strategy)(around), f"{choice.reason} (auto)"
 
 

@@ -415,6 +415,12 @@ class Accumulation:
         self._models: Iterable[nn.Module] = ()
         self._held: dict[int, nn.Module] = {}
 
+    def forget(self) -> None:
+        """Let go of the models."""
+        self._models = ()
+        self._strategy = None
+        self._held.clear()
+
     def over(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
         """Aim at these models."""
         self._models = models

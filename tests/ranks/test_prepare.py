@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from paceline import (
     Accelerator,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
     TorchDynamoPlugin,
 )
 from paceline.errors import (
@@ -331,6 +333,75 @@ def test_auto_takes_the_least_sharding_that_fits() -> None:
     name, text = run_on_ranks(2, automatic, 1_000_000)[0]
     assert name == "fsdp"
     assert "too much for a rank" in text
+
+
+def test_auto_keeps_what_was_said_about_fsdp() -> None:
+    assert "class Block as named" in run_on_ranks(2, automatic_with_a_hint)[0]
+
+
+def automatic_with_a_hint() -> str:
+    """What the script says about FSDP holds when `auto` takes it."""
+    from paceline import assembly
+
+    original = assembly._free_bytes
+    assembly._free_bytes = lambda parts: 1_000_000
+    os.environ["PACELINE_FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"] = "Block"
+    try:
+        accelerator = Accelerator(cpu=True)
+        accelerator.prepare(TinyTransformer(width=64))
+    finally:
+        assembly._free_bytes = original
+        del os.environ["PACELINE_FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"]
+    return "\n".join(accelerator.strategy.describe())
+
+
+class TwoTowers(nn.Module):
+    """One that learns and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = nn.Linear(4, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.frozen(self.trained(x))
+        return out
+
+
+def ignored_modules() -> tuple[list[str], float]:
+    """Ranks without values leave the same parameters out as the rank that has them."""
+    from torch.distributed.tensor import DTensor
+
+    plugin = FullyShardedDataParallelPlugin(ignored_modules="frozen")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    torch.manual_seed(0)
+    with torch.device("cpu" if accelerator.is_main_process else "meta"):
+        model: Any = TwoTowers()
+    model = accelerator.prepare(model)
+    whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    return whole, float(model(torch.ones(1, 4)).sum().detach())
+
+
+def test_ignored_modules_stay_whole_on_every_rank() -> None:
+    torch.manual_seed(0)
+    wanted = float(TwoTowers()(torch.ones(1, 4)).sum().detach())
+    for whole, value in run_on_ranks(2, ignored_modules):
+        assert whole == ["frozen.weight", "frozen.bias"]
+        assert value == pytest.approx(wanted, abs=1e-6)
+
+
+def freed() -> int:
+    """Whether gradients are still exchanged in every micro-batch, as asked, after memory was freed."""
+    plugin = GradientAccumulationPlugin(num_steps=2, sync_each_batch=True)
+    accelerator = Accelerator(cpu=True, strategy="ddp", gradient_accumulation_plugin=plugin)
+    accelerator.free_memory(accelerator.prepare(nn.Linear(2, 2)))
+    model: Any = accelerator.prepare(nn.Linear(2, 2))
+    with accelerator.accumulate(model):
+        return int(model.require_backward_grad_sync)
+
+
+def test_freeing_memory_keeps_the_settings() -> None:
+    assert run_on_ranks(2, freed) == [1, 1]
 
 
 # Compile

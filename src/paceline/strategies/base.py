@@ -86,7 +86,7 @@ class Strategy(ABC):
     # What becomes of models and optimizers
 
     def prepare(
-        self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], *, place: bool = True
+        self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], *, place: Sequence[bool]
     ) -> list[nn.Module]:
         """Make models and their optimizers fit this strategy; return the models to call instead.
 
@@ -95,12 +95,12 @@ class Strategy(ABC):
         Args:
             models: To be trained, each once.
             optimizers: Whose parameters belong to these models or to models prepared before.
-            place: Whether to move models to the device.
+            place: For each model, whether to move it to the device.
         """
         prepared = []
-        for model in models:
+        for model, move in zip(models, place, strict=True):
             check_trainable(model)
-            prepared.append(self.prepare_model(model, place=place))
+            prepared.append(self.prepare_model(model, place=move))
             self._models.append(model)
             self._parameters = None
         for optimizer in optimizers:
@@ -152,10 +152,7 @@ class Strategy(ABC):
 
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
         """Multiply the gradients of `parameters` by one number, without reading it on the host."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for same in by_device(gradients).values():
-            moved = factor.to(same[0].device) if isinstance(factor, torch.Tensor) else factor
-            torch._foreach_mul_(same, moved)
+        multiply([p.grad for p in parameters if p.grad is not None], factor)
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
         """Scale gradients so that their norm over all ranks is at most `max_norm`; return the norm before.
@@ -227,12 +224,13 @@ def check_trainable(model: nn.Module) -> None:
     )
 
 
-def by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
-    """Sort tensors by the device they are on."""
-    sorted_: dict[torch.device, list[Tensor]] = {}
+def multiply(tensors: Iterable[Tensor], factor: Tensor | float) -> None:
+    """Multiply tensors in place by one number, with one kernel for all that are on a device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        sorted_.setdefault(tensor.device, []).append(tensor)
-    return sorted_
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for device, same in by_device.items():
+        torch._foreach_mul_(same, factor.to(device) if isinstance(factor, torch.Tensor) else factor)
 
 
 def refuse_join(strategy: str) -> SteppingError:

@@ -21,7 +21,7 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, named
 from paceline.precision import autocast_forward
-from paceline.strategies.base import DistributedType, Strategy, by_device, refuse_join, short_dtype
+from paceline.strategies.base import DistributedType, Strategy, multiply, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
 from paceline.strategies.remat import checkpoint_blocks, plain_name
 from paceline.strategies.shards import (
@@ -73,7 +73,7 @@ class FSDPStrategy(Strategy):
         plugin = self._plugin
         self._check_values(model)
         units = find_units(model, plugin)
-        ignored = self._ignored_parameters(model)
+        ignored = self._ignored_modules(model)
         names = {id(p): name for name, p in model.named_parameters()}
         ownership = Ownership(model)
         if self.around.group.rank == 0:
@@ -92,7 +92,7 @@ class FSDPStrategy(Strategy):
         return model
 
     def _shard(
-        self, module: nn.Module, ownership: Ownership, ignored: set[nn.Parameter], placed: set[nn.Module]
+        self, module: nn.Module, ownership: Ownership, ignored: list[nn.Module], placed: set[nn.Module]
     ) -> FSDPModule:
         """Shard what is in `module` and in no unit inside it; `placed` holds the modules done before."""
         own = [p for p in module.parameters() if not isinstance(p, DTensor)]
@@ -106,7 +106,8 @@ class FSDPStrategy(Strategy):
             reshard_after_forward=self._plugin.reshard_after_forward,
             mp_policy=self._mixed,
             offload_policy=self._offload_policy(),
-            ignored_params=ignored or None,
+            # Asked for only now: materializing may have replaced parameters.
+            ignored_params={p for left_out in ignored for p in left_out.parameters()} or None,
         )
 
     def _check_values(self, model: nn.Module) -> None:
@@ -127,10 +128,10 @@ class FSDPStrategy(Strategy):
         # Pinned memory belongs to an accelerator; without one torch refuses to allocate it.
         return CPUOffloadPolicy(pin_memory=self.around.device.type != "cpu")
 
-    def _ignored_parameters(self, model: nn.Module) -> set[nn.Parameter]:
+    def _ignored_modules(self, model: nn.Module) -> list[nn.Module]:
         pattern = self._plugin.ignored_modules
         if pattern is None:
-            return set()
+            return []
         matched = [module for name, module in model.named_modules() if re.fullmatch(pattern, name)]
         if not matched:
             raise PrepareError(
@@ -138,14 +139,13 @@ class FSDPStrategy(Strategy):
                 "The pattern must match a module's whole name",
                 f"Names look like {', '.join([n for n, _ in model.named_modules() if n][:6])}",
             )
-        ignored = {p for module in matched for p in module.parameters()}
-        if any(p.requires_grad for p in ignored):
+        if any(p.requires_grad for module in matched for p in module.parameters()):
             raise PrepareError(
                 f"fsdp_ignored_modules={pattern!r} matches trainable parameters",
                 "FSDP does not average the gradients of ignored parameters, so the ranks would part",
                 "Freeze them with requires_grad_(False), or let them be sharded",
             )
-        return ignored
+        return matched
 
     @override
     def prepare_evaluation(self, model: nn.Module, *, place: bool = True) -> nn.Module:
@@ -167,7 +167,7 @@ class FSDPStrategy(Strategy):
     @override
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
-        _multiply([local for local, _, _ in local_gradients(parameters)], factor)
+        multiply((local for local, _, _ in local_gradients(parameters)), factor)
 
     @override
     @torch.no_grad()
@@ -180,7 +180,7 @@ class FSDPStrategy(Strategy):
         total = self._total_norm(gradients, float(norm_type))
         # The same guard as torch.nn.utils.clip_grad_norm_.
         factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        _multiply([local for local, _, _ in gradients], factor)
+        multiply((local for local, _, _ in gradients), factor)
         return total
 
     def _total_norm(self, gradients: list[tuple[Tensor, Sequence[Any], Any]], norm_type: float) -> Tensor:
@@ -292,11 +292,6 @@ class _Norm:
 
     def root(self, total: Tensor) -> Tensor:
         return total if self._largest else total.pow(1.0 / self._type)
-
-
-def _multiply(tensors: list[Tensor], factor: Tensor | float) -> None:
-    for device, same in by_device(tensors).items():
-        torch._foreach_mul_(same, factor.to(device) if isinstance(factor, torch.Tensor) else factor)
 
 
 def _build_mesh(around: Surroundings) -> DeviceMesh:

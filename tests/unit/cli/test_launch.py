@@ -7,27 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.config.files import FOUNDING
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.unit.cli.conftest import Paceline
 
-FSDP = """
-    compute_environment: LOCAL_MACHINE
-    distributed_type: FSDP
-    fsdp_config:
-      fsdp_version: 2
-      fsdp_reshard_after_forward: true
-      fsdp_cpu_offload: {offload}
-      fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-      fsdp_cpu_ram_efficient_loading: true
-      fsdp_activation_checkpointing: false
-      fsdp_state_dict_type: SHARDED_STATE_DICT
-      fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
-    mixed_precision: bf16
-    num_machines: 1
-    num_processes: 4
-"""
+FSDP = FOUNDING.replace("fsdp_cpu_offload: false", "fsdp_cpu_offload: {offload}")
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> str:

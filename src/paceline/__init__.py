@@ -1,4 +1,4 @@
-"""paceline: one PyTorch training script on one CPU, one GPU or many, under DDP or FSDP2.
+"""paceline: one PyTorch training script on one CPU, one GPU or many, under DDP, FSDP2 or DeepSpeed.
 
 Names are resolved on first use, so `import paceline` costs next to nothing.
 """
@@ -17,6 +17,8 @@ _HOME = {
     "DeepSpeedPlugin": "paceline.config",
     "DistributedDataParallelKwargs": "paceline.config",
     "DistributedType": "paceline.strategies",
+    "DummyOptim": "paceline.strategies.dummies",
+    "DummyScheduler": "paceline.strategies.dummies",
     "FullyShardedDataParallelPlugin": "paceline.config",
     "GradScalerKwargs": "paceline.config",
     "GradientAccumulationPlugin": "paceline.config",
@@ -37,6 +39,8 @@ __all__ = [
     "DeepSpeedPlugin",
     "DistributedDataParallelKwargs",
     "DistributedType",
+    "DummyOptim",
+    "DummyScheduler",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from paceline.environment.seeding import set_seed
     from paceline.errors import PacelineError
     from paceline.strategies import DistributedType
+    from paceline.strategies.dummies import DummyOptim, DummyScheduler
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ from paceline.script_arguments import (
     check_unbuilt,
     compile_settings,
     project_settings,
+    refuse_scaler,
 )
 from paceline.stepping import (
     AcceleratedOptimizer,
@@ -46,6 +47,7 @@ from paceline.stepping import (
     unassigned,
 )
 from paceline.strategies import Strategy
+from paceline.strategies.dummies import DummyScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +79,7 @@ class Accelerator(Ranks):
         mixed_precision: `no`, `bf16` or `fp16`.
         gradient_accumulation_steps: Micro-batches to an optimizer step.
         cpu: Stay on the CPU even where there is an accelerator.
-        strategy: `auto`, `single`, `ddp`, `fsdp`, or a strategy of your own: a class derived from
+        strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or one of your own: a class derived from
             `paceline.strategies.Strategy`, or an object of one. `auto` takes the least sharding that fits.
         dataloader_config: How prepared loaders are shared out.
         fsdp_plugin: Settings of FSDP2; asks for that strategy.
@@ -149,6 +151,9 @@ class Accelerator(Ranks):
         self._own_strategy = None if isinstance(strategy, str) else strategy
         self._strategy: Strategy | None
         self._strategy, self._reason = self._decide_early()
+        if self._strategy is not None and self._strategy.scales_loss:
+            refuse_scaler(self._parts.handlers, self._strategy.name)
+            self.scaler = None
 
     # What was decided
 
@@ -233,7 +238,9 @@ class Accelerator(Ranks):
         optimizers = [o for o in _unique(args, Optimizer) if not isinstance(o, AcceleratedOptimizer)]
         done |= self._prepare_trained(models, optimizers, place)
         for other in args:
-            if id(other) not in done and not isinstance(other, (nn.Module, Optimizer)) and is_scheduler(other):
+            if id(other) in done or isinstance(other, (nn.Module, Optimizer)):
+                continue
+            if is_scheduler(other) or isinstance(other, DummyScheduler):
                 done[id(other)] = self.prepare_scheduler(other)
         result = [done.get(id(arg), arg) for arg in args]
         return result[0] if len(result) == 1 else tuple(result)
@@ -277,6 +284,8 @@ class Accelerator(Ranks):
         """Make a scheduler move once for each step that its optimizer takes."""
         if isinstance(scheduler, AcceleratedScheduler):
             return scheduler
+        if self._strategy is not None:
+            scheduler = self._strategy.adopt_scheduler(scheduler)
         inner = getattr(scheduler, "optimizer", None)
         own = [o for o in self._optimizers if inner is o or inner is o.optimizer]
         prepared = AcceleratedScheduler(
@@ -301,12 +310,20 @@ class Accelerator(Ranks):
             where = [self.device_placement if flag is None else flag for flag in flags]
             # Optimizers prepared before their model still hold what it was made of.
             known = [wrapper.optimizer for wrapper in self._optimizers]
+            strategy.micro_batch = self._micro_batch()
             prepared = strategy.prepare(models, known, place=where)
             self._models.extend(prepared)
+            for wrapper in self._optimizers:
+                wrapper.optimizer = strategy.successor(wrapper.optimizer)
             done.update((id(m), p) for m, p in zip(models, prepared, strict=True))
         if models:
             self._check_foreign(optimizers)
         return done
+
+    def _micro_batch(self) -> int | None:
+        """Samples in a rank's smallest batch, as far as the prepared loaders say."""
+        sizes = [loader.batch_size for loader in self._dataloaders]
+        return min((size for size in sizes if size is not None), default=None)
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
         wrapper = AcceleratedOptimizer(
@@ -338,7 +355,7 @@ class Accelerator(Ranks):
     def _check_foreign(self, optimizers: Iterable[Optimizer]) -> None:
         known = {id(p) for model in self._models for p in model.parameters()}
         for optimizer in optimizers:
-            held = [p for group in optimizer.param_groups for p in group["params"]]
+            held = self.strategy.parameters_of(optimizer)
             foreign = [tuple(p.shape) for p in held if id(p) not in known]
             if foreign and self._models:
                 raise ForeignOptimizerError(foreign, len(held))
@@ -361,6 +378,32 @@ class Accelerator(Ranks):
             return inner
         original: nn.Module = getattr(inner, "_orig_mod", inner)
         return original
+
+    def init_module(self) -> AbstractContextManager[Any]:
+        """Build big models inside: under ZeRO stage 3 each parameter is sharded as soon as it is made.
+
+        Elsewhere it changes nothing; FSDP2 takes models built under `torch.device("meta")`.
+        """
+        return self.strategy.init_module()
+
+    def gather_parameters(
+        self, parameters: nn.Module | nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None
+    ) -> AbstractContextManager[Any]:
+        """Hold sharded parameters whole inside, for reading or changing them.
+
+        Collective: every rank must call it.
+
+        Args:
+            parameters: Of a prepared model, or the whole model.
+            modifier_rank: Whose changes all ranks take over; None if nothing is changed.
+
+        Raises:
+            PrepareError: The strategy cannot.
+        """
+        if isinstance(parameters, nn.Parameter):
+            parameters = [parameters]
+        listed = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        return self.strategy.gather_parameters(list(listed), modifier_rank)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared and give the device's memory back; returns a None for each object.
@@ -584,5 +627,5 @@ def _build_strategy(strategy: object, around: Surroundings) -> Strategy:
     raise PrepareError(
         f"strategy={strategy!r}",
         "A strategy is a name, or a class derived from paceline.strategies.Strategy",
-        "Choose auto, single, ddp or fsdp",
+        "Choose auto, single, ddp, fsdp or deepspeed",
     )

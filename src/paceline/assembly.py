@@ -73,8 +73,8 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         backend=opening.backend,
         timeout=timeout,
         init_method=opening.init_method,
-        # A mesh of one still is a mesh: FSDP runs on a single process as well.
-        force=config.strategy == "fsdp",
+        # A mesh of one still is a mesh: engines that shard run on a single process as well.
+        force=config.strategy in ("fsdp", "deepspeed"),
     )
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)

@@ -17,6 +17,8 @@ PacelineError                      exit code 1
 ├── SteppingError                  a step, clip or backward at the wrong moment
 ├── CollectiveError                ranks disagree about what they exchange
 ├── DataError                      a loader that cannot be shared out, or yields nothing
+├── StateError                     a training state that cannot be taken, or does not fit
+│   └── CheckpointError            files that are missing, broken or not to be trusted
 └── WorkerError                    a launched process failed; carries its exit code
 ```
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "ConfigError",
     "DataError",
@@ -43,6 +46,7 @@ __all__ = [
     "PrecisionError",
     "PrepareError",
     "Problem",
+    "StateError",
     "SteppingError",
     "UnassignedParametersError",
     "UnknownBlockError",
@@ -230,6 +234,14 @@ class CollectiveError(PacelineError):
 
 class DataError(PacelineError):
     """A loader that cannot be shared out, or that yields nothing."""
+
+
+class StateError(PacelineError):
+    """A training state that cannot be taken, or that does not fit where it is loaded."""
+
+
+class CheckpointError(StateError):
+    """Files of a checkpoint that are missing, broken or not to be trusted."""
 
 
 class WorkerError(PacelineError):

@@ -105,6 +105,18 @@ def check_unbuilt(log_with: object, rng_types: Sequence[str] | None) -> None:
     _check_rng_types(rng_types)
 
 
+def refuse_scaler(handlers: Handlers, strategy: str) -> None:
+    """Refuse settings of a gradient scaler where the strategy's engine scales the loss itself.
+
+    Raises:
+        ConfigError: They were given.
+    """
+    if handlers.scaler != GradScalerKwargs():
+        hint = "write initial_scale_power and loss_scale_window into the fp16 section of its configuration"
+        why = f"the engine of {strategy} scales the loss itself"
+        raise ConfigError([Problem("Accelerator(…)", "kwargs_handlers", "GradScalerKwargs is not used", why, hint)])
+
+
 def _refuse_both(one: str, other: str) -> None:
     raise ConfigError([Problem("Accelerator(…)", one, f"given together with {other}", hint="give one of them")])
 

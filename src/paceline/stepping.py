@@ -247,6 +247,7 @@ class AcceleratedOptimizer(Optimizer):
         result = None
         if self._scaler is None:
             result = strategy.step(self.optimizer, closure)
+            self.step_was_skipped = strategy.step_was_skipped(self.optimizer)
         else:
             self._refuse_closure(closure)
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
@@ -264,8 +265,12 @@ class AcceleratedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, unless the open window still needs them."""
-        if self._window.may_zero:
+        if not self._window.may_zero:
+            return
+        if self._strategy is None:
             self.optimizer.zero_grad(set_to_none=set_to_none)
+        else:
+            self._strategy.zero_grad(self.optimizer, set_to_none)
 
     def train(self) -> None:
         """Switch a schedule-free optimizer to training; nothing for any other."""
@@ -391,7 +396,7 @@ def unassigned(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], str
 
     A model of which no parameter is in any optimizer and none got a gradient (a teacher, say) is left alone.
     """
-    assigned = {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
+    assigned = {id(p) for optimizer in optimizers for p in strategy.parameters_of(optimizer)}
     names: list[str] = []
     for model in models:
         trained = [(name, p) for name, p in strategy.named_parameters(model) if p.requires_grad]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.engines import needs_deepspeed, with_deepspeed
 from tests.support.ranks import run_on_ranks
 from tests.support.training import (
     DDP,
@@ -12,12 +13,18 @@ from tests.support.training import (
     FSDP,
     SINGLE,
     TWO_RANKS,
+    ZERO,
+    ZERO_FOUR,
+    ZERO_OFFLOADED,
+    ZERO_PARAMETERS_OFFLOADED,
     Layout,
     Trained,
     assert_close,
     train,
     train_plainly,
 )
+
+DEEPSPEED = with_deepspeed([*ZERO, *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR])
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +33,21 @@ def plain() -> Trained:
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("layout", [SINGLE, *TWO_RANKS, *FOUR_RANKS], ids=str)
+@pytest.mark.parametrize("layout", [SINGLE, *TWO_RANKS, *FOUR_RANKS, *DEEPSPEED], ids=str)
 def test_every_layout_equals_plain_pytorch(plain: Trained, layout: Layout, accumulation: int) -> None:
     for trained in run_on_ranks(layout.ranks, train, layout, accumulation):
         assert_close(trained.losses, plain.losses, 1e-5)
         assert_close(trained.norms, plain.norms, 1e-5)
 
 
-@pytest.mark.parametrize("layout", [SINGLE, DDP, FSDP], ids=str)
+@pytest.mark.parametrize("layout", [SINGLE, DDP, FSDP, *with_deepspeed(ZERO)], ids=str)
 def test_a_wrong_scale_is_noticed(plain: Trained, layout: Layout) -> None:
     trained = run_on_ranks(layout.ranks, train, layout, 4, "no", "cpu", 1.01)[0]
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(trained.norms, plain.norms, 1e-5)
 
 
-@pytest.mark.parametrize("layout", [SINGLE, DDP, FSDP], ids=str)
+@pytest.mark.parametrize("layout", [SINGLE, DDP, FSDP, *with_deepspeed(ZERO)], ids=str)
 def test_weights_are_the_same_under_their_own_names(plain: Trained, layout: Layout) -> None:
     weights = run_on_ranks(layout.ranks, train, layout)[0].weights
     assert weights.keys() == plain.weights.keys()
@@ -57,3 +64,13 @@ def test_low_precision_stays_near_fp32(plain: Trained, layout: Layout, precision
     assert all(value.dtype == torch.float32 for value in trained.weights.values())
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(trained.losses, plain.losses, 1e-6)  # it was really computed in low precision
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("layout", ZERO, ids=str)
+def test_zero_in_bf16_stays_near_fp32(plain: Trained, layout: Layout) -> None:
+    trained = run_on_ranks(layout.ranks, train, layout, 1, "bf16")[0]
+    assert_close(trained.losses, plain.losses, 0.05)
+    assert all(value.dtype == torch.float32 for value in trained.weights.values())
+    with pytest.raises(AssertionError, match="differs by"):
+        assert_close(trained.losses, plain.losses, 1e-6)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import Accelerator, FullyShardedDataParallelPlugin, GradScalerKwargs, ParallelismConfig
+from paceline import (
+    Accelerator,
+    DeepSpeedPlugin,
+    FullyShardedDataParallelPlugin,
+    GradScalerKwargs,
+    ParallelismConfig,
+)
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 
 STEPS = 20
@@ -53,6 +59,17 @@ FOUR_RANKS = [
 ]
 
 
+OFFLOAD = {"offload_optimizer_device": "cpu"}
+ZERO = [Layout(f"zero{stage}", 2, "deepspeed", {"zero_stage": stage}) for stage in range(4)]
+ZERO_OFFLOADED = [
+    Layout(f"zero{stage}-offloaded", 2, "deepspeed", {"zero_stage": stage, **OFFLOAD}) for stage in (1, 2, 3)
+]
+ZERO_PARAMETERS_OFFLOADED = Layout(
+    "zero3-all-offloaded", 2, "deepspeed", {"zero_stage": 3, "offload_param_device": "cpu", **OFFLOAD}
+)
+ZERO_FOUR = [Layout(f"zero{stage}x4", 4, "deepspeed", {"zero_stage": stage}) for stage in (2, 3)]
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a training came to: losses over the global batch, gradient norms, final weights (rank 0)."""
@@ -73,6 +90,8 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def build(layout: Layout, device: str, **arguments: Any) -> Accelerator:
     if layout.strategy == "fsdp":
         arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(**(layout.plugin or {}))
+    if layout.strategy == "deepspeed":
+        arguments["deepspeed_plugin"] = DeepSpeedPlugin(**(layout.plugin or {}))
     if layout.replicas > 1:
         arguments["parallelism_config"] = ParallelismConfig(
             dp_replicate_size=layout.replicas, dp_shard_size=layout.ranks // layout.replicas
@@ -84,14 +103,13 @@ def train(
     layout: Layout, accumulation: int = 1, precision: str = "no", device: str = "cpu", wrong: float = 1.0
 ) -> Trained:
     """Train for 20 optimizer steps; `wrong` scales the loss, as a bug would."""
-    accelerator = build(
-        layout,
-        device,
-        gradient_accumulation_steps=accumulation,
-        mixed_precision=precision,
-        # Low enough that fp16 starts without a skipped step: a skipped one is no parity.
-        kwargs_handlers=[GradScalerKwargs(init_scale=256.0)],
-    )
+    arguments: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "mixed_precision": precision}
+    # Low enough that fp16 starts without a skipped step: a skipped one is no parity.
+    if layout.strategy != "deepspeed":
+        arguments["kwargs_handlers"] = [GradScalerKwargs(init_scale=256.0)]
+    elif precision == "fp16":
+        layout = replace(layout, plugin=_with_small_scale(layout.plugin or {}))
+    accelerator = build(layout, device, **arguments)
     tokens = make_tokens(STEPS * GLOBAL_BATCH)
     model: Any = TinyTransformer(seed=accelerator.process_index)  # rank 0's values must win
     optimizer: Any = make_optimizer(model)
@@ -112,6 +130,12 @@ def train(
             optimizer.zero_grad()
     weights = {name: value.clone() for name, value in accelerator.get_state_dict(model).items()}
     return Trained(losses, norms, weights)
+
+
+def _with_small_scale(plugin: dict[str, Any]) -> dict[str, Any]:
+    zero = {"stage": plugin["zero_stage"]}
+    fp16 = {"enabled": True, "initial_scale_power": 8}
+    return {**plugin, "hf_ds_config": {"zero_optimization": zero, "fp16": fp16}}
 
 
 def train_plainly(device: str = "cpu") -> Trained:

@@ -90,8 +90,6 @@ def find_problems(facts: Facts) -> list[Problem]:
         _devices,
         _processes,
         _mesh,
-        _precision,
-        _accumulation,
     )
     return [problem for check in checks for problem in check(facts)]
 
@@ -102,10 +100,6 @@ def _not_built(where: str, key: str, value: object, todo: str) -> Problem:
 
 def _unbuilt(facts: Facts) -> Iterator[Problem]:
     config = facts.config
-    if config.strategy == "deepspeed":
-        where = facts.where("distributed_type", "strategy")
-        key = "distributed_type" if facts.asked("distributed_type") else "strategy"
-        yield _not_built(where, key, "deepspeed", "write strategy: fsdp, which shards as ZeRO stage 3 does")
     if config.distributed_type in _UNBUILT_TYPES:
         todo = _UNBUILT_TYPES[config.distributed_type]
         yield _not_built(facts.where("distributed_type"), "distributed_type", config.distributed_type, todo)
@@ -232,23 +226,3 @@ def _mesh(facts: Facts) -> Iterator[Problem]:
     sizes = f"dp_replicate_size {mesh.dp_replicate_size} times dp_shard_size {mesh.dp_shard_size}"
     what = f"{sizes} is {mesh.total_size}"
     yield Problem(facts.where(key), "parallelism_config", what, processes, "choose sizes whose product is that")
-
-
-def _precision(facts: Facts) -> Iterator[Problem]:
-    engine = facts.config.deepspeed_config
-    if engine is None or engine.hf_ds_config in (None, "none") or not facts.differs("mixed_precision"):
-        return
-    where = facts.where("deepspeed_config.deepspeed_config_file")
-    what = f"{facts.config.mixed_precision} is given beside a DeepSpeed file"
-    why = f"the file named at {where} sets the precision itself"
-    yield Problem(facts.where("mixed_precision"), "mixed_precision", what, why, "write it in one of the two places")
-
-
-def _accumulation(facts: Facts) -> Iterator[Problem]:
-    key, inner = "gradient_accumulation_steps", "deepspeed_config.gradient_accumulation_steps"
-    engine = facts.config.deepspeed_config
-    if engine is None or engine.gradient_accumulation_steps == "auto" or not facts.asked(key):
-        return
-    if engine.gradient_accumulation_steps != facts.config.gradient_accumulation_steps:
-        what = f"{facts.config.gradient_accumulation_steps} differs from {engine.gradient_accumulation_steps}"
-        yield Problem(facts.where(key), key, what, f"{facts.where(inner)} sets it for DeepSpeed", "keep one")

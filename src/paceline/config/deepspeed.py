@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,18 +15,6 @@ Offload = Literal["none", "cpu", "nvme"]
 Count = Annotated[int, Field(ge=1)]
 Launcher = Literal["pdsh", "standard", "openmpi", "mvapich", "mpich", "nossh", "slurm"]
 
-FILE_FIELDS: Final = (
-    "zero_stage",
-    "offload_optimizer_device",
-    "offload_param_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_nvme_path",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero3_save_16bit_model",
-)
-"""Fields that a DeepSpeed JSON file sets itself, so that they cannot be given beside it."""
-
 
 class DeepSpeedPlugin(Section):
     """How DeepSpeed's engine shards and offloads."""
@@ -33,7 +22,7 @@ class DeepSpeedPlugin(Section):
     key_prefix: ClassVar[str] = ""
 
     hf_ds_config: Annotated[str | dict[str, Any] | None, Key("deepspeed_config_file")] = Field(
-        None, description="Path of a DeepSpeed JSON file, which then sets what it holds."
+        None, description="DeepSpeed's own JSON: a path (or in Python a dict); what it sets need not be said again."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         2, description="What is sharded: 1 optimizer state, 2 also gradients, 3 also parameters."
@@ -60,26 +49,34 @@ class DeepSpeedPlugin(Section):
     deepspeed_exclusion_filter: str | None = Field(None, description="Hosts left out by the multi-node launcher.")
     deepspeed_inclusion_filter: str | None = Field(None, description="Hosts used by the multi-node launcher.")
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """A copy of DeepSpeed's own configuration, once it was read; empty without one."""
+        return copy.deepcopy(self.hf_ds_config) if isinstance(self.hf_ds_config, dict) else {}
+
+    def zero_section(self) -> dict[str, Any]:
+        """The `zero_optimization` section that the fields and DeepSpeed's own configuration make together."""
+        section: dict[str, Any] = self.settings.get("zero_optimization", {})
+        section["stage"] = self.zero_stage
+        for part in ("optimizer", "param"):
+            device, path = getattr(self, f"offload_{part}_device"), getattr(self, f"offload_{part}_nvme_path")
+            if device != "none":
+                there = section.setdefault(f"offload_{part}", {})
+                there["device"] = device
+                if path not in (None, "none"):
+                    there["nvme_path"] = path
+        if self.zero3_save_16bit_model:
+            section["stage3_gather_16bit_weights_on_model_save"] = True
+        return section
+
     def clashes(self) -> Iterator[Fault]:
         """Yield what cannot go together within the section."""
-        if self.hf_ds_config is not None and self.hf_ds_config != "none":
-            yield from self._beside_file()
-            return
+        if self.hf_ds_config not in (None, "none") and "zero_stage" not in self.model_fields_set:
+            return  # DeepSpeed's own configuration says the stage, and is looked into later.
         for part in ("optimizer", "param"):
             yield from self._offload_faults(part)
         if self.zero_stage < 3:
             yield from self._stage_3_faults()
-
-    def _beside_file(self) -> Iterator[Fault]:
-        for field in FILE_FIELDS:
-            value = getattr(self, field)
-            if field in self.model_fields_set and value is not None and value != "auto":
-                yield Fault(
-                    field,
-                    f"{value!r} is given beside deepspeed_config_file",
-                    "the DeepSpeed file sets it itself",
-                    "write it in one of the two places",
-                )
 
     def _offload_faults(self, part: str) -> Iterator[Fault]:
         device = getattr(self, f"offload_{part}_device")

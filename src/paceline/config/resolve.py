@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.config.base import Fault, Section, slots, slots_by_field
 from paceline.config.checks import Facts, find_problems
+from paceline.config.deepspeed import DeepSpeedPlugin
+from paceline.config.deepspeed_json import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
 from paceline.config.fsdp import FullyShardedDataParallelPlugin
 from paceline.config.fsdp1 import translate
 from paceline.config.layers import (
@@ -41,6 +43,7 @@ class _Draft:
 
     values: dict[str, Any]
     origins: dict[str, Origin]
+    folder: Path | None = None
     problems: list[Problem] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
 
@@ -85,6 +88,7 @@ def resolve(
 
     given = {key: raw.origin for key, raw in raws.items()}
     draft, translation_notes, translation_problems = _draft(raws)
+    draft.folder = None if file is None else file.parent
     config = _finish(draft)
     if config.strategy in ("fsdp", "auto"):
         problems += translation_problems
@@ -182,6 +186,7 @@ def _draft(raws: dict[str, Raw]) -> tuple[_Draft, list[str], list[Problem]]:
 def _finish(draft: _Draft) -> RunConfig:
     """Build the sections, settle what follows from other values, and build the whole."""
     built: dict[str, Any] = {}
+    _adopt_deepspeed(draft)
     for section, models in sections().items():
         for model in models:
             part = _build_section(draft, section, model)
@@ -196,10 +201,44 @@ def _finish(draft: _Draft) -> RunConfig:
     top, _ = RunConfig.build(_values(draft, "", RunConfig))
     if top.strategy == "fsdp":
         built.setdefault("fsdp_config", FullyShardedDataParallelPlugin())
+    if top.strategy == "deepspeed":
+        built.setdefault("deepspeed_config", DeepSpeedPlugin())
     mesh = built.get("parallelism_config")
     if mesh is not None:
         built["parallelism_config"] = _infer_shards(draft, mesh, top.num_processes)
     return RunConfig.build({**_values(draft, "", RunConfig), **built})[0]
+
+
+def _adopt_deepspeed(draft: _Draft) -> None:
+    """Read DeepSpeed's own JSON, and let the run follow what only the JSON says."""
+    value = draft.values.get(FILE_KEY)
+    if isinstance(value, (str, dict)) and value != "none":
+        settings, name, wrong = read_settings(value, draft.folder)
+        if settings is None:
+            draft.fault(FILE_KEY, Fault("", wrong, hint="name a DeepSpeed JSON file"))
+            draft.values[FILE_KEY] = {}
+            return
+        name = draft.origins[FILE_KEY].where if isinstance(value, dict) else name
+        draft.problems.extend(name_problems(settings, name))
+        draft.values[FILE_KEY] = settings
+        for shared in shared_values(settings):
+            _adopt(draft, shared, f"{name}: {shared.path}")
+    inner = "deepspeed_config.gradient_accumulation_steps"
+    if isinstance(draft.values.get(inner), int):
+        _adopt(draft, Shared("", "gradient_accumulation_steps", draft.values[inner]), draft.origins[inner].where)
+
+
+def _adopt(draft: _Draft, shared: Shared, where: str) -> None:
+    """Take over one value of the JSON, unless somebody said it already; then the two must agree."""
+    origin = draft.origins.get(shared.key)
+    if origin is None or not origin.is_explicit:
+        draft.settle(shared.key, shared.value, Origin("file", where))
+    elif draft.values.get(shared.key) not in (shared.value, AUTO):
+        what = f"{draft.values.get(shared.key)!r} contradicts {shared.value!r} at {where}"
+        hint = 'set it in one place, or write "auto" into the JSON'
+        draft.problems.append(Problem(origin.where, shared.key, what, "one of the two would silently lose", hint))
+    elif draft.values.get(shared.key) == AUTO:
+        draft.settle(shared.key, shared.value, Origin("file", where))
 
 
 def _values(draft: _Draft, section: str, model: type[Section]) -> dict[str, Any]:

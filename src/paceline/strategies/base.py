@@ -16,15 +16,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from paceline.checkpoint.parts import OptimizerState, Part
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
+from paceline.strategies.dummies import DummyOptim, DummyScheduler
+from paceline.strategies.remat import plain_name
+from paceline.strategies.state import (
+    check_groups,
+    make_slots_of,
+    options_of,
+    part_of,
+    saved_buffers,
+    sort_state,
+    take_options,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from paceline.checkpoint.parts import Number, Slot
     from paceline.collectives import Group
     from paceline.config import RunConfig
     from paceline.environment.world import World
@@ -72,9 +85,13 @@ class Strategy(ABC):
     """
 
     name: ClassVar[str]
+    scales_loss: bool = False
+    """Whether the engine scales the loss itself under fp16, and skips steps by itself."""
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.around = surroundings
+        # Samples in a batch of one rank, as far as a prepared loader has said.
+        self.micro_batch: int | None = None
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
 
@@ -104,6 +121,8 @@ class Strategy(ABC):
             self._models.append(model)
             self._parameters = None
         for optimizer in optimizers:
+            if isinstance(optimizer, DummyOptim):
+                raise self._refuse_stand_in("DummyOptim", "optimizer")
             self.adopt(optimizer)
         return prepared
 
@@ -128,6 +147,41 @@ class Strategy(ABC):
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The user's own module behind a prepared one."""
         return model
+
+    def init_module(self) -> AbstractContextManager[Any]:
+        """Build models inside as this strategy wants them: sharded from the start, where it can."""
+        return nullcontext()
+
+    def gather_parameters(
+        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
+    ) -> AbstractContextManager[Any]:
+        """Hold `parameters` whole inside; changes made on `modifier_rank` reach all ranks."""
+        return nullcontext()
+
+    def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """The models' parameters that an optimizer updates, whatever its engine has put in its groups."""
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def successor(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer that acts in place of one handed to `prepare`: itself, unless it was a stand-in."""
+        return optimizer
+
+    def adopt_scheduler(self, scheduler: Any) -> Any:
+        """The learning-rate scheduler to step: the one given, unless it is a stand-in for a described one.
+
+        Raises:
+            PrepareError: A stand-in, and this strategy reads no configuration that could describe one.
+        """
+        if isinstance(scheduler, DummyScheduler):
+            raise self._refuse_stand_in("DummyScheduler", "scheduler")
+        return scheduler
+
+    def _refuse_stand_in(self, stand_in: str, section: str) -> PrepareError:
+        return PrepareError(
+            f"A {stand_in} was prepared",
+            f"It stands for the {section} section of a DeepSpeed configuration, and the strategy is {self.name}",
+            f"Pass a {section} of torch",
+        )
 
     # One step
 
@@ -170,12 +224,100 @@ class Strategy(ABC):
         """Let the optimizer take one step."""
         return optimizer.step() if closure is None else optimizer.step(closure)
 
+    def step_was_skipped(self, optimizer: Optimizer) -> bool:
+        """Whether the engine skipped the step just taken, for an fp16 overflow."""
+        return False
+
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        """Drop the gradients of an optimizer's parameters."""
+        optimizer.zero_grad(set_to_none=set_to_none)
+
     def check_first_backward(self) -> None:  # noqa: B027
         """Look at the gradients of the first window, once; raise for what would go wrong silently."""
 
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Let ranks that run out of batches early follow along."""
         return nullcontext()
+
+    # State, in and out
+
+    def model_state(self, model: nn.Module) -> dict[str, Part]:
+        """This rank's part of every parameter and saved buffer, each once, by its name in the user's own module.
+
+        The parts are live memory: who writes into them calls `state_written` afterwards.
+        """
+        parts = {name: part_of(parameter) for name, parameter in self.named_parameters(model)}
+        return parts | {name: Part.whole(buffer) for name, buffer in saved_buffers(self.unwrap(model))}
+
+    def tied_names(self, model: nn.Module) -> dict[str, str]:
+        """Further names of tensors in `model_state`, with the name under which it has them."""
+        first: dict[int, str] = {}
+        tied = {}
+        for name, parameter in self.unwrap(model).named_parameters(remove_duplicate=False):
+            known = first.setdefault(id(parameter), plain_name(name))
+            if known != plain_name(name):
+                tied[plain_name(name)] = known
+        return tied
+
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerState:
+        """This rank's part of an optimizer's state, in live memory.
+
+        Args:
+            optimizer: A prepared one (as `prepare` got it).
+            names: Of the prepared models' parameters, by `id`.
+
+        Raises:
+            StateError: It keeps something that is neither a tensor nor a number.
+        """
+        state = OptimizerState()
+        for group in optimizer.param_groups:
+            state.groups.append({**options_of(group), "params": [names[id(p)] for p in group["params"]]})
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                slots, numbers = sort_state(optimizer, name, optimizer.state.get(parameter, {}))
+                if slots:
+                    state.slots[name] = slots
+                if numbers:
+                    state.numbers[name] = numbers
+        return state
+
+    def make_slots(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        slots: Mapping[str, Mapping[str, Slot]],
+        numbers: Mapping[str, Mapping[str, Number]],
+    ) -> None:
+        """Make room for a saved state, and drop what is not in it, so that `optimizer_state` has parts to write into.
+
+        Args:
+            optimizer: A prepared one.
+            names: Of the prepared models' parameters, by `id`.
+            slots: The saved tensors of each parameter, as they are when whole.
+            numbers: The saved numbers of each parameter; they are taken over as they are.
+        """
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                made = make_slots_of(optimizer, parameter, group, slots.get(name, {}), name)
+                made.update(numbers.get(name, {}))
+                if made:
+                    optimizer.state[parameter] = made
+                else:
+                    optimizer.state.pop(parameter, None)
+
+    def set_groups(self, optimizer: Optimizer, names: Mapping[int, str], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Take over the options of saved groups.
+
+        Raises:
+            StateError: The saved groups hold other parameters.
+        """
+        check_groups([[names[id(p)] for p in group["params"]] for group in optimizer.param_groups], groups)
+        for held, saved in zip(optimizer.param_groups, groups, strict=True):
+            take_options(held, saved)
+
+    def state_written(self) -> None:  # noqa: B027
+        """Carry what was written into the parts to every other copy of it. Collective."""
 
     # What others want to know
 

@@ -35,12 +35,13 @@ from paceline.strategies.shards import (
 from paceline.strategies.units import find_units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from paceline.checkpoint.parts import OptimizerState, Part
     from paceline.strategies.base import Surroundings
     from paceline.strategies.units import Units
 
@@ -207,6 +208,38 @@ class FSDPStrategy(Strategy):
     @override
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         raise refuse_join("FSDP2")
+
+    # State, in and out
+
+    @override
+    def model_state(self, model: nn.Module) -> dict[str, Part]:
+        self._gather_nothing()
+        return super().model_state(model)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerState:
+        self._gather_nothing()
+        return super().optimizer_state(optimizer, names)
+
+    @override
+    def state_written(self) -> None:
+        self._gather_nothing()
+
+    def _gather_nothing(self) -> None:
+        """Drop whole copies of parameters that outlived a forward: the shards are the state."""
+        for units in self._units.values():
+            for unit in units:
+                unit.reshard()
+
+    @override
+    def gather_parameters(
+        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
+    ) -> AbstractContextManager[Any]:
+        raise PrepareError(
+            "gather_parameters was called under FSDP2",
+            "It gathers whole units, not single parameters",
+            "Call unshard() and reshard() of the module, parameter.full_tensor(), or accelerator.get_state_dict(model)",
+        )
 
     # What others want to know
 

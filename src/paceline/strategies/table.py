@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from paceline.errors import NotBuiltError, PrepareError
+from paceline.errors import PrepareError
 
 if TYPE_CHECKING:
     from paceline.strategies.base import Strategy
@@ -14,6 +14,7 @@ _TABLE = {
     "single": ("paceline.strategies.single", "SingleStrategy"),
     "ddp": ("paceline.strategies.ddp", "DDPStrategy"),
     "fsdp": ("paceline.strategies.fsdp", "FSDPStrategy"),
+    "deepspeed": ("paceline.strategies.deepspeed", "DeepSpeedStrategy"),
 }
 
 
@@ -26,11 +27,9 @@ def load_strategy(name: str) -> type[Strategy]:
     """The class of the strategy with this name; imports its engine.
 
     Raises:
-        NotBuiltError: The name is known and its strategy is not built yet.
+        MissingExtraError: The strategy's engine is not installed.
         PrepareError: No such strategy.
     """
-    if name == "deepspeed":
-        raise NotBuiltError("strategy='deepspeed'", "Use strategy='fsdp', which shards the same state")
     try:
         module, cls = _TABLE[name]
     except KeyError:

@@ -1,0 +1,203 @@
+"""From the configuration to DeepSpeed's dictionary: every `"auto"` filled from the run, every clash named.
+
+What the dictionary says is the truth about the run; what the engine must not do itself is taken out of it later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from paceline.config.deepspeed_json import AUTO, value_at, walk
+from paceline.errors import ConfigError, Problem
+from paceline.strategies.dummies import DummyOptim, DummyScheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from paceline.config import DeepSpeedPlugin, RunConfig
+
+__all__ = ["Known", "hidden_size_of", "resolve_scheduler", "resolve_settings"]
+
+_QUIET_STEPS = 2**31 - 1
+_WHERE = "DeepSpeed configuration"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What only the run knows.
+
+    Attributes:
+        world_size: Ranks that share the global batch.
+        micro_batch: Samples in a batch of one rank, where a prepared loader said it.
+        hidden_size: Width of the model, from which DeepSpeed's buckets are sized; None where it says none.
+        optimizer: What the script handed to `prepare`.
+        on_cpu: Whether the run computes on a CPU, which pins no memory.
+    """
+
+    world_size: int
+    micro_batch: int | None
+    hidden_size: int | None
+    optimizer: Optimizer
+    on_cpu: bool
+
+
+def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -> dict[str, Any]:
+    """DeepSpeed's configuration, complete.
+
+    Raises:
+        ConfigError: Values that contradict the run, and `"auto"` that nothing can fill; all at once.
+    """
+    settings = plugin.settings
+    problems: list[Problem] = []
+    settings["zero_optimization"] = plugin.zero_section()
+    _batch_sizes(settings, config, known, problems)
+    _precision(settings, config.mixed_precision)
+    _clipping(settings, plugin)
+    _optimizer(settings, known.optimizer, problems)
+    _buckets(settings["zero_optimization"], known.hidden_size)
+    _memory(settings["zero_optimization"], known)
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    settings.setdefault("steps_per_print", _QUIET_STEPS)
+    settings.setdefault("wall_clock_breakdown", False)
+    problems += [
+        Problem(_WHERE, path, '"auto" cannot be filled', "paceline does not know this value", "write a value")
+        for path, value in walk(settings)
+        if value == AUTO and not path.startswith("scheduler.")
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _batch_sizes(settings: dict[str, Any], config: RunConfig, known: Known, problems: list[Problem]) -> None:
+    accumulation = config.gradient_accumulation_steps
+    settings["gradient_accumulation_steps"] = accumulation
+    key = "train_micro_batch_size_per_gpu"
+    said = settings.get(key, AUTO)
+    if said == AUTO:
+        settings[key] = said = known.micro_batch or 1
+    elif known.micro_batch not in (None, said):
+        why = f"the prepared loader gives each rank batches of {known.micro_batch}"
+        problems.append(Problem(_WHERE, key, f"{said} contradicts the run", why, 'write "auto", or change the loader'))
+    total = said * accumulation * known.world_size
+    given = settings.get("train_batch_size", AUTO)
+    settings["train_batch_size"] = total
+    if given not in (AUTO, total):
+        what = f"{given} contradicts the run"
+        why = f"{known.world_size} ranks x {accumulation} micro-batches x {said} samples make {total}"
+        problems.append(Problem(_WHERE, "train_batch_size", what, why, 'write "auto"'))
+
+
+def _precision(settings: dict[str, Any], mode: str) -> None:
+    for kind in ("bf16", "fp16"):
+        if mode == kind or kind in settings:
+            settings.setdefault(kind, {})["enabled"] = mode == kind
+
+
+def _clipping(settings: dict[str, Any], plugin: DeepSpeedPlugin) -> None:
+    if plugin.gradient_clipping == AUTO:
+        # The script clips, to what it says at each step.
+        settings.pop("gradient_clipping", None)
+    else:
+        settings["gradient_clipping"] = plugin.gradient_clipping
+
+
+def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Problem]) -> None:
+    section = settings.get("optimizer")
+    if not isinstance(optimizer, DummyOptim):
+        if section is not None:
+            what = f"{section.get('type')} is described beside the script's {type(optimizer).__name__}"
+            hint = "prepare a DummyOptim in its place, or remove the section"
+            problems.append(Problem(_WHERE, "optimizer", what, "one of the two would silently lose", hint))
+        return
+    if section is None:
+        hint = "add the section, or pass an optimizer of torch"
+        problems.append(Problem(_WHERE, "optimizer", "is missing", "a DummyOptim was prepared for it", hint))
+        return
+    parameters = section.setdefault("params", {})
+    for key, value in list(parameters.items()):
+        if value == AUTO and key in optimizer.defaults:
+            parameters[key] = optimizer.defaults[key]
+        elif value != AUTO and key in optimizer.said and not _same(value, optimizer.said[key]):
+            what = f"{value} contradicts DummyOptim({key}={optimizer.said[key]})"
+            hint = 'write "auto", or leave the argument out'
+            problems.append(Problem(_WHERE, f"optimizer.params.{key}", what, "one would silently lose", hint))
+        elif value == AUTO and key in ("betas", "eps"):
+            # What torch's Adam takes when nobody says it.
+            parameters[key] = [0.9, 0.999] if key == "betas" else 1e-8
+
+
+def _same(one: Any, other: Any) -> bool:
+    as_list = [list(value) if isinstance(value, (list, tuple)) else value for value in (one, other)]
+    return bool(as_list[0] == as_list[1])
+
+
+def _buckets(zero: dict[str, Any], hidden: int | None) -> None:
+    width = hidden or 0
+    sizes = {
+        "reduce_bucket_size": width * width,
+        "stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "stage3_param_persistence_threshold": 10 * width,
+    }
+    for key, size in sizes.items():
+        if zero.get(key) == AUTO:
+            zero[key] = size
+            if hidden is None:
+                # DeepSpeed's own default holds.
+                del zero[key]
+
+
+def _memory(zero: dict[str, Any], known: Known) -> None:
+    for part in ("offload_optimizer", "offload_param"):
+        section = zero.get(part)
+        if section and section.get("device", "none") == "none":
+            del zero[part]
+        elif section:
+            # A CPU run has no device that pinned memory would serve.
+            section["pin_memory"] = bool(section.get("pin_memory", not known.on_cpu)) and not known.on_cpu
+
+
+def resolve_scheduler(settings: Mapping[str, Any], stand_in: DummyScheduler) -> dict[str, Any]:
+    """The `scheduler` section with every `"auto"` filled from the stand-in.
+
+    Raises:
+        ConfigError: Some cannot be filled.
+    """
+    section = dict(value_at(settings, "scheduler"))
+    parameters = dict(section.get("params", {}))
+    rate = stand_in.optimizer.param_groups[0]["lr"]
+    known = {
+        "warmup_min_lr": 0,
+        "warmup_max_lr": rate,
+        "warmup_num_steps": max(1, stand_in.warmup_num_steps),
+        "total_num_steps": stand_in.total_num_steps,
+        **stand_in.kwargs,
+    }
+    for key, value in parameters.items():
+        if value == AUTO and known.get(key) is not None:
+            parameters[key] = known[key]
+    missing = [key for key, value in parameters.items() if value == AUTO]
+    if missing:
+        hint = f"pass DummyScheduler(optimizer, {missing[0]}=…), or write a value"
+        raise ConfigError(
+            Problem(_WHERE, f"scheduler.params.{key}", '"auto" cannot be filled', "", hint) for key in missing
+        )
+    return {**section, "params": parameters}
+
+
+def hidden_size_of(model: nn.Module) -> int | None:
+    """The width that a model's `config` tells, as models of transformers do; None without one."""
+    config = getattr(model, "config", None)
+    for source in (config, getattr(config, "text_config", None)):
+        size = getattr(source, "hidden_size", None)
+        if isinstance(size, int):
+            return size
+        sizes = getattr(source, "hidden_sizes", None)
+        if sizes:
+            return int(max(sizes))
+    return None

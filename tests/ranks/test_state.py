@@ -93,7 +93,8 @@ def load_after_a_step(layout: Layout, state: Whole) -> tuple[Whole, list[float]]
 
 @pytest.fixture(scope="module")
 def saved() -> tuple[Whole, list[float]]:
-    return run_on_ranks(1, run_and_save, SINGLE)[0]
+    result: tuple[Whole, list[float]] = run_on_ranks(1, run_and_save, SINGLE)[0]
+    return result
 
 
 @pytest.mark.parametrize("layout", [*PLAIN, *with_deepspeed(ENGINE)], ids=str)

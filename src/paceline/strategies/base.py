@@ -319,6 +319,18 @@ class Strategy(ABC):
     def state_written(self) -> None:  # noqa: B027
         """Carry what was written into the parts to every other copy of it. Collective."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The engine's own configuration, complete, where it has one."""
+        return {}
+
+    def engine_state(self) -> dict[str, Any]:
+        """What else the engine needs to go on: numbers that are the same on all ranks."""
+        return {}
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take over what `engine_state` gave; what another strategy gave is left alone."""
+
     # What others want to know
 
     def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from paceline.strategies.zero import Partitions, Place
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _ZERO_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 
 
@@ -105,6 +106,7 @@ class DeepSpeedStrategy(Strategy):
         return self._dtype == torch.float16
 
     @property
+    @override
     def settings(self) -> dict[str, Any]:
         """DeepSpeed's configuration with every `auto` filled in, as the user would write it.
 
@@ -690,6 +692,18 @@ class DeepSpeedStrategy(Strategy):
             bound.steps.clear()
             bound.partitions.publish()
 
+    @override
+    def engine_state(self) -> dict[str, Any]:
+        return {"loss_scalers": [_scaler_state(bound.engine.optimizer) for bound in self._engines]}
+
+    @override
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        for bound, held in zip(self._engines, state.get("loss_scalers", ()), strict=False):
+            scaler = getattr(bound.engine.optimizer, "loss_scaler", None)
+            for key in _SCALER_FIELDS:
+                if key in held and hasattr(scaler, key):
+                    setattr(scaler, key, held[key])
+
     @staticmethod
     def _write_steps(bound: _Engine, place: Place, counts: set[float]) -> None:
         if len(counts) > 1:
@@ -780,6 +794,12 @@ class DeepSpeedStrategy(Strategy):
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
         return table
+
+
+def _scaler_state(optimizer: Any) -> dict[str, Any]:
+    """How far dynamic loss scaling has come; nothing outside fp16."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {key: getattr(scaler, key) for key in _SCALER_FIELDS if hasattr(scaler, key)}
 
 
 def _prepare_package() -> None:

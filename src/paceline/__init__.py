@@ -8,8 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _HOME = {
     "Accelerator": "paceline.accelerator",
     "AutocastKwargs": "paceline.config",
@@ -28,6 +26,7 @@ _HOME = {
     "ProfileKwargs": "paceline.config",
     "ProjectConfiguration": "paceline.config",
     "TorchDynamoPlugin": "paceline.config",
+    "__version__": "paceline.version",
     "get_logger": "paceline.environment.logging",
     "set_seed": "paceline.environment.seeding",
 }
@@ -76,6 +75,7 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError
     from paceline.strategies import DistributedType
     from paceline.strategies.dummies import DummyOptim, DummyScheduler
+    from paceline.version import __version__
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,8 @@ PacelineError                      exit code 1
 ├── CollectiveError                ranks disagree about what they exchange
 ├── DataError                      a loader that cannot be shared out, or yields nothing
 ├── StateError                     a training state that cannot be taken, or does not fit
-│   └── CheckpointError            files that are missing, broken or not to be trusted
+│   └── CheckpointError            files that cannot be written, or hold something else
+│       └── DamagedCheckpointError files that are missing, broken or not to be trusted
 └── WorkerError                    a launched process failed; carries its exit code
 ```
 
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
+    "DamagedCheckpointError",
     "DataError",
     "DeviceError",
     "ForeignOptimizerError",
@@ -241,6 +243,10 @@ class StateError(PacelineError):
 
 
 class CheckpointError(StateError):
+    """A checkpoint that cannot be written, or that holds something else than what is to be loaded."""
+
+
+class DamagedCheckpointError(CheckpointError):
     """Files of a checkpoint that are missing, broken or not to be trusted."""
 
 

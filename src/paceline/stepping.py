@@ -59,6 +59,7 @@ class Window:
         self._open()
 
     def _open(self) -> None:
+        self._spent = False
         self._begun = 0
         self._planned = 1
         self._backwards = 0
@@ -173,7 +174,12 @@ class Window:
 
     def stepped(self) -> None:
         """Note that an optimizer took its step: outside of `accumulate` that ends the window."""
+        self._spent = True
         self._ended = self._ended or not self._begun
+
+    def dropped(self) -> None:
+        """Note that the gradients gathered so far are gone."""
+        self._spent = True
 
     def leave(self, strategy: Strategy) -> None:
         """Note that a micro-batch is over, and with the last one the window."""
@@ -186,6 +192,25 @@ class Window:
     def may_zero(self) -> bool:
         """Whether gradients may be dropped now without losing what the open window has gathered."""
         return self._ended or not self._backwards or (self.sync_gradients and self._backwards_now > 0)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there are gradients that no optimizer has used yet."""
+        return self._backwards > 0 and not self._spent
+
+    def require_no_gradients(self, what: str) -> None:
+        """Refuse what would lose gradients that no optimizer has used yet.
+
+        Raises:
+            SteppingError: There are some.
+        """
+        self.require_end(what)
+        if self.has_gradients:
+            raise SteppingError(
+                f"{what} was called after backward() and before optimizer.step()",
+                "Gradients are not part of a training state, so this batch would count as used without having been",
+                "Call it after optimizer.step()",
+            )
 
     def require_end(self, what: str) -> None:
         """Refuse what is right only when all of a window's gradients are there.
@@ -213,6 +238,9 @@ class AcceleratedOptimizer(Optimizer):
 
     It is a `torch.optim.Optimizer`, so schedulers accept it; its state and its groups are those of the optimizer
     that it was made from, which stays reachable as `optimizer`.
+
+    Attributes:
+        num_steps: Steps taken; those that fp16 skipped are not counted.
     """
 
     def __init__(
@@ -222,11 +250,14 @@ class AcceleratedOptimizer(Optimizer):
         window: Window,
         scaler: LossScaler | None,
         first_step: Callable[[], Strategy],
+        before_step: Callable[[], None],
     ) -> None:
         # The base class's constructor would build groups of its own.
         self.optimizer = optimizer
+        self.num_steps = 0
         self._window = window
         self._scaler = scaler
+        self._before_step = before_step
         # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
         self._first_step = first_step
         self._strategy: Strategy | None = None
@@ -243,6 +274,7 @@ class AcceleratedOptimizer(Optimizer):
         strategy = self._strategy
         if strategy is None:
             strategy = self._strategy = self._first_step()
+        self._before_step()
         window.settle(strategy)
         result = None
         if self._scaler is None:
@@ -251,6 +283,7 @@ class AcceleratedOptimizer(Optimizer):
         else:
             self._refuse_closure(closure)
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
+        self.num_steps += not self.step_was_skipped
         window.stepped()
         return result
 
@@ -271,6 +304,7 @@ class AcceleratedOptimizer(Optimizer):
             self.optimizer.zero_grad(set_to_none=set_to_none)
         else:
             self._strategy.zero_grad(self.optimizer, set_to_none)
+        self._window.dropped()
 
     def train(self) -> None:
         """Switch a schedule-free optimizer to training; nothing for any other."""

@@ -12,8 +12,10 @@ import pytest
 import paceline
 from paceline import errors
 from paceline.errors import (
+    CheckpointError,
     CollectiveError,
     ConfigError,
+    DamagedCheckpointError,
     DataError,
     DeviceError,
     ForeignOptimizerError,
@@ -23,6 +25,7 @@ from paceline.errors import (
     PrecisionError,
     PrepareError,
     Problem,
+    StateError,
     SteppingError,
     UnassignedParametersError,
     UnknownBlockError,
@@ -51,6 +54,9 @@ EXAMPLES: list[PacelineError] = [
     UnassignedParametersError(["a.weight", "b.weight"]),
     UnusedParametersError([f"layer{i}" for i in range(12)]),
     SteppingError("saw", "why", "todo"),
+    StateError("saw", "why", "todo"),
+    CheckpointError("saw", "why", "todo"),
+    DamagedCheckpointError("saw", "why", "todo"),
     CollectiveError("saw", "why", "todo"),
     DataError("saw", "why", "todo"),
     WorkerError("Traceback …", 3),

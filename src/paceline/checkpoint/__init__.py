@@ -1,5 +1,34 @@
-"""Weights on disk. Whole training states come with the checkpoint system."""
+"""Weights and whole training states on disk."""
 
+from paceline.checkpoint.folder import (
+    Checkpoint,
+    Found,
+    find_checkpoints,
+    newest_checkpoint,
+    next_number,
+    open_checkpoint,
+    rank_document,
+)
+from paceline.checkpoint.manifest import Manifest
+from paceline.checkpoint.parts import Part, Slot
+from paceline.checkpoint.plain import from_plain, to_plain
+from paceline.checkpoint.saver import Saver
 from paceline.checkpoint.weights import parse_size, save_weights
 
-__all__ = ["parse_size", "save_weights"]
+__all__ = [
+    "Checkpoint",
+    "Found",
+    "Manifest",
+    "Part",
+    "Saver",
+    "Slot",
+    "find_checkpoints",
+    "from_plain",
+    "newest_checkpoint",
+    "next_number",
+    "open_checkpoint",
+    "parse_size",
+    "rank_document",
+    "save_weights",
+    "to_plain",
+]

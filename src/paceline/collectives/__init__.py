@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.collectives.fake import FakeGroup, run_fake_ranks
-from paceline.collectives.group import Group, Op, Pending, SoloGroup, TorchGroup
+from paceline.collectives.group import Board, Group, Op, Pending, SoloGroup, TorchGroup
 from paceline.collectives.nested import (
     concatenate,
     find_batch_size,
@@ -28,6 +28,7 @@ from paceline.collectives.turns import main_process_first
 
 __all__ = [
     "BatchCounts",
+    "Board",
     "FakeGroup",
     "Group",
     "Op",

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
-from paceline.collectives.group import Group, Pending
+from paceline.collectives.group import Board, Group, Pending
 from paceline.collectives.wire import Op, WireOp, plain, reduce_over_wire, seal, unseal
 from paceline.collectives.wording import ranks_text
 from paceline.errors import CollectiveError
@@ -48,6 +49,7 @@ class Room:
         self._exchanges: dict[int, Exchange] = {}
         self._made = [0] * size
         self._ended: dict[int, str] = {}
+        self.notes = HashStore()
 
     def arrive(self, rank: int, operation: str, value: Any) -> Exchange:
         """Bring `value` to this rank's next exchange and return that."""
@@ -190,6 +192,10 @@ class FakeGroup(Group):
     def barrier(self) -> None:
         """See `Group.barrier`. Collective: every rank must call it."""
         self._swap("barrier", None)
+
+    def open_board(self, name: str) -> Board:
+        """See `Group.open_board`."""
+        return Board(self.room.notes, name)
 
     def _swap(self, operation: str, value: Any) -> list[Any]:
         return self.room.collect(self.room.arrive(self.rank, operation, value))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from paceline.collectives.wire import Op, WireOp, as_bytes, plain, reduce_over_wire, seal, unseal
 from paceline.errors import CollectiveError
@@ -15,7 +16,9 @@ from paceline.errors import CollectiveError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["Group", "Op", "Pending", "SoloGroup", "TorchGroup"]
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["Board", "Group", "Op", "Pending", "SoloGroup", "TorchGroup"]
 
 T = TypeVar("T")
 
@@ -46,6 +49,28 @@ class Pending:
 
 def _finished() -> torch.Tensor:
     raise AssertionError("a pending collective was finished twice")
+
+
+class Board:
+    """Notes that ranks leave for each other without meeting; any thread may read and write them.
+
+    Args:
+        notes: Where they are kept.
+        name: Tells the notes of one purpose from all others.
+    """
+
+    def __init__(self, notes: Store, name: str) -> None:
+        self._notes = notes
+        self._name = name
+
+    def post(self, key: str, text: str) -> None:
+        """Leave a note, over one that is there."""
+        self._notes.set(f"{self._name}/{key}", text)
+
+    def read(self, key: str) -> str | None:
+        """The note left under a key by any rank; None while there is none. Never waits for it."""
+        full = f"{self._name}/{key}"
+        return self._notes.get(full).decode() if self._notes.check([full]) else None
 
 
 class Group(ABC):
@@ -127,6 +152,17 @@ class Group(ABC):
         Collective: every rank must call it.
         """
 
+    @abstractmethod
+    def open_board(self, name: str) -> Board:
+        """Notes that the ranks of this group can leave for each other under the same `name`."""
+
+    def open_second(self) -> Group:
+        """The same ranks over host memory, for exchanges of another thread beside those of this group.
+
+        Collective: every rank must call it.
+        """
+        return self
+
     def check_source(self, source: int) -> None:
         """Raise `CollectiveError` if there is no rank `source` here."""
         if not 0 <= source < self.size:
@@ -191,6 +227,10 @@ class SoloGroup(Group):
     def barrier(self) -> None:
         """Return at once."""
 
+    def open_board(self, name: str) -> Board:
+        """See `Group.open_board`."""
+        return Board(HashStore(), name)
+
 
 class TorchGroup(Group):
     """The ranks of a process group of `torch.distributed`.
@@ -227,6 +267,15 @@ class TorchGroup(Group):
             )
         self._reachable = _devices_served(process_group)
         self._host = self._carrier(torch.device("cpu"))
+
+    def open_board(self, name: str) -> Board:
+        """See `Group.open_board`."""
+        return Board(dist.distributed_c10d._get_default_store(), name)
+
+    def open_second(self) -> Group:
+        """See `Group.open_second`. Collective: every rank must call it."""
+        ranks = None if self.process_group is None else dist.get_process_group_ranks(self.process_group)
+        return TorchGroup("cpu", dist.new_group(ranks, backend="gloo"))
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.all_gather`. Collective: every rank must call it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -62,4 +63,22 @@ class ProjectConfiguration(Section):
     automatic_checkpoint_naming: bool = Field(False, description="Number checkpoints under project_dir/checkpoints.")
     total_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Checkpoints kept; None keeps all.")
     iteration: Annotated[int, Field(ge=0)] = Field(0, description="Number of the next checkpoint.")
+    save_in_background: bool = Field(
+        False, description="Let save_state return once the state is copied, and write it while training goes on."
+    )
+    save_on_signals: tuple[str, ...] = Field(
+        ("SIGTERM", "SIGUSR1"),
+        description="Signals that make a run with automatic_checkpoint_naming save and end with exit code 75.",
+    )
     save_on_each_node: bool = Field(False, description="Write shared files on every machine's first rank.")
+
+    def clashes(self) -> Iterator[Fault]:
+        """Yield what cannot go together within the section."""
+        if self.automatic_checkpoint_naming and self.project_dir is None:
+            hint = "set project_dir"
+            yield Fault(
+                "automatic_checkpoint_naming", "true without project_dir", "there is no folder to number in", hint
+            )
+        unknown = [name for name in self.save_on_signals if name not in signal.Signals.__members__]
+        if unknown:
+            yield Fault("save_on_signals", f"{unknown} are no signals", hint="write names such as SIGTERM")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from paceline.collectives import BatchCounts
 
@@ -32,10 +32,19 @@ class LoaderInUse(Protocol):
         ...
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class ActiveLoaders:
-    """Knows which prepared loader is being iterated; of nested loops, the innermost."""
+    """Knows which prepared loader is being iterated; of nested loops, the innermost.
+
+    Attributes:
+        before_batch: Called before each batch is handed out, in passes in which all ranks get as many.
+    """
 
     def __init__(self) -> None:
+        self.before_batch: Callable[[], None] = _nothing
         self._passes: list[tuple[object, LoaderInUse]] = []
 
     @property

@@ -93,8 +93,11 @@ class PreparedDataLoader(DataLoader[Any]):
         with self._active.during(self):
             self._pass = current
             progress = current.progress
+            in_step = self._group.size == 1 or self._layout.padded or self._layout.drop_last
             try:
                 for batch in batches:
+                    if in_step:
+                        self._active.before_batch()
                     progress.hand_out()
                     yield batch
                 if self._pass is current:

@@ -15,6 +15,7 @@ import torch
 
 from paceline.collectives import (
     BatchCounts,
+    Board,
     Group,
     Pending,
     broadcast,
@@ -54,6 +55,9 @@ class CountingGroup(Group):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self.calls["all_gather"] += 1
         return self.inner.all_gather(tensor)
+
+    def open_board(self, name: str) -> Board:
+        return self.inner.open_board(name)
 
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         self.calls["all_gather"] += 1

@@ -1,0 +1,348 @@
+"""Folders of checkpoints: their names, which of them are whole, and how a new one takes its place.
+
+A checkpoint is written under a name that says it is partial, gets its manifest when all ranks have written, and is
+renamed last. So a folder under its own name is whole, unless something happened to it later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline.checkpoint.manifest import MANIFEST, Manifest
+from paceline.environment.logging import get_logger
+from paceline.errors import DamagedCheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+__all__ = [
+    "Checkpoint",
+    "Found",
+    "commit",
+    "find_checkpoints",
+    "newest_checkpoint",
+    "next_number",
+    "open_checkpoint",
+    "partial_name",
+    "remove_leftovers",
+    "remove_oldest",
+]
+
+TRAINING = "training.json"
+
+_LOG = get_logger(__name__)
+_NUMBERED = re.compile(r"checkpoint[_-](\d+)")
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
+_LARGEST_MANIFEST = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it says of itself, checked against the files' names and sizes.
+    """
+
+    folder: Path
+    manifest: Manifest
+    _documents: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Everything about the training that is no tensor and the same on all ranks."""
+        return self.document(TRAINING)
+
+    def of_rank(self, rank: int) -> dict[str, Any] | None:
+        """What one rank noted for itself; None for a rank that was not there."""
+        name = rank_document(rank)
+        return self.document(name) if name in self.manifest.files else None
+
+    def document(self, name: str) -> dict[str, Any]:
+        """One of the JSON files; kept once it was read.
+
+        Raises:
+            DamagedCheckpointError: It is not what was written.
+        """
+        if name in self._documents:
+            return self._documents[name]
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise DamagedCheckpointError(f"{self.folder} lists no {name}", "It is not a training state of this library")
+        data = _read(self.folder / name)
+        if zlib.crc32(data) != record.crc32:
+            raise DamagedCheckpointError(
+                f"{name} of {self.folder} is damaged", "Its checksum differs", "Load another checkpoint"
+            )
+        found: dict[str, Any] = json.loads(data)
+        self._documents[name] = found
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, mapped from its file: memory is used for what is looked at.
+
+        Args:
+            name: As the manifest lists it.
+
+        Raises:
+            DamagedCheckpointError: Not all of it is on this disk.
+        """
+        from safetensors import safe_open
+
+        record = self.manifest.tensors[name]
+        if not record.complete:
+            raise _elsewhere(self.folder, name)
+        with safe_open(self.folder / record.file, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name.partition("/")[2])
+        return tensor
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read everything and compare it with its checksums.
+
+        Args:
+            progress: Called with the bytes checked since the last call.
+
+        Raises:
+            DamagedCheckpointError: Something is not what was written.
+        """
+        from paceline.checkpoint.storage import read_piece
+
+        told = progress or (lambda _: None)
+        for name, file in self.manifest.files.items():
+            with (self.folder / name).open("rb") as opened:
+                if zlib.crc32(opened.read(file.checked)) != file.crc32:
+                    raise DamagedCheckpointError(f"{name} of {self.folder} is damaged", "Its checksum differs")
+            told(file.checked)
+        for name, record in self.manifest.tensors.items():
+            handle = os.open(self.folder / record.file, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                for piece in record.pieces:
+                    size = record.nbytes // record.numel * (piece.stop - piece.start)
+                    read_piece(handle, memoryview(bytearray(size)), record, piece, name)
+                    told(size)
+            finally:
+                os.close(handle)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A folder that is a checkpoint, or was to become one.
+
+    Attributes:
+        folder: Where it is.
+        checkpoint: The whole checkpoint, or None.
+        problem: Why it is not whole; empty if it is.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint | None
+    problem: str = ""
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint, checking its manifest and the names, kinds and sizes of its files.
+
+    A checkpoint that was being replaced when its process was killed is found under its old content.
+
+    Raises:
+        DamagedCheckpointError: There is none, or it is not whole.
+    """
+    path = Path(folder)
+    if not (path / MANIFEST).exists() and not path.exists():
+        path = next((kept for kept in _siblings(path, "replaced") if (kept / MANIFEST).is_file()), path)
+    if not path.is_dir():
+        raise DamagedCheckpointError(f"There is no folder {path}", "", "Name a folder that save_state wrote")
+    if not (path / MANIFEST).exists():
+        raise DamagedCheckpointError(
+            f"{path} has no {MANIFEST}",
+            "The manifest is written last, when everything else is there",
+            "Name a folder that save_state wrote to its end",
+        )
+    try:
+        manifest = Manifest.from_json(_read(path / MANIFEST))
+        _check_files(path, manifest)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{path} is no whole checkpoint", str(error)) from error
+    return Checkpoint(path, manifest)
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    wrong = []
+    for name, record in manifest.files.items():
+        try:
+            found = (folder / name).lstat()
+        except FileNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            wrong.append(f"{name} is not a plain file")
+        elif found.st_size != record.size:
+            wrong.append(f"{name} has {found.st_size:,} of {record.size:,} bytes")
+    if wrong:
+        shown = "; ".join(wrong[:4])
+        raise DamagedCheckpointError(f"incomplete: {len(wrong)} of {len(manifest.files)} files ({shown})")
+
+
+def _read(path: Path) -> bytes:
+    """Read a small file, following no link."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with open(handle, "rb") as file:  # noqa: PTH123 - from the handle
+            if os.fstat(handle).st_size > _LARGEST_MANIFEST:
+                raise DamagedCheckpointError(f"{path} is larger than any such file can be")
+            return file.read()
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read", error.strerror or str(error), "") from error
+
+
+def _elsewhere(folder: Path, name: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{folder} holds only a part of {name}",
+        "It was saved to disks that the machines do not share, and the rest is on the others",
+        "Load it on as many ranks of the same machines, under the same strategy",
+    )
+
+
+def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
+    """The checkpoints in a folder, newest first; what is not a checkpoint of ours is left out.
+
+    Args:
+        folder: A project's folder, or the `checkpoints` folder in it.
+    """
+    found = [entry for path in _children(folder) if (entry := _look(path)) is not None]
+    return sorted(found, key=_age, reverse=True)
+
+
+def _children(folder: str | os.PathLike[str]) -> list[Path]:
+    root = Path(folder)
+    roots = [root, root / "checkpoints"]
+    return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()]
+
+
+def _look(path: Path) -> Found | None:
+    if _LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
+        return None
+    try:
+        return Found(path, open_checkpoint(path))
+    except DamagedCheckpointError as error:
+        return Found(path, None, str(error))
+
+
+def _age(found: Found) -> tuple[int, str]:
+    number = number_of(found.folder)
+    created = found.checkpoint.manifest.created if found.checkpoint else ""
+    return (-1 if number is None else number), created
+
+
+def number_of(path: Path) -> int | None:
+    """The number in the name of a checkpoint that was named automatically."""
+    matched = _NUMBERED.fullmatch(path.name)
+    return int(matched[1]) if matched else None
+
+
+def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
+    """The newest whole checkpoint of a project; a line is logged for each newer one that is not whole."""
+    for found in find_checkpoints(folder):
+        if found.checkpoint is not None:
+            return found.checkpoint
+        _LOG.warning("skipped %s: %s", found.folder.name, found.problem)
+    return None
+
+
+def next_number(folder: Path, at_least: int) -> int:
+    """The number of the next checkpoint: above all that are there."""
+    numbers = [number_of(path) for path in folder.iterdir()] if folder.is_dir() else []
+    return max([at_least, *(number + 1 for number in numbers if number is not None)])
+
+
+def rank_document(rank: int) -> str:
+    """The name of the file in which a rank notes what is its own."""
+    return f"rank-{rank:05d}.json"
+
+
+# Taking a place
+
+
+def partial_name(folder: Path, save_id: str) -> Path:
+    """The folder that a checkpoint is written into before it is whole."""
+    return folder.with_name(f"{folder.name}.partial-{save_id[:8]}")
+
+
+def commit(partial: Path, folder: Path, manifest: Manifest) -> None:
+    """Make a written folder a checkpoint: its manifest last, then its name.
+
+    A checkpoint that had the name before stays until then, and is removed afterwards.
+    """
+    path = partial / MANIFEST
+    path.write_text(manifest.as_json(), encoding="utf-8")
+    sync(path)
+    sync(partial)
+    kept = folder.with_name(f"{folder.name}.replaced-{manifest.id[:8]}")
+    if folder.exists():
+        folder.rename(kept)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _siblings(folder: Path, kind: str) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError):
+        for path in folder.parent.iterdir():
+            matched = _LEFTOVER.fullmatch(path.name)
+            if matched and matched["kind"] == kind and matched["name"] == folder.name:
+                yield path
+
+
+def remove_leftovers(folder: Path, *, all_names: bool) -> None:
+    """Remove what saves left behind that were killed.
+
+    What a checkpoint was replaced by is kept as long as the new one is not there.
+
+    Args:
+        folder: Of the checkpoint that is about to be written.
+        all_names: Also leftovers of other checkpoints in the same folder.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        for path in list(folder.parent.iterdir()):
+            matched = _LEFTOVER.fullmatch(path.name)
+            if matched is None or not (all_names or matched["name"] == folder.name):
+                continue
+            if matched["kind"] == "replaced" and not path.with_name(matched["name"]).exists():
+                path.rename(path.with_name(matched["name"]))
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_oldest(folder: Path, keep: int) -> list[Path]:
+    """Remove numbered checkpoints of a folder beyond the newest `keep`; return which.
+
+    Each loses its name first, so that none is ever half there under it.
+    """
+    numbered = sorted((number_of(path), path) for path in folder.iterdir() if number_of(path) is not None)
+    doomed = [path for _, path in numbered[: max(0, len(numbered) - keep)]]
+    for path in doomed:
+        aside = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    return doomed

@@ -1,0 +1,164 @@
+"""One save at a time: now, or beside the training that goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from paceline.checkpoint.staging import Stager
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from paceline.checkpoint.saving import Content, Times
+    from paceline.collectives import Group
+
+__all__ = ["Saver", "State"]
+
+
+class State(Protocol):
+    """Something that can be saved."""
+
+    def take(self) -> tuple[Content, set[str]]:
+        """What this rank brings, in live memory, and the names of the parts that only an optimizer's step changes."""
+        ...
+
+
+S = TypeVar("S", bound=State)
+
+
+class Saver:
+    """Writes checkpoints of one run.
+
+    A save that does not block copies the state to host memory, which is kept for the next one, and a thread writes
+    it. A failure of that thread comes up at the next call: of `save`, of `wait`, or at the next step.
+
+    Args:
+        group: All ranks.
+
+    Attributes:
+        times: Seconds that the last save took on this rank; None before the first has ended.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._ranks = group
+        self._second: Group | None = None
+        self._stager = Stager()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._holds_step = False
+        self.times: Times | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save has been begun whose end nobody has seen yet."""
+        return self._thread is not None
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        state: S,
+        *,
+        blocking: bool,
+        prepare: Callable[[S, Path], S] | None = None,
+        keep: int | None = None,
+        numbered: bool = False,
+    ) -> None:
+        """Write a checkpoint, after the one that is still being written.
+
+        Collective: every rank must call it.
+
+        Args:
+            folder: Its name.
+            state: What to save.
+            blocking: Return when the checkpoint is whole; else as soon as training may go on.
+            prepare: Gets the state and the folder that is written into, and returns the state to save; only with
+                `blocking`.
+            keep: How many numbered checkpoints stay.
+            numbered: Whether it is one of those.
+
+        Raises:
+            CheckpointError: This save failed, or the one before, on any rank.
+        """
+        from paceline.checkpoint.saving import save_checkpoint, together
+
+        begun = time.perf_counter()
+        self.wait()
+        if blocking:
+
+            def bring(partial: Path) -> Content:
+                return (state if prepare is None else prepare(state, partial)).take()[0]
+
+            self.times = save_checkpoint(folder, bring, self._group, keep=keep, numbered=numbered)
+            self.times.blocked = time.perf_counter() - begun
+            return
+        group = self._group
+        staged: list[Content] = []
+        together(group, "taken", Path(folder), lambda: staged.append(self._stage(*state.take())))
+        (copied,) = staged
+
+        def write() -> None:
+            try:
+                self._stager.wait()
+                times = save_checkpoint(folder, lambda _: copied, group, keep=keep, numbered=numbered)
+                times.blocked = blocked
+                self.times = times
+            except BaseException as error:
+                self._failure = error
+
+        self._thread = threading.Thread(target=write, name="paceline-save")
+        self._holds_step = True
+        blocked = time.perf_counter() - begun
+        self._thread.start()
+
+    def _stage(self, content: Content, steady: set[str]) -> Content:
+        common = content.common
+        copies = self._stager.stage({**content.parts, **common.tensors}, steady=steady)
+        kept = replace(common, tensors={name: copies.pop(name) for name in common.tensors})
+        return replace(content, parts=copies, common=kept)
+
+    @property
+    def _group(self) -> Group:
+        """Ranks that may be spoken to while training speaks to them, too."""
+        if self._second is None:
+            self._second = self._ranks.open_second()
+        return self._second
+
+    def before_step(self) -> None:
+        """Let a step that would change what is being copied wait for it, on the device.
+
+        Raises:
+            CheckpointError: The save in flight has failed.
+        """
+        if self._thread is None:
+            return
+        if self._holds_step:
+            self._holds_step = False
+            self._stager.hold_stream()
+        if not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            CheckpointError: It failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._holds_step:
+                self._holds_step = False
+                self._stager.hold_stream()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def release(self) -> None:
+        """Wait for the save in flight, and give the host memory back."""
+        self.wait()
+        self._stager.release()

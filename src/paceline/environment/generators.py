@@ -1,0 +1,38 @@
+"""The random generators of this process, as numbers, lists and tensors."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["generators_state", "load_generators_state"]
+
+
+def generators_state(device: torch.device) -> dict[str, Any]:
+    """Where Python's, numpy's and torch's generators stand, and the one of `device`."""
+    version, words, cached = random.getstate()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(words), cached],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def load_generators_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back where `generators_state` found them; the device's if it is of the same kind."""
+    version, words, cached = state["python"]
+    random.setstate((version, tuple(words), cached))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

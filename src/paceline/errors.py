@@ -29,12 +29,13 @@ A message has three sentences: what we saw (with the value), why it cannot work,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "PREEMPTED",
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
@@ -56,7 +57,12 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "WorldError",
+    "named",
 ]
+
+
+PREEMPTED: Final = 75
+"""Exit code of a run that saved its state and ended because it was asked to (EX_TEMPFAIL: try again)."""
 
 
 class PacelineError(Exception):

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from paceline.environment.logging import get_logger
-from paceline.errors import CollectiveError
+from paceline.errors import PREEMPTED, CollectiveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group
 
-__all__ = ["PREEMPTED", "Preempted", "Preemption"]
-
-PREEMPTED = 75
-"""Exit code of a run that saved its state and ended because it was asked to (EX_TEMPFAIL: try again)."""
+__all__ = ["Preempted", "Preemption"]
 
 _LOG = get_logger(__name__)
 _POLL = 0.25

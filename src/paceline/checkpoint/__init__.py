@@ -1,5 +1,6 @@
 """Weights and whole training states on disk."""
 
+from paceline.checkpoint.alone import write_checkpoint
 from paceline.checkpoint.folder import (
     Checkpoint,
     Found,
@@ -31,4 +32,5 @@ __all__ = [
     "rank_document",
     "save_weights",
     "to_plain",
+    "write_checkpoint",
 ]

@@ -20,11 +20,11 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException, start_processes
 from torch.numa.binding import AffinityMode, NumaOptions
 
-from paceline.errors import UsageError, WorkerError, WorldError
+from paceline.errors import PREEMPTED, UsageError, WorkerError, WorldError
 from paceline.launch.failures import exit_code, first_failure, report
 from paceline.launch.planning import Plan, plan
 from paceline.launch.streams import RankStreams, quiet_elastic
-from paceline.launch.supervision import Outcome, Signals, supervise
+from paceline.launch.supervision import Outcome, Signals, Times, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,10 +48,12 @@ def launch(
     log_dir: Path | None = None,
     tee: bool = False,
     shutdown_timeout: float = 5.0,
+    grace_period: float = 300.0,
 ) -> None:
     """Run `command` on every rank of this machine and return when all have ended well.
 
-    SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on to the ranks; a second one kills them.
+    SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 are passed on to the ranks; a second one kills them. A run that
+    saved its state on a signal ends with exit code 75, and is not started again here.
 
     Args:
         resolved: The configuration; the ranks get it whole, in PACELINE_CONFIG.
@@ -60,6 +62,7 @@ def launch(
         log_dir: Folder for `rank_0.out`, `rank_0.err` and so on; the console then stays empty.
         tee: Write each rank's lines to the console too, with the rank before them.
         shutdown_timeout: Seconds from asking ranks to end to killing them.
+        grace_period: The same after SIGTERM or SIGUSR1, on which ranks may save their state first.
 
     Raises:
         WorkerError: A rank failed, or a signal came; its text is the report and it carries the exit code.
@@ -75,13 +78,16 @@ def launch(
     for attempt in range(planned.max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
             streams = RankStreams(Path(folder), log_dir=log_dir, tee=tee, attempt=attempt)
-            outcome = _run_once(planned, env, streams, run_id, attempt, numa, shutdown_timeout, config.monitor_interval)
+            times = Times(shutdown_timeout, grace_period, config.monitor_interval)
+            outcome = _run_once(planned, env, streams, run_id, attempt, numa, times)
         if outcome.signal is not None:
             name, count = signal.Signals(outcome.signal).name, len(planned.ranks)
             ended = "its process has ended" if count == 1 else f"all {count} processes have ended"
             raise WorkerError(f"stopped by {name}; {ended}\n", 128 + outcome.signal)
         if not outcome.failed:
             return
+        if outcome.made_room:
+            raise WorkerError("made room as asked: the state was saved, start again to go on\n", PREEMPTED)
         text = report(outcome.ends)
         if attempt == planned.max_restarts:
             raise WorkerError(text, exit_code(first_failure(outcome.ends)))
@@ -95,8 +101,7 @@ def _run_once(
     run_id: str,
     attempt: int,
     numa: NumaOptions | None,
-    patience: float,
-    interval: float,
+    times: Times,
 ) -> Outcome:
     """Start every rank, wait for the end of all; no process of theirs is left if one failed."""
     store = _open_store(planned.address, planned.port)
@@ -118,7 +123,7 @@ def _run_once(
         except SignalException as early:
             return Outcome(signal=int(early.sigval))
         signals.catch()
-        return supervise(context, streams, signals, patience=patience, interval=interval)
+        return supervise(context, streams, signals, times)
 
 
 def _open_store(address: str, port: int) -> TCPStore:

@@ -15,6 +15,7 @@ import psutil
 from torch.distributed.elastic.multiprocessing import SubprocessContext
 
 from paceline.environment.host import host_memory, oom_kill_count
+from paceline.errors import PREEMPTED
 from paceline.launch.failures import RankEnd, read_account
 
 if TYPE_CHECKING:
@@ -27,14 +28,31 @@ if TYPE_CHECKING:
 
     from paceline.launch.streams import RankStreams
 
-__all__ = ["Outcome", "Signals", "supervise"]
+__all__ = ["Outcome", "Signals", "Times", "supervise"]
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 # A rank that lost its connection is often seen before the one that caused it, which may still be writing its
 # traceback or its core. Seconds.
 _SETTLE = 3.0
+# Signals after which a run may save its state before it ends.
+_POLITE = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _KILL_PATIENCE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds.
+
+    Attributes:
+        patience: From asking ranks to end to killing them.
+        grace: The same after a signal on which they may save their state first.
+        interval: Between two looks at them.
+    """
+
+    patience: float
+    grace: float
+    interval: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +66,11 @@ class Outcome:
     def failed(self) -> bool:
         """Whether a rank failed."""
         return any(end.code != 0 for end in self.ends)
+
+    @property
+    def made_room(self) -> bool:
+        """Whether every rank saved its state and ended because it was asked to."""
+        return bool(self.ends) and all(end.code == PREEMPTED for end in self.ends)
 
 
 class Signals:
@@ -130,10 +153,15 @@ class _Ranks:
         )
 
 
-def supervise(
-    context: PContext, streams: RankStreams, signals: Signals, *, patience: float, interval: float
-) -> Outcome:
-    """Wait until all ranks have ended, ending the others once one has failed or a signal has come."""
+def supervise(context: PContext, streams: RankStreams, signals: Signals, times: Times) -> Outcome:
+    """Wait until all ranks have ended, ending the others once one has failed or a signal has come.
+
+    Args:
+        context: The processes.
+        streams: Where their output goes.
+        signals: That came to the launcher.
+        times: How long to wait for what.
+    """
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     ranks = _Ranks(processes, streams, dict.fromkeys(processes, time.time()))
@@ -145,7 +173,7 @@ def supervise(
             if time.monotonic() >= deadline:
                 return False
             memory.sample()
-            time.sleep(interval)
+            time.sleep(times.interval)
             ranks.poll()
         return True
 
@@ -155,18 +183,34 @@ def supervise(
     hint = memory.hint()
     stopped_at = time.time()
     stopped = ranks.running()
+    asked = signals.received[0] if signals.received else None
+    patience = times.patience
     if stopped:
-        _signal_all(ranks, signals.received[0] if signals.received else signal.SIGTERM)
         before = len(signals.received)
+        if asked in _POLITE:
+            # Ranks that listen save their state first; the others end at once.
+            _signal_ranks(ranks, asked)
+            patience = max(patience, times.grace)
+        elif not (asked is None and _make_room(ranks)):
+            _signal_all(ranks, asked or signal.SIGTERM)
         wait_for(lambda: not ranks.running() or len(signals.received) > before, patience)
     context.close(death_sig=signal.SIGKILL, timeout=_KILL_PATIENCE)
     ranks.poll()
     if signals.received or ranks.failed():
         _kill_sessions({process.pid for process in processes.values()})
-    if signals.received:
+    if signals.received and not _made_room(ranks):
         return Outcome(signal=signals.received[0])
     ends = [_judge(ranks.end(rank), rank in stopped, stopped_at, hint) for rank in processes]
     return Outcome(ends=tuple(ends))
+
+
+def _make_room(ranks: _Ranks) -> bool:
+    """Whether all that have ended have made room, so that the others are about to as well."""
+    return all(ranks.processes[rank].returncode == PREEMPTED for rank in ranks.failed())
+
+
+def _made_room(ranks: _Ranks) -> bool:
+    return all(process.returncode == PREEMPTED for process in ranks.processes.values())
 
 
 def _has_cause(ranks: _Ranks) -> bool:
@@ -179,6 +223,13 @@ def _judge(end: RankEnd, stopped: bool, stopped_at: float, hint: str) -> RankEnd
     if stopped and (end.account is None or end.account.time >= stopped_at):
         return replace(end, stopped=True)
     return replace(end, hint=hint) if end.code == -signal.SIGKILL else end
+
+
+def _signal_ranks(ranks: _Ranks, number: int) -> None:
+    """Signal each running rank, and not what it has started: its workers must live until it has saved."""
+    for rank in ranks.running():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks.processes[rank].pid, number)
 
 
 def _signal_all(ranks: _Ranks, number: int) -> None:

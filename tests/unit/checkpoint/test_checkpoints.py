@@ -1,0 +1,376 @@
+"""Checkpoints that something happened to: each is an error that says what, or is passed over for an older one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils.data import DataLoader, TensorDataset
+
+from paceline import Accelerator, ProjectConfiguration
+from paceline.checkpoint import find_checkpoints, newest_checkpoint, open_checkpoint
+from paceline.checkpoint.folder import remove_leftovers
+from paceline.checkpoint.layout import TensorShape, lay_out
+from paceline.checkpoint.plain import from_plain, to_plain
+from paceline.errors import CheckpointError, DamagedCheckpointError, StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Run:
+    """A tiny training in this process."""
+
+    def __init__(self, project: Path, **settings: Any) -> None:
+        config = ProjectConfiguration(
+            project_dir=str(project), automatic_checkpoint_naming=True, save_on_signals=(), **settings
+        )
+        self.accelerator = Accelerator(cpu=True, strategy="single", project_config=config)
+        torch.manual_seed(1)
+        model: Any = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.1)
+        loader: Any = DataLoader(TensorDataset(torch.randn(12, 3)), 2, shuffle=True)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(model, optimizer, loader)
+        self.batches = iter(self.loader)
+
+    def step(self) -> None:
+        (x,) = next(self.batches)
+        self.accelerator.backward(self.model(x).square().mean())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with two whole checkpoints."""
+    run = Run(tmp_path)
+    for _ in range(2):
+        run.step()
+        run.accelerator.save_state()
+    return tmp_path
+
+
+def newest(project: Path) -> Path:
+    return project / "checkpoints" / "checkpoint_1"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "optimizer.safetensors"
+    os.truncate(path, path.stat().st_size - 4)
+
+
+def flip_in(name: str, where: int) -> Callable[[Path], None]:
+    def flip(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[where] ^= 1
+        (folder / name).write_bytes(data)
+
+    return flip
+
+
+def remove(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def lose_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def cut_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:-20])
+
+
+def link_elsewhere(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.rename(folder.parent.parent / "elsewhere")
+    path.symlink_to(folder.parent.parent / "elsewhere")
+
+
+def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path = folder / "manifest.json"
+        document = json.loads(path.read_text())
+        change(document)
+        path.write_text(json.dumps(document))
+
+    return write
+
+
+WEIGHT = "model/0.weight"
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, r"incomplete: 1 of 4 files \(optimizer\.safetensors has [\d,]+ of [\d,]+ bytes"),
+    "flipped": (flip_in("model.safetensors", -3), r"model\.safetensors is damaged: elements \d+ to \d+ of model/"),
+    "flipped-state": (flip_in("training.json", 30), r"training\.json .* is damaged"),
+    "flipped-rank": (flip_in("rank-00000.json", 30), r"rank-00000\.json .* is damaged"),
+    "missing": (remove, r"model\.safetensors is missing"),
+    "no-manifest": (lose_manifest, r"has no manifest\.json"),
+    "cut-manifest": (cut_manifest, r"manifest is damaged"),
+    "link": (link_elsewhere, r"model\.safetensors is not a plain file"),
+    "future": (edit(lambda d: d.update(format=9)), r"manifest has format 9.*reads format 1"),
+    "outside": (
+        edit(lambda d: d["files"].update({"../../etc/passwd": d["files"]["training.json"]})),
+        r"names the file '\.\./\.\./etc/passwd'",
+    ),
+    "oversized": (edit(lambda d: d["tensors"][WEIGHT].update(shape=[10**9, 10**6])), r"does not fit into"),
+    "negative": (edit(lambda d: d["tensors"][WEIGHT].update(offset=-8)), r"does not fit into"),
+    "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
+    "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
+    "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
+    "shape": (edit(lambda d: d["tensors"][WEIGHT].update(shape="4x3")), r"manifest is damaged"),
+    "no-list": (edit(lambda d: d.pop("files")), r"manifest is damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_checkpoint_says_what_is_wrong(project: Path, fault: str) -> None:
+    damage, words = FAULTS[fault]
+    damage(newest(project))
+    with pytest.raises(DamagedCheckpointError, match=words):
+        Run(project).accelerator.load_state(newest(project))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_newest_whole_one_is_taken_instead(project: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    whole = Run(project)
+    whole.accelerator.load_state(project / "checkpoints" / "checkpoint_0")
+    FAULTS[fault][0](newest(project))
+    run = Run(project)
+    with caplog.at_level(logging.WARNING):
+        loaded = run.accelerator.load_state()
+    assert loaded == str(project / "checkpoints" / "checkpoint_0")
+    assert torch.equal(run.weights(), whole.weights())
+    skipped = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(skipped) == 1
+    assert "skipped checkpoint_1: " in skipped[0]
+    # Nothing was lost: the damaged one is still there, and the next gets a number above it.
+    run.step()
+    assert Path(run.accelerator.save_state()).name == "checkpoint_2"
+    assert newest(project).exists()
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(project: Path) -> None:
+    for folder in (project / "checkpoints").iterdir():
+        truncate(folder)
+    with pytest.raises(DamagedCheckpointError, match="None of the 2 checkpoints"):
+        Run(project).accelerator.load_state()
+
+
+def test_verify_finds_a_flipped_byte_anywhere(project: Path) -> None:
+    folder = newest(project)
+    open_checkpoint(folder).verify()
+    names = [path.name for path in folder.iterdir() if path.name != "manifest.json"]
+    assert len(names) == 4
+    for name in names:
+        size = (folder / name).stat().st_size
+        for where in {0, size // 2, size - 1}:
+            flip_in(name, where)(folder)
+            with pytest.raises(DamagedCheckpointError, match="damaged"):
+                open_checkpoint(folder).verify()
+            flip_in(name, where)(folder)
+    told: list[int] = []
+    open_checkpoint(folder).verify(told.append)
+    assert sum(told) >= sum((folder / name).stat().st_size for name in names)
+
+
+def test_foreign_folders_and_leftovers_are_left_out(project: Path) -> None:
+    checkpoints = project / "checkpoints"
+    (checkpoints / "best").mkdir()
+    (checkpoints / "notes.txt").write_text("mine")
+    (checkpoints / "checkpoint_9.partial-0123abcd").mkdir()
+    assert [found.folder.name for found in find_checkpoints(project)] == ["checkpoint_1", "checkpoint_0"]
+    assert [found.folder.name for found in find_checkpoints(checkpoints)] == ["checkpoint_1", "checkpoint_0"]
+    Run(project).accelerator.save_state()
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {"best", "notes.txt", "checkpoint_0", "checkpoint_1", "checkpoint_2"}
+
+
+def test_what_was_being_replaced_is_found(project: Path) -> None:
+    folder = newest(project)
+    kept = folder.with_name("checkpoint_1.replaced-0123abcd")
+    folder.rename(kept)
+    assert open_checkpoint(folder).manifest.step == 2
+    remove_leftovers(folder, all_names=False)
+    assert folder.exists()
+    assert not kept.exists()
+
+
+def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
+    run = Run(tmp_path / "unused")
+    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run.step()
+    run.accelerator.save_state(tmp_path / "mine")
+    run.step()
+    run.accelerator.save_state(tmp_path / "mine")
+    assert open_checkpoint(tmp_path / "mine").manifest.step == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_noticed_before_the_first_byte(small_disk: Path) -> None:
+    run = Run(small_disk)
+    with pytest.raises(CheckpointError, match=r"needs 0\.02 GB, and 0\.00 GB are free.*nothing was written"):
+        run.accelerator.save_state()
+    assert list((small_disk / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written_to_is_an_error(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match="Read-only file system"):
+        Run(small_disk).accelerator.save_state()
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_write_that_fails_half_way_leaves_what_was_there(project: Path, blocking: bool) -> None:
+    run = Run(project)
+    run.step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        with pytest.raises(CheckpointError, match="File too large"):  # noqa: PT012 - one of the two raises
+            run.accelerator.save_state(blocking=blocking)
+            run.accelerator.wait_for_save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in (project / "checkpoints").iterdir()} == {"checkpoint_0", "checkpoint_1"}
+    found = newest_checkpoint(project)
+    assert found is not None
+    found.verify()
+
+
+def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> None:
+    run = Run(project)
+    run.step()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+    try:
+        run.accelerator.save_state(blocking=False)
+        thread = run.accelerator._checkpointing._saver._thread
+        assert thread is not None
+        thread.join()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(CheckpointError, match="File too large"):
+        run.step()
+
+
+def test_other_objects_are_counted(project: Path) -> None:
+    other = Accelerator(cpu=True, strategy="single")
+    other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    folder = newest(project)
+    with pytest.raises(StateError, match=r"1 optimizers, and there are 0 here"):
+        other.load_state(folder)
+
+
+def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saver = Accelerator(cpu=True, strategy="single")
+    saver.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    saver.save_state(project / "weights")
+    other = Accelerator(cpu=True, strategy="single")
+    model = other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Identity(), torch.nn.Linear(4, 1)))
+    words = r"missing from it: model/2\.weight, model/2\.bias; only in it: model/1\.weight, model/1\.bias"
+    with pytest.raises(CheckpointError, match=words):
+        other.load_state(project / "weights")
+    before = model[2].weight.detach().clone()
+    with caplog.at_level(logging.WARNING):
+        other.load_state(project / "weights", strict=False)
+    assert "missing from it: model/2.weight" in caplog.text
+    assert torch.equal(model[0].weight, saver._models[0].get_parameter("0.weight"))
+    assert torch.equal(model[2].weight, before)
+
+
+def test_hooks_write_into_the_checkpoint_and_take_models_over(project: Path) -> None:
+    run = Run(project)
+    seen: list[str] = []
+
+    def save(models: list[Any], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        seen.extend(weights[0])
+        (Path(folder) / "adapter.bin").write_bytes(b"mine")
+        weights.pop()
+        models.pop()
+
+    def load(models: list[Any], folder: str) -> None:
+        assert (Path(folder) / "adapter.bin").read_bytes() == b"mine"
+        models.pop()
+
+    handle = run.accelerator.register_save_state_pre_hook(save)
+    run.step()
+    folder = run.accelerator.save_state(blocking=False)
+    handle.remove()
+    handle.remove()
+    assert seen == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    checkpoint = open_checkpoint(folder)
+    assert "adapter.bin" in checkpoint.manifest.files
+    assert not [name for name in checkpoint.manifest.tensors if name.startswith("model/")]
+    again = Run(project)
+    before = again.weights()
+    again.accelerator.register_load_state_pre_hook(load)
+    again.accelerator.load_state(folder)
+    assert torch.equal(again.weights(), before)
+    assert again.optimizer.state[next(iter(again.model.parameters()))]["step"] == 1
+
+
+def test_a_folder_beside_automatic_names_is_refused(project: Path) -> None:
+    with pytest.raises(CheckpointError, match="the folder would be ignored"):
+        Run(project).accelerator.save_state(project / "x")
+
+
+def test_objects_that_cannot_be_registered_are_listed(project: Path) -> None:
+    with pytest.raises(StateError, match=r"int \(number 0\), object \(number 1\)"):
+        Run(project).accelerator.register_for_checkpointing(3, object())
+
+
+def test_states_go_through_json() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    state = {
+        "a": [1, 2.5, None, (True, "x")],
+        7: torch.tensor([1, 2]),
+        "n": {"b": torch.ones((), dtype=torch.bfloat16)},
+    }
+    document = json.loads(json.dumps(to_plain(state, "custom_0/state", tensors)))
+    back = from_plain(document, tensors)
+    assert back["a"] == [1, 2.5, None, [True, "x"]]
+    assert torch.equal(back[7], torch.tensor([1, 2]))
+    assert torch.equal(back["n"]["b"], torch.ones((), dtype=torch.bfloat16))
+    inline = from_plain(json.loads(json.dumps(to_plain(state, "loader_0"))))
+    assert torch.equal(inline[7], back[7])
+    assert torch.equal(inline["n"]["b"], back["n"]["b"])
+    with pytest.raises(StateError, match=r"loader_0\.inner\.0 is a set"):
+        to_plain({"inner": [{1, 2}]}, "loader_0")
+
+
+def test_big_states_are_spread_over_files_that_an_index_lists(tmp_path: Path) -> None:
+    shapes = {f"model/{index}": TensorShape((5, 3), "float32") for index in range(5)}
+    shapes["model/empty"] = TensorShape((0, 3), "bool")
+    files, places = lay_out(shapes, file_bytes=120)
+    assert [file.name for file in files] == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    for file in files:
+        (tmp_path / file.name).write_bytes(file.header + bytes(file.data_bytes))
+        with safe_open(tmp_path / file.name, framework="pt") as opened:
+            assert {name: tuple(opened.get_tensor(name).shape) for name in opened.keys()} == {  # noqa: SIM118
+                name: entry.shape for name, entry in file.entries.items()
+            }
+    assert places["model/3"].file == files[1].name
+    assert places["model/3"].offset == len(files[1].header) + 60

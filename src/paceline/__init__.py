@@ -29,6 +29,7 @@ _HOME = {
     "__version__": "paceline.version",
     "get_logger": "paceline.environment.logging",
     "set_seed": "paceline.environment.seeding",
+    "skip_first_batches": "paceline.data",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "get_logger",
     "set_seed",
+    "skip_first_batches",
 ]
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
         ProjectConfiguration,
         TorchDynamoPlugin,
     )
+    from paceline.data import skip_first_batches
     from paceline.environment.logging import get_logger
     from paceline.environment.seeding import set_seed
     from paceline.errors import PacelineError

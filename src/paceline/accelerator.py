@@ -21,7 +21,7 @@ from paceline.config import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
+from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader, skip_first_batches
 from paceline.environment.profiling import peak_memory, profile
 from paceline.errors import (
     ForeignOptimizerError,
@@ -290,6 +290,13 @@ class Accelerator(Ranks):
         if prepared not in self._dataloaders:
             self._dataloaders.append(prepared)
         return prepared
+
+    def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+        """Return a view of a loader whose first pass begins `num_batches` batches later; see the function.
+
+        Not needed after `load_state`, which lets prepared loaders go on by themselves, and harmless there.
+        """
+        return skip_first_batches(dataloader, num_batches)
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Make a scheduler move once for each step that its optimizer takes."""

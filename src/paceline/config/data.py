@@ -32,6 +32,11 @@ class DataLoaderConfiguration(Section):
     streams_are_sharded: bool = Field(
         False, description="Whether every rank's iterable dataset already yields only its own samples."
     )
+    use_stateful_dataloader: bool = Field(
+        False,
+        description="Whether streams are read by torchdata's loader, which saves where a stateful one is in its "
+        "workers; map-style data needs no such thing.",
+    )
 
 
 class GradientAccumulationPlugin(Section):

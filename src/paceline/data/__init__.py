@@ -7,6 +7,7 @@ from paceline.data.loader import PreparedDataLoader
 from paceline.data.prefetch import DevicePrefetcher
 from paceline.data.prepare import prepare_loader
 from paceline.data.sharding import ShardedBatchSampler
+from paceline.data.skipping import skip_first_batches
 
 __all__ = [
     "ActiveLoaders",
@@ -14,4 +15,5 @@ __all__ = [
     "PreparedDataLoader",
     "ShardedBatchSampler",
     "prepare_loader",
+    "skip_first_batches",
 ]

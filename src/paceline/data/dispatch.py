@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 from paceline.collectives import BatchCounts
 from paceline.collectives.nested import map_tensors, slice_tensors
 from paceline.data.progress import Progress, RecordedProgress, Round, known
+from paceline.data.randomness import kept_randomness
 from paceline.data.reading import Position, Reading, batch_text
 from paceline.data.rows import complete, num_rows
 from paceline.data.sharding import ShardedBatchSampler, split_rows
-from paceline.data.worker_split import StreamShard, set_dataset_epoch
+from paceline.data.stateful import keeper_of
+from paceline.data.stream import reach, say_rereading
+from paceline.data.worker_split import set_dataset_epoch
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch.utils.data import DataLoader
 
     from paceline.collectives import Group
@@ -30,19 +34,28 @@ __all__ = ["DispatchReading", "Feed", "PlannedFeed", "ReadFeed"]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One global batch: each rank's part (None: nothing for that rank), the counts, the position after it."""
+    """One global batch: each rank's part (None: nothing for that rank), the counts, the position after it.
+
+    `stream` is the state of the stream there.
+    """
 
     parts: list[Any]
     present: list[bool]
     counts: BatchCounts
     samples: int
+    stream: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
 class Delivery:
-    """What rank 0 sends to one rank: batches, each with (counts, samples, whether it is the rank's last)."""
+    """What rank 0 sends to one rank: batches, each with what `Round` says of it as values.
 
-    entries: list[tuple[Any, BatchCounts, int, bool]] = field(default_factory=list)
+    The values are counts, samples, whether it is the rank's last and whether it is everybody's. `streams` are
+    the states of the stream after each batch; rank 0 keeps them to itself.
+    """
+
+    entries: list[tuple[Any, BatchCounts, int, bool, bool]] = field(default_factory=list)
+    streams: list[dict[str, Any] | None] = field(default_factory=list)
     nothing_left: bool = False
     failure: str | None = None
 
@@ -53,15 +66,26 @@ class Feed:
     Attributes:
         size: Samples of an epoch, None where that is not known.
         batches: Per rank, its batches in a whole epoch; None where that is not known.
-        source: Where the order comes from, in a few words.
+        generator: Seeds the workers.
+        rereads: Whether a position is reached by reading up to it.
+        keeps_state: Whether positions hold the state of a stream.
+        readers: How many readers share the data, where that makes a difference.
     """
 
     size: int | None = None
     batches: tuple[int, ...] | None = None
+    generator: torch.Generator | None = None
+    rereads = False
+    keeps_state = False
+    readers = 0
 
     def shares(self, seed: int, position: Position) -> Iterator[Share]:
         """Yield the global batches from a position on."""
         raise NotImplementedError
+
+    def samples_before(self, seed: int, epoch: int, rounds: int) -> int | None:
+        """Return the position after the first `rounds` global batches, None where only reading would tell."""
+        return None
 
     def describe(self, seed: int) -> str:
         """Say in a few words what is read."""
@@ -85,6 +109,7 @@ class PlannedFeed(Feed):
         self._sampler = sampler
         self._sharding = sharding
         self._ranks = ranks
+        self.generator = reader.generator
         self.size = sharding.size()
         self.batches = tuple(sharding.num_batches_of(rank) for rank in range(ranks))
 
@@ -99,6 +124,10 @@ class PlannedFeed(Feed):
             present = [rows > 0 for rows in counts.rows]
             parts = [next(batches) if there else None for there in present]
             yield Share(parts, present, counts, plan.samples_after(index + 1))
+
+    def samples_before(self, seed: int, epoch: int, rounds: int) -> int:
+        """See `Feed.samples_before`."""
+        return self._sharding.plan(seed, epoch, 0).samples_after(rounds)
 
     def _in_turn(self, plan: Plan) -> Iterator[list[Any]]:
         for index in range(plan.rounds):
@@ -115,24 +144,24 @@ class PlannedFeed(Feed):
 class ReadFeed(Feed):
     """Global batches of what a loader yields: a batch per rank, or one batch cut into parts (`split`)."""
 
+    rereads = True
+
     def __init__(self, reader: DataLoader[Any], layout: Layout, *, split: bool) -> None:
         self._reader = reader
         self._layout = layout
         self._split = split
+        self._keeper = keeper_of(reader)
+        self.keeps_state = self._keeper is not None
+        self.generator = reader.generator
+        self.readers = max(1, reader.num_workers)
 
     def shares(self, seed: int, position: Position) -> Iterator[Share]:
-        """See `Feed.shares`; a position is reached by reading up to it."""
-        dataset = self._reader.dataset
-        if isinstance(dataset, StreamShard):
-            dataset.reach(seed, position.epoch)
-        else:
-            set_dataset_epoch(dataset, position.epoch)
+        """See `Feed.shares`; a position is reached by the stream's own state, or by reading up to it."""
+        reach(self._reader.dataset, seed, position.epoch)
+        restored = self._keeper is not None and self._keeper.load(position.stream)
         batches = iter(self._reader)
-        samples, skipped = position.samples, 0
-        first: Any = None
-        while skipped < samples and (batch := next(batches, None)) is not None:
-            first = batch if first is None else first
-            skipped += num_rows(batch)
+        samples = position.samples
+        first = self._skip(batches, position) if samples and not restored else None
         take = 1 if self._split else self._layout.size
         while taken := list(islice(batches, take)):
             first = taken[0] if first is None else first
@@ -141,6 +170,17 @@ class ReadFeed(Feed):
             if self._layout.drop_last and min(real) < max(1, self._layout.rows):
                 return
             yield self._share(parts, real, first, samples)
+
+    def _skip(self, batches: Iterator[Any], position: Position) -> Any:
+        """Read up to a position; return the first batch."""
+        say_rereading(self._reader, f"{position.samples} samples", position)
+        skipped = 0
+        first: Any = None
+        with kept_randomness():
+            while skipped < position.samples and (batch := next(batches, None)) is not None:
+                first = batch if first is None else first
+                skipped += num_rows(batch)
+        return first
 
     def _dealt(self, batches: list[Any]) -> tuple[list[Any], list[int]]:
         missing = self._layout.size - len(batches)
@@ -168,7 +208,8 @@ class ReadFeed(Feed):
             parts = [complete(p, n, wanted) if n < wanted else p for p, n in zip(parts, rows, strict=True)]
             rows = [max(n, wanted) for n in rows]
             present = [True] * len(parts)
-        return Share(parts, present, BatchCounts(rows=tuple(rows), real=tuple(real)), samples)
+        state = None if self._keeper is None else self._keeper.read()
+        return Share(parts, present, BatchCounts(rows=tuple(rows), real=tuple(real)), samples, state)
 
     def describe(self, seed: int) -> str:
         """See `Feed.describe`."""
@@ -182,16 +223,22 @@ class DispatchReading(Reading):
         feed: On rank 0.
         layout: How global batches are dealt out.
         group: The ranks.
+        split: Whether a global batch is one batch of the user's loader.
     """
 
-    def __init__(self, feed: Feed | None, layout: Layout, group: Group) -> None:
-        super().__init__()
+    def __init__(self, feed: Feed | None, layout: Layout, group: Group, *, split: bool) -> None:
+        super().__init__(group)
         self._feed = feed
-        self._group = group
         self.total_batch_size = layout.global_rows or None
-        facts = None if feed is None else (feed.size, feed.batches)
+        self.splits = split
+        if feed is not None and feed.generator is not None:
+            self.generator = feed.generator
+        facts = None
+        if feed is not None:
+            facts = (feed.size, feed.batches, feed.rereads, feed.keeps_state, feed.readers)
         # A data set without samples is noticed by all ranks alike.
-        self._size, self._batches = group.broadcast_object(facts) or (None, None)
+        told: Any = group.broadcast_object(facts)
+        self._size, self._batches, self.rereads, self._keeps_state, self._readers = told
 
     def begin(
         self, read: Callable[[], Iterator[Any]], seed: int, position: Position
@@ -233,6 +280,22 @@ class DispatchReading(Reading):
             raise TypeError("this loader does not tell how many batches it yields")
         return int(self._batches[self._group.rank])
 
+    @property
+    def readers(self) -> int:
+        """See `Reading.readers`."""
+        return int(self._readers)
+
+    def samples_before(self, seed: int, epoch: int, rounds: int) -> int:
+        """See `Reading.samples_before`."""
+        known = None if self._feed is None else self._feed.samples_before(seed, epoch, rounds)
+        known = self._group.broadcast_object(known)
+        return super().samples_before(seed, epoch, rounds) if known is None else int(known)
+
+    @property
+    def keeps_state(self) -> bool:
+        """See `Reading.keeps_state`."""
+        return bool(self._keeps_state)
+
     def num_rounds(self) -> int | None:
         """Return the global batches in a whole epoch, None where that is not known."""
         return None if self._batches is None else max(self._batches)
@@ -251,8 +314,9 @@ def _received(opening: Delivery, deliveries: Iterator[Delivery], progress: Recor
     delivery = opening
     while delivery.entries:
         last = False
-        for batch, counts, samples, last in delivery.entries:
-            progress.record(Round(counts, samples, known(last)))
+        streams = delivery.streams or [None] * len(delivery.entries)
+        for (batch, counts, samples, last, ends), stream in zip(delivery.entries, streams, strict=True):
+            progress.record(Round(counts, samples, known(last), known(ends), stream))
             yield batch
         if last:
             return
@@ -281,7 +345,8 @@ def _rounds(shares: Iterator[Share], size: int) -> Iterator[list[Delivery]]:
 def _delivery(bundle: list[Share], rank: int, *, more: bool) -> Delivery:
     mine = [share for share in bundle if share.present[rank]]
     return Delivery(
-        [(share.parts[rank], share.counts, share.samples, not more and share is mine[-1]) for share in mine]
+        [(s.parts[rank], s.counts, s.samples, not more and s is mine[-1], not more and s is bundle[-1]) for s in mine],
+        [share.stream for share in mine] if rank == 0 else [],
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, DistributedSampler
 
+from paceline.data.encoding import decode, encode
 from paceline.data.randomness import mix_seed
 from paceline.data.reading import Position
 from paceline.errors import DataError
@@ -78,6 +79,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._layout = layout
         self._prefetcher = prefetcher
         self._next = Position()
+        self._between: Position | None = None
         self._pass: Pass | None = None
         self._followed: DistributedSampler[Any] | None = None
         self._followed_epoch = 0
@@ -89,6 +91,7 @@ class PreparedDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._obey_followed()
         outer = self._pass
+        self._between = None
         current, batches = self._begin()
         with self._active.during(self):
             self._pass = current
@@ -100,16 +103,24 @@ class PreparedDataLoader(DataLoader[Any]):
                         self._active.before_batch()
                     progress.hand_out()
                     yield batch
+                if self._reading.keeps_state:
+                    self._between = self._position_in(current)
                 if self._pass is current:
                     self._pass = outer if outer is not None and outer.running else None
             finally:
                 current.running = False
 
     def _begin(self) -> tuple[Pass, Iterator[Any]]:
-        for start in (self._next, Position(self._next.epoch + 1)):
-            self._reading.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, start.samples))
+        following = Position(self._next.epoch + 1)
+        # The end of a stream with a state is reached once more: some go on from there in their next pass.
+        done = self._next.ended and not self._reading.keeps_state
+        for start in (following,) if done else (self._next, following):
+            # What is read again from its beginning must be drawn as it was.
+            read = 0 if self._reading.rereads else start.samples
+            self._reading.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, read))
             begun = self._reading.begin(super().__iter__, self._seed, start)
             if begun is not None:
+                self._reading.check(start, begun=True)
                 self._next = Position(start.epoch + 1)
                 batches, progress = begun
                 if self._prefetcher is not None:
@@ -196,33 +207,78 @@ class PreparedDataLoader(DataLoader[Any]):
             self._next = Position(epoch)
         elif epoch != self._next.epoch:
             self._next = Position(epoch)
+        if self._between is not None and epoch != self._between.epoch + 1:
+            self._between = None
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position: integers only, the same on all ranks.
+    def begin_at_batch(self, number: int) -> None:
+        """Let the next pass begin after `number` of this rank's batches, counted from the start of its epoch.
 
-        Batches handed out count as used. After a loop that was left with `break` this is still the position
-        within that pass, until the next pass begins.
+        Nothing is read for map-style data. Collective: every rank must call it.
         """
-        at = self._next
-        samples, batches = at.samples, at.batches
-        if self._pass is not None:
-            at = self._pass.start
-            samples = self._pass.progress.samples
-            batches = at.batches + self._pass.progress.handed
-        return {
+        epoch = self._next.epoch + self._next.ended
+        self._pass = self._between = None
+        self._next = Position(epoch, self._reading.samples_before(self._seed, epoch, number), number)
+
+    def _position(self) -> Position:
+        """Return what `state_dict` saves."""
+        if self._pass is None:
+            return self._between or self._next
+        if not self._pass.running and self._active.current is not None:
+            # The loop over this loader was left and another is going on: a new pass would begin next.
+            return self._next
+        return self._position_in(self._pass)
+
+    def _position_in(self, current: Pass) -> Position:
+        start, progress = current.start, current.progress
+        if not progress.handed:
+            return start
+        return Position(
+            start.epoch,
+            progress.samples,
+            start.batches + progress.handed,
+            ended=progress.ended,
+            stream=progress.stream,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position: where the next pass would go on after `load_state_dict`.
+
+        Batches handed out count as used, whatever was read ahead. After a loop that was left with `break` this
+        is still the position within that pass, until the next pass begins, or while a loop over another loader
+        goes on: a validation loop that stops early begins anew after a resume, as it would have without.
+
+        The values are JSON values and tensors. They are the same on all ranks, except for `stream`: the state
+        of a stream that has one, of this rank's readers. Where the end of a stream is not known yet this waits
+        until all ranks have read their next batch.
+
+        Raises:
+            DataError: The state of the stream holds something that cannot be saved.
+        """
+        at = self._position()
+        state = {
             "version": STATE_VERSION,
             "epoch": at.epoch,
-            "samples": samples,
-            "batches": batches,
+            "samples": at.samples,
+            "batches": at.batches,
             "seed": self._seed,
             "ranks": self._group.size,
+            "rows": self._reading.rows,
+            "readers": self._reading.readers,
+            "ended": at.ended,
         }
+        if at.stream is not None:
+            state["stream"] = encode(at.stream, f"the stream {type(self.dataset).__name__} of a prepared loader")
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on at a saved position; a pass that is going on is left alone.
 
+        On another number of ranks the rest of the epoch is seen once, in the same global batches. At the end
+        of an epoch anything may have changed.
+
         Raises:
-            DataError: This is not a position that this release can read.
+            DataError: This is not a position that this release can read, or it lies within an epoch and was
+                saved with another global batch, or in a stream by other readers.
         """
         missing = [key for key in ("epoch", "samples", "batches", "seed") if key not in state]
         if missing or state.get("version") != STATE_VERSION:
@@ -232,11 +288,24 @@ class PreparedDataLoader(DataLoader[Any]):
                 f"This release reads version {STATE_VERSION} with epoch, samples, batches and seed",
                 "Load a position that state_dict() of a prepared loader returned",
             )
-        self._pass = None
-        self._seed = int(state["seed"])
-        self._next = Position(
-            int(state["epoch"]), int(state["samples"]), int(state["batches"]), int(state.get("ranks", 0))
+        position = Position(
+            int(state["epoch"]),
+            int(state["samples"]),
+            int(state["batches"]),
+            int(state.get("ranks", 0)),
+            state.get("rows"),
+            int(state.get("readers", 0)),
+            bool(state.get("ended", False)),
+            decode(state.get("stream")),
         )
+        self._reading.check(position)
+        here = (self._group.size, self._reading.rows, self._reading.readers)
+        if position.ended and (position.ranks, position.rows, position.readers) != here:
+            # Counted in another way, the same place might lie before the end.
+            position = Position(position.epoch + 1)
+        self._pass = self._between = None
+        self._seed = int(state["seed"])
+        self._next = position
 
     def describe(self) -> str:
         """Say in one line how the data is dealt out."""

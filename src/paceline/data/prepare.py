@@ -23,8 +23,9 @@ from paceline.data.sharding import (
     UnsizedSharding,
     split_rows,
 )
+from paceline.data.skipping import SkippedDataLoader
+from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
 from paceline.data.stream import StreamReading
-from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ def prepare_loader(
     """
     if isinstance(loader, PreparedDataLoader):
         return loader
+    if isinstance(loader, SkippedDataLoader):
+        raise DataError(
+            "A loader made by skip_first_batches was handed to prepare",
+            "Which batches a rank gets is decided by prepare, so that there was nothing to skip yet",
+            "Prepare the loader first, then skip its first batches",
+        )
     return _Preparation(loader, group, device, config).build(active)
 
 
@@ -86,6 +93,9 @@ class _Preparation:
         self.layout: Layout
 
     def build(self, active: ActiveLoaders) -> PreparedDataLoader:
+        check_not_restored(self.loader)
+        if self.config.use_stateful_dataloader:
+            torchdata_loader()
         seed = self._seed()
         settings = self._settings()
         reading, own = self._reading(settings)
@@ -211,6 +221,10 @@ class _Preparation:
         own = {"dataset": dataset, "batch_size": batch_size, "generator": torch.Generator()}
         if batch_size is not None:
             own["drop_last"] = self.loader.drop_last
+        if is_torchdata_loader(self.loader) or self.config.use_stateful_dataloader:
+            kind = torchdata_loader()
+            own["snapshot_every_n_steps"] = getattr(self.loader, "snapshot_every_n_steps", 1)
+            return kind(**{**settings, **own})
         return DataLoader(**{**settings, **own})
 
     def _with_generator(self, reading: Reading, reader: DataLoader[Any]) -> Reading:
@@ -224,19 +238,19 @@ class _Preparation:
         dataset, workers = self.loader.dataset, self.loader.num_workers
         rank, size = self.group.rank, self.group.size
         if size == 1 and workers <= 1:
-            return dataset, "stream read by one reader"
+            return shard_of(dataset, 0, 1, workers), "stream read by one reader"
         readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
         if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
-            return StreamShard(dataset, 0, 1, workers), f"stream already split over {size} ranks"
+            return shard_of(dataset, 0, 1, workers), f"stream already split over {size} ranks"
         shards = next((n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0)
         shard = getattr(dataset, "shard", None)
         if callable(shard) and shards:
             if shards >= size:
                 part = shard(num_shards=size, index=rank) if size > 1 else dataset
-                return StreamShard(part, 0, 1, workers), f"stream of {shards} shards split over {readers}, read once"
+                return shard_of(part, 0, 1, workers), f"stream of {shards} shards split over {readers}, read once"
             note = f"stream of {shards} shards, too few for {size} ranks, split item by item"
-            return StreamShard(dataset, rank, size, workers, by_items=True), note
-        return StreamShard(dataset, rank, size, workers), (
+            return shard_of(dataset, rank, size, workers, by_items=True), note
+        return shard_of(dataset, rank, size, workers), (
             f"stream split over {readers}, by the data set itself if it asks for num_workers, else by items"
         )
 
@@ -271,7 +285,7 @@ class _Preparation:
             raise failure
         if told is not None:
             raise DataError(f"Rank 0 cannot read the data: {told}", "", "See the traceback of rank 0")
-        reading = DispatchReading(feed, layout, self.group)
+        reading = DispatchReading(feed, layout, self.group, split=self.split)
         _check_not_empty(reading.num_rounds(), self.loader, reading.total_batch_size)
         return reading
 
@@ -280,7 +294,7 @@ class _Preparation:
         if self.foreign:
             return ReadFeed(self.loader, layout, split=self.split)
         if self.iterable:
-            shard = StreamShard(self.loader.dataset, 0, 1, self.loader.num_workers)
+            shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers)
             return ReadFeed(self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split)
         sharding = self._sharding(SoloGroup())
         if not isinstance(sharding, PlannedSharding):
@@ -296,10 +310,9 @@ class _Preparation:
 
 
 def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
-    kind = type(loader)
     # torchdata's loader adds only saving and loading of its position, which the prepared loader does itself.
-    restorable = kind.__name__ == "StatefulDataLoader" and kind.__module__.startswith("torchdata.")
-    return kind.__iter__ is not DataLoader.__iter__ and not restorable
+    own = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    return own is not DataLoader and not own.__module__.startswith("torchdata.")
 
 
 def _is_on_device(dataset: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from paceline.errors import DataError
 
@@ -57,8 +57,18 @@ class Progress(ABC):
 
     @property
     @abstractmethod
+    def ended(self) -> bool:
+        """Whether no rank gets a batch after the one in use; may wait for other ranks."""
+
+    @property
+    @abstractmethod
     def remaining(self) -> int | None:
         """Batches after the one in use; None if that is not known."""
+
+    @property
+    def stream(self) -> dict[str, Any] | None:
+        """State of the stream after the batches handed out; None if it has none."""
+        return None
 
     @property
     def at_end(self) -> bool:
@@ -83,6 +93,11 @@ class PlannedProgress(Progress):
         return self._plan.samples_after(self.handed)
 
     @property
+    def ended(self) -> bool:
+        """See `Progress.ended`."""
+        return self.handed >= self._plan.rounds
+
+    @property
     def remaining(self) -> int | None:
         """See `Progress.remaining`."""
         return self._batches - self.handed
@@ -96,11 +111,15 @@ class Round:
         counts: Samples per rank.
         samples: Position in the epoch after it.
         is_last: Tells whether this rank gets no batch after it; may wait for other ranks.
+        ends: Tells whether no rank gets a batch after it; None if that is the same.
+        stream: State of the stream after it, where the stream has one.
     """
 
     counts: BatchCounts
     samples: int
     is_last: Callable[[], bool]
+    ends: Callable[[], bool] | None = None
+    stream: dict[str, Any] | None = None
 
 
 def known(value: bool) -> Callable[[], bool]:
@@ -146,6 +165,17 @@ class RecordedProgress(Progress):
     def samples(self) -> int:
         """See `Progress.samples`."""
         return self._start if self._current is None else self._current.samples
+
+    @property
+    def ended(self) -> bool:
+        """See `Progress.ended`."""
+        current = self._current
+        return current is not None and (current.ends or current.is_last)()
+
+    @property
+    def stream(self) -> dict[str, Any] | None:
+        """See `Progress.stream`."""
+        return None if self._current is None else self._current.stream
 
     @property
     def remaining(self) -> int | None:

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["PrivateRandomness", "mix_seed"]
+__all__ = ["PrivateRandomness", "kept_randomness", "mix_seed"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -23,6 +23,18 @@ def mix_seed(*parts: int) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Put the random state of `torch` (CPU), `random` and `numpy` back after the body."""
+    outside = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(outside[0])
+        random.setstate(outside[1])
+        np.random.set_state(outside[2])
 
 
 class PrivateRandomness:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.data.sharding import PlannedSharding
 from paceline.data.worker_split import set_dataset_epoch
+from paceline.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,12 +31,26 @@ class Position:
         samples: Samples used before, in the epoch's order over all ranks.
         batches: Global batches handed out before.
         ranks: How many ranks counted those batches; 0 where that is not known.
+        rows: Samples in the batch of each of those ranks; 0 where that varied,
+            None where that is not known.
+        readers: Workers of each of those ranks, 1 if it read by itself; 0 where that is not known.
+        ended: Whether the pass had come to its end there.
+        stream: State of the stream on this rank, where it has one.
     """
 
     epoch: int = 0
     samples: int = 0
     batches: int = 0
     ranks: int = 0
+    rows: int | None = None
+    readers: int = 0
+    ended: bool = False
+    stream: dict[str, Any] | None = None
+
+    @property
+    def is_within(self) -> bool:
+        """Whether it lies within an epoch, not at its beginning or end."""
+        return not self.ended and bool(self.samples or self.batches)
 
 
 class Reading(ABC):
@@ -43,12 +59,55 @@ class Reading(ABC):
     Attributes:
         total_batch_size: Samples of one global batch, None where it varies.
         generator: Seeds the workers; the loader sets it before each pass.
+        rereads: Whether a pass that begins within an epoch reads from the beginning of the epoch.
+        splits: Whether a global batch is one batch of the user's loader, however many ranks share it.
     """
 
     total_batch_size: int | None
+    rereads = False
+    splits = False
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group) -> None:
         self.generator = torch.Generator()
+        self._group = group
+
+    @property
+    def rows(self) -> int:
+        """Samples in one rank's batch; 0 where that varies, or is known only once a pass has begun."""
+        return (self.total_batch_size or 0) // self._group.size
+
+    @property
+    def readers(self) -> int:
+        """How many readers of this rank share its part of the data; 0 where that makes no difference."""
+        return 0
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether positions hold the state of a stream; the same on all ranks."""
+        return False
+
+    def check(self, position: Position, *, begun: bool = False) -> None:
+        """Refuse a position within an epoch from which the same global batches cannot be gone on with.
+
+        Args:
+            position: Where a pass is to begin.
+            begun: Whether it has begun, so that all that can be known is known.
+
+        Raises:
+            DataError: It was saved with another global batch.
+        """
+        if not position.is_within or position.rows is None or not position.ranks:
+            return
+        size = self._group.size
+        then, now = position.ranks * position.rows, size * self.rows
+        if (then == now) if then and now else (self.splits or position.ranks == size or not begun):
+            return
+        raise DataError(
+            f"The position of a loader was saved with {batch_text(then or None, position.ranks)} "
+            f"and is loaded with {batch_text(now or None, size)}",
+            "Within an epoch the global batch must stay the same, or the steps to come would be others",
+            "Choose a batch size that keeps ranks x rows, or save at the end of an epoch",
+        )
 
     @abstractmethod
     def begin(
@@ -58,6 +117,22 @@ class Reading(ABC):
 
         `read` iterates the prepared loader's own `DataLoader`. Collective: every rank must call it.
         """
+
+    def samples_before(self, seed: int, epoch: int, rounds: int) -> int:
+        """Return the position in an epoch after its first `rounds` global batches.
+
+        Collective: every rank must call it.
+
+        Raises:
+            DataError: Only reading them would tell.
+        """
+        if self.total_batch_size is None:
+            raise DataError(
+                f"{rounds} batches of varying size are to be skipped",
+                "How many samples they hold is known only once they are read",
+                "Save and load the loader's position instead, which counts samples",
+            )
+        return rounds * self.total_batch_size
 
     @abstractmethod
     def num_batches(self) -> int:
@@ -76,11 +151,16 @@ class MapReading(Reading):
     """Each rank reads its own samples of a map-style data set."""
 
     def __init__(self, sampler: ShardedBatchSampler, dataset: Any, group: Group) -> None:
-        super().__init__()
+        super().__init__(group)
         self.sampler = sampler
         self._dataset = dataset
-        self._group = group
         self.total_batch_size = sampler.sharding.total_batch_size
+        self.splits = sampler.sharding.splits
+
+    @property
+    def rows(self) -> int:
+        """See `Reading.rows`."""
+        return super().rows or self.sampler.sharding.planned_rows
 
     def begin(
         self, read: Callable[[], Iterator[Any]], seed: int, position: Position
@@ -93,6 +173,13 @@ class MapReading(Reading):
         batches, progress = begun
         self.sampler.follow(batches)
         return read(), progress
+
+    def samples_before(self, seed: int, epoch: int, rounds: int) -> int:
+        """See `Reading.samples_before`; a sampler of varying batches is run."""
+        sharding = self.sampler.sharding
+        if isinstance(sharding, PlannedSharding):
+            return sharding.plan(seed, epoch, 0).samples_after(rounds)
+        return super().samples_before(seed, epoch, rounds)
 
     def num_batches(self) -> int:
         """See `Reading.num_batches`."""

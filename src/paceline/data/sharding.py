@@ -47,9 +47,13 @@ class Sharding(ABC):
 
     Attributes:
         total_batch_size: Samples of one global batch, None where it varies.
+        splits: Whether all ranks share each batch of the batch sampler.
+        planned_rows: Samples in one rank's batch as the last plan found them; 0 where they vary.
     """
 
     total_batch_size: int | None
+    splits = False
+    planned_rows = 0
 
     @abstractmethod
     def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], Progress] | None:
@@ -148,7 +152,7 @@ class BatchSharding(PlannedSharding):
         super().__init__(group)
         self._batch_sampler = batch_sampler
         self._layout = layout
-        self._split = split
+        self._split = self.splits = split
         rows = getattr(batch_sampler, "batch_size", None)
         self.total_batch_size = None if not isinstance(rows, int) else rows * (1 if split else layout.size)
 
@@ -156,6 +160,7 @@ class BatchSharding(PlannedSharding):
         """See `PlannedSharding.plan`."""
         batches = [list(batch) for batch in draw_together(self._batch_sampler, self._group, seed, epoch)]
         layout = self._uniform(batches)
+        self.planned_rows = 0 if layout is None else layout.rows
         if layout is None:
             return BatchListPlan(batches, self._layout, split=self._split, start=samples)
         keys = list(chain.from_iterable(batches))
@@ -205,7 +210,7 @@ class UnsizedSharding(Sharding):
         self._batch_sampler = batch_sampler
         self._layout = layout
         self._group = group
-        self._split = split
+        self._split = self.splits = split
         rows = getattr(batch_sampler, "batch_size", None)
         self.total_batch_size = None if not isinstance(rows, int) else rows * (1 if split else layout.size)
 
@@ -232,7 +237,7 @@ class UnsizedSharding(Sharding):
             if not plan.num_batches(self._group.rank):
                 return
             last = not following or (not self._layout.padded and self._lacks(following))
-            progress.record(Round(plan.counts(0), samples, known(last)))
+            progress.record(Round(plan.counts(0), samples, known(last), known(not following)))
             yield plan.batch(0, self._group.rank)
             current = following
 

@@ -9,8 +9,10 @@ import torch
 
 from paceline.collectives import BatchCounts
 from paceline.data.progress import Progress, RecordedProgress, Round
-from paceline.data.reading import Position, Reading, batch_text
+from paceline.data.randomness import kept_randomness
+from paceline.data.reading import Reading, batch_text
 from paceline.data.rows import complete, num_rows
+from paceline.data.stateful import StatefulShard, keeper_of
 from paceline.data.worker_split import StreamShard, set_dataset_epoch
 from paceline.errors import DataError
 
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group, Pending
     from paceline.data.plan import Layout
+    from paceline.data.reading import Position
+    from paceline.data.stateful import StreamKeeper
 
-__all__ = ["Agreement", "StreamReading"]
+__all__ = ["Agreement", "StreamReading", "reach", "say_rereading"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,8 @@ class StreamReading(Reading):
         length: Tells the number of batches, where the reader knows better than its data set.
     """
 
+    rereads = True
+
     def __init__(
         self,
         reader: DataLoader[Any],
@@ -81,47 +87,50 @@ class StreamReading(Reading):
         *,
         length: Callable[[], int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(group)
         self._reader = reader
         self._layout = layout
-        self._group = group
         self._note = note
         self._length = length
+        self._keeper = keeper_of(reader)
         self.total_batch_size = layout.global_rows or None
 
     def begin(
         self, read: Callable[[], Iterator[Any]], seed: int, position: Position
     ) -> tuple[Iterator[Any], Progress] | None:
-        """See `Reading.begin`; a position is reached by reading up to it.
-
-        Raises:
-            DataError: The position was counted by another number of ranks.
-        """
-        self._check(position)
-        dataset = self._reader.dataset
-        if isinstance(dataset, StreamShard):
-            dataset.reach(seed, position.epoch)
-        else:
-            set_dataset_epoch(dataset, position.epoch)
-        run = _Run(iter(self._reader), self._layout, self._group)
-        if position.batches:
-            logger.info(
-                "paceline reads and drops %d batches of the stream %s to go on at sample %d of epoch %d",
-                position.batches, type(dataset).__name__, position.samples, position.epoch,
-            )  # fmt: skip
-            run.skip(position.batches)
+        """See `Reading.begin`; a position is reached by the stream's own state, or by reading up to it."""
+        reach(self._reader.dataset, seed, position.epoch)
+        restored = self._keeper is not None and self._keeper.load(position.stream)
+        run = _Run(iter(self._reader), self._layout, self._group, self._keeper)
+        if position.batches and not restored:
+            say_rereading(self._reader, f"{position.batches} batches", position)
+            with kept_randomness():
+                run.skip(position.batches)
         if not run.open():
             return None
         progress = RecordedProgress(position.samples)
         return run.batches(progress, position.samples), progress
 
-    def _check(self, position: Position) -> None:
-        if position.batches and position.ranks not in (0, self._group.size):
+    @property
+    def keeps_state(self) -> bool:
+        """See `Reading.keeps_state`."""
+        return self._keeper is not None
+
+    @property
+    def readers(self) -> int:
+        """See `Reading.readers`."""
+        return max(1, self._reader.num_workers)
+
+    def check(self, position: Position, *, begun: bool = False) -> None:
+        """See `Reading.check`; also refuses a position of other ranks, or other workers."""
+        then, now = (position.ranks, position.readers), (self._group.size, self.readers)
+        if position.is_within and (then[0] not in (0, now[0]) or then[1] not in (0, now[1])):
             raise DataError(
-                f"The position in a stream was saved by {position.ranks} ranks and is loaded by {self._group.size}",
-                "Each rank reads its own part, so that parts of other ranks cannot be gone on with",
-                "Resume on the same number of ranks, or save at the end of a pass",
+                f"The position in a stream was saved by {_readers_text(*then)} and is loaded by {_readers_text(*now)}",
+                "Each reader reads its own part, so that parts of other readers cannot be gone on with",
+                "Resume with the same ranks and workers, or save at the end of a pass",
             )
+        super().check(position, begun=begun)
 
     def num_batches(self) -> int:
         """See `Reading.num_batches`."""
@@ -148,7 +157,10 @@ class StreamReading(Reading):
 class _Run:
     """One pass over a stream on this rank."""
 
-    def __init__(self, source: Iterator[Any], layout: Layout, group: Group) -> None:
+    def __init__(self, source: Iterator[Any], layout: Layout, group: Group, keeper: StreamKeeper | None) -> None:
+        self._keeper = keeper
+        self._state: dict[str, Any] | None = None
+        self._ended = False
         self._source = source
         self._layout = layout
         self._group = group
@@ -180,8 +192,12 @@ class _Run:
                 # Some rank has left; those that go on cannot exchange any more.
                 self._together = False
             samples += sum(counts.real)
+            if self._keeper is not None and not self._ended:
+                # Before the batch after this one is read.
+                self._state = self._keeper.read()
+            state = self._state
             self._read()
-            progress.record(Round(counts, samples, self._is_last(self._agreement)))
+            progress.record(Round(counts, samples, self._is_last(self._agreement), self._ends(self._agreement), state))
             yield batch
 
     def _is_last(self, following: Agreement) -> Callable[[], bool]:
@@ -190,6 +206,9 @@ class _Run:
             return self._ends_at(counts) or not counts.rows[self._group.rank]
 
         return is_last
+
+    def _ends(self, following: Agreement) -> Callable[[], bool]:
+        return lambda: self._ends_at(following.counts())
 
     def _ends_at(self, counts: BatchCounts) -> bool:
         if not any(counts.real):
@@ -207,7 +226,8 @@ class _Run:
 
     def _read(self) -> None:
         """Read one batch and start to tell the others about it."""
-        batch = next(self._source, _NONE)
+        batch = _NONE if self._ended else next(self._source, _NONE)
+        self._ended = batch is _NONE
         real = rows = 0 if batch is _NONE else num_rows(batch)
         if self._layout.padded:
             if batch is _NONE:
@@ -219,3 +239,27 @@ class _Run:
             self._filler = batch
         self._batch = batch
         self._agreement = Agreement(rows, real, self._group, together=self._together)
+
+
+def reach(dataset: Any, seed: int, epoch: int) -> None:
+    """Let the next iteration over a stream be that of `epoch`."""
+    if isinstance(dataset, StreamShard):
+        dataset.reach(seed, epoch)
+    else:
+        set_dataset_epoch(dataset, epoch)
+
+
+def say_rereading(reader: DataLoader[Any], amount: str, position: Position) -> None:
+    """Say in one line that a stream is read up to a position, and what would spare that."""
+    dataset = reader.dataset
+    stream = dataset.dataset if isinstance(dataset, StreamShard) else dataset
+    logger.info(
+        "paceline reads and drops %s of the stream %s to go on at sample %d of epoch %d; %s",
+        amount, type(stream).__name__, position.samples, position.epoch,
+        "use_stateful_dataloader=True would save where its workers are" if isinstance(dataset, StatefulShard)
+        else "a state_dict and load_state_dict of its own would spare that",
+    )  # fmt: skip
+
+
+def _readers_text(ranks: int, readers: int) -> str:
+    return f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" x {readers} readers" if readers > 1 else "")

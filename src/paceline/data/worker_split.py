@@ -76,6 +76,7 @@ class StreamShard(IterableDataset[Any]):
         self._rank = rank
         self._size = size
         self._by_items = by_items
+        self._next_number = 0
         self._moment = torch.zeros(2, dtype=torch.int64)
         if num_workers:
             # Workers that live on see the next epoch only through shared memory.
@@ -93,6 +94,7 @@ class StreamShard(IterableDataset[Any]):
         info = self._info(real, worker, workers)
         if real is not None:
             set_dataset_epoch(self.dataset, int(self._moment[1]))
+        number = self._restore()
         randomness = PrivateRandomness(int(self._moment[0]))
         with randomness():
             items = _open(self.dataset, info)
@@ -107,7 +109,16 @@ class StreamShard(IterableDataset[Any]):
         if step > 1 and real is not None:
             # Readers of the same items must go on drawing alike: what one of them drops was drawn for, too.
             randomness.adopt()
-        yield from self._kept(first, items, info, step, offset)
+        if step == 1 and info is real:
+            if first is not _END:
+                yield first
+                yield from items
+            return
+        yield from self._kept(first, items, info, step, offset, number)
+
+    def _restore(self) -> int:
+        """Go to where the pass is to begin; return where its first item falls among the readers."""
+        return 0
 
     def _info(self, real: Any, worker: int, workers: int) -> Any:
         ranks, rank = (1, 0) if self._by_items else (self._size, self._rank)
@@ -116,13 +127,14 @@ class StreamShard(IterableDataset[Any]):
         seed = torch.initial_seed() if real is None else real.seed
         return RecordingInfo(rank * workers + worker, ranks * workers, seed, self.dataset)
 
-    def _kept(self, item: Any, items: Iterator[Any], info: Any, step: int, offset: int) -> Iterator[Any]:
+    def _kept(self, item: Any, items: Iterator[Any], info: Any, step: int, offset: int, number: int) -> Iterator[Any]:
         late = isinstance(info, RecordingInfo) and not info.asked
-        number = 0
         while item is not _END:
+            following = number + 1 if number + 1 < step else 0
             if number == offset:
+                self._next_number = following
                 yield item
-            number = number + 1 if number + 1 < step else 0
+            number = following
             item = _advance(items, info)
             if late and info.asked:
                 raise DataError(

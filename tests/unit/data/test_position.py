@@ -151,7 +151,7 @@ def test_a_pass_leaves_the_programs_randomness_alone() -> None:
 def test_the_seed_comes_from_the_generator_or_the_global_seed() -> None:
     def seed(generator: torch.Generator | None, **config: Any) -> int:
         loader = shuffled(generator=generator)
-        return prepared(loader, data_seed=None, **config).state_dict()["seed"]
+        return int(prepared(loader, data_seed=None, **config).state_dict()["seed"])
 
     torch.manual_seed(123)
     assert seed(None) == 123
@@ -371,9 +371,112 @@ def test_a_stream_goes_on_by_reading_and_says_so(caplog: pytest.LogCaptureFixtur
 
 def test_a_stream_position_of_other_ranks_is_refused() -> None:
     loader = prepared(DataLoader(PlainStream(10), 3))
-    loader.load_state_dict({"version": 1, "epoch": 0, "samples": 6, "batches": 1, "seed": 7, "ranks": 2})
+    state = {"version": 1, "epoch": 0, "samples": 6, "batches": 1, "seed": 7, "ranks": 2}
     with pytest.raises(DataError, match="saved by 2 ranks and is loaded by 1"):
-        ids(loader)
+        loader.load_state_dict(state)
+    loader.load_state_dict({**state, "ended": True})
+    assert ids(loader) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    assert loader.epoch == 2
+
+
+def test_a_stream_position_of_other_workers_is_refused() -> None:
+    loader = prepared(DataLoader(PlainStream(10), 3, num_workers=2))
+    for _ in loader:
+        state = loader.state_dict()
+        break
+    with pytest.raises(DataError, match="saved by 1 rank x 2 readers and is loaded by 1 rank"):
+        prepared(DataLoader(PlainStream(10), 3)).load_state_dict(state)
+
+
+def three_by_three() -> DataLoader[int]:
+    return DataLoader(Numbers(40), batch_sampler=Buckets([3] * 13 + [1]))
+
+
+@pytest.mark.parametrize("make", [shuffled, three_by_three])
+def test_another_global_batch_within_an_epoch_is_refused(make: Any) -> None:
+    loader = prepared(make())
+    states = [loader.state_dict() for _ in loader]
+    other = prepared(make(), Seat(0, 2))
+
+    def resume(state: dict[str, Any]) -> None:
+        other.load_state_dict(state)
+        next(iter(other))
+
+    if make is shuffled:
+        with pytest.raises(DataError, match=r"global batch 3 = 1 rank x 3 and is .* global batch 6 = 2 ranks x 3"):
+            other.load_state_dict(states[4])
+        resume(states[-1])
+        assert other.epoch == 1
+    else:
+        # What a batch sampler of its own makes is known once it has run; its order may be uneven.
+        resume(states[-1])
+        with pytest.raises(DataError, match=r"varying size over 1 rank and is .* varying size over 2 ranks"):
+            resume(states[4])
+    before_that_was_saved = {key: value for key, value in states[4].items() if key not in ("rows", "readers", "ended")}
+    resume(before_that_was_saved)
+
+
+def test_the_end_of_an_epoch_is_the_end_for_other_layouts_too() -> None:
+    loader = prepared(shuffled(14, 4, drop_last=True))
+    states = [loader.state_dict() for _ in loader]
+    assert states[-1]["samples"] == 12
+    other = prepared(shuffled(14, 2, drop_last=True))
+    other.load_state_dict(states[-1])
+    whole = prepared(shuffled(14, 2, drop_last=True))
+    ids(whole)
+    assert ids(other) == ids(whole)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_batches_of_different_sizes_keep_their_rounds(split: bool) -> None:
+    def make(size: int) -> Any:
+        loader = DataLoader(Numbers(20), batch_sampler=Buckets([2, 2, 4, 6, 4, 2]))
+        return prepared(loader, Seat(0, size), even_batches=False, split_batches=split)
+
+    loader, other = make(2), make(1)
+    for _ in loader:
+        state = loader.state_dict()
+        break
+    other.load_state_dict(state)
+    if split:
+        assert sum(map(len, ids(other))) == 20 - state["samples"]
+    else:
+        with pytest.raises(DataError, match=r"batches of varying size over 2 ranks .* varying size over 1 rank"):
+            next(iter(other))
+
+
+def validated(train: Any, valid: Any) -> Iterator[tuple[Any, Any]]:
+    """Train, and look at two validation batches after each step."""
+    for batch in train:
+        for checked, other in enumerate(valid):
+            yield batch.tolist(), other.tolist()
+            if checked == 1:
+                break
+        yield batch.tolist(), None
+
+
+@pytest.mark.parametrize(("events", "within"), [(7, True), (9, False)])
+def test_two_loaders_go_on_together(events: int, within: bool) -> None:
+    def make() -> tuple[Any, Any]:
+        active = ActiveLoaders()
+        return prepared(shuffled(), active=active), prepared(shuffled(20, 2), active=active)
+
+    loaders = make()
+    running = validated(*loaders)
+    for _ in range(events):
+        last = next(running)
+    assert (last[1] is not None) == within
+    states = [loader.state_dict() for loader in loaders]
+    rest = list(running)
+    again = make()
+    for loader, state in zip(again, states, strict=True):
+        loader.load_state_dict(state)
+    assert (states[0]["samples"], states[1]["samples"]) == (9, 2 if within else 0)
+    if within:
+        assert ids(again[1])[0] == rest[0][1]
+        assert ids(again[0]) == [batch for batch, other in rest if other is None][1:]
+    else:
+        assert list(validated(*again)) == rest
 
 
 def test_an_empty_stream_raises_instead_of_doing_nothing() -> None:

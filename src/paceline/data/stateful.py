@@ -1,0 +1,181 @@
+"""Streams that know where they are: their state is saved and loaded, and nothing is read twice."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from paceline.data.worker_split import StreamShard
+from paceline.errors import DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.utils.data import DataLoader
+
+__all__ = [
+    "Stateful",
+    "StatefulShard",
+    "StreamKeeper",
+    "check_not_restored",
+    "is_torchdata_loader",
+    "keeper_of",
+    "shard_of",
+    "torchdata_loader",
+]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What can say where it is, and go on from there."""
+
+    def state_dict(self) -> Any:
+        """Return where it is."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Go on from there, the next time it is iterated."""
+        ...
+
+
+class StatefulShard(StreamShard):
+    """One rank's part of a data set that has a state; see `StreamShard`.
+
+    Its own state is that of the data set and where the next item falls among the readers. Each pass is opened
+    anew: the state is loaded after `set_epoch`, so that neither undoes the other.
+    """
+
+    def __init__(self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False) -> None:
+        super().__init__(dataset, rank, size, num_workers, by_items=by_items)
+        self._waiting: dict[str, Any] | None = None
+        self._opened = False
+        self._loaded = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the pass is: before the next item that would be handed out."""
+        if self._waiting is not None:
+            return self._waiting
+        if not self._opened:
+            return {"dataset": None, "number": 0}
+        # Copied: what a data set returns may go on changing.
+        return {"dataset": copy.deepcopy(self.dataset.state_dict()), "number": self._next_number}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next iteration begin there."""
+        self._waiting = state_dict
+
+    def __iter__(self) -> Iterator[Any]:
+        # Before the first item is taken the state must be that of a new pass, not the end of the one before.
+        self._opened = False
+        return self._items()
+
+    def _items(self) -> Iterator[Any]:
+        yield from super().__iter__()
+
+    def _restore(self) -> int:
+        waiting, self._waiting = self._waiting, None
+        self._opened = True
+        state = None if waiting is None else waiting["dataset"]
+        if state is not None:
+            self.dataset.load_state_dict(state)
+            self._loaded = True
+        elif self._loaded and hasattr(self.dataset, "_starting_state_dict"):
+            # Data sets of `datasets` begin every pass over the epoch of a loaded state there.
+            self.dataset.load_state_dict(None)
+        return 0 if waiting is None else int(waiting["number"])
+
+
+class StreamKeeper:
+    """Reads and loads the state of the stream behind a reader.
+
+    Args:
+        holder: Who has the state.
+        kind: What kind of state it is; a state of another kind is not loaded.
+        copies: Copy what is read, because it may go on changing.
+    """
+
+    def __init__(self, holder: Stateful, kind: str, *, copies: bool = False) -> None:
+        self._holder = holder
+        self._kind = kind
+        self._copies = copies
+
+    def read(self) -> dict[str, Any]:
+        """Return the state after the batch that was read last."""
+        state = self._holder.state_dict()
+        return {"kind": self._kind, "state": copy.deepcopy(state) if self._copies else state}
+
+    def load(self, saved: dict[str, Any] | None) -> bool:
+        """Let the next iteration of the reader go on there; return whether that can be done."""
+        if saved is None or saved.get("kind") != self._kind:
+            return False
+        self._holder.load_state_dict(saved["state"])
+        return True
+
+
+def keeper_of(reader: DataLoader[Any]) -> StreamKeeper | None:
+    """Return what saves the stream of a reader, or None if only reading up to a position leads there.
+
+    With workers the state lives in their processes; torchdata's loader fetches it from there, torch's does not.
+    """
+    dataset = reader.dataset
+    if isinstance(dataset, StatefulShard):
+        if is_torchdata_loader(reader):
+            return StreamKeeper(reader, f"torchdata, {reader.num_workers} workers")  # type: ignore[arg-type]
+        return StreamKeeper(dataset, "dataset") if not reader.num_workers else None
+    if not isinstance(dataset, StreamShard) and isinstance(reader, Stateful) and not is_torchdata_loader(reader):
+        return StreamKeeper(reader, type(reader).__name__, copies=True)
+    return None
+
+
+def shard_of(dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False) -> StreamShard:
+    """Make one rank's part of a stream, with a state if the stream has one that loses nothing."""
+    stateful = isinstance(dataset, Stateful) and not _has_shuffle_buffer(dataset)
+    kind = StatefulShard if stateful else StreamShard
+    return kind(dataset, rank, size, num_workers, by_items=by_items)
+
+
+def _has_shuffle_buffer(dataset: Any) -> bool:
+    """Say whether it is a data set of `datasets` whose state leaves out what waits in a buffer."""
+    waiting = [getattr(dataset, "_ex_iterable", None)]
+    while waiting:
+        current = waiting.pop()
+        if current is None:
+            continue
+        if type(current).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        waiting += [getattr(current, "ex_iterable", None), *(getattr(current, "ex_iterables", None) or ())]
+    return False
+
+
+def is_torchdata_loader(loader: Any) -> bool:
+    """Say whether a loader is torchdata's own `StatefulDataLoader`."""
+    return any(
+        kind.__name__ == "StatefulDataLoader" and kind.__module__.startswith("torchdata.")
+        for kind in type(loader).__mro__
+    )
+
+
+def torchdata_loader() -> type[DataLoader[Any]]:
+    """Return torchdata's loader.
+
+    Raises:
+        MissingExtraError: torchdata is not installed.
+    """
+    try:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torchdata":
+            raise
+        raise MissingExtraError("torchdata", "torchdata", "use_stateful_dataloader=True") from error
+    kind: type[DataLoader[Any]] = StatefulDataLoader
+    return kind
+
+
+def check_not_restored(loader: Any) -> None:
+    """Refuse a torchdata loader that holds a position of its own; raise `DataError`."""
+    if is_torchdata_loader(loader) and getattr(loader, "next_iter_state", None) is not None:
+        raise DataError(
+            "A StatefulDataLoader was given a state before it was prepared",
+            "The prepared loader keeps the position itself, counted over all ranks",
+            "Prepare the loader first and call load_state_dict of what prepare returned, or accelerator.load_state",
+        )

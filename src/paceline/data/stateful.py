@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+_NONE: Any = object()
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """What can say where it is, and go on from there."""
@@ -49,6 +52,7 @@ class StatefulShard(StreamShard):
         super().__init__(dataset, rank, size, num_workers, by_items=by_items)
         self._waiting: dict[str, Any] | None = None
         self._opened = False
+        self._finished = False
         self._loaded = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,9 +60,10 @@ class StatefulShard(StreamShard):
         if self._waiting is not None:
             return self._waiting
         if not self._opened:
-            return {"dataset": None, "number": 0}
+            return {"dataset": None, "number": 0, "finished": False}
         # Copied: what a data set returns may go on changing.
-        return {"dataset": copy.deepcopy(self.dataset.state_dict()), "number": self._next_number}
+        state = copy.deepcopy(self.dataset.state_dict())
+        return {"dataset": state, "number": self._next_number, "finished": self._finished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration begin there."""
@@ -70,7 +75,15 @@ class StatefulShard(StreamShard):
         return self._items()
 
     def _items(self) -> Iterator[Any]:
-        yield from super().__iter__()
+        waiting = self._waiting
+        self._finished = False
+        if waiting is not None and waiting["finished"]:
+            # Some data sets are then at the end, others have gone back to the start already.
+            if next(super().__iter__(), _NONE) is not _NONE:
+                self.dataset.load_state_dict(waiting["dataset"])
+        else:
+            yield from super().__iter__()
+        self._finished = True
 
     def _restore(self) -> int:
         waiting, self._waiting = self._waiting, None

@@ -71,18 +71,19 @@ class StatefulShard(StreamShard):
 
     def __iter__(self) -> Iterator[Any]:
         # Before the first item is taken the state must be that of a new pass, not the end of the one before.
-        self._opened = False
-        return self._items()
+        self._opened = self._finished = False
+        waiting = self._waiting
+        if waiting is None or not waiting["finished"]:
+            return self._items()
+        # At once: a reader that knows that it had come to the end asks for no item.
+        if next(super().__iter__(), _NONE) is not _NONE:
+            # This data set had gone back to its start already; others stop there once more.
+            self.dataset.load_state_dict(waiting["dataset"])
+        self._finished = True
+        return iter(())
 
     def _items(self) -> Iterator[Any]:
-        waiting = self._waiting
-        self._finished = False
-        if waiting is not None and waiting["finished"]:
-            # Some data sets are then at the end, others have gone back to the start already.
-            if next(super().__iter__(), _NONE) is not _NONE:
-                self.dataset.load_state_dict(waiting["dataset"])
-        else:
-            yield from super().__iter__()
+        yield from super().__iter__()
         self._finished = True
 
     def _restore(self) -> int:

@@ -137,3 +137,62 @@ def save_then_resume(stop: int, workers: int) -> list[list[int]]:
 def test_resume_equals_never_stopped_on_two_ranks() -> None:
     results = run_on_ranks(2, save_then_resume, 3, 2)
     assert {n for rank in results for batch in rank for n in batch} == set(range(50))
+
+
+class Uneven(Sampler[list[int]]):
+    """Batches of two and of four, shuffled."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = [list(range(start, start + 2)) for start in range(0, 14, 2)] + [[14, 15, 16, 17], [18, 19, 20, 21]]
+        random.shuffle(batches)
+        return iter(batches)
+
+
+def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: bool) -> None:
+    """In the first epoch, the second, and at their ends; with `set_epoch` of the user's as well."""
+    group = TorchGroup()
+    settings: dict[str, Any] = {"num_workers": workers, **({"prefetch_factor": 4} if workers else {})}
+
+    def make() -> Any:
+        if kind == "uneven":
+            return prepared(DataLoader(Numbers(22), batch_sampler=Uneven(), **settings), group, **config)
+        return prepared(DataLoader(Numbers(22), 4, shuffle=True, drop_last=drop_last, **settings), group, **config)
+
+    loader, seen, states = make(), [], []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            seen.append(batch.tolist())
+            states.append((epoch, loader.state_dict()))
+    following = ids(loader)
+    places = range(len(states)) if not workers else (1, len(states) - 1)
+    for place in places:
+        epoch, state = states[place]
+        again = make()
+        again.load_state_dict(state)
+        again.set_epoch(epoch)
+        rest = []
+        while len(rest) < len(seen) - place - 1 + len(following):
+            rest += ids(again)
+        assert rest == [*seen[place + 1 :], *following], place
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "workers", "config", "drop_last"),
+    [
+        ("shuffled", 0, {}, False),
+        ("shuffled", 2, {}, True),
+        ("shuffled", 0, {"split_batches": True}, False),
+        ("shuffled", 0, {"dispatch_batches": True}, False),
+        ("shuffled", 2, {"dispatch_batches": True, "split_batches": True}, False),
+        ("uneven", 0, {"even_batches": False}, False),
+        ("uneven", 0, {"split_batches": True}, False),
+        ("uneven", 0, {"dispatch_batches": True}, False),
+    ],
+)
+def test_resume_is_exact_anywhere(ranks: int, kind: str, workers: int, config: dict[str, Any], drop_last: bool) -> None:
+    run_on_ranks(ranks, resume_anywhere, kind, workers, config, drop_last)

@@ -42,6 +42,14 @@ class PreparedDataLoader(DataLoader[Any]):
     The order of an epoch depends on the seed and the number of the epoch only. Passes number epochs: the
     first is epoch 0, each further pass the next, whether the one before went to its end or was broken off.
 
+    What a resume repeats exactly is which samples come, and in which order and batches. Going there takes as
+    long near the end of an epoch as at its start, except that a sampler that is not torch's own is run to know
+    its order (no data is read), and that a stream without a state is read up to there. Random numbers drawn in
+    `__getitem__` are repeated exactly where no worker and no batch read ahead is involved: they come from the
+    generators of this process, which a checkpoint holds. Not repeated are those of workers, which are seeded by
+    (seed, epoch, rank, position at which the pass began), and those of the one batch that is read ahead where
+    batches go to an accelerator or come from a stream.
+
     Build it with `prepare_loader`.
 
     Args:

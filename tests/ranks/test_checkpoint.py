@@ -37,9 +37,9 @@ SAMPLES, GLOBAL_BATCH = 96, 12
 class Run:
     """One training over a shuffled loader, that can be saved between any two steps."""
 
-    def __init__(self, layout: Layout, seed: int = 0, **arguments: Any) -> None:
+    def __init__(self, layout: Layout, seed: int = 0, device: str = "cpu", **arguments: Any) -> None:
         torch.manual_seed(17)
-        self.accelerator = build(layout, "cpu", **arguments)
+        self.accelerator = build(layout, device, **arguments)
         model: Any = TinyTransformer(seed=seed)
         optimizer: Any = make_optimizer(model)
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=12)
@@ -69,8 +69,9 @@ class Run:
             self.ids.append(sorted(self.accelerator.gather(ids).tolist()))
 
 
-def save_and_go_on(layout: Layout, folder: str, steps: int = 5) -> tuple[Whole, list[float], list[list[int]]]:
-    run = Run(layout)
+def save_and_go_on(layout: Layout, folder: str, device: str = "cpu") -> tuple[Whole, list[float], list[list[int]]]:
+    steps = 5
+    run = Run(layout, device=device)
     run.train(steps)
     run.accelerator.save_state(folder)
     state = take_state(run.accelerator)
@@ -78,8 +79,10 @@ def save_and_go_on(layout: Layout, folder: str, steps: int = 5) -> tuple[Whole, 
     return state, run.losses[steps:], run.ids[steps:]
 
 
-def load_and_go_on(layout: Layout, folder: str) -> tuple[Whole, list[float], list[list[int]], float]:
-    run = Run(layout, seed=9)
+def load_and_go_on(
+    layout: Layout, folder: str, device: str = "cpu"
+) -> tuple[Whole, list[float], list[list[int]], float]:
+    run = Run(layout, seed=9, device=device)
     run.accelerator.load_state(folder)
     state = take_state(run.accelerator)
     rate = run.scheduler.get_last_lr()[0]
@@ -265,14 +268,14 @@ def test_numbers_go_on_from_the_disk_and_old_checkpoints_go(tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best", "checkpoint_3", "checkpoint_4"}
 
 
-def in_the_background(layout: Layout, folder: str) -> tuple[list[float], list[float]]:
-    run = Run(layout)
+def in_the_background(layout: Layout, folder: str, device: str = "cpu") -> tuple[list[float], list[float]]:
+    run = Run(layout, device=device)
     run.train(3)
     run.accelerator.save_state(folder, blocking=False)
     run.train(5)
     run.accelerator.wait_for_save()
     run.accelerator._checkpointing.close()
-    again = Run(layout, seed=8)
+    again = Run(layout, seed=8, device=device)
     again.accelerator.load_state(folder)
     again.train(5)
     return run.losses[3:], again.losses

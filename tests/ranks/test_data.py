@@ -174,7 +174,7 @@ def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: 
         again = make()
         again.load_state_dict(state)
         again.set_epoch(epoch)
-        rest = []
+        rest: list[Any] = []
         while len(rest) < len(seen) - place - 1 + len(following):
             rest += ids(again)
         assert rest == [*seen[place + 1 :], *following], place

@@ -65,7 +65,7 @@ def copy_and_overwrite(steady: bool, hold: bool) -> tuple[float, bool]:
     torch.cuda.synchronize()
     staged = stager.stage({"a": Part.whole(values)}, steady={"a"} if steady else set())
     assert stager._copied is not None
-    waited = stager._copied.query()
+    waited = stager._copied.query()  # type: ignore[no-untyped-call]
     if hold:
         stager.hold_stream()
     values.zero_()

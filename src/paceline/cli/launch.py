@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from paceline.config import find_config_file, options, resolve
-from paceline.launch import Command, detect, launch, plan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from paceline.config import Option, Resolved
-
-_TRUE_OR_FALSE = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
+from paceline.cli.sources import resolve_sources
 
 _HELP = """Run SCRIPT on all devices of this machine, or as many processes as you ask for.
 
@@ -32,99 +26,18 @@ machine without. Flags stand before the script; what follows it is the script's 
     paceline launch --dry-run train.py
 """
 
-_TITLES = {
-    "": "What runs where",
-    "ddp_config": "DDP",
-    "fsdp_config": "FSDP",
-    "deepspeed_config": "DeepSpeed",
-    "parallelism_config": "Mesh",
-    "fp8_config": "fp8",
-    "dynamo_config": "torch.compile",
-    "mpirun_config": "MPI",
-    "megatron_lm_config": "Megatron-LM",
-}
-
-
-class _LaunchCommand(click.Command):
-    """Shows flags by topic, and takes true/false flags with a value or without one."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(self._with_values(ctx, args)))
-
-    def _with_values(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Rewrite `--flag` and `--flag false` of a true/false setting as `--flag=...`."""
-        known = {
-            name: param
-            for param in self.get_params(ctx)
-            if isinstance(param, click.Option)
-            for name in (*param.opts, *param.secondary_opts)
-        }
-        rest = list(args)
-        while rest:
-            token = rest.pop(0)
-            option = known.get(_underscored(token))
-            if option is None:
-                yield token
-                if not token.startswith("-") or token == "--":
-                    break
-                continue
-            takes_value = not option.is_flag and not option.count
-            if option.metavar == "BOOL":
-                word = rest.pop(0) if rest and rest[0].lower() in _TRUE_OR_FALSE else "true"
-                yield f"{token}={word}"
-            else:
-                yield token
-                if takes_value and rest:
-                    yield rest.pop(0)
-        yield from rest
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(getattr(param, "topic", "The command"), []).append(record)
-        for topic, records in groups.items():
-            with formatter.section(topic):
-                formatter.write_dl(records)
-
-
-class _SchemaOption(click.Option):
-    """A flag made from the schema."""
-
-    def __init__(self, option: Option) -> None:
-        self.topic = _TITLES.get(option.section, option.section)
-        shown = "" if option.default in (None, "", (), False) else f"  [default: {option.default}]"
-        super().__init__(
-            [f"--{option.flag}", f"flag_{option.flag}"],
-            # Values stay text here: the schema reads them, so that all problems are reported at once.
-            type=str,
-            metavar={"bool": "BOOL", "choice": "|".join(option.choices)}.get(option.kind, option.kind.upper()),
-            help=f"{option.description}{shown}",
-        )
-
-
-def _underscored(name: str) -> str:
-    return name.replace("-", "_") if not name.startswith("-") else "--" + name.lstrip("-").replace("-", "_")
-
-
-def _normalize(name: str) -> str:
-    return name.replace("-", "_")
+def _any_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="file")]
 
 
 @click.command(
     name="launch",
-    cls=_LaunchCommand,
+    cls=SchemaCommand,
     help=_HELP,
-    context_settings={
-        "allow_interspersed_args": False,
-        "token_normalize_func": _normalize,
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 110,
-    },
-    params=[_SchemaOption(option) for option in options()],
+    context_settings={**SETTINGS, "allow_interspersed_args": False},
+    params=schema_options(),
 )
-@click.argument("script")
+@click.argument("script", shell_complete=_any_file)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in `python -m`.")
@@ -148,24 +61,16 @@ def command(
     """Run a script; the text above is what people read."""
     if module and no_python:
         raise click.UsageError("--module and --no_python exclude each other: a module needs Python.")
-    flags = {name.removeprefix("flag_"): value for name, value in values.items() if value is not None}
-    resolved = _resolve(flags, config_file)
+    resolved = resolve_sources(given_flags(values), config_file)
     if not quiet:
         for note in resolved.notes:
             click.echo(f"paceline: {note}", err=True)
+    # The help, and a configuration that cannot work, come without importing torch.
+    from paceline.launch import Command, launch, plan
+
     kind: Any = "module" if module else "program" if no_python else "script"
     what = Command(script=script, arguments=arguments, kind=kind)
     if dry_run:
         click.echo(str(plan(resolved, what, os.environ)))
         return
     launch(resolved, what, env=os.environ, log_dir=log_dir, tee=tee)
-
-
-def _resolve(flags: dict[str, object], config_file: Path | None) -> Resolved:
-    file = find_config_file(os.environ, config_file)
-    resolved = resolve(flags=flags, env=os.environ, file=file)
-    if resolved.config.num_processes is not None:
-        return resolved
-    # What is there depends on whether the CPU was asked for, which any source may have done.
-    found = detect(os.environ, resolved.config.use_cpu)
-    return resolve(flags=flags, env=os.environ, file=file, detected=found)

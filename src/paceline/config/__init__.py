@@ -15,7 +15,7 @@ from paceline.config.kwargs import (
     InitProcessGroupKwargs,
     ProfileKwargs,
 )
-from paceline.config.locate import default_config_file, find_config_file
+from paceline.config.locate import default_config_file, find_config_file, is_accelerates
 from paceline.config.megatron import MegatronLMConfig, MpirunConfig
 from paceline.config.names import Option, options
 from paceline.config.origin import Origin
@@ -47,6 +47,7 @@ __all__ = [
     "TorchDynamoPlugin",
     "default_config_file",
     "find_config_file",
+    "is_accelerates",
     "options",
     "resolve",
     "with_arguments",

@@ -32,6 +32,7 @@ class Key:
         flag: The command-line flag; empty when it is the YAML key.
         has_flag: Whether there is a flag and a variable at all; mappings can only be written in a file.
         more_choices: Choices of the flag that are translated before the field sees them.
+        labels: What single choices mean, as pairs; questions, editors and the reference page show it.
     """
 
     name: str = ""
@@ -39,6 +40,7 @@ class Key:
     flag: str = ""
     has_flag: bool = True
     more_choices: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,14 @@ class Slot:
     flag: str
     has_flag: bool
     more_choices: tuple[str, ...]
+    labels: tuple[tuple[str, str], ...]
     shape: Shape
     info: FieldInfo
+
+    @property
+    def description(self) -> str:
+        """One sentence on what the field decides."""
+        return self.info.description or ""
 
     @property
     def default(self) -> Any:
@@ -155,7 +163,7 @@ def _slot(section: type[Section], name: str, info: FieldInfo) -> Slot:
     key = next((item for item in info.metadata if isinstance(item, Key)), Key())
     yaml_key = key.name or (name if name.startswith(section.key_prefix) else section.key_prefix + name)
     flag = key.flag or yaml_key
-    return Slot(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, Shape.of(info), info)
+    return Slot(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
 
 
 def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]:

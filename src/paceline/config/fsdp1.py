@@ -75,14 +75,23 @@ _SWITCH: Final = Shape(frozenset({bool}), (), nullable=False)
 
 @dataclass(slots=True)
 class Translation:
-    """The values of a file in the words of version 2, with one note for each key that changed."""
+    """The values of a file in the words of version 2, with one note for each key that changed.
+
+    Attributes:
+        raws: Dotted key to value; what only version 1 knew is gone.
+        notes: One line for each key that changed.
+        problems: What has no counterpart.
+        became: What each changed key became, by its dotted key.
+    """
 
     raws: dict[str, Raw]
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    became: dict[str, str] = field(default_factory=dict)
 
     def note(self, key: str, raw: Raw, became: str) -> None:
         """Say what a key of version 1 became."""
+        self.became[key] = became
         self.notes.append(f"{raw.origin.where}: {key.rpartition('.')[2]} {raw} (FSDP version 1): {became}")
 
     def refuse(self, key: str, raw: Raw, why: str, hint: str) -> None:

@@ -30,6 +30,11 @@ def default_config_file(env: Mapping[str, str]) -> Path:
     return next(_default_files(env))
 
 
+def is_accelerates(file: Path, env: Mapping[str, str]) -> bool:
+    """Whether a file is the one that Accelerate's `config` command writes, rather than paceline's own."""
+    return file == [*_default_files(env)][-1]
+
+
 def _default_files(env: Mapping[str, str]) -> Iterator[Path]:
     """Yield paceline's own place, then the one where Accelerate's `config` command writes."""
     cache = _expand(env.get("XDG_CACHE_HOME") or "~/.cache", env)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 from paceline.config.base import Key, Section
 from paceline.config.deepspeed import DeepSpeedPlugin
@@ -33,7 +33,20 @@ DistributedType = Literal[
     "MEGATRON_LM",
 ]
 StrategyName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+_STRATEGIES = (
+    ("auto", "the least sharding that fits the memory"),
+    ("single", "one process"),
+    ("ddp", "a whole model on each device"),
+    ("fsdp", "the model sharded over the devices (FSDP2)"),
+    ("deepspeed", "DeepSpeed's ZeRO, with offload"),
+)
 Precision = Literal["no", "fp16", "bf16", "fp8"]
+_PRECISIONS = (
+    ("no", "fp32 throughout"),
+    ("fp16", "16 bits with a scaled loss"),
+    ("bf16", "16 bits with the range of fp32"),
+    ("fp8", "8 bits, on devices that have them"),
+)
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -57,7 +70,8 @@ def _device_list(value: str | None) -> str | None:
     return ",".join(ids)
 
 
-DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list)]
+_LOOSE_LIST = WithJsonSchema({"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": "integer"}}]})
+DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list), _LOOSE_LIST]
 
 
 class RunConfig(Section):
@@ -69,10 +83,12 @@ class RunConfig(Section):
     distributed_type: DistributedType | None = Field(
         None, description="Accelerate's name for the strategy; paceline's own key is strategy."
     )
-    strategy: StrategyName = Field(
+    strategy: Annotated[StrategyName, Key(labels=_STRATEGIES)] = Field(
         "auto", description="How the model is spread over ranks; auto takes the least sharding that fits."
     )
-    mixed_precision: Precision = Field("no", description="Precision of matrix products in forward and backward.")
+    mixed_precision: Annotated[Precision, Key(labels=_PRECISIONS)] = Field(
+        "no", description="Precision of matrix products in forward and backward."
+    )
     gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
     num_processes: Count | None = Field(None, description="Processes over all machines; none: one per device.")
     num_machines: Count = Field(1, description="Machines that take part.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from paceline.config.deepspeed_dict import decided_settings
 from paceline.config.deepspeed_json import AUTO, value_at, walk
 from paceline.errors import ConfigError, Problem
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Known", "hidden_size_of", "resolve_scheduler", "resolve_settings"]
 
-_QUIET_STEPS = 2**31 - 1
 _WHERE = "DeepSpeed configuration"
 
 
@@ -51,19 +51,12 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -
     Raises:
         ConfigError: Values that contradict the run, and `"auto"` that nothing can fill; all at once.
     """
-    settings = plugin.settings
+    settings = decided_settings(plugin, config)
     problems: list[Problem] = []
-    settings["zero_optimization"] = plugin.zero_section()
     _batch_sizes(settings, config, known, problems)
-    _precision(settings, config.mixed_precision)
-    _clipping(settings, plugin)
     _optimizer(settings, known.optimizer, problems)
     _buckets(settings["zero_optimization"], known.hidden_size)
     _memory(settings["zero_optimization"], known)
-    settings.setdefault("zero_allow_untested_optimizer", True)
-    settings.setdefault("zero_force_ds_cpu_optimizer", False)
-    settings.setdefault("steps_per_print", _QUIET_STEPS)
-    settings.setdefault("wall_clock_breakdown", False)
     problems += [
         Problem(_WHERE, path, '"auto" cannot be filled', "paceline does not know this value", "write a value")
         for path, value in walk(settings)
@@ -76,7 +69,6 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -
 
 def _batch_sizes(settings: dict[str, Any], config: RunConfig, known: Known, problems: list[Problem]) -> None:
     accumulation = config.gradient_accumulation_steps
-    settings["gradient_accumulation_steps"] = accumulation
     key = "train_micro_batch_size_per_gpu"
     said = settings.get(key, AUTO)
     if said == AUTO:
@@ -91,20 +83,6 @@ def _batch_sizes(settings: dict[str, Any], config: RunConfig, known: Known, prob
         what = f"{given} contradicts the run"
         why = f"{known.world_size} ranks x {accumulation} micro-batches x {said} samples make {total}"
         problems.append(Problem(_WHERE, "train_batch_size", what, why, 'write "auto"'))
-
-
-def _precision(settings: dict[str, Any], mode: str) -> None:
-    for kind in ("bf16", "fp16"):
-        if mode == kind or kind in settings:
-            settings.setdefault(kind, {})["enabled"] = mode == kind
-
-
-def _clipping(settings: dict[str, Any], plugin: DeepSpeedPlugin) -> None:
-    if plugin.gradient_clipping == AUTO:
-        # The script clips, to what it says at each step.
-        settings.pop("gradient_clipping", None)
-    else:
-        settings["gradient_clipping"] = plugin.gradient_clipping
 
 
 def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Problem]) -> None:
@@ -155,9 +133,7 @@ def _buckets(zero: dict[str, Any], hidden: int | None) -> None:
 def _memory(zero: dict[str, Any], known: Known) -> None:
     for part in ("offload_optimizer", "offload_param"):
         section = zero.get(part)
-        if section and section.get("device", "none") == "none":
-            del zero[part]
-        elif section:
+        if section:
             # A CPU run has no device that pinned memory would serve.
             section["pin_memory"] = bool(section.get("pin_memory", not known.on_cpu)) and not known.on_cpu
 

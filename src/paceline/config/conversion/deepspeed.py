@@ -1,0 +1,88 @@
+"""DeepSpeed's JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from paceline.config.conversion.result import Conversion, Fate
+from paceline.config.deepspeed_dict import left_open
+from paceline.config.deepspeed_json import AUTO, FILE_KEY, name_problems, read_settings, shared_values, walk
+from paceline.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+    from typing import Any
+
+__all__ = ["convert_deepspeed", "is_deepspeed"]
+
+_OWNED: Final = {
+    "train_batch_size": "paceline computes it",
+    "train_micro_batch_size_per_gpu": "paceline takes it from the prepared loader",
+    "gradient_accumulation_steps": "it follows the run",
+    "gradient_clipping": "it is what the script clips to",
+    "bf16.enabled": "it follows mixed_precision",
+    "fp16.enabled": "it follows mixed_precision",
+}
+"""Why an "auto" need not be said."""
+
+
+def is_deepspeed(names: Iterable[str]) -> bool:
+    """Whether the keys at the top of a file are those of DeepSpeed's JSON."""
+    found = set(names)
+    return bool(found & {"zero_optimization", *_OWNED}) and not found & {"distributed_type", "strategy"}
+
+
+def convert_deepspeed(path: Path) -> Conversion:
+    """Say DeepSpeed's JSON in our own keys; if some have no counterpart, the new file names the JSON instead."""
+    settings, name, wrong = read_settings(str(path), None)
+    result = Conversion(str(path), is_changed=True)
+    if settings is None:
+        result.problems.append(Problem(name, "", wrong))
+        return result
+    result.values["strategy"] = "deepspeed"
+    problems = list(name_problems(settings, name))
+    counterparts = _counterparts(settings)
+    stays = not all(key in counterparts or _is_idle(key, value) for key, value in walk(settings))
+    filled = dict(left_open(settings))
+    for key, value in walk(settings):
+        problem = next((p for p in problems if key == p.key or key.startswith(f"{p.key}.")), None)
+        if problem is not None:
+            result.refuse(name, key, value, problem)
+        elif stays:
+            became = _of_the_json(key, counterparts, filled)
+            result.fates.append(Fate(name, key, value, f"stays in {path.name}, {became}"))
+        elif key in counterparts:
+            result.put(name, key, value, *counterparts[key])
+        else:
+            result.leave_out(name, key, value, _OWNED.get(key, "it switches nothing on"))
+    if stays:
+        result.values[FILE_KEY] = str(path.absolute())
+    result.problems.extend(problem for problem in problems if problem not in result.problems)
+    return result
+
+
+def _counterparts(settings: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Map paths of the JSON to the dotted keys and values that say the same."""
+    found = {shared.path: (shared.key, shared.value) for shared in shared_values(settings)}
+    precision = next((said for said in found.values() if said[0] == "mixed_precision"), None)
+    for path in ("bf16.enabled", "fp16.enabled"):
+        if precision is not None:
+            # One of the two says the precision, the other one that it is not that.
+            found[path] = precision
+    return found
+
+
+def _is_idle(key: str, value: Any) -> bool:
+    """Whether a key may be missing without any change."""
+    unused = key.startswith("zero_optimization.offload_") and value in (None, "none")
+    return unused or (value == AUTO and key in _OWNED)
+
+
+def _of_the_json(key: str, counterparts: Mapping[str, tuple[str, Any]], filled: Mapping[str, str]) -> str:
+    if key in counterparts:
+        dotted, new = counterparts[key]
+        return f"and is {dotted} {new} of the run"
+    if key in filled:
+        return f"to be filled by the run: {filled[key] or _OWNED.get(key, 'nothing fills it')}"
+    return "which the new file names"

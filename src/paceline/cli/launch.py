@@ -26,6 +26,7 @@ machine without. Flags stand before the script; what follows it is the script's 
     paceline launch --dry-run train.py
 """
 
+
 def _any_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="file")]
 

@@ -52,6 +52,7 @@ class SchemaCommand(click.Command):
     """Shows flags by topic, and takes true/false flags with a value or without one."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give every true/false flag its value before click reads the line."""
         return super().parse_args(ctx, list(self._with_values(ctx, args)))
 
     def _with_values(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
@@ -82,6 +83,7 @@ class SchemaCommand(click.Command):
         yield from rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags topic by topic."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)

@@ -70,7 +70,9 @@ def _device_list(value: str | None) -> str | None:
     return ",".join(ids)
 
 
-_LOOSE_LIST = WithJsonSchema({"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": "integer"}}]})
+_LOOSE_LIST = WithJsonSchema(
+    {"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": "integer"}}]}
+)
 DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list), _LOOSE_LIST]
 
 

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Final
 from paceline.config.conversion.result import Conversion, Fate
 from paceline.config.deepspeed_dict import left_open
 from paceline.config.deepspeed_json import AUTO, FILE_KEY, name_problems, read_settings, shared_values, walk
+from paceline.config.document import read_document
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
-__all__ = ["convert_deepspeed", "is_deepspeed"]
+__all__ = ["convert_deepspeed", "deepspeed_problems", "is_deepspeed"]
 
 _OWNED: Final = {
     "train_batch_size": "paceline computes it",
@@ -31,6 +32,15 @@ def is_deepspeed(names: Iterable[str]) -> bool:
     """Whether the keys at the top of a file are those of DeepSpeed's JSON."""
     found = set(names)
     return bool(found & {"zero_optimization", *_OWNED}) and not found & {"distributed_type", "strategy"}
+
+
+def deepspeed_problems(path: Path) -> Sequence[Problem] | None:
+    """Everything that is wrong with DeepSpeed's JSON; None for another file."""
+    items, problems = read_document(path)
+    if problems or not is_deepspeed(item.name for item in items):
+        return None
+    settings, name, wrong = read_settings(str(path), None)
+    return [Problem(name, "", wrong)] if settings is None else list(name_problems(settings, name))
 
 
 def convert_deepspeed(path: Path) -> Conversion:

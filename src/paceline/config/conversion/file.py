@@ -14,14 +14,14 @@ from paceline.config.resolve import resolve
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from paceline.config.layers import Layer
 
 __all__ = ["convert_file"]
 
-_TYPES: Final = {
+_TYPES: Final[Mapping[str, Mapping[str, object]]] = {
     "NO": {"strategy": "single"},
     "MULTI_CPU": {"strategy": "ddp", "use_cpu": True},
     "FSDP": {"strategy": "fsdp"},
@@ -102,7 +102,7 @@ def _convert(
         if raw is None:
             result.leave_out(where, written, shown, "that is the default of mixed_precision")
         else:
-            result.put(where, written, shown, dotted, str(raw))
+            _take(result, where, written, dotted, translation, compact, shown)
     else:
         _take(result, where, written, dotted, translation, compact)
 
@@ -134,7 +134,13 @@ def _take_translation(
 
 
 def _take(
-    result: Conversion, where: str, written: str, dotted: str, translation: Translation, compact: bool
+    result: Conversion,
+    where: str,
+    written: str,
+    dotted: str,
+    translation: Translation,
+    compact: bool,
+    shown: object = None,
 ) -> None:
     raw, slot = translation.raws[dotted], places()[dotted]
     value = slot.shape.read(raw.value, raw.style, raw.text)
@@ -144,7 +150,7 @@ def _take(
         result.values.update(meant)
     elif compact and dotted == "use_cpu" and result.values.get("use_cpu"):
         result.leave_out(where, written, value, "distributed_type said it")
-    elif compact and (value == slot.default or str(value) == "()"):
+    elif compact and (value == slot.default or value in ("", [], ())):
         result.leave_out(where, written, value, "it is the default")
     else:
-        result.put(where, written, value, dotted, value)
+        result.put(where, written, value if shown is None else shown, dotted, value)

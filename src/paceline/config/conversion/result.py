@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,8 @@ class Conversion:
 
     def remaining_problems(self, folder: Path) -> Sequence[Problem]:
         """Check the new file as a launch would; paths in it count from `folder`."""
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=folder, encoding="utf-8") as file:
+        place = folder if os.access(folder, os.W_OK) else None
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=place, encoding="utf-8") as file:
             file.write(self.as_yaml())
             file.flush()
             try:

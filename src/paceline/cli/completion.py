@@ -1,0 +1,32 @@
+"""`paceline completion`: the script that teaches a shell the commands and flags."""
+
+from __future__ import annotations
+
+import click
+from click.shell_completion import get_completion_class
+
+_SHELLS = ("bash", "zsh", "fish")
+_HELP = """Print the script that lets SHELL complete commands, flags and their choices.
+
+To install it, append the output to the file that the shell reads at its start:
+
+\b
+    paceline completion bash >> ~/.bashrc
+    paceline completion zsh >> ~/.zshrc
+    paceline completion fish > ~/.config/fish/completions/paceline.fish
+
+A new shell then completes, for example, `paceline launch --fsdp_<Tab>`.
+"""
+
+
+@click.command(name="completion", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("shell", type=click.Choice(_SHELLS))
+@click.pass_context
+def command(context: click.Context, shell: str) -> None:
+    """Print the script; the text above is what people read."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    root = context.find_root()
+    script = kind(root.command, {}, "paceline", "_PACELINE_COMPLETE")
+    # `source()` would refuse to print for a shell that is not installed here.
+    click.echo(script.source_template % script.source_vars())

@@ -1,0 +1,61 @@
+"""`paceline config`: the questionnaire, and the commands around configuration files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from paceline.cli.lazy import LazyGroup
+
+_COMMANDS = {
+    "default": ("paceline.cli.config.default", "Write a file of defaults without asking anything."),
+    "update": ("paceline.cli.config.update", "Bring an old file up to date, in place."),
+    "show": ("paceline.cli.config.show", "Show every value in force and where it comes from."),
+    "check": ("paceline.cli.config.check", "Report everything that is wrong with files."),
+    "convert": ("paceline.cli.config.convert", "Convert a file of Accelerate or DeepSpeed, or a torchrun line."),
+    "schema": ("paceline.cli.config.schema", "Print the JSON Schema of the file, for editors."),
+}
+
+_HELP = """Write, check, explain and convert the configuration.
+
+Without a subcommand it asks what matters on this machine and writes default_config.yaml, which every
+`paceline launch` then reads. Arrow keys choose, Enter takes what is shown, Esc goes back, and Ctrl-C leaves
+everything as it was. Answers may also come from a pipe, one a line: an empty line takes the default, and <
+goes back.
+
+\b
+    paceline config
+    paceline config --config_file fsdp.yaml
+    paceline config show --explain --mixed_precision bf16
+    paceline config check *.yaml
+    paceline config convert ~/.cache/huggingface/accelerate/default_config.yaml -o new.yaml
+    paceline config convert torchrun --nproc_per_node 8 train.py --lr 1e-3
+"""
+
+
+@click.group(
+    name="config",
+    cls=LazyGroup,
+    lazy=_COMMANDS,
+    help=_HELP,
+    invoke_without_command=True,
+    epilog="`paceline config COMMAND --help` says more.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.option(
+    "--config_file",
+    "--config-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write; without it, default_config.yaml in PACELINE_HOME or the user's cache.",
+)
+@click.pass_context
+def command(context: click.Context, config_file: Path | None) -> None:
+    """Ask, when no subcommand is called."""
+    if context.invoked_subcommand is None:
+        from paceline.cli.config.interview import ask_and_write
+
+        ask_and_write(config_file)
+    elif config_file is not None:
+        name = context.invoked_subcommand
+        raise click.UsageError(f"--config_file before {name} is not used: write `paceline config {name} …` first.")

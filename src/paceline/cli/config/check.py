@@ -1,0 +1,77 @@
+"""`paceline config check`: everything that is wrong with files, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from paceline.config import find_config_file, resolve
+from paceline.config.conversion import deepspeed_problems
+from paceline.errors import ConfigError, Problem, UsageError
+
+_HELP = """Check configuration files (and DeepSpeed JSON files) without starting anything.
+
+Every problem of every file is reported, with its line. Exit code 0 says that a launch would accept all of
+them, 2 that it would not. Variables of the environment are left out of it. Without FILE, the one that
+`paceline launch` would read is checked.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    file: str
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    summary: str = ""
+
+
+@click.command(name="check", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
+def command(files: tuple[Path, ...], as_json: bool) -> None:
+    """Check the files; the text above is what people read."""
+    verdicts = [_check(file) for file in files or _file_in_force()]
+    if as_json:
+        click.echo(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
+    else:
+        for verdict in verdicts:
+            _print(verdict)
+    if any(verdict.problems for verdict in verdicts):
+        sys.exit(ConfigError.exit_code)
+
+
+def _file_in_force() -> tuple[Path]:
+    found = find_config_file(os.environ)
+    if found is None:
+        raise UsageError("There is no configuration file to check", "None of the usual places holds one", "Name one")
+    return (found,)
+
+
+def _check(file: Path) -> _Verdict:
+    of_deepspeed = deepspeed_problems(file)
+    if of_deepspeed is not None:
+        return _Verdict(str(file), tuple(of_deepspeed), summary="a DeepSpeed configuration")
+    try:
+        resolved = resolve(flags={}, env={}, file=file)
+    except ConfigError as error:
+        return _Verdict(str(file), tuple(error.problems))
+    config = resolved.config
+    summary = f"strategy {config.strategy}, mixed_precision {config.mixed_precision}"
+    return _Verdict(str(file), (), resolved.notes, summary)
+
+
+def _print(verdict: _Verdict) -> None:
+    count = len(verdict.problems)
+    if not count:
+        click.echo(f"{verdict.file}: fine ({verdict.summary})")
+    else:
+        click.echo(f"{verdict.file}: {count} problem{'s' if count > 1 else ''}")
+    for problem in verdict.problems:
+        click.echo(f"  {problem}")
+    for note in verdict.notes:
+        click.echo(f"  {note}")

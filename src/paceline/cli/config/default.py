@@ -1,0 +1,62 @@
+"""`paceline config default`: a file without questions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from paceline.cli.config.targets import refuse_to_replace, target_file, write_file
+from paceline.config.names import places
+from paceline.config.writing import as_yaml, yaml_value
+
+_SUGGESTED = (
+    "strategy",
+    "num_processes",
+    "num_machines",
+    "gradient_accumulation_steps",
+    "use_cpu",
+    "dynamo_config.dynamo_backend",
+)
+_HELP = """Write default_config.yaml without asking anything, and without looking at devices.
+
+Nothing in it depends on this machine: how many processes to start, and how the model is spread over them, is
+found out at each launch.
+"""
+
+
+def _more() -> list[str]:
+    """Name the settings that people change most, as comments."""
+    lines = []
+    for dotted in _SUGGESTED:
+        section, _, key = dotted.rpartition(".")
+        value = yaml_value(places()[dotted].default)
+        shown = f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}"
+        lines += ["", f"# {places()[dotted].description}", f"# {shown}"]
+    return lines
+
+
+@click.command(name="default", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--mixed_precision",
+    "--mixed-precision",
+    type=click.Choice([str(choice) for choice in places()["mixed_precision"].shape.choices]),
+    default=str(places()["mixed_precision"].default),
+    help=places()["mixed_precision"].description,
+)
+@click.option(
+    "--config_file", "--config-file", type=click.Path(path_type=Path), help="File to write instead of the default one."
+)
+@click.option("-f", "--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
+def command(mixed_precision: str, config_file: Path | None, force: bool) -> None:
+    """Write the file; the text above is what people read."""
+    file = target_file(os.environ, config_file)
+    if not force:
+        refuse_to_replace(file)
+    header = (
+        "Written by `paceline config default`. What is commented out has its default and is shown with it.",
+        "`paceline config` asks questions instead; `paceline config show --explain` lists every setting.",
+    )
+    text = as_yaml({"mixed_precision": mixed_precision}, header) + "\n".join([*_more(), ""])
+    write_file(file, text, is_default=config_file is None)

@@ -1,0 +1,110 @@
+"""`paceline config show`: every value in force, and where it comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
+from paceline.cli.sources import resolve_sources
+from paceline.config.deepspeed_dict import left_open, printable_settings
+from paceline.config.deepspeed_json import FILE_KEY
+from paceline.config.names import places
+from paceline.config.writing import yaml_value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from paceline.config import Origin, Resolved
+
+    Row = tuple[str, Any, Origin]
+
+_HELP = """Show the values that a launch with the same flags would use, and where each comes from.
+
+The source of a value is a flag, a variable of the environment, a line of a file, what was detected on this
+machine, or its default. Without --explain only values that somebody set or that were detected are listed.
+Under DeepSpeed its own JSON follows, as far as the configuration decides it.
+
+\b
+    paceline config show
+    paceline config show --explain
+    paceline config show --json --use_deepspeed --zero_stage 3 --mixed_precision bf16
+"""
+
+
+@click.command(name="show", cls=SchemaCommand, help=_HELP, context_settings=SETTINGS, params=schema_options())
+@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
+@click.option("--explain", is_flag=True, help="List every value, defaults too, with what it decides.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every value, its source, and DeepSpeed's JSON.")
+def command(config_file: Path | None, explain: bool, as_json: bool, **values: Any) -> None:
+    """Show the configuration; the text above is what people read."""
+    resolved = resolve_sources(given_flags(values), config_file)
+    if as_json:
+        click.echo(json.dumps(_document(resolved), indent=2, default=str))
+        return
+    for note in resolved.notes:
+        click.echo(f"paceline: {note}", err=True)
+    rows = _rows(resolved)
+    said = [row for row in rows if row[2].kind != "default"]
+    click.echo("\n".join(_table(rows if explain else said, explain)))
+    if not explain:
+        click.echo(f"{len(rows) - len(said)} more values have their defaults; --explain lists them.")
+    _show_deepspeed(resolved)
+
+
+def _rows(resolved: Resolved) -> list[Row]:
+    """All values; of DeepSpeed's own JSON, which is shown by itself, only where it is."""
+    return [
+        (key, "(below)" if key == FILE_KEY and isinstance(value, dict) else value, origin)
+        for key, value, origin in resolved.explain()
+    ]
+
+
+def _table(rows: Iterable[Row], explain: bool) -> list[str]:
+    cells = [(key, yaml_value(value), origin.where) for key, value, origin in rows]
+    if not cells:
+        return ["Every value has its default."]
+    widths = [max(len(row[column]) for row in cells) for column in (0, 1)]
+    lines = []
+    for key, value, where in cells:
+        lines.append(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {where}")
+        if explain:
+            lines.append(f"    {places()[key].description}")
+    return lines
+
+
+def _show_deepspeed(resolved: Resolved) -> None:
+    settings = _deepspeed(resolved)
+    if settings is None:
+        return
+    click.echo("\nDeepSpeed's own configuration, as far as it is decided before the run:")
+    click.echo(json.dumps(settings, indent=2))
+    filled = list(left_open(settings))
+    if filled:
+        click.echo('\nThe run fills what is "auto":')
+    for path, source in filled:
+        click.echo(f"  {path}: {source or 'nothing fills this one, so that a run refuses it; write a value'}")
+
+
+def _deepspeed(resolved: Resolved) -> dict[str, Any] | None:
+    plugin = resolved.config.deepspeed_config
+    if resolved.config.strategy != "deepspeed" or plugin is None:
+        return None
+    return printable_settings(plugin, resolved.config)
+
+
+def _document(resolved: Resolved) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "values": {
+            key: {"value": value, "origin": {"kind": origin.kind, "where": origin.where}}
+            for key, value, origin in resolved.explain()
+        },
+        "notes": list(resolved.notes),
+    }
+    settings = _deepspeed(resolved)
+    if settings is not None:
+        document["deepspeed"] = {"settings": settings, "filled_by_the_run": dict(left_open(settings))}
+    return document

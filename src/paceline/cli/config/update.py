@@ -1,0 +1,45 @@
+"""`paceline config update`: an old file in today's words, in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from paceline.config import find_config_file
+from paceline.config.conversion import convert_file
+from paceline.config.writing import replace_file
+from paceline.errors import ConfigError, UsageError
+
+_HELP = """Rewrite FILE with today's keys: renamed keys, FSDP version 1, settings of very old versions.
+
+A line for each key says what became of it. The old file is kept beside the new one as FILE.bak. A file that is
+up to date is not touched, and one with a key that nothing corresponds to is not either. Without FILE, the one
+that `paceline launch` would read is updated.
+"""
+
+
+@click.command(name="update", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--dry_run", "--dry-run", is_flag=True, help="Say what would change; write nothing.")
+def command(file: Path | None, dry_run: bool) -> None:
+    """Update the file; the text above is what people read."""
+    found = find_config_file(os.environ, file)
+    if found is None:
+        raise UsageError("There is no configuration file", "None of the usual places holds one", "Name the file")
+    result = convert_file(found, compact=False)
+    if result.problems:
+        raise ConfigError(result.problems)
+    if not result.is_changed:
+        click.echo(f"{found} is up to date.")
+        return
+    for fate in result.fates:
+        click.echo(str(fate))
+    problems = result.remaining_problems(found.absolute().parent)
+    if problems:
+        raise ConfigError(problems)
+    if dry_run:
+        return
+    kept = replace_file(found, result.as_yaml())
+    click.echo(f"Updated {found}; the old file is kept as {kept}.")

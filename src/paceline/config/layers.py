@@ -29,6 +29,9 @@ PREFIX: Final = "PACELINE_"
 RESERVED: Final = frozenset({"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"})
 """Variables that are not settings of a run."""
 
+GONE: Final = {"ipex_config": "torch itself holds what that package added"}
+"""Keys that old files carry and that decide nothing any more."""
+
 _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
 _SAGEMAKER: Final = "amazon_sagemaker"
 
@@ -156,6 +159,9 @@ def _read_top(layer: Layer, item: Item) -> None:
         return
     if item.name in ("fp16", "dynamo_backend"):
         _read_legacy(layer, item)
+        return
+    if item.name in GONE:
+        layer.notes.append(f"{item.where}: {item.name} (old): left out, {GONE[item.name]}")
         return
     slot = keys_of("").get(item.name)
     if slot is None:

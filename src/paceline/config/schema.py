@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.base import slots
+from paceline.config.layers import GONE
 from paceline.config.names import sections
 from paceline.config.run import RunConfig
 
@@ -29,6 +30,8 @@ def json_schema() -> dict[str, Any]:
             properties.update(_spellings(slot, schema))
     for name, now in _LEGACY.items():
         properties[name] = {"description": f"Old; write {now}.", "deprecated": True}
+    for name, why in GONE.items():
+        properties[name] = {"description": f"Old; remove it: {why}.", "deprecated": True}
     return {
         "$schema": _DIALECT,
         "title": "paceline configuration",

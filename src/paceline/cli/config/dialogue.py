@@ -77,7 +77,7 @@ class _Terminal:
             for index, choice in enumerate(choices)
         ]
         prompt = questionary.select(
-            f"{text} [{key}]", shown, default=shown[default], instruction=" ", erase_when_done=True
+            f"{key}: {text}", shown, default=shown[default], instruction=" ", erase_when_done=True
         )
         answer = self._ask(prompt, "left")
         if not isinstance(answer, int):
@@ -91,7 +91,7 @@ class _Terminal:
 
         # An empty line is the default, which stands there in grey until something is typed.
         prompt = questionary.text(
-            f"{text} [{key}]",
+            f"{key}: {text}",
             validate=lambda typed: typed == _BACK_WORD or check(typed or default) or True,
             placeholder=[("ansibrightblack", default)],
             erase_when_done=True,

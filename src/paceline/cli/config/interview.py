@@ -125,9 +125,10 @@ def _confirm(dialogue: Dialogue, text: str, file: Path) -> object | Back:
     """Show what would be written, where somebody is there to look at it."""
     if not dialogue.shows_summary:
         return True
-    click.echo(f"\n{text}")
-    kept = f"; the old one is kept as {file.name}.bak" if file.exists() else ""
-    choices = (Choice("write", f"to {file}{kept}", True), Choice("cancel", "and leave everything as it is", False))
+    click.echo(f"\n{text}\nThis goes to {file}.")
+    if file.exists():
+        click.echo(f"The file that is there now is kept as {file.name}.bak.")
+    choices = (Choice("write", "the file", True), Choice("cancel", "and leave everything as it is", False))
     return dialogue.choose("file", "Write this?", choices, 0)
 
 

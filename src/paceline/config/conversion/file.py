@@ -8,7 +8,7 @@ from paceline.config.conversion.deepspeed import convert_deepspeed, is_deepspeed
 from paceline.config.conversion.result import Conversion
 from paceline.config.document import Item, read_document
 from paceline.config.fsdp1 import Translation, translate
-from paceline.config.layers import file_layer
+from paceline.config.layers import GONE, file_layer
 from paceline.config.names import keys_of, places, sections
 from paceline.config.resolve import resolve
 from paceline.errors import ConfigError, Problem
@@ -91,6 +91,9 @@ def _convert(
     problem = next((p for p in found if p.where == where and p.key in (written, dotted, section)), None)
     if problem is not None:
         result.refuse(where, written, shown, problem)
+    elif not section and item.name in GONE:
+        result.is_changed = True
+        result.leave_out(where, written, shown, GONE[item.name])
     elif item.value is None or (dotted is None and not item.value):
         result.leave_out(where, written, "", "it is empty")
     elif dotted is None:

@@ -33,6 +33,7 @@ _ALWAYS: Final = {
     "duplicate_stdout_filters": "every line is kept",
     "duplicate_stderr_filters": "every line is kept",
     "event_log_handler": "events are not recorded",
+    "shutdown_timeout": "the launcher has its own patience",
 }
 """Flags that change nothing here, with the reason."""
 

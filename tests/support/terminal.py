@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pyte
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -27,15 +27,24 @@ COLUMNS, LINES = 100, 60
 PATIENCE = 25.0
 
 
+class _Screen(pyte.Screen):
+    """Answers the program, which asks for example where the cursor is."""
+
+    def __init__(self, answer: Callable[[str], None]) -> None:
+        super().__init__(COLUMNS, LINES)
+        self._answer = answer
+
+    def write_process_input(self, data: str) -> None:
+        self._answer(data)
+
+
 class Terminal:
     """Runs one program; `screen` is what a person would see now."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
-        self._screen = pyte.Screen(COLUMNS, LINES)
-        # The program asks where the cursor is; a terminal answers.
-        self._screen.write_process_input = self.press
+        self._screen = _Screen(self.press)
         self._stream = pyte.ByteStream(self._screen)
         self._process = subprocess.Popen(
             command,

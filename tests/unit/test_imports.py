@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,9 +69,9 @@ def test_the_accelerator_loads_little_beyond_torch() -> None:
     assert not heavy & extra
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
-def test_help_needs_no_torch(arguments: list[str]) -> None:
-    run = f"""
+def call_of(arguments: list[str]) -> str:
+    """Statements that call the command line in silence."""
+    return f"""
 sys.argv = ["paceline", *{arguments!r}]
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -78,10 +79,14 @@ with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
     try:
         from paceline.cli import main
         main()
-    except SystemExit:
-        pass
+    except SystemExit as ended:
+        assert not ended.code or len(sys.argv) == 1
 """
-    loaded = modules_after(run)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    loaded = modules_after(call_of(arguments))
     assert "click" in loaded
     assert not {"torch", "numpy", "pydantic"} & loaded
 
@@ -100,3 +105,28 @@ def test_help_comes_at_once() -> None:
         if took[-1] < 1.5:
             break
     assert min(took) < 1.5, f"paceline --help took {min(took):.2f} s"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["config", "--help"],
+        ["config", "show", "--help"],
+        ["config", "show", "--num_processes", "2", "--config_file", "one.yaml"],
+        ["config", "check", "one.yaml"],
+        ["config", "convert", "one.yaml"],
+        ["config", "default", "--config_file", "new.yaml"],
+        ["config", "schema"],
+        ["completion", "bash"],
+        ["launch", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_start_nothing_need_no_torch(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text("num_processes: 1\n", encoding="utf-8")
+    loaded = modules_after(call_of(arguments))
+    assert "paceline.cli.lazy" in loaded
+    assert not {"torch", "numpy", "questionary"} & loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.base import slots
@@ -50,7 +51,8 @@ def _section(slot: Slot) -> dict[str, Any]:
     for model in old:
         for inner in slots(model):
             said = {"description": inner.description, "deprecated": True}
-            properties.update(dict.fromkeys((inner.key, *inner.aliases), said))
+            names = (inner.key, *inner.aliases)
+            properties.update(dict.fromkeys((*names, *(n.removeprefix(model.key_prefix) for n in names)), said))
     return {
         "description": slot.description,
         "type": ["object", "null"],
@@ -83,11 +85,19 @@ def _described(slot: Slot, schema: dict[str, Any]) -> dict[str, Any]:
         parts.append({"type": "string"})
     if bool in slot.shape.types:
         parts.append(_QUOTED)
+    words = [choice for choice in slot.shape.choices if isinstance(choice, str)]
+    if words:
+        parts.append({"type": "string", "pattern": f"^({'|'.join(map(_in_any_case, words))})$"})
     said: dict[str, Any] = {"description": slot.description, "default": schema.get("default")}
     if slot.labels:
         said["description"] += " " + "; ".join(f"{name}: {text}" for name, text in slot.labels) + "."
     parts.append({"type": "null"})
     return {**said, "anyOf": parts}
+
+
+def _in_any_case(word: str) -> str:
+    """Write a pattern for a word in capital or small letters: JSON Schema has no flag for that."""
+    return "".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else re.escape(c) for c in word)
 
 
 def _only_type(schema: dict[str, Any]) -> dict[str, Any]:

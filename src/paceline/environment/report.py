@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import torch
 
-from paceline.config import find_config_file, resolve
+from paceline.config import find_config_file, is_accelerates, resolve
 from paceline.environment.device import describe_device, memory_info
 from paceline.environment.host import core_count, host_memory
 from paceline.environment.world import World
@@ -25,34 +27,53 @@ __all__ = ["DeviceReport", "EnvironmentReport", "environment_report"]
 
 _PACKAGES = (
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "deepspeed",
+    "flash-attn",
+    "liger-kernel",
     "numpy",
     "peft",
     "pydantic",
+    "ray",
     "safetensors",
     "tensorboard",
+    "torchao",
     "torchdata",
+    "transformer-engine",
     "transformers",
     "triton",
     "trl",
 )
-_LAUNCHER_PREFIXES = ("MV2_COMM_", "OMPI_COMM_", "PACELINE_", "PMIX_RANK", "PMI_", "SLURM_", "TORCHELASTIC_")
+_PROGRAMS = ("mpirun", "srun", "pdsh", "numactl", "ninja", "g++", "nvcc")
+_LAUNCHER_PREFIXES = (
+    "ACCELERATE_",
+    "MV2_COMM_",
+    "NCCL_",
+    "OMPI_COMM_",
+    "PACELINE_",
+    "PMIX_RANK",
+    "PMI_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "TORCH_NCCL_",
+)
 _LAUNCHER_NAMES = (
     "CUDA_VISIBLE_DEVICES",
+    "DS_ACCELERATOR",
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
     "MPI_LOCALNRANKS",
     "MPI_LOCALRANKID",
-    "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
     "OMP_NUM_THREADS",
     "RANK",
     "WORLD_SIZE",
 )
 _PROGRAM_SECONDS = 10
+_SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +97,12 @@ class EnvironmentReport:
         topology: How the devices are connected, as the vendor's program prints it; empty when unknown.
         cores: Physical processor cores that this process may use.
         host_memory: Bytes of host memory available, and in all.
+        limits: What often ends runs by surprise: shared memory, open files.
+        programs: Programs of launchers and compilers that are found, in one line.
         world: Whose variables tell this process its rank, and what they say.
         variables: The launcher's variables that are set.
         config_file: The configuration file in force; empty without one.
+        config_origin: Why it is that file.
         config_problems: What is wrong with it.
     """
 
@@ -89,9 +113,12 @@ class EnvironmentReport:
     topology: str
     cores: int
     host_memory: tuple[int, int]
+    limits: Mapping[str, str]
+    programs: str
     world: str
     variables: Mapping[str, str]
     config_file: str
+    config_origin: str
     config_problems: tuple[str, ...]
 
     def as_dict(self) -> dict[str, object]:
@@ -107,10 +134,12 @@ class EnvironmentReport:
             *((f"device {n}", _device_line(device)) for n, device in enumerate(self.devices)),
             *([] if self.devices else [("devices", "none: runs on the processor")]),
             *self.drivers.items(),
+            *self.limits.items(),
+            ("programs", self.programs or "none of a launcher or compiler"),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("world", self.world),
             *self.variables.items(),
-            ("configuration", self.config_file or "no file: defaults and what is detected"),
+            ("configuration", _file_line(self.config_file, self.config_origin)),
             *(("problem", problem) for problem in self.config_problems),
         ]
         width = max(len(name) for name, _ in rows)
@@ -134,6 +163,8 @@ def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
         topology=_output(env, "nvidia-smi", "topo", "-m"),
         cores=core_count(),
         host_memory=host_memory(),
+        limits=_limits(),
+        programs=", ".join(name for name in _PROGRAMS if shutil.which(name, path=env.get("PATH"))),
         world=_world(env),
         variables={
             name: value if len(value) <= 200 else f"{value[:200]}…"
@@ -141,6 +172,7 @@ def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
             if name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES)
         },
         config_file=file,
+        config_origin=_config_origin(file, env),
         config_problems=problems,
     )
 
@@ -217,6 +249,29 @@ def _config(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     except PacelineError as error:
         return str(file or ""), (str(error),)
     return str(file or ""), ()
+
+
+def _config_origin(file: str, env: Mapping[str, str]) -> str:
+    if not file:
+        return ""
+    if env.get("PACELINE_CONFIG_FILE"):
+        return "named by PACELINE_CONFIG_FILE"
+    return "Accelerate's, since paceline has none" if is_accelerates(Path(file), env) else "the default file"
+
+
+def _file_line(file: str, origin: str) -> str:
+    return f"{file} ({origin})" if file else "no file: defaults and what is detected"
+
+
+def _limits() -> dict[str, str]:
+    """Loaders' workers need shared memory and open files; containers often grant little of both."""
+    found = {}
+    if _SHARED_MEMORY.is_dir():
+        usage = shutil.disk_usage(_SHARED_MEMORY)
+        found["shared memory"] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    found["open files"] = f"at most {soft} (could be raised to {hard})" if soft != hard else f"at most {soft}"
+    return found
 
 
 def _device_line(device: DeviceReport) -> str:

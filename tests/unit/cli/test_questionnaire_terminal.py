@@ -99,8 +99,10 @@ def test_the_old_file_is_kept_and_the_end_can_be_declined(terminal: Terminal, ho
     terminal.wait_for("is kept as default_config.yaml.bak")
     terminal.press(LEFT)
     terminal.answer("gradient_accumulation_steps", ENTER)
-    terminal.wait_for("Write this?")
-    terminal.press(DOWN + ENTER)
+    terminal.wait_for("? file: Write this?")
+    terminal.press(DOWN)
+    terminal.press(DOWN)
+    terminal.press(ENTER)
     assert terminal.end() == 0
     assert "Nothing was written." in terminal.screen
     assert [path.name for path in home.iterdir()] == ["default_config.yaml"]

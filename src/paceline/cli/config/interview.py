@@ -13,9 +13,10 @@ from paceline.cli.config.machine import look_around
 from paceline.cli.config.questions import QUESTIONS, Question, Situation
 from paceline.cli.config.targets import target_file, write_file
 from paceline.config.writing import as_yaml
+from paceline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from paceline.cli.config.dialogue import Dialogue
@@ -62,7 +63,7 @@ def interview(dialogue: Dialogue, machine: Machine, file: Path) -> dict[str, obj
         if index < len(QUESTIONS):
             answer = _ask(dialogue, QUESTIONS[index], Situation(machine, answers))
         else:
-            answer = _confirm(dialogue, _text(_said(answers), machine), file)
+            answer = _confirm(dialogue, Situation(machine, _said(answers)), file)
             if answer is not BACK:
                 return _said(answers) if answer else None
         if answer is not BACK:
@@ -121,18 +122,32 @@ def _explain(problems: Sequence[Problem]) -> str:
     return "; ".join(f"{p.what}; {p.why or p.hint}".strip("; ") for p in problems)
 
 
-def _confirm(dialogue: Dialogue, text: str, file: Path) -> object | Back:
-    """Show what would be written, where somebody is there to look at it."""
+def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
+    """Show what would be written, where somebody is there to look at it.
+
+    Raises:
+        ConfigError: The answers do not fit together, and nobody is there to go back.
+    """
+    problems = sorted(now.problems(now.answers), key=str)
     if not dialogue.shows_summary:
+        if problems:
+            raise ConfigError(problems)
         return True
-    click.echo(f"\n{text}\nThis goes to {file}.")
+    click.echo(f"\n{_text(now.answers, now.machine)}\nThis goes to {file}.")
     if file.exists():
         click.echo(f"The file that is there now is kept as {file.name}.bak.")
-    choices = (Choice("write", "the file", True), Choice("cancel", "and leave everything as it is", False))
+    for problem in problems:
+        click.echo(f"This cannot work: {problem}")
+    good = () if problems else (Choice("write", "the file", True),)
+    choices = (
+        *good,
+        Choice("back", "to the last question", BACK),
+        Choice("cancel", "and leave everything as it is", False),
+    )
     return dialogue.choose("file", "Write this?", choices, 0)
 
 
-def _text(answers: dict[str, object], machine: Machine) -> str:
+def _text(answers: Mapping[str, object], machine: Machine) -> str:
     header = (
         f"Written by `paceline config` for {machine}.",
         "What is not here has its default: `paceline config show --explain` lists every value and its source.",

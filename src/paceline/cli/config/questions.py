@@ -57,11 +57,12 @@ class Situation:
         return set()
 
     def new_problems(self, question: Question, value: object) -> list[Problem]:
-        """What one more answer would make wrong."""
+        """What one more answer would make wrong; what a later answer can still put right does not count."""
         with_it = {**self.answers, question.key: value, **question.along.get(str(value), {})}
         before = {(problem.key, problem.what) for problem in self.problems(self.answers)}
         found = self.problems({key: given for key, given in with_it.items() if given is not None})
-        return [problem for problem in found if (problem.key, problem.what) not in before]
+        open_keys = {other.key for other in QUESTIONS} - {*self.answers, question.key}
+        return [p for p in found if (p.key, p.what) not in before and p.key not in open_keys]
 
     def is_said_elsewhere(self, key: str) -> bool:
         """Whether another answer, such as DeepSpeed's JSON, already says what a key would."""

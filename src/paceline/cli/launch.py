@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
-from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 
 _HELP = """Run SCRIPT on all devices of this machine, or as many processes as you ask for.
@@ -27,10 +26,6 @@ machine without. Flags stand before the script; what follows it is the script's 
 """
 
 
-def _any_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(incomplete, type="file")]
-
-
 @click.command(
     name="launch",
     cls=SchemaCommand,
@@ -38,7 +33,7 @@ def _any_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     context_settings={**SETTINGS, "allow_interspersed_args": False},
     params=schema_options(),
 )
-@click.argument("script", shell_complete=_any_file)
+@click.argument("script", shell_complete=complete_files)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in `python -m`.")

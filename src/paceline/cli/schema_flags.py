@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from paceline.config import Option
 
-__all__ = ["SETTINGS", "SchemaCommand", "given_flags", "schema_options"]
+__all__ = ["SETTINGS", "SchemaCommand", "complete_files", "given_flags", "schema_options"]
 
 _TRUE_OR_FALSE = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _PREFIX = "flag_"
@@ -123,3 +123,8 @@ def schema_options() -> list[click.Parameter]:
 def given_flags(values: Mapping[str, object]) -> dict[str, object]:
     """Return the flags that were really typed, as `resolve` takes them."""
     return {name.removeprefix(_PREFIX): value for name, value in values.items() if value is not None}
+
+
+def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell offer its files."""
+    return [CompletionItem(incomplete, type="file")]

@@ -40,6 +40,9 @@ The file is the one of `--config_file`, else the one that PACELINE_CONFIG_FILE n
 PACELINE_HOME, else in `~/.cache/paceline` (XDG_CACHE_HOME counts), else the one that Accelerate's own command wrote,
 which is then said. Flags may be written with `-` or `_`. In a section, a key may be written without its prefix.
 
+Editors with the YAML language server complete, explain and check a file that begins with
+`# yaml-language-server: $schema=paceline.schema.json`, after `paceline config schema > paceline.schema.json`.
+
 To let a shell complete commands, flags and their choices, append the output of `paceline completion bash` to
 `~/.bashrc`, that of `paceline completion zsh` to `~/.zshrc`, or write that of `paceline completion fish` to
 `~/.config/fish/completions/paceline.fish`.

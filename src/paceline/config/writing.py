@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ def yaml_value(value: object) -> str:
 
 def replace_file(path: Path, text: str) -> Path | None:
     """Write a file whole or not at all; what stood there before is kept beside it, and its path returned."""
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_name(f"{path.name}.bak") if path.exists() else None
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -62,10 +64,10 @@ def replace_file(path: Path, text: str) -> Path | None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp lets nobody else read; a configuration is no secret.
-        Path(name).chmod(0o644)
+        # mkstemp lets nobody else read; a configuration is no secret unless its owner made it one.
+        Path(name).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         if kept is not None:
-            kept.write_bytes(path.read_bytes())
+            shutil.copy2(path, kept)
         Path(name).replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

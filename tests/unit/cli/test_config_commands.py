@@ -53,6 +53,18 @@ def test_what_is_commented_out_may_be_uncommented(paceline: Paceline, tmp_path: 
     assert paceline("config", "check", "mine.yaml").code == 0
 
 
+def test_a_link_stays_one_and_a_private_file_private(paceline: Paceline, tmp_path: Path) -> None:
+    real, link = tmp_path / "real.yaml", tmp_path / "link.yaml"
+    real.write_text("num_processes: 1\n")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    assert paceline("config", "default", "--force", "--config_file", "link.yaml").code == 0
+    assert link.is_symlink()
+    assert "mixed_precision" in real.read_text()
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "real.yaml", "real.yaml.bak"]
+
+
 def test_a_folder_and_a_place_that_cannot_be_written(paceline: Paceline, tmp_path: Path) -> None:
     assert "is a folder" in paceline("config", "default", "--config_file", str(tmp_path)).err
     (tmp_path / "file").touch()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
+from paceline.config.layers import unread_variables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,4 +42,4 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
         own = default_config_file(os.environ)
         note = f"{file}: Accelerate's file is read, since there is no {own}; `paceline config` writes that"
         resolved = replace(resolved, notes=(note, *resolved.notes))
-    return resolved
+    return replace(resolved, notes=(*resolved.notes, *unread_variables(os.environ)))

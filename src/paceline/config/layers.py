@@ -20,7 +20,7 @@ from paceline.config.shapes import Shape
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from paceline.config.shapes import Style
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 PREFIX: Final = "PACELINE_"
 RESERVED: Final = frozenset({"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"})
 """Variables that are not settings of a run."""
+
+_ACCELERATES: Final = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 
 GONE: Final = {"ipex_config": "torch itself holds what that package added"}
 """Keys that old files carry and that decide nothing any more."""
@@ -73,6 +75,16 @@ def environment_layer(env: Mapping[str, str]) -> Layer:
         ((name.removeprefix(PREFIX).lower(), name, value) for name, value in given if value and name not in RESERVED),
         "environment",
     )
+
+
+def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
+    """Yield a note for each variable of Accelerate's that says what one of ours would, and that nothing reads."""
+    for name in sorted(env):
+        if name.startswith(_ACCELERATES):
+            word = name.removeprefix("ACCELERATE_").lower()
+            known = [n for n in (word, word.removeprefix("deepspeed_")) if n in flag_names() or n in PARADIGMS]
+            if known and env[name]:
+                yield f"{name}: Accelerate's variable is not read; write {PREFIX}{known[0].upper()}"
 
 
 def detected_layer(detected: Mapping[str, object]) -> Layer:

@@ -134,6 +134,22 @@ def test_show_says_that_accelerates_file_is_read(
     assert "Accelerate" not in paceline("config", "show", "--config_file", str(folder / "default_config.yaml")).err
 
 
+def test_show_says_which_of_accelerates_variables_nothing_reads(
+    paceline: Paceline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "debug")
+    answer = paceline("config", "show", "--num_processes", "2")
+    assert answer.code == 0
+    assert answer.err.splitlines() == [
+        "paceline: ACCELERATE_DEEPSPEED_ZERO_STAGE: Accelerate's variable is not read; write PACELINE_ZERO_STAGE",
+        "paceline: ACCELERATE_MIXED_PRECISION: Accelerate's variable is not read; write PACELINE_MIXED_PRECISION",
+        "paceline: FSDP_OFFLOAD_PARAMS: Accelerate's variable is not read; write PACELINE_FSDP_OFFLOAD_PARAMS",
+    ]
+
+
 def test_show_prints_deepspeeds_json(paceline: Paceline, tmp_path: Path) -> None:
     settings = {
         "bf16": {"enabled": "auto"},
@@ -201,6 +217,10 @@ def test_an_update_of_a_wrong_file_changes_nothing(paceline: Paceline, tmp_path:
     assert paceline("config", "update", "old.yaml").code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["old.yaml"]
     assert "no configuration file" in paceline("config", "update").err
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    answer = paceline("config", "update", "ds.json")
+    assert answer.code == 2
+    assert "DeepSpeed's own JSON" in answer.err
 
 
 def test_convert_to_standard_output_and_to_a_file(paceline: Paceline, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from paceline.config import find_config_file
-from paceline.config.conversion import convert_file
+from paceline.config.conversion import convert_file, deepspeed_problems
 from paceline.config.writing import replace_file
 from paceline.errors import ConfigError, UsageError
 
@@ -28,6 +28,12 @@ def command(file: Path | None, dry_run: bool) -> None:
     found = find_config_file(os.environ, file)
     if found is None:
         raise UsageError("There is no configuration file", "None of the usual places holds one", "Name the file")
+    if deepspeed_problems(found) is not None:
+        raise UsageError(
+            f"{found} is DeepSpeed's own JSON",
+            "It has no older words that could be brought up to date",
+            "Use it as it is, or write our keys beside it: paceline config convert",
+        )
     result = convert_file(found, compact=False)
     if result.problems:
         raise ConfigError(result.problems)

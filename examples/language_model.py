@@ -6,6 +6,10 @@ and on many, on CPUs and GPUs, under DDP and FSDP2:
     python examples/language_model.py
     paceline launch examples/language_model.py
     paceline launch --use_fsdp --mixed_precision bf16 examples/language_model.py --width 512 --layers 8
+
+It saves its state as it goes. Stop it with Ctrl-C and go on, on as many ranks as you like:
+
+    paceline launch examples/language_model.py --resume
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from paceline import Accelerator, set_seed
+from paceline import Accelerator, ProjectConfiguration, set_seed
 
 VOCABULARY = 256  # every byte is a token
 
@@ -148,7 +152,14 @@ def main() -> None:
     """Train, validate, show a sample, save."""
     args = arguments()
     set_seed(args.seed)
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate)
+    project = ProjectConfiguration(
+        project_dir=args.output,
+        automatic_checkpoint_naming=True,
+        total_limit=2,
+        save_in_background=True,
+        save_on_signals=("SIGINT", "SIGTERM", "SIGUSR1"),
+    )
+    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, project_config=project)
     train_text, held_out_text = read_text(args.bytes)
     train = DataLoader(Windows(train_text, args.context), args.batch_size, shuffle=True, drop_last=True)
     held_out = DataLoader(Windows(held_out_text, args.context), args.batch_size)
@@ -161,11 +172,14 @@ def main() -> None:
 
     accelerator.print(accelerator.describe())
     accelerator.print(f"\n{size:,} parameters, {len(train_text):,} bytes of Python to learn from")
+    if args.resume:
+        accelerator.print(f"going on from {accelerator.load_state() or 'the beginning: there is no checkpoint yet'}")
+    step, tokens = optimizer.num_steps, 0
     before = validate(accelerator, model, held_out)
-    accelerator.print(f"validation loss before training: {before:.3f} nats a byte\n")
+    accelerator.print(f"validation loss at step {step}: {before:.3f} nats a byte\n")
 
-    bar = tqdm(total=args.steps, unit="step", disable=not accelerator.is_main_process)
-    step, tokens, started = 0, 0, time.perf_counter()
+    bar = tqdm(total=args.steps, initial=step, unit="step", disable=not accelerator.is_main_process)
+    started = time.perf_counter()
     while step < args.steps:
         for windows in train:
             with accelerator.accumulate(model):
@@ -186,6 +200,8 @@ def main() -> None:
                 speed = tokens / (time.perf_counter() - started)
                 memory = accelerator.peak_memory() / 1e9
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s, {memory:.2f} GB")
+            if step % args.save_every == 0:
+                accelerator.save_state()
             if step == args.steps:
                 break
     bar.close()
@@ -212,7 +228,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=8_000_000, help="how much text (default 8,000,000)")
     parser.add_argument("--sample", type=int, default=300, help="bytes to generate at the end (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
-    parser.add_argument("--output", default="runs/language_model", help="where the weights go")
+    parser.add_argument("--output", default="runs/language_model", help="where checkpoints and weights go")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints (default 50)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     return parser.parse_args()
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from paceline.errors import PREEMPTED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -23,16 +27,21 @@ WAYS = {
     "torchrun": TORCHRUN,
     "fsdp bf16": [*LAUNCH, "--use_fsdp", "--mixed_precision", "bf16"],
 }
+DEMO = "language_model.py"
 TINY = ["--steps", "12", "--width", "32", "--layers", "2", "--heads", "2", "--context", "32"]
 TINY += ["--bytes", "60000", "--sample", "4"]
 
 
-def run(folder: Path, way: str, example: str, *arguments: str) -> str:
+def environment(folder: Path) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
+    return clean | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(folder: Path, way: str, example: str, *arguments: str) -> str:
     done = subprocess.run(
         [*WAYS[way], str(EXAMPLES / example), *arguments],
         cwd=folder,
-        env=clean | {"OMP_NUM_THREADS": "1", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(folder),
         capture_output=True,
         text=True,
         timeout=120,
@@ -66,6 +75,25 @@ def test_the_language_model_learns_the_same_everywhere(
     tolerance = 0.05 if "bf16" in way else 2e-3
     assert (before, after) == pytest.approx(alone[:2], abs=tolerance)
     assert shapes == alone[2]
+
+
+def test_the_demo_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    arguments = [*TINY, "--steps", "150", "--batch-size", "4", "--save-every", "5", "--output", "weights"]
+    (tmp_path / "whole").mkdir()
+    whole = run(tmp_path / "whole", "launch", DEMO, *arguments)
+    command = [*LAUNCH, str(EXAMPLES / DEMO), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "weights" / "checkpoints" / "checkpoint_1").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == PREEMPTED
+    went_on = run(tmp_path, "launch", DEMO, *arguments, "--resume")
+    assert re.search(r"going on from weights/checkpoints/checkpoint_\d+", went_on)
+    ends = [re.findall(r"validation loss: \S+ -> (\S+)", text) for text in (whole, went_on)]
+    assert ends[0] == ends[1]
 
 
 def test_the_weights_have_the_models_own_names(

@@ -251,13 +251,6 @@ DEEPSPEED_CLASHES = [
         "only stage 3 shards parameters",
     ),
     ("  zero_stage: 1\n  zero3_init_flag: true", 4, "zero3_init_flag", "only stage 3 shards parameters"),
-    (
-        "  deepspeed_config_file: ds.json\n  zero_stage: 2",
-        4,
-        "zero_stage",
-        "the DeepSpeed file sets it itself",
-    ),
-    ("  deepspeed_config_file: ds.json\n  gradient_clipping: 1.0", 4, "gradient_clipping", "sets it itself"),
     ("  zero_stage: 4", 3, "zero_stage", "at least 0 and at most 3"),
     ("  offload_optimizer_device: nvme", 3, "offload_optimizer_device", "set offload_optimizer_nvme_path"),
     (
@@ -269,8 +262,6 @@ DEEPSPEED_CLASHES = [
 ]
 
 NOT_BUILT = [
-    ("distributed_type: DEEPSPEED", 1, "distributed_type", "write strategy: fsdp"),
-    ("strategy: deepspeed", 1, "strategy", "write strategy: fsdp"),
     (
         "distributed_type: MEGATRON_LM\nmegatron_lm_config:\n  megatron_lm_tp_degree: 2",
         1,
@@ -315,21 +306,10 @@ def test_a_clash_names_its_sources(
 
 
 @pytest.mark.parametrize(("lines", "line", "key", "part"), DEEPSPEED_CLASHES)
-def test_the_deepspeed_section_is_checked_although_it_is_not_built(
-    tmp_path: Path, lines: str, line: int, key: str, part: str
-) -> None:
-    found = problems(tmp_path, f"distributed_type: DEEPSPEED\n{DS}:\n{lines}")
-    assert [(p.where, p.key) for p in found] == [
-        (f"config.yaml:{line}", f"{DS}.{key}"),
-        ("config.yaml:1", "distributed_type"),
-    ]
-    assert part in str(found[0])
-
-
-def test_a_deepspeed_file_and_a_precision_beside_it_clash(tmp_path: Path) -> None:
-    text = f"distributed_type: DEEPSPEED\nmixed_precision: bf16\n{DS}:\n  deepspeed_config_file: ds.json"
-    found = problems(tmp_path, text)
-    assert ("config.yaml:2", "mixed_precision") in [(p.where, p.key) for p in found]
+def test_the_deepspeed_section_is_checked(tmp_path: Path, lines: str, line: int, key: str, part: str) -> None:
+    [found] = problems(tmp_path, f"distributed_type: DEEPSPEED\n{DS}:\n{lines}")
+    assert (found.where, found.key) == (f"config.yaml:{line}", f"{DS}.{key}")
+    assert part in str(found)
 
 
 def test_two_accumulation_settings_clash(tmp_path: Path) -> None:

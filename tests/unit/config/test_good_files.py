@@ -69,9 +69,12 @@ def test_the_answers_of_a_questionnaire_are_accepted(
     assert (config.strategy, config.num_processes, config.use_cpu) == (strategy, processes, cpu)
 
 
-def test_a_deepspeed_file_has_one_problem_only(tmp_path: Path) -> None:
-    [found] = problems(tmp_path, answers("DEEPSPEED", DEEPSPEED))
-    assert (found.where, found.key) == ("config.yaml:3", "distributed_type")
+def test_a_deepspeed_file_is_accepted(tmp_path: Path) -> None:
+    config = read(tmp_path, answers("DEEPSPEED", DEEPSPEED)).config
+    assert config.strategy == "deepspeed"
+    assert config.deepspeed_config is not None
+    assert (config.deepspeed_config.zero_stage, config.deepspeed_config.zero3_init_flag) == (2, False)
+    assert config.gradient_accumulation_steps == 1
 
 
 def test_a_file_of_fsdp_version_1_is_translated_with_a_note_per_key(tmp_path: Path) -> None:

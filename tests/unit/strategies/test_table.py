@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.errors import NotBuiltError, PrepareError
+from paceline.errors import PrepareError
 from paceline.strategies import DistributedType, Strategy, load_strategy, strategy_names
+from tests.support.engines import with_deepspeed
 
 
-def test_every_name_loads_its_class() -> None:
-    assert strategy_names() == ("single", "ddp", "fsdp")
-    for name in strategy_names():
-        cls = load_strategy(name)
-        assert issubclass(cls, Strategy)
-        assert cls.name == name
+NAMES = ["single", "ddp", "fsdp", *with_deepspeed(["deepspeed"])]
 
 
-def test_strategies_do_not_inherit_from_each_other() -> None:
-    assert all(load_strategy(name).__bases__ == (Strategy,) for name in strategy_names())
+def test_the_names() -> None:
+    assert strategy_names() == ("single", "ddp", "fsdp", "deepspeed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_loads_its_class(name: str) -> None:
+    cls = load_strategy(name)
+    assert issubclass(cls, Strategy)
+    assert cls.name == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strategies_do_not_inherit_from_each_other(name: str) -> None:
+    assert load_strategy(name).__bases__ == (Strategy,)
 
 
 def test_names_that_load_nothing() -> None:
-    with pytest.raises(NotBuiltError, match="strategy='fsdp'"):
-        load_strategy("deepspeed")
     with pytest.raises(PrepareError, match="Choose auto, single, ddp, fsdp"):
         load_strategy("dpp")
 

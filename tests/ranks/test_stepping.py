@@ -12,22 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from paceline import Accelerator, GradientAccumulationPlugin, GradScalerKwargs
 from paceline.errors import SteppingError
+from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
 from tests.support.models import VOCABULARY, TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
-STRATEGIES = ["ddp", "fsdp"]
-
-
-def gradients_of(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every gradient, whole."""
-    from torch.distributed.tensor import DTensor
-
-    found = {}
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
-        gradient = parameter.grad
-        assert gradient is not None, name
-        found[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
-    return found
+STRATEGIES = ["ddp", "fsdp", *ZERO_STAGES]
 
 
 # Token weighting
@@ -41,15 +30,16 @@ def weighted_batches(rank: int) -> list[torch.Tensor]:
 
 
 def weighted(strategy: str, accumulation: int, as_tensor: bool) -> dict[str, torch.Tensor]:
-    accelerator = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=accumulation)
-    model: Any = accelerator.prepare(TinyTransformer())
+    accelerator = make(strategy, gradient_accumulation_steps=accumulation)
+    model: Any = TinyTransformer()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     batches = weighted_batches(accelerator.process_index)
     for batch in batches if accumulation == 3 else batches[:1]:
         with accelerator.accumulate(model):
             losses = token_losses(model(batch), batch)
             count: Any = torch.tensor(losses.numel()) if as_tensor else losses.numel()
             accelerator.backward(losses.sum(), weight=count)
-    return gradients_of(accelerator, model)
+    return whole_gradients(accelerator, model)
 
 
 def one_batch_gradient(micro_batches: int) -> dict[str, torch.Tensor]:
@@ -78,7 +68,7 @@ def mean_of_means(strategy: str) -> dict[str, torch.Tensor]:
     for batch in weighted_batches(accelerator.process_index):
         with accelerator.accumulate(model):
             accelerator.backward(token_losses(model(batch), batch).mean())
-    return gradients_of(accelerator, model)
+    return whole_gradients(accelerator, model)
 
 
 def test_the_mean_of_means_is_another_gradient() -> None:
@@ -136,6 +126,36 @@ def windows(sized: bool, count: int, steps: int, follow: bool = True) -> list[tu
     return seen
 
 
+def short_window(strategy: str, sized: bool) -> list[tuple[bool, float]]:
+    """Five micro-batches on each of two ranks, in windows of four; what the norm of the gradient of `w * x` is."""
+    accelerator = make(strategy, gradient_accumulation_steps=4)
+    # As many elements as ranks, of which one sees a gradient: both ranks hold a part under sharding.
+    model: Any = nn.Linear(2, 1, bias=False)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
+    values = [float(i + 1) for i in range(10)]
+    data: Any = TensorDataset(torch.tensor(values)[:, None]) if sized else Stream(values)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=1))
+    seen = []
+    for batch in loader:
+        x = (batch[0] if sized else batch).reshape(1, 1)
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.cat([x, torch.zeros(1, 1)], 1)).mean())
+            sync = accelerator.sync_gradients
+            if sync:
+                seen.append((sync, float(accelerator.clip_grad_norm_(model.parameters(), float("inf")))))
+            optimizer.step()
+            optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["sized", "stream"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_short_last_window_is_a_true_mean_over_ranks(strategy: str, sized: bool) -> None:
+    # 1..8 make a window of four on each rank, whose mean is 4.5; 9 and 10 stand alone.
+    for seen in run_on_ranks(2, short_window, strategy, sized):
+        assert [norm for _, norm in seen] == pytest.approx([4.5, 9.5])
+
+
 @pytest.mark.parametrize("sized", [True, False], ids=["sized", "stream"])
 def test_the_short_last_window_is_a_true_mean(sized: bool) -> None:
     # 1..4 make a window whose mean is 2.5; 5 stands alone and weighs as much as itself, not a quarter.
@@ -190,7 +210,7 @@ def test_zero_grad_at_the_top_keeps_the_window() -> None:
 
 def schedule(strategy: str) -> tuple[list[float], int]:
     """100 optimizer steps of a schedule that ends at step 100, with two micro-batches to a step."""
-    accelerator = Accelerator(cpu=True, strategy=strategy, gradient_accumulation_steps=2)
+    accelerator = make(strategy, gradient_accumulation_steps=2)
     model: Any = nn.Linear(4, 1)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler: Any = LinearLR(optimizer, start_factor=1.0, end_factor=1e-9, total_iters=100)
@@ -211,7 +231,10 @@ def schedule(strategy: str) -> tuple[list[float], int]:
     return [rates[0], rates[100], rates[198], scheduler.get_last_lr()[0]], taken
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "single"), (2, "ddp"), (2, "fsdp"), (4, "ddp")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [(1, "single"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), *with_deepspeed([(2, f"zero{stage}") for stage in range(4)])],
+)
 def test_a_schedule_of_100_steps_ends_at_step_100(ranks: int, strategy: str) -> None:
     for rates, taken in run_on_ranks(ranks, schedule, strategy):
         assert taken == 100

@@ -27,12 +27,13 @@ from paceline import (
 from paceline.config import resolve
 from paceline.errors import ConfigError, NotBuiltError, PacelineError, PrepareError
 from paceline.strategies import load_strategy
+from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
 from tests.support.models import TinyTransformer
 from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import Numbers
 
 
-def make(**arguments: Any) -> Accelerator:
+def make_plain(**arguments: Any) -> Accelerator:
     return Accelerator(cpu=True, **arguments)
 
 
@@ -40,7 +41,7 @@ def make(**arguments: Any) -> Accelerator:
 
 
 def exchange() -> dict[str, Any]:
-    one = make()
+    one = make_plain()
     rank = one.process_index
     mine = torch.tensor([float(rank), 10.0 + rank])
     found: dict[str, Any] = {
@@ -81,7 +82,7 @@ def test_exchanges() -> None:
 
 
 def triggers() -> list[bool]:
-    one = make()
+    one = make_plain()
     seen = [one.check_trigger()]
     if one.process_index == 1:
         one.set_trigger()
@@ -96,7 +97,7 @@ def test_a_trigger_on_one_rank_is_seen_by_all_once() -> None:
 
 
 def only(folder: str) -> dict[str, Any]:
-    one = make()
+    one = make_plain()
     rank = one.process_index
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -137,7 +138,7 @@ def test_ranks_of_their_own(tmp_path: Path) -> None:
 
 
 def in_order() -> dict[str, Any]:
-    one = make(strategy="ddp")
+    one = make_plain(strategy="ddp")
     model: Any = nn.Linear(2, 2)
     raw = torch.optim.SGD(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(raw)
@@ -180,7 +181,7 @@ def test_prepare_keeps_the_order_and_leaves_the_rest_alone() -> None:
 
 
 def after_freeing(strategy: str) -> float:
-    one = make(strategy=strategy)
+    one = make(strategy)
     for _ in range(2):
         model: Any = nn.Linear(2, 2)
         model, optimizer = one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -190,29 +191,31 @@ def after_freeing(strategy: str) -> float:
     return 1.0
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZERO_STAGES])
 def test_training_goes_on_after_memory_was_freed(strategy: str) -> None:
     assert run_on_ranks(2, after_freeing, strategy) == [1.0, 1.0]
 
 
-def clipped_and_cast() -> list[Any]:
-    one = make(strategy="ddp", mixed_precision="bf16")
-    model: Any = one.prepare(nn.Linear(2, 1, bias=False))
+def clipped_and_cast(strategy: str) -> list[Any]:
+    one = make(strategy, mixed_precision="bf16")
+    model: Any = nn.Linear(2, 1, bias=False)
+    model, _ = one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     one.backward(model(torch.tensor([[8.0, 0.25]])).sum())
     one.clip_grad_value_(model.parameters(), 1.0)
     plain = nn.Linear(2, 1)
     with one.autocast():
         inside = plain(torch.ones(1, 2)).dtype
     outside = plain(torch.ones(1, 2)).dtype
-    return [model.module.weight.grad.tolist(), str(inside), str(outside)]
+    return [whole_gradients(one, model)["weight"].tolist(), str(inside), str(outside)]
 
 
-def test_clipping_values_and_autocast() -> None:
-    assert run_on_ranks(2, clipped_and_cast) == [[[[1.0, 0.25]], "torch.bfloat16", "torch.float32"]] * 2
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZERO_STAGES])
+def test_clipping_values_and_autocast(strategy: str) -> None:
+    assert run_on_ranks(2, clipped_and_cast, strategy) == [[[[1.0, 0.25]], "torch.bfloat16", "torch.float32"]] * 2
 
 
 def joined() -> tuple[int, list[float], bool]:
-    one = make(strategy="ddp")
+    one = make_plain(strategy="ddp")
     model: Any = nn.Linear(1, 1, bias=False)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01)
     data: Any = DataLoader(TensorDataset(torch.arange(5.0)[:, None]), batch_size=1)
@@ -235,7 +238,7 @@ def test_ranks_with_fewer_batches_follow_along() -> None:
 
 
 def traced(folder: str) -> None:
-    one = make(kwargs_handlers=[ProfileKwargs(activities=("cpu",), output_trace_dir=folder)])
+    one = make_plain(kwargs_handlers=[ProfileKwargs(activities=("cpu",), output_trace_dir=folder)])
     with one.profile() as profiler:
         torch.ones(8, 8) @ torch.ones(8, 8)
     assert any("mm" in event.key for event in profiler.key_averages())
@@ -252,17 +255,22 @@ def test_each_rank_writes_its_trace(tmp_path: Path) -> None:
 
 
 def described(strategy: str) -> tuple[str, str]:
-    one = make(strategy=strategy, mixed_precision="bf16", gradient_accumulation_steps=3)
+    one = make(strategy, mixed_precision="bf16", gradient_accumulation_steps=3)
     model: Any = TinyTransformer()
-    one.prepare(model, DataLoader(Numbers(64), batch_size=4))
+    one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(Numbers(64), batch_size=4))
     return one.describe(), str(one.distributed_type)
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [("ddp", "MULTI_CPU"), ("fsdp", "FSDP")])
+@pytest.mark.parametrize(
+    ("strategy", "kind"),
+    [("ddp", "MULTI_CPU"), ("fsdp", "FSDP"), *with_deepspeed([("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED")])],
+)
 def test_a_run_describes_itself(strategy: str, kind: str) -> None:
     text, told = run_on_ranks(2, described, strategy)[0]
     assert told == kind
-    assert f"{strategy}: asked for by" in text
+    name = "deepspeed" if "zero" in strategy else strategy
+    assert f"{name}: asked for by" in text
+    assert name == strategy or f"ZeRO stage {strategy[-1]}" in text
     assert "an optimizer step takes 24 samples = 8 x 3 micro-batches" in text
     assert "bf16" in text
     assert "gloo" in text
@@ -271,9 +279,9 @@ def test_a_run_describes_itself(strategy: str, kind: str) -> None:
 
 def own_class() -> list[str]:
     cls = load_strategy("fsdp")
-    one = make(strategy=cls)
+    one = make_plain(strategy=cls)
     with pytest.raises(PrepareError, match="derived from"):
-        make(strategy=lambda around: "nothing")
+        make_plain(strategy=lambda around: "nothing")
     return [one.strategy.name, str(one.distributed_type == DistributedType.FSDP), one.describe()]
 
 
@@ -287,10 +295,10 @@ def contradicted() -> list[str]:
     launched = resolve(flags={"mixed_precision": "bf16"}, env={}, file=None)
     os.environ["PACELINE_CONFIG"] = launched.to_json()
     try:
-        assert make().mixed_precision == "bf16"
-        assert make(mixed_precision="bf16").mixed_precision == "bf16"
+        assert make_plain().mixed_precision == "bf16"
+        assert make_plain(mixed_precision="bf16").mixed_precision == "bf16"
         with pytest.raises(ConfigError) as error:
-            make(mixed_precision="fp16", strategy="ddp")
+            make_plain(mixed_precision="fp16", strategy="ddp")
     finally:
         del os.environ["PACELINE_CONFIG"]
     return [str(problem) for problem in error.value.problems]
@@ -326,5 +334,5 @@ def test_a_script_that_contradicts_its_launcher() -> None:
 )
 def test_what_the_constructor_refuses(arguments: dict[str, Any], error: type[PacelineError], said: str) -> None:
     with pytest.raises(error) as raised:
-        make(**arguments)
+        make_plain(**arguments)
     assert said in str(raised.value)

@@ -26,6 +26,7 @@ from paceline.errors import (
     UnknownBlockError,
     UnusedParametersError,
 )
+from tests.support.engines import ZERO_STAGES, make, needs_deepspeed, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
@@ -43,7 +44,7 @@ def step(accelerator: Accelerator, model: Any, optimizer: Any, shift: int = 0) -
 
 
 def trained(strategy: str, order: str) -> list[float]:
-    accelerator = Accelerator(cpu=True, strategy=strategy)
+    accelerator = make(strategy)
     model: Any = TinyTransformer()
     match order:
         case "together":
@@ -69,6 +70,27 @@ def test_the_order_of_model_and_optimizer_does_not_matter(strategy: str) -> None
     losses = [run_on_ranks(2, trained, strategy, order)[0] for order in orders]
     assert all(one == pytest.approx(losses[0], abs=1e-6) for one in losses[1:])
     assert losses[0][0] != losses[0][-1]
+
+
+@pytest.mark.parametrize("strategy", ZERO_STAGES)
+def test_an_optimizer_may_come_before_its_model(strategy: str) -> None:
+    plain = run_on_ranks(2, trained, "ddp", "together")[0]
+    for order in ("together", "optimizer first"):
+        assert run_on_ranks(2, trained, strategy, order)[0] == pytest.approx(plain, abs=1e-5)
+
+
+def too_late(order: str) -> str:
+    with pytest.raises(PrepareError) as error:
+        trained("zero2", order)
+    return str(error.value)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("order", ["model first", "made after"])
+def test_deepspeed_takes_model_and_optimizer_together(order: str) -> None:
+    for message in run_on_ranks(2, too_late, order):
+        assert "TinyTransformer was prepared with 0 optimizers of its parameters" in message
+        assert "prepare(model, optimizer)" in message
 
 
 def optimizer_state_follows() -> list[str]:
@@ -125,7 +147,7 @@ def test_ranks_without_values_get_them_from_rank_0() -> None:
 
 
 def refused(case: str, strategy: str) -> str:
-    accelerator = Accelerator(cpu=True, strategy=strategy)
+    accelerator = make(strategy)
     model: Any = TinyTransformer()
     error: Any
     match case:
@@ -150,7 +172,7 @@ def refused(case: str, strategy: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZERO_STAGES])
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -289,8 +311,9 @@ def test_units_are_found_and_told(settings: dict[str, Any], units: str) -> None:
 
 
 def clip_some(strategy: str, norm_type: float) -> float:
-    accelerator = Accelerator(cpu=True, strategy=strategy)
-    model: Any = accelerator.prepare(TinyTransformer())
+    accelerator = make(strategy)
+    model: Any = TinyTransformer()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     tokens = make_tokens(4)[accelerator.process_index :: accelerator.num_processes]
     accelerator.backward(token_losses(model(tokens), tokens).mean())
     some = [p for name, p in model.named_parameters() if "blocks.1" in name or name.endswith("norm.weight")]
@@ -304,6 +327,14 @@ def test_the_norm_of_a_subset_is_global(norm_type: float) -> None:
     for ranks in (2, 4):
         for got in run_on_ranks(ranks, clip_some, "fsdp", norm_type):
             assert got == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+@pytest.mark.parametrize("strategy", ZERO_STAGES)
+def test_the_norm_of_a_subset_is_global_under_zero(strategy: str, norm_type: float) -> None:
+    wanted = run_on_ranks(1, clip_some, "single", norm_type)[0]
+    for got in run_on_ranks(2, clip_some, strategy, norm_type):
+        assert got == pytest.approx(wanted, rel=1e-5)
 
 
 # auto
@@ -409,13 +440,16 @@ def test_freeing_memory_keeps_the_settings() -> None:
 
 def compiled(strategy: str, regional: bool) -> list[float]:
     plugin = TorchDynamoPlugin(backend="eager", use_regional_compilation=regional)
-    accelerator = Accelerator(cpu=True, strategy=strategy, dynamo_plugin=plugin)
+    accelerator = make(strategy, dynamo_plugin=plugin)
     model: Any = TinyTransformer()
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     return [step(accelerator, model, optimizer, i) for i in range(3)]
 
 
-@pytest.mark.parametrize(("strategy", "regional"), [("ddp", False), ("ddp", True), ("fsdp", True)])
+@pytest.mark.parametrize(
+    ("strategy", "regional"),
+    [("ddp", False), ("ddp", True), ("fsdp", True), *with_deepspeed([("zero2", False), ("zero3", True)])],
+)
 def test_compiled_models_train_alike(strategy: str, regional: bool) -> None:
     plain = run_on_ranks(2, trained, strategy, "together")[0][:3]
     assert run_on_ranks(2, compiled, strategy, regional)[0] == pytest.approx(plain, abs=1e-5)
@@ -425,14 +459,15 @@ def test_compiled_models_train_alike(strategy: str, regional: bool) -> None:
 
 
 def saved(folder: str, strategy: str, shard_size: int) -> dict[str, torch.Tensor]:
-    accelerator = Accelerator(cpu=True, strategy=strategy, mixed_precision="bf16")
-    model = accelerator.prepare(TinyTransformer())
+    accelerator = make(strategy, mixed_precision="bf16")
+    model: Any = TinyTransformer()
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     accelerator.save_model(model, folder, max_shard_size=shard_size)
     return accelerator.get_state_dict(model)
 
 
 @pytest.mark.parametrize("shard_size", [10**9, 4096], ids=["one file", "many files"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZERO_STAGES])
 def test_saved_weights_are_safetensors(tmp_path: Path, strategy: str, shard_size: int) -> None:
     state = run_on_ranks(2, saved, str(tmp_path), strategy, shard_size)[0]
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -443,6 +478,8 @@ def test_saved_weights_are_safetensors(tmp_path: Path, strategy: str, shard_size
     assert not list(tmp_path.glob("*.partial"))
     assert set(state) - set(loaded) == {"head.weight"}, "the tie is written once"
     assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+    first = TinyTransformer().state_dict()
+    assert all(torch.equal(state[name], first[name]) for name in state), "nothing was rounded to 16 bits"
 
 
 def unwritable(folder: str) -> str:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from paceline.checkpoint.parts import OptimizerState, Part
 from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
-from paceline.errors import MissingExtraError, PrecisionError, PrepareError, StateError, SteppingError, named
+from paceline.errors import ForeignOptimizerError, MissingExtraError, PrecisionError, PrepareError, StateError, SteppingError, named
 from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy, check_trainable, multiply, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
@@ -159,9 +159,11 @@ class DeepSpeedStrategy(Strategy):
             prepared.append(self._build(model, optimizer, move=move))
             self._models.append(model)
             self._parameters = None
-        if free and not models:
+        # An optimizer may wait for its model; one whose model has an engine already comes too late.
+        late = next((optimizer for optimizer in free if any(_holds(optimizer, b.model) for b in self._engines)), None)
+        if late is not None:
             raise PrepareError(
-                f"{type(free[0]).__name__} was prepared apart from its model",
+                f"{type(late).__name__} was prepared after its model",
                 "DeepSpeed's engine is built from a model and its optimizer together",
                 "Pass both to one call: prepare(model, optimizer)",
             )
@@ -169,11 +171,12 @@ class DeepSpeedStrategy(Strategy):
 
     def _optimizer_for(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer:
         own = {id(p) for p in model.parameters()}
-        matching = [o for o in optimizers if any(id(p) in own for group in o.param_groups for p in group["params"])]
-        if len(matching) == 1:
-            held = [p for group in matching[0].param_groups for p in group["params"]]
-            if all(id(p) in own for p in held):
-                return matching[0]
+        matching = [optimizer for optimizer in optimizers if _holds(optimizer, model)]
+        if len(matching) == 1 and all(id(p) in own for p in _parameters_in(matching[0])):
+            return matching[0]
+        if len(optimizers) == 1 and not matching:
+            held = _parameters_in(optimizers[0])
+            raise ForeignOptimizerError([tuple(p.shape) for p in held], len(held))
         saw = f"{type(model).__name__} was prepared with {len(matching)} optimizers of its parameters"
         if len(matching) == 1:
             saw = f"{type(matching[0]).__name__} holds parameters of {type(model).__name__} and of other models"
@@ -794,6 +797,16 @@ class DeepSpeedStrategy(Strategy):
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
         return table
+
+
+def _parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _holds(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer updates any parameter of a model."""
+    own = {id(p) for p in model.parameters()}
+    return any(id(p) in own for p in _parameters_in(optimizer))
 
 
 def _scaler_state(optimizer: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Everything that must be seen on accelerators, in one run: tests, the demo, and the cost of a step.
 
+DeepSpeed's part is skipped where it is not installed.
+
     python tests/gpu/check.py
 
 Prints tables in Markdown; `benchmarks/RESULTS.md` keeps them with the hardware and the versions.
@@ -8,6 +10,7 @@ Prints tables in Markdown; `benchmarks/RESULTS.md` keeps them with the hardware 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
@@ -27,13 +30,15 @@ LAUNCHES = {
     "all devices, FSDP2": ["--use_fsdp"],
     "all devices, FSDP2, bf16": ["--use_fsdp", "--mixed_precision", "bf16"],
     "all devices, FSDP2, fp16": ["--use_fsdp", "--mixed_precision", "fp16"],
+    "all devices, ZeRO-2, bf16": ["--use_deepspeed", "--zero_stage", "2", "--mixed_precision", "bf16"],
+    "all devices, ZeRO-3, bf16": ["--use_deepspeed", "--zero_stage", "3", "--mixed_precision", "bf16"],
 }
 
 
 def main() -> int:
     """Run what was asked for; the exit code is that of the tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "demo", "overhead"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "demo", "overhead", "deepspeed"])
     parser.add_argument("--demos", default="", help="only the launches whose name ends so")
     args = parser.parse_args()
     skip = args.skip
@@ -44,6 +49,8 @@ def main() -> int:
         print_demos(count, args.demos)
     if "overhead" not in skip:
         run([sys.executable, "benchmarks/step_overhead.py"], show=True)
+    if "deepspeed" not in skip and count > 1:
+        run([sys.executable, "benchmarks/deepspeed.py"], show=True)
     return code
 
 
@@ -57,7 +64,8 @@ def print_demos(count: int, only: str) -> None:
     """Run the language model in every way, in one table."""
     print("\n| launch | validation loss | tokens/s | peak GB a rank | seconds |\n|---|---|--:|--:|--:|")
     for name, flags in LAUNCHES.items():
-        if (name.startswith("all") and count < 2) or not name.endswith(only):
+        absent = "ZeRO" in name and importlib.util.find_spec("deepspeed") is None
+        if absent or (name.startswith("all") and count < 2) or not name.endswith(only):
             continue
         started = time.perf_counter()
         command = [sys.executable, "-m", "paceline", "launch", *flags, "examples/language_model.py", *DEMO]

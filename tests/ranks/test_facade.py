@@ -318,7 +318,11 @@ def test_a_script_that_contradicts_its_launcher() -> None:
         ({"log_with": "tensorboard"}, NotBuiltError, "log_with='tensorboard'"),
         ({"mixed_precision": "fp8"}, PacelineError, "fp8"),
         ({"mixed_precision": "bf61"}, PacelineError, "did you mean bf16?"),
-        ({"deepspeed_plugin": DeepSpeedPlugin(zero_stage=3), "strategy": "ddp"}, ConfigError, "nothing reads zero_stage"),
+        (
+            {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=3), "strategy": "ddp"},
+            ConfigError,
+            "nothing reads zero_stage",
+        ),
         ({"kwargs_handlers": [GradScalerKwargs(), GradScalerKwargs()]}, ConfigError, "two GradScalerKwargs"),
         ({"kwargs_handlers": [DataLoaderConfiguration()]}, ConfigError, "a DataLoaderConfiguration"),
         ({"rng_types": ["torch"]}, ConfigError, "rng_types"),

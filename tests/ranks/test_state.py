@@ -22,6 +22,7 @@ from tests.support.training import (
     Layout,
     build,
     make_optimizer,
+    with_small_scale,
 )
 
 FSDP_OFFLOADED = Layout("fsdp2-offloaded", 2, "fsdp", {"cpu_offload": True})
@@ -48,8 +49,12 @@ OPTIMIZERS: dict[str, Any] = {
 class Run:
     """One training that can be stopped between any two steps."""
 
-    def __init__(self, layout: Layout, optimizer: str = "adamw", seed: int = 0) -> None:
-        self.accelerator = build(layout, "cpu")
+    def __init__(
+        self, layout: Layout, optimizer: str = "adamw", seed: int = 0, device: str = "cpu", precision: str = "no"
+    ) -> None:
+        if layout.strategy == "deepspeed" and precision == "fp16":
+            layout = with_small_scale(layout)
+        self.accelerator = build(layout, device, mixed_precision=precision)
         model = TinyTransformer(seed=seed)
         made = OPTIMIZERS[optimizer](model)
         self.model: Any
@@ -59,7 +64,7 @@ class Run:
         size, rank = self.accelerator.num_processes, self.accelerator.process_index
         losses = []
         for step in range(first, first + count):
-            batch = make_tokens(8, seed=step).chunk(size)[rank]
+            batch = make_tokens(8, seed=step).chunk(size)[rank].to(self.accelerator.device)
             loss = token_losses(self.model(batch), batch).mean()
             self.accelerator.backward(loss)
             self.optimizer.step()
@@ -68,18 +73,22 @@ class Run:
         return losses
 
 
-def run_and_save(layout: Layout, optimizer: str = "adamw") -> tuple[Whole, list[float]]:
-    run = Run(layout, optimizer)
+def run_and_save(
+    layout: Layout, optimizer: str = "adamw", device: str = "cpu", precision: str = "no"
+) -> tuple[Whole, list[float]]:
+    run = Run(layout, optimizer, device=device, precision=precision)
     run.steps(0, BEFORE)
     state = take_state(run.accelerator)
     return state, run.steps(BEFORE, AFTER)
 
 
-def load_and_go_on(layout: Layout, state: Whole, optimizer: str = "adamw") -> tuple[Whole, list[float]]:
-    run = Run(layout, optimizer, seed=9)
+def load_and_go_on(
+    layout: Layout, state: Whole, optimizer: str = "adamw", device: str = "cpu"
+) -> tuple[Whole, list[float]]:
+    run = Run(layout, optimizer, seed=9, device=device)
     # A forward leaves whole copies of parameters behind in some layouts; they must not outlive the load.
     with torch.no_grad():
-        run.model(make_tokens(2))
+        run.model(make_tokens(2).to(run.accelerator.device))
     put_state(run.accelerator, state)
     return take_state(run.accelerator), run.steps(BEFORE, AFTER)
 

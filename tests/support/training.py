@@ -108,7 +108,7 @@ def train(
     if layout.strategy != "deepspeed":
         arguments["kwargs_handlers"] = [GradScalerKwargs(init_scale=256.0)]
     elif precision == "fp16":
-        layout = replace(layout, plugin=_with_small_scale(layout.plugin or {}))
+        layout = with_small_scale(layout)
     accelerator = build(layout, device, **arguments)
     tokens = make_tokens(STEPS * GLOBAL_BATCH)
     model: Any = TinyTransformer(seed=accelerator.process_index)  # rank 0's values must win
@@ -132,10 +132,12 @@ def train(
     return Trained(losses, norms, weights)
 
 
-def _with_small_scale(plugin: dict[str, Any]) -> dict[str, Any]:
-    zero = {"stage": plugin["zero_stage"]}
+def with_small_scale(layout: Layout) -> Layout:
+    """A layout of DeepSpeed that starts fp16 without a skipped step."""
+    plugin = layout.plugin or {}
     fp16 = {"enabled": True, "initial_scale_power": 8}
-    return {**plugin, "hf_ds_config": {"zero_optimization": zero, "fp16": fp16}}
+    described = {"zero_optimization": {"stage": plugin["zero_stage"]}, "fp16": fp16}
+    return replace(layout, plugin={**plugin, "hf_ds_config": described})
 
 
 def train_plainly(device: str = "cpu") -> Trained:

@@ -11,6 +11,7 @@ import copy
 import logging
 import os
 import shutil
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,15 @@ from typing_extensions import override
 from paceline.checkpoint.parts import OptimizerState, Part
 from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
-from paceline.errors import ForeignOptimizerError, MissingExtraError, PrecisionError, PrepareError, StateError, SteppingError, named
+from paceline.errors import (
+    ForeignOptimizerError,
+    MissingExtraError,
+    PrecisionError,
+    PrepareError,
+    StateError,
+    SteppingError,
+    named,
+)
 from paceline.precision import autocast_forward
 from paceline.strategies.base import DistributedType, Strategy, check_trainable, multiply, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
@@ -33,8 +42,9 @@ from paceline.strategies.transformers_init import announce
 from paceline.strategies.zero import norm_of, partitions_of, piece_of
 
 try:
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
+
+    import deepspeed
 except ImportError as error:
     raise MissingExtraError("deepspeed", "deepspeed", "strategy='deepspeed'") from error
 
@@ -195,7 +205,7 @@ class DeepSpeedStrategy(Strategy):
                 "Leave device_placement out",
             )
         groups = [list(group["params"]) for group in optimizer.param_groups]
-        dtypes = {id(p): p.dtype for p in model.parameters()}
+        dtypes = {id(p): self._dtype_of(p) for p in model.parameters()}
         exact = self._exact_values(model)
         known = Known(
             world_size=self.around.group.size,
@@ -206,6 +216,7 @@ class DeepSpeedStrategy(Strategy):
         )
         self._settings = resolve_settings(self._plugin, self.around.config, known)
         self._check_compiler(optimizer)
+        self._check_disk()
         self._mark_leaves(model)
         _configure_checkpointing(self._settings)
         stand_in = isinstance(optimizer, DummyOptim)
@@ -223,6 +234,11 @@ class DeepSpeedStrategy(Strategy):
         self._restore_exact(bound, exact)
         prepared: nn.Module = engine
         return prepared
+
+    def _dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
+        """The dtype to save a parameter in: its own, but that one built sharded got 16 bits from the engine only."""
+        own = parameter.dtype
+        return torch.float32 if hasattr(parameter, "ds_id") and own == self._dtype else own
 
     def _initialize(self, **arguments: Any) -> Any:
         return deepspeed.initialize(**arguments)[0]
@@ -305,6 +321,29 @@ class DeepSpeedStrategy(Strategy):
                 f"The DeepSpeed configuration asks for its own {kind}, and {' and '.join(missing)} is not on PATH",
                 "DeepSpeed compiles that optimizer when it is first used",
                 'Install them, write "torch_adam": true into optimizer.params, or pass an optimizer of torch',
+            )
+
+    def _check_disk(self) -> None:
+        """Say what is missing before DeepSpeed builds the operation that reads and writes NVMe.
+
+        Raises:
+            PrepareError: The configuration offloads to NVMe, and this machine cannot compile for it.
+        """
+        zero = self._settings["zero_optimization"]
+        parts = [part for part in ("optimizer", "param") if zero.get(f"offload_{part}", {}).get("device") == "nvme"]
+        if not parts:
+            return
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        with warnings.catch_warnings():
+            # The check compiles with distutils, which warns about itself.
+            warnings.simplefilter("ignore")
+            fits = AsyncIOBuilder().is_compatible(verbose=False)
+        if not fits:
+            raise PrepareError(
+                f"offload_{parts[0]}_device is nvme",
+                "DeepSpeed compiles its operation async_io for that, and the headers or the library libaio are missing",
+                "Install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu",
             )
 
     def _mark_leaves(self, model: nn.Module) -> None:

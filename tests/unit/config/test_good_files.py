@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from paceline.config import FullyShardedDataParallelPlugin, RunConfig
-from tests.unit.config.files import DEEPSPEED, FOUNDING, FSDP1, answers, problems, read
+from tests.unit.config.files import DEEPSPEED, FOUNDING, FSDP1, answers, read
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,6 @@ from paceline.errors import PrepareError
 from paceline.strategies import DistributedType, Strategy, load_strategy, strategy_names
 from tests.support.engines import with_deepspeed
 
-
 NAMES = ["single", "ddp", "fsdp", *with_deepspeed(["deepspeed"])]
 
 

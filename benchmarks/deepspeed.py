@@ -79,8 +79,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape [batch, length, width] to the same."""
         batch, length, width = x.shape
-        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -190,6 +190,8 @@ class FacadeContender(Contender):
     """The loop that paceline and Accelerate share, word for word."""
 
     accelerator: Any
+    model: Any
+    optimizer: Any
 
     def step(self) -> Tensor:
         """See `Contender.step`."""

@@ -66,7 +66,10 @@ def test_low_precision_stays_near_fp32(plain: Trained, layout: Layout, precision
 
 def overflow(stage: int, offload: bool) -> list[tuple[bool, float, bool]]:
     """In step 1 the gradient of the last rank alone overflows."""
-    described = {"zero_optimization": {"stage": stage}, "fp16": {"enabled": True, "initial_scale_power": 8}}
+    described: dict[str, Any] = {
+        "zero_optimization": {"stage": stage},
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+    }
     if offload:
         described["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     accelerator = Accelerator(mixed_precision="fp16", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))

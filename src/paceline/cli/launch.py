@@ -62,11 +62,17 @@ def command(
         for note in resolved.notes:
             click.echo(f"paceline: {note}", err=True)
     # The help, and a configuration that cannot work, come without importing torch.
-    from paceline.launch import Command, launch, plan
+    from paceline.launch import Command, launch, launch_machines, plan, plan_machines
 
     kind: Any = "module" if module else "program" if no_python else "script"
     what = Command(script=script, arguments=arguments, kind=kind)
+    several = resolved.config.spans_machines
     if dry_run:
-        click.echo(str(plan(resolved, what, os.environ)))
+        click.echo(str((plan_machines if several else plan)(resolved, what, os.environ)))
+        return
+    if several:
+        if log_dir is not None:
+            raise click.UsageError("--log_dir: DeepSpeed's launcher starts the ranks; each writes to the console.")
+        launch_machines(resolved, what, env=os.environ)
         return
     launch(resolved, what, env=os.environ, log_dir=log_dir, tee=tee)

@@ -30,7 +30,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     """
     file = find_config_file(os.environ, config_file)
     resolved = resolve(flags=flags, env=os.environ, file=file)
-    if resolved.config.num_processes is None:
+    if resolved.config.num_processes is None and not resolved.config.spans_machines:
         # torch is imported here, and only then.
         from paceline.launch.detection import detect
 

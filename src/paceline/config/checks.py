@@ -118,7 +118,7 @@ def _tpu(facts: Facts) -> Iterator[Problem]:
 
 def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
     config = facts.config
-    if config.num_machines > 1:
+    if config.num_machines > 1 and not _deepspeed_starts_machines(config):
         todo = "write num_machines: 1, or start each machine with torchrun"
         yield _not_built(facts.where("num_machines"), "num_machines", config.num_machines, todo)
     if config.mixed_precision == "fp8":
@@ -128,6 +128,11 @@ def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
         yield _not_built(facts.where(key), key, "true", "write false, or start the launcher under numactl")
     for key in facts.keys_in("mpirun_config"):
         yield _not_built(facts.where(key), key, "starting processes by mpirun", "remove mpirun_config")
+
+
+def _deepspeed_starts_machines(config: RunConfig) -> bool:
+    plugin = config.deepspeed_config
+    return plugin is not None and plugin.deepspeed_multinode_launcher != "standard"
 
 
 def _unbuilt_sizes(facts: Facts) -> Iterator[Problem]:
@@ -170,11 +175,24 @@ def _unused_keys(facts: Facts) -> Iterator[Problem]:
             if facts.differs(key):
                 what = f"{getattr(config, key)} is not used"
                 yield Problem(facts.where(key), key, what, "there is one machine", "remove the key")
+        yield from _unused_host_keys(facts)
     keys = facts.keys_in("fp8_config")
     if keys and config.mixed_precision != "fp8" and "mixed_precision" not in facts.broken:
         names = ", ".join(key.rpartition(".")[2] for key in keys)
         why = f"mixed_precision is {config.mixed_precision}"
         yield Problem(facts.where(keys[0]), "fp8_config", f"nothing reads {names}", why, "remove the section")
+
+
+def _unused_host_keys(facts: Facts) -> Iterator[Problem]:
+    """What narrows a host file down, where nobody names one."""
+    plugin = facts.config.deepspeed_config
+    if plugin is None or plugin.deepspeed_hostfile is not None:
+        return
+    for name in ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter"):
+        if getattr(plugin, name) is not None:
+            key = f"deepspeed_config.{name}"
+            what = f"{getattr(plugin, name)} is not used"
+            yield Problem(facts.where(key), key, what, "there is one machine", "set deepspeed_hostfile, or remove it")
 
 
 def _devices(facts: Facts) -> Iterator[Problem]:

@@ -136,3 +136,11 @@ class RunConfig(Section):
     dynamo_config: TorchDynamoPlugin = Field(default_factory=TorchDynamoPlugin, description="How models are compiled.")
     mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts processes.")
     megatron_lm_config: MegatronLMConfig | None = Field(None, description="How Megatron-LM would divide the model.")
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether DeepSpeed's launcher has to start the ranks: there are several machines, or a host file."""
+        plugin = self.deepspeed_config
+        if plugin is None or plugin.deepspeed_multinode_launcher == "standard":
+            return False
+        return self.num_machines > 1 or plugin.deepspeed_hostfile is not None

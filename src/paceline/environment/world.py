@@ -95,14 +95,15 @@ def _read_torchrun(env: Mapping[str, str]) -> World | None:
             f"or unset {', '.join(name for name in needed if env.get(name))} to run one process",
         )
     rank, size, local_rank = (_integer(env, name) for name in needed)
-    local_size = _integer(env, "LOCAL_WORLD_SIZE", size)
+    # DeepSpeed's launcher sets the same three, and calls the rest by names of its own.
+    local_size = _integer(env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", size))
     return World(
         rank=rank,
         size=size,
         local_rank=local_rank,
         local_size=local_size,
-        node_rank=_integer(env, "GROUP_RANK", rank // max(local_size, 1)),
-        num_nodes=_integer(env, "GROUP_WORLD_SIZE", _ceil_div(size, local_size)),
+        node_rank=_integer(env, "GROUP_RANK", _integer(env, "CROSS_RANK", rank // max(local_size, 1))),
+        num_nodes=_integer(env, "GROUP_WORLD_SIZE", _integer(env, "CROSS_SIZE", _ceil_div(size, local_size))),
         source="torchrun",
         main_address=_main_address(env, alone=local_size >= size),
         main_port=_port(env, DEFAULT_PORT),

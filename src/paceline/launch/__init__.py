@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from paceline.launch.command import Command
     from paceline.launch.detection import detect
     from paceline.launch.launcher import launch
+    from paceline.launch.machines import launch_machines, plan_machines
     from paceline.launch.planning import Plan, plan
 
-__all__ = ["Command", "Plan", "detect", "launch", "plan"]
+__all__ = ["Command", "Plan", "detect", "launch", "launch_machines", "plan", "plan_machines"]
 
 
 def __getattr__(name: str) -> object:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> object:
             from paceline.launch import planning
 
             return getattr(planning, name)
+        case "launch_machines" | "plan_machines":
+            from paceline.launch import machines
+
+            return getattr(machines, name)
         case "detect":
             from paceline.launch.detection import detect
 

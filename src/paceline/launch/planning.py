@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paceline.config import Resolved, RunConfig
     from paceline.launch.command import Command
 
-__all__ = ["Plan", "PlannedRank", "plan"]
+__all__ = ["Plan", "PlannedRank", "engine_variables", "plan", "refuse_inside_a_launch", "thread_variables"]
 
 _WORKER = "paceline.launch.worker"
 
@@ -87,7 +87,7 @@ def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
         UsageError: There is nothing to run under that name, or this is a launched process itself.
         NotBuiltError: More than one machine.
     """
-    _refuse_inside_a_launch(env)
+    refuse_inside_a_launch(env)
     check_command(command, env)
     config = resolved.config
     if config.num_machines != 1:
@@ -107,7 +107,8 @@ def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
     address = config.main_process_ip or "127.0.0.1"
     shared = {
         **_device_variables(config),
-        **_thread_variables(config, size, env),
+        **engine_variables(config),
+        **thread_variables(config, size, env),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": address,
         "PACELINE_CONFIG": resolved.to_json(),
@@ -148,7 +149,14 @@ def _device_ids(config: RunConfig) -> tuple[str, ...]:
     return () if config.gpu_ids in (None, "all") else tuple(str(config.gpu_ids).split(","))
 
 
-def _thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> dict[str, str]:
+def engine_variables(config: RunConfig) -> dict[str, str]:
+    """What an engine must know before it is imported: DeepSpeed takes any accelerator that it finds by then."""
+    if config.strategy == "deepspeed" and (config.use_cpu or count_accelerators()[0] is None):
+        return {"DS_ACCELERATOR": "cpu"}
+    return {}
+
+
+def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> dict[str, str]:
     """Share the cores out: left alone, each of the N processes would start a thread for every core."""
     if config.num_cpu_threads_per_process is not None:
         return {"OMP_NUM_THREADS": str(config.num_cpu_threads_per_process)}
@@ -157,7 +165,8 @@ def _thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> d
     return {"OMP_NUM_THREADS": str(max(1, core_count() // size))}
 
 
-def _refuse_inside_a_launch(env: Mapping[str, str]) -> None:
+def refuse_inside_a_launch(env: Mapping[str, str]) -> None:
+    """Raise `UsageError` when this process is one of several that something else launched."""
     try:
         world = World.read(env)
     except WorldError:  # left-overs in a shell; the ranks get variables of their own

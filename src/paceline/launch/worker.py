@@ -7,6 +7,7 @@ paceline, and no module that the script could do without.
 
 from __future__ import annotations
 
+import base64
 import builtins
 import contextlib
 import importlib.machinery
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["main"]
+__all__ = ["main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,6 +53,11 @@ def main(arguments: Sequence[str]) -> None:
     if rest[0] == "--parent":
         _die_with(int(rest[1]))
         del rest[:2]
+    if rest[0] == "--packed":
+        variables, rest = unpack(rest[1])
+        os.environ.update(variables)
+        # It was started by its path; modules of the script's are looked for as under `python -m`.
+        sys.path[0] = str(Path.cwd())
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         os.execvp(rest[0], rest)
@@ -73,6 +79,18 @@ def main(arguments: Sequence[str]) -> None:
         _tell_hook(error)
         _leave(error, 1)
         sys.exit(1)
+
+
+def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:
+    """Variables and arguments of this module as one word that no shell reads anything into."""
+    text = json.dumps([dict(variables), list(arguments)])
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def unpack(word: str) -> tuple[dict[str, str], list[str]]:
+    """Return what `pack` packed."""
+    variables, arguments = json.loads(base64.urlsafe_b64decode(word))
+    return variables, arguments
 
 
 def _die_with(parent: int) -> None:
@@ -148,10 +166,12 @@ def _leave(error: BaseException, code: int) -> None:
     # Exit handlers look here, as after any uncaught exception: they must not wait for other ranks now.
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path:
-        return
     own = _own_traceback(error)
     text = "".join(traceback.format_exception(type(error), error.with_traceback(own), own))
+    if not path:
+        # Another launcher started this rank: nobody else would tell.
+        print(text, file=sys.stderr, end="", flush=True)
+        return
     headline = traceback.format_exception_only(type(error), error)[-1].strip()
     account = {
         "message": {

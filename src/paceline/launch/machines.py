@@ -1,0 +1,265 @@
+"""Starting ranks on several machines by DeepSpeed's own launcher, from its host file.
+
+DeepSpeed's classes make the command for each launcher that it knows: pdsh, Open MPI, MPICH, MVAPICH and Slurm reach
+the other machines by themselves; under `nossh` the same command is given on every machine, with its `machine_rank`.
+What paceline adds travels packed in one word, so that no shell on the way reads the configuration or the script's
+arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import paceline.launch.worker as worker_module
+from paceline.config import DeepSpeedPlugin
+from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError, WorkerError
+from paceline.launch.command import check_command
+from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
+from paceline.launch.worker import pack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.config import Resolved
+    from paceline.launch.command import Command
+
+__all__ = ["MachinesPlan", "launch_machines", "plan_machines"]
+
+_DEFAULT_HOSTFILE = "/job/hostfile"
+_DEFAULT_PORT = 29500
+_SECTION = "deepspeed_config"
+_WORKER = worker_module.__file__
+_PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "mvapich": "mpirun", "slurm": "srun"}
+
+
+@dataclass(frozen=True, slots=True)
+class MachinesPlan:
+    """What a launch over a host file will start.
+
+    Attributes:
+        launcher: Which of DeepSpeed's launchers.
+        hosts: How many ranks run on each machine, in the order of their ranks.
+        command: What is run here.
+        variables: What that command gets besides this environment.
+        worker: What each rank runs.
+        shared: The variables that each rank gets.
+        stop: What ends the ranks on the other machines; empty where the launcher does that itself.
+    """
+
+    launcher: str
+    hosts: Mapping[str, int]
+    command: tuple[str, ...]
+    variables: Mapping[str, str]
+    worker: tuple[str, ...]
+    shared: Mapping[str, str]
+    stop: tuple[str, ...] = ()
+
+    def as_text(self) -> str:
+        """Return the plan as lines; the command is one that a shell could run."""
+        count, machines = sum(self.hosts.values()), len(self.hosts)
+        lines = [
+            f"{count} processes on {machines} machine{'s' if machines != 1 else ''}, started by {self.launcher}:",
+            *(f"  {host} slots={slots}" for host, slots in self.hosts.items()),
+            "for all:",
+            *(f"  {name}={shlex.quote(value)}" for name, value in sorted(self.shared.items())),
+            "each rank:",
+            f"  {shlex.join(self.worker)}",
+            "here:",
+        ]
+        own = "".join(f"{name}={shlex.quote(value)} " for name, value in self.variables.items())
+        return "\n".join([*lines, f"  {own}{shlex.join(self.command)}"])
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+
+def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) -> MachinesPlan:
+    """Check what can be checked here, and say what would be started.
+
+    Raises:
+        ConfigError: The host file, its filters and the configuration do not fit each other; it holds every problem.
+        UsageError: There is nothing to run under that name, or this is a launched process itself.
+        MissingExtraError: DeepSpeed is not installed.
+    """
+    refuse_inside_a_launch(env)
+    check_command(command, env)
+    runner = _import_runner()
+    config, plugin = resolved.config, resolved.config.deepspeed_config or DeepSpeedPlugin()
+    pool, active = _read_hosts(runner, resolved, plugin)
+    hosts = {host: len(slots) for host, slots in active.items()}
+    problems = list(_problems(resolved, hosts))
+    if problems:
+        raise ConfigError(problems)
+    address = config.main_process_ip or next(iter(hosts))
+    port = config.main_process_port or _DEFAULT_PORT
+    shared = {
+        **engine_variables(config),
+        **thread_variables(config, max(hosts.values()), env),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "PACELINE_CONFIG": resolved.to_json(),
+    }
+    kind = () if command.kind == "script" else (f"--{command.kind}",)
+    script = str(Path(command.script).absolute()) if command.kind == "script" else command.script
+    worker = (*kind, script, *command.arguments)
+    arguments = runner.parse_args(
+        [
+            *("--launcher", plugin.deepspeed_multinode_launcher.replace("nossh", "pdsh")),
+            *("--hostfile", plugin.deepspeed_hostfile or _DEFAULT_HOSTFILE),
+            *("--include", plugin.deepspeed_inclusion_filter or ""),
+            *("--exclude", plugin.deepspeed_exclusion_filter or ""),
+            *("--master_addr", address, "--master_port", str(port), "--no_local_rank"),
+            # By its path: the makers of commands for Slurm and MPICH know scripts only.
+            *(_WORKER, "--packed", pack(shared, worker)),
+        ]
+    )
+    line, variables, stop = _command(runner, arguments, resolved, pool, active, env)
+    return MachinesPlan(
+        launcher=plugin.deepspeed_multinode_launcher,
+        hosts=hosts,
+        command=tuple(line),
+        variables=variables,
+        worker=(sys.executable, _WORKER, *worker),
+        shared=shared,
+        stop=tuple(stop),
+    )
+
+
+def _import_runner() -> Any:
+    try:
+        from deepspeed.launcher import runner
+    except ImportError as error:
+        raise MissingExtraError("deepspeed", "deepspeed", "deepspeed_multinode_launcher") from error
+    return runner
+
+
+def _read_hosts(runner: Any, resolved: Resolved, plugin: DeepSpeedPlugin) -> tuple[Any, Any]:
+    """All machines with their slots, and those that the filters leave with the indexes of theirs."""
+    path = plugin.deepspeed_hostfile or _DEFAULT_HOSTFILE
+    key = f"{_SECTION}.deepspeed_hostfile"
+    where = resolved.origin(key).where if plugin.deepspeed_hostfile else ""
+    if not Path(path).is_file():
+        what = f"there is no host file {path}"
+        hint = 'name a file with a line such as "worker-1 slots=8" for each machine'
+        raise ConfigError([Problem(where, key, what, "DeepSpeed's launcher reads the machines from it", hint)])
+    try:
+        pool = runner.fetch_hostfile(path)
+    except ValueError as error:
+        hint = 'write a line such as "worker-1 slots=8" for each machine'
+        raise ConfigError([Problem(where, key, f"{path} cannot be used: {error}", "", hint)]) from error
+    include, exclude = plugin.deepspeed_inclusion_filter or "", plugin.deepspeed_exclusion_filter or ""
+    try:
+        return pool, runner.parse_inclusion_exclusion(pool, include, exclude)
+    except ValueError as error:
+        name = "deepspeed_inclusion_filter" if include else "deepspeed_exclusion_filter"
+        what = f"{include or exclude!r} does not fit {path}: {error}"
+        hint = 'write "worker-1@worker-2:0,2", and one of the two filters'
+        found = Problem(resolved.origin(f"{_SECTION}.{name}").where, f"{_SECTION}.{name}", what, "", hint)
+        raise ConfigError([found]) from error
+
+
+def _problems(resolved: Resolved, hosts: Mapping[str, int]) -> Iterator[Problem]:
+    config, total = resolved.config, sum(hosts.values())
+    said = f"the host file and its filters leave {len(hosts)} machines with {total} slots"
+    if config.num_machines not in (1, len(hosts)):
+        where = resolved.origin("num_machines").where
+        yield Problem(where, "num_machines", f"{config.num_machines} contradicts it", said, f"write {len(hosts)}")
+    count = config.num_processes
+    if count not in (None, total) and resolved.origin("num_processes").is_explicit:
+        where = resolved.origin("num_processes").where
+        yield Problem(where, "num_processes", f"{count} contradicts it", said, f"write {total}, or leave it out")
+    if not 0 <= config.machine_rank < len(hosts):
+        where = resolved.origin("machine_rank").where
+        yield Problem(where, "machine_rank", f"{config.machine_rank} is no machine of it", said, "count from 0")
+
+
+def _command(
+    runner: Any, arguments: Any, resolved: Resolved, pool: Any, active: Any, env: Mapping[str, str]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """What is run here, its own variables, and what ends the ranks elsewhere."""
+    world = runner.encode_world_info(active)
+    plugin = resolved.config.deepspeed_config or DeepSpeedPlugin()
+    if plugin.deepspeed_multinode_launcher == "nossh" or len(active) == 1:
+        line = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}"]
+        line += [f"--master_addr={arguments.master_addr}", f"--master_port={arguments.master_port}"]
+        line += [f"--node_rank={resolved.config.machine_rank}", "--no_local_rank"]
+        return [*line, arguments.user_script, *arguments.user_args], {}, []
+    made = _launcher(runner, arguments, resolved, world, pool, active)
+    python_path = os.pathsep.join([str(Path.cwd()), *filter(None, [env.get("PYTHONPATH")])])
+    passed = {**env, "PYTHONPATH": python_path}
+    prefixes = (*runner.EXPORT_ENVS, *runner.get_accelerator().export_envs())
+    for name, value in passed.items():
+        if name.startswith(prefixes):
+            made.add_export(name, value)
+    try:
+        answer = made.get_cmd(dict(passed), active)
+    except ValueError as error:
+        where = resolved.origin(f"{_SECTION}.deepspeed_multinode_launcher").where
+        raise ConfigError([Problem(where, f"{_SECTION}.deepspeed_multinode_launcher", str(error))]) from error
+    line, stop, environment = answer if isinstance(answer, tuple) else (answer, [], passed)
+    own = {name: value for name, value in environment.items() if env.get(name) != value}
+    return [word for word in line if word], own, stop
+
+
+def _launcher(runner: Any, arguments: Any, resolved: Resolved, world: str, pool: Any, active: Any) -> Any:
+    cls = {
+        "pdsh": runner.PDSHRunner,
+        "openmpi": runner.OpenMPIRunner,
+        "mpich": runner.MPICHRunner,
+        "mvapich": runner.MVAPICHRunner,
+        "slurm": runner.SlurmRunner,
+    }[arguments.launcher]
+    try:
+        cls.validate_active_resources(active)
+        return cls(arguments, world) if cls is runner.PDSHRunner else cls(arguments, world, pool)
+    except ValueError as error:
+        key = f"{_SECTION}.deepspeed_multinode_launcher"
+        hint = "use pdsh or nossh, or name the wanted machines in the host file"
+        raise ConfigError([Problem(resolved.origin(key).where, key, str(error), "", hint)]) from error
+
+
+def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
+    """Run `command` on every machine of the host file and return when all ranks have ended well.
+
+    Raises:
+        WorkerError: A rank failed, or a signal came; it carries the exit code.
+        UsageError: The launcher's program is not installed. Nothing was started.
+    """
+    planned = plan_machines(resolved, command, env)
+    program = _PROGRAMS.get(planned.launcher)
+    if planned.command[0] == program and shutil.which(program, path=env.get("PATH")) is None:
+        raise UsageError(
+            f"There is no program {program!r} in PATH",
+            f"deepspeed_multinode_launcher {planned.launcher} starts the other machines by it",
+            "Install it, or choose nossh and give the same command on every machine, each with its machine_rank",
+        )
+    environment = {**env, **planned.variables}
+    process = subprocess.Popen(planned.command, env=environment)
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if received and planned.stop:
+        with contextlib.suppress(OSError):
+            subprocess.run(planned.stop, env=environment, check=False)
+    if received:
+        raise WorkerError(f"stopped by {signal.Signals(received[0]).name}\n", 128 + received[0])
+    if code:
+        raise WorkerError(f"{planned.launcher} ended with code {code}\n", code if code > 0 else 128 - code)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from paceline.errors import PrepareError
@@ -38,3 +41,24 @@ def test_distributed_types_read_as_configuration_files_write_them() -> None:
     assert DistributedType("MULTI_CPU") is DistributedType.MULTI_CPU
     text: str = DistributedType.MULTI_GPU
     assert text == "MULTI_GPU"
+
+
+WITHOUT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "deepspeed":
+            raise ModuleNotFoundError("No module named 'deepspeed'", name="deepspeed")
+
+sys.meta_path.insert(0, Blocked())
+from paceline import Accelerator, DeepSpeedPlugin
+Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin())
+"""
+
+
+def test_without_deepspeed_the_error_gives_the_command() -> None:
+    ended = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "MissingExtraError: strategy='deepspeed' needs the package 'deepspeed'" in ended.stderr
+    assert "pip install 'paceline[deepspeed]'" in ended.stderr

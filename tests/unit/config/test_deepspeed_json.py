@@ -1,0 +1,178 @@
+"""DeepSpeed's own JSON: where it may come from, its names, and what it shares with the run's configuration."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from paceline.config.deepspeed_json import Shared, name_problems, read_settings, shared_values, value_at, walk
+from tests.unit.config.files import problems, read
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+TEXT = json.dumps(ZERO)
+
+
+@pytest.mark.parametrize("kind", ["dict", "path", "name beside the file", "text", "base64"])
+def test_it_is_read_from(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "ds.json").write_text(TEXT)
+    value: Any = {
+        "dict": ZERO,
+        "path": str(tmp_path / "ds.json"),
+        "name beside the file": "ds.json",
+        "text": f"  {TEXT}",
+        "base64": base64.b64encode(TEXT.encode()).decode(),
+    }[kind]
+    settings, name, wrong = read_settings(value, tmp_path)
+    assert (settings, wrong) == (ZERO, "")
+    assert name
+    if kind == "dict":
+        assert settings is not value, "the user's dictionary is left alone"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("nowhere.json", "there is no file nowhere.json"),
+        ("bad.json", "bad.json:2 is no JSON"),
+        ("list.json", "holds a list, not a JSON object"),
+        ("{", "the JSON text:1 is no JSON"),
+        ("binary.json", "cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> None:
+    (tmp_path / "bad.json").write_text("{\n  'stage': 1}")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    settings, _, wrong = read_settings(value, tmp_path)
+    assert settings is None
+    assert said in wrong
+
+
+@pytest.mark.parametrize(
+    ("extra", "key", "said"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation", "did you mean zero_optimization?"),
+        ({"zero_optimization": {"stgae": 1}}, "zero_optimization.stgae", "did you mean stage?"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_param": {"devise": "cpu"}}},
+            "zero_optimization.offload_param.devise",
+            "did you mean device?",
+        ),
+        ({"fp16": {"enabeld": True}}, "fp16.enabeld", "did you mean enabled?"),
+        ({"optimizer": {"typ": "Adam"}}, "optimizer.typ", "did you mean type?"),
+        ({"fp16": True}, "fp16", "True is not allowed"),
+        ({"amp": {"enabled": True}}, "amp", "is not carried out"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled", "they exclude each other"),
+        ({"zero_optimization": None}, "zero_optimization", "the section is missing"),
+    ],
+    ids=str,
+)
+def test_wrong_names_are_found(extra: dict[str, Any], key: str, said: str) -> None:
+    [found] = name_problems(ZERO | extra, "ds.json")
+    assert (found.where, found.key) == ("ds.json", key)
+    assert said in str(found)
+
+
+def test_all_wrong_names_are_found_at_once() -> None:
+    found = list(name_problems({"a": 1, "zero_optimization": {"b": 2}, "amp": {}}, "ds.json"))
+    assert [problem.key for problem in found] == ["a", "amp", "zero_optimization.b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (ZERO, [("zero_optimization.stage", "deepspeed_config.zero_stage", 2)]),
+        ({"zero_optimization": {"stage": "auto"}}, []),
+        ({"gradient_accumulation_steps": 4}, [("gradient_accumulation_steps", "gradient_accumulation_steps", 4)]),
+        ({"gradient_clipping": 1}, [("gradient_clipping", "deepspeed_config.gradient_clipping", 1.0)]),
+        ({"gradient_clipping": "auto"}, []),
+        ({"bf16": {"enabled": True}}, [("bf16.enabled", "mixed_precision", "bf16")]),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, [("fp16.enabled", "mixed_precision", "fp16")]),
+        ({"fp16": {"enabled": False}, "bf16": {"enabled": False}}, [("bf16.enabled", "mixed_precision", "no")]),
+        ({"fp16": {"enabled": "auto"}}, []),
+    ],
+    ids=str,
+)
+def test_values_that_the_run_owns(settings: dict[str, Any], wanted: list[tuple[str, str, Any]]) -> None:
+    assert list(shared_values(settings)) == [Shared(*one) for one in wanted]
+
+
+def test_keys_of_stages_and_devices_out_of_use_are_not_shared() -> None:
+    zero = {"stage": 2, "offload_param": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": True}
+    zero["offload_optimizer"] = {"device": "cpu", "nvme_path": "/disk"}
+    shared = {one.key.rpartition(".")[2]: one.value for one in shared_values({"zero_optimization": zero})}
+    assert shared == {"zero_stage": 2, "offload_optimizer_device": "cpu"}
+
+
+def test_paths() -> None:
+    assert value_at({"a": {"b": 1}}, "a.b") == 1
+    assert value_at({"a": 3}, "a.b") is None
+    assert dict(walk({"a": {"b": 1, "c": {}}, "d": "auto"})) == {"a.b": 1, "a.c": {}, "d": "auto"}
+
+
+# Through the whole configuration
+
+FILE = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: ds.json\n"
+
+
+def test_what_only_the_json_says_becomes_the_runs(tmp_path: Path) -> None:
+    described = {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "nvme", "nvme_path": "/disk"},
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(described))
+    resolved = read(tmp_path, FILE)
+    config, plugin = resolved.config, resolved.config.deepspeed_config
+    assert plugin is not None
+    assert (config.gradient_accumulation_steps, config.mixed_precision) == (4, "bf16")
+    assert (plugin.zero_stage, plugin.gradient_clipping, plugin.zero3_save_16bit_model) == (3, 0.5, True)
+    assert (plugin.offload_optimizer_device, plugin.offload_optimizer_nvme_path) == ("nvme", "/disk")
+    assert plugin.settings == described
+    assert "ds.json: zero_optimization.stage" in resolved.origin("deepspeed_config.zero_stage").where
+
+
+def test_every_clash_is_named_with_both_sources(tmp_path: Path) -> None:
+    described = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5, "bf16": {"enabled": True}}
+    (tmp_path / "ds.json").write_text(json.dumps(described))
+    text = f"{FILE}  zero_stage: 2\n  gradient_clipping: 1.0\nmixed_precision: fp16\n"
+    found = problems(tmp_path, text)
+    assert [(problem.where, problem.key.rpartition(".")[2]) for problem in found] == [
+        ("config.yaml:5", "gradient_clipping"),
+        ("config.yaml:4", "zero_stage"),
+        ("config.yaml:6", "mixed_precision"),
+    ]
+    assert all("ds.json: " in problem.what for problem in found)
+
+
+def test_what_both_say_alike_is_no_clash(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    config = read(tmp_path, f"{FILE}  zero_stage: 3\n").config
+    assert config.deepspeed_config is not None
+    assert config.deepspeed_config.zero_stage == 3
+
+
+def test_paths_on_nvme_reach_the_engines_dictionary(tmp_path: Path) -> None:
+    text = (
+        "distributed_type: DEEPSPEED\ndeepspeed_config:\n  zero_stage: 3\n"
+        "  offload_optimizer_device: nvme\n  offload_optimizer_nvme_path: /one\n"
+        "  offload_param_device: nvme\n  offload_param_nvme_path: /two\n"
+    )
+    plugin = read(tmp_path, text).config.deepspeed_config
+    assert plugin is not None
+    assert plugin.zero_section() == {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": "/one"},
+        "offload_param": {"device": "nvme", "nvme_path": "/two"},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from ctypes.util import find_library
 from pathlib import Path
@@ -345,19 +346,31 @@ def test_a_stand_in_needs_its_section(case: str, words: str) -> None:
     assert words in run_on_ranks(2, stand_in_refused, "zero2", case)[0]
 
 
-def missing_tools() -> str:
-    from paceline.strategies import deepspeed as module
+def unscheduled() -> str:
+    described = {"zero_optimization": {"stage": 2}, "scheduler": WARMUP_DECAY}
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))
+    model: Any = TinyTransformer()
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    with pytest.raises(PrepareError) as error:
+        step(accelerator, model, optimizer)
+    return str(error.value)
 
+
+def test_a_described_schedule_that_nobody_prepares_is_noticed() -> None:
+    assert all("no DummyScheduler was prepared" in message for message in run_on_ranks(2, unscheduled))
+
+
+def missing_tools() -> str:
     described = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam", "params": {"lr": 0.1}}}
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))
     model: Any = nn.Linear(2, 2)
-    found = module.shutil.which  # type: ignore[attr-defined]
-    module.shutil.which = lambda tool: None  # type: ignore[attr-defined]
+    found = shutil.which
+    shutil.which = lambda *_, **__: None
     try:
         with pytest.raises(PrepareError) as error:
             accelerator.prepare(model, DummyOptim(model.parameters()))
     finally:
-        module.shutil.which = found  # type: ignore[attr-defined]
+        shutil.which = found
     return str(error.value)
 
 

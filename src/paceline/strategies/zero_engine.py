@@ -1,0 +1,37 @@
+"""One model in training under DeepSpeed: its engine, and what went into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from paceline.strategies.zero import Partitions, Place
+
+
+@dataclass(slots=True, eq=False)
+class Bound:
+    """One model in training: its engine, and what went into it."""
+
+    engine: Any
+    model: nn.Module
+    given: Optimizer
+    partitions: Partitions
+    groups: list[list[nn.Parameter]]
+    dtypes: dict[int, torch.dtype]
+    # Where it is in a window: whether the next backward ends it, whether one did, and whether it was clipped.
+    ends: bool = True
+    ended: bool = False
+    clipped: bool = False
+    # Whether a forward ran whose loss has not come back yet.
+    pending: bool = False
+    steps: dict[int, tuple[Place, list[Tensor]]] = field(default_factory=dict)
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer that holds the states: the user's own, or the one that the configuration describes."""
+        return self.engine.basic_optimizer

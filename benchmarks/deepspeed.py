@@ -4,10 +4,11 @@
     python benchmarks/deepspeed.py --stages 3 --accumulation 1 4 --precision fp16
 
 A step is all micro-batches of one optimizer step: forward, backward, clipping to a norm of 1, AdamW. Every contender
-trains the same model from the same values on the same batches, which lie on the device already, and all must come to
-the same loss. All live in the same processes and take turns in small blocks of steps whose order rotates, so that a
-machine that slows down slows all of them; each block is divided by the bare engine's block of the same round. The bare
-engine runs twice: how far the second one is from 1.00 says what the numbers are worth.
+trains the same model from the same values on the same batches, which lie on the device already; the loss after the
+warm-up is in the table, and paceline's must be the bare engine's. All live in the same processes and take turns in
+small blocks of steps whose order rotates, so that a machine that slows down slows all of them; each block is divided
+by the bare engine's block of the same round. The bare engine runs twice: how far the second one is from 1.00 says
+what the numbers are worth.
 
 The script starts its own processes.
 """
@@ -305,7 +306,7 @@ def build_all(setting: Setting, device: torch.device) -> tuple[dict[str, Contend
 
 
 def warm_up(contenders: dict[str, Contender]) -> dict[str, float]:
-    """Take the first steps and check that all have come to the same loss."""
+    """Take the first steps; return the loss that each has come to, over all ranks."""
     losses = {}
     for name, contender in contenders.items():
         for _ in range(WARM_UP_STEPS):
@@ -313,10 +314,6 @@ def warm_up(contenders: dict[str, Contender]) -> dict[str, float]:
         mean = loss.detach().float().clone()
         dist.all_reduce(mean)
         losses[name] = float(mean) / dist.get_world_size()
-    for name, value in losses.items():
-        # Rounding differs by 0.1 %; another batch or a missing step by several percent.
-        if not abs(value - losses["bare"]) <= 0.01 * abs(losses["bare"]):
-            raise RuntimeError(f"{name} trained something else: its loss is {value:.4f}, not {losses['bare']:.4f}")
     return losses
 
 
@@ -413,6 +410,7 @@ def main() -> int:
         return 1
     print("| stage | precision | processes | accumulation | contender | ms a step | ratio to bare | quartiles | loss |")
     print("|--:|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
+    apart = False
     for stage in args.stages:
         for accumulation in args.accumulation:
             setting = Setting(
@@ -420,10 +418,20 @@ def main() -> int:
                 precision=args.precision, rounds=args.rounds, block=args.block, contenders=installed(),
                 width=args.width, layers=args.layers, length=args.length, batch_size=args.batch_size,
             )  # fmt: skip
-            for line in table_rows(setting, spawn(setting)):
+            measured = spawn(setting)
+            for line in table_rows(setting, measured):
                 print(line, flush=True)
+            apart = apart or differs(measured["losses"])
     print(f"\n{describe_machine(args)}")
-    return 0
+    if apart:
+        print("paceline trained something else than the bare engine: see the losses", file=sys.stderr)
+    return int(apart)
+
+
+def differs(losses: dict[str, float]) -> bool:
+    """Whether paceline has come to another loss: rounding makes 0.1 %, another batch or a missing step several."""
+    bare = losses["bare"]
+    return not abs(losses.get("paceline", bare) - bare) <= 0.005 * abs(bare)
 
 
 def arguments() -> argparse.Namespace:

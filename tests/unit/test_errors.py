@@ -59,8 +59,6 @@ EXAMPLES: list[PacelineError] = [
     DamagedCheckpointError("saw", "why", "todo"),
     CollectiveError("saw", "why", "todo"),
     DataError("saw", "why", "todo"),
-    StateError("saw", "why", "todo"),
-    CheckpointError("saw", "why", "todo"),
     WorkerError("Traceback …", 3),
 ]
 

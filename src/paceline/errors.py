@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = [
-    "PREEMPTED",
     "CheckpointError",
     "CollectiveError",
     "ConfigError",
@@ -57,7 +56,6 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "WorldError",
-    "named",
 ]
 
 

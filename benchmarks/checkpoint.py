@@ -20,6 +20,7 @@ import os
 import shutil
 import socket
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -102,7 +103,8 @@ class Training:
     def __init__(self, accelerator: Any, millions: int) -> None:
         torch.manual_seed(0)
         self.accelerator = accelerator
-        model: Any = Decoder(millions)
+        with accelerator.device:
+            model: Any = Decoder(millions)
         fused = accelerator.device.type == "cuda"
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -395,6 +397,8 @@ def contenders(training: Training, millions: int, names: list[str]) -> list[Cont
 def run(rank: int, arguments: argparse.Namespace, port: int, root: str) -> None:
     """One rank of the measurement."""
     size = arguments.processes
+    # The benchmark of DeepSpeed lies beside this one, under the name of the package.
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
@@ -412,7 +416,13 @@ def run(rank: int, arguments: argparse.Namespace, port: int, root: str) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            measure(contender, folder, table.setdefault(contender.name, Measured()))
+            found = table.setdefault(contender.name, Measured())
+            measure(contender, folder, found)
+            if accelerator.is_main_process:
+                last = (
+                    f"held up {found.blocked[-1]:.3f} s, complete {found.total[-1]:.2f} s, load {found.load[-1]:.2f} s"
+                )
+                print(f"{contender.name}: {last}, {' '.join(found.notes[-1:])}", file=sys.stderr, flush=True)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["HostBuffers", "bytes_of"]
 
 
+_SMALL = 1024**2
+
+
 class HostBuffers:
     """A few buffers of one piece each, made when first needed and handed from one piece to the next.
 
@@ -38,7 +41,8 @@ class HostBuffers:
             if held is None or held.numel() < nbytes:
                 # Pinned where an accelerator is in use: it copies from and to such memory at full speed.
                 pin = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-                held = torch.empty(max(nbytes, min(PIECE_BYTES, nbytes * 2)), dtype=torch.uint8, pin_memory=pin)
+                size = _SMALL if nbytes <= _SMALL else max(nbytes, PIECE_BYTES)
+                held = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
             lent = held[:nbytes]
             yield lent, bytes_of(lent)
         finally:

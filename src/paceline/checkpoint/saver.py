@@ -104,7 +104,7 @@ class Saver:
         def write() -> None:
             try:
                 self._stager.wait()
-                times = save_checkpoint(folder, lambda _: copied, group, keep=keep, numbered=numbered)
+                times = save_checkpoint(folder, lambda _: copied, group, keep=keep, numbered=numbered, hurry=False)
                 times.blocked = blocked
                 self.times = times
             except BaseException as error:

@@ -105,6 +105,7 @@ def save_checkpoint(
     *,
     keep: int | None = None,
     numbered: bool = False,
+    hurry: bool = True,
 ) -> Times:
     """Write a checkpoint; until it is whole, what was under its name before stays.
 
@@ -116,6 +117,7 @@ def save_checkpoint(
         group: All ranks.
         keep: How many numbered checkpoints of the folder around it stay; None keeps all.
         numbered: Whether it is one of those.
+        hurry: Whether somebody waits for the end.
 
     Raises:
         CheckpointError: On every rank, with the first failure of any; nothing is left of it.
@@ -132,7 +134,13 @@ def save_checkpoint(
         (content,) = brought
         parts, documents = _with_common(content, group, disks, leads=leads)
         writer = FolderWriter(
-            partial, group.rank, disks.homes, documents, _threads(), lambda coming: _check_room(folder, coming)
+            partial,
+            group.rank,
+            disks.homes,
+            documents,
+            _threads(),
+            lambda coming: _check_room(folder, coming),
+            hurry=hurry,
         )
         times.planned = time.perf_counter() - begun
         begun = time.perf_counter()

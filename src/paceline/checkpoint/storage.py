@@ -65,6 +65,7 @@ class FolderWriter(StorageWriter):
         documents: Texts to be written beside the tensors, by file name: this rank's own.
         threads: How many pieces to write at a time.
         check_room: Called with the bytes to come on this disk, before the first is written.
+        hurry: Whether somebody waits for the end: the disk then begins at once, beside the copying.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class FolderWriter(StorageWriter):
         documents: Mapping[str, str],
         threads: int,
         check_room: Callable[[int], None],
+        *,
+        hurry: bool,
     ) -> None:
         self._folder = folder
         self._rank = rank
@@ -82,6 +85,7 @@ class FolderWriter(StorageWriter):
         self._documents = dict(documents)
         self._threads = threads
         self._check_room = check_room
+        self._hurry = hurry
         self.written: Written | None = None
         self.fsync_seconds = 0.0
 
@@ -163,7 +167,8 @@ class FolderWriter(StorageWriter):
                 with buffers.on_host(values) as data:
                     crc = zlib.crc32(data)
                     _write_all(handles[place.file], data, offset)
-                    _begin_writeback(handles[place.file], offset, len(data))
+                    if self._hurry:
+                        _begin_writeback(handles[place.file], offset, len(data))
                 return WriteResult(item.index, len(data), (self._homes[self._rank], crc))
 
             with ThreadPoolExecutor(self._threads, "paceline-write") as pool:

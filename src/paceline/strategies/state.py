@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
     from torch.optim import Optimizer
 
     from paceline.checkpoint.parts import Number, Slot
@@ -41,11 +44,16 @@ def part_of(tensor: Tensor) -> Part:
             "Only rows can be cut apart in a saved state",
             "Shard over the first dimension",
         )
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     local = tensor.to_local()
-    rows = prod(tensor.shape[1:])
-    start = offset[0] * rows if axes and local.numel() else 0
-    return Part(tuple(tensor.shape), start, local)
+    start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
+    return Part(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
+
+
+@lru_cache(maxsize=4096)
+def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
+    """Index of the first row that this rank holds. Kept: a save asks for it once a tensor, while training waits."""
+    _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return offset[0]
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,215 @@
+"""Folders of Accelerate's `save_state`, and checkpoints of the transformers Trainer, which look much the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_optimizer
+from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
+from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
+from paceline.checkpoint.foreign.pickles import load_pickled
+from paceline.checkpoint.foreign.state import ForeignState, Source
+from paceline.checkpoint.parts import Slot
+from paceline.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+__all__ = ["is_accelerate", "read_accelerate", "read_weight_files"]
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16,
+    "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+_OPTIMIZERS = ("optimizer{}.bin", "optimizer{}.pt")
+_SCHEDULERS = ("scheduler{}.bin", "scheduler{}.pt")
+_WEIGHTS = (
+    "model{}.safetensors", "model{}.safetensors.index.json", "pytorch_model{}.bin", "pytorch_model{}.bin.index.json",
+    "pytorch_model_fsdp{}.bin",
+)  # fmt: skip
+_RANDOM = re.compile(r"(?:random_states|rng_state)(?:_(\d+))?\.(?:pkl|pth)")
+_LEFT = {
+    "sampler.bin": "positions of loaders are counted in samples here, and it has none",
+    "dl_state_dict.bin": "every rank wrote it over the others', so it is one rank's position",
+    "scheduler.json": "",
+}
+
+
+def is_accelerate(folder: Path) -> bool:
+    """Whether a folder holds a training state that Accelerate or the transformers Trainer saved."""
+    names = {path.name for path in folder.iterdir()}
+    marks = {"optimizer.bin", "optimizer.pt", "scheduler.bin", "optimizer_0", "pytorch_model_fsdp_0", "scheduler.pt"}
+    return bool(names & marks) or any(_RANDOM.fullmatch(name) for name in names)
+
+
+def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+    """Read such a folder.
+
+    Args:
+        folder: As `save_state` wrote it.
+        parameters: For each optimizer the names of its parameters, group by group: `optimizer.bin` numbers them.
+
+    Raises:
+        CheckpointError: A file in it cannot be read.
+    """
+    state = ForeignState(kind="accelerate", folder=folder)
+    engine = folder / "pytorch_model"
+    if engine.is_dir() and is_deepspeed(engine):
+        state = read_deepspeed(engine, parameters)
+        state.kind, state.folder = "accelerate", folder
+    else:
+        _read_models(folder, state)
+        _read_optimizers(folder, state, parameters)
+    for path in _numbered(folder, _SCHEDULERS):
+        state.schedulers.append(load_pickled(path))
+    if (folder / "scaler.pt").is_file():
+        state.scaler = load_pickled(folder / "scaler.pt")
+    _read_ranks(folder, state)
+    _read_custom(folder, state)
+    _read_trainer(folder, state)
+    state.notes += [f"left: {name}; {why}" for name, why in _LEFT.items() if why and (folder / name).exists()]
+    state.settle_step()
+    return state
+
+
+def _numbered(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """The files of the first object, of the second, and so on; each under the first of its names that is there."""
+    for index in range(1000):
+        suffix = f"_{index}" if index else ""
+        found = next((path for pattern in patterns if (path := folder / pattern.format(suffix)).is_file()), None)
+        if found is None:
+            return
+        yield found
+
+
+def _read_models(folder: Path, state: ForeignState) -> None:
+    for index, path in enumerate(_numbered(folder, _WEIGHTS)):
+        prefix = f"model_{index}/" if index else ""
+        sources = read_weight_files(path)
+        state.weights.sources.update({prefix + name: source for name, source in sources.items()})
+    for index in range(1000):
+        sharded = folder / f"pytorch_model_fsdp_{index}"
+        if not is_dcp(sharded):
+            break
+        prefix = f"model_{index}/" if index else ""
+        sources = read_dcp(sharded).weights.sources
+        state.weights.sources.update({prefix + name: source for name, source in sources.items()})
+    local = sorted(path.name for path in folder.glob("pytorch_model_fsdp*_rank*.bin"))
+    if local and not state.weights:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(local[:3])}",
+            "These are pieces whose places in the weights only the run that saved them knows",
+            "Save with SHARDED_STATE_DICT or FULL_STATE_DICT",
+        )
+
+
+def read_weight_files(path: Path) -> dict[str, Source]:
+    """The weights of one file, or of the files that an index names."""
+    if path.name.endswith(".index.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        found: dict[str, Source] = {}
+        for name in sorted(set(table.values())):
+            if "/" in name or name.startswith("."):
+                raise CheckpointError(f"{path} names {name!r}", "Its files must lie beside it", "")
+            found.update(read_weight_files(path.with_name(name)))
+        return found
+    if path.suffix == ".safetensors":
+        return dict(_safetensors(path))
+    held = load_pickled(path)
+    return {str(name): Source.of(value) for name, value in held.items() if isinstance(value, torch.Tensor)}
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:
+    def reader(name: str) -> Callable[[], torch.Tensor]:
+        def read() -> torch.Tensor:
+            with safe_open(path, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+        return read
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(name)
+                yield name, Source(Slot(tuple(part.get_shape()), _DTYPES[part.get_dtype()]), reader(name))
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read", str(error), "Copy the file again") from error
+
+
+def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Sequence[str]] | None) -> None:
+    for index, path in enumerate(_numbered(folder, _OPTIMIZERS)):
+        held = load_pickled(path)
+        names = own_names(held)
+        if names is None and parameters is not None:
+            if index >= len(parameters):
+                state.notes.append(f"left: {path.name}; there is no such optimizer here")
+                continue
+            names = list(parameters[index])
+        if names is None:
+            state.notes.append(f"left: {path.name}; it numbers its parameters, and nothing here says their names")
+        else:
+            state.optimizers.append(name_optimizer(held, names, path))
+    for index in range(1000):
+        if not is_dcp(folder / f"optimizer_{index}"):
+            break
+        state.optimizers.append(read_optimizer(DcpFolder(folder / f"optimizer_{index}")))
+
+
+def _read_ranks(folder: Path, state: ForeignState) -> None:
+    for path in sorted(folder.iterdir()):
+        matched = _RANDOM.fullmatch(path.name)
+        if not matched:
+            continue
+        held = load_pickled(path)
+        rank = int(matched[1] or 0)
+        state.generators[rank] = _generators(held, rank)
+        if not rank and isinstance(held.get("step"), int):
+            state.step = max(state.step, held["step"])
+
+
+def _generators(held: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One rank's generators under our names."""
+
+    def first(*names: str) -> Any:
+        return next((held[name] for name in names if name in held), None)
+
+    found = {
+        "python": first("random_state", "python"),
+        "numpy": first("numpy_random_seed", "numpy"),
+        "torch": first("torch_manual_seed", "cpu"),
+    }
+    devices = first("torch_cuda_manual_seed", "cuda")
+    if isinstance(devices, (list, tuple)):
+        # Accelerate keeps those of all devices of the machine.
+        devices = devices[rank % len(devices)] if devices else None
+    if devices is not None:
+        found["cuda"] = devices
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_custom(folder: Path, state: ForeignState) -> None:
+    for index in range(1000):
+        path = folder / f"custom_checkpoint_{index}.pkl"
+        if not path.is_file():
+            return
+        try:
+            state.custom.append(load_pickled(path))
+        except CheckpointError as error:
+            state.custom.append(None)
+            state.notes.append(f"left: {path.name}; {error}")
+
+
+def _read_trainer(folder: Path, state: ForeignState) -> None:
+    path = folder / "trainer_state.json"
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        state.step = int(held.get("global_step") or 0)
+        state.epoch = int(held.get("epoch") or 0)

@@ -51,13 +51,13 @@ def save_weights(
     folder.mkdir(parents=True, exist_ok=True)
     unique = _without_aliases(state)
     shards = _split(unique, parse_size(max_shard_size))
-    _check_room(folder, sum(_size(tensor) for tensor in unique.values()))
+    check_room(folder, sum(_size(tensor) for tensor in unique.values()))
     names = _names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         _commit(folder / name, {key: tensor.contiguous() for key, tensor in shard.items()})
     if len(shards) > 1:
         _write_index(folder, names, shards)
-    _remove_others(folder, names)
+    remove_others(folder, names)
     return [folder / name for name in names]
 
 
@@ -131,7 +131,8 @@ def _names(count: int) -> list[str]:
     return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Raise a PacelineError if the disk has less room than `needed` bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PacelineError(
@@ -145,7 +146,7 @@ def _commit(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     # The metadata says who may read it: transformers asks for this key.
     save_file(tensors, partial, metadata={"format": "pt"})
-    _into_place(partial, path)
+    into_place(partial, path)
 
 
 def _write_index(folder: Path, names: list[str], shards: list[dict[str, Tensor]]) -> None:
@@ -155,16 +156,17 @@ def _write_index(folder: Path, names: list[str], shards: list[dict[str, Tensor]]
     }
     partial = folder / f"{INDEX_NAME}.partial"
     partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _into_place(partial, folder / INDEX_NAME)
+    into_place(partial, folder / INDEX_NAME)
 
 
-def _into_place(partial: Path, path: Path) -> None:
+def into_place(partial: Path, path: Path) -> None:
+    """Give a written file its own name, once it is on the disk."""
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
-def _remove_others(folder: Path, names: list[str]) -> None:
+def remove_others(folder: Path, names: list[str]) -> None:
     """Remove what an earlier save with another number of files left: a reader would mix them up."""
     for path in folder.iterdir():
         stale_shard = _SHARD.fullmatch(path.name) or path.name == WEIGHTS_NAME

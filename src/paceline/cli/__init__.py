@@ -15,6 +15,8 @@ __all__ = ["main"]
 _COMMANDS = {
     "launch": ("paceline.cli.launch", "Run a training script on all devices of this machine."),
     "config": ("paceline.cli.config", "Write, check, explain and convert the configuration."),
+    "checkpoint": ("paceline.cli.checkpoint", "List, inspect, verify, export and convert checkpoints."),
+    "merge-weights": ("paceline.cli.merge_weights", "Merge a sharded checkpoint into safetensors weights."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
     "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
 }
@@ -27,6 +29,7 @@ _HELP = """One PyTorch training script on one CPU, one GPU or many, under DDP or
     paceline launch --dry-run train.py
     paceline config
     paceline config show --explain
+    paceline checkpoint list runs/a
     paceline env
 """
 

@@ -5,18 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paceline.checkpoint.folder import open_checkpoint
 from paceline.checkpoint.foreign.accelerate import is_accelerate, read_accelerate
 from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
+from paceline.checkpoint.foreign.ours import from_checkpoint
 from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.checkpoint.foreign.weights import is_weights, read_weights
+from paceline.checkpoint.manifest import MANIFEST
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
-__all__ = ["ForeignOptimizer", "ForeignState", "Source", "Tensors", "open_foreign", "recognise"]
+__all__ = [
+    "ForeignOptimizer",
+    "ForeignState",
+    "Source",
+    "Tensors",
+    "from_checkpoint",
+    "open_any",
+    "open_foreign",
+    "recognise",
+]
 
 # In this order: an Accelerate folder may hold one of DeepSpeed or DCP, and weights are part of all of them.
 _FORMATS = {
@@ -59,3 +71,15 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
     if kind == "deepspeed":
         return read_deepspeed(path, parameters)
     return read_dcp(path) if kind == "dcp" else read_weights(path)
+
+
+def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+    """Read a checkpoint of our own or of another library; see `open_foreign`.
+
+    Raises:
+        CheckpointError: It is none, not whole, or cannot be read.
+    """
+    path = Path(folder)
+    if (path / MANIFEST).exists() or not path.exists():
+        return from_checkpoint(open_checkpoint(path))
+    return open_foreign(path, parameters)

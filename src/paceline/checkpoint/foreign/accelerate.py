@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from paceline.checkpoint.dtypes import CODES, dtype_named
 from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_optimizer
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
 from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_accelerate", "read_accelerate", "read_weight_files"]
 
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16,
-    "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+_DTYPES = {code: dtype_named(name) for name, code in CODES.items()}
 _OPTIMIZERS = ("optimizer{}.bin", "optimizer{}.pt")
 _SCHEDULERS = ("scheduler{}.bin", "scheduler{}.pt")
 _WEIGHTS = (

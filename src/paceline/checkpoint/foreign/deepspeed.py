@@ -34,7 +34,7 @@ _KNOWN = {
     "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
     "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
-    "universal_checkpoint_info", "ds_autoep_layers", "autoep_layers",
+    "universal_checkpoint_info", "ds_autoep_layers", "autoep_layers", "checkpoint_parallel_dimensions",
 }  # fmt: skip
 
 

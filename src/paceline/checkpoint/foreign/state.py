@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from typing_extensions import override
 
 from paceline.checkpoint.parts import Slot
+from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.checkpoint.parts import Number
+
+_MODEL = re.compile(r"model_\d+/")
 
 __all__ = ["ForeignOptimizer", "ForeignState", "Source", "Tensors"]
 
@@ -117,6 +121,18 @@ class ForeignState:
     step: int = 0
     epoch: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def model(self, index: int) -> Tensors:
+        """The weights of one model, by the names in that model.
+
+        Raises:
+            CheckpointError: There is no such model.
+        """
+        prefix = f"model_{index}/" if index else ""
+        names = [name for name in self.weights if (name.startswith(prefix) if index else not _MODEL.match(name))]
+        if not names:
+            raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Count models from 0")
+        return Tensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
 
     def settle_step(self) -> None:
         """Take the count of steps from the optimizers where the folder itself has none."""

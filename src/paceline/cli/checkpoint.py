@@ -1,0 +1,310 @@
+"""`paceline checkpoint`: what is on disk, whether it is whole, and getting weights and states out of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from paceline.checkpoint import Checkpoint, Found
+    from paceline.checkpoint.foreign import ForeignState
+
+_HELP = """Look at checkpoints, check them, and turn them into something else.
+
+\b
+    paceline checkpoint list runs/a
+    paceline checkpoint inspect runs/a/checkpoints/checkpoint_3 --tensors
+    paceline checkpoint verify runs/a/checkpoints/*
+    paceline checkpoint export runs/a/checkpoints/checkpoint_3 weights --dtype bf16
+    paceline checkpoint convert old_accelerate_run converted --to paceline
+
+Folders of Accelerate, of the transformers Trainer, of DeepSpeed (all ZeRO stages and the universal layout) and of
+torch.distributed.checkpoint are read as well as paceline's own. Nothing in them is run: a pickled file that names
+anything but tensors and plain values is refused.
+"""
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@click.group(name="checkpoint", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Group the commands; the text above is what people read."""
+
+
+# list
+
+
+@command.command(name="list")
+@click.argument("folder", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_command(folder: Path, as_json: bool) -> None:
+    """Show the checkpoints under FOLDER, newest first: a project's folder, or its `checkpoints` folder.
+
+    A checkpoint is whole when its manifest is there and every file has the size that the manifest says. `load_state()`
+    takes the first whole one. What is in the files is checked by `paceline checkpoint verify`.
+    """
+    rows = list(_rows(folder))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo(f"There is no checkpoint in {folder}.")
+        return
+    _print_table(rows, ["name", "format", "step", "epoch", "samples", "size", "saved by", "created", "state"])
+    for row in rows:
+        if row["problem"]:
+            click.echo(f"{row['name']}: {row['problem']}")
+
+
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    from paceline.checkpoint import find_checkpoints
+    from paceline.checkpoint.foreign import recognise
+
+    ours = find_checkpoints(folder)
+    known = {found.folder for found in ours}
+    yield from (_row(found, folder) for found in ours)
+    for root in (folder, folder / "checkpoints"):
+        for path in sorted(root.iterdir()) if root.is_dir() else ():
+            kind = recognise(path) if path not in known and path.is_dir() else None
+            if kind is not None:
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                name = str(path.relative_to(folder))
+                yield {"name": name, "format": kind, "size": size, "state": "", "problem": ""}
+
+
+def _row(found: Found, folder: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": str(found.folder.relative_to(folder)), "format": "paceline"}
+    if found.checkpoint is None:
+        return row | {"state": "not whole", "problem": found.problem}
+    manifest = found.checkpoint.manifest
+    return row | {
+        "step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples, "size": _size_of(found.checkpoint),
+        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}", "created": manifest.created[:19].replace("T", " "),
+        "state": "whole", "problem": "",
+    }  # fmt: skip
+
+
+def _size_of(checkpoint: Checkpoint) -> int:
+    return sum(record.size for record in checkpoint.manifest.files.values())
+
+
+# inspect
+
+
+@command.command(name="inspect")
+@click.argument("checkpoint", type=_FOLDER)
+@click.option("--tensors", is_flag=True, help="List every tensor with its shape and dtype.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def inspect_command(checkpoint: Path, tensors: bool, as_json: bool) -> None:
+    """Show what one checkpoint holds, of paceline or of another library."""
+    from paceline.checkpoint.foreign import open_any
+
+    state = open_any(checkpoint)
+    facts = _facts(state)
+    rows = list(_tensor_rows(state))
+    if as_json:
+        click.echo(json.dumps(facts | ({"tensors": rows} if tensors else {}), indent=2))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        for index, line in enumerate(value if isinstance(value, list) else [value]):
+            click.echo(f"{name if not index else '':<{width}}  {line}")
+    if tensors:
+        click.echo()
+        _print_table(rows, ["tensor", "shape", "dtype", "size"])
+
+
+def _facts(state: ForeignState) -> dict[str, Any]:
+    from paceline.checkpoint import open_checkpoint
+
+    facts: dict[str, Any] = {"folder": str(state.folder), "format": state.kind, "step": state.step}
+    if state.kind == "paceline":
+        opened = open_checkpoint(state.folder)
+        manifest = opened.manifest
+        facts |= {
+            "epoch": manifest.epoch, "samples": f"{manifest.samples:,} of the epoch",
+            "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}, {manifest.mixed_precision}",
+            "created": manifest.created, "paceline": manifest.paceline, "torch": manifest.torch,
+            "size": f"{_size(_size_of(opened))} in {len(manifest.files)} files",
+        }  # fmt: skip
+    slots = [state.weights.slot(name) for name in state.weights]
+    count = sum(_numel(slot.shape) for slot in slots)
+    dtypes = sorted({str(slot.dtype).removeprefix("torch.") for slot in slots})
+    facts["weights"] = f"{count:,} elements in {len(slots)} tensors, {', '.join(dtypes) or 'none'}"
+    for index, optimizer in enumerate(state.optimizers):
+        kinds = sorted({slot for tensors in optimizer.slots.values() for slot in tensors})
+        facts[f"optimizer {index}" if index else "optimizer"] = (
+            f"{', '.join(kinds) or 'no tensors'} of {len(optimizer.slots)} parameters in {len(optimizer.groups)} groups"
+        )
+    others = [("schedulers", len(state.schedulers)), ("custom objects", len(state.custom))]
+    others += [("generators", len(state.generators)), ("loss scaler", int(state.scaler is not None))]
+    facts["also"] = ", ".join(f"{count} {name}" for name, count in others if count) or "nothing"
+    if state.notes:
+        facts["notes"] = list(state.notes)
+    return facts
+
+
+def _tensor_rows(state: ForeignState) -> Iterator[dict[str, Any]]:
+    families = [("model", state.weights)]
+    for index, optimizer in enumerate(state.optimizers):
+        family = f"optimizer_{index}" if index else "optimizer"
+        families += [(f"{family}/{name}", tensors) for name, tensors in optimizer.slots.items()]
+    for family, tensors in families:
+        for name in tensors:
+            slot = tensors.slot(name)
+            size = _numel(slot.shape) * slot.dtype.itemsize
+            dtype = str(slot.dtype).removeprefix("torch.")
+            yield {"tensor": f"{family}/{name}", "shape": list(slot.shape), "dtype": dtype, "size": size}
+
+
+def _numel(shape: Sequence[int]) -> int:
+    from math import prod
+
+    return prod(shape)
+
+
+# verify
+
+
+@command.command(name="verify")
+@click.argument("checkpoints", nargs=-1, required=True, type=_FOLDER)
+def verify_command(checkpoints: tuple[Path, ...]) -> None:
+    """Read all of each checkpoint and compare it with its checksums; the exit code is 1 if one is not whole.
+
+    Folders of other libraries have no checksums: every tensor in them is read.
+    """
+    from paceline.errors import PacelineError
+
+    wrong = 0
+    for folder in checkpoints:
+        try:
+            click.echo(f"whole      {folder}: {_verify(folder)}")
+        except PacelineError as error:
+            wrong += 1
+            click.echo(f"NOT whole  {folder}: {error}")
+    sys.exit(1 if wrong else 0)
+
+
+def _verify(folder: Path) -> str:
+    from paceline.checkpoint import open_checkpoint
+    from paceline.checkpoint.foreign import open_foreign, recognise
+    from paceline.checkpoint.manifest import MANIFEST
+
+    if (folder / MANIFEST).exists() or recognise(folder) is None:
+        checkpoint = open_checkpoint(folder)
+        with _progress(f"verify {folder.name}", _size_of(checkpoint)) as told:
+            checkpoint.verify(told)
+        return f"{_size(_size_of(checkpoint))} in {len(checkpoint.manifest.files)} files"
+    state = open_foreign(folder)
+    rows = list(_tensor_rows(state))
+    with _progress(f"read {folder.name}", sum(row["size"] for row in rows)) as told:
+        for tensors in (state.weights, *(held for o in state.optimizers for held in o.slots.values())):
+            for name in tensors:
+                value = tensors[name]
+                told(value.numel() * value.element_size())
+    return f"{len(rows)} tensors of a {state.kind} folder could be read; it has no checksums"
+
+
+# export
+
+
+@command.command(name="export")
+@click.argument("checkpoint", type=_FOLDER)
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--max_shard_size", default="10GB", show_default=True, help="No file is larger, such as 5GB or 500MiB.")
+@click.option("--dtype", type=click.Choice([*_DTYPES]), help="What floating-point weights become; default: unchanged.")
+@click.option("--model", "model_index", default=0, show_default=True, help="Which model, if several were prepared.")
+def export_command(checkpoint: Path, out: Path, max_shard_size: str, dtype: str | None, model_index: int) -> None:
+    """Write the weights of a checkpoint into OUT as safetensors, as `from_pretrained` reads them.
+
+    CHECKPOINT may be of paceline, Accelerate, DeepSpeed or torch.distributed.checkpoint. One tensor at a time is in
+    memory. The `config.json` of the model is copied if it is there.
+    """
+    export(checkpoint, out, max_shard_size=max_shard_size, dtype=dtype, model_index=model_index)
+
+
+def export(
+    source: Path, out: Path, *, max_shard_size: str = "10GB", dtype: str | None = None, model_index: int = 0
+) -> None:
+    """Do what `paceline checkpoint export` says."""
+    import shutil
+
+    import torch
+
+    from paceline.checkpoint import parse_size
+    from paceline.checkpoint.foreign import open_any
+    from paceline.checkpoint.streaming import stream_weights
+
+    limit = parse_size(max_shard_size)
+    state = open_any(source)
+    tensors = state.model(model_index)
+    total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
+    wanted = None if dtype is None else getattr(torch, _DTYPES[dtype])
+    with _progress(f"export {source.name}", total) as told:
+        files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=told)
+    if (source / "config.json").is_file():
+        shutil.copyfile(source / "config.json", out / "config.json")
+    size = sum(path.stat().st_size for path in files)
+    click.echo(f"{len(tensors)} tensors, {_size(size)} in {len(files)} file{'s' if len(files) > 1 else ''} in {out}")
+
+
+# How things look
+
+
+def _print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    numbers = {"step", "epoch", "samples", "size"}
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(column, row.get(column, "")) for column in columns))
+    console.print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if column == "size" and isinstance(value, int):
+        return _size(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return str(value)
+    return f"{value:,}"
+
+
+def _size(count: int) -> str:
+    from rich.filesize import decimal
+
+    return decimal(count)
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _progress(what: str, total: int) -> Any:
+    """A bar on the terminal; what is yielded takes the bytes done since the last call."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    @contextmanager
+    def shown() -> Iterator[Callable[[int], None]]:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+            task = bars.add_task(what, total=total)
+            yield lambda count: bars.advance(task, count)
+
+    return shown()

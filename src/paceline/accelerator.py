@@ -684,7 +684,9 @@ class Accelerator(Ranks):
 
         Args:
             input_dir: The checkpoint's folder; None takes the newest whole one under `project_dir`, with a line for
-                each newer one that is not whole.
+                each newer one that is not whole. A folder that Accelerate's `save_state`, the transformers Trainer,
+                DeepSpeed or torch.distributed.checkpoint wrote is taken over as far as it fits, with a line for each
+                thing taken or left.
             strict: Refuse a checkpoint that holds more or fewer tensors; else they are named in a warning.
 
         Returns:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint import Saver, find_checkpoints, next_number, open_checkpoint
+from paceline.checkpoint.manifest import MANIFEST
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.preemption import Preempted, Preemption
@@ -177,6 +179,8 @@ class Checkpointing:
         """Load a state; see `Accelerator.load_state`."""
         self.wait()
         if input_dir is not None:
+            if self._is_foreign(Path(input_dir)):
+                return self._adopt(state, Path(input_dir), strict=strict)
             checkpoint = self._open(Path(input_dir))
             self._load(state, checkpoint, strict=strict)
             return str(checkpoint.folder)
@@ -187,6 +191,24 @@ class Checkpointing:
         for hook in list(self._load_hooks):
             hook(models, str(checkpoint.folder))
         state.without_weights(state.models[len(models) :]).load(checkpoint, strict=strict)
+
+    def _is_foreign(self, folder: Path) -> bool:
+        """Whether all ranks see a folder of another library under this name."""
+        from paceline.checkpoint.foreign import recognise
+
+        foreign = not (folder / MANIFEST).exists() and recognise(folder) is not None
+        return all(self._group.all_gather_object(foreign))
+
+    def _adopt(self, state: TrainingState, folder: Path, *, strict: bool) -> str:
+        from paceline.adoption import adopt
+
+        models = list(state.models)
+        for hook in list(self._load_hooks):
+            hook(models, str(folder))
+        lines = adopt(state.without_weights(state.models[len(models) :]), folder, strict=strict)
+        for line in lines:
+            _LOG.log(logging.WARNING if line.startswith("left") else logging.INFO, "%s: %s", folder.name, line)
+        return str(folder)
 
     def _project_folder(self) -> Path:
         if self._project.project_dir is None:

@@ -22,7 +22,7 @@ from paceline.errors import CheckpointError, StateError, named
 from paceline.version import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ class TrainingState:
         """
         from paceline.checkpoint.saving import Common, Content
 
-        parts = dict(self._model_parts())
+        parts = self.model_parts()
         groups = self._optimizer_parts(parts)
         documents = {rank_document(self._rank): json.dumps(self._own())}
         common = Common()
@@ -136,7 +136,7 @@ class TrainingState:
     def _steady(self, parts: Mapping[str, Part]) -> set[str]:
         """Names of what an optimizer updates, and of its own state."""
         stepped = {id(p) for wrapper in self.optimizers for p in self.strategy.parameters_of(wrapper.optimizer)}
-        names = {f"{self._family(name)}" for key, name in self._names().items() if key in stepped}
+        names = {f"{self._family(name)}" for key, name in self.names().items() if key in stepped}
         return {name for name in parts if name in names or name.startswith("optimizer")}
 
     @staticmethod
@@ -160,7 +160,7 @@ class TrainingState:
         together(self._group, "read", checkpoint.folder, lambda: (checkpoint.training, checkpoint.of_rank(self._rank)))
         training = checkpoint.training
         self._make_room(checkpoint, training)
-        parts = dict(self._model_parts())
+        parts = self.model_parts()
         self._optimizer_parts(parts)
         known = self._check_names(checkpoint, parts, strict=strict)
         loose = self._loose(checkpoint)
@@ -172,7 +172,7 @@ class TrainingState:
 
     def _make_room(self, checkpoint: Checkpoint, training: Mapping[str, Any]) -> None:
         for index, (wrapper, held) in enumerate(_pairs(training, "optimizers", self.optimizers)):
-            names = self._names()
+            names = self.names()
             slots = _slots(checkpoint, f"{numbered('optimizer', index)}/")
             self.strategy.make_slots(wrapper.optimizer, names, slots, held["numbers"])
             self.strategy.set_groups(wrapper.optimizer, names, held["groups"])
@@ -237,7 +237,7 @@ class TrainingState:
         rank: int = self._group.rank
         return rank
 
-    def _names(self) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
         """The names of all parameters by identity; those of further models begin with their family."""
         names: dict[int, str] = {}
         for index, model in enumerate(self.models):
@@ -246,18 +246,20 @@ class TrainingState:
                 names.setdefault(id(parameter), prefix + name)
         return names
 
-    def _model_parts(self) -> Iterator[tuple[str, Part]]:
-        for index, model in enumerate(self.models):
-            if any(model is other for other in self.omitted):
-                continue
-            for name, part in self.strategy.model_state(model).items():
-                yield f"{numbered('model', index)}/{name}", part
+    def model_parts(self) -> dict[str, Part]:
+        """This rank's part of every weight that is not left to somebody else, by its name in a checkpoint."""
+        return {
+            f"{numbered('model', index)}/{name}": part
+            for index, model in enumerate(self.models)
+            if not any(model is other for other in self.omitted)
+            for name, part in self.strategy.model_state(model).items()
+        }
 
     def _optimizer_parts(self, parts: dict[str, Part]) -> list[dict[str, Any]]:
         """Add the optimizers' tensors to `parts`; return what else there is to each."""
         found = []
         for index, wrapper in enumerate(self.optimizers):
-            state = self.strategy.optimizer_state(wrapper.optimizer, self._names())
+            state = self.strategy.optimizer_state(wrapper.optimizer, self.names())
             family = numbered("optimizer", index)
             for name, slots in state.slots.items():
                 parts.update((f"{family}/{name}/{key}", part) for key, part in slots.items())

@@ -85,8 +85,8 @@ def _row(found: Found, folder: Path) -> dict[str, Any]:
     manifest = found.checkpoint.manifest
     return row | {
         "step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples, "size": _size_of(found.checkpoint),
-        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}", "created": manifest.created[:19].replace("T", " "),
-        "state": "whole", "problem": "",
+        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}",
+        "created": manifest.created[:19].replace("T", " "), "state": "whole", "problem": "",
     }  # fmt: skip
 
 

@@ -214,9 +214,12 @@ class TrainingState:
     def _load_own(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.of_rank(self._rank)
         own = saved or checkpoint.of_rank(0) or {}
-        for loader, held in _pairs(own, "loaders", self.loaders):
-            loader.load_state_dict(from_plain(held))
-        if saved is not None:
+        if own.get("loaders", ()) is None:
+            _LOG.info("%s holds no positions of loaders: the next pass begins an epoch", checkpoint.folder)
+        else:
+            for loader, held in _pairs(own, "loaders", self.loaders):
+                loader.load_state_dict(from_plain(held))
+        if saved is not None and saved["generators"]:
             load_generators_state(from_plain(saved["generators"]), self.strategy.around.device)
         size = checkpoint.manifest.world_size
         if size != self._group.size:

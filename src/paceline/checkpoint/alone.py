@@ -23,7 +23,7 @@ __all__ = ["write_checkpoint"]
 
 def write_checkpoint(
     folder: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Part],
     *,
     training: Mapping[str, Any],
     ranks: Mapping[int, Mapping[str, Any]],
@@ -35,6 +35,7 @@ def write_checkpoint(
     Args:
         folder: Its name.
         tensors: Whole, by the names that the manifest lists; those mapped from files are read piece by piece.
+            A `Part` may be one that reads its values when they are asked for.
         training: What `training.json` holds.
         ranks: What each rank noted for itself.
         facts: The manifest without files and tensors.
@@ -47,7 +48,7 @@ def write_checkpoint(
 
     texts = {TRAINING: json.dumps(training), **(documents or {})}
     texts.update((rank_document(rank), json.dumps(own)) for rank, own in ranks.items())
-    parts = {name: Part.whole(tensor) for name, tensor in tensors.items()}
+    parts = {name: held if isinstance(held, Part) else Part.whole(held) for name, held in tensors.items()}
     content = Content(parts=parts, documents=texts, common=Common(), facts=facts)
     save_checkpoint(folder, lambda _: content, SoloGroup())
     return open_checkpoint(folder)

@@ -254,6 +254,49 @@ def export(
     click.echo(f"{len(tensors)} tensors, {_size(size)} in {len(files)} file{'s' if len(files) > 1 else ''} in {out}")
 
 
+# convert
+
+
+@command.command(name="convert")
+@click.argument("source", type=_FOLDER)
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--to", "to", required=True, type=click.Choice(["paceline", "accelerate", "fsdp", "deepspeed"]))
+@click.option(
+    "--parameters",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Names of the optimizer's parameters, one a line, group by group; for formats that number them.",
+)
+def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -> None:
+    r"""Turn a checkpoint into one of another library, on the CPU, with one tensor at a time in memory.
+
+    \b
+    paceline    what save_state writes
+    accelerate  model.safetensors and optimizer.bin, which plain torch and Accelerate under DDP read
+    fsdp        pytorch_model_fsdp_0 and optimizer_0, which Accelerate under FSDP and torch's DCP read
+    deepspeed   the universal layout, read with {"checkpoint": {"load_universal": true}} at ZeRO stages 1, 2 and 3
+
+    SOURCE may be any of these, DeepSpeed's own folders of every stage, and checkpoints of the transformers Trainer.
+    Accelerate's optimizer.bin numbers its parameters in the order of the optimizer's groups: give their names with
+    --parameters, or load the folder in the script itself with `accelerator.load_state`, which knows them.
+    """
+    from paceline.checkpoint.foreign import open_any
+    from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+    from paceline.errors import UsageError
+
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty", "What is there would be mixed with what is written", "Name another")
+    names = None if parameters is None else [parameters.read_text(encoding="utf-8").split()]
+    state = open_any(source, names)
+    with _progress(f"convert {source.name}", total_bytes(state)) as told:
+        left = WRITERS[to](state, out, told)
+    click.echo(
+        f"{state.kind} to {to}: {len(state.weights)} weights, {len(state.optimizers)} optimizers, step {state.step}, "
+        f"{_size(sum(path.stat().st_size for path in out.rglob('*') if path.is_file()))} in {out}"
+    )
+    for line in (*state.notes, *left):
+        click.echo(f"note: {line}")
+
+
 # How things look
 
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+import threading
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
 
+import torch
+from typing_extensions import override
+
+from paceline.checkpoint.alone import write_checkpoint
 from paceline.checkpoint.dtypes import dtype_named
 from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Source, Tensors
-from paceline.checkpoint.parts import Slot
-from paceline.checkpoint.plain import from_plain
+from paceline.checkpoint.manifest import Manifest
+from paceline.checkpoint.parts import Part, Slot
+from paceline.checkpoint.plain import from_plain, to_plain
+from paceline.version import __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
     from paceline.checkpoint.folder import Checkpoint
 
-__all__ = ["from_checkpoint"]
+__all__ = ["from_checkpoint", "write_paceline"]
 
 _MODEL = re.compile(r"model(?:_(\d+))?/(.+)")
 
@@ -43,7 +57,8 @@ def from_checkpoint(checkpoint: Checkpoint) -> ForeignState:
     for rank in range(manifest.world_size):
         own = checkpoint.of_rank(rank)
         if own is not None:
-            state.generators[rank] = from_plain(own["generators"])
+            if own["generators"]:
+                state.generators[rank] = from_plain(own["generators"])
             if own.get("loaders") and not rank:
                 state.notes.append("left: the positions of the loaders; no other format has a place for them")
     return state
@@ -57,3 +72,107 @@ def _source(checkpoint: Checkpoint, name: str) -> Source:
     record = checkpoint.manifest.tensors[name]
 
     return Source(Slot(record.shape, dtype_named(record.dtype)), lambda: checkpoint.read(name))
+
+
+# The other way
+
+
+def write_paceline(state: ForeignState, out: Path, told: Callable[[int], None]) -> list[str]:
+    """Write a checkpoint of our own.
+
+    Returns:
+        What was left, and why.
+    """
+    training, parts = _training(state)
+    cache = _Latest(told)
+    for name in state.weights:
+        full = name if _MODEL.fullmatch(name) else f"model/{name}"
+        parts[full] = _Read.of(state.weights, name, full, cache)
+    for index, optimizer in enumerate(state.optimizers):
+        family = f"optimizer_{index}" if index else "optimizer"
+        for owner, held in optimizer.slots.items():
+            for slot in held:
+                full = f"{family}/{owner}/{slot}"
+                parts[full] = _Read.of(held, slot, full, cache)
+    # No position is not the position 0: a run that loads this begins an epoch.
+    ranks = {
+        rank: {"loaders": None, "generators": to_plain(state.generators.get(rank), "generators")}
+        for rank in range(_ranks(state))
+    }
+    config = state.folder / "config.json"
+    documents = {config.name: config.read_text(encoding="utf-8")} if config.is_file() else {}
+    write_checkpoint(out, parts, training=training, ranks=ranks, facts=_facts(state), documents=documents)
+    return []
+
+
+def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, Tensor | Part]]:
+    """What is no tensor, and the tensors that it points to."""
+    tensors: dict[str, Tensor] = {}
+    training: dict[str, Any] = {
+        "optimizers": [
+            {"groups": to_plain(held.groups, "groups"), "numbers": held.numbers, "steps": state.step or held.steps}
+            for held in state.optimizers
+        ],
+        "schedulers": [to_plain(s, f"scheduler_{i}/state", tensors) for i, s in enumerate(state.schedulers)],
+        "scaler": None if state.scaler is None else to_plain(state.scaler, "scaler/state", tensors),
+        "engine": {},
+        "engine_settings": {},
+        "custom": [to_plain(s, f"custom_{i}/state", tensors) for i, s in enumerate(state.custom)],
+    }
+    return training, dict(tensors)
+
+
+def _ranks(state: ForeignState) -> int:
+    return max(state.generators, default=0) + 1
+
+
+def _facts(state: ForeignState) -> Manifest:
+    ties = {alias: name for alias, name in state.ties.items() if name in state.weights}
+    return Manifest(
+        id="",
+        paceline=__version__,
+        torch=torch.__version__,
+        created=datetime.now(timezone.utc).isoformat(),
+        step=state.step,
+        epoch=state.epoch,
+        samples=0,
+        world_size=_ranks(state),
+        strategy=f"converted from {state.kind}",
+        mixed_precision="no",
+        ties={f"model/{alias}": f"model/{name}" for alias, name in ties.items()},
+    )
+
+
+class _Latest:
+    """The tensor that is being written, which several threads take pieces of."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self._told = told
+        self._lock = threading.Lock()
+        self._held: tuple[str, Tensor] | None = None
+
+    def get(self, full: str, read: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that name, flat; the one before it is let go."""
+        with self._lock:
+            if self._held is None or self._held[0] != full:
+                self._held = full, read().reshape(-1)
+                self._told(self._held[1].numel() * self._held[1].element_size())
+            return self._held[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read(Part):
+    """A whole tensor that is read when its first piece is written."""
+
+    fetch: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensors: Tensors, name: str, full: str, cache: _Latest) -> _Read:
+        """A tensor of a state, under its name in the checkpoint."""
+        slot = tensors.slot(name)
+        empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+        return cls(slot.shape, 0, empty, lambda: cache.get(full, lambda: tensors[name]))
+
+    @override
+    def flat(self) -> Tensor:
+        return self.fetch()

@@ -1,0 +1,139 @@
+"""Every format into every other, and back: the same bits under the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from paceline.checkpoint import open_checkpoint
+from paceline.checkpoint.foreign import ForeignState, open_any, open_foreign
+from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+from paceline.errors import CheckpointError
+from tests.data.foreign.make import Net, groups_of
+from tests.unit.checkpoint.test_foreign import DECAY, NO_DECAY, RECORDED, same
+
+NAMES = [NO_DECAY + DECAY]
+SOURCES = ["accelerate_ddp", "accelerate_fsdp", "deepspeed_2", "deepspeed_3", "dcp"]
+
+
+def convert(state: ForeignState, out: Path, to: str) -> ForeignState:
+    told: list[int] = []
+    WRITERS[to](state, out, told.append)
+    assert sum(told) > 0
+    return open_any(out, NAMES)
+
+
+def assert_equal(one: ForeignState, other: ForeignState) -> None:
+    aliases = set(one.ties) | set(other.ties)
+    assert set(one.weights) - aliases <= set(other.weights)
+    for name in set(one.weights) - aliases:
+        assert same(one.weights[name], other.weights[name]), name
+    (mine,), (theirs,) = one.optimizers, other.optimizers
+    assert mine.slots.keys() == theirs.slots.keys()
+    for name, tensors in mine.slots.items():
+        assert set(tensors) == set(theirs.slots[name])
+        for slot in tensors:
+            assert same(tensors[slot], theirs.slots[name][slot]), f"{name}: {slot}"
+    for group, held in zip(mine.groups, theirs.groups, strict=True):
+        assert group["params"] == held["params"]
+        assert (group["lr"], group["weight_decay"]) == (held["lr"], held["weight_decay"])
+    assert one.step == other.step == 3
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_converted_holds_the_same_bits(source: str, to: str, tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / source, NAMES)
+    found = convert(state, tmp_path / "out", to)
+    assert_equal(state, found)
+    assert len(found.schedulers) == len(state.schedulers)
+
+
+@pytest.mark.parametrize("to", ["accelerate", "fsdp", "deepspeed"])
+def test_our_own_goes_out_and_comes_back(to: str, tmp_path: Path) -> None:
+    ours = convert(open_foreign(RECORDED / "accelerate_ddp", NAMES), tmp_path / "ours", "paceline")
+    assert_equal(ours, convert(ours, tmp_path / to, to))
+    again = convert(open_any(tmp_path / to, NAMES), tmp_path / "again", "paceline")
+    assert_equal(ours, again)
+
+
+def test_our_own_keeps_everything_else(tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / "accelerate_ddp", NAMES)
+    found = convert(state, tmp_path / "ours", "paceline")
+    open_checkpoint(tmp_path / "ours").verify()
+    assert found.schedulers == state.schedulers
+    assert sorted(found.generators) == [0, 1]
+    assert torch.equal(found.generators[1]["torch"], state.generators[1]["torch"])
+    assert found.custom[0]["seen"] == 12
+    assert torch.equal(found.custom[0]["table"], state.custom[0]["table"])
+
+
+def test_plain_torch_loads_what_is_written_for_it(tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / "deepspeed_3", NAMES)
+    convert(state, tmp_path, "accelerate")
+    optimizer = torch.optim.AdamW(groups_of(Net()))
+    for mmap in (False, True):
+        optimizer.load_state_dict(torch.load(tmp_path / "optimizer.bin", weights_only=True, mmap=mmap))
+    first = optimizer.param_groups[0]["params"][1]
+    assert torch.equal(optimizer.state[first]["exp_avg"], state.optimizers[0].slots["fixed.bias"]["exp_avg"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_loads_what_is_written_for_fsdp(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = open_foreign(RECORDED / "deepspeed_3", NAMES)
+    convert(state, tmp_path, "fsdp")
+    weights = {name: torch.full_like(value, 7.0) for name, value in Net().state_dict().items()}
+    load({"model": weights}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0")
+    for name, value in weights.items():
+        assert same(value, state.weights[state.ties.get(name, name)]), name
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+    """Each writer asks for a tensor when it writes it, and keeps none."""
+    import gc
+    import weakref
+
+    state = open_foreign(RECORDED / "deepspeed_3", NAMES)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watch(name: str, read: object) -> object:
+        def reading() -> Tensor:
+            nonlocal most
+            gc.collect()
+            most = max(most, sum(1 for ref in alive if ref() is not None))
+            tensor: Tensor = read().clone()  # type: ignore[operator]
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+        return reading
+
+    for tensors in (state.weights, *state.optimizers[0].slots.values()):
+        for name, source in tensors.sources.items():
+            tensors.sources[name] = type(source)(source.slot, watch(name, source.read))  # type: ignore[arg-type]
+    for to, write in WRITERS.items():
+        if to != "deepspeed":  # whose groups of facts hold the buffers
+            write(state, tmp_path / to, lambda _: None)
+    assert alive
+    assert most <= 3
+
+
+def test_the_size_is_known_before(tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / "dcp")
+    assert total_bytes(state) == sum(
+        value.numel() * value.element_size()
+        for tensors in (state.weights, *state.optimizers[0].slots.values())
+        for value in tensors.values()
+    )
+
+
+def test_two_models_are_refused_for_deepspeed(tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / "dcp")
+    state.weights.sources["model_1/weight"] = state.weights.sources["gain"]
+    with pytest.raises(CheckpointError, match="2 models"):
+        WRITERS["deepspeed"](state, tmp_path, lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint import open_checkpoint
-from paceline.checkpoint.foreign import ForeignState, open_any, open_foreign
+from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Source, Tensors, open_any, open_foreign
 from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+from paceline.checkpoint.parts import Slot
 from paceline.errors import CheckpointError
 from tests.data.foreign.make import Net, groups_of
 from tests.unit.checkpoint.test_foreign import DECAY, NO_DECAY, RECORDED, same
@@ -93,34 +95,26 @@ def test_dcp_loads_what_is_written_for_fsdp(tmp_path: Path) -> None:
         assert same(value, state.weights[state.ties.get(name, name)]), name
 
 
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    """Each writer asks for a tensor when it writes it, and keeps none."""
-    import gc
-    import weakref
-
-    state = open_foreign(RECORDED / "deepspeed_3", NAMES)
+@pytest.mark.parametrize("to", WRITERS)
+def test_few_tensors_at_a_time_are_in_memory(to: str, tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
-    def watch(name: str, read: object) -> object:
-        def reading() -> Tensor:
-            nonlocal most
-            gc.collect()
-            most = max(most, sum(1 for ref in alive if ref() is not None))
-            tensor: Tensor = read().clone()  # type: ignore[operator]
-            alive.append(weakref.ref(tensor))
-            return tensor
+    def read() -> Tensor:
+        nonlocal most
+        tensor = torch.zeros(1000)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(1 for ref in alive if ref() is not None))
+        return tensor
 
-        return reading
-
-    for tensors in (state.weights, *state.optimizers[0].slots.values()):
-        for name, source in tensors.sources.items():
-            tensors.sources[name] = type(source)(source.slot, watch(name, source.read))  # type: ignore[arg-type]
-    for to, write in WRITERS.items():
-        if to != "deepspeed":  # whose groups of facts hold the buffers
-            write(state, tmp_path / to, lambda _: None)
-    assert alive
-    assert most <= 3
+    source = Source(Slot((1000,), torch.float32), read)
+    names = [f"layer{index}.weight" for index in range(30)]
+    state = ForeignState(kind="made up", folder=tmp_path, weights=Tensors(dict.fromkeys(names, source)))
+    slots = {name: Tensors({"exp_avg": source, "exp_avg_sq": source}) for name in names}
+    state.optimizers = [ForeignOptimizer(slots, {}, [{"lr": 0.1, "params": names}])]
+    WRITERS[to](state, tmp_path / to, lambda _: None)
+    assert len(alive) == 90
+    assert most <= 8
 
 
 def test_the_size_is_known_before(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     )
     from paceline.precision import LossScaler
     from paceline.preemption import Preemption
+    from paceline.recording import Recorder
     from paceline.strategies import DistributedType, Surroundings
 
 T = TypeVar("T")
@@ -152,6 +153,7 @@ class Accelerator(Ranks):
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[PreparedDataLoader] = []
+        self._recorder = self._record()
         self._checkpointing = Checkpointing(self.project_configuration, self._parts.group)
         self._listen(self._checkpointing.arm(self._save_at_once))
         self._own_strategy = None if isinstance(strategy, str) else strategy
@@ -160,6 +162,19 @@ class Accelerator(Ranks):
         if self._strategy is not None and self._strategy.scales_loss:
             refuse_scaler(self._parts.handlers, self._strategy.name)
             self.scaler = None
+
+    def _record(self) -> Recorder | None:
+        """Note what this run does, where `paceline verify-resume` asked for it."""
+        recording = self._parts.resolved.recording
+        if recording is None:
+            return None
+        from paceline.recording import Recorder
+
+        recorder = Recorder(
+            recording, self._parts.group, lambda: max((o.num_steps for o in self._optimizers), default=0)
+        )
+        self._loaders.watch = recorder.note_batch
+        return recorder
 
     # What was decided
 
@@ -501,6 +516,8 @@ class Accelerator(Ranks):
         Raises:
             SteppingError: Weighted and unweighted losses in one window.
         """
+        if self._recorder is not None:
+            self._recorder.note_loss(loss)
         scale = self._window.scale_of(loss, weight)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)

@@ -17,6 +17,10 @@ _COMMANDS = {
     "config": ("paceline.cli.config", "Write, check, explain and convert the configuration."),
     "checkpoint": ("paceline.cli.checkpoint", "List, inspect, verify, export and convert checkpoints."),
     "merge-weights": ("paceline.cli.merge_weights", "Merge a sharded checkpoint into safetensors weights."),
+    "verify-resume": (
+        "paceline.cli.verify_resume",
+        "Kill a script, resume it, and compare it with a run never killed.",
+    ),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
     "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
 }

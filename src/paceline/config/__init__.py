@@ -21,7 +21,7 @@ from paceline.config.names import Option, options
 from paceline.config.origin import Origin
 from paceline.config.parallelism import ParallelismConfig
 from paceline.config.resolve import resolve, with_arguments, worker_config
-from paceline.config.resolved import Resolved
+from paceline.config.resolved import Recording, Resolved
 from paceline.config.run import RunConfig
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "ParallelismConfig",
     "ProfileKwargs",
     "ProjectConfiguration",
+    "Recording",
     "Resolved",
     "RunConfig",
     "Section",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.base import Fault, Section, slots, slots_by_field
@@ -136,7 +136,7 @@ def with_arguments(resolved: Resolved, arguments: Mapping[str, object]) -> Resol
     problems = draft.problems or find_problems(facts)
     if problems:
         raise ConfigError(problems)
-    return Resolved(config, draft.origins, resolved.notes)
+    return replace(resolved, config=config, origins=draft.origins)
 
 
 def _rivals(layers: list[Layer]) -> list[Problem]:

@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Recording:
+    """What `paceline verify-resume` asks of a run.
+
+    Attributes:
+        folder: Where each rank writes its notes.
+        stop_at: Optimizer steps after which the run ends.
+        kill_at: Optimizer steps after which the last rank kills itself; None for never.
+    """
+
+    folder: str
+    stop_at: int
+    kill_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """A configuration with the source of each value.
 
@@ -24,11 +39,13 @@ class Resolved:
         config: The values.
         origins: Dotted YAML key to source; keys that are absent have their defaults.
         notes: One line for each value that was translated on the way.
+        recording: What a run that is checked writes down; None for any other.
     """
 
     config: RunConfig
     origins: Mapping[str, Origin]
     notes: tuple[str, ...] = ()
+    recording: Recording | None = None
 
     def origin(self, key: str) -> Origin:
         """Return the source of a dotted key's value."""
@@ -40,11 +57,13 @@ class Resolved:
 
     def to_json(self) -> str:
         """Write everything as one line of JSON, which `from_json` reads back."""
-        document = {
+        document: dict[str, Any] = {
             "config": self.config.model_dump(exclude_unset=True),
             "origins": {key: asdict(origin) for key, origin in self.origins.items()},
             "notes": self.notes,
         }
+        if self.recording is not None:
+            document["recording"] = asdict(self.recording)
         return json.dumps(document, separators=(",", ":"), default=str)
 
     @classmethod
@@ -54,7 +73,9 @@ class Resolved:
             document = json.loads(text)
             config = _load(document["config"])
             origins = {str(key): Origin(**origin) for key, origin in document["origins"].items()}
-            return cls(config, origins, tuple(document["notes"]))
+            held = document.get("recording")
+            recording = None if held is None else Recording(**held)
+            return cls(config, origins, tuple(document["notes"]), recording)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{text[:60]!r} is not a resolved configuration"
             hint = "unset the variable, and start workers with `paceline launch`"

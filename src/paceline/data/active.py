@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,10 +41,12 @@ class ActiveLoaders:
 
     Attributes:
         before_batch: Called before each batch is handed out, in passes in which all ranks get as many.
+        watch: Called with the loader and each batch that it hands out; None costs nothing.
     """
 
     def __init__(self) -> None:
         self.before_batch: Callable[[], None] = _nothing
+        self.watch: Callable[[Any, Any], None] | None = None
         self._passes: list[tuple[object, LoaderInUse]] = []
 
     @property

@@ -110,6 +110,8 @@ class PreparedDataLoader(DataLoader[Any]):
                     if in_step:
                         self._active.before_batch()
                     progress.hand_out()
+                    if self._active.watch is not None:
+                        self._active.watch(self, batch)
                     yield batch
                 if self._reading.keeps_state:
                     self._between = self._position_in(current)

@@ -1,0 +1,219 @@
+"""`paceline verify-resume`: whether a script that is killed and started again trains as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
+from paceline.cli.sources import resolve_sources
+from paceline.config import Recording
+from paceline.errors import UsageError, WorkerError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from paceline.config import Resolved
+    from paceline.launch import Command
+
+_HELP = """Check that SCRIPT resumes exactly: run it, kill it with SIGKILL, run it again, and compare.
+
+SCRIPT is run three times: for --steps optimizer steps without a break; again until --kill_at steps, when one of its
+processes is killed; and once more, when it should find its checkpoint by itself (`accelerator.load_state()`) and go on.
+Every batch and every loss of the interrupted run, steps that it repeats included, must be those of the run that was
+never stopped. The exit code is 0 if they are, else 1.
+
+Each run has an empty folder of its own as working directory, so that a checkpoint in `runs/a` is found only by the run
+that belongs to it. Name what the script reads from here with --link. In the script's own arguments {folder} stands for
+that folder.
+
+\b
+    paceline verify-resume train.py
+    paceline verify-resume --steps 40 --kill_at 25 --num_processes 2 --use_fsdp train.py --lr 1e-3
+    paceline verify-resume --link data train.py --output_dir {folder}/out
+
+The script saves with `save_state` before step --kill_at, and calls nothing else for this: `backward` and the prepared
+loaders take the notes.
+"""
+
+Key = tuple[int, int, int]
+"""Rank, optimizer step, and micro-batch of the step."""
+
+
+@click.command(
+    name="verify-resume",
+    cls=SchemaCommand,
+    help=_HELP,
+    context_settings={**SETTINGS, "allow_interspersed_args": False},
+    params=schema_options(),
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path), shell_complete=complete_files)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--steps", default=20, show_default=True, help="Optimizer steps to compare.")
+@click.option("--kill_at", default=11, show_default=True, help="Optimizer step before which the run is killed.")
+@click.option("--tolerance", default=0.0, show_default=True, help="Relative difference of losses; 0: to the bit.")
+@click.option(
+    "--link", multiple=True, type=click.Path(exists=True, path_type=Path), help="Make this visible to the runs."
+)
+@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the runs and their output here.")
+def command(
+    script: Path,
+    arguments: tuple[str, ...],
+    steps: int,
+    kill_at: int,
+    tolerance: float,
+    link: tuple[Path, ...],
+    config_file: Path | None,
+    keep: Path | None,
+    **values: Any,
+) -> None:
+    """Check a script; the text above is what people read."""
+    if not 0 < kill_at < steps:
+        raise UsageError(f"--kill_at {kill_at} with --steps {steps}", "It must lie between 0 and the steps", "")
+    resolved = resolve_sources(given_flags(values), config_file)
+    from paceline.launch import Command
+
+    what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
+    with tempfile.TemporaryDirectory(prefix="paceline_verify_") as made:
+        runs = _Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in link))
+        fine = _check(runs, steps, kill_at, tolerance)
+    sys.exit(0 if fine else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """Starts runs of one script in folders of their own."""
+
+    root: Path
+    resolved: Resolved
+    command: Command
+    links: tuple[Path, ...]
+
+    def start(self, where: str, name: str, stop_at: int, kill_at: int | None = None) -> WorkerError | None:
+        """Run the script in the folder `where`; return its failure, if it failed.
+
+        What it prints goes to files, what it records to a folder `name` beside them.
+        """
+        home = self.root / where
+        work = home / "work"
+        if not work.is_dir():
+            work.mkdir(parents=True)
+            for path in self.links:
+                (work / path.name).symlink_to(path)
+        recording = Recording(str(home / name), stop_at, kill_at)
+        arguments = tuple(word.replace("{folder}", str(work)) for word in self.command.arguments)
+        from paceline.launch import launch
+
+        try:
+            with _inside(work):
+                launch(
+                    replace(self.resolved, recording=recording),
+                    replace(self.command, arguments=arguments),
+                    env=os.environ,
+                    log_dir=home / f"{name}_output",
+                )
+        except WorkerError as failure:
+            return failure
+        return None
+
+    def notes(self, where: str, name: str) -> dict[Key, dict[str, Any]]:
+        """What one run recorded."""
+        found: dict[Key, dict[str, Any]] = {}
+        for path in sorted((self.root / where / name).glob("rank-*.jsonl")):
+            rank = int(path.stem.removeprefix("rank-"))
+            for line in path.read_text(encoding="utf-8").splitlines():
+                note = json.loads(line)
+                found[rank, note["step"], note["micro"]] = note
+        return found
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _check(runs: _Runs, steps: int, kill_at: int, tolerance: float) -> bool:
+    """Run three times and compare; print what was found."""
+    failure = runs.start("straight", "run", steps)
+    straight = runs.notes("straight", "run")
+    if failure is not None or not straight:
+        return _fail("the run without a break failed" if failure else "the run recorded no backward pass", failure)
+    ranks = 1 + max(rank for rank, _, _ in straight)
+    click.echo(f"ran      {_steps(straight)} steps on {ranks} rank{'s' if ranks > 1 else ''} without a break")
+    if runs.start("killed", "before", steps, kill_at) is None:
+        return _fail(f"the run ended before step {kill_at}; there was nothing to kill", None)
+    click.echo(f"killed   rank {ranks - 1} with SIGKILL before its step {kill_at + 1}")
+    failure = runs.start("killed", "after", steps)
+    before, after = runs.notes("killed", "before"), runs.notes("killed", "after")
+    if failure is not None or not after:
+        return _fail("the run that should have resumed failed", failure)
+    begun = min(step for _, step, _ in after)
+    if begun == 0:
+        return _fail(
+            "the run that should have resumed began at step 0: it saved no checkpoint before it was killed, or did "
+            "not load it (accelerator.load_state() before the loop)",
+            None,
+        )
+    click.echo(f"resumed  from the checkpoint of step {begun}, went on to step {_steps(after)}")
+    problems = [*_differences(straight, before, "before the kill", tolerance)]
+    problems += _differences(straight, after, "after the resume", tolerance)
+    missing = {key for key in straight if key[1] >= begun} - after.keys()
+    problems += [f"step {step + 1}, rank {rank}: missing after the resume" for rank, step, _ in sorted(missing)]
+    for problem in problems[:8]:
+        click.echo(f"differs  {problem}")
+    if problems:
+        return _fail(f"{len(problems)} of {len(straight)} batches differ", None)
+    how = "to the bit" if tolerance == 0 else f"within {tolerance:g}"
+    click.echo(f"PASS     {len(before) + len(after)} batches and losses are those of the run without a break, {how}")
+    return True
+
+
+def _steps(notes: Mapping[Key, Any]) -> int:
+    return 1 + max(step for _, step, _ in notes)
+
+
+def _fail(why: str, failure: WorkerError | None) -> bool:
+    if failure is not None:
+        click.echo(str(failure).rstrip())
+    click.echo(f"FAIL     {why}")
+    return False
+
+
+def _differences(
+    straight: Mapping[Key, dict[str, Any]], other: Mapping[Key, dict[str, Any]], when: str, tolerance: float
+) -> Sequence[str]:
+    found = []
+    for key, note in sorted(other.items()):
+        rank, step, _ = key
+        where = f"step {step + 1}, rank {rank}, {when}"
+        wanted = straight.get(key)
+        if wanted is None:
+            found.append(f"{where}: the run without a break has no such batch")
+        elif (place := _place(note)) != _place(wanted):
+            found.append(f"{where}: {place} in place of {_place(wanted)}")
+        elif note.get("content") != wanted.get("content"):
+            found.append(f"{where}: other values in the batch that ends at {place}")
+        elif not math.isclose(note["loss"], wanted["loss"], rel_tol=tolerance, abs_tol=0.0) and not (
+            math.isnan(note["loss"]) and math.isnan(wanted["loss"])
+        ):
+            found.append(f"{where}: loss {note['loss']!r} in place of {wanted['loss']!r}")
+    return found
+
+
+def _place(note: Mapping[str, Any]) -> str:
+    return f"sample {note.get('samples')} of epoch {note.get('epoch')}"

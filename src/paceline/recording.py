@@ -1,0 +1,81 @@
+"""Notes of what a run did, batch by batch, for `paceline verify-resume`; a run that is not checked has none of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.collectives import leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from paceline.collectives import Group
+    from paceline.config import Recording
+    from paceline.data import PreparedDataLoader
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Writes a line for each backward pass of this rank: the step, the batch that it was about, and its loss.
+
+    Reading the loss waits for the device, which a run that is only checked can afford.
+
+    Args:
+        recording: Where to write, and when to stop or be killed.
+        group: All ranks.
+        steps: Tells how many optimizer steps were taken.
+    """
+
+    def __init__(self, recording: Recording, group: Group, steps: Callable[[], int]) -> None:
+        self._recording = recording
+        self._group = group
+        self._steps = steps
+        self._batch: dict[str, Any] = {}
+        self._last = (-1, 0)
+        folder = Path(recording.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / f"rank-{group.rank:05d}.jsonl"
+
+    def note_batch(self, loader: PreparedDataLoader, batch: Any) -> None:
+        """Remember the batch that is handed out."""
+        position = loader.state_dict()
+        self._batch = {
+            "epoch": position.get("epoch"),
+            "samples": position.get("samples"),
+            "content": _digest(batch),
+        }
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Write a line, before the backward pass of a loss; end the run when it has gone far enough."""
+        step = self._steps()
+        if step >= self._recording.stop_at:
+            raise SystemExit(0)
+        if step == self._recording.kill_at and self._group.rank == self._group.size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        micro = self._last[1] + 1 if self._last[0] == step else 0
+        self._last = step, micro
+        line = {"step": step, "micro": micro, "loss": float(loss.detach().float().mean()), **self._batch}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _digest(batch: Any) -> str:
+    """A checksum of all values in a batch."""
+    crc = 0
+    for _, value in leaves(batch):
+        if isinstance(value, torch.Tensor):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        else:
+            raw = repr(value).encode()
+        crc = zlib.crc32(raw, crc)
+    return f"{crc:08x}"

@@ -1,0 +1,105 @@
+"""`paceline verify-resume` tells scripts that resume exactly from those that do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from paceline.config import Recording, resolve
+from paceline.config.resolved import Resolved
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.unit.cli.conftest import Answer, Paceline
+
+SCRIPT = """
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from paceline import Accelerator, ProjectConfiguration
+
+names = ProjectConfiguration(project_dir="out", automatic_checkpoint_naming=True, total_limit=2)
+accelerator = Accelerator(project_config=names)
+torch.manual_seed(1)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+data = TensorDataset(torch.randn(24, 4), torch.randn(24, 1))
+model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=4, shuffle=True))
+if "forget" not in sys.argv:
+    accelerator.load_state()
+resumed = loader.state_dict()["samples"]
+if "reseed" in sys.argv and resumed:
+    torch.manual_seed(99)
+if "restart" in sys.argv and resumed:
+    loader.set_epoch(7)
+step = 0
+while step < 100:
+    for x, y in loader:
+        accelerator.backward(((model(x) - y) ** 2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 4 == 0:
+            accelerator.save_state()
+"""
+
+
+@pytest.fixture
+def check(paceline: Paceline, tmp_path: Path) -> Paceline:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+
+    def call(*words: str, flags: tuple[str, ...] = ("--num_processes", "1")) -> Answer:
+        return paceline("verify-resume", "--cpu", *flags, "--steps", "9", "--kill_at", "6", "train.py", *words)
+
+    return call
+
+
+def test_a_script_that_resumes_exactly_passes(check: Paceline) -> None:
+    answer = check()
+    assert answer.code == 0, answer.out
+    assert "resumed  from the checkpoint of step 4, went on to step 9" in answer.out
+    assert answer.lines[-1].startswith("PASS     11 batches and losses")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("reseed", "differs  step 5, rank 0, after the resume: loss"),
+        ("restart", "in place of sample 20 of epoch 0"),
+        ("forget", "began at step 0"),
+    ],
+)
+def test_a_script_that_does_not_fails_with_the_first_differences(check: Paceline, word: str, says: str) -> None:
+    answer = check(word)
+    assert answer.code == 1
+    assert says in answer.out
+    assert answer.lines[-1].startswith("FAIL")
+
+
+@pytest.mark.slow
+def test_two_ranks_under_fsdp(check: Paceline) -> None:
+    answer = check(flags=("--num_processes", "2", "--use_fsdp"))
+    assert answer.code == 0, answer.out
+
+
+def test_a_script_that_fails_is_shown(paceline: Paceline, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise ValueError('no such data')")
+    answer = paceline("verify-resume", "--cpu", "--num_processes", "1", "train.py")
+    assert answer.code == 1
+    assert "no such data" in answer.out
+    assert "FAIL" in answer.out
+
+
+def test_the_kill_lies_between(paceline: Paceline, script: Path) -> None:
+    answer = paceline("verify-resume", "--steps", "5", "--kill_at", "9", str(script))
+    assert answer.code == 2
+    assert "between" in answer.err
+
+
+def test_a_recording_travels_to_the_workers() -> None:
+    resolved = resolve(flags={}, env={}, file=None)
+    assert Resolved.from_json(resolved.to_json()).recording is None
+    asked = Resolved(resolved.config, resolved.origins, (), Recording("notes", 9, 6))
+    assert Resolved.from_json(asked.to_json()).recording == Recording("notes", 9, 6)

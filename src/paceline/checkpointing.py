@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint import Saver, find_checkpoints, next_number, open_checkpoint
-from paceline.checkpoint.manifest import MANIFEST
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.preemption import Preempted, Preemption
@@ -196,7 +195,8 @@ class Checkpointing:
         """Whether all ranks see a folder of another library under this name."""
         from paceline.checkpoint.foreign import recognise
 
-        foreign = not (folder / MANIFEST).exists() and recognise(folder) is not None
+        # Weights alone are no training state.
+        foreign = recognise(folder) not in (None, "weights")
         return all(self._group.all_gather_object(foreign))
 
     def _adopt(self, state: TrainingState, folder: Path, *, strict: bool) -> str:

@@ -142,9 +142,10 @@ def _facts(state: ForeignState) -> dict[str, Any]:
         facts[f"optimizer {index}" if index else "optimizer"] = (
             f"{', '.join(kinds) or 'no tensors'} of {len(optimizer.slots)} parameters in {len(optimizer.groups)} groups"
         )
-    others = [("schedulers", len(state.schedulers)), ("custom objects", len(state.custom))]
-    others += [("generators", len(state.generators)), ("loss scaler", int(state.scaler is not None))]
-    facts["also"] = ", ".join(f"{count} {name}" for name, count in others if count) or "nothing"
+    others = [("scheduler", len(state.schedulers)), ("custom object", len(state.custom))]
+    others += [("loss scaler", int(state.scaler is not None)), ("set of generators", len(state.generators))]
+    said = [f"{name}: {count}" for name, count in others if count]
+    facts["also"] = ", ".join(said) or "nothing"
     if state.notes:
         facts["notes"] = list(state.notes)
     return facts
@@ -194,9 +195,8 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
 def _verify(folder: Path) -> str:
     from paceline.checkpoint import open_checkpoint
     from paceline.checkpoint.foreign import open_foreign, recognise
-    from paceline.checkpoint.manifest import MANIFEST
 
-    if (folder / MANIFEST).exists() or recognise(folder) is None:
+    if recognise(folder) is None:
         checkpoint = open_checkpoint(folder)
         with _progress(f"verify {folder.name}", _size_of(checkpoint)) as told:
             checkpoint.verify(told)
@@ -208,7 +208,7 @@ def _verify(folder: Path) -> str:
             for name in tensors:
                 value = tensors[name]
                 told(value.numel() * value.element_size())
-    return f"{len(rows)} tensors of a {state.kind} folder could be read; it has no checksums"
+    return f"{len(rows)} tensors could be read; folders of {state.kind} have no checksums"
 
 
 # export

@@ -126,6 +126,14 @@ def test_the_size_is_known_before(tmp_path: Path) -> None:
     )
 
 
+def test_a_name_that_leads_elsewhere_is_refused_for_deepspeed(tmp_path: Path) -> None:
+    state = open_foreign(RECORDED / "dcp")
+    state.weights.sources["../../elsewhere"] = state.weights.sources["gain"]
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        WRITERS["deepspeed"](state, tmp_path / "out", lambda _: None)
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_models_are_refused_for_deepspeed(tmp_path: Path) -> None:
     state = open_foreign(RECORDED / "dcp")
     state.weights.sources["model_1/weight"] = state.weights.sources["gain"]

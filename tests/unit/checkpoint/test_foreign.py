@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paceline.checkpoint.foreign import ForeignState, open_foreign, recognise
+from paceline.checkpoint.foreign import ForeignState, Source, Tensors, open_foreign, recognise
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
+from paceline.checkpoint.parts import Slot
 from paceline.errors import CheckpointError
 
 RECORDED = Path(__file__).parents[2] / "data" / "foreign"
@@ -105,6 +107,28 @@ def test_accelerate_brings_scheduler_generators_and_custom_objects() -> None:
     assert np.array_equal(np.asarray(state.generators[1]["numpy"][1]), held[1])
     assert state.custom[0]["seen"] == 12
     assert state.custom[0]["table"].tolist() == [0, 1, 2]
+
+
+def test_checkpoints_of_the_trainer_are_read_too(tmp_path: Path) -> None:
+    """The same things under other names; under DeepSpeed its folder lies beside them."""
+    for name, other in (("optimizer.bin", "optimizer.pt"), ("scheduler.bin", "scheduler.pt")):
+        shutil.copy(RECORDED / "accelerate" / name, tmp_path / other)
+    shutil.copy(RECORDED / "accelerate" / "model.safetensors", tmp_path)
+    drawn = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(drawn, tmp_path / "rng_state.pth")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3, "epoch": 1.5, "best_metric": null}')
+    state = open_foreign(tmp_path, [NO_DECAY + DECAY])
+    assert (state.kind, state.step, state.epoch) == ("accelerate", 3, 1)
+    assert len(state.weights) == 11
+    assert state.optimizers[0].steps == 3
+    assert state.schedulers[0]["last_epoch"] == 3
+    assert torch.equal(state.generators[0]["torch"], torch.get_rng_state())
+    for name in ("optimizer.pt", "model.safetensors"):
+        (tmp_path / name).unlink()
+    shutil.copytree(RECORDED / "deepspeed_3", tmp_path, dirs_exist_ok=True)
+    state = open_foreign(tmp_path)
+    assert len(state.optimizers[0].slots) == 9
+    assert len(state.schedulers) == len(state.generators) == 1
 
 
 def test_without_names_a_numbered_optimizer_is_left_and_said_so() -> None:
@@ -214,3 +238,20 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     next(tmp_path.glob("run/global_step3/zero_pp_rank_1*")).unlink()
     with pytest.raises(CheckpointError, match="1 of 2 ranks"):
         open_foreign(tmp_path / "run")
+
+
+def test_our_own_without_its_manifest_is_broken_not_foreign(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "training.json"):
+        (tmp_path / name).touch()
+    assert recognise(tmp_path) is None
+
+
+def test_looking_at_names_and_shapes_reads_nothing() -> None:
+    def read() -> Tensor:
+        raise AssertionError("read")
+
+    tensors = Tensors({"weight": Source(Slot((3,), torch.float32), read)})
+    assert "weight" in tensors
+    assert "bias" not in tensors
+    assert list(tensors) == ["weight"]
+    assert tensors.slot("weight").shape == (3,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.checkpoint.folder import open_checkpoint
+from paceline.checkpoint.folder import TRAINING, open_checkpoint
 from paceline.checkpoint.foreign.accelerate import is_accelerate, read_accelerate
 from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
@@ -40,9 +40,12 @@ _FORMATS = {
 
 
 def recognise(folder: str | os.PathLike[str]) -> str | None:
-    """The format of a folder: `accelerate`, `deepspeed`, `dcp`, `weights`; None for any other."""
+    """The format of a folder: `accelerate`, `deepspeed`, `dcp`, `weights`; None for any other, and for our own.
+
+    A checkpoint of ours that lost its manifest is a broken one, not a folder of weights.
+    """
     path = Path(folder)
-    if not path.is_dir():
+    if not path.is_dir() or (path / MANIFEST).exists() or (path / TRAINING).exists():
         return None
     return next((name for name, looks in _FORMATS.items() if looks(path)), None)
 
@@ -80,6 +83,6 @@ def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]]
         CheckpointError: It is none, not whole, or cannot be read.
     """
     path = Path(folder)
-    if (path / MANIFEST).exists() or not path.exists():
+    if (path / MANIFEST).exists() or (path / TRAINING).exists() or not path.exists():
         return from_checkpoint(open_checkpoint(path))
     return open_foreign(path, parameters)

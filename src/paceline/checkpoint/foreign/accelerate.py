@@ -57,15 +57,16 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
         CheckpointError: A file in it cannot be read.
     """
     state = ForeignState(kind="accelerate", folder=folder)
-    engine = folder / "pytorch_model"
-    if engine.is_dir() and is_deepspeed(engine):
-        state = read_deepspeed(engine, parameters)
-        state.kind, state.folder = "accelerate", folder
+    # Accelerate gives DeepSpeed a folder of that name, the Trainer gives it its own.
+    engines = [path for path in (folder / "pytorch_model", folder) if path.is_dir() and is_deepspeed(path)]
+    if engines:
+        state = read_deepspeed(engines[0], parameters)
+        state.folder = folder
     else:
         _read_models(folder, state)
         _read_optimizers(folder, state, parameters)
-    for path in _numbered(folder, _SCHEDULERS):
-        state.schedulers.append(load_pickled(path))
+    schedulers = [load_pickled(path) for path in _numbered(folder, _SCHEDULERS)]
+    state.schedulers = schedulers or state.schedulers
     if (folder / "scaler.pt").is_file():
         state.scaler = load_pickled(folder / "scaler.pt")
     _read_ranks(folder, state)

@@ -61,6 +61,11 @@ class Tensors(Mapping[str, "Tensor"]):
         return self.sources[name].read()
 
     @override
+    def __contains__(self, name: object) -> bool:
+        # A mapping would read the tensor to know.
+        return name in self.sources
+
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -26,7 +27,6 @@ from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from torch import Tensor
     from torch.distributed.checkpoint.planner import WriteItem
@@ -270,6 +270,13 @@ def write_deepspeed(state: ForeignState, out: Path, told: Callable[[int], None])
             "Export each model by itself",
         )
     (tensors,), (optimizer,) = models, optimizers
+    outside = [name for name in tensors if Path(name).name != name]
+    if outside:
+        raise CheckpointError(
+            f"A weight is called {outside[0]!r}",
+            "Each weight gets a folder of its name, and this one would lie elsewhere",
+            "Rename it, or convert to another format",
+        )
     folder = out / f"global_step{state.step}_universal"
     (folder / "zero").mkdir(parents=True, exist_ok=True)
     for name in tensors:

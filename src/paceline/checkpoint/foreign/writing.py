@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +26,7 @@ from paceline.checkpoint.streaming import stream_weights
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
     from torch.distributed.checkpoint.planner import WriteItem
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["WRITERS", "total_bytes"]
 
 _MAP_SHARED = 1
+_FILE_BYTES = 128 * 1024**2
+"""Of one file of DCP, whose tensors are in memory together; one that is larger has a file of its own."""
 
 
 def total_bytes(state: ForeignState) -> int:
@@ -232,8 +234,24 @@ def _save_dcp(value: dict[str, Any], folder: Path, told: Callable[[int], None]) 
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())
     (plan,), metadata = planner.create_global_plan([plan])
-    (plan,) = writer.prepare_global_plan([plan])
-    writer.finish(metadata, [writer.write_data(planner.finish_plan(plan), planner).wait()])
+    planner.finish_plan(plan)
+    # The writer keeps what is in a file until the file is closed, so each gets a share, as if from a rank of its own.
+    shares = writer.prepare_global_plan([replace(plan, items=items) for items in _shares(plan.items)])
+    writer.finish(metadata, [writer.write_data(share, planner).wait() for share in shares])
+
+
+def _shares(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    shares: list[list[WriteItem]] = [[]]
+    filled = 0
+    for item in items:
+        data = item.tensor_data
+        size = 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        if shares[-1] and filled + size > _FILE_BYTES:
+            shares.append([])
+            filled = 0
+        shares[-1].append(item)
+        filled += size
+    return shares
 
 
 def _on_meta(later: _Later) -> Tensor:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from paceline.checkpoint.foreign import open_foreign
+from paceline.checkpoint.foreign.writing import WRITERS
 from paceline.errors import CheckpointError, StateError
 from tests.data.foreign.make import Counter, Net, groups_of, loss_of
 from tests.support.engines import with_deepspeed
@@ -61,6 +63,14 @@ def load(layout: Layout, folder: str) -> tuple[Whole, float, list[float], int]:
 def test_weights_moments_and_counts_arrive_bit_by_bit(layout: Layout, folder: str) -> None:
     for state, rate, _, _ in run_on_ranks(layout.ranks, load, layout, folder):
         compare(state, load_file(RECORDED / folder / "expected.safetensors"))
+        assert rate == pytest.approx(1e-2 / 4)
+
+
+@pytest.mark.parametrize("layout", [SINGLE, FSDP], ids=str)
+def test_what_was_converted_to_ours_is_loaded(layout: Layout, tmp_path: Path) -> None:
+    WRITERS["paceline"](open_foreign(RECORDED / "deepspeed_3"), tmp_path / "ours", lambda _: None)
+    for state, rate, _, _ in run_on_ranks(layout.ranks, load, layout, str(tmp_path / "ours")):
+        compare(state, load_file(RECORDED / "deepspeed_3" / "expected.safetensors"))
         assert rate == pytest.approx(1e-2 / 4)
 
 

@@ -291,9 +291,16 @@ class Accelerator(Ranks):
         return prepared
 
     def prepare_data_loader(
-        self, data_loader: DataLoader[Any], device_placement: bool | None = None
+        self, data_loader: DataLoader[Any], device_placement: bool | None = None, *, saved: bool = True
     ) -> PreparedDataLoader:
-        """Make a loader yield this rank's share, on the device ahead of need."""
+        """Make a loader yield this rank's share, on the device ahead of need.
+
+        Args:
+            data_loader: Any `DataLoader`.
+            device_placement: Overrides the constructor's.
+            saved: Whether its position belongs to the training state; not for loaders that always begin at their
+                first sample, of which there may be any number.
+        """
         place = self.device_placement if device_placement is None else device_placement
         prepared = prepare_loader(
             data_loader,
@@ -302,7 +309,7 @@ class Accelerator(Ranks):
             config=self.dataloader_config,
             active=self._loaders,
         )
-        if prepared not in self._dataloaders:
+        if saved and prepared not in self._dataloaders:
             self._dataloaders.append(prepared)
         return prepared
 

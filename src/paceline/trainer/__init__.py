@@ -1,0 +1,33 @@
+"""The loop that people do not want to write: `Trainer` and `TrainingArguments`."""
+
+from __future__ import annotations
+
+from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.callbacks import (
+    DefaultFlowCallback,
+    EarlyStoppingCallback,
+    JsonLogCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from paceline.trainer.evaluation import EvalPrediction, PredictionOutput
+from paceline.trainer.loop import TrainOutput
+from paceline.trainer.state import TrainerControl, TrainerState
+from paceline.trainer.trainer import Trainer
+
+__all__ = [
+    "DefaultFlowCallback",
+    "EarlyStoppingCallback",
+    "EvalPrediction",
+    "JsonLogCallback",
+    "PredictionOutput",
+    "PrinterCallback",
+    "ProgressCallback",
+    "TrainOutput",
+    "Trainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
+]

@@ -1,0 +1,232 @@
+"""`TrainingArguments`: everything that a training run can be told, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from paceline.config.shapes import did_you_mean
+from paceline.environment.world import World
+from paceline.errors import ConfigError, Problem
+from paceline.trainer import checks
+from paceline.trainer.command_line import parse_arguments
+from paceline.trainer.fields import AllFields
+from paceline.trainer.reading import read_mapping, read_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from typing_extensions import Self
+
+__all__ = ["TrainingArguments"]
+
+WHERE = "TrainingArguments(…)"
+
+_ABSENT = {
+    "push_to_hub": "paceline uploads nothing; use huggingface_hub on output_dir",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    "evaluation_strategy": "write eval_strategy",
+    "no_cuda": "write use_cpu",
+    "local_rank": "leave it out: the launcher says which rank this is",
+    "overwrite_output_dir": "leave it out: nothing is overwritten, and resuming is asked for in train()",
+    "group_by_length": 'write train_sampling_strategy="group_by_length"',
+    "save_safetensors": "leave it out: weights are always safetensors",
+    "jit_mode_eval": "leave it out: use torch_compile",
+    "logging_dir": "leave it out: logs go to output_dir",
+}
+
+
+@dataclass
+class TrainingArguments(AllFields):
+    """What to train, how long, how and where; every field is one of transformers' name and meaning, or says otherwise.
+
+    All problems are reported at once. `TrainingArguments.describe()` lists the fields.
+
+    Raises:
+        ConfigError: Unknown names, values of the wrong type, values that contradict each other.
+    """
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse unknown names before the generated constructor would, with what was probably meant."""
+        unknown = [name for name in values if name not in _hints(cls)]
+        if unknown:
+            raise ConfigError(_unknown(cls, name, WHERE) for name in unknown)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        problems: list[Problem] = []
+        for name, hint in _hints(type(self)).items():
+            try:
+                setattr(self, name, read_value(hint, getattr(self, name)))
+            except ValueError as error:
+                problems.append(Problem(WHERE, name, str(error)))
+        # Contradictions can only be told between values that are right by themselves.
+        problems = problems or [*checks.find_problems(self)]
+        if problems:
+            raise ConfigError(problems)
+        checks.settle(self)
+
+    # Where arguments come from
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], **values: Any) -> Self:
+        """Read a YAML or JSON file; `values` override it.
+
+        Raises:
+            ConfigError: The file cannot be read, or what is in it cannot work.
+        """
+        name = os.fspath(path)
+        try:
+            found = read_mapping(name)
+        except ValueError as error:
+            raise ConfigError([Problem(name, "", str(error))]) from error
+        unknown = [key for key in found if key not in _hints(cls)]
+        if unknown:
+            raise ConfigError(_unknown(cls, key, name) for key in unknown)
+        return cls(**{**found, **values})
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
+        """Read `--name value` flags, and before them a YAML or JSON file named first or by `--config`.
+
+        Raises:
+            ConfigError: Unknown flags, or values that cannot work.
+        """
+        (arguments,) = cls.parse(argv=argv)
+        return arguments  # type: ignore[no-any-return]
+
+    @classmethod
+    def parse(cls, *others: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """Read the flags of this class and of other dataclasses, and return one object of each."""
+        return parse_arguments((cls, *others), argv)
+
+    @classmethod
+    def describe(cls) -> str:
+        """Every field with its default and what it does, one a line."""
+        made = dataclasses.fields(cls)
+        return "\n".join(f"{f.name} = {_default(f)!r}: {f.metadata.get('help', '')}" for f in made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values, as JSON can hold them."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_sanitized_dict(self) -> dict[str, Any]:
+        """The values as numbers and text only, as trackers want them."""
+        kept = (bool, int, float, str)
+        values = {**self.to_dict(), "train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
+        return {name: value if isinstance(value, kept) else str(value) for name, value in values.items()}
+
+    def to_json_string(self) -> str:
+        """The values as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    # What follows from the fields and the launcher
+
+    @property
+    def world(self) -> World:
+        """Which rank this is, among how many, as the launcher says."""
+        return World.read(os.environ)
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that train together."""
+        return self.world.size
+
+    @property
+    def process_index(self) -> int:
+        """This rank."""
+        return self.world.rank
+
+    @property
+    def local_process_index(self) -> int:
+        """This rank on its machine."""
+        return self.world.local_rank
+
+    @property
+    def should_log(self) -> bool:
+        """Whether this rank writes logs."""
+        return self.world.is_main
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.world.is_main
+
+    @property
+    def train_batch_size(self) -> int:
+        """Samples in a micro-batch of one rank, as it is used."""
+        return self.batch_plan(self.world_size)[0]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples in an evaluation batch of one rank."""
+        return self.per_device_eval_batch_size
+
+    def batch_plan(self, ranks: int, most: int | None = None) -> tuple[int, int]:
+        """The samples of a rank's micro-batch, and the micro-batches of an optimizer step.
+
+        With `global_batch_size` the micro-batch is the largest that is no larger than
+        `per_device_train_batch_size` and makes the global batch come out whole.
+
+        Args:
+            ranks: That share the global batch.
+            most: Overrides `per_device_train_batch_size`; the optimizer step keeps its samples.
+
+        Raises:
+            ConfigError: The global batch cannot be shared out among so many ranks.
+        """
+        most = self.per_device_train_batch_size if most is None else most
+        total = self.global_batch_size
+        if total is None:
+            share = self.per_device_train_batch_size * self.gradient_accumulation_steps
+            if most == self.per_device_train_batch_size:
+                return most, self.gradient_accumulation_steps
+        elif total % ranks:
+            what = f"{total} cannot be shared out among {ranks} ranks"
+            raise ConfigError([Problem(WHERE, "global_batch_size", what, hint=f"choose a multiple of {ranks}")])
+        else:
+            share = total // ranks
+        micro = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+        return micro, share // micro
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps over which the learning rate rises."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        share = self.warmup_steps or self.warmup_ratio or 0.0
+        return math.ceil(num_training_steps * share)
+
+    def interval(self, name: str, total: int) -> int:
+        """`logging_steps`, `eval_steps` or `save_steps` as a number of steps, where it may be a share of all."""
+        value = getattr(self, name)
+        if value is None:
+            value = self.logging_steps
+        return max(1, math.ceil(total * value)) if value < 1 else int(value)
+
+
+def _hints(cls: type[Any]) -> Mapping[str, Any]:
+    """The fields of a class and their types."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _unknown(cls: type[Any], name: str, where: str) -> Problem:
+    hint = _ABSENT.get(name) or did_you_mean(name, _hints(cls))
+    return Problem(where, name, "unknown name", hint=hint)
+
+
+def _default(made: dataclasses.Field[Any]) -> Any:
+    return made.default if made.default_factory is dataclasses.MISSING else made.default_factory()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -1,0 +1,200 @@
+"""What arguments contradict each other, and what follows from those that do not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from paceline.config.shapes import did_you_mean
+from paceline.errors import Problem
+from paceline.trainer.optimizers import known_optimizers
+from paceline.trainer.reading import read_mapping
+from paceline.trainer.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from paceline.trainer.arguments import TrainingArguments
+
+__all__ = ["find_problems", "settle"]
+
+WHERE = "TrainingArguments(…)"
+_LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
+_AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "global_batch_size": 1,
+    "max_tokens": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "save_total_limit": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "seed": 0,
+    "ddp_timeout": 1,
+    "torch_empty_cache_steps": 1,
+}
+_MAPPINGS = (
+    "lr_scheduler_kwargs",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+    "fsdp_config",
+    "accelerator_config",
+    "parallelism_config",
+)
+
+
+def find_problems(args: TrainingArguments) -> Iterator[Problem]:
+    """Yield everything that is wrong; each value by itself has its type already."""
+    yield from _ranges(args)
+    yield from _names(args)
+    yield from _pairs(args)
+    yield from _loaders(args)
+    yield from _best(args)
+    yield from _mappings(args)
+
+
+def _ranges(args: TrainingArguments) -> Iterator[Problem]:
+    for name, least in _AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            yield Problem(WHERE, name, f"{value} is out of range", f"it must be at least {least}")
+    for name in ("label_smoothing_factor", "warmup_ratio"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            yield Problem(WHERE, name, f"{value} is out of range", "it must be at least 0 and below 1")
+    if not args.max_steps > 0 and not args.num_train_epochs > 0:
+        yield Problem(WHERE, "num_train_epochs", "0 without max_steps", "nothing would be trained")
+
+
+def _names(args: TrainingArguments) -> Iterator[Problem]:
+    choices: dict[str, tuple[str, ...]] = {
+        "optim": tuple(known_optimizers()),
+        "lr_scheduler_type": tuple(SCHEDULES),
+        "log_level": _LEVELS,
+        "log_level_replica": _LEVELS,
+        "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+        "strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
+    }
+    for name, known in choices.items():
+        value = getattr(args, name)
+        if isinstance(value, bool):
+            value = "all" if value else "no"
+            setattr(args, name, value)
+        if value is not None and value not in known:
+            hint = did_you_mean(str(value), known) or f"the names are {', '.join(known)}"
+            yield Problem(WHERE, name, f"{value!r} is unknown", hint=hint)
+
+
+def _pairs(args: TrainingArguments) -> Iterator[Problem]:
+    def both(one: str, other: str, why: str) -> Iterator[Problem]:
+        if getattr(args, one) and getattr(args, other):
+            yield Problem(WHERE, one, f"given together with {other}", why, "give one of them")
+
+    yield from both("bf16", "fp16", "they exclude each other")
+    yield from both("bf16_full_eval", "fp16_full_eval", "they exclude each other")
+    yield from both("fsdp", "deepspeed", "each of them is a strategy")
+    yield from both("warmup_steps", "warmup_ratio", "both say how long the rate rises")
+    for strategy in ("fsdp", "deepspeed"):
+        if getattr(args, strategy) and args.strategy not in (None, strategy):
+            what = f"given together with strategy={args.strategy!r}"
+            yield Problem(WHERE, strategy, what, "each of them names the strategy", "give one of them")
+    if args.global_batch_size and args.gradient_accumulation_steps != 1:
+        what = f"{args.gradient_accumulation_steps} beside global_batch_size={args.global_batch_size}"
+        yield Problem(WHERE, "gradient_accumulation_steps", what, "it is derived from that", "leave it out")
+    if args.save_only_model and args.load_best_model_at_end and args.deepspeed:
+        what = "given with load_best_model_at_end under DeepSpeed"
+        yield Problem(WHERE, "save_only_model", what, "the engine cannot load weights alone", "leave it out")
+    if args.batch_eval_metrics and args.prediction_loss_only:
+        yield Problem(WHERE, "batch_eval_metrics", "given with prediction_loss_only", "there is nothing to measure")
+
+
+def _loaders(args: TrainingArguments) -> Iterator[Problem]:
+    if args.dataloader_num_workers == 0:
+        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            if getattr(args, name):
+                what = f"{getattr(args, name)} without readers"
+                hint = "set dataloader_num_workers, or leave it out"
+                yield Problem(WHERE, name, what, "only readers in processes of their own use it", hint)
+    extra = [name for name in args.include_for_metrics if name not in ("inputs", "loss")]
+    if extra:
+        yield Problem(WHERE, "include_for_metrics", f"{extra[0]!r} is unknown", hint="the names are inputs, loss")
+
+
+def _best(args: TrainingArguments) -> Iterator[Problem]:
+    needs_metric = args.save_strategy == "best"
+    if needs_metric and not args.metric_for_best_model:
+        what = "is missing with save_strategy='best'"
+        yield Problem(WHERE, "metric_for_best_model", what, "something must say what is best", "name a metric")
+    if not args.load_best_model_at_end:
+        return
+    if args.eval_strategy == "no":
+        what = "'no' with load_best_model_at_end"
+        yield Problem(WHERE, "eval_strategy", what, "nothing would say what is best", "write steps or epoch")
+    elif args.save_strategy not in (args.eval_strategy, "best"):
+        what = f"{args.save_strategy!r} differs from eval_strategy {args.eval_strategy!r}"
+        why = "load_best_model_at_end needs a checkpoint wherever it evaluates"
+        yield Problem(WHERE, "save_strategy", what, why, "make them equal, or write best")
+    elif args.save_strategy == "steps":
+        evaluated = args.logging_steps if args.eval_steps is None else args.eval_steps
+        if evaluated and not _is_multiple(args.save_steps, evaluated):
+            what = f"{args.save_steps} is no multiple of the {evaluated} steps between evaluations"
+            why = "load_best_model_at_end saves only what was evaluated"
+            yield Problem(WHERE, "save_steps", what, why, f"write {evaluated} or a multiple of it")
+
+
+def _is_multiple(value: float, of: float) -> bool:
+    rest = value / of
+    return abs(rest - round(rest)) < 1e-9
+
+
+def _mappings(args: TrainingArguments) -> Iterator[Problem]:
+    """Turn text into the mapping that it stands for."""
+    for name in _MAPPINGS:
+        value = getattr(args, name)
+        if isinstance(value, str | dict):
+            try:
+                setattr(args, name, read_mapping(value))
+            except ValueError as error:
+                yield Problem(WHERE, name, str(error), hint="give a mapping, JSON text, or the path of a JSON file")
+
+
+def settle(args: TrainingArguments) -> None:
+    """Set what follows from other arguments; say what has little effect."""
+    if args.gradient_checkpointing and args.activation_checkpointing is None:
+        args.activation_checkpointing = True
+    if args.gradient_checkpointing_kwargs is not None and args.activation_checkpointing_kwargs is None:
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+    if args.torch_compile_backend or args.torch_compile_mode:
+        args.torch_compile = True
+    if args.load_best_model_at_end and args.metric_for_best_model is None:
+        args.metric_for_best_model = "loss"
+    if args.metric_for_best_model is not None and args.greater_is_better is None:
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+    if setting(args.accelerator_config, "non_blocking") and not args.dataloader_pin_memory:
+        warnings.warn(
+            "accelerator_config has non_blocking without dataloader_pin_memory. A copy from memory that is not "
+            "pinned waits all the same. Leave dataloader_pin_memory on.",
+            UserWarning,
+            stacklevel=4,
+        )
+    set_log_level(args)
+
+
+def setting(config: Any, name: str) -> Any:
+    """One value of `accelerator_config`, which may be a mapping or an object."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def set_log_level(args: TrainingArguments) -> None:
+    """Set the level of paceline's messages, where one was asked for."""
+    level = args.log_level if args.should_log else args.log_level_replica
+    if level != "passive" and args.log_level != "passive":
+        logging.getLogger("paceline").setLevel(level.upper())

@@ -1,0 +1,121 @@
+"""Dataclasses from a command line: one flag a field, with help, defaults and what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from paceline.config.shapes import did_you_mean
+from paceline.errors import ConfigError, Problem
+from paceline.trainer.reading import is_flag, read_mapping, read_value
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["parse_arguments"]
+
+_WHERE = "command line"
+
+
+def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Make one object of each dataclass from flags, and from a file that flags override.
+
+    Args:
+        classes: Their fields must have different names.
+        argv: `sys.argv[1:]` when None. A first word that ends in .json, .yaml or .yml, or `--config FILE`, names
+            a file of values.
+
+    Raises:
+        ConfigError: Unknown flags or keys, or values that cannot be read; all at once.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    file = words.pop(0) if words and words[0].endswith((".json", ".yaml", ".yml")) else None
+    parser = _parser(classes)
+    given, rest = parser.parse_known_args(words)
+    values = vars(given)
+    file = values.pop("config", None) or file
+    problems = [_unknown_flag(word, classes) for word in rest if word.startswith("--")]
+    problems += [Problem(_WHERE, word, "belongs to no flag") for word in rest if not word.startswith("--")]
+    said = {} if file is None else _from_file(file, classes, problems)
+    said |= values
+    read = {name: _read(name, value, classes, problems) for name, value in said.items()}
+    if problems:
+        raise ConfigError(problems)
+    return tuple(cls(**{name: value for name, value in read.items() if name in _fields(cls)}) for cls in classes)
+
+
+def _parser(classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        # Long lists of choices would hide the text.
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of values; flags override it.")
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        for made in dataclasses.fields(cls):
+            if made.init:
+                _add(group, made, _fields(cls)[made.name])
+    return parser
+
+
+def _add(group: Any, made: dataclasses.Field[Any], hint: Any) -> None:
+    text = str(made.metadata.get("help", "")).replace("%", "%%")
+    default = made.default if made.default_factory is dataclasses.MISSING else made.default_factory()
+    shown = "" if default in (dataclasses.MISSING, None) else f" (default {default})"
+    names = [f"--{made.name}"] + ([f"--{made.name.replace('_', '-')}"] if "_" in made.name else [])
+    options: dict[str, Any] = {"dest": made.name, "help": f"{text}{shown}", "metavar": _metavar(hint)}
+    if made.default is dataclasses.MISSING and made.default_factory is dataclasses.MISSING:
+        options["required"] = True
+    if is_flag(hint) or made.metadata.get("const") is True:
+        group.add_argument(*names, nargs="?", const=True, **options)
+        group.add_argument(f"--no_{made.name}", dest=made.name, action="store_false", help=argparse.SUPPRESS)
+    elif get_origin(hint) is list or any(get_origin(part) is list for part in get_args(hint)):
+        group.add_argument(*names, nargs="+", **options)
+    else:
+        group.add_argument(*names, **options)
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    return "true|false" if is_flag(hint) else "VALUE"
+
+
+def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem]) -> dict[str, Any]:
+    try:
+        found = read_mapping(file)
+    except ValueError as error:
+        problems.append(Problem(file, "", str(error)))
+        return {}
+    known = {name for cls in classes for name in _fields(cls)}
+    for name in found:
+        if name not in known:
+            problems.append(Problem(file, name, "unknown name", hint=did_you_mean(name, dict.fromkeys(known))))
+    return {name: value for name, value in found.items() if name in known}
+
+
+def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> Any:
+    for cls in classes:
+        hint = _fields(cls).get(name)
+        if hint is None:
+            continue
+        try:
+            return read_value(hint, value)
+        except ValueError as error:
+            problems.append(Problem(_WHERE, f"--{name}", str(error)))
+    return value
+
+
+def _unknown_flag(word: str, classes: Sequence[type[Any]]) -> Problem:
+    name = word[2:].partition("=")[0].replace("-", "_")
+    hint = did_you_mean(name, {known: None for cls in classes for known in _fields(cls)})
+    return Problem(_WHERE, word.partition("=")[0], "unknown flag", hint=hint)
+
+
+def _fields(cls: type[Any]) -> Mapping[str, Any]:
+    hints = get_type_hints(cls)
+    return {made.name: hints[made.name] for made in dataclasses.fields(cls) if made.init}

@@ -1,0 +1,225 @@
+"""What a Trainer is made of, and how it calls the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from paceline.accelerator import Accelerator
+from paceline.environment.logging import get_logger
+from paceline.environment.seeding import set_seed
+from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.trainer import losses
+from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.callbacks import (
+    CallbackHandler,
+    DefaultFlowCallback,
+    PrinterCallback,
+    ProgressCallback,
+    reporting_callbacks,
+)
+from paceline.trainer.collate import label_names_of
+from paceline.trainer.datasets import choose_collator
+from paceline.trainer.memory import checkpoint_activations
+from paceline.trainer.plugins import accelerator_arguments
+from paceline.trainer.profiling import ProfileCallback
+from paceline.trainer.progress import Progress
+from paceline.trainer.state import TrainerControl, TrainerState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+__all__ = ["TrainerCore"]
+
+logger = get_logger(__name__)
+
+
+class TrainerCore:
+    """What a Trainer is made of: the constructor, how it calls the model, and whom it tells.
+
+    The arguments are those of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[[Any], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Optimizer | None, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+    ) -> None:
+        self.args = args or TrainingArguments()
+        set_seed(self.args.seed, deterministic=self.args.full_determinism)
+        self.model_init = model_init
+        self.compute_loss_func = compute_loss_func
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self.processing_class = processing_class
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.data_collator = choose_collator(data_collator, processing_class)
+        self.optimizer: Any
+        self.lr_scheduler: Any
+        self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self._batch_plan = self.args.batch_plan(self.args.world_size)
+        # Before the model: under ZeRO 3 it may be sharded while it is made.
+        self.create_accelerator_and_postprocess()
+        self.model = self._make_model(model)
+        self.model_wrapped: nn.Module = self.model
+        self._call = losses.ModelCall(self.model)
+        self.label_names = self.args.label_names or label_names_of(self.model)
+        self.is_in_train = False
+        self.scheduler_follows_metric = False
+        self.state = self._new_state()
+        self.control = TrainerControl()
+        self.callback_handler = CallbackHandler(self._callbacks(callbacks or ()))
+        self._progress = Progress(self)
+        self._trained = False
+        self._check()
+        self.fire("on_init_end")
+
+    # Building
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build the Accelerator; what the launcher's configuration and the arguments say differently is an error.
+
+        Raises:
+            ConfigError: With everything that is wrong, naming both sources.
+        """
+        self.accelerator = Accelerator(**accelerator_arguments(self.args, accumulation=self._batch_plan[1]))
+        if self.args.tf32 is not None:
+            torch.set_float32_matmul_precision("high" if self.args.tf32 else "highest")
+
+    def _make_model(self, model: nn.Module | None) -> nn.Module:
+        if (model is None) == (self.model_init is None):
+            what = "neither model nor model_init" if model is None else "both model and model_init"
+            raise PrepareError(f"Trainer got {what}", "It trains one model", "Give one of the two")
+        made = self.model_init() if self.model_init is not None and model is None else model
+        assert made is not None
+        if self.args.activation_checkpointing and not self._shards_by_fsdp:
+            checkpoint_activations(made, self.args.activation_checkpointing_kwargs)
+        return made
+
+    @property
+    def _shards_by_fsdp(self) -> bool:
+        """Whether the arguments hand activation checkpointing to the FSDP plugin."""
+        return bool(self.args.fsdp or self.args.fsdp_config)
+
+    def _callbacks(self, more: Sequence[Any]) -> list[Any]:
+        quiet = self.args.disable_tqdm
+        shown = PrinterCallback() if quiet else ProgressCallback()
+        profiling = [ProfileCallback(self.accelerator, self.args.profile_steps)] if self.args.profile_steps else []
+        return [DefaultFlowCallback(), *reporting_callbacks(self.args.report_to), *profiling, *more, shown]
+
+    def _new_state(self) -> TrainerState:
+        accelerator = self.accelerator
+        return TrainerState(
+            is_local_process_zero=accelerator.is_local_main_process, is_world_process_zero=accelerator.is_main_process
+        )
+
+    def _check(self) -> None:
+        """Refuse what cannot work before anything is trained."""
+        problems = []
+        if self.args.eval_strategy != "no" and self.eval_dataset is None:
+            what = f"{self.args.eval_strategy!r} without an eval_dataset"
+            problems.append(Problem("TrainingArguments(…)", "eval_strategy", what, hint="give one to the Trainer"))
+        if self.optimizer_cls_and_kwargs is not None and self._given_optimizers[0] is not None:
+            what = "given together with optimizer_cls_and_kwargs"
+            problems.append(Problem("Trainer(…)", "optimizers", what, hint="give one of them"))
+        if problems:
+            raise ConfigError(problems)
+
+    # The model and its loss
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """For subclasses: change a batch before the model sees it. It is on the device already."""
+        return inputs
+
+    def count_items(self, inputs: Any) -> Tensor | None:
+        """The targets of a micro-batch by which its loss is weighted, shape []; None without labels."""
+        if not self.args.average_tokens_across_devices:
+            return None
+        is_mapping = hasattr(inputs, "get")
+        labels = inputs.get("shift_labels") if is_mapping else None
+        if labels is not None:
+            counted: Tensor = labels.ne(losses.IGNORED).sum()
+            return counted
+        return self._call.count(losses.find_labels(inputs, last_is_target=self.compute_loss_func is not None))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """The loss of a micro-batch: the mean over its targets, shape [].
+
+        Args:
+            model: As prepared.
+            inputs: The micro-batch.
+            return_outputs: Return (loss, outputs).
+            num_items_in_batch: Its targets, for models and functions that divide a sum by it themselves.
+        """
+        own = self.compute_loss_func is not None
+        labels = losses.find_labels(inputs, last_is_target=own)
+        smoothing = self.args.label_smoothing_factor
+        apart = labels is not None and (own or smoothing > 0)
+        if apart and not self._call.requires_labels:
+            inputs = losses.without_labels(inputs)
+        outputs = self._call(model, inputs, None if apart else num_items_in_batch)
+        if apart and self.compute_loss_func is not None:
+            items = None if num_items_in_batch is None else num_items_in_batch.clamp(min=1)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=items)
+        elif apart:
+            loss = losses.smoothed_loss(outputs, labels, smoothing, shift=self._call.shifts_labels)
+        else:
+            loss = losses.loss_of(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    # Callbacks and facts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add an entry to the history and hand it to the callbacks."""
+        logs.setdefault("epoch", round(self.state.epoch, 6))
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.fire("on_log", logs=logs)
+
+    def fire(self, event: str, **more: Any) -> None:
+        """Call an event on all callbacks."""
+        self.control = self.callback_handler.fire(event, self.args, self.state, self.control, **more)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, or a class of which one is made."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback, or the first of a class, and return it."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback, or the first of a class."""
+        self.callback_handler.pop_callback(callback)
+
+    def is_local_process_zero(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.accelerator.is_local_main_process
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return self.accelerator.is_main_process
+
+    def get_total_train_batch_size(self, args: TrainingArguments | None = None) -> int:
+        """Samples of a micro-batch over all ranks."""
+        return self._batch_plan[0] * self.accelerator.num_processes

@@ -1,0 +1,164 @@
+"""How a Trainer evaluates and predicts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from paceline.environment.logging import get_logger
+from paceline.errors import PacelineError
+from paceline.trainer import losses, saving
+from paceline.trainer.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
+from paceline.trainer.feeding import Feeding
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+__all__ = ["Evaluating"]
+
+logger = get_logger(__name__)
+
+
+class Evaluating(Feeding):
+    """Evaluates and predicts."""
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the loss and the metrics. Collective: every rank must call it.
+
+        Args:
+            eval_dataset: A data set, the name of one of several, or a mapping of several; the Trainer's own when
+                left out.
+            ignore_keys: Outputs of the model that are no predictions.
+            metric_key_prefix: Before the metrics' names; several sets add their own names.
+        """
+        given = eval_dataset is not None
+        dataset = eval_dataset if given else self.eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part if given else name, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        loader = self.get_eval_dataloader(eval_dataset)
+        output = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys)
+        self.log(dict(output.metrics))
+        self.fire("on_evaluate", metrics=output.metrics)
+        return output.metrics
+
+    def evaluate_in_training(self) -> dict[str, float]:
+        """Evaluate, and let a schedule that follows the metric move."""
+        metrics = self.evaluate()
+        if self.scheduler_follows_metric:
+            name = self.args.metric_for_best_model or "loss"
+            self.lr_scheduler.step(metrics[name if name.startswith("eval_") else f"eval_{name}"])
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predict for every sample of a data set, in its order. Collective: every rank must call it."""
+        loader = self.get_test_dataloader(test_dataset)
+        output = self.evaluation_loop(
+            loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, prediction_loss_only=False
+        )
+        self.fire("on_predict", metrics=output.metrics)
+        return PredictionOutput(output.predictions, output.label_ids, output.metrics)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str = "",
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """One pass over a prepared loader without gradients; `evaluate` and `predict` are made of it."""
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        if prediction_loss_only is None and self.compute_metrics is None:
+            loss_only = True
+        self.callback_handler.things["eval_dataloader"] = dataloader
+        self._switch_optimizer("eval")
+        try:
+            model = self._model_for_evaluation()
+            loop = EvaluationLoop(
+                self, model, dataloader, prefix=metric_key_prefix, loss_only=loss_only, ignore_keys=ignore_keys
+            )
+            return loop.run()
+        finally:
+            self._switch_optimizer("train")
+
+    def _switch_optimizer(self, mode: str) -> None:
+        """Schedule-free optimizers keep other weights for evaluation."""
+        if self.is_in_train and hasattr(self.optimizer, mode):
+            getattr(self.optimizer, mode)()
+
+    def _model_for_evaluation(self) -> nn.Module:
+        if self.model_wrapped is self.model and not self.is_in_train:
+            args = self.args
+            dtype = torch.bfloat16 if args.bf16_full_eval else torch.float16 if args.fp16_full_eval else None
+            if dtype is not None:
+                self.model.to(dtype)
+            return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return self.model_wrapped
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Forward of one batch without gradients: (loss, predictions, labels), each None where there is none."""
+        inputs = self._prepare_inputs(inputs)
+        own = self.compute_loss_func is not None
+        if hasattr(inputs, "get"):
+            found = [inputs.get(name) for name in self.label_names]
+            labels: Any = None if any(label is None for label in found) else tuple(found)
+            labels = labels[0] if labels is not None and len(labels) == 1 else labels
+        else:
+            labels = losses.find_labels(inputs, last_is_target=True)
+        if labels is not None or own:
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        else:
+            outputs = self._call(model, inputs)
+            loss = losses.maybe_loss(outputs)
+        loss = None if loss is None else loss.detach().mean()
+        if prediction_loss_only:
+            return loss, None, None
+        default = getattr(
+            getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values", "cache"]
+        )
+        ignored = frozenset(default if ignore_keys is None else ignore_keys)
+        has_loss = losses.maybe_loss(outputs) is not None
+        return loss, losses.predictions_of(outputs, ignored, has_loss=has_loss), labels
+
+    def note_metrics(self, metrics: Mapping[str, float]) -> bool:
+        """Remember the metric that decides, if it is the best so far; say whether it is.
+
+        Raises:
+            PacelineError: The evaluation gave no such metric.
+        """
+        name = self.args.metric_for_best_model
+        if name is None:
+            return False
+        key = name if name.startswith("eval_") else f"eval_{name}"
+        if key not in metrics:
+            known = ", ".join(metrics)
+            what = f"metric_for_best_model={name!r}"
+            raise PacelineError(what, f"The evaluation gives {known}", "Name one of them")
+        value, best = metrics[key], self.state.best_metric
+        better = best is None or (value > best if self.args.greater_is_better else value < best)
+        if better:
+            self.state.best_metric, self.state.best_global_step = float(value), self.state.global_step
+            if self.args.save_strategy != "no":
+                self.state.best_model_checkpoint = self._checkpoint_folder()
+        return better
+
+    def _checkpoint_folder(self) -> str:
+        return os.fspath(Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}")

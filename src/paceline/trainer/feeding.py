@@ -1,0 +1,126 @@
+"""What a Trainer feeds its loop with: loaders, an optimizer and a schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from paceline.environment.logging import get_logger
+from paceline.errors import PrepareError
+from paceline.strategies.dummies import DummyOptim, DummyScheduler
+from paceline.trainer import optimizers
+from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.core import TrainerCore
+from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
+from paceline.trainer.plugins import deepspeed_settings
+from paceline.trainer.schedules import make_schedule
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from paceline.data import PreparedDataLoader
+
+__all__ = ["Feeding"]
+
+logger = get_logger(__name__)
+
+
+class Feeding(TrainerCore):
+    """Makes loaders, optimizers and schedules, as the arguments ask."""
+
+    # Data
+
+    def get_train_dataloader(self) -> PreparedDataLoader:
+        """The loader of the training set, prepared. Collective: every rank must call it.
+
+        Raises:
+            PrepareError: There is no training set.
+        """
+        if self.train_dataset is None:
+            raise PrepareError("Trainer.train() without a train_dataset", "There is nothing to train on", "Give one")
+        micro, accumulation = self._batch_plan
+        ranks = self.accelerator.num_processes
+        sampler = self._get_train_sampler(micro * accumulation * ranks)
+        return self._loader(
+            self.train_dataset, micro * (ranks if self.accelerator.split_batches else 1), sampler, saved=True
+        )
+
+    def _get_train_sampler(self, total_batch: int) -> Any:
+        name = getattr(self.model, "main_input_name", "input_ids")
+        return train_sampler(self.args, self.train_dataset, total_batch=total_batch, input_name=name)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PreparedDataLoader:
+        """The loader of an evaluation set, or of one of several by its name, prepared.
+
+        Raises:
+            PrepareError: There is no evaluation set.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise PrepareError("Trainer.evaluate() without an eval_dataset", "There is nothing to measure", "Give one")
+        return self._loader(dataset, self.args.per_device_eval_batch_size, None)
+
+    def get_test_dataloader(self, test_dataset: Any) -> PreparedDataLoader:
+        """The loader of a test set, prepared."""
+        return self._loader(test_dataset, self.args.per_device_eval_batch_size, None)
+
+    def _loader(self, dataset: Any, batch_size: int, sampler: Any, *, saved: bool = False) -> PreparedDataLoader:
+        collator = self.data_collator
+        if self.args.remove_unused_columns:
+            dataset, collator = drop_columns(dataset, collator, self.model, self.label_names)
+        device = self.accelerator.device
+        made = make_loader(self.args, dataset, collator, batch_size=batch_size, sampler=sampler, device=device)
+        # An evaluation begins at its first sample, also after a resume.
+        return self.accelerator.prepare_data_loader(made, saved=saved)
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Samples of a loader over all ranks."""
+        total = getattr(dataloader, "total_dataset_length", None)
+        return int(total) if total else len(dataloader.dataset)  # type: ignore[arg-type]
+
+    # Optimizer and schedule
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Make both, for so many optimizer steps."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make the optimizer that the arguments or a DeepSpeed configuration describe, unless one was given."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = model or self.model
+        groups = optimizers.parameter_groups(model, self.get_decay_parameter_names(model), self.args.weight_decay)
+        if "optimizer" in (deepspeed_settings(self.args) or {}):
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            said = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
+            self.optimizer = DummyOptim(groups, weight_decay=self.args.weight_decay, **said)  # type: ignore[arg-type]
+        else:
+            cls, said = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = cls(groups, **said)
+        return self.optimizer
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
+        """The optimizer's class and its arguments but the parameters."""
+        return optimizers.optimizer_class(args, self.accelerator.device)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters to which weight decay applies."""
+        return optimizers.decaying_names(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule, unless one was given."""
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        optimizer = optimizer or self.optimizer
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if "scheduler" in (deepspeed_settings(self.args) or {}):
+            self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, warmup)
+            return self.lr_scheduler
+        more: Any = self.args.lr_scheduler_kwargs
+        name = "constant" if self.args.optim.startswith("schedule_free") else self.args.lr_scheduler_type
+        self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=more)
+        return self.lr_scheduler

@@ -1,0 +1,160 @@
+"""Optimizers by the names that transformers uses, and which parameters decay."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from paceline.errors import ConfigError, MissingExtraError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from paceline.trainer.arguments import TrainingArguments
+
+__all__ = ["decaying_names", "known_optimizers", "optimizer_class", "parameter_groups"]
+
+_NORM = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+class _Made(NamedTuple):
+    """Where an optimizer comes from, and what it is told besides the rate and the decay."""
+
+    module: str
+    name: str
+    adam: bool = False
+    extra: dict[str, Any] = {}
+
+
+_BITS = "bitsandbytes.optim"
+_FREE = "schedulefree"
+_TABLE: dict[str, _Made] = {
+    "adamw_torch": _Made("torch.optim", "AdamW", adam=True, extra={"fused": False}),
+    "adamw_torch_fused": _Made("torch.optim", "AdamW", adam=True),
+    "adam": _Made("torch.optim", "Adam", adam=True),
+    "adafactor": _Made("torch.optim", "Adafactor"),
+    "sgd": _Made("torch.optim", "SGD"),
+    "adagrad": _Made("torch.optim", "Adagrad"),
+    "rmsprop": _Made("torch.optim", "RMSprop"),
+    "radam": _Made("torch.optim", "RAdam", adam=True),
+    "nadam": _Made("torch.optim", "NAdam", adam=True),
+    "adamax": _Made("torch.optim", "Adamax", adam=True),
+    "adadelta": _Made("torch.optim", "Adadelta"),
+    "muon": _Made("torch.optim", "Muon"),
+    "adamw_bnb_8bit": _Made(_BITS, "AdamW8bit", adam=True),
+    "adamw_8bit": _Made(_BITS, "AdamW8bit", adam=True),
+    "paged_adamw_32bit": _Made(_BITS, "PagedAdamW32bit", adam=True),
+    "paged_adamw_8bit": _Made(_BITS, "PagedAdamW8bit", adam=True),
+    "ademamix": _Made(_BITS, "AdEMAMix"),
+    "ademamix_8bit": _Made(_BITS, "AdEMAMix8bit"),
+    "paged_ademamix_32bit": _Made(_BITS, "PagedAdEMAMix32bit"),
+    "paged_ademamix_8bit": _Made(_BITS, "PagedAdEMAMix8bit"),
+    "lion_8bit": _Made(_BITS, "Lion8bit"),
+    "lion_32bit": _Made(_BITS, "Lion"),
+    "paged_lion_32bit": _Made(_BITS, "PagedLion32bit"),
+    "paged_lion_8bit": _Made(_BITS, "PagedLion8bit"),
+    "rmsprop_bnb": _Made(_BITS, "RMSprop"),
+    "rmsprop_bnb_8bit": _Made(_BITS, "RMSprop8bit"),
+    "rmsprop_bnb_32bit": _Made(_BITS, "RMSprop32bit"),
+    "schedule_free_adamw": _Made(_FREE, "AdamWScheduleFree", adam=True),
+    "schedule_free_radam": _Made(_FREE, "RAdamScheduleFree", adam=True),
+    "schedule_free_sgd": _Made(_FREE, "SGDScheduleFree"),
+    "adamw_torch_8bit": _Made("torchao.optim", "AdamW8bit", adam=True),
+    "adamw_torch_4bit": _Made("torchao.optim", "AdamW4bit", adam=True),
+}
+_PURPOSES = {"bitsandbytes": "bitsandbytes", "schedulefree": "schedulefree", "torchao": "torchao"}
+
+
+def known_optimizers() -> Iterator[str]:
+    """The names that `optim` may have."""
+    yield from _TABLE
+
+
+def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type[Any], dict[str, Any]]:
+    """The class of the optimizer and its arguments but the parameters.
+
+    Raises:
+        MissingExtraError: The package that holds it is not installed.
+        ConfigError: `optim_args` cannot be read.
+    """
+    made = _TABLE[args.optim]
+    cls = _load(made, args.optim)
+    said: dict[str, Any] = {"lr": args.learning_rate}
+    if args.optim != "muon":
+        said["weight_decay"] = args.weight_decay
+    if made.adam:
+        said |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optim == "adamw_torch_fused":
+        # On a CPU the loop over tensors is as fast, and bit-equal between strategies.
+        said["fused"] = device.type in ("cuda", "xpu")
+    if args.optim.startswith("schedule_free"):
+        said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
+    return cls, {**said, **made.extra, **_read_arguments(args.optim_args)}
+
+
+def _load(made: _Made, name: str) -> type[Any]:
+    package = made.module.partition(".")[0]
+    try:
+        module = import_module(made.module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise MissingExtraError(package, _PURPOSES[package], f"optim={name!r}") from error
+    found = getattr(module, made.name, None)
+    if found is None:
+        what = f"{name!r} is not in {package} {getattr(import_module(package), '__version__', '')}"
+        raise ConfigError([Problem("TrainingArguments(…)", "optim", what, hint="install a newer release")])
+    cls: type[Any] = found
+    return cls
+
+
+def _read_arguments(text: str | None) -> dict[str, Any]:
+    """Read `key=value` pairs with commas between; numbers and booleans are understood."""
+    if not text:
+        return {}
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = part.strip().partition("=")
+        if not equals:
+            what = f"{part.strip()!r} is no key=value"
+            raise ConfigError([Problem("TrainingArguments(…)", "optim_args", what)])
+        found[key.strip()] = _literal(value.strip())
+    return found
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def decaying_names(model: nn.Module) -> list[str]:
+    """The names of the parameters that decay: neither in a norm, nor called bias or norm."""
+    norms = tuple(kind for name in ("LayerNorm", "RMSNorm", "GroupNorm") if (kind := getattr(nn, name, None)))
+    still = {
+        f"{where}.{name}" if where else name
+        for where, module in model.named_modules()
+        if isinstance(module, norms)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return [name for name, _ in model.named_parameters() if name not in still and not _NORM.search(name.lower())]
+
+
+def parameter_groups(model: nn.Module, names: list[str], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, one that decays and one that does not; empty ones are left out."""
+    decaying = set(names)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

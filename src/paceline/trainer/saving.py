@@ -1,0 +1,72 @@
+"""What a Trainer writes: weights for others to load, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+if TYPE_CHECKING:
+    import os
+
+    from paceline.trainer.trainer import Trainer
+
+__all__ = ["PREFIX", "STATE_FILE", "load_weights", "rotate", "save_model_files", "write_companions"]
+
+PREFIX = "checkpoint-"
+STATE_FILE = "trainer_state.json"
+_NUMBERED = re.compile(rf"{PREFIX}(\d+)$")
+
+
+def save_model_files(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
+    """Write the weights, and what `from_pretrained` and readers want beside them.
+
+    Collective: every rank must call it.
+    """
+    trainer.accelerator.save_model(trainer.model_wrapped, folder)
+    if not trainer.accelerator.is_main_process:
+        return
+    write_companions(trainer, Path(folder))
+
+
+def write_companions(trainer: Trainer, folder: Path) -> None:
+    """The model's configuration, the tokenizer, and the arguments as JSON."""
+    for name in ("config", "generation_config"):
+        part: Any = getattr(trainer.model, name, None)
+        if hasattr(part, "save_pretrained"):
+            part.save_pretrained(folder)
+    if hasattr(trainer.processing_class, "save_pretrained"):
+        trainer.processing_class.save_pretrained(folder)
+    (folder / "training_args.json").write_text(trainer.args.to_json_string() + "\n", encoding="utf-8")
+
+
+def load_weights(trainer: Trainer, folder: Path) -> None:
+    """Load weights alone, into a model that may be sharded. Collective: every rank must call it."""
+    main = trainer.accelerator.is_main_process
+    whole: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")) if main else ():
+        whole |= load_file(file)
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    ranks = trainer.accelerator.num_processes
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1, strict=False)
+    set_model_state_dict(model, whole, options=options)
+
+
+def rotate(output_dir: str, *, limit: int | None, keep: set[str]) -> None:
+    """Remove the oldest checkpoints beyond a limit, but never those in `keep`."""
+    if limit is None:
+        return
+    numbered = [(int(m.group(1)), path) for path in Path(output_dir).iterdir() if (m := _NUMBERED.match(path.name))]
+    kept = {Path(folder).name for folder in keep}
+    ordered = [path for _, path in sorted(numbered)]
+    spare = len(ordered) - max(limit, len([path for path in ordered if path.name in kept]))
+    for path in ordered:
+        if spare <= 0:
+            break
+        if path.name not in kept:
+            shutil.rmtree(path)
+            spare -= 1

@@ -1,0 +1,235 @@
+"""`Trainer`: the public face; everything distributed is left to the Accelerator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from paceline.environment.logging import get_logger
+from paceline.errors import CheckpointError
+from paceline.trainer import saving
+from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.batch_size import halve_micro_batch, is_out_of_memory, refuse_several_ranks
+from paceline.trainer.evaluating import Evaluating
+from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
+from paceline.trainer.memory import noisy_embeddings
+from paceline.trainer.state import TrainerState
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+__all__ = ["Trainer"]
+
+logger = get_logger(__name__)
+
+
+class Trainer(Evaluating):
+    """Trains, evaluates and predicts with a model whose output carries a loss.
+
+    Batches that are mappings become keywords of the model, sequences its positions. With `compute_loss_func` the
+    model needs no loss of its own: labels are taken out of the batch (`labels`, or the last of a sequence) and the
+    function is called as `compute_loss_func(outputs, labels, num_items_in_batch=n)`; it returns the mean over the
+    batch's n targets.
+
+    Losses are weighted by how many targets each micro-batch has that are not -100, so that an optimizer step is the
+    step of the whole global batch at once, however it is split over micro-batches and ranks.
+
+    Args:
+        model: Any `nn.Module`.
+        args: What to do; the defaults when left out.
+        data_collator: From a list of samples to a batch.
+        train_dataset: Of samples: mappings, or tuples as `default_collate` of torch takes them.
+        eval_dataset: The same, or a mapping of several by name.
+        processing_class: A tokenizer: its `pad` collates, its `save_pretrained` is called beside the model's files.
+        model_init: Makes the model in place of `model`.
+        compute_loss_func: See above.
+        compute_metrics: From an `EvalPrediction` to a mapping of numbers. An object with `update` and `compute`
+            gets one batch after the other, so that nothing has to be kept.
+        callbacks: Callbacks besides the built-in ones.
+        optimizers: An optimizer and a scheduler in place of those that the arguments describe.
+        optimizer_cls_and_kwargs: A class and arguments in place of `optim`.
+        preprocess_logits_for_metrics: From (logits, labels) of a batch to what is gathered and kept.
+    """
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
+        """Train to the end. Collective: every rank must call it.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the newest whole checkpoint under `output_dir`.
+
+        Raises:
+            ConfigError: The length of the training cannot be known.
+            CheckpointError: The checkpoint is missing or broken.
+        """
+        asked = resume_from_checkpoint
+        self.is_in_train = True
+        try:
+            loop = self._prepare_training()
+            self._resume(None if str(asked).lower() in ("none", "false") else asked, loop)
+            with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
+                self._run(loop)
+            return self._conclude(loop)
+        finally:
+            self.is_in_train = False
+
+    def _prepare_training(self) -> TrainingLoop:
+        if self._trained:
+            self.accelerator.free_memory()
+        self._trained = True
+        self._train_loader = loader = self.get_train_dataloader()
+        plan = self.set_initial_training_values(self.args, loader)
+        self.optimizer, self.lr_scheduler = self._given_optimizers
+        self.create_optimizer_and_scheduler(plan.max_steps)
+        self._prepare_model()
+        self.state = self._state_of(plan)
+        things = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
+        things |= {"lr_scheduler": self.lr_scheduler, "train_dataloader": loader, "eval_dataloader": None}
+        self.callback_handler.things = things
+        loop = TrainingLoop(self, self.model_wrapped, loader, plan)
+        self._progress.loop = loop
+        self.accelerator.register_for_checkpointing(self._progress)
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            self.accelerator.on_preemption(self.save_checkpoint)
+        return loop
+
+    def _resume(self, asked: str | bool | None, loop: TrainingLoop) -> None:
+        if asked is None:
+            return
+        newest = str(asked).lower() == "true"
+        # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
+        found = self.accelerator.load_state(None if newest else str(asked))
+        if found is None:
+            raise CheckpointError(
+                f"resume_from_checkpoint=True, and there is no checkpoint under {self.args.output_dir}",
+                "There is nothing to go on from",
+                "Name a checkpoint, or leave it out to begin",
+            )
+        if self.args.ignore_data_skip:
+            loop.loader.set_epoch(self.state.passes + 1)
+        loop.go_on()
+
+    def _run(self, loop: TrainingLoop) -> None:
+        """Train; with `auto_find_batch_size`, go on with smaller micro-batches when memory runs out."""
+        if not self.args.auto_find_batch_size:
+            return loop.run()
+        refuse_several_ranks(self)
+        begun = False
+        while True:
+            try:
+                return loop.run() if not begun else loop.run_on()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self._batch_plan[0] == 1:
+                    raise
+            begun = True
+            halve_micro_batch(self, loop)
+
+    def rebuild(self, loop: TrainingLoop) -> None:
+        """Build the Accelerator anew around the same model, optimizer and schedule, and go on at the same sample."""
+        optimizer, scheduler = self.optimizer.optimizer, self.lr_scheduler
+        self.create_accelerator_and_postprocess()
+        self._train_loader = loop.loader = self.get_train_dataloader()
+        loop.loader.load_state_dict(loop.position)
+        self.optimizer, self.lr_scheduler = optimizer, getattr(scheduler, "scheduler", scheduler)
+        self._prepare_model()
+        loop.adopt(self.accelerator, self.model_wrapped)
+
+    def _prepare_model(self) -> None:
+        self.scheduler_follows_metric = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        together = [self.model, self.optimizer] + ([] if self.scheduler_follows_metric else [self.lr_scheduler])
+        prepared = self.accelerator.prepare(*together)
+        self.model_wrapped, self.optimizer = prepared[:2]
+        if self.scheduler_follows_metric:
+            self.lr_scheduler.optimizer = self.optimizer
+            self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        else:
+            self.lr_scheduler = prepared[2]
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> Plan:
+        """How many steps and passes there will be."""
+        micro, accumulation = self._batch_plan
+        total = micro * accumulation * self.accelerator.num_processes
+        return plan_training(args, dataloader, accumulation=accumulation, total_batch=total)
+
+    def _state_of(self, plan: Plan) -> TrainerState:
+        state = self._new_state()
+        state.max_steps, state.num_train_epochs = plan.max_steps, plan.num_train_epochs
+        state.train_batch_size = self._batch_plan[0]
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            setattr(state, name, self.args.interval(name, plan.max_steps))
+        return state
+
+    def _conclude(self, loop: TrainingLoop) -> TrainOutput:
+        metrics = loop.metrics()
+        metrics["epoch"] = self.state.epoch
+        self.log(dict(metrics))
+        self.accelerator.wait_for_save()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best(self.state.best_model_checkpoint)
+        self.fire("on_train_end")
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _load_best(self, folder: str) -> None:
+        logger.info("Loading the best checkpoint %s (%s).", folder, self.state.best_metric)
+        if self.args.save_only_model:
+            saving.load_weights(self, Path(folder))
+            return
+        kept = self.state.state_dict()
+        self.accelerator.load_state(folder)
+        self.state.load_state_dict(kept)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            model: As prepared.
+            inputs: The micro-batch, on the device.
+            num_items_in_batch: Its targets, shape []; None counts micro-batches instead.
+
+        Returns:
+            The mean loss over its targets, detached, shape [], on the device.
+        """
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is None:
+            self.accelerator.backward(loss)
+        else:
+            self.accelerator.backward(loss * num_items_in_batch, weight=num_items_in_batch)
+        return loss.detach()
+
+    # Saving
+
+    def save_checkpoint(self) -> None:
+        """Write everything that is needed to go on into `output_dir`, and remove what is too old.
+
+        Collective: every rank must call it.
+        """
+        folder = self._checkpoint_folder()
+        self._progress.before_save()
+        if self.args.save_only_model:
+            self.save_model(folder)
+        else:
+            self.accelerator.save_state(folder)
+        if self.accelerator.is_main_process:
+            self.state.save_to_json(Path(folder) / saving.STATE_FILE)
+            saving.write_companions(self, Path(folder))
+            best = self.state.best_model_checkpoint
+            keep = {folder} | ({best} if best else set())
+            saving.rotate(self.args.output_dir, limit=self.args.save_total_limit, keep=keep)
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Write the weights so that `from_pretrained` and safetensors read them. Collective."""
+        saving.save_model_files(self, output_dir or self.args.output_dir)
+
+    def save_state(self) -> None:
+        """Write `trainer_state.json` into `output_dir`."""
+        if self.accelerator.is_main_process:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(Path(self.args.output_dir) / saving.STATE_FILE)

@@ -17,6 +17,7 @@ _HOME = {
     "DistributedType": "paceline.strategies",
     "DummyOptim": "paceline.strategies.dummies",
     "DummyScheduler": "paceline.strategies.dummies",
+    "EarlyStoppingCallback": "paceline.trainer",
     "FullyShardedDataParallelPlugin": "paceline.config",
     "GradScalerKwargs": "paceline.config",
     "GradientAccumulationPlugin": "paceline.config",
@@ -26,6 +27,11 @@ _HOME = {
     "ProfileKwargs": "paceline.config",
     "ProjectConfiguration": "paceline.config",
     "TorchDynamoPlugin": "paceline.config",
+    "Trainer": "paceline.trainer",
+    "TrainerCallback": "paceline.trainer",
+    "TrainerControl": "paceline.trainer",
+    "TrainerState": "paceline.trainer",
+    "TrainingArguments": "paceline.trainer",
     "__version__": "paceline.version",
     "get_logger": "paceline.environment.logging",
     "set_seed": "paceline.environment.seeding",
@@ -41,6 +47,7 @@ __all__ = [
     "DistributedType",
     "DummyOptim",
     "DummyScheduler",
+    "EarlyStoppingCallback",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
@@ -50,6 +57,11 @@ __all__ = [
     "ProfileKwargs",
     "ProjectConfiguration",
     "TorchDynamoPlugin",
+    "Trainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
+    "TrainingArguments",
     "__version__",
     "get_logger",
     "set_seed",
@@ -78,6 +90,14 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError
     from paceline.strategies import DistributedType
     from paceline.strategies.dummies import DummyOptim, DummyScheduler
+    from paceline.trainer import (
+        EarlyStoppingCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
     from paceline.version import __version__
 
 

@@ -60,13 +60,15 @@ class TrainingArguments(AllFields):
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
+        defaults = {made.name: _default(made) for made in dataclasses.fields(self)}
         for name, hint in _hints(type(self)).items():
             try:
                 setattr(self, name, read_value(hint, getattr(self, name)))
             except ValueError as error:
                 problems.append(Problem(WHERE, name, str(error)))
-        # Contradictions can only be told between values that are right by themselves.
-        problems = problems or [*checks.find_problems(self)]
+                # So that contradictions between the others are found as well.
+                setattr(self, name, defaults[name])
+        problems += checks.find_problems(self)
         if problems:
             raise ConfigError(problems)
         checks.settle(self)

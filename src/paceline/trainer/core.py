@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paceline.accelerator import Accelerator
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
 from paceline.errors import ConfigError, PrepareError, Problem
@@ -23,7 +22,7 @@ from paceline.trainer.callbacks import (
 from paceline.trainer.collate import label_names_of
 from paceline.trainer.datasets import choose_collator
 from paceline.trainer.memory import checkpoint_activations
-from paceline.trainer.plugins import accelerator_arguments
+from paceline.trainer.plugins import build_accelerator
 from paceline.trainer.profiling import ProfileCallback
 from paceline.trainer.progress import Progress
 from paceline.trainer.state import TrainerControl, TrainerState
@@ -101,7 +100,7 @@ class TrainerCore:
         Raises:
             ConfigError: With everything that is wrong, naming both sources.
         """
-        self.accelerator = Accelerator(**accelerator_arguments(self.args, accumulation=self._batch_plan[1]))
+        self.accelerator = build_accelerator(self.args, accumulation=self._batch_plan[1])
         if self.args.tf32 is not None:
             torch.set_float32_matmul_precision("high" if self.args.tf32 else "highest")
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paceline.accelerator import Accelerator
 from paceline.config import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -26,7 +27,7 @@ from paceline.trainer.checks import setting
 if TYPE_CHECKING:
     from paceline.trainer.arguments import TrainingArguments
 
-__all__ = ["accelerator_arguments", "deepspeed_settings"]
+__all__ = ["accelerator_arguments", "build_accelerator", "deepspeed_settings"]
 
 WHERE = "TrainingArguments(…)"
 _DDP_FIELDS = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
@@ -63,6 +64,29 @@ def accelerator_arguments(args: TrainingArguments, *, accumulation: int) -> dict
     if problems:
         raise ConfigError(problems)
     return {name: value for name, value in said.items() if value is not None}
+
+
+def build_accelerator(args: TrainingArguments, *, accumulation: int) -> Accelerator:
+    """An Accelerator as the arguments ask, and the launcher's configuration where they ask nothing.
+
+    Raises:
+        ConfigError: With everything that is wrong; what the two sources say differently names both.
+    """
+    said = accelerator_arguments(args, accumulation=accumulation)
+    try:
+        return Accelerator(**said)
+    except ConfigError as error:
+        raise ConfigError(_ours(args, problem) for problem in error.problems) from None
+
+
+def _ours(args: TrainingArguments, problem: Problem) -> Problem:
+    """Say the arguments' names where the Accelerator's own are spoken of."""
+    named = "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else "strategy"
+    if not problem.where.startswith("Accelerator("):
+        return problem
+    if problem.key == "strategy":
+        return replace(problem, where=f"TrainingArguments({named}=…)")
+    return replace(problem, where=problem.where.replace("Accelerator(", "TrainingArguments -> Accelerator("))
 
 
 def _strategy(args: TrainingArguments) -> str | None:
@@ -123,7 +147,9 @@ def _fsdp(args: TrainingArguments, problems: list[Problem]) -> FullyShardedDataP
 def _in_our_words(problem: Problem) -> Problem:
     """Say the arguments' names where the configuration speaks of flags."""
     key = problem.where.removeprefix("--fsdp_")
-    return replace(problem, where=WHERE, key=f"fsdp_config.{key}") if key != problem.where else problem
+    if key == problem.where:
+        return problem
+    return replace(problem, where=WHERE, key=f"fsdp_config.{key}", what=problem.what.replace("flag", "key"))
 
 
 def _from_words(args: TrainingArguments, problems: list[Problem]) -> dict[str, Any]:

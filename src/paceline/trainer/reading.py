@@ -84,6 +84,8 @@ def _integer(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{value!r} is not a number")
+    if isinstance(value, int):
+        return value
     try:
         return float(value)
     except ValueError:

@@ -1,0 +1,63 @@
+"""The same script with transformers' Trainer on Accelerate, and with ours: the same numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import side_by_side
+from tests.support.ranks import run_on_ranks
+
+# Looked for without importing them, which would set variables in this process.
+MISSING = [name for name in ("transformers", "accelerate") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MISSING)}")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["single", "ddp"])
+def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    folder, ranks = tmp_path_factory.mktemp("side_by_side"), request.param
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "tests.support.side_by_side", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
+    return theirs, run_on_ranks(ranks, side_by_side.ours, str(folder))[0]
+
+
+@pytest.mark.parametrize("case", side_by_side.CASES)
+def test_every_step_is_the_same(case: str, logs: tuple[Any, Any]) -> None:
+    theirs, mine = ([entry for entry in side[case] if "loss" in entry] for side in logs)
+    assert len(mine) == len(theirs) == side_by_side.STEPS
+    for name in ("loss", "grad_norm", "learning_rate", "epoch"):
+        gaps = [abs(one[name] - other[name]) for one, other in zip(mine, theirs, strict=True)]
+        assert max(gaps) < 1e-5, name
+
+
+@pytest.mark.parametrize("case", side_by_side.CASES)
+def test_every_evaluation_is_the_same(case: str, logs: tuple[Any, Any]) -> None:
+    theirs, mine = ([entry for entry in side[case] if "eval_loss" in entry] for side in logs)
+    assert [entry["step"] for entry in mine] == [entry["step"] for entry in theirs] == [20, 40, 50]
+    for name in ("eval_loss", "eval_right", "eval_samples"):
+        assert [entry[name] for entry in mine] == pytest.approx([entry[name] for entry in theirs], abs=1e-5), name
+
+
+def test_the_whole_loss_is_the_same(logs: tuple[Any, Any]) -> None:
+    for case in side_by_side.CASES:
+        theirs, mine = (next(entry for entry in side[case] if "train_loss" in entry) for side in logs)
+        assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)

@@ -25,6 +25,7 @@ WAYS = {
     "python": PYTHON,
     "launch": LAUNCH,
     "torchrun": TORCHRUN,
+    "sample file": [*LAUNCH, "--config_file", str(EXAMPLES / "fsdp.yaml")],
     "fsdp bf16": [*LAUNCH, "--use_fsdp", "--mixed_precision", "bf16"],
 }
 DEMO = "language_model.py"
@@ -66,7 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float, dict[
     return language_model(tmp_path_factory.mktemp("alone"), "python")
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "python"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("python", "sample file")])
 def test_the_language_model_learns_the_same_everywhere(
     way: str, tmp_path: Path, alone: tuple[float, float, dict[str, tuple[int, ...]]]
 ) -> None:
@@ -116,3 +117,33 @@ def test_every_test_image_is_counted_once(way: str, tmp_path: Path) -> None:
     # 1,797 images, every fifth from the first on: 360.
     assert {int(seen) for *_, seen in epochs} == {360}
     assert int(epochs[-1][1]) / 360 > 0.95
+
+
+TRAINER = ["--max_steps", "8", "--width", "32", "--layers", "2", "--context", "32", "--text_bytes", "60000"]
+TRAINER += ["--eval_steps", "4", "--save_steps", "4", "--logging_steps", "2", "--learning_rate", "1e-2", "--output_dir"]
+
+
+def test_the_trainer_trains_a_language_model_under_the_sample_configuration(tmp_path: Path) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("pip install 'paceline[transformers]'")
+    arguments = [str(EXAMPLES / "trainer_language_model.yaml"), *TRAINER]
+    text = run(tmp_path, "sample file", "trainer_language_model.py", *arguments, "run")
+    assert re.search(r"strategy +fsdp", text)
+    assert "2 LlamaDecoderLayer" in text
+    losses = [float(loss) for loss in re.findall(r"{eval_loss: (\d+\.\d+)", text)]
+    assert losses[1] < losses[0] < 5.5
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    assert state["model.embed_tokens.weight"].shape == (256, 32)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    again = run(tmp_path, "python", "trainer_language_model.py", *arguments, "run", "--resume_from_checkpoint", "true")
+    assert "perplexity" in again
+    assert float(re.findall(r"{eval_loss: (\d+\.\d+)", again)[-1]) == pytest.approx(losses[-1], abs=0.05)
+
+
+def test_the_trainer_counts_every_line_once(tmp_path: Path) -> None:
+    short = ["--num_train_epochs", "1", "--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
+    short += ["--save_strategy", "steps", "--save_steps", "30", "--per_device_eval_batch_size", "24"]
+    text = run(tmp_path, "launch", "text_classification.py", *short)
+    [(right, counted)] = re.findall(r"(\d+\.\d)% of (\d+) held-out lines right", text)
+    assert int(counted) == 500
+    assert float(right) > 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,6 +122,9 @@ class TrainerCore:
 
     def _callbacks(self, more: Sequence[Any]) -> list[Any]:
         quiet = self.args.disable_tqdm
+        if quiet is None:
+            # A bar redraws itself, which a file shows as so many lines.
+            quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         shown = PrinterCallback() if quiet else ProgressCallback()
         profiling = [ProfileCallback(self.accelerator, self.args.profile_steps)] if self.args.profile_steps else []
         return [DefaultFlowCallback(), *reporting_callbacks(self.args.report_to), *profiling, *more, shown]

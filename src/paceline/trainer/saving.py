@@ -28,16 +28,17 @@ def save_model_files(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
     Collective: every rank must call it.
     """
     trainer.accelerator.save_model(trainer.model_wrapped, folder)
-    if not trainer.accelerator.is_main_process:
-        return
-    write_companions(trainer, Path(folder))
+    if trainer.accelerator.is_main_process:
+        (Path(folder) / "config.json").unlink(missing_ok=True)
+        write_companions(trainer, Path(folder))
 
 
 def write_companions(trainer: Trainer, folder: Path) -> None:
     """The model's configuration, the tokenizer, and the arguments as JSON."""
     for name in ("config", "generation_config"):
         part: Any = getattr(trainer.model, name, None)
-        if hasattr(part, "save_pretrained"):
+        # A checkpoint has the first already, and its manifest says how long it is.
+        if hasattr(part, "save_pretrained") and not (folder / f"{name}.json").exists():
             part.save_pretrained(folder)
     if hasattr(trainer.processing_class, "save_pretrained"):
         trainer.processing_class.save_pretrained(folder)

@@ -730,8 +730,10 @@ class Accelerator(Ranks):
         """
         self._checkpointing.wait()
 
-    def on_preemption(self, save: Callable[[], Any]) -> None:
+    def on_preemption(self, save: Callable[[], Any] | None) -> None:
         """Call `save` on all ranks when one of them is asked to end, at a batch on which they agreed; then end.
+
+        None stops listening: signals do again what they did before.
 
         The signals are those of `ProjectConfiguration.save_on_signals`; the exit code is 75. With
         `automatic_checkpoint_naming` this happens by itself, and `save` is `save_state`.

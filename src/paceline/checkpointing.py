@@ -259,11 +259,11 @@ class Checkpointing:
 
     # Making room for others
 
-    def arm(self, save: Callable[[], Any], *, always: bool = False) -> Preemption | None:
+    def arm(self, save: Callable[[], Any] | None, *, always: bool = False) -> Preemption | None:
         """Save and end when a signal comes; only where checkpoints are named automatically, or `always`.
 
         Args:
-            save: Called on all ranks at a point on which they agreed; the run ends after it.
+            save: Called on all ranks at a point on which they agreed; the run ends after it. None stops listening.
             always: Also without automatic names.
 
         Returns:
@@ -272,7 +272,7 @@ class Checkpointing:
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
-        if self._project.save_on_signals and (always or self._numbered_folder is not None):
+        if save is not None and self._project.save_on_signals and (always or self._numbered_folder is not None):
 
             def act() -> None:
                 save()

@@ -7,6 +7,7 @@ by prepared loaders, which all ranks count alike.
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 import time
@@ -63,6 +64,8 @@ class Preemption:
                 self._old[number] = signal.signal(number, self._note)
         self._watcher = threading.Thread(target=self._watch, name="paceline-preemption", daemon=True)
         self._watcher.start()
+        # A thread that is in the store's C++ when the interpreter ends takes the process down with SIGABRT.
+        atexit.register(self.close)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         # Nothing else is safe inside a handler; the watcher tells the others.
@@ -77,6 +80,9 @@ class Preemption:
     def close(self) -> None:
         """Stop watching; signals do again what they did before."""
         self._closed.set()
+        atexit.unregister(self.close)
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join(_PATIENCE)
         if threading.current_thread() is threading.main_thread():
             self._restore()
 

@@ -77,6 +77,7 @@ class Trainer(Evaluating):
             return self._conclude(loop)
         finally:
             self.is_in_train = False
+            self.accelerator.on_preemption(None)
 
     def _prepare_training(self) -> TrainingLoop:
         if self._trained:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +118,32 @@ def test_the_best_is_kept_and_loaded(layout: str, weights_only: bool, tmp_path: 
     assert Path(folder).name in left
     assert len(left) <= 2
     assert measured == pytest.approx(least, abs=1e-6)
+
+
+def script(folder: Path, step: int) -> int:
+    """Run the script that is asked to make room after a step; 0 resumes it."""
+    launch = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", "2"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*launch, str(root / "tests" / "ranks" / "trainer_script.py"), str(folder), str(step)],
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode in (0, 75), done.stderr[-3000:]
+    return done.returncode
+
+
+def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert script(folder, 150) == 75
+    [saved] = folder.glob("checkpoint-*")
+    assert 150 <= int(saved.name.removeprefix("checkpoint-")) < 2000
+    assert script(folder, 0) == 0
+    again = json.loads((folder / "log.json").read_text(encoding="utf-8"))
+    assert script(tmp_path / "whole", 5000) == 0
+    whole = json.loads((tmp_path / "whole" / "log.json").read_text(encoding="utf-8"))
+    assert farthest(whole, again) < 1e-9

@@ -52,7 +52,6 @@ def cosine(
     *,
     num_cycles: float = 0.5,
     min_lr_rate: float = 0.0,
-    warmup_lr_rate: float | None = None,
 ) -> float:
     """Up, then down along cosine waves; half a wave ends at the lowest rate.
 
@@ -62,14 +61,28 @@ def cosine(
         total: Steps of everything.
         num_cycles: Waves after the way up.
         min_lr_rate: Lowest rate, as a share of the highest.
-        warmup_lr_rate: Where the way up begins, as a share of the highest.
     """
     if step < warmup:
-        if warmup_lr_rate is None:
-            return _rise(step, warmup)
-        return warmup_lr_rate + (1.0 - warmup_lr_rate) * step / max(1, warmup - 1)
+        return _rise(step, warmup)
     wave = 0.5 * (1.0 + math.cos(math.pi * 2.0 * num_cycles * _progress(step, warmup, total)))
     return max(0.0, min_lr_rate + (1.0 - min_lr_rate) * wave)
+
+
+def cosine_from_a_start(
+    step: int,
+    warmup: int,
+    total: int,
+    *,
+    num_cycles: float = 0.5,
+    min_lr_rate: float = 0.0,
+    warmup_lr_rate: float | None = None,
+) -> float:
+    """As `cosine`, but the way up may begin at `warmup_lr_rate`, and reaches the top one step before the way down."""
+    if step < warmup and warmup_lr_rate is not None:
+        return warmup_lr_rate + (1.0 - warmup_lr_rate) * step / max(1, warmup - 1)
+    if step < warmup:
+        return _rise(step, warmup)
+    return cosine(step + 1, warmup, total, num_cycles=num_cycles, min_lr_rate=min_lr_rate)
 
 
 def cosine_with_restarts(step: int, warmup: int, total: int, *, num_cycles: int = 1) -> float:
@@ -152,7 +165,7 @@ SCHEDULES: dict[str, Callable[..., float] | None] = {
     "inverse_sqrt": inverse_sqrt,
     "reduce_lr_on_plateau": None,
     "cosine_with_min_lr": cosine,
-    "cosine_warmup_with_min_lr": cosine,
+    "cosine_warmup_with_min_lr": cosine_from_a_start,
     "warmup_stable_decay": warmup_stable_decay,
 }
 

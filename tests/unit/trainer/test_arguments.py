@@ -1,0 +1,194 @@
+"""TrainingArguments: what they refuse, where they come from, and what they become."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline import TrainingArguments
+from paceline.config import resolve
+from paceline.errors import ConfigError
+from paceline.trainer.plugins import accelerator_arguments, build_accelerator
+from tests.support.ranks import run_on_ranks
+
+
+def problems(**values: Any) -> dict[str, str]:
+    """What is wrong with arguments, by key."""
+    with pytest.raises(ConfigError) as raised:
+        accelerator_arguments(TrainingArguments(**values), accumulation=1)
+    return {problem.key: str(problem) for problem in raised.value.problems}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"learnin_rate": 1}, "did you mean learning_rate?"),
+        ({"push_to_hub": True}, "paceline uploads nothing"),
+        ({"evaluation_strategy": "steps"}, "write eval_strategy"),
+        ({"learning_rate": "fast"}, "'fast' is not a number"),
+        ({"max_steps": 2.5}, "2.5 is not a whole number"),
+        ({"save_strategy": "step"}, "did you mean steps?"),
+        ({"optim": "adamw_torsh"}, "did you mean adamw_torch?"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean cosine?"),
+        ({"bf16": True, "fp16": True}, "they exclude each other"),
+        ({"fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}}}, "each of them is a strategy"),
+        ({"fsdp": True, "strategy": "ddp"}, "each of them names the strategy"),
+        ({"global_batch_size": 32, "gradient_accumulation_steps": 2}, "it is derived from that"),
+        ({"dataloader_prefetch_factor": 2}, "2 without readers"),
+        ({"load_best_model_at_end": True}, "nothing would say what is best"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 7, "eval_steps": 3}, "no multiple"),
+        ({"save_strategy": "best"}, "metric_for_best_model"),
+        ({"per_device_train_batch_size": 0}, "at least 1"),
+        ({"fsdp": "hybrid_shard"}, "'hybrid_shard' is not carried out"),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forwrd": True}}, "did you mean fsdp_reshard_after_forward?"),
+        ({"fsdp_config": "no/such/file.json"}, "there is no file no/such/file.json"),
+        ({"accelerator_config": {"split_batch": True}}, "did you mean split_batches?"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}}, "0.5 contradicts 1.0"),
+        ({"deepspeed": {"zero_optimization": {}, "train_batch_size": 5}}, "5 contradicts 8"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(values: dict[str, Any], said: str) -> None:
+    assert any(said in text for text in problems(**values).values())
+
+
+def test_everything_wrong_is_said_at_once() -> None:
+    found = problems(learning_rate="x", optim="adm", bf16=True, fp16=True, seed=-1)
+    assert set(found) == {"learning_rate", "optim", "bf16", "seed"}
+
+
+def test_yaml_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.yaml"
+    file.write_text("learning_rate: 1e-4\nmax_steps: 1_0\nsave_strategy: no\nbf16: true\n", encoding="utf-8")
+    made = TrainingArguments.from_file(file, max_steps=7)
+    assert (made.learning_rate, made.max_steps, made.save_strategy, made.bf16) == (1e-4, 7, "no", True)
+    file.write_text("learning_rat: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+        TrainingArguments.from_file(file)
+
+
+def test_the_command_line_overrides_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"learning_rate": 1e-4, "max_steps": 3}), encoding="utf-8")
+    line = [str(file), "--max-steps", "9", "--bf16", "--no_dataloader_pin_memory", "--label_names", "a", "b", "--fsdp"]
+    made = TrainingArguments.from_command_line(line)
+    assert (made.learning_rate, made.max_steps, made.bf16, made.label_names) == (1e-4, 9, True, ["a", "b"])
+    assert made.fsdp
+    assert not made.dataloader_pin_memory
+
+
+def test_the_command_line_says_what_was_meant() -> None:
+    with pytest.raises(ConfigError) as raised:
+        TrainingArguments.from_command_line(["--lerning_rate", "3", "--max_steps", "x"])
+    text = str(raised.value)
+    assert "did you mean learning_rate?" in text
+    assert "--max_steps: 'x' is not a number" in text
+
+
+def test_every_field_says_what_it_does() -> None:
+    lines = TrainingArguments.describe().splitlines()
+    assert len(lines) > 90
+    assert not [line for line in lines if not line.endswith(".")]
+
+
+def with_transformers() -> tuple[Any, ...]:
+    from transformers import HfArgumentParser
+
+    line = ["--bf16", "--learning_rate", "3e-4", "--fsdp", "--fsdp_config", '{"version": 2}', "--save_steps", "10"]
+    (made,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    return made.bf16, made.learning_rate, made.fsdp, made.fsdp_config, made.save_steps
+
+
+def test_the_parser_of_transformers_reads_them() -> None:
+    pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
+    assert run_on_ranks(1, with_transformers) == [(True, 3e-4, True, {"version": 2}, 10)]
+
+
+def test_what_the_accelerator_is_told() -> None:
+    made = TrainingArguments(
+        bf16=True,
+        ddp_backend="gloo",
+        ddp_timeout=60,
+        ddp_bucket_cap_mb=5,
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
+        ddp_static_graph=True,
+        torch_compile=True,
+        seed=3,
+        accelerator_config={
+            "split_batches": True,
+            "even_batches": False,
+            "use_seedable_sampler": False,
+            "gradient_accumulation_kwargs": {"sync_each_batch": True},
+        },
+    )
+    said = accelerator_arguments(made, accumulation=4)
+    opening, ddp = said["kwargs_handlers"]
+    assert (opening.backend, opening.timeout) == ("gloo", timedelta(seconds=60))
+    assert (ddp.bucket_cap_mb, ddp.find_unused_parameters, ddp.broadcast_buffers, ddp.static_graph) == (
+        5,
+        True,
+        False,
+        True,
+    )
+    assert (said["mixed_precision"], said["dynamo_plugin"].backend) == ("bf16", "inductor")
+    loading, accumulation = said["dataloader_config"], said["gradient_accumulation_plugin"]
+    assert (loading.split_batches, loading.even_batches, loading.use_seedable_sampler) == (True, False, False)
+    assert loading.data_seed == 3
+    assert (accumulation.num_steps, accumulation.sync_each_batch) == (4, True)
+    assert not {"strategy", "cpu", "fsdp_plugin"} & set(said), "what nobody said is left to the launcher"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"reshard_after_forward": False, "transformer_layer_cls_to_wrap": ["Block"]},
+        {"fsdp_version": 2, "fsdp_reshard_after_forward": False, "fsdp_transformer_layer_cls_to_wrap": "Block"},
+        {"version": 1, "sharding_strategy": "SHARD_GRAD_OP", "transformer_layer_cls_to_wrap": "Block"},
+    ],
+    ids=["bare", "prefixed", "version 1"],
+)
+@pytest.mark.parametrize("as_file", [False, True], ids=["mapping", "file"])
+def test_both_spellings_of_fsdp_config(config: dict[str, Any], as_file: bool, tmp_path: Path) -> None:
+    given: Any = config
+    if as_file:
+        given = str(tmp_path / "fsdp.json")
+        Path(given).write_text(json.dumps(config), encoding="utf-8")
+    made = TrainingArguments(fsdp=True, fsdp_config=given, activation_checkpointing=True)
+    plugin = accelerator_arguments(made, accumulation=1)["fsdp_plugin"]
+    assert plugin.reshard_after_forward is False
+    assert plugin.transformer_cls_names_to_wrap == ("Block",)
+    assert plugin.activation_checkpointing
+
+
+def test_a_launcher_that_names_another_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = resolve(flags={"use_fsdp": True, "cpu": True}, env={}, file=None)
+    monkeypatch.setenv("PACELINE_CONFIG", launched.to_json())
+    with pytest.raises(ConfigError) as raised:
+        build_accelerator(TrainingArguments(deepspeed={"zero_optimization": {"stage": 2}}), accumulation=1)
+    text = str(raised.value)
+    assert "TrainingArguments(deepspeed=…)" in text
+    assert "--use_fsdp" in text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "most", "expected"),
+    [(1, 8, (8, 4)), (2, 8, (8, 2)), (4, 8, (8, 1)), (8, 8, (4, 1)), (4, 3, (2, 4)), (1, 100, (32, 1))],
+)
+def test_the_global_batch_decides(ranks: int, most: int, expected: tuple[int, int]) -> None:
+    made = TrainingArguments(global_batch_size=32, per_device_train_batch_size=most)
+    assert made.batch_plan(ranks) == expected
+
+
+def test_a_global_batch_that_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match="32 cannot be shared out among 3 ranks"):
+        TrainingArguments(global_batch_size=32).batch_plan(3)
+
+
+def test_non_blocking_copies_need_pinned_memory() -> None:
+    with pytest.warns(UserWarning, match="without dataloader_pin_memory"):
+        TrainingArguments(accelerator_config={"non_blocking": True}, dataloader_pin_memory=False)

@@ -1,0 +1,130 @@
+"""Schedules, optimizers, samplers and collators by themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from paceline import TrainingArguments
+from paceline.errors import ConfigError, MissingExtraError
+from paceline.trainer.collate import Columns, columns_of, default_collator
+from paceline.trainer.optimizers import decaying_names, optimizer_class, parameter_groups
+from paceline.trainer.sampling import LengthGroupedSampler
+from paceline.trainer.schedules import SCHEDULES, make_schedule
+from tests.support.ranks import run_on_ranks
+from tests.support.trainer import Tagger
+
+CPU = torch.device("cpu")
+CASES: dict[str, dict[str, Any]] = {
+    **{name: {} for name in SCHEDULES if name not in ("reduce_lr_on_plateau", "warmup_stable_decay")},
+    "cosine_with_restarts": {"num_cycles": 3},
+    "cosine_with_min_lr": {"min_lr": 1e-4},
+    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
+    "polynomial": {"power": 2.0, "lr_end": 1e-5},
+    "warmup_stable_decay": {"num_decay_steps": 12, "min_lr_ratio": 0.1, "decay_type": "cosine"},
+}
+
+
+def rates(schedule: Any, optimizer: Any) -> list[float]:
+    found = []
+    for _ in range(45):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def both_courses() -> dict[str, tuple[list[float], list[float]]]:
+    from transformers import get_scheduler
+
+    found = {}
+    for name, more in CASES.items():
+        mine, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2) for _ in range(2))
+        own = make_schedule(name, mine, warmup=6, total=40, arguments=more)
+        other = get_scheduler(name, theirs, 6, 40, scheduler_specific_kwargs=dict(more))
+        found[name] = (rates(own, mine), rates(other, theirs))
+    return found
+
+
+def test_every_schedule_is_the_one_that_transformers_means() -> None:
+    pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
+    for name, (mine, theirs) in run_on_ranks(1, both_courses)[0].items():
+        assert mine == pytest.approx(theirs, abs=1e-12), name
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("cosine", {"num_cycle": 2}, "did you mean num_cycles?"),
+        ("linear", {"power": 2}, "linear takes none"),
+        ("warmup_stable_decay", {}, "num_decay_steps: is missing"),
+    ],
+)
+def test_arguments_that_a_schedule_does_not_have(name: str, more: dict[str, Any], said: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        make_schedule(name, optimizer, warmup=0, total=3, arguments=more)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adafactor", "radam"])
+def test_optimizers_of_torch(name: str) -> None:
+    args = TrainingArguments(optim=name, learning_rate=0.1, weight_decay=0.2, optim_args=None)
+    cls, said = optimizer_class(args, CPU)
+    model = Tagger()
+    made = cls(parameter_groups(model, decaying_names(model), args.weight_decay), **said)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.2, 0.0]
+    assert cls.__module__.startswith("torch.optim")
+
+
+def test_fused_on_devices_only() -> None:
+    args = TrainingArguments()
+    assert optimizer_class(args, torch.device("cuda"))[1]["fused"] is True
+    assert optimizer_class(args, CPU)[1]["fused"] is False
+    assert optimizer_class(TrainingArguments(optim_args="amsgrad=true, foreach=False"), CPU)[1]["amsgrad"] is True
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(MissingExtraError, match="schedulefree"):
+        optimizer_class(TrainingArguments(optim="schedule_free_sgd"), CPU)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    names = decaying_names(Tagger(blocks=1))
+    assert names == ["tokens.weight", "blocks.0.up.weight", "blocks.0.down.weight", "head.weight"]
+
+
+def test_batches_of_samples_that_are_about_as_long() -> None:
+    lengths = torch.randint(1, 100, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = LengthGroupedSampler(lengths, 8)
+    order = list(sampler)
+    assert sorted(order) == list(range(400))
+    assert lengths[order[0]] == max(lengths)
+    spread = [max(part) - min(part) for at in range(0, 400, 8) if (part := [lengths[i] for i in order[at : at + 8]])]
+    assert sum(spread) / len(spread) < 20, "a random batch spreads over about 75"
+    assert list(sampler) != order
+
+
+def test_samples_become_batches() -> None:
+    batch = default_collator([{"x": [1, 2], "label": 1, "text": "a"}, {"x": [3, 4], "label": 0, "text": "b"}])
+    assert sorted(batch) == ["labels", "x"]
+    assert batch["x"].tolist() == [[1, 2], [3, 4]]
+    assert batch["labels"].tolist() == [1, 0]
+    numbers, targets = default_collator([(torch.zeros(2), 1), (torch.ones(2), 0)])
+    assert (numbers.shape, targets.tolist()) == ((2, 2), [1, 0])
+
+
+def test_columns_that_the_model_does_not_take() -> None:
+    kept = columns_of(Tagger(), ["labels"])
+    assert kept is not None
+    batch = Columns(default_collator, kept)([{"input_ids": [1], "label": 2, "other": 3}])
+    assert sorted(batch) == ["input_ids", "labels"]
+    assert columns_of(nn.Sequential(), []) is not None
+
+    class Open(nn.Module):
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return inputs["x"]
+
+    assert columns_of(Open(), []) is None

@@ -27,7 +27,7 @@ class Asked(TrainerCallback):
 
 if __name__ == "__main__":
     folder, step = sys.argv[1], int(sys.argv[2])
-    changes = {"save_strategy": "steps", "save_steps": 500, "max_steps": 2000, "logging_steps": 100}
+    changes = {"save_strategy": "steps", "save_steps": 500, "max_steps": 600, "logging_steps": 100}
     log, trainer = run(changes, folder, resume=None if step else True, callbacks=[Asked(step)] if step else [])
     if trainer.accelerator.is_main_process:
         Path(folder, "log.json").write_text(json.dumps(log), encoding="utf-8")

@@ -89,8 +89,7 @@ def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type
     if made.adam:
         said |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "adamw_torch_fused":
-        # On a CPU the loop over tensors is as fast, and bit-equal between strategies.
-        said["fused"] = device.type in ("cuda", "xpu")
+        said["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
     if args.optim.startswith("schedule_free"):
         said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
     return cls, {**said, **made.extra, **_read_arguments(args.optim_args)}

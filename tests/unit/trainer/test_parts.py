@@ -79,10 +79,10 @@ def test_optimizers_of_torch(name: str) -> None:
     assert cls.__module__.startswith("torch.optim")
 
 
-def test_fused_on_devices_only() -> None:
+def test_fused_where_torch_can() -> None:
     args = TrainingArguments()
     assert optimizer_class(args, torch.device("cuda"))[1]["fused"] is True
-    assert optimizer_class(args, CPU)[1]["fused"] is False
+    assert optimizer_class(args, torch.device("meta"))[1]["fused"] is False
     assert optimizer_class(TrainingArguments(optim_args="amsgrad=true, foreach=False"), CPU)[1]["amsgrad"] is True
 
 

@@ -58,7 +58,7 @@ def by_hand(args: argparse.Namespace) -> float:
     model = build(args).to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / args.steps))
-    loader = DataLoader(rows(args), args.batch, shuffle=True)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows(args), args.batch, shuffle=True)  # type: ignore[arg-type]
     parameters = list(model.parameters())
     model.train()
     done = window = 0
@@ -84,7 +84,7 @@ def by_hand(args: argparse.Namespace) -> float:
                 begun = now(args.device)
             if done == args.steps:
                 break
-    return (now(args.device) - begun) / (args.steps - WARM)
+    return (now(args.device) - begun) / float(args.steps - WARM)
 
 
 def with_trainer(package: str, args: argparse.Namespace) -> float:
@@ -115,7 +115,7 @@ def with_trainer(package: str, args: argparse.Namespace) -> float:
             callbacks=[Clock()],
         )
         trainer.train()
-    return (marks[1] - marks[0]) / (args.steps - WARM)
+    return (marks[1] - marks[0]) / float(args.steps - WARM)
 
 
 def now(device: str) -> float:

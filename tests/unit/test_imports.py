@@ -62,6 +62,14 @@ def test_the_accelerator_loads_no_optional_package() -> None:
     assert "paceline.cli" not in loaded
 
 
+def test_the_trainer_loads_no_optional_package() -> None:
+    loaded = modules_after("from paceline import Trainer, TrainingArguments")
+    assert not UNASKED & loaded
+    assert not {"torch._inductor", "torch._dynamo", "torch.distributed.checkpoint"} & (
+        loaded - modules_after("import torch")
+    )
+
+
 def test_the_accelerator_loads_little_beyond_torch() -> None:
     """Heavy parts of torch that `import torch` leaves out stay out until a strategy needs them."""
     extra = modules_after("from paceline import Accelerator") - modules_after("import torch")

@@ -8,6 +8,7 @@ The snapshots lie beside this file. When a change is meant, renew them and look 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import os
@@ -80,8 +81,24 @@ def plugins() -> Iterator[str]:
                 yield f"{name}({field}={info.get_default(call_default_factory=True)!r})"
 
 
+def training_arguments() -> Iterator[str]:
+    """The fields of `TrainingArguments`."""
+    for field in dataclasses.fields(paceline.TrainingArguments):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield f"{field.name}: {field.type} = {default!r}"
+
+
+def trainer() -> Iterator[str]:
+    """The public methods of `Trainer`, and its constructor."""
+    yield f"Trainer{inspect.signature(paceline.Trainer.__init__)}"
+    for name in sorted(name for name in dir(paceline.Trainer) if not name.startswith("_")):
+        yield f"{name}{inspect.signature(inspect.getattr_static(paceline.Trainer, name))}"
+
+
 @pytest.mark.parametrize(
-    "surface", [public_names, accelerator, launch_flags, config_keys, plugins], ids=lambda surface: surface.__name__
+    "surface",
+    [public_names, accelerator, launch_flags, config_keys, plugins, training_arguments, trainer],
+    ids=lambda surface: surface.__name__,
 )
 def test_the_surface_is_what_it_was(surface: Callable[[], Iterator[str]]) -> None:
     lines = list(surface())

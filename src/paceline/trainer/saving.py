@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 if TYPE_CHECKING:
     import os
@@ -47,6 +46,9 @@ def write_companions(trainer: Trainer, folder: Path) -> None:
 
 def load_weights(trainer: Trainer, folder: Path) -> None:
     """Load weights alone, into a model that may be sharded. Collective: every rank must call it."""
+    # Heavy, and seldom needed.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     main = trainer.accelerator.is_main_process
     whole: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")) if main else ():

@@ -99,7 +99,8 @@ def with_transformers() -> tuple[Any, ...]:
     from transformers import HfArgumentParser
 
     line = ["--bf16", "--learning_rate", "3e-4", "--fsdp", "--fsdp_config", '{"version": 2}', "--save_steps", "10"]
-    (made,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(line)
+    parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    (made,) = parser.parse_args_into_dataclasses(line)
     return made.bf16, made.learning_rate, made.fsdp, made.fsdp_config, made.save_steps
 
 
@@ -158,7 +159,8 @@ def test_both_spellings_of_fsdp_config(config: dict[str, Any], as_file: bool, tm
     if as_file:
         given = str(tmp_path / "fsdp.json")
         Path(given).write_text(json.dumps(config), encoding="utf-8")
-    made = TrainingArguments(fsdp=True, fsdp_config=given, activation_checkpointing=True)
+    asked: Any = True
+    made = TrainingArguments(fsdp=asked, fsdp_config=given, activation_checkpointing=True)
     plugin = accelerator_arguments(made, accumulation=1)["fsdp_plugin"]
     assert plugin.reshard_after_forward is False
     assert plugin.transformer_cls_names_to_wrap == ("Block",)

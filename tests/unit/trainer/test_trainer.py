@@ -143,7 +143,8 @@ def test_pairs_and_a_function_for_the_loss(tmp_path: Path) -> None:
     def loss(outputs: torch.Tensor, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         if num_items_in_batch is not None:
             seen.append(float(num_items_in_batch))
-            return F.cross_entropy(outputs, labels, reduction="sum") / num_items_in_batch
+            total: torch.Tensor = F.cross_entropy(outputs, labels, reduction="sum") / num_items_in_batch
+            return total
         return F.cross_entropy(outputs, labels)
 
     logs = []

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import IterableDataset
 
+from paceline import Trainer, TrainingArguments
 from tests.support.ranks import run_on_ranks
-from tests.support.trainer import farthest, run
+from tests.support.trainer import Sentences, arguments, farthest, run, tagger
 
 DEEPSPEED = {
     "zero_optimization": {"stage": 2},
@@ -148,3 +151,141 @@ def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path) -> None:
     assert script(tmp_path / "whole", 5000) == 0
     whole = json.loads((tmp_path / "whole" / "log.json").read_text(encoding="utf-8"))
     assert farthest(whole, again) < 1e-9
+
+
+SECTIONS = {
+    **DEEPSPEED,
+    "zero_optimization": {"stage": 3},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto",
+            "total_num_steps": "auto",
+            "warmup_type": "linear",
+        },
+    },
+}
+
+
+def described(folder: str) -> tuple[list[float], list[float], dict[str, Any]]:
+    changes = {**WHOLE, "deepspeed": SECTIONS, "warmup_steps": 4, "max_steps": 16, "eval_strategy": "no"}
+    log, trainer = run(changes, folder)
+    steps = [entry for entry in log if "loss" in entry]
+    settings = trainer.accelerator.strategy.settings
+    return [entry["loss"] for entry in steps], [entry["learning_rate"] for entry in steps], settings
+
+
+def test_what_a_deepspeed_configuration_leaves_to_the_arguments(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    losses, rates, settings = run_on_ranks(2, described, str(tmp_path))[0]
+    assert settings["optimizer"]["params"]["lr"] == max(rates) == 1e-2
+    assert settings["optimizer"]["params"]["weight_decay"] == 0.1
+    assert settings["train_batch_size"] == 8
+    # DeepSpeed's scheduler begins one step late.
+    assert rates.index(max(rates)) in (4, 5)
+    assert rates[0] < rates[3] < max(rates) > rates[10] > rates[15]
+    assert losses[-1] < losses[0] - 0.5
+
+
+class Endless(IterableDataset[dict[str, torch.Tensor]]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Any:
+        rows = Sentences(48, 1)
+        return (rows[index] for index in range(48))
+
+
+class Penalised(Trainer):
+    """Overrides the loss with a plain mean."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = 2 * outputs["loss"]
+        return (loss, outputs) if return_outputs else loss
+
+
+def unsized(folder: str, changes: dict[str, Any]) -> list[float]:
+    made = TrainingArguments(**arguments(folder, max_steps=9, **changes))
+    trainer = Penalised(tagger(), made, train_dataset=Endless())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_streams_and_a_loss_of_ones_own(tmp_path: Path) -> None:
+    batch = {"global_batch_size": 8, "per_device_train_batch_size": 2}
+    [alone] = run_on_ranks(1, unsized, str(tmp_path), {**batch, "per_device_train_batch_size": 8})
+    assert len(alone) == 9, "a pass has six steps"
+    assert alone[-1] < alone[0]
+    together = run_on_ranks(2, unsized, str(tmp_path), batch)[0]
+    assert len(together) == 9
+    with pytest.raises(Exception, match="max_steps"):
+        run_on_ranks(1, without_steps, str(tmp_path))
+
+
+def without_steps(folder: str) -> None:
+    Trainer(tagger(), TrainingArguments(**arguments(folder, max_steps=-1)), train_dataset=Endless()).train()
+
+
+def plateau(folder: str) -> list[dict[str, Any]]:
+    changes: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "lr_scheduler_kwargs": {"patience": 0, "mode": "max"},
+    }
+    changes |= {"save_strategy": "steps", "save_steps": 5, "learning_rate": 0.3}
+    return resumed(changes, folder, "checkpoint-10")
+
+
+def test_a_rate_that_follows_the_loss_is_resumed(tmp_path: Path) -> None:
+    both = run_on_ranks(2, plateau, str(tmp_path))[0]
+    half = len(both) // 2
+    assert farthest(both[:half], both[half:]) < 1e-9
+    rates = [entry["learning_rate"] for entry in both[:half] if "learning_rate" in entry]
+    assert rates[0] == 0.3
+    assert rates[-1] < 0.3
+
+
+def grouped(folder: str) -> tuple[list[float], list[int]]:
+    data = Sentences(48, 1)
+    changes = {"max_steps": 6, "train_sampling_strategy": "group_by_length", "global_batch_size": 8}
+    made = TrainingArguments(**arguments(folder, **changes))
+    trainer = Trainer(tagger(), made, train_dataset=data)
+    data.read.clear()
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], data.read
+
+
+def test_batches_of_like_lengths_are_shared_out(tmp_path: Path) -> None:
+    [(alone, read)] = run_on_ranks(1, grouped, str(tmp_path))
+    ranks = run_on_ranks(2, grouped, str(tmp_path))
+    assert ranks[0][0] == pytest.approx(alone, abs=1e-5)
+    assert set(ranks[0][1]) | set(ranks[1][1]) == set(read) == set(range(48))
+
+
+def before_and_after(folder: str, changes: dict[str, Any]) -> tuple[float, float, float, list[int]]:
+    made = TrainingArguments(**arguments(folder, max_steps=6, **changes))
+    trainer = Trainer(tagger(), made, train_dataset=Sentences(48, 1), eval_dataset=Sentences(21, 2))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    found = trainer.predict(Sentences(21, 2))
+    labels = torch.stack([Sentences(21, 2)[index]["labels"] for index in range(21)])
+    assert torch.equal(torch.from_numpy(found.label_ids), labels), "in order, each once"
+    return before, trainer.evaluate()["eval_loss"], found.metrics["test_loss"], list(found.predictions.shape)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_evaluation_before_and_after_training(layout: str, tmp_path: Path) -> None:
+    ranks, changes = LAYOUTS[layout]
+    batch = {"global_batch_size": 8}
+    [alone] = run_on_ranks(1, before_and_after, str(tmp_path), batch)
+    together = run_on_ranks(ranks, before_and_after, str(tmp_path), {**batch, **changes})[0]
+    assert together[:3] == pytest.approx(alone[:3], abs=1e-5)
+    assert alone[1] == alone[2] < alone[0]
+    assert together[3] == alone[3] == [21, 8, 61]

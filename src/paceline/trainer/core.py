@@ -84,6 +84,7 @@ class TrainerCore:
         self._call = losses.ModelCall(self.model)
         self.label_names = self.args.label_names or label_names_of(self.model)
         self.is_in_train = False
+        self._ignore_keys: list[str] | None = None
         self.scheduler_follows_metric = False
         self.state = self._new_state()
         self.control = TrainerControl()

@@ -57,7 +57,7 @@ class Evaluating(Feeding):
 
     def evaluate_in_training(self) -> dict[str, float]:
         """Evaluate, and let a schedule that follows the metric move."""
-        metrics = self.evaluate()
+        metrics = self.evaluate(ignore_keys=self._ignore_keys)
         if self.scheduler_follows_metric:
             name = self.args.metric_for_best_model or "loss"
             self.lr_scheduler.step(metrics[name if name.startswith("eval_") else f"eval_{name}"])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paceline.environment.logging import get_logger
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, NotBuiltError
 from paceline.trainer import saving
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.batch_size import halve_micro_batch, is_out_of_memory, refuse_several_ranks
@@ -57,16 +57,26 @@ class Trainer(Evaluating):
 
     # Training
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **_: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Train to the end. Collective: every rank must call it.
 
         Args:
             resume_from_checkpoint: A folder, or True for the newest whole checkpoint under `output_dir`.
+            trial: Only None: paceline searches for no hyper-parameters.
+            ignore_keys_for_eval: Outputs of the model that are no predictions.
 
         Raises:
             ConfigError: The length of the training cannot be known.
             CheckpointError: The checkpoint is missing or broken.
         """
+        if trial is not None:
+            raise NotBuiltError("train(trial=…)", "Let the search build one Trainer for each trial")
+        self._ignore_keys = ignore_keys_for_eval
         asked = resume_from_checkpoint
         self.is_in_train = True
         try:

@@ -15,8 +15,10 @@ import importlib
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,6 +152,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    # benchmarks/deepspeed.py would be taken for the package.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     torch.set_num_threads(1)
     times: dict[str, list[float]] = {name: [] for name in ways()}
     for _ in range(args.rounds):

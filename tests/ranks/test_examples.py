@@ -135,7 +135,17 @@ def test_the_trainer_trains_a_language_model_under_the_sample_configuration(tmp_
     state = load_file(tmp_path / "run" / "model.safetensors")
     assert state["model.embed_tokens.weight"].shape == (256, 32)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
-    again = run(tmp_path, "python", "trainer_language_model.py", *arguments, "run", "--resume_from_checkpoint", "true")
+    again = run(
+        tmp_path,
+        "python",
+        "trainer_language_model.py",
+        *arguments,
+        "run",
+        "--resume_from_checkpoint",
+        "true",
+        "--per_device_train_batch_size",
+        "32",
+    )
     assert "perplexity" in again
     assert float(re.findall(r"{eval_loss: (\d+\.\d+)", again)[-1]) == pytest.approx(losses[-1], abs=0.05)
 

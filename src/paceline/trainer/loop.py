@@ -109,7 +109,7 @@ class TrainingLoop:
         self.learning_rate = 0.0
         self._opens_window = True
         self._resumed = False
-        self.position: dict[str, int] = loader.state_dict()
+        self.position: dict[str, Any] = loader.state_dict()
         self.logged_at = trainer.state.global_step
         self.begun = time.perf_counter()
         self.began_at = trainer.state.global_step

@@ -229,7 +229,8 @@ class Hungry(Tagger):
     """Has memory for three rows only."""
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        if self.training and len(input_ids) > 3:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.training and len(input_ids) > 3 and self.calls > 2:
             raise torch.OutOfMemoryError("out of memory: there is none")
         return super().forward(input_ids, labels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -155,7 +156,7 @@ class Accelerator(Ranks):
         self._dataloaders: list[PreparedDataLoader] = []
         self._recorder = self._record()
         self._checkpointing = Checkpointing(self.project_configuration, self._parts.group)
-        self._listen(self._checkpointing.arm(self._save_at_once))
+        self._arm()
         self._own_strategy = None if isinstance(strategy, str) else strategy
         self._strategy: Strategy | None
         self._strategy, self._reason = self._decide_early()
@@ -455,7 +456,7 @@ class Accelerator(Ranks):
         for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
             prepared.clear()
         self._checkpointing.close()
-        self._listen(self._checkpointing.arm(self._save_at_once))
+        self._arm()
         self._accumulation.forget()
         self._strategy, self._reason = self._decide_early()
         count = len(objects)
@@ -741,14 +742,25 @@ class Accelerator(Ranks):
         """
         self._listen(self._checkpointing.arm(save, always=True))
 
-    def _save_at_once(self) -> None:
-        self.save_state(blocking=True)
+    def _arm(self) -> None:
+        """Save and end on a signal, where checkpoints are named automatically."""
+        # The watcher lives as long as the process; the Accelerator need not.
+        itself = weakref.ref(self)
+
+        def save() -> None:
+            accelerator = itself()
+            if accelerator is not None:
+                accelerator.save_state(blocking=True)
+
+        self._listen(self._checkpointing.arm(save))
 
     def _listen(self, preemption: Preemption | None) -> None:
         """Make every batch that is handed out between two steps a point at which the run could be stopped."""
+        # Not `self`: what is prepared must go when the script lets go of its Accelerator.
+        window = self._window
 
         def reach_point() -> None:
-            if preemption is not None and not self._window.has_gradients:
+            if preemption is not None and not window.has_gradients:
                 preemption.reach_point()
 
         self._loaders.before_batch = reach_point

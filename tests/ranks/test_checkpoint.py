@@ -93,28 +93,29 @@ def load_and_go_on(
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (SINGLE, SINGLE),
         (SINGLE, FSDP),
         (DDP, SINGLE),
-        (DDP, DDP),
-        (DDP, DDP_THREE),
         (FSDP, FSDP),
         (FSDP, DDP_THREE),
-        (FSDP, HSDP),
-        (FSDP_FOUR, DDP),
-        (HSDP, FSDP),
+        (FSDP_FOUR, HSDP),
+        *[
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [
+                (SINGLE, SINGLE),
+                (DDP, DDP),
+                (DDP, DDP_THREE),
+                (FSDP, HSDP),
+                (FSDP_FOUR, DDP),
+                (HSDP, FSDP),
+            ]
+        ],
         *[
             pytest.param(*pair, marks=needs_deepspeed)
-            for pair in [
-                (ZERO_1, ZERO_1),
-                (ZERO_2, ZERO_3),
-                (ZERO_3, ZERO_1),
-                (ZERO_3, ZERO_3),
-                (ZERO_2, SINGLE),
-                (DDP, ZERO_2),
-                (FSDP, ZERO_3_FOUR),
-                (ZERO_3_FOUR, FSDP),
-            ]
+            for pair in [(ZERO_2, ZERO_3), (ZERO_3, ZERO_1), (DDP, ZERO_2), (ZERO_3_FOUR, FSDP)]
+        ],
+        *[
+            pytest.param(*pair, marks=[needs_deepspeed, pytest.mark.slow])
+            for pair in [(ZERO_1, ZERO_1), (ZERO_3, ZERO_3), (ZERO_2, SINGLE), (FSDP, ZERO_3_FOUR)]
         ],
     ],
     ids=str,

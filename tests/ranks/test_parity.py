@@ -24,7 +24,7 @@ from tests.support.training import (
     train_plainly,
 )
 
-DEEPSPEED = with_deepspeed([*ZERO, *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR])
+DEEPSPEED = with_deepspeed([*ZERO, *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR], every_stage=True)
 
 
 @pytest.fixture(scope="module")

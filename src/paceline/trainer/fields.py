@@ -202,7 +202,7 @@ class LoggingFields:
     report_to: list[str] | str | None = _says("none", "Where to report besides the console and log.jsonl.")
     run_name: str | None = _says(None, "Name of the run in reports.")
     project: str = _says("paceline", "Project of the run in reports.")
-    skip_memory_metrics: bool = _says(True, "Leave peak memory out of the metrics.")
+    skip_memory_metrics: bool = _says(True, "Leave this rank's peak memory out of the metrics.")
     profile_steps: str | None = _says(None, "Steps to profile, first:last, counted from 1; traces go to output_dir.")
 
 

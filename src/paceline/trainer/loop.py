@@ -250,7 +250,9 @@ class TrainingLoop:
         """Times, rates and the mean loss of this call."""
         took = max(time.perf_counter() - self.begun, 1e-9)
         steps = self.trainer.state.global_step - self.began_at
+        memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
         return {
+            **memory,
             "train_runtime": took,
             "train_samples_per_second": steps * self.plan.batch_size / took,
             "train_steps_per_second": steps / took,

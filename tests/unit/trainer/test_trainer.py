@@ -282,3 +282,8 @@ def test_a_second_training_begins_anew_with_the_same_model(tmp_path: Path) -> No
     trainer.train()
     assert trainer.state.global_step == 6
     assert trainer.state.log_history[0]["loss"] < first
+
+
+def test_peak_memory_is_measured_when_asked(tmp_path: Path) -> None:
+    log, _ = run({"max_steps": 1, "skip_memory_metrics": False}, str(tmp_path))
+    assert log[-1]["peak_memory_bytes"] > 1e6

@@ -18,15 +18,19 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def with_deepspeed(values: list[Any]) -> list[Any]:
-    """Parameters of a test that are skipped, visibly, where DeepSpeed is not installed."""
-    return [_with_deepspeed(value) for value in values]
+def with_deepspeed(values: list[Any], *, every_stage: bool = False) -> list[Any]:
+    """Parameters of a test that are skipped, visibly, where DeepSpeed is not installed.
+
+    Stage 0 shares its code with DDP and stage 1 with stage 2, so these run under `make test-slow`, unless `every_stage`.
+    """
+    return [_with_deepspeed(value, every_stage) for value in values]
 
 
-def _with_deepspeed(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return pytest.param(*value, marks=needs_deepspeed, id="-".join(map(str, value)))
-    return pytest.param(value, marks=needs_deepspeed, id=str(value))
+def _with_deepspeed(value: Any, every_stage: bool) -> Any:
+    several = value if isinstance(value, tuple) else (value,)
+    name = "-".join(map(str, several))
+    rare = name.startswith(("zero0", "zero1")) and not every_stage
+    return pytest.param(*several, marks=[needs_deepspeed, pytest.mark.slow] if rare else [needs_deepspeed], id=name)
 
 
 ZERO_STAGES = with_deepspeed([f"zero{stage}" for stage in range(4)])

@@ -21,7 +21,7 @@ needs_deepspeed = pytest.mark.skipif(
 def with_deepspeed(values: list[Any], *, every_stage: bool = False) -> list[Any]:
     """Parameters of a test that are skipped, visibly, where DeepSpeed is not installed.
 
-    Stage 0 shares its code with DDP and stage 1 with stage 2, so these run under `make test-slow`, unless `every_stage`.
+    Stage 0 shares its code with DDP and stage 1 with stage 2: these run under `make test-slow`, unless `every_stage`.
     """
     return [_with_deepspeed(value, every_stage) for value in values]
 

@@ -112,6 +112,8 @@ class Checkpointing:
         self, state: TrainingState, output_dir: str | os.PathLike[str] | None, *, blocking: bool | None = None
     ) -> str:
         """Save a state; see `Accelerator.save_state`."""
+        # A save in flight has a number that is not on the disk yet.
+        self.wait()
         folder = self._where_to_save(output_dir)
         now = not self._project.save_in_background if blocking is None else blocking
         hook = self._run_save_hooks if self._save_hooks else None

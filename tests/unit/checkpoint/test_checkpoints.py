@@ -260,6 +260,18 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(project: Path, blocki
     found.verify()
 
 
+def test_saves_in_the_background_get_numbers_of_their_own(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_in_background=True)
+    names = []
+    for _ in range(3):
+        run.step()
+        names.append(Path(run.accelerator.save_state()).name)
+    run.accelerator.wait_for_save()
+    assert names == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
+    steps = [found.checkpoint.manifest.step for found in find_checkpoints(tmp_path) if found.checkpoint]
+    assert steps == [3, 2, 1]
+
+
 def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> None:
     run = Run(project)
     run.step()

@@ -171,7 +171,7 @@ subprocess.Popen(["sleep", "100"])
 os.write(1, b"ready\\n")
 time.sleep(100)
 """
-    process = launches.start(source, options="dict(shutdown_timeout=1)")
+    process = launches.start(source, options="dict(shutdown_timeout=1, grace_period=1)")
     wait_until_ready(process, 2)
     process.terminate()
     process.communicate(timeout=20)

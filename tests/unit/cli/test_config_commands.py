@@ -317,7 +317,7 @@ def test_completion(paceline: Paceline, shell: str) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("paceline c", {"config", "completion"}),
+        ("paceline c", {"checkpoint", "completion", "config"}),
         ("paceline config ch", {"check"}),
         ("paceline launch --fsdp_off", {"--fsdp_offload_params"}),
         ("paceline launch --mixed_precision b", {"bf16"}),

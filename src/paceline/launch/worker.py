@@ -7,6 +7,7 @@ paceline, and no module that the script could do without.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import builtins
 import contextlib
@@ -18,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -231,5 +233,30 @@ def _looks_secondary(error: BaseException) -> bool:
     return False
 
 
+def _end_at_once(code: int) -> None:
+    """End a process whose script has come to its end, without taking the interpreter apart.
+
+    Everything that a program may rely on happens: threads are waited for, exit handlers run, output is flushed. What
+    is left out is the time in which threads of torch and gloo still run while Python ends under them: one that asks
+    for the interpreter then takes the process down with SIGABRT, after all work was done (1 of 24 ends of a script
+    under DDP on a busy machine, torch 2.13).
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    ended = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as stop:
+        if not isinstance(stop.code, (int, type(None))):
+            raise  # Python prints what it holds
+        ended = _exit_code(stop)
+    if "torch.distributed" not in sys.modules:
+        sys.exit(ended)
+    _end_at_once(ended)

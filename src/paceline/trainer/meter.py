@@ -40,6 +40,8 @@ class LossMeter:
         self._count: Tensor | None = None
         self._past_sum = 0.0
         self._past_count = 0.0
+        # A sum that was cut by a stop must come to the same: fp32 would show where it was cut.
+        self._dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
 
     def add(self, loss: Tensor, weight: Tensor | None) -> None:
         """Note the mean loss of a micro-batch, shape [], and over how much it is; None is one."""
@@ -81,8 +83,8 @@ class LossMeter:
         """Go on adding."""
         if state.get("count"):
             device = self._accelerator.device
-            self._sum = torch.tensor(state["sum"], device=device)
-            self._count = torch.tensor(state["count"], device=device)
+            self._sum = torch.tensor(state["sum"], device=device, dtype=self._dtype)
+            self._count = torch.tensor(state["count"], device=device, dtype=self._dtype)
         self._past_sum, self._past_count = state.get("past_sum", 0.0), state.get("past_count", 0.0)
 
     def drop_open_step(self) -> None:
@@ -99,7 +101,7 @@ class LossMeter:
         """Add up what is in the lists. Collective: every rank must call it."""
         if not self._losses:
             return
-        losses = torch.stack([loss.float().reshape(()) for loss in self._losses])
+        losses = torch.stack([loss.reshape(()) for loss in self._losses]).to(self._dtype)
         same = len(self._weights) == len(self._losses)
         weights = torch.stack(self._weights).to(losses) if same else torch.ones_like(losses)
         if self._only_finite:
@@ -110,9 +112,7 @@ class LossMeter:
             losses = torch.where(weights > 0, losses, 0.0)
         step_of = torch.tensor(self._step_of, device=losses.device) - self._step_of[0]
         steps = self._step_of[-1] - self._step_of[0] + 1
-        both = torch.zeros(2, steps, device=losses.device).index_add_(
-            1, step_of, torch.stack([losses * weights, weights])
-        )
+        both = losses.new_zeros(2, steps).index_add_(1, step_of, torch.stack([losses * weights, weights]))
         sums, counts = self._accelerator.reduce(both, "sum")
         there = counts > 0
         mean = torch.where(there, sums / counts, 0.0).sum()

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DDP_THREE = Layout("ddp3", 3, "ddp")
-FSDP_FOUR = Layout("fsdp4", 4, "fsdp")
-HSDP = Layout("hsdp2x2", 4, "fsdp", None, 2)
 ZERO_1, ZERO_2, ZERO_3 = ZERO[1], ZERO[2], ZERO[3]
 ZERO_3_FOUR = Layout("zero3x4", 4, "deepspeed", {"zero_stage": 3})
 SAMPLES, GLOBAL_BATCH = 96, 12
@@ -97,10 +95,10 @@ def load_and_go_on(
         (DDP, SINGLE),
         (FSDP, FSDP),
         (FSDP, DDP_THREE),
-        (FSDP_FOUR, HSDP),
         *[
             pytest.param(*pair, marks=pytest.mark.slow)
             for pair in [
+                (FSDP_FOUR, HSDP),
                 (SINGLE, SINGLE),
                 (DDP, DDP),
                 (DDP, DDP_THREE),
@@ -109,13 +107,16 @@ def load_and_go_on(
                 (HSDP, FSDP),
             ]
         ],
-        *[
-            pytest.param(*pair, marks=needs_deepspeed)
-            for pair in [(ZERO_2, ZERO_3), (ZERO_3, ZERO_1), (DDP, ZERO_2), (ZERO_3_FOUR, FSDP)]
-        ],
+        *[pytest.param(*pair, marks=needs_deepspeed) for pair in [(ZERO_2, ZERO_3), (ZERO_3, ZERO_1), (DDP, ZERO_2)]],
         *[
             pytest.param(*pair, marks=[needs_deepspeed, pytest.mark.slow])
-            for pair in [(ZERO_1, ZERO_1), (ZERO_3, ZERO_3), (ZERO_2, SINGLE), (FSDP, ZERO_3_FOUR)]
+            for pair in [
+                (ZERO_1, ZERO_1),
+                (ZERO_3, ZERO_3),
+                (ZERO_2, SINGLE),
+                (FSDP, ZERO_3_FOUR),
+                (ZERO_3_FOUR, FSDP),
+            ]
         ],
     ],
     ids=str,

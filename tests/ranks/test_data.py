@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from paceline.collectives import TorchGroup, gather_samples
+from tests.support.engines import slowly
 from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import (
     Numbers,
@@ -49,8 +50,10 @@ STREAMS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [*[(name, 0) for name in STREAMS], ("shards", 2), *slowly([(name, 2) for name in STREAMS if name != "shards"])],
+)
 def test_two_ranks_read_every_item_of_a_stream_once(name: str, workers: int) -> None:
     results = run_on_ranks(2, read_stream, STREAMS[name](), workers, {})
     for number in range(2):
@@ -185,10 +188,10 @@ def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: 
     ("kind", "workers", "config", "drop_last"),
     [
         ("shuffled", 0, {}, False),
-        ("shuffled", 2, {}, True),
+        pytest.param("shuffled", 2, {}, True, marks=pytest.mark.slow),
         ("shuffled", 0, {"split_batches": True}, False),
         ("shuffled", 0, {"dispatch_batches": True}, False),
-        ("shuffled", 2, {"dispatch_batches": True, "split_batches": True}, False),
+        pytest.param("shuffled", 2, {"dispatch_batches": True, "split_batches": True}, False, marks=pytest.mark.slow),
         # Ranks that end separately count other batches, so that only orders that need no exchange can be compared.
         ("shuffled", 0, {"even_batches": False}, False),
         ("uneven", 0, {}, False),

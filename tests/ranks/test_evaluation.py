@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from paceline import Accelerator, DataLoaderConfiguration
+from tests.support.engines import slowly
 from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import PlainStream, SplittingStream
 
@@ -158,6 +159,7 @@ def test_dropped_samples_stay_dropped() -> None:
     assert len(told) == len(set(told)) == 90
 
 
+@pytest.mark.slow
 def test_each_sample_counts_once_with_workers() -> None:
     check_once(run_on_ranks(3, evaluate, "tensor", Case(batch_size=512, workers=2), timeout=100), SAMPLES)
 
@@ -212,8 +214,14 @@ def read_stream(name: str, count: int, workers: int) -> list[int]:
     return [int(n) for batch in loader for n in accelerator.gather_for_metrics(batch)]
 
 
-@pytest.mark.parametrize("count", [1, 50, 64])
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("naive", 1),
+        ("splits itself", 50),
+        *slowly([("naive", 50), ("naive", 64), ("splits itself", 1), ("splits itself", 64)]),
+    ],
+)
 def test_a_stream_is_evaluated_once(name: str, count: int) -> None:
     for found in run_on_ranks(2, read_stream, name, count, 2):
         assert sorted(found) == list(range(count))

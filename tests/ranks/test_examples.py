@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from paceline.errors import PREEMPTED
+from tests.support.engines import slowly
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -67,7 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float, dict[
     return language_model(tmp_path_factory.mktemp("alone"), "python")
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("python", "sample file")])
+@pytest.mark.parametrize("way", ["launch", *slowly(["torchrun", "fsdp bf16"])])
 def test_the_language_model_learns_the_same_everywhere(
     way: str, tmp_path: Path, alone: tuple[float, float, dict[str, tuple[int, ...]]]
 ) -> None:
@@ -106,7 +107,7 @@ def test_the_weights_have_the_models_own_names(
     assert not [name for name in shapes if "module" in name or "_orig_mod" in name]
 
 
-@pytest.mark.parametrize("way", ["python", "launch", "fsdp bf16"])
+@pytest.mark.parametrize("way", ["launch", *slowly(["python", "fsdp bf16"])])
 def test_every_test_image_is_counted_once(way: str, tmp_path: Path) -> None:
     # Looked for without importing it, which would set variables in this process.
     if importlib.util.find_spec("sklearn") is None:
@@ -150,6 +151,7 @@ def test_the_trainer_trains_a_language_model_under_the_sample_configuration(tmp_
     assert float(re.findall(r"{eval_loss: (\d+\.\d+)", again)[-1]) == pytest.approx(losses[-1], abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_trainer_counts_every_line_once(tmp_path: Path) -> None:
     short = ["--num_train_epochs", "1", "--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
     short += ["--save_strategy", "steps", "--save_steps", "30", "--per_device_eval_batch_size", "24"]

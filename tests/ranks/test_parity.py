@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.engines import needs_deepspeed, with_deepspeed
+from tests.support.engines import needs_deepspeed, slowly, with_deepspeed
 from tests.support.ranks import run_on_ranks
 from tests.support.training import (
     DDP,
     FOUR_RANKS,
     FSDP,
+    FSDP_OFFLOADED,
+    HSDP,
     SINGLE,
     TWO_RANKS,
     ZERO,
@@ -24,16 +26,22 @@ from tests.support.training import (
     train_plainly,
 )
 
-DEEPSPEED = with_deepspeed([*ZERO, *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR], every_stage=True)
-
 
 @pytest.fixture(scope="module")
 def plain() -> Trained:
     return train_plainly()
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("layout", [SINGLE, *TWO_RANKS, *FOUR_RANKS, *DEEPSPEED], ids=str)
+# One layout of each kind that has code of its own; the rest, and each without accumulation, are in the slow tests.
+COMMON = [SINGLE, DDP, FSDP, HSDP, FSDP_OFFLOADED, *with_deepspeed([ZERO[2], ZERO[3]])]
+RARE = [
+    *[layout for layout in (*TWO_RANKS, *FOUR_RANKS) if layout not in COMMON],
+    *with_deepspeed([ZERO[0], ZERO[1], *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR], every_stage=True),
+]
+
+
+@pytest.mark.parametrize("accumulation", [*slowly([1]), 4])
+@pytest.mark.parametrize("layout", [*COMMON, *slowly(RARE)], ids=str)
 def test_every_layout_equals_plain_pytorch(plain: Trained, layout: Layout, accumulation: int) -> None:
     for trained in run_on_ranks(layout.ranks, train, layout, accumulation):
         assert_close(trained.losses, plain.losses, 1e-5)

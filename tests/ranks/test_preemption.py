@@ -57,6 +57,7 @@ def test_a_signal_saves_and_ends_the_run(whole: Path, tmp_path: Path, number: in
     go_on_and_compare(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_signal_is_heard_during_evaluation(tmp_path: Path) -> None:
     run = start(tmp_path, "ddp", STEPS, "1000", "blocking", "evaluate")
     # 6 steps of 2 x 4 samples make an epoch; then 50 batches of evaluation take 2.5 seconds.

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from paceline.errors import StateError
-from tests.support.engines import needs_deepspeed, with_deepspeed
+from tests.support.engines import slowly, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 from tests.support.state import Whole, assert_same_state, put_state, take_state
 from tests.support.training import (
     DDP,
     FSDP,
+    FSDP_FOUR,
+    FSDP_OFFLOADED,
+    HSDP,
     OFFLOAD,
     SINGLE,
     ZERO,
@@ -25,16 +28,13 @@ from tests.support.training import (
     with_small_scale,
 )
 
-FSDP_OFFLOADED = Layout("fsdp2-offloaded", 2, "fsdp", {"cpu_offload": True})
 FSDP_CHECKPOINTED = Layout("fsdp2-checkpointed", 2, "fsdp", {"activation_checkpointing": True})
-FSDP_FOUR = Layout("fsdp4", 4, "fsdp")
-HSDP = Layout("hsdp2x2", 4, "fsdp", None, 2)
 ZERO_1, ZERO_2, ZERO_3 = ZERO[1], ZERO[2], ZERO[3]
 ZERO_2_OFFLOADED = Layout("zero2-offloaded", 2, "deepspeed", {"zero_stage": 2, **OFFLOAD})
 ZERO_3_FOUR = Layout("zero3x4", 4, "deepspeed", {"zero_stage": 3})
 
 PLAIN = [SINGLE, DDP, FSDP, FSDP_OFFLOADED, FSDP_CHECKPOINTED, FSDP_FOUR, HSDP]
-ENGINE = [*ZERO, ZERO_2_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, ZERO_3_FOUR]
+ENGINE = [*ZERO, ZERO_2_OFFLOADED, ZERO_PARAMETERS_OFFLOADED]
 BEFORE, AFTER = 3, 3
 
 OPTIMIZERS: dict[str, Any] = {
@@ -106,7 +106,7 @@ def saved() -> tuple[Whole, list[float]]:
     return result
 
 
-@pytest.mark.parametrize("layout", [*PLAIN, *with_deepspeed(ENGINE)], ids=str)
+@pytest.mark.parametrize("layout", [*PLAIN, *with_deepspeed(ENGINE), *slowly(with_deepspeed([ZERO_3_FOUR]))], ids=str)
 def test_a_state_moves_into_every_layout_and_out_again(saved: tuple[Whole, list[float]], layout: Layout) -> None:
     state, losses = saved
     for got, went_on in run_on_ranks(layout.ranks, load_and_go_on, layout, state):
@@ -114,7 +114,7 @@ def test_a_state_moves_into_every_layout_and_out_again(saved: tuple[Whole, list[
         assert went_on == pytest.approx(losses, abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", [DDP, FSDP, HSDP, *with_deepspeed([ZERO_1, ZERO_2, ZERO_3])], ids=str)
+@pytest.mark.parametrize("layout", [DDP, FSDP, *slowly([HSDP]), *with_deepspeed([ZERO_1, ZERO_2, ZERO_3])], ids=str)
 def test_the_same_layout_goes_on_to_the_bit(layout: Layout) -> None:
     results = run_on_ranks(layout.ranks, run_and_save, layout)
     state, losses = results[0]
@@ -128,11 +128,9 @@ def test_the_same_layout_goes_on_to_the_bit(layout: Layout) -> None:
     ("one", "other"),
     [
         (FSDP, DDP),
-        (HSDP, FSDP),
-        *[
-            pytest.param(*pair, marks=needs_deepspeed)
-            for pair in [(ZERO_2, ZERO_3), (ZERO_3, ZERO_1), (ZERO_2, FSDP_FOUR), (FSDP, ZERO_3_FOUR)]
-        ],
+        *slowly([(HSDP, FSDP)]),
+        *with_deepspeed([(ZERO_2, ZERO_3)]),
+        *slowly(with_deepspeed([(ZERO_3, ZERO_1), (ZERO_2, FSDP_FOUR), (FSDP, ZERO_3_FOUR)])),
     ],
     ids=str,
 )
@@ -143,7 +141,7 @@ def test_layouts_exchange_their_states(one: Layout, other: Layout) -> None:
         assert went_on == pytest.approx(losses, abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["amsgrad", "momentum", "plain"])
+@pytest.mark.parametrize("optimizer", ["amsgrad", *slowly(["momentum", "plain"])])
 @pytest.mark.parametrize("layout", [DDP, FSDP, *with_deepspeed([ZERO_2, ZERO_3])], ids=str)
 def test_other_optimizers_move_as_well(layout: Layout, optimizer: str) -> None:
     state, losses = run_on_ranks(1, run_and_save, SINGLE, optimizer)[0]
@@ -167,7 +165,9 @@ def lose_a_moment(layout: Layout, state: Whole) -> list[float]:
     return load_and_go_on(layout, state)[1]
 
 
-@pytest.mark.parametrize("layout", [DDP, FSDP, *with_deepspeed([ZERO_2, ZERO_3])], ids=str)
+@pytest.mark.parametrize(
+    "layout", [FSDP, *with_deepspeed([ZERO_3]), *slowly([DDP, *with_deepspeed([ZERO_2])])], ids=str
+)
 def test_a_lost_moment_is_noticed(saved: tuple[Whole, list[float]], layout: Layout) -> None:
     went_on = run_on_ranks(layout.ranks, lose_a_moment, layout, saved[0])[0]
     assert went_on != pytest.approx(saved[1], abs=1e-5)

@@ -26,6 +26,18 @@ def with_deepspeed(values: list[Any], *, every_stage: bool = False) -> list[Any]
     return [_with_deepspeed(value, every_stage) for value in values]
 
 
+def slowly(values: list[Any]) -> list[Any]:
+    """Parameters of a test that run under `make test-slow` only: others cover the same code in a shorter time."""
+    return [_slowly(value) for value in values]
+
+
+def _slowly(value: Any) -> Any:
+    if hasattr(value, "marks"):
+        return pytest.param(*value.values, marks=[*value.marks, pytest.mark.slow], id=value.id)
+    several = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*several, marks=pytest.mark.slow, id="-".join(map(str, several)))
+
+
 def _with_deepspeed(value: Any, every_stage: bool) -> Any:
     several = value if isinstance(value, tuple) else (value,)
     name = "-".join(map(str, several))

@@ -39,12 +39,15 @@ class Layout:
 SINGLE = Layout("single", 1, "single")
 DDP = Layout("ddp2", 2, "ddp")
 FSDP = Layout("fsdp2", 2, "fsdp")
+FSDP_OFFLOADED = Layout("fsdp2-offloaded", 2, "fsdp", {"cpu_offload": True})
+FSDP_FOUR = Layout("fsdp4", 4, "fsdp")
+HSDP = Layout("hsdp2x2", 4, "fsdp", None, 2)
 TWO_RANKS = [
     DDP,
     FSDP,
     Layout("fsdp2-kept", 2, "fsdp", {"reshard_after_forward": False}),
     Layout("fsdp2-checkpointed", 2, "fsdp", {"activation_checkpointing": True}),
-    Layout("fsdp2-offloaded", 2, "fsdp", {"cpu_offload": True}),
+    FSDP_OFFLOADED,
     Layout(
         "fsdp2-activations-offloaded",
         2,
@@ -53,9 +56,9 @@ TWO_RANKS = [
     ),
 ]
 FOUR_RANKS = [
-    Layout("fsdp4", 4, "fsdp"),
+    FSDP_FOUR,
     Layout("fsdp4-resharded-to-2", 4, "fsdp", {"reshard_after_forward": 2}),
-    Layout("hsdp2x2", 4, "fsdp", None, 2),
+    HSDP,
 ]
 
 

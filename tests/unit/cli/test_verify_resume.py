@@ -71,9 +71,9 @@ def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("reseed", "differs  step 5, rank 0, after the resume: loss"),
+        pytest.param("reseed", "differs  step 5, rank 0, after the resume: loss", marks=pytest.mark.slow),
         ("restart", "in place of sample 20 of epoch 0"),
-        ("forget", "began at step 0"),
+        pytest.param("forget", "began at step 0", marks=pytest.mark.slow),
         ("fail", "no such data"),
     ],
 )

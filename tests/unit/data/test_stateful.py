@@ -294,6 +294,7 @@ def test_ranks_go_on_together(splits: bool, config: dict[str, Any]) -> None:
     assert sorted(n for result in results for n in result["seen"]) == list(range(37))
 
 
+@pytest.mark.slow
 def test_ranks_with_workers_of_torchdata_go_on_together() -> None:
     pytest.importorskip("torchdata", reason="torchdata is not installed")
     results = run_on_ranks(2, resume_on_ranks, True, 2, {})

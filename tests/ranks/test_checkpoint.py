@@ -21,7 +21,7 @@ from tests.support.engines import needs_deepspeed, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 from tests.support.state import Whole, assert_same_state, take_state
-from tests.support.training import DDP, FSDP, SINGLE, ZERO, Layout, build, make_optimizer
+from tests.support.training import DDP, FSDP, FSDP_FOUR, HSDP, SINGLE, ZERO, Layout, build, make_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

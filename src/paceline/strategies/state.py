@@ -34,9 +34,8 @@ def part_of(tensor: Tensor) -> Part:
     Raises:
         StateError: It is cut otherwise than into runs of rows.
     """
-    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return Part.whole(tensor)
+        return Part.whole(tensor.detach())
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
     if any(placement.is_partial() for placement in tensor.placements) or any(axes):
         raise StateError(
@@ -44,7 +43,9 @@ def part_of(tensor: Tensor) -> Part:
             "Only rows can be cut apart in a saved state",
             "Shard over the first dimension",
         )
-    local = tensor.to_local()
+    # A save asks for this once a tensor, while training waits: without gradients, no graph is built for it.
+    with torch.no_grad():
+        local = tensor.to_local().detach()
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
     return Part(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
 

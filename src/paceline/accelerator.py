@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -32,11 +33,12 @@ from paceline.errors import (
 )
 from paceline.overview import describe_run
 from paceline.ranks import Ranks
+from paceline.reporting import Reporting
 from paceline.resume import TrainingState
 from paceline.script_arguments import (
     Handlers,
     accumulation_steps,
-    check_unbuilt,
+    check_rng_types,
     compile_settings,
     project_settings,
     refuse_scaler,
@@ -51,6 +53,7 @@ from paceline.stepping import (
 )
 from paceline.strategies import Strategy
 from paceline.strategies.dummies import DummyScheduler
+from paceline.tracking import Trackers, choose_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Accelerator(Ranks):
+class Accelerator(Reporting, Ranks):
     """Runs one training script on whatever it was launched on.
 
     Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
@@ -99,7 +102,9 @@ class Accelerator(Ranks):
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
         project_dir: Where a run keeps its files.
         project_config: Says more than `project_dir`; give one of them.
-        log_with: Experiment trackers; this release has none.
+        log_with: Experiment trackers for `init_trackers` to open: a name, `all` that are installed, an object derived
+            from `paceline.tracking.GeneralTracker`, or a list of these. JSON lines are written besides wherever there
+            is a folder for logs.
         rng_types: Accepted as `["generator"]` or None: the order of samples depends on seed and epoch only, so
             no generator has to be synchronised.
     """
@@ -126,7 +131,7 @@ class Accelerator(Ranks):
         log_with: object = None,
         rng_types: Sequence[str] | None = None,
     ) -> None:
-        check_unbuilt(log_with, rng_types)
+        check_rng_types(rng_types)
         accumulation = gradient_accumulation_plugin
         said = {
             "strategy": strategy if isinstance(strategy, str) else None,
@@ -145,6 +150,7 @@ class Accelerator(Ranks):
         self.device_placement = device_placement
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         self.project_configuration = project_settings(project_dir, project_config)
+        self._tracking = self._choose_trackers(log_with)
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.scaler: LossScaler | None = self._parts.scaler
         plugin = accumulation or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
@@ -154,7 +160,7 @@ class Accelerator(Ranks):
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[PreparedDataLoader] = []
-        self._recorder = self._record()
+        self._recorder = self._start_recording()
         self._checkpointing = Checkpointing(self.project_configuration, self._parts.group)
         self._arm()
         self._own_strategy = None if isinstance(strategy, str) else strategy
@@ -164,7 +170,12 @@ class Accelerator(Ranks):
             refuse_scaler(self._parts.handlers, self._strategy.name)
             self.scaler = None
 
-    def _record(self) -> Recorder | None:
+    def _choose_trackers(self, log_with: object) -> Trackers:
+        folder = None if self.logging_dir is None else Path(self.logging_dir)
+        chosen = choose_trackers(log_with, folder)
+        return Trackers(chosen, folder, is_main=self.is_main_process, is_asked=log_with is not None)
+
+    def _start_recording(self) -> Recorder | None:
         """Note what this run does, where `paceline verify-resume` asked for it."""
         recording = self._parts.resolved.recording
         if recording is None:
@@ -207,8 +218,8 @@ class Accelerator(Ranks):
 
     @property
     def logging_dir(self) -> str | None:
-        """Where the run keeps its logs."""
-        return self.project_configuration.logging_dir
+        """Where the run keeps its logs: `logging_dir`, else `project_dir`."""
+        return self.project_configuration.logging_dir or self.project_dir
 
     @property
     def save_iteration(self) -> int:

@@ -20,6 +20,7 @@ PacelineError                      exit code 1
 ├── StateError                     a training state that cannot be taken, or does not fit
 │   └── CheckpointError            files that cannot be written, or hold something else
 │       └── DamagedCheckpointError files that are missing, broken or not to be trusted
+├── TrackingError                  a tracker that is not there, or was not opened
 └── WorkerError                    a launched process failed; carries its exit code
 ```
 
@@ -50,6 +51,7 @@ __all__ = [
     "Problem",
     "StateError",
     "SteppingError",
+    "TrackingError",
     "UnassignedParametersError",
     "UnknownBlockError",
     "UnusedParametersError",
@@ -252,6 +254,10 @@ class CheckpointError(StateError):
 
 class DamagedCheckpointError(CheckpointError):
     """Files of a checkpoint that are missing, broken or not to be trusted."""
+
+
+class TrackingError(PacelineError):
+    """A tracker that is not there, was not opened, or finds nothing to show."""
 
 
 class WorkerError(PacelineError):

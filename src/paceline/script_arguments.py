@@ -15,7 +15,7 @@ from paceline.config import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from paceline.errors import ConfigError, NotBuiltError, Problem
+from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -93,18 +93,6 @@ def accumulation_steps(plugin: GradientAccumulationPlugin | None, steps: int | N
     return plugin.num_steps
 
 
-def check_unbuilt(log_with: object, rng_types: Sequence[str] | None) -> None:
-    """Refuse what Accelerate takes and this release does not carry out.
-
-    Raises:
-        NotBuiltError: Trackers were asked for.
-        ConfigError: Generators were to be copied between ranks.
-    """
-    if log_with is not None:
-        raise NotBuiltError(f"log_with={log_with!r}", "Log from the script, on accelerator.is_main_process")
-    _check_rng_types(rng_types)
-
-
 def refuse_scaler(handlers: Handlers, strategy: str) -> None:
     """Refuse settings of a gradient scaler where the strategy's engine scales the loss itself.
 
@@ -121,7 +109,12 @@ def _refuse_both(one: str, other: str) -> None:
     raise ConfigError([Problem("Accelerator(…)", one, f"given together with {other}", hint="give one of them")])
 
 
-def _check_rng_types(rng_types: Sequence[str] | None) -> None:
+def check_rng_types(rng_types: Sequence[str] | None) -> None:
+    """Refuse to copy generators between ranks.
+
+    Raises:
+        ConfigError: It was asked for.
+    """
     extra = [kind for kind in rng_types or () if str(kind) != "generator"]
     if extra:
         raise ConfigError(

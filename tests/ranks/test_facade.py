@@ -25,7 +25,7 @@ from paceline import (
     ProjectConfiguration,
 )
 from paceline.config import resolve
-from paceline.errors import ConfigError, NotBuiltError, PacelineError, PrepareError
+from paceline.errors import ConfigError, PacelineError, PrepareError
 from paceline.strategies import load_strategy
 from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
 from tests.support.models import TinyTransformer
@@ -315,7 +315,7 @@ def test_a_script_that_contradicts_its_launcher() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ({"log_with": "tensorboard"}, NotBuiltError, "log_with='tensorboard'"),
+        ({"log_with": "tensorbord"}, ConfigError, "did you mean tensorboard"),
         ({"mixed_precision": "fp8"}, PacelineError, "fp8"),
         ({"mixed_precision": "bf61"}, PacelineError, "did you mean bf16?"),
         (

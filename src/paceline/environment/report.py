@@ -147,8 +147,14 @@ class EnvironmentReport:
         return "\n".join([*lines, *(["", self.topology] if self.topology else [])])
 
 
-def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
-    """Look at this machine and process; nothing that is wrong makes it raise."""
+def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> EnvironmentReport:
+    """Look at this machine and process; nothing that is wrong makes it raise.
+
+    Args:
+        env: The variables of the process.
+        ask_programs: Run the vendor's programs for drivers and topology, which may take seconds.
+    """
+    asked = env if ask_programs else {**env, "PATH": ""}
     file, problems = _config(env)
     return EnvironmentReport(
         versions={
@@ -159,8 +165,8 @@ def environment_report(env: Mapping[str, str]) -> EnvironmentReport:
         },
         packages=_packages(),
         devices=_devices(),
-        drivers=_drivers(env),
-        topology=_output(env, "nvidia-smi", "topo", "-m"),
+        drivers=_drivers(asked),
+        topology=_output(asked, "nvidia-smi", "topo", "-m"),
         cores=core_count(),
         host_memory=host_memory(),
         limits=_limits(),

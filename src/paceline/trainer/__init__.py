@@ -6,7 +6,6 @@ from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.callbacks import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
-    JsonLogCallback,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -20,7 +19,6 @@ __all__ = [
     "DefaultFlowCallback",
     "EarlyStoppingCallback",
     "EvalPrediction",
-    "JsonLogCallback",
     "PredictionOutput",
     "PrinterCallback",
     "ProgressCallback",

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from paceline.config.shapes import did_you_mean
 from paceline.environment.world import World
@@ -51,12 +51,17 @@ class TrainingArguments(AllFields):
         ConfigError: Unknown names, values of the wrong type, values that contradict each other.
     """
 
+    _origins: ClassVar[dict[str, str]] = {}
+
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Refuse unknown names before the generated constructor would, with what was probably meant."""
         unknown = [name for name in values if name not in _hints(cls)]
         if unknown:
             raise ConfigError(_unknown(cls, name, WHERE) for name in unknown)
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        # No field: it says nothing that a run could be told.
+        made.__dict__["_origins"] = dict.fromkeys(values, WHERE)
+        return made
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
@@ -90,7 +95,9 @@ class TrainingArguments(AllFields):
         unknown = [key for key in found if key not in _hints(cls)]
         if unknown:
             raise ConfigError(_unknown(cls, key, name) for key in unknown)
-        return cls(**{**found, **values})
+        made = cls(**{**found, **values})
+        made.note_origins({key: name for key in found if key not in values})
+        return made
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
@@ -126,6 +133,16 @@ class TrainingArguments(AllFields):
     def to_json_string(self) -> str:
         """The values as JSON."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def origins(self) -> dict[str, str]:
+        """Where each value that is no default came from: a file, a flag, the script, or what other values say."""
+        made, hints = dataclasses.fields(self), _hints(type(self))
+        changed = {f.name for f in made if getattr(self, f.name) != read_value(hints[f.name], _default(f))}
+        return {name: self._origins.get(name, "other arguments") for name in sorted(changed | self._origins.keys())}
+
+    def note_origins(self, origins: Mapping[str, str]) -> None:
+        """Say of values where they came from."""
+        self._origins.update(origins)
 
     # What follows from the fields and the launcher
 

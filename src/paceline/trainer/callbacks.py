@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from paceline.environment.logging import get_logger
-from paceline.errors import ConfigError, NotBuiltError, Problem
+from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,11 +21,9 @@ __all__ = [
     "CallbackHandler",
     "DefaultFlowCallback",
     "EarlyStoppingCallback",
-    "JsonLogCallback",
     "PrinterCallback",
     "ProgressCallback",
     "TrainerCallback",
-    "reporting_callbacks",
 ]
 
 logger = get_logger(__name__)
@@ -310,19 +306,6 @@ class PrinterCallback(TrainerCallback):
             print(shown(things["logs"]), flush=True)
 
 
-class JsonLogCallback(TrainerCallback):
-    """Appends each log entry to `output_dir/log.jsonl`, on the main process."""
-
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
-        """Write one line of JSON."""
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **things["logs"]}) + "\n")
-
-
 def _length(loader: Any) -> int | None:
     """The batches of a loader; None if nobody knows."""
     try:
@@ -338,16 +321,3 @@ def shown(logs: dict[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def reporting_callbacks(report_to: list[str] | str | None) -> list[TrainerCallback]:
-    """The callbacks that report to other places than the console; `log.jsonl` is always among them.
-
-    Raises:
-        NotBuiltError: A tracker that this release does not reach.
-    """
-    asked = [report_to] if isinstance(report_to, str) else list(report_to or [])
-    unknown = [name for name in asked if name not in ("none", "all", "jsonl", "console")]
-    if unknown:
-        raise NotBuiltError(f"report_to={unknown[0]!r}", "Write a TrainerCallback with on_log, or read log.jsonl")
-    return [JsonLogCallback()]

@@ -43,7 +43,17 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
     read = {name: _read(name, value, classes, problems) for name, value in said.items()}
     if problems:
         raise ConfigError(problems)
-    return tuple(cls(**{name: value for name, value in read.items() if name in _fields(cls)}) for cls in classes)
+    origins = {**dict.fromkeys(said, str(file)), **{name: f"--{name}" for name in values}}
+    return tuple(_make(cls, read, origins) for cls in classes)
+
+
+def _make(cls: type[Any], read: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
+    """One object of a class, which is told where its values came from if it wants to know."""
+    own = {name: value for name, value in read.items() if name in _fields(cls)}
+    made = cls(**own)
+    if hasattr(made, "note_origins"):
+        made.note_origins({name: origins[name] for name in own})
+    return made
 
 
 def _parser(classes: Sequence[type[Any]]) -> argparse.ArgumentParser:

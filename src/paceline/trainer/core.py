@@ -18,7 +18,6 @@ from paceline.trainer.callbacks import (
     DefaultFlowCallback,
     PrinterCallback,
     ProgressCallback,
-    reporting_callbacks,
 )
 from paceline.trainer.collate import label_names_of
 from paceline.trainer.datasets import choose_collator
@@ -27,6 +26,7 @@ from paceline.trainer.plugins import build_accelerator
 from paceline.trainer.profiling import ProfileCallback
 from paceline.trainer.progress import Progress
 from paceline.trainer.state import TrainerControl, TrainerState
+from paceline.trainer.tracked import TrackingCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -84,6 +84,7 @@ class TrainerCore:
         self._call = losses.ModelCall(self.model)
         self.label_names = self.args.label_names or label_names_of(self.model)
         self.is_in_train = False
+        self.tokens_seen = 0
         self._ignore_keys: list[str] | None = None
         self.scheduler_follows_metric = False
         self.state = self._new_state()
@@ -128,7 +129,7 @@ class TrainerCore:
             quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
         shown = PrinterCallback() if quiet else ProgressCallback()
         profiling = [ProfileCallback(self.accelerator, self.args.profile_steps)] if self.args.profile_steps else []
-        return [DefaultFlowCallback(), *reporting_callbacks(self.args.report_to), *profiling, *more, shown]
+        return [DefaultFlowCallback(), TrackingCallback(self), *profiling, *more, shown]
 
     def _new_state(self) -> TrainerState:
         accelerator = self.accelerator
@@ -215,6 +216,10 @@ class TrainerCore:
     def remove_callback(self, callback: Any) -> None:
         """Remove a callback, or the first of a class."""
         self.callback_handler.pop_callback(callback)
+
+    def end(self) -> None:
+        """Close the trackers; the end of the process does it too."""
+        self.accelerator.end_training()
 
     def is_local_process_zero(self) -> bool:
         """Whether this is the first rank of its machine."""

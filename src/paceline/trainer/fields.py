@@ -199,7 +199,9 @@ class LoggingFields:
     log_level: str = _says("passive", "Level of the main process's messages; passive leaves it.")
     log_level_replica: str = _says("warning", "Level of the other processes' messages.")
     disable_tqdm: bool | None = _says(None, "Print lines in place of a progress bar.")
-    report_to: list[str] | str | None = _says("none", "Where to report besides the console and log.jsonl.")
+    report_to: list[str] | str | None = _says(
+        "none", "Trackers to report to besides metrics.jsonl: names, or all that are installed."
+    )
     run_name: str | None = _says(None, "Name of the run in reports.")
     project: str = _says("paceline", "Project of the run in reports.")
     skip_memory_metrics: bool = _says(True, "Leave this rank's peak memory out of the metrics.")

@@ -105,6 +105,8 @@ class TrainingLoop:
         self.parameters = list(model.parameters())
         self.meter = LossMeter(self.accelerator, only_finite=self.args.logging_nan_inf_filter)
         self.tokens = TokenCounter.for_run(trainer)
+        # Sizes are known to the host, so that throughput in tokens costs no wait.
+        self.seen = TokenCounter.for_throughput(trainer)
         self.grad_norm: Tensor | None = None
         self.learning_rate = 0.0
         self._opens_window = True
@@ -180,6 +182,7 @@ class TrainingLoop:
             items = trainer.count_items(inputs)
             if self.tokens is not None:
                 self.tokens.add(inputs)
+            self.seen.add_tokens(inputs)
             self.meter.add(trainer.training_step(self.model, inputs, items), items)
             if accelerator.sync_gradients:
                 self._optimizer_step()
@@ -243,6 +246,7 @@ class TrainingLoop:
         if self.tokens is not None:
             state.num_input_tokens_seen = self.tokens.read()
             logs["num_input_tokens_seen"] = state.num_input_tokens_seen
+        trainer.tokens_seen = self.seen.read()
         self.logged_at = state.global_step
         trainer.log(logs)
 

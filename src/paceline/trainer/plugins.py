@@ -59,6 +59,7 @@ def accelerator_arguments(args: TrainingArguments, *, accumulation: int) -> dict
         "dataloader_config": _loading(args, problems),
         "kwargs_handlers": [*_handlers(args)],
         "project_dir": args.output_dir,
+        "log_with": _reporting(args),
         **_accumulation(args, accumulation, problems),
     }
     if problems:
@@ -84,6 +85,8 @@ def _ours(args: TrainingArguments, problem: Problem) -> Problem:
     named = "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else "strategy"
     if not problem.where.startswith("Accelerator("):
         return problem
+    if problem.key == "log_with":
+        return replace(problem, where=WHERE, key="report_to")
     if problem.key == "strategy":
         return replace(problem, where=f"TrainingArguments({named}=…)")
     return replace(problem, where=problem.where.replace("Accelerator(", "TrainingArguments -> Accelerator("))
@@ -93,6 +96,13 @@ def _strategy(args: TrainingArguments) -> str | None:
     if args.strategy is not None:
         return args.strategy
     return "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else None
+
+
+def _reporting(args: TrainingArguments) -> list[str]:
+    """The trackers; the console is no tracker, and always told."""
+    asked = args.report_to
+    listed = [asked] if isinstance(asked, str) else list(asked or [])
+    return [name for name in listed if name != "console"]
 
 
 def _handlers(args: TrainingArguments) -> list[object]:

@@ -54,6 +54,18 @@ class TokenCounter:
         padding = kind != "non_padding" or args.max_tokens is not None
         return cls(trainer.accelerator, name, padding=padding, budget=args.max_tokens, seen=seen)
 
+    @classmethod
+    def for_throughput(cls, trainer: Trainer) -> TokenCounter:
+        """A counter of everything that goes through the model, padding included, for `metrics.jsonl`."""
+        name = getattr(trainer.model, "main_input_name", "input_ids")
+        return cls(trainer.accelerator, name, padding=True, budget=None, seen=0)
+
+    def add_tokens(self, inputs: Any) -> None:
+        """Count the tokens of a micro-batch, if its main input is token numbers."""
+        tokens = inputs.get(self._name) if isinstance(inputs, Mapping) else None
+        if tokens is not None and not tokens.is_floating_point():
+            self._own = self._own + tokens.numel()
+
     def add(self, inputs: Any) -> None:
         """Count the tokens of a micro-batch."""
         if not isinstance(inputs, Mapping):

@@ -143,7 +143,9 @@ class Trainer(Evaluating):
     def rebuild(self, loop: TrainingLoop) -> None:
         """Build the Accelerator anew around the same model, optimizer and schedule, and go on at the same sample."""
         optimizer, scheduler = self.optimizer.optimizer, self.lr_scheduler
+        before = self.accelerator
         self.create_accelerator_and_postprocess()
+        self.accelerator.adopt_trackers(before)
         self._train_loader = loop.loader = self.get_train_dataloader()
         loop.loader.load_state_dict(loop.position)
         self.optimizer, self.lr_scheduler = optimizer, getattr(scheduler, "scheduler", scheduler)

@@ -77,9 +77,41 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 def test_the_log_is_a_file_of_lines(tmp_path: Path) -> None:
     log, _ = run({"max_steps": 3}, str(tmp_path))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
     assert [line["loss"] for line in lines[:3]] == [entry["loss"] for entry in log[:3]]
+    assert [line["tokens_seen"] for line in lines[:3]] == [32, 64, 96]
+    assert [line["samples_seen"] for line in lines[:3]] == [4, 8, 12]
+    assert lines[0]["time"] > 1e9
+
+
+def test_arguments_and_their_origins_are_kept_once(tmp_path: Path) -> None:
+    file = tmp_path / "some.yaml"
+    file.write_text("learning_rate: 0.01\nweight_decay: 0.5\n", encoding="utf-8")
+    words = [str(file), "--weight_decay", "0.1", "--max_steps", "2", "--torch_compile_backend", "eager"]
+    (args,) = TrainingArguments.parse(argv=words)
+    origins = args.origins()
+    assert origins["learning_rate"] == str(file)
+    assert origins["weight_decay"] == "--weight_decay"
+    assert origins["torch_compile"] == "other arguments"
+    assert TrainingArguments(seed=42).origins() == {"seed": "TrainingArguments(…)"}
+    assert TrainingArguments.from_file(file, weight_decay=0.2).origins()["weight_decay"] == "TrainingArguments(…)"
+
+    _, trainer = run({"max_steps": 2, "project": "p", "run_name": "n", "label_names": ["labels"]}, str(tmp_path))
+    trainer.evaluate()
+    trainer.end()
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert (record["project"], record["run_name"], len(record["starts"])) == ("p", "n", 1)
+    assert record["settings"]["weight_decay"] == 0.1
+    assert record["settings"]["origins"]["weight_decay"] == "TrainingArguments(…)"
+    assert record["parameters"] == sum(p.numel() for p in tagger().parameters())
+
+
+def test_report_to_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"report_to: 'wandbb' is unknown; did you mean wandb\?"):
+        run({"report_to": "wandbb"}, str(tmp_path))
+    _, trainer = run({"report_to": ["console", "jsonl"], "max_steps": 1}, str(tmp_path))
+    assert trainer.accelerator.log_with == ("jsonl",)
 
 
 def test_a_log_entry_is_the_mean_of_its_steps(tmp_path: Path) -> None:

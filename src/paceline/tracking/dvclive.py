@@ -1,0 +1,56 @@
+"""DVCLive."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from paceline.tracking.base import Backend
+from paceline.tracking.values import numbers, to_json
+
+__all__ = ["Tracker"]
+
+
+class Tracker(Backend):
+    """A `dvclive.Live`, whose settings these are; a `live` among them is used, and left open at the end."""
+
+    name = "dvclive"
+
+    def start(self) -> None:
+        """Open it."""
+        from dvclive import Live
+
+        settings = self.named("exp_name")
+        self._run = settings.pop("live", None)
+        self._is_own = self._run is None
+        if self._is_own:
+            where = {} if self.folder is None else {"dir": str(self.folder / "dvclive")}
+            self._run = Live(**{**where, **settings})
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Keep the settings as parameters."""
+        self._run.log_params(to_json(values))
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record the numbers of a step, and go on to the next."""
+        if step is not None:
+            self._run.step = step
+        for name, value in numbers(values).items():
+            self._run.log_metric(name, value, **kwargs)
+        self._run.next_step()
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images as PNG files."""
+        if step is not None:
+            self._run.step = step
+        for name, images in values.items():
+            for index, image in enumerate(images):
+                self._run.log_image(f"{name}_{index}.png", image, **kwargs)
+
+    def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
+        """Keep a file."""
+        self._run.log_artifact(path, name=name, **kwargs)
+
+    def finish(self) -> None:
+        """Close it, unless it is the script's."""
+        if self._is_own:
+            self._run.end()

@@ -1,0 +1,78 @@
+"""The record that every run leaves: `metrics.jsonl`, a line for each entry, and `run.json`, what it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline.tracking.base import Backend
+from paceline.tracking.values import to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["METRICS_FILE", "RECORD_FILE", "Tracker"]
+
+METRICS_FILE = "metrics.jsonl"
+RECORD_FILE = "run.json"
+_STARTS_KEPT = 100
+
+
+class Tracker(Backend):
+    """Appends lines of JSON; needs no package.
+
+    A line has `step`, `time` in seconds since 1970, the values, and what the run knows of itself, such as
+    `samples_seen` and `peak_memory_bytes`. It is on its way to the disk when `log` returns. Numbers that are none
+    are the texts `NaN`, `Infinity` and `-Infinity`, so that every reader of JSON can read them.
+    """
+
+    name = "jsonl"
+    requires_logging_directory = True
+
+    def start(self) -> None:
+        """Make the folder; what is in the file already stays."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._record: dict[str, Any] = {}
+        self._run = self.folder / METRICS_FILE
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Add the script's settings to `run.json`."""
+        self.store_record({"settings": values})
+
+    def store_record(self, more: Mapping[str, Any]) -> None:
+        """Add to what `run.json` says."""
+        assert self.folder is not None
+        if not self._record:
+            self._record = {"project": self.project, "run_name": self.run_name, "starts": _starts(self.folder)}
+        self._record |= to_json(more)
+        path = self.folder / RECORD_FILE
+        unfinished = path.with_suffix(".json.part")
+        unfinished.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Write one line."""
+        line = {"step": step, "time": round(time.time(), 3), **kwargs, **values}
+        # Opened for each line: what was logged before a kill is there after it, and no file is left open.
+        with self._run.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(to_json(line)) + "\n")
+
+    def finish(self) -> None:
+        """Note how the run ended."""
+        assert self.folder is not None
+        if self._record and self.folder.is_dir():
+            last = {**self._record["starts"][-1], "ended": time.time(), "crashed": self.crashed}
+            self.store_record({"starts": [*self._record["starts"][:-1], last]})
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    """When the run was started, earlier times in the same folder included."""
+    try:
+        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = []
+    kept = [start for start in before if isinstance(start, dict)] if isinstance(before, list) else []
+    return [*kept[-_STARTS_KEPT:], {"began": time.time()}]

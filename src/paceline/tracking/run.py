@@ -1,0 +1,177 @@
+"""The trackers of one run, from `init_trackers` to the end of the process."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from paceline.environment.logging import get_logger
+from paceline.errors import TrackingError
+from paceline.tracking.base import BlankTracker, GeneralTracker
+from paceline.tracking.table import load_backend
+from paceline.tracking.values import Entry, hold
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+__all__ = ["Trackers"]
+
+logger = get_logger(__name__)
+_MOST_PENDING = 64
+
+
+class Trackers:
+    """Opens trackers, hands them what is logged, and closes them, however the process ends.
+
+    A tracker that fails while training goes on is reported and left alone from then on: a full disk or a service that
+    is down should not end a training. What fails when it is opened is an error.
+
+    Args:
+        chosen: Names and objects.
+        folder: Where trackers keep their files.
+        is_main: Whether this is rank 0.
+        is_asked: Whether somebody asked for trackers, so that forgetting to open them is an error.
+    """
+
+    def __init__(
+        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_asked: bool = True
+    ) -> None:
+        self.active: list[Any] = []
+        self.was_started = False
+        self.chosen = list(chosen)
+        self._folder = folder
+        self._is_main = is_main
+        self._is_asked = is_asked and bool(chosen)
+        self._pending: deque[Entry] = deque()
+        self._failed: set[int] = set()
+
+    def start(
+        self, project: str, *, settings: Mapping[str, Mapping[str, Any]], run_name: str | None = None
+    ) -> Sequence[Any]:
+        """Open every tracker that speaks from this rank."""
+        self.finish()
+        self.was_started = True
+        # A script that ends with an error, or forgets, still closes them; before the packages' own exit handlers.
+        atexit.register(self.finish_at_exit)
+        for one in self.chosen:
+            if not isinstance(one, str):
+                if self._is_main or not getattr(one, "main_process_only", True):
+                    self._open(one)
+            elif self._is_main:
+                backend = load_backend(one)
+                self._open(backend(project, self._folder, run_name, settings.get(one, {})))
+        return self.active
+
+    def _open(self, tracker: Any) -> None:
+        start = getattr(tracker, "start", None)
+        if start is not None:
+            start()
+        self.active.append(tracker)
+
+    def store(self, config: Mapping[str, Any]) -> None:
+        """Hand every tracker the settings of the run."""
+        for tracker in self.active:
+            tracker.store_init_configuration(dict(config))
+
+    def record(self, more: Mapping[str, Any]) -> None:
+        """Add to what `run.json` says, where there is a folder for it."""
+        for tracker in self.active:
+            if tracker.name == "jsonl":
+                tracker.store_record(more)
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None,
+        settings: Mapping[str, Mapping[str, Any]],
+        facts: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Note values, and write what has come to the host by now."""
+        if not self.active:
+            if self._is_asked and self._is_main and not self.was_started:
+                raise TrackingError(
+                    "log() before init_trackers()",
+                    "Trackers are opened by init_trackers, and what was logged before would be lost",
+                    "Call accelerator.init_trackers(project_name) before the loop",
+                )
+            return
+        held, copied = hold(values)
+        self._pending.append(Entry(held, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
+        while self._pending and (self._pending[0].is_here or len(self._pending) > _MOST_PENDING):
+            self._write(self._pending.popleft())
+
+    def flush(self) -> None:
+        """Write everything that was logged; waits for the device."""
+        while self._pending:
+            self._write(self._pending.popleft())
+
+    def _write(self, entry: Entry) -> None:
+        values = entry.read()
+        for tracker in self.active:
+            if id(tracker) in self._failed:
+                continue
+            more = dict(entry.settings.get(tracker.name, {}))
+            if tracker.name == "jsonl":
+                more = {**entry.facts, **more}
+            try:
+                tracker.log(dict(values), step=entry.step, **more)
+            except Exception as error:
+                self._give_up(tracker, error)
+
+    def _give_up(self, tracker: Any, error: Exception) -> None:
+        self._failed.add(id(tracker))
+        logger.warning(
+            "The tracker %s failed (%s: %s); the run goes on without it.", tracker.name, type(error).__name__, error
+        )
+
+    def get(self, name: str, *, unwrap: bool) -> Any:
+        """A tracker by its name; on a rank that records nothing one that does nothing.
+
+        Raises:
+            TrackingError: There is none of that name, or none was opened yet.
+        """
+        names = [one if isinstance(one, str) else one.name for one in self.chosen]
+        if name not in names:
+            raise TrackingError(
+                f"get_tracker({name!r})",
+                f"The trackers of this run are {', '.join(names) or 'none'}",
+                "Name one of them, or add it to log_with",
+            )
+        if not self.was_started and self._is_main:
+            raise TrackingError(
+                f"get_tracker({name!r}) before init_trackers",
+                "Trackers are opened by init_trackers",
+                "Call accelerator.init_trackers(project_name) first",
+            )
+        for tracker in self.active:
+            if tracker.name == name:
+                return tracker.tracker if unwrap else tracker
+        return BlankTracker()
+
+    def finish(self, *, crashed: bool = False) -> None:
+        """Write what is left and close every tracker; again is nothing."""
+        if not self.active:
+            return
+        atexit.unregister(self.finish_at_exit)
+        try:
+            self.flush()
+        except Exception as error:
+            logger.warning("The last log entries were lost (%s: %s).", type(error).__name__, error)
+            self._pending.clear()
+        active, self.active = self.active, []
+        for tracker in active:
+            try:
+                tracker.crashed = crashed
+                finish = getattr(tracker, "finish", None)
+                if finish is not None:
+                    finish()
+            except Exception as error:
+                logger.warning("The tracker %s did not close (%s: %s).", tracker.name, type(error).__name__, error)
+
+    def finish_at_exit(self) -> None:
+        """Close every tracker when the interpreter ends; an uncaught exception left its trace by then."""
+        self.finish(crashed=getattr(sys, "last_value", None) is not None)

@@ -1,0 +1,67 @@
+"""The trackers that paceline knows, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from paceline.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from paceline.tracking.base import Backend
+
+__all__ = ["TRACKERS", "Entry", "load_backend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tracker.
+
+    Attributes:
+        module: Under `paceline.tracking`, with a class `Tracker` in it.
+        package: What it imports; empty when it needs nothing.
+        extra: Of paceline, that installs it.
+        needs_folder: Whether it cannot do without a folder.
+    """
+
+    module: str
+    package: str
+    extra: str
+    needs_folder: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package can be imported. A folder of that name in the working directory is none."""
+        if not self.package:
+            return True
+        spec = find_spec(self.package)
+        return spec is not None and spec.origin is not None
+
+
+TRACKERS: dict[str, Entry] = {
+    "jsonl": Entry("files", "", "", needs_folder=True),
+    "tensorboard": Entry("tensorboard", "tensorboard", "tensorboard", needs_folder=True),
+    "wandb": Entry("wandb", "wandb", "wandb"),
+    "mlflow": Entry("mlflow", "mlflow", "mlflow"),
+    "comet_ml": Entry("comet", "comet_ml", "comet"),
+    "aim": Entry("aim", "aim", "aim", needs_folder=True),
+    "clearml": Entry("clearml", "clearml", "clearml"),
+    "dvclive": Entry("dvclive", "dvclive", "dvclive"),
+    "swanlab": Entry("swanlab", "swanlab", "swanlab"),
+    "trackio": Entry("trackio", "trackio", "trackio"),
+}
+
+
+def load_backend(name: str) -> type[Backend]:
+    """Import the class of a tracker.
+
+    Raises:
+        MissingExtraError: Its package is not installed; names the pip command.
+    """
+    entry = TRACKERS[name]
+    if not entry.is_installed:
+        raise MissingExtraError(entry.package, entry.extra, f"The tracker {name!r}")
+    backend: type[Backend] = import_module(f"paceline.tracking.{entry.module}").Tracker
+    return backend

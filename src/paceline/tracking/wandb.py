@@ -1,0 +1,63 @@
+"""Weights & Biases."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from paceline.tracking.base import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Tracker"]
+
+
+class Tracker(Backend):
+    """A run of `wandb`; settings are those of `wandb.init`."""
+
+    name = "wandb"
+
+    def start(self) -> None:
+        """Open a run."""
+        import wandb
+
+        self._package = wandb
+        where = {} if self.folder is None else {"dir": str(self.folder)}
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(**{"project": self.project, **where, **self.named("name")})
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Keep the settings as the run's config."""
+        self._run.config.update(values, allow_val_change=True)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Hand everything to `run.log`."""
+        self._run.log(values, step=step, **kwargs)
+
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images; keywords are those of `wandb.Image`."""
+        made = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
+        self._run.log(made, step=step)
+
+    def log_table(
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a table."""
+        named = None if columns is None else list(columns)
+        table = self._package.Table(columns=named, data=data, dataframe=dataframe)
+        self._run.log({table_name: table}, step=step)
+
+    def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
+        """Keep a file."""
+        self._run.log_artifact(path, name=name, **kwargs)
+
+    def finish(self) -> None:
+        """Close the run, marked as failed after a crash."""
+        self._run.finish(exit_code=int(self.crashed))

@@ -1,0 +1,228 @@
+"""The trackers of a run: what is chosen, what is written, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from paceline import Accelerator, ProjectConfiguration
+from paceline.errors import ConfigError, MissingExtraError, TrackingError
+from paceline.tracking import TRACKERS, GeneralTracker
+from paceline.tracking.table import Entry
+from tests.support.ranks import run_on_ranks
+
+
+class Memory(GeneralTracker):
+    """A script's own tracker."""
+
+    name = "memory"
+    requires_logging_directory = False
+
+    def __init__(self, fails: bool = False) -> None:
+        self.calls: list[Any] = []
+        self.fails = fails
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.calls
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.calls.append(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.calls.append((step, values, kwargs))
+        if self.fails:
+            raise OSError("no space left")
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+class Everywhere(Memory):
+    """One that every rank talks to."""
+
+    name = "everywhere"
+    main_process_only = False
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_tracker_of_the_script_is_told_everything() -> None:
+    own = Memory()
+    accelerator = Accelerator(cpu=True, log_with=own)
+    accelerator.init_trackers("p", config={"lr": 1})
+    loss = torch.tensor(0.5)
+    accelerator.log(
+        {"loss": loss, "half": torch.tensor([1.5], dtype=torch.bfloat16)}, step=3, log_kwargs={"memory": {"x": 1}}
+    )
+    loss.zero_()  # what was logged does not change
+    assert accelerator.get_tracker("memory", unwrap=True) is own.calls
+    accelerator.end_training()
+    accelerator.end_training()
+    assert own.calls == ["start", {"lr": 1}, (3, {"loss": 0.5, "half": 1.5}, {"x": 1}), "finish"]
+    accelerator.log({"loss": 1.0})  # after the end nobody listens
+
+
+def test_every_run_with_a_folder_leaves_a_record(tmp_path: Path) -> None:
+    settings = ProjectConfiguration(project_dir=str(tmp_path / "run"), logging_dir=str(tmp_path / "logs"))
+    accelerator = Accelerator(cpu=True, project_config=settings)
+    model = torch.nn.Linear(2, 3)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    accelerator.init_trackers("p", {"lr": 0.1, "path": Path("/x")}, run_name="n")
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    accelerator.log({"loss": float("nan"), "many": np.arange(2), "nested": {"a": 1}}, step=1)
+    accelerator.log({"loss": float("inf")})
+    accelerator.end_training()
+    first, second = lines(tmp_path / "logs")
+    assert first["loss"] == "NaN"
+    assert (first["step"], first["many"], first["nested"], first["optimizer_steps"]) == (1, [0, 1], {"a": 1}, 1)
+    assert first["peak_memory_bytes"] > 1e6
+    assert (second["step"], second["loss"]) == (None, "Infinity")
+    record = json.loads((tmp_path / "logs" / "run.json").read_text(encoding="utf-8"))
+    assert record["settings"] == {"lr": 0.1, "path": "/x"}
+    assert record["config"]["use_cpu"] == {"value": True, "origin": "Accelerator(cpu=…)", "kind": "argument"}
+    assert record["parameters"] == 9
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["starts"][0]["crashed"] is False
+    assert "strategy" in record["description"]
+
+
+def test_a_second_run_in_the_same_folder_goes_on(tmp_path: Path) -> None:
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True, log_with="jsonl", project_dir=tmp_path)
+        accelerator.init_trackers("p")
+        accelerator.log({"loss": 1.0}, step=1)
+        accelerator.end_training()
+    assert len(lines(tmp_path)) == 2
+    assert len(json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["starts"]) == 2
+
+
+def test_nobody_asked_and_nothing_is_written(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.log({"loss": 1.0})
+    accelerator.init_trackers("p")
+    accelerator.log({"loss": 1.0})
+    assert accelerator.trackers == ()
+    with pytest.raises(TrackingError, match="The trackers of this run are none"):
+        accelerator.get_tracker("wandb")
+    accelerator.end_training()
+
+
+class NoTracker:
+    name = "half"
+
+    def log(self, values: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("tensorbord", "'tensorbord' is unknown; did you mean tensorboard?"),
+        (["jsonl"], "jsonl without a folder; it keeps its files there; give project_dir"),
+        (NoTracker(), "a NoTracker, which lacks requires_logging_directory, tracker, store_init_configuration"),
+        (["aim", "x"], "2 problems"),
+    ],
+    ids=str,
+)
+def test_what_is_no_tracker_is_an_error(asked: Any, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Accelerator(cpu=True, log_with=asked)
+    assert words in str(caught.value)
+
+
+def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(TRACKERS, "wandb", Entry("wandb", "wandb_that_is_not_there", "wandb"))
+    with pytest.raises(MissingExtraError, match=r"pip install 'paceline\[wandb\]'"):
+        Accelerator(cpu=True, log_with="wandb")
+    # A folder of that name, which the package itself leaves behind, is no package.
+    (tmp_path / "wandb_that_is_not_there").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtraError):
+        Accelerator(cpu=True, log_with="wandb")
+
+
+def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in set(TRACKERS) - {"jsonl"}:
+        monkeypatch.setitem(TRACKERS, name, Entry(name, "not_there_at_all", name))
+    assert Accelerator(cpu=True, log_with="all", project_dir=tmp_path).log_with == ("jsonl",)
+    assert Accelerator(cpu=True, log_with="all").log_with == ()
+
+
+def test_logging_before_the_trackers_are_open_is_an_error() -> None:
+    accelerator = Accelerator(cpu=True, log_with=Memory())
+    with pytest.raises(TrackingError, match="init_trackers"):
+        accelerator.log({"loss": 1.0})
+    with pytest.raises(TrackingError, match="before init_trackers"):
+        accelerator.get_tracker("memory")
+    with pytest.raises(ConfigError, match="did you mean memory"):
+        accelerator.init_trackers("p", init_kwargs={"memori": {}})
+    accelerator.init_trackers("p", init_kwargs={"wandb": {"mode": "offline"}})  # known, and not used today
+    accelerator.end_training()
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    broken, fine = Memory(fails=True), Everywhere()
+    accelerator = Accelerator(cpu=True, log_with=[broken, fine])
+    accelerator.init_trackers("p")
+    with caplog.at_level(logging.WARNING, logger="paceline"):
+        accelerator.log({"loss": 1.0}, step=1)
+        accelerator.log({"loss": 2.0}, step=2)
+    assert caplog.text.count("The tracker memory failed (OSError: no space left)") == 1
+    accelerator.end_training()
+    assert [call for call in broken.calls if isinstance(call, tuple)] == [(1, {"loss": 1.0}, {})]
+    assert len(fine.calls) == 4
+
+
+def spoken_to(folder: str) -> tuple[list[Any], list[Any], bool, bool]:
+    main, every = Memory(), Everywhere()
+    accelerator = Accelerator(cpu=True, log_with=[main, every], project_dir=folder)
+    accelerator.init_trackers("p")
+    accelerator.log({"loss": 1.0}, step=1)
+    blank = accelerator.get_tracker("memory", unwrap=True)
+    blank.append("direct") if accelerator.is_main_process else blank.some.thing(1)
+    accelerator.end_training()
+    return main.calls, every.calls, accelerator.is_main_process, bool(blank)
+
+
+def test_only_the_main_process_speaks_unless_a_tracker_wants_all(tmp_path: Path) -> None:
+    (main, every, _, _), (other_main, other_every, _, blank) = run_on_ranks(2, spoken_to, str(tmp_path))
+    assert main == ["start", (1, {"loss": 1.0}, {}), "direct", "finish"]
+    assert other_main == []
+    assert not blank
+    assert every == other_every == ["start", (1, {"loss": 1.0}, {}), "finish"]
+    assert len(lines(tmp_path)) == 1
+
+
+CRASHING = """
+from paceline import Accelerator
+accelerator = Accelerator(cpu=True, project_dir={folder!r}, log_with="jsonl")
+accelerator.init_trackers("p")
+accelerator.log({{"loss": 1.0}}, step=1)
+raise RuntimeError("as asked")
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_crash_closes_the_trackers(launched: bool, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CRASHING.format(folder=str(tmp_path)), encoding="utf-8")
+    how = ["-m", "paceline", "launch", "--cpu", "--num_processes", "1"] if launched else []
+    done = subprocess.run([sys.executable, *how, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    (start,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["starts"]
+    assert start["crashed"] is True
+    assert len(lines(tmp_path)) == 1

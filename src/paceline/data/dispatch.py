@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.collectives import BatchCounts
 from paceline.collectives.nested import map_tensors, slice_tensors
 from paceline.data.progress import Progress, RecordedProgress, Round, known
-from paceline.data.randomness import kept_randomness
+from paceline.data.randomness import SeededKeys, kept_randomness, mix_seed
 from paceline.data.reading import Position, Reading, batch_text
 from paceline.data.rows import complete, num_rows
 from paceline.data.sharding import ShardedBatchSampler, split_rows
@@ -117,7 +117,7 @@ class PlannedFeed(Feed):
         """See `Feed.shares`."""
         plan = self._sharding.plan(seed, position.epoch, position.samples)
         set_dataset_epoch(self._reader.dataset, position.epoch)
-        self._sampler.follow(self._in_turn(plan))
+        self._sampler.follow(self._in_turn(plan, mix_seed(seed, position.epoch), position.batches))
         batches = iter(self._reader)
         for index in range(plan.rounds):
             counts = plan.counts(index)
@@ -129,11 +129,11 @@ class PlannedFeed(Feed):
         """See `Feed.samples_before`."""
         return self._sharding.plan(seed, epoch, 0).samples_after(rounds)
 
-    def _in_turn(self, plan: Plan) -> Iterator[list[Any]]:
+    def _in_turn(self, plan: Plan, seed: int, start: int) -> Iterator[list[Any]]:
         for index in range(plan.rounds):
             for rank in range(self._ranks):
                 if keys := plan.batch(index, rank):
-                    yield keys
+                    yield SeededKeys(keys, mix_seed(seed, rank, start + index)) if self._reader.num_workers else keys
 
     def describe(self, seed: int) -> str:
         """See `Feed.describe`."""

@@ -45,10 +45,10 @@ class PreparedDataLoader(DataLoader[Any]):
     What a resume repeats exactly is which samples come, and in which order and batches. Going there takes as
     long near the end of an epoch as at its start, except that a sampler that is not torch's own is run to know
     its order (no data is read), and that a stream without a state is read up to there. Random numbers drawn in
-    `__getitem__` are repeated exactly where no worker and no batch read ahead is involved: they come from the
-    generators of this process, which a checkpoint holds. Not repeated are those of workers, which are seeded by
-    (seed, epoch, rank, position at which the pass began), and those of the one batch that is read ahead where
-    batches go to an accelerator or come from a stream.
+    `__getitem__` (of `torch`, `random` and `numpy`) are repeated, too: workers draw them from a seed of each batch's
+    own; without workers they come from the generators of this process, which a checkpoint holds. Not repeated are
+    those of a stream's workers, of a loader with workers and without batches, and, without workers, of the one batch
+    that is read ahead where batches go to an accelerator or come from a stream.
 
     Build it with `prepare_loader`.
 

@@ -172,7 +172,7 @@ class _Preparation:
             return self._stream(settings), own
         sampler = ShardedBatchSampler(self._sharding(self.group), self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
-        reading = MapReading(sampler, self.loader.dataset, self.group)
+        reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)
         unbatched = self.loader.batch_sampler is None
         return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
 

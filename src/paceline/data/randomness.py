@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["PrivateRandomness", "kept_randomness", "mix_seed"]
+__all__ = ["PrivateRandomness", "SeededKeys", "kept_randomness", "mix_seed", "seed_batches"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -23,6 +24,35 @@ def mix_seed(*parts: int) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+class SeededKeys(list[Any]):
+    """The keys of one batch, and the seed of what is drawn while a worker reads them.
+
+    A worker gets them through a queue. There they arrive as a plain list, and the worker's random numbers (of
+    `torch`, `random` and `numpy`) then start at the seed: what `__getitem__` draws depends on the batch, not on which
+    worker reads it or what that worker has read before.
+    """
+
+    def __init__(self, keys: Iterable[Any], seed: int) -> None:
+        super().__init__(keys)
+        self.seed = seed
+
+    def __reduce__(self) -> tuple[Callable[..., list[Any]], tuple[list[Any], int]]:
+        return _arrive, (list(self), self.seed)
+
+
+def _arrive(keys: list[Any], seed: int) -> list[Any]:
+    if get_worker_info() is not None:
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+    return keys
+
+
+def seed_batches(batches: Iterable[list[Any]], *parts: int, start: int = 0) -> Iterator[SeededKeys]:
+    """Give each batch of keys a seed of its own, out of `parts` and its number, which counts from `start`."""
+    return (SeededKeys(keys, mix_seed(*parts, number)) for number, keys in enumerate(batches, start))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.data.randomness import seed_batches
 from paceline.data.sharding import PlannedSharding
 from paceline.data.worker_split import set_dataset_epoch
 from paceline.errors import DataError
@@ -148,10 +149,18 @@ class Reading(ABC):
 
 
 class MapReading(Reading):
-    """Each rank reads its own samples of a map-style data set."""
+    """Each rank reads its own samples of a map-style data set.
 
-    def __init__(self, sampler: ShardedBatchSampler, dataset: Any, group: Group) -> None:
+    Args:
+        sampler: This rank's keys.
+        dataset: Told the epoch, if it wants to know.
+        group: The ranks.
+        workers: How many processes read; what they draw then depends on the batch only.
+    """
+
+    def __init__(self, sampler: ShardedBatchSampler, dataset: Any, group: Group, *, workers: int = 0) -> None:
         super().__init__(group)
+        self._seeds_batches = workers > 0
         self.sampler = sampler
         self._dataset = dataset
         self.total_batch_size = sampler.sharding.total_batch_size
@@ -171,6 +180,8 @@ class MapReading(Reading):
             return None
         set_dataset_epoch(self._dataset, position.epoch)
         batches, progress = begun
+        if self._seeds_batches:
+            batches = seed_batches(batches, seed, position.epoch, self._group.rank, start=position.batches)
         self.sampler.follow(batches)
         return read(), progress
 

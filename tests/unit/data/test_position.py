@@ -47,6 +47,39 @@ def test_resume_equals_never_stopped(workers: int, stop: int) -> None:
     assert ids(resumed) == never_stopped[2]
 
 
+class Augmented(Numbers):
+    """Adds to every index what it draws."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index, random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_what_workers_draw_is_repeated(context: str) -> None:
+    def make(rank: int = 0) -> Any:
+        loader = DataLoader(Augmented(24), 4, shuffle=True, num_workers=2, multiprocessing_context=context)
+        return prepared(loader, Seat(rank, 2))
+
+    def read(loader: Any) -> list[tuple[float, ...]]:
+        return [tuple(torch.stack(batch).flatten().tolist()) for batch in loader]
+
+    loader, state = make(), {}
+    first = read(loader)
+    for number, _ in enumerate(loader, 1):
+        if number == 1:
+            state = loader.state_dict()
+    resumed = make()
+    resumed.load_state_dict(state)
+    rest = read(resumed)
+    # The second epoch again, from its beginning.
+    whole = make()
+    whole.set_epoch(1)
+    second = read(whole)
+    assert second[1:] == rest
+    drawn = [value for batch in (*first, *second, *read(make(1))) for value in batch if value % 1]
+    assert len(set(drawn)) == len(drawn) > 100
+
+
 def test_a_position_at_the_end_goes_on_with_the_next_epoch() -> None:
     loader = prepared(shuffled(12, 3))
     for _ in loader:

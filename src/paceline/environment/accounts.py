@@ -87,4 +87,3 @@ class Accounts:
             unfinished = Path(f"{self.path}.part")
             unfinished.write_text(json.dumps(data), encoding="utf-8")
             unfinished.rename(self.path)
-

@@ -21,8 +21,8 @@ __all__ = ["Account", "RankEnd", "exit_code", "first_failure", "read_account", "
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 _ABORTED = (
-    "A library in it gave up, and printed why on its standard error. gloo does so when ranks bring different sizes to one "
-    "collective: with --debug, paceline compares before each of its own exchanges and names the odd rank"
+    "A library in it gave up, and printed why on its standard error. gloo does so when ranks bring different sizes to "
+    "one collective: with --debug, paceline compares before each of its own exchanges and names the odd rank"
 )
 # Letters that a rank which did not cause the failure gets.
 _FOLDED = 120
@@ -215,4 +215,3 @@ def _others(ends: Iterable[RankEnd]) -> str:
 def _short(headline: str) -> str:
     """Leave out the place in a library's own source that native errors begin with."""
     return re.sub(r"\[/[^\]]*\]\s*", "", headline)
-

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import paceline
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import FrameType, TracebackType
 
 __all__ = ["Place", "all_stacks", "here", "place_in_traceback", "place_of"]
 
-_LIBRARIES = (str(Path(os.__file__).parent), str(Path(paceline.__file__).parent), "<")
+_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 # The modules whose public methods are what a script calls.
 _FACADE = ("paceline.accelerator", "paceline.ranks")
 _CODE = 100

@@ -126,13 +126,15 @@ def _absence(
             f"{call} is not called by every rank: {named_ranks(missing)} {_is(missing)} in it, and "
             f"{named_ranks(inside)} {_is(inside)} in {what}"
         )
-    has = "has" if len(missing) == 1 else "have"
-    waiting = f"in which {named_ranks(inside)} {'has' if len(inside) == 1 else 'have'} waited for {seconds:.0f} s"
-    if not seconds:
-        waiting = f"in which {named_ranks(inside)} {'was' if len(inside) == 1 else 'were'}"
+    if seconds:
+        waiting = f"{named_ranks(inside)} {'has' if len(inside) == 1 else 'have'} waited for {seconds:.0f} s"
+    else:
+        waiting = f"{named_ranks(inside)} {'was' if len(inside) == 1 else 'were'}"
+    if not any(rank in known for rank in missing):
+        return f"{named_ranks(missing)} {'does' if len(missing) == 1 else 'do'} not answer; {waiting} in {what}"
     if all(rank in known and known[rank].fate for rank in missing):
-        return f"{named_ranks(missing)} {known[missing[0]].fate} without entering {what}, {waiting}"
-    return f"{named_ranks(missing)} {has} not entered {what}, {waiting}"
+        return f"{named_ranks(missing)} {known[missing[0]].fate} without entering {what}, in which {waiting}"
+    return f"{named_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not entered {what}, in which {waiting}"
 
 
 def _what(known: Mapping[int, Standing], stuck: Operation, inside: Sequence[int]) -> str:
@@ -162,11 +164,11 @@ def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float)
             if operation.group == stuck.group and operation.number == number
         }
         if len({_face(operation) for operation in entered.values()}) > 1:
-            seen = "; ".join(
-                f"{named_ranks(ranks)}: {text}" for text, ranks in _grouped({r: str(o) for r, o in entered.items()}).items()
-            )
+            now = number == stuck.number
+            texts = {rank: _what(known, o, [rank]) if now else str(o) for rank, o in entered.items()}
+            seen = ", ".join(f"{named_ranks(ranks)} in {text}" for text, ranks in _grouped(texts).items())
             return (
-                f"the ranks brought different things to one collective: {seen}",
+                f"the ranks {'are' if now else 'were'} in different calls: {seen}",
                 "Every rank must make the same calls in the same order, with the same shapes and dtypes; with --debug, "
                 "paceline compares before each of its own exchanges and names the odd rank",
             )
@@ -205,6 +207,8 @@ def _where(standing: Standing, stuck: Operation | None) -> str:
 
 def _advice(known: Mapping[int, Standing], inside: Sequence[int], missing: Sequence[int]) -> str:
     calls = _collective_calls(known, missing) or _collective_calls(known, inside)
+    if not any(rank in known for rank in missing):
+        return "Look at what that rank wrote last, and whether its machine can still be reached"
     if any(rank in known and known[rank].fate for rank in missing):
         return "Every rank must make as many calls: look for a loop that ends earlier there"
     if calls:
@@ -223,4 +227,3 @@ def _grouped(texts: Mapping[int, str]) -> dict[str, list[int]]:
     for rank, text in sorted(texts.items()):
         groups.setdefault(text, []).append(rank)
     return groups
-

@@ -280,4 +280,3 @@ def _is_of_an_exchange(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-

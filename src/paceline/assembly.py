@@ -39,6 +39,7 @@ class Parts:
     around: Surroundings
     backend: str | None
     scaler: LossScaler | None
+    accounts: Accounts
 
     @property
     def group(self) -> Group:
@@ -78,13 +79,14 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         # A mesh of one still is a mesh: engines that shard run on a single process as well.
         force=config.strategy in ("fsdp", "deepspeed"),
     )
+    accounts = Accounts.read(env)
     if backend is not None:
-        start_watch(world, Accounts.read(env), config.hang_timeout)
+        start_watch(world, accounts, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     around = Surroundings(world=world, device=device, group=group, precision=precision, config=config)
-    return Parts(resolved, handlers, around, backend, scaler)
+    return Parts(resolved, handlers, around, backend, scaler, accounts)
 
 
 def decide_strategy(parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[Strategy, str]:

@@ -43,6 +43,7 @@ from paceline.script_arguments import (
     project_settings,
     refuse_scaler,
 )
+from paceline.shortage import report_shortage_at_exit
 from paceline.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from paceline.precision import LossScaler
     from paceline.preemption import Preemption
     from paceline.recording import Recorder
+    from paceline.shortage import Holdings
     from paceline.strategies import DistributedType, Surroundings
 
 T = TypeVar("T")
@@ -169,6 +171,12 @@ class Accelerator(Reporting, Ranks):
         if self._strategy is not None and self._strategy.scales_loss:
             refuse_scaler(self._parts.handlers, self._strategy.name)
             self.scaler = None
+        itself = weakref.ref(self)
+        report_shortage_at_exit(self, self._parts, lambda: None if (it := itself()) is None else it._holdings())
+
+    def _holdings(self) -> Holdings:
+        """What fills the memory, for the report of a run that has none left."""
+        return self._models, [o.optimizer for o in self._optimizers], self._micro_batch(), self._window.num_steps
 
     def _choose_trackers(self, log_with: object) -> Trackers:
         folder = None if self.logging_dir is None else Path(self.logging_dir)

@@ -10,12 +10,14 @@ import torch
 
 from paceline.collectives import SoloGroup, TorchGroup
 from paceline.config import FullyShardedDataParallelPlugin, with_arguments, worker_config
+from paceline.environment.accounts import Accounts
 from paceline.environment.device import choose_device, describe_device, memory_info
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
 from paceline.planner import choose_strategy, measure
 from paceline.precision import LossScaler, policy_for
 from paceline.strategies import Strategy, Surroundings, load_strategy
+from paceline.watchdog import start_watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,6 +39,7 @@ class Parts:
     around: Surroundings
     backend: str | None
     scaler: LossScaler | None
+    accounts: Accounts
 
     @property
     def group(self) -> Group:
@@ -76,11 +79,14 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         # A mesh of one still is a mesh: engines that shard run on a single process as well.
         force=config.strategy in ("fsdp", "deepspeed"),
     )
+    accounts = Accounts.read(env)
+    if backend is not None:
+        start_watch(world, accounts, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     around = Surroundings(world=world, device=device, group=group, precision=precision, config=config)
-    return Parts(resolved, handlers, around, backend, scaler)
+    return Parts(resolved, handlers, around, backend, scaler, accounts)
 
 
 def decide_strategy(parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[Strategy, str]:

@@ -64,6 +64,9 @@ __all__ = [
 PREEMPTED: Final = 75
 """Exit code of a run that saved its state and ended because it was asked to (EX_TEMPFAIL: try again)."""
 
+HUNG: Final = 76
+"""Exit code of a run that was ended because ranks waited for others that did not come."""
+
 
 class PacelineError(Exception):
     """The root of all errors that paceline raises on purpose."""
@@ -276,3 +279,15 @@ def named(names: Sequence[str], limit: int = 8) -> str:
     """Write out the first few names and count the rest."""
     head = ", ".join(names[:limit])
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def named_ranks(numbers: Iterable[int]) -> str:
+    """Write [0, 2, 3, 4] as `ranks 0, 2-4`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank {text}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"ranks {text}"

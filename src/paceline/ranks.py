@@ -132,12 +132,19 @@ class Ranks:
         self._group.barrier()
 
     def main_process_first(self) -> AbstractContextManager[None]:
-        """Let rank 0 run the body before the others do. Collective: every rank must call it."""
+        """Let rank 0 run the body before the others do, however long that takes.
+
+        The others wait without a limit, and say so each minute. What rank 0 raises reaches them as an error. The body
+        must exchange nothing with the other ranks, which are not in it yet. Collective: every rank must call it.
+        """
         return main_process_first(self._group, self.is_main_process)
 
     def local_main_process_first(self) -> AbstractContextManager[None]:
-        """Let the first rank of each machine run the body before the others do. Collective."""
-        return main_process_first(self._group, self.is_local_main_process)
+        """Let the first rank of each machine run the body before that machine's others do; else as for all machines.
+
+        Collective: every rank must call it.
+        """
+        return main_process_first(self._group, self.is_local_main_process, f"machine {self._world.node_rank}")
 
     def set_trigger(self) -> None:
         """Raise a flag on this rank that `check_trigger` shows to all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,6 +67,10 @@ class Board:
     def post(self, key: str, text: str) -> None:
         """Leave a note, over one that is there."""
         self._notes.set(f"{self._name}/{key}", text)
+
+    def count(self, key: str) -> int:
+        """Add one to a number and return it; the first call, by any rank, gives 1."""
+        return int(self._notes.add(f"{self._name}/{key}", 1))
 
     def read(self, key: str) -> str | None:
         """The note left under a key by any rank; None while there is none. Never waits for it."""
@@ -375,10 +380,16 @@ class TorchGroup(Group):
             yield
         except RuntimeError as error:
             raise CollectiveError(
-                f"Rank {self.rank} of {self.size} failed in {operation}: {error}",
+                f"Rank {self.rank} of {self.size} failed in {operation}: {_plain(error)}",
                 "Another rank ended, did not arrive in time, or brought another shape or dtype",
                 "Look for the first error among the other ranks; every rank must make the same calls in the same order",
             ) from error
+
+
+def _plain(error: BaseException) -> str:
+    """What a native library says, without the place in its own source and its greetings."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error))
+    return text.partition(" This is typically caused by")[0].rstrip(".")
 
 
 def _devices_served(process_group: dist.ProcessGroup | None) -> frozenset[str]:

@@ -108,6 +108,11 @@ class RunConfig(Section):
     timeout: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Seconds that a collective may wait; none is torch's default."
     )
+    hang_timeout: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Seconds that a collective may stand still before the run ends with an account of where every rank "
+        "is; none: nine tenths of what a collective may take; 0: never.",
+    )
     max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How often failed workers are started again.")
     monitor_interval: Annotated[float, Field(gt=0)] = Field(
         0.1, description="Seconds between two looks at the workers."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
+from paceline.environment.logging import get_logger
 from paceline.errors import DeviceError, WorldError
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ __all__ = ["open_process_group"]
 # may take longer than one collective is allowed to.
 _MEETING = timedelta(minutes=5)
 _SHORTEST_MEETING = timedelta(minutes=1)
+_REMARK = timedelta(seconds=30)
+_LOG = get_logger(__name__)
 
 
 def open_process_group(
@@ -165,21 +169,39 @@ def _meet(world: World, timeout: timedelta | None) -> Store:
     store.set(f"here/{world.rank}", "1")
     if store.add("arrived", 1) == world.size:
         store.set("all", "1")
-    try:
-        store.wait(["all"], patience)
-    except dist.DistStoreError as error:
-        missing = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
-        raise WorldError(
-            f"Of {world.size} ranks, {_ranks(missing)} did not come to "
-            f"{world.main_address}:{world.main_port} within {patience.total_seconds():.0f} s",
-            "All ranks must open the process group together",
-            "Look at the output of the missing ranks: they ended early, are stuck before this point, or "
-            "reach another address",
-        ) from error
+    _wait_for_all(store, world, patience)
     # torch waits in this store for each rank's address, under the collectives' own timeout.
     if timeout is not None:
         store.set_timeout(timeout)
     return store
+
+
+def _wait_for_all(store: Store, world: World, patience: timedelta) -> None:
+    """Wait until every rank is there; say now and then who is not."""
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        left = timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+        try:
+            store.wait(["all"], min(left, _REMARK))
+            return
+        except dist.DistStoreError as error:
+            missing = [rank for rank in range(world.size) if not store.check([f"here/{rank}"])]
+            where = f"{world.main_address}:{world.main_port}"
+            if time.monotonic() >= deadline:
+                raise WorldError(
+                    f"Of {world.size} ranks, {_ranks(missing)} did not come to {where} within "
+                    f"{patience.total_seconds():.0f} s",
+                    "All ranks must open the process group together",
+                    "Look at the output of the missing ranks: they ended early, are stuck before this point, or "
+                    "reach another address",
+                ) from error
+            # One of those that wait says it for all.
+            if missing and world.rank == min(set(range(world.size)) - set(missing)):
+                waited = patience.total_seconds() - (deadline - time.monotonic())
+                _LOG.warning(
+                    "of %d ranks, %s did not come to %s yet, after %.0f s",
+                    world.size, _ranks(missing), where, waited, main_process_only=False,
+                )  # fmt: skip
 
 
 def _open_store(world: World, patience: timedelta) -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -11,11 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paceline.errors import named_ranks
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "read_account", "report"]
+__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "read_account", "read_fault", "report"]
 
+_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
+_ABORTED = (
+    "A library in it gave up, and printed why on its standard error. gloo does so when ranks bring different sizes to "
+    "one collective: with --debug, paceline compares before each of its own exchanges and names the odd rank"
+)
 # Letters that a rank which did not cause the failure gets.
 _FOLDED = 120
 
@@ -25,13 +33,14 @@ class Account:
     """What a failing process wrote about itself.
 
     Attributes:
-        kind: "exception", "exit" (sys.exit) or "interrupt".
+        kind: "exception", "exit" (sys.exit), "interrupt", or "hang": ranks waited for others that did not come.
         code: The exit code that goes with it.
         headline: The exception's own line.
         traceback: The whole traceback, from the script's first line on.
         where: `file:line` of the innermost line of the user's code; may be empty.
         time: Seconds since the epoch.
         secondary: It looks as if another rank's end caused this one.
+        remark: What the rank found out besides, such as where the others were; may be empty.
     """
 
     kind: str
@@ -41,6 +50,7 @@ class Account:
     where: str
     time: float
     secondary: bool
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +64,7 @@ class RankEnd:
         account: What it wrote about itself, if anything.
         hint: What the launcher knows besides, such as the use of memory.
         log: File with its output, if it did not go to the console.
+        where: `file:line` at which a signal such as SIGSEGV found it, if it could note that.
     """
 
     rank: int
@@ -64,6 +75,7 @@ class RankEnd:
     account: Account | None = None
     hint: str = ""
     log: str = ""
+    where: str = ""
 
     @property
     def is_secondary(self) -> bool:
@@ -84,7 +96,7 @@ def read_account(path: Path) -> Account | None:
         return None
     ours = data.get("paceline")
     if ours is not None:
-        return Account(**{name: ours[name] for name in Account.__slots__})
+        return Account(**{name: ours[name] for name in Account.__slots__ if name in ours})
     message = data.get("message")
     if not isinstance(message, dict):
         return None
@@ -98,6 +110,24 @@ def read_account(path: Path) -> Account | None:
         time=float(extra.get("timestamp", 0)),
         secondary=False,
     )
+
+
+def read_fault(path: Path) -> str:
+    """Return the user's line in what Python noted when a signal ended a process; empty when there is nothing."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    # Threads are told newest first, the main thread last; the one that got the signal is "Current".
+    threads = re.split(r"^(?=(?:Current t|T)hread )", text, flags=re.MULTILINE)[1:]
+    told = next((t for t in threads if t.startswith("Current")), threads[-1] if threads else "")
+    lines = re.findall(r'^ *File "(.*)", line (\d+) in', told, re.MULTILINE)
+    own = [f"{file}:{line}" for file, line in lines if not _is_library(file)]
+    return own[0] if own else ""
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or "site-packages" in file
 
 
 def first_failure(ends: Sequence[RankEnd]) -> RankEnd:
@@ -121,9 +151,19 @@ def report(ends: Sequence[RankEnd]) -> str:
     if cause.log:
         head += f"; its output is in {cause.log}"
     lines = [*([others] if others else []), head]
-    if cause.account is not None and cause.account.kind == "exception":
-        lines += ["", cause.account.traceback.rstrip("\n")]
+    account = cause.account
+    if account is not None and account.kind in ("exception", "hang"):
+        lines += ["", account.traceback.rstrip("\n")]
+    if account is not None and account.remark:
+        lines += ["", account.remark]
+    elif cause.code == -signal.SIGABRT:
+        lines += ["", *_witness(ends), _ABORTED]
     return "\n".join(lines) + "\n"
+
+
+def _witness(ends: Iterable[RankEnd]) -> list[str]:
+    """What the ranks that lost touch with one that was aborted say: in which exchange it happened."""
+    return [end.account.remark for end in ends if end.account is not None and end.account.remark]
 
 
 def _reason(end: RankEnd) -> str:
@@ -135,11 +175,14 @@ def _reason(end: RankEnd) -> str:
                 return f"exited with code {account.code}{at} (sys.exit)"
             case "interrupt":
                 return f"was interrupted{at} (KeyboardInterrupt)"
+            case "hang":
+                return "found that ranks wait for others that do not come, and all were ended"
             case _:
                 return f"raised {account.headline.partition(':')[0] or 'an exception'}{at}"
     if end.code < 0:
+        at = f" at {end.where}" if end.where else ""
         hint = f" ({end.hint})" if end.hint else ""
-        return f"was killed by {_signal_name(-end.code)}{hint}"
+        return f"was killed by {_signal_name(-end.code)}{at}{hint}"
     return f"exited with code {end.code} without a Python error (os._exit, or a program that failed)"
 
 
@@ -158,27 +201,17 @@ def _others(ends: Iterable[RankEnd]) -> str:
             what = "stopped by the launcher"
         elif end.code == 0:
             what = "had finished"
+        elif end.account is not None and end.account.kind == "hang":
+            what = "ended too"
         elif end.account is not None:
             how = "lost touch with it" if end.is_secondary else "failed too"
             what = f"{how} ({_short(end.account.headline)})"
         else:
             what = _reason(end)
         groups.setdefault(textwrap.shorten(what, _FOLDED, placeholder="…)"), []).append(end.rank)
-    return "; ".join(f"{_ranks(numbers)}: {what}" for what, numbers in groups.items())
+    return "; ".join(f"{named_ranks(numbers)}: {what}" for what, numbers in groups.items())
 
 
 def _short(headline: str) -> str:
     """Leave out the place in a library's own source that native errors begin with."""
     return re.sub(r"\[/[^\]]*\]\s*", "", headline)
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    """Write [0, 2, 3, 4] as `ranks 0, 2-4`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"

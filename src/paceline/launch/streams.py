@@ -38,6 +38,10 @@ class RankStreams(LogsSpecs):
         """Return the file in which a rank leaves its account of a failure."""
         return self._folder / f"rank_{rank}.json"
 
+    def fault_file(self, rank: int) -> Path:
+        """Return the file in which Python notes where it was when a signal ended it."""
+        return self._folder / f"rank_{rank}.json.fault"
+
     def log(self, rank: int) -> str:
         """Return the file that alone holds the rank's error output; empty when the console shows it."""
         return self._stream(rank, "err") if self._to_files and not self._tee_to_console else ""

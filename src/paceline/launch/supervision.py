@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing import SubprocessContext
 
 from paceline.environment.host import host_memory, oom_kill_count
 from paceline.errors import PREEMPTED
-from paceline.launch.failures import RankEnd, read_account
+from paceline.launch.failures import RankEnd, read_account, read_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,6 +150,7 @@ class _Ranks:
             time=self.seen[rank],
             account=account,
             log=self.streams.log(rank),
+            where=read_fault(self.streams.fault_file(rank)),
         )
 
 
@@ -215,7 +216,12 @@ def _made_room(ranks: _Ranks) -> bool:
 
 def _has_cause(ranks: _Ranks) -> bool:
     """Whether a failure is known that no other rank's end explains, or none can come any more."""
-    return not ranks.running() or any(not ranks.end(rank).is_secondary for rank in ranks.failed())
+    if not ranks.running():
+        return True
+    ends = [ranks.end(rank) for rank in ranks.failed()]
+    # gloo ends the process when ranks bring different sizes: only the others can tell in which exchange.
+    aborted = any(end.code == -signal.SIGABRT for end in ends)
+    return not aborted and any(not end.is_secondary for end in ends)
 
 
 def _judge(end: RankEnd, stopped: bool, stopped_at: float, hint: str) -> RankEnd:

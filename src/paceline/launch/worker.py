@@ -11,6 +11,7 @@ import atexit
 import base64
 import builtins
 import contextlib
+import faulthandler
 import importlib.machinery
 import importlib.util
 import io
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         os.environ.update(variables)
         # It was started by its path; modules of the script's are looked for as under `python -m`.
         sys.path[0] = str(Path.cwd())
+    _note_faults()
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         os.execvp(rest[0], rest)
@@ -81,6 +83,14 @@ def main(arguments: Sequence[str]) -> None:
         _tell_hook(error)
         _leave(error, 1)
         sys.exit(1)
+
+
+def _note_faults() -> None:
+    """Let Python note where it was when a signal such as SIGSEGV or SIGABRT ends this process."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not faulthandler.is_enabled():
+        # It must stay open until the process ends, and be forgotten by what it starts.
+        faulthandler.enable(os.open(f"{path}.fault", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:
@@ -214,11 +224,11 @@ def _own_traceback(error: BaseException) -> TracebackType | None:
 
 def _place(trace: TracebackType | None) -> str:
     """Return `file:line` of the innermost frame that belongs to no library."""
-    standard = str(Path(os.__file__).parent)
+    libraries = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
     place = ""
     for frame, line in traceback.walk_tb(trace):
         name = frame.f_code.co_filename
-        if not place or not (name.startswith((standard, "<")) or "site-packages" in name):
+        if not place or not (name.startswith(libraries) or "site-packages" in name):
             place = f"{name}:{line}"
     return place
 

@@ -1,0 +1,180 @@
+"""Who holds a rank's memory, in bytes: parameters, gradients, optimizer state, and all else."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from paceline.environment.device import memory_info
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+__all__ = ["Usage", "measure_usage", "process_memory"]
+
+_LARGEST = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Bytes on one rank's device, or in its process on a CPU.
+
+    Attributes:
+        parameters: Parameters and buffers, or this rank's shards of them.
+        gradients: Of those.
+        optimizer: What optimizers keep between steps.
+        other: All else: activations and temporary buffers.
+        libraries: What the process held before there was a model.
+        unused: Held by torch's allocator, in pieces too small for what was asked for.
+        free: What the device, or the machine, has left.
+        total: What it has.
+        is_sharded: Whether parameters or optimizer state are spread over the ranks.
+        largest: The largest allocations, with whose they are.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    other: int = 0
+    libraries: int = 0
+    unused: int = 0
+    free: int = 0
+    total: int = 0
+    is_sharded: bool = False
+    largest: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def state(self) -> int:
+        """What a rank keeps from step to step."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+@dataclass(slots=True)
+class _Held:
+    """Storages by address, each counted once."""
+
+    sizes: dict[int, int]
+    names: dict[int, str]
+    is_sharded: bool = False
+
+    def add(self, tensor: Any, name: str, device: torch.device) -> int:
+        """Bytes that were not counted before."""
+        local = getattr(tensor, "_local_tensor", tensor)
+        self.is_sharded |= local is not tensor and local.numel() < tensor.numel()
+        if not isinstance(local, torch.Tensor) or local.device.type != device.type:
+            return 0
+        try:
+            storage = local.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+        except (RuntimeError, NotImplementedError):  # a tensor without memory of its own
+            return 0
+        if not address or address in self.sizes:
+            return 0
+        self.sizes[address], self.names[address] = size, name
+        return size
+
+
+def process_memory(device: torch.device) -> int:
+    """Bytes that this process holds on the device; in host memory on a CPU."""
+    return _taken(device)[0]
+
+
+def measure_usage(
+    models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device, *, libraries: int = 0
+) -> Usage:
+    """Measure what prepared models and optimizers hold now, and how much is held besides.
+
+    Args:
+        models: Prepared ones.
+        optimizers: Theirs.
+        device: This rank's.
+        libraries: What the process held before.
+    """
+    held = _Held({}, {})
+    models = list(models)
+    parameters = sum(held.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
+    gradients = sum(
+        held.add(p.grad, f"gradient of {name}", device)
+        for model in models
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    )
+    optimizer = sum(held.add(t, f"optimizer state: {name}", device) for name, t in _state(optimizers))
+    owned = parameters + gradients + optimizer
+    free, total = _free(device)
+    taken, unused = _taken(device)
+    return Usage(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        other=max(taken - owned - libraries, 0),
+        libraries=libraries,
+        unused=unused,
+        free=free,
+        total=total,
+        is_sharded=held.is_sharded,
+        largest=_largest(held, device),
+    )
+
+
+def _tensors(models: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor, str]]:
+    for model in models:
+        yield from ((name, parameter, "parameter") for name, parameter in model.named_parameters())
+        yield from ((name, buffer, "buffer") for name, buffer in model.named_buffers())
+
+
+def _state(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, torch.Tensor]]:
+    for optimizer in optimizers:
+        for parameter, state in list(getattr(optimizer, "state", {}).items()):
+            shape = tuple(getattr(parameter, "shape", ()))
+            for name, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, torch.Tensor):
+                    yield f"{name} of a parameter of shape {shape}", value
+
+
+def _free(device: torch.device) -> tuple[int, int]:
+    """Bytes free and bytes in all; a limit on this process counts."""
+    free, total = memory_info(device)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if device.type != "cpu" or limit == resource.RLIM_INFINITY:
+        return free, total
+    return min(free, max(limit - int(psutil.Process().memory_info().vms), 0)), min(total, limit)
+
+
+def _taken(device: torch.device) -> tuple[int, int]:
+    """Bytes in use, and bytes that the allocator holds without using them."""
+    if device.type == "cpu":
+        return int(psutil.Process().memory_info().rss), 0
+    used = int(torch.accelerator.memory_allocated(device))
+    return used, int(torch.accelerator.memory_reserved(device)) - used
+
+
+def _largest(held: _Held, device: torch.device) -> tuple[tuple[int, str], ...]:
+    found = [(size, held.names[address]) for address, size in held.sizes.items()]
+    if device.type == "cuda":
+        snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        found.extend(_blocks(held, snapshot, device.index or 0))
+    return tuple(sorted(found, reverse=True)[:_LARGEST])
+
+
+def _blocks(held: _Held, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
+    """What the allocator has given out and nobody known holds; where from, if the history was recorded."""
+    for segment in snapshot:
+        address = int(segment["address"])
+        for block in segment["blocks"] if segment.get("device", 0) == index else ():
+            start, address = int(block.get("address", address)), address + int(block["size"])
+            if block["state"] == "active_allocated" and start not in held.sizes:
+                yield int(block["size"]), "an activation or a buffer" + _made_at(block)
+
+
+def _made_at(block: dict[str, Any]) -> str:
+    frames = block.get("frames") or next((h.get("frames", ()) for h in block.get("history", ())), ())
+    own = [f for f in frames if str(f.get("filename", "")).endswith(".py") and "site-packages" not in f["filename"]]
+    return f", made at {own[0]['filename']}:{own[0]['line']}" if own else ""

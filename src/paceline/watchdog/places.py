@@ -1,0 +1,126 @@
+"""Where a thread is, in the words of the user's program: file and line, and which call it has made there."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import textwrap
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import FrameType, TracebackType
+
+__all__ = ["Place", "all_stacks", "here", "place_in_traceback", "place_of"]
+
+_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
+# The modules whose public methods are what a script calls.
+_FACADE = ("paceline.accelerator", "paceline.ranks")
+_CODE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A line of the user's program.
+
+    Attributes:
+        where: `file:line`.
+        function: The function that the line is in.
+        code: The line itself, shortened.
+        call: What it has called: a method of the facade, else a function of a library; empty when it computes itself.
+        is_collective: Whether `call` is a method of the facade that every rank must call.
+    """
+
+    where: str
+    function: str = ""
+    code: str = ""
+    call: str = ""
+    is_collective: bool = False
+
+    def __str__(self) -> str:
+        inside = f" in {self.function}" if self.function not in ("", "<module>") else ""
+        return f"{self.where}{inside}" + (f": {self.code}" if self.code else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    file: str
+    line: int
+    function: str
+    module: str
+    is_collective: bool
+
+
+def here() -> Place | None:
+    """Where the main thread is now."""
+    ident = threading.main_thread().ident
+    frame = None if ident is None else sys._current_frames().get(ident)
+    return None if frame is None else place_of(frame)
+
+
+def place_of(frame: FrameType) -> Place:
+    """Where a thread is whose innermost frame this is."""
+    return _place(reversed([(f, line) for f, line in traceback.walk_stack(frame)]))
+
+
+def place_in_traceback(trace: TracebackType | None) -> Place | None:
+    """Where an exception came from."""
+    return None if trace is None else _place(traceback.walk_tb(trace))
+
+
+def all_stacks() -> str:
+    """The stacks of all threads of this process, the main thread's first."""
+    main = threading.main_thread().ident
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames
+    )
+
+
+def _place(frames: Iterable[tuple[FrameType, int]]) -> Place:
+    levels = [_level(frame, line) for frame, line in frames]
+    own = [index for index, level in enumerate(levels) if _is_own(level.file)]
+    index = own[-1] if own else len(levels) - 1
+    level = levels[index]
+    call, is_collective = _call(levels[index + 1 :])
+    code = linecache.getline(level.file, level.line).strip()
+    return Place(
+        where=f"{level.file}:{level.line}",
+        function=level.function,
+        code=textwrap.shorten(code, _CODE, placeholder=" …"),
+        call=call,
+        is_collective=is_collective,
+    )
+
+
+def _level(frame: FrameType, line: int) -> _Level:
+    code = frame.f_code
+    # The first constant of a function is its docstring.
+    words = next(iter(code.co_consts), None)
+    module = str(frame.f_globals.get("__name__", ""))
+    collective = isinstance(words, str) and "Collective" in words
+    return _Level(code.co_filename, line, code.co_name, module, collective)
+
+
+def _is_own(file: str) -> bool:
+    return not (file.startswith(_LIBRARIES) or "site-packages" in file)
+
+
+def _call(below: Sequence[_Level]) -> tuple[str, bool]:
+    """The call that says most about what the user's line is doing."""
+    public = [level for level in below if not level.function.startswith(("_", "<"))]
+    for level in public:
+        if level.module in _FACADE:
+            return level.function, level.is_collective
+    for prefix in ("paceline.", "torch.distributed.distributed_c10d", ""):
+        for level in public:
+            # Names of decorators' inner functions say nothing.
+            if level.module.startswith(prefix) and level.function not in ("wrapper", "inner", "decorate_context"):
+                return level.function, False
+    return "", False

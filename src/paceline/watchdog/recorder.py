@@ -1,0 +1,115 @@
+"""What torch's flight recorder has noted: the collectives that this process has entered, and which have not ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch._C._distributed_c10d as c10d
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Operation", "Status", "current_status", "flight_record", "recent_operations"]
+
+# Of gloo and of NCCL; a build of torch has one or both.
+_JSON_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+_DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
+# Operations of a group that are told; where ranks first differ is rarely further back than this.
+_RECENT = 24
+
+# For each group, the number of the last collective entered and of the last completed.
+Status = dict[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """A collective that this process has entered.
+
+    Attributes:
+        group: The same on every rank that is in the group.
+        number: Counts the collectives of the group, from 1.
+        name: Such as `all_reduce`.
+        what: The tensors brought, such as `float32 (4,)`.
+        done: Whether it has ended here.
+    """
+
+    group: str
+    number: int
+    name: str
+    what: str
+    done: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} #{self.number}" + (f" of {self.what}" if self.what else "")
+
+
+def current_status() -> Status:
+    """How far each group is, at the cost of about a tenth of a millisecond; empty when nothing is recorded."""
+    found: Status = {}
+    for name in _JSON_DUMPS:
+        for key, status in _dump(name, False).get("pg_status", {}).items():
+            entered, completed = (str(status.get(f"last_{what}_collective")) for what in ("enqueued", "completed"))
+            found[f"{name}/{key}"] = (entered, completed)
+    return found
+
+
+def recent_operations() -> list[Operation]:
+    """The last collectives of each group, oldest first. It may take half a second."""
+    groups: dict[str, list[Operation]] = {}
+    for name in _JSON_DUMPS:
+        for entry in _dump(name).get("entries", ()):
+            if not entry.get("is_p2p"):
+                operation = _read(entry)
+                groups.setdefault(operation.group, []).append(operation)
+    return [operation for found in groups.values() for operation in found[-_RECENT:]]
+
+
+def flight_record() -> bytes:
+    """The whole record, as torch's own tools read it; empty when there is none."""
+    for name in reversed(_DUMPS):
+        dump: Callable[[], bytes] | None = getattr(c10d, name, None)
+        with contextlib.suppress(RuntimeError):
+            if dump is not None:
+                return dump()
+    return b""
+
+
+def _dump(name: str, *arguments: bool) -> dict[str, Any]:
+    dump: Callable[..., bytes] | None = getattr(c10d, name, None)
+    if dump is None:
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(dump(*arguments))
+    except (RuntimeError, ValueError):  # a build without a recorder says so by raising
+        return {}
+    return found
+
+
+def _read(entry: dict[str, Any]) -> Operation:
+    backend, _, name = str(entry.get("profiling_name", "")).rpartition(":")
+    group = entry.get("process_group") or [entry.get("pg_id", 0)]
+    dtypes = [_dtype(name) for name in entry.get("input_dtypes", ())]
+    pairs = [_described(dtype, shape) for dtype, shape in zip(dtypes, entry.get("input_sizes", ()), strict=False)]
+    shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
+    return Operation(
+        group=f"{backend}/{group[0]}",
+        number=int(entry.get("collective_seq_id", 0)),
+        name=name.strip("_"),
+        what=shown,
+        done=bool(entry.get("retired")) or entry.get("state") == "completed",
+    )
+
+
+def _described(dtype: str, shape: Sequence[int]) -> str:
+    if dtype in ("byte", "char") and len(shape) == 1:  # so the exchanges of this library travel, and pickled objects
+        return f"{shape[0]} bytes"
+    return f"{dtype} ({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+
+
+def _dtype(name: str) -> str:
+    return {"Float": "float32", "Double": "float64", "Half": "float16", "Long": "int64", "Int": "int32"}.get(
+        name, name.lower()
+    )

@@ -1,0 +1,282 @@
+"""The thread that notices a standstill, and how the ranks then agree on one account of it.
+
+Every rank has such a thread with a connection of its own to the store in which the ranks have met. One that sees its
+process wait too long opens an inquiry there; each answers with where its rank is; the one that asked composes the
+verdict, leaves it for all, and all end with exit code 76. A rank whose collective raised asks too before it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from paceline.environment.logging import get_logger
+from paceline.errors import HUNG
+from paceline.watchdog.places import all_stacks, here, place_in_traceback
+from paceline.watchdog.recorder import Status, current_status, flight_record, recent_operations
+from paceline.watchdog.verdict import Standing, verdict
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from paceline.environment.accounts import Accounts
+    from paceline.environment.world import World
+
+__all__ = ["Watch", "default_limit", "start_watch"]
+
+_LOG = get_logger(__name__)
+_NAME = "paceline-watchdog"
+_PREFIX = "paceline/watch"
+# Of the time that a collective may take: the verdict must come before torch ends the ranks.
+_SHARE = 0.9
+# Seconds between two looks, at most; and after how many of waiting it is remarked on.
+_INTERVAL = 2.0
+_REMARK = 120.0
+
+
+def default_limit() -> float:
+    """Somewhat less than the shortest time that a collective may take, in seconds."""
+    group = dist.group.WORLD
+    assert group is not None
+    backends = {id(b): b for b in map(group._get_backend, group._device_types)}.values()
+    seconds = [t.total_seconds() for b in backends if (t := getattr(b.options, "_timeout", None)) is not None]
+    return _SHARE * min(seconds, default=1800.0)
+
+
+def start_watch(world: World, accounts: Accounts, limit: float | None) -> Watch | None:
+    """Watch this process for as long as its process group is open; None where one does already, or it makes no sense.
+
+    Args:
+        world: This rank's place.
+        accounts: Where the verdict goes.
+        limit: Seconds that a collective may stand still; None takes the default, 0 watches nothing.
+    """
+    seconds = default_limit() if limit is None else limit
+    running = any(thread.name == _NAME and thread.is_alive() for thread in threading.enumerate())
+    if world.size == 1 or seconds <= 0 or running:
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    if not hasattr(store, "clone"):
+        return None
+    return Watch(store.clone(), world, accounts, seconds)
+
+
+class Watch:
+    """Watches one rank.
+
+    Args:
+        store: A connection that no other thread uses.
+        world: This rank's place.
+        accounts: Where the verdict goes.
+        limit: Seconds that a collective may stand still.
+    """
+
+    def __init__(self, store: Store, world: World, accounts: Accounts, limit: float) -> None:
+        self.limit = limit
+        self._store = store
+        self._world = world
+        self._accounts = accounts
+        self._interval = min(_INTERVAL, limit / 10)
+        # A short limit makes its own remark.
+        self._remark_after = _REMARK if limit > 2 * _REMARK else limit
+        self._closed = threading.Event()
+        self._progress = _Progress(min(limit / 2, _REMARK / 2))
+        self._inquiries = 0
+        self._group = id(dist.group.WORLD)
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._watch, name=_NAME, daemon=True)
+        self._thread.start()
+        # A thread that is in the store's C++ when the interpreter ends takes the process down with SIGABRT.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Stop watching, and leave word for the others of how this rank ends."""
+        atexit.unregister(self.close)
+        if os.getpid() != self._pid or self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join(10 * self._interval)
+        with contextlib.suppress(RuntimeError):
+            error = getattr(sys, "last_value", None)
+            if error is not None and _is_of_an_exchange(error):
+                self._explain(error)
+            else:
+                fate = "has ended" if error is None else f"failed ({type(error).__name__})"
+                self._set(f"fate/{self._world.rank}", Standing(rank=self._world.rank, fate=fate))
+
+    # In the thread
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store has gone: so has who started us
+            while not self._closed.wait(self._interval) and self._is_open():
+                waited = self._progress.look()
+                if waited > self.limit:
+                    self._ask("hang", waited)
+                elif waited > self._remark_after and self._progress.remark_once():
+                    self._ask("remark", waited)
+                self._attend()
+
+    def _is_open(self) -> bool:
+        return dist.is_initialized() and id(dist.group.WORLD) == self._group
+
+    def _attend(self) -> None:
+        """Answer what has been asked, by this rank or another."""
+        text = self._get(f"asked/{self._inquiries}")
+        if text is None:
+            return
+        number, asked = self._inquiries, json.loads(text)
+        self._inquiries += 1
+        if asked["why"] == "hang":
+            self._write_stacks()
+        self._set(f"answer/{number}/{self._world.rank}", self._standing())
+        mine = asked["by"] == self._world.rank
+        if asked["why"] == "remark" and mine:
+            found = self._hear(number, asked["seconds"])
+            rest = self.limit - asked["seconds"]
+            _LOG.warning("%s\nThe run ends if this lasts %.0f s more.", found, rest, main_process_only=False)
+        if asked["why"] == "hang":
+            self._end(number, asked["seconds"], mine)
+
+    def _ask(self, why: str, seconds: float) -> int:
+        """Open an inquiry, unless another rank has just done so."""
+        asked = json.dumps({"why": why, "by": self._world.rank, "seconds": seconds})
+        self._store.compare_set(f"{_PREFIX}/asked/{self._inquiries}", "", asked)
+        return self._inquiries
+
+    def _hear(self, number: int, seconds: float) -> str:
+        """Wait a moment for all answers and say what they amount to."""
+        standings: dict[int, Standing] = {}
+        deadline = time.monotonic() + 2 * self._interval + 1
+        while len(standings) < self._world.size and time.monotonic() < deadline:
+            for rank in range(self._world.size):
+                for key in (f"answer/{number}/{rank}", f"fate/{rank}"):
+                    text = self._get(key) if rank not in standings else None
+                    if text is not None:
+                        standings[rank] = Standing.from_data(json.loads(text))
+            time.sleep(0.05)
+        return verdict(standings.values(), self._world.size, seconds=seconds)
+
+    def _end(self, number: int, seconds: float, mine: bool) -> None:
+        """End this process with the verdict of the rank that asked."""
+        text: str | None
+        if mine:
+            found = self._hear(number, seconds)
+            text = f"{found}\nThe stacks of all threads of each rank are in {_folder(self._world)} on its machine"
+            self._store.set(f"{_PREFIX}/verdict/{number}", text)
+        else:
+            deadline = time.monotonic() + 2 * self._interval + 5
+            while (text := self._get(f"verdict/{number}")) is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+        text = text or "ranks wait for each other; the one that was to say where did not"
+        headline = text.partition("\n")[0]
+        self._accounts.leave("hang", headline, text, rank=self._world.rank, code=HUNG, secondary=not mine)
+        self._leave_together(number)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(HUNG)
+
+    def _leave_together(self, number: int) -> None:
+        """Rank 0 may hold the store in which the others still read."""
+        with contextlib.suppress(RuntimeError):
+            seen = self._store.add(f"{_PREFIX}/seen/{number}", 1)
+            deadline = time.monotonic() + self._interval + 1
+            while self._world.rank == 0 and seen < self._world.size and time.monotonic() < deadline:
+                time.sleep(0.05)
+                seen = self._store.add(f"{_PREFIX}/seen/{number}", 0)
+
+    # At the end of a rank whose collective raised
+
+    def _explain(self, error: BaseException) -> None:
+        """Ask where the others are, and add that to the account of the failure."""
+        standing = self._standing(error)
+        # The launcher may end this process before the others have answered.
+        self._accounts.remark(str(standing))
+        self._set(f"fate/{self._world.rank}", standing)
+        while (text := self._get(f"asked/{self._inquiries}")) is not None and '"failure"' not in text:
+            self._inquiries += 1
+        found = self._hear(self._ask("failure", 0.0), 0.0)
+        self._accounts.remark(found)
+        self._accounts.tell(found)
+
+    # What is said
+
+    def _standing(self, error: BaseException | None = None) -> Standing:
+        place = here() if error is None else place_in_traceback(error.__traceback__)
+        return Standing(
+            rank=self._world.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            place=place,
+            operations=tuple(recent_operations()),
+            fate="" if error is None else f"failed ({type(error).__name__})",
+            raised=error is not None,
+        )
+
+    def _write_stacks(self) -> None:
+        folder = _folder(self._world)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"rank_{self._world.rank}.txt").write_text(all_stacks(), encoding="utf-8")
+            (folder / f"rank_{self._world.rank}.flight").write_bytes(flight_record())
+
+    def _get(self, key: str) -> str | None:
+        full = f"{_PREFIX}/{key}"
+        return self._store.get(full).decode() if self._store.check([full]) else None
+
+    def _set(self, key: str, standing: Standing) -> None:
+        self._store.set(f"{_PREFIX}/{key}", json.dumps(standing.to_data()))
+
+
+class _Progress:
+    """How long this process has been in a collective that does not end."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._status: Status = {}
+        self._since = time.monotonic()
+        self._waits: bool | None = None
+        self._remarked = False
+
+    def look(self) -> float:
+        """Seconds of waiting; 0 while it does not wait, or not for long."""
+        status, now = current_status(), time.monotonic()
+        if status != self._status:
+            self._status, self._since, self._waits, self._remarked = status, now, None, False
+        waited = now - self._since
+        if waited < self._patience or all(entered == completed for entered, completed in status.values()):
+            return 0.0
+        if self._waits is None:
+            # The short status may show the last ones in the wrong order; only the record itself is sure.
+            self._waits = any(not operation.done for operation in recent_operations())
+        return waited if self._waits else 0.0
+
+    def remark_once(self) -> bool:
+        """Whether this wait has not been remarked on yet."""
+        first, self._remarked = not self._remarked, True
+        return first
+
+
+def _folder(world: World) -> Path:
+    name = "-".join(["paceline-hang", world.run_id.replace(os.sep, "_"), str(world.restart_count)])
+    return Path(tempfile.gettempdir()) / name
+
+
+def _is_of_an_exchange(error: BaseException | None) -> bool:
+    """Whether an exception came out of an exchange between ranks."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,128 @@
+"""Trainings on two or three ranks that go wrong in the way that the first argument names.
+
+Without RANK in the environment it starts the ranks itself, one scenario after the other, by forking: importing torch
+takes longer than all the rest. It prints exit codes and errors of all ranks as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from paceline import Accelerator
+from tests.support.ranks import free_port
+
+LIMIT = "1.5"
+
+
+def run(scenario: str) -> None:
+    accelerator = Accelerator(cpu=True, strategy="ddp")
+    rank = accelerator.process_index
+    model, optimizer = make(accelerator)
+    for _ in range(2):
+        step(accelerator, model, optimizer)
+    match scenario:
+        case "sleep":
+            if rank == 1:
+                time.sleep(60)  # it sleeps here
+            step(accelerator, model, optimizer)
+        case "skip":
+            if rank != 1:
+                accelerator.gather(torch.ones(4))  # only some come here
+            accelerator.wait_for_everyone()  # the one that skipped it
+        case "save":
+            if accelerator.is_main_process:
+                accelerator.save_state(tempfile.mkdtemp() + "/state")  # under a branch
+            step(accelerator, model, optimizer)
+            time.sleep(60)
+        case "shapes":
+            accelerator.gather(torch.ones(400 if rank == 1 else 4))  # of different shapes
+            accelerator.wait_for_everyone()
+        case "early":
+            for _ in range(2 if rank == 1 else 3):
+                accelerator.gather(torch.ones(4))  # once more than the other
+        case "stopped":
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            accelerator.gather(torch.ones(4))
+        case "long":
+            # Not a hang: it takes longer than the limit, but nobody is in a collective meanwhile.
+            with accelerator.main_process_first():
+                if accelerator.is_main_process:
+                    time.sleep(2 * float(LIMIT))
+            time.sleep(2 * float(LIMIT))
+            accelerator.wait_for_everyone()
+        case "turns":
+            # Two groups of ranks may be in different collectives for a while: each moves on its own.
+            for _ in range(30):
+                step(accelerator, model, optimizer)
+                time.sleep(0.1)
+
+
+def make(accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(4, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return model, optimizer
+
+
+def step(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    accelerator.backward(model(torch.ones(3, 4)).sum())  # waits in here
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def fork(scenario: str, size: int) -> dict[str, list[object]]:
+    """Run one scenario on forked ranks; what each wrote to its standard error, and its exit code."""
+    port = free_port()
+    files = [tempfile.mkstemp()[1] for _ in range(size)]
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(files[rank], os.O_WRONLY), 2)
+            os.environ.update(
+                RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"test-{port}",
+                PACELINE_HANG_TIMEOUT=LIMIT,
+            )  # fmt: skip
+            sys.argv = [__file__, scenario]
+            code = 1
+            try:
+                run(scenario)
+                code = 0
+            except BaseException as error:
+                sys.last_value = error
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            finally:
+                # os._exit alone would leave the exit handlers out.
+                import atexit
+
+                atexit._run_exitfuncs()
+                os._exit(code)
+        children.append(child)
+    codes: list[object] = []
+    for rank, child in enumerate(children):
+        status = os.waitpid(child, 0)[1] if not (scenario == "stopped" and rank == 1) else _kill(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+    return {"codes": codes, "errors": [Path(file).read_text() for file in files]}
+
+
+def _kill(child: int) -> int:
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        run(sys.argv[1])
+    else:
+        print(json.dumps({name: fork(name, 3 if name == "sleep" else 2) for name in sys.argv[1:]}))

@@ -1,0 +1,152 @@
+"""Ranks that wait for others which do not come: who is missing, in what the others are, and at which line each is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paceline import Accelerator
+from paceline.errors import HUNG, CollectiveError
+from tests.support.ranks import run_on_ranks
+
+SCRIPT = Path(__file__).with_name("hang_script.py")
+LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def line(marked: str) -> str:
+    """`file:line` of the one line of the script that has this mark."""
+    (number,) = [n for n, text in enumerate(LINES, 1) if marked in text and "case" not in text]
+    return f"{SCRIPT}:{number}"
+
+
+def forked(*scenarios: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPT), *scenarios]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def launched(scenario: str, *flags: str, ranks: int = 2) -> tuple[int, str]:
+    command = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", str(ranks)]
+    command += ["--hang_timeout", "1.5", *flags, str(SCRIPT), scenario]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=ENVIRONMENT, check=False)
+    return done.returncode, done.stderr
+
+
+def test_who_is_missing_and_where_without_our_launcher() -> None:
+    found = forked("sleep", "skip", "early", "long")
+    sleep = "".join(found["sleep"]["errors"])
+    assert found["sleep"]["codes"] == [HUNG] * 3, sleep
+    assert sleep.count("rank 1 has not entered backward (all_reduce #") == 1, "one rank tells it"
+    assert re.search(r"of float32 \(10,\)\), in which ranks 0, 2 have waited for \d+ s", sleep)
+    assert f"  ranks 0, 2: {line('waits in here')} in step: accelerator.backward" in sleep
+    assert f"  rank 1: {line('it sleeps here')} in run: time.sleep(60)" in sleep
+    folder = Path(re.findall(r"stacks .* are in (\S+)", sleep)[0])
+    assert folder.parent == Path(tempfile.gettempdir())
+    stacks = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {f"rank_{rank}.txt" for rank in range(3)} <= set(stacks)
+    assert b"time.sleep(60)" in stacks["rank_1.txt"]
+
+    skip = "".join(found["skip"]["errors"])
+    assert found["skip"]["codes"] == [HUNG] * 2, skip
+    assert re.search(r"different calls: rank 0 in gather \(all_gather #\d+.*, rank 1 in wait_for_everyone \(", skip)
+    assert f"rank 0: {line('only some come here')}" in skip
+    assert f"rank 1: {line('the one that skipped it')}" in skip
+
+    early = "".join(found["early"]["errors"])
+    assert found["early"]["codes"] == [1, 0], early
+    assert "rank 1 has ended without entering gather (all_gather #" in early
+    assert f"rank 0: failed (CollectiveError), {line('once more than the other')}" in early
+
+    assert found["long"] == {"codes": [0, 0], "errors": ["", ""]}, "long work outside of exchanges is no hang"
+    for name in ("sleep", "skip"):
+        for text in re.findall(r"stacks .* are in (\S+)", "".join(found[name]["errors"])):
+            shutil.rmtree(text)
+
+
+def test_a_method_that_only_rank_0_calls_is_named() -> None:
+    begin = time.monotonic()
+    code, error = launched("save")
+    assert code == HUNG, error
+    assert time.monotonic() - begin < 60
+    assert "save_state is not called by every rank: rank 0 is in it, and rank 1 is in backward (" in error
+    assert f"rank 0: {line('under a branch')}" in error
+    assert f"rank 1: {line('waits in here')}" in error
+    assert "Every rank must call save_state: look for a branch that only some ranks take" in error
+    assert error.count("is not called by every rank") == 1, "the launcher says it, once"
+    assert "Traceback" not in error
+    shutil.rmtree(re.findall(r"stacks .* are in (\S+)", error)[0])
+
+
+def test_shapes_that_differ_name_rank_and_line() -> None:
+    code, error = launched("shapes")
+    # The rank that gets more than it expects is aborted by gloo; the other one may be the first to notice that.
+    assert code == 134, error
+    assert f"rank 0 on {os.uname().nodename}" in error
+    assert f"was killed by SIGABRT at {line('of different shapes')}" in error
+    assert "gloo does so when ranks bring different sizes" in error
+
+
+@pytest.mark.slow
+def test_more_ways_to_wait() -> None:
+    found = forked("stopped", "turns")
+    text = "".join(found["stopped"]["errors"])
+    assert found["stopped"]["codes"] == [HUNG, -9], text
+    assert re.search(r"^rank 1 does not answer; rank 0 has waited for \d+ s in gather \(all_gather", text, re.MULTILINE)
+    assert found["turns"] == {"codes": [0, 0], "errors": ["", ""]}
+    shutil.rmtree(re.findall(r"stacks .* are in (\S+)", text)[0])
+
+    code, error = launched("shapes", "--debug")
+    assert code == 1, error
+    assert "brings" in error
+    assert "of shape (400,)" in error
+
+
+# main_process_first
+
+
+def taking_turns(folder: str) -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True)
+    mark = Path(folder) / "made"
+    found: dict[str, Any] = {}
+    for turn in range(2):
+        with accelerator.local_main_process_first():
+            if accelerator.is_local_main_process:
+                time.sleep(0.2)
+                mark.with_suffix(f".{turn}").touch()
+            found[f"there {turn}"] = mark.with_suffix(f".{turn}").exists()
+    try:
+        with accelerator.main_process_first():
+            found["entered"] = True
+            if accelerator.is_main_process:
+                raise ValueError("the data is not there")
+    except (ValueError, CollectiveError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():
+        found["again"] = True
+    return found
+
+
+def test_what_the_first_raises_reaches_the_others(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, taking_turns, str(tmp_path))
+    for found in (first, second):
+        assert (found["there 0"], found["there 1"], found["again"]) == (True, True, True)
+    assert first["error"] == "ValueError: the data is not there"
+    assert second["error"].startswith(
+        "CollectiveError: Rank 0 went first and failed: ValueError: the data is not there."
+    )
+    assert "in taking_turns" in second["error"], "with the traceback of rank 0"
+    assert (first["entered"], second.get("entered")) == (True, None)

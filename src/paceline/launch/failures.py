@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "read_account", "report"]
+__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "report"]
 
 # Letters that a rank which did not cause the failure gets.
 _FOLDED = 120
@@ -54,6 +54,7 @@ class RankEnd:
         account: What it wrote about itself, if anything.
         hint: What the launcher knows besides, such as the use of memory.
         log: File with its output, if it did not go to the console.
+        host: The machine it ran on; empty for this one.
     """
 
     rank: int
@@ -64,6 +65,7 @@ class RankEnd:
     account: Account | None = None
     hint: str = ""
     log: str = ""
+    host: str = ""
 
     @property
     def is_secondary(self) -> bool:
@@ -113,11 +115,16 @@ def exit_code(end: RankEnd) -> int:
     return end.code if end.code > 0 else 128 - end.code
 
 
+def fold(ends: Sequence[RankEnd]) -> str:
+    """Write how ranks ended that did not cause a failure."""
+    return _others(ends) + "\n"
+
+
 def report(ends: Sequence[RankEnd]) -> str:
     """Write the report: the other ranks in one line, then the first failure with its traceback."""
     cause = first_failure(ends)
     others = _others([end for end in ends if end is not cause])
-    head = f"rank {cause.rank} on {socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
+    head = f"rank {cause.rank} on {cause.host or socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
     if cause.log:
         head += f"; its output is in {cause.log}"
     lines = [*([others] if others else []), head]

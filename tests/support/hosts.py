@@ -128,11 +128,11 @@ class Hosts:
     def address(self, letter: str) -> str:
         return f"10.77.{self._net}.{1 + LETTERS.index(letter)}"
 
-    def start(self, letter: str, *words: str, hosts: str = "", env: Mapping[str, str] | None = None) -> Running:
-        """Run a command on a host, whose name is its letter; `hosts` are lines of its /etc/hosts."""
-        names = self.folder / f"hosts-{letter}-{len(self.running)}"
-        names.write_text(f"127.0.0.1 localhost\n{self.address(letter)} {letter}\n{hosts}\n")
-        script = f"hostname {letter}; mount --bind {shlex.quote(str(names))} /etc/hosts; exec {shlex.join(words)}"
+    def start(self, letter: str, *words: str, names: str = "", env: Mapping[str, str] | None = None) -> Running:
+        """Run a command on a host, whose name is its letter; `names` are lines of its /etc/hosts."""
+        table = self.folder / f"hosts-{letter}-{len(self.running)}"
+        table.write_text(f"127.0.0.1 localhost\n{self.address(letter)} {letter}\n{names}\n")
+        script = f"hostname {letter}; mount --bind {shlex.quote(str(table))} /etc/hosts; exec {shlex.join(words)}"
         inside = ["unshare", "--uts", "--mount", "sh", "-c", script]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PACELINE_")}
         environment |= {"OMP_NUM_THREADS": "1", "TEST_MARKER": self.marker, **(env or {})}

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
@@ -151,9 +152,11 @@ def place(
         extra: More variables that all of them get.
     """
     total, size, first = sum(sizes), sizes[index], sum(sizes[:index])
-    num_machines = resolved.config.num_machines if len(sizes) == 1 else len(sizes)
-    config = resolved.config.model_copy(update={"num_processes": total, "num_machines": num_machines})
-    resolved = replace(resolved, config=config)
+    config = resolved.config.model_copy(update={"num_processes": total})
+    origins = dict(resolved.origins)
+    if config.max_machines > 1:  # what was asked for may be another number: machines differ, come and go
+        origins["num_processes"] = Origin("detected", "the machines that take part")
+    resolved = replace(resolved, config=config, origins=origins)
     address, port = meeting_place(config, env)
     shared = {
         **_device_variables(config),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from paceline.config import Origin, Resolved, RunConfig
+from paceline.config import Origin, Resolved, RunConfig, with_arguments
 from paceline.errors import ConfigError, UsageError
 from paceline.launch import Command, Plan, detect, plan, planning
 from tests.support.ranks import free_port
@@ -141,8 +141,9 @@ def test_machines_of_other_sizes(script: Command, no_devices: None) -> None:
     planned = planning.place(settings, script, {}, 1, (1, 2, 3), GLOO_SOCKET_IFNAME="eth0")
     assert [r.rank for r in planned.ranks] == [1, 2]
     assert (planned.variables["WORLD_SIZE"], planned.variables["GLOO_SOCKET_IFNAME"]) == ("6", "eth0")
-    sent = Resolved.from_json(planned.variables["PACELINE_CONFIG"]).config
-    assert (sent.num_processes, sent.num_machines) == (6, 3)
+    sent = Resolved.from_json(planned.variables["PACELINE_CONFIG"])
+    assert (sent.config.num_processes, sent.config.num_machines) == (6, "1:4")
+    assert with_arguments(sent, {}).config == sent.config
 
 
 def test_several_machines_need_an_address_and_a_port(script: Command, no_devices: None) -> None:

@@ -137,7 +137,7 @@ def test_a_machine_among_several(script: Command, no_devices: None) -> None:
 
 
 def test_machines_of_other_sizes(script: Command, no_devices: None) -> None:
-    settings = resolved(num_machines="1:4", main_process_ip="10.0.0.1")
+    settings = resolved(num_machines="1:4", rdzv_backend="c10d", main_process_ip="10.0.0.1")
     planned = planning.place(settings, script, {}, 1, (1, 2, 3), GLOO_SOCKET_IFNAME="eth0")
     assert [r.rank for r in planned.ranks] == [1, 2]
     assert (planned.variables["WORLD_SIZE"], planned.variables["GLOO_SOCKET_IFNAME"]) == ("6", "eth0")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.names import places
+from paceline.config.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def find_problems(facts: Facts) -> list[Problem]:
         _unused_sections,
         _unused_keys,
         _devices,
+        _machines,
         _processes,
         _mesh,
     )
@@ -118,21 +120,10 @@ def _tpu(facts: Facts) -> Iterator[Problem]:
 
 def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
     config = facts.config
-    if config.num_machines > 1 and not _deepspeed_starts_machines(config):
-        todo = "write num_machines: 1, or start each machine with torchrun"
-        yield _not_built(facts.where("num_machines"), "num_machines", config.num_machines, todo)
     if config.mixed_precision == "fp8":
         yield _not_built(facts.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16")
-    if config.enable_cpu_affinity:
-        key = "enable_cpu_affinity"
-        yield _not_built(facts.where(key), key, "true", "write false, or start the launcher under numactl")
     for key in facts.keys_in("mpirun_config"):
         yield _not_built(facts.where(key), key, "starting processes by mpirun", "remove mpirun_config")
-
-
-def _deepspeed_starts_machines(config: RunConfig) -> bool:
-    plugin = config.deepspeed_config
-    return plugin is not None and plugin.deepspeed_multinode_launcher != "standard"
 
 
 def _unbuilt_sizes(facts: Facts) -> Iterator[Problem]:
@@ -170,8 +161,8 @@ def _asks_mesh(facts: Facts) -> bool:
 
 def _unused_keys(facts: Facts) -> Iterator[Problem]:
     config = facts.config
-    if config.num_machines == 1 and "num_machines" not in facts.broken:
-        for key in ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf"):
+    if config.max_machines == 1 and "num_machines" not in facts.broken:
+        for key in ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf", "preflight"):
             if facts.differs(key):
                 what = f"{getattr(config, key)} is not used"
                 yield Problem(facts.where(key), key, what, "there is one machine", "remove the key")
@@ -213,6 +204,39 @@ def _devices(facts: Facts) -> Iterator[Problem]:
         why = f"num_processes is {config.num_processes} ({facts.where('num_processes')})"
         hint = f"list as many devices, or set num_processes to {count}"
         yield Problem(facts.where("gpu_ids"), "gpu_ids", f"{ids} names {count} devices", why, hint)
+
+
+def _machines(facts: Facts) -> Iterator[Problem]:
+    """What torch elastic needs to bring several machines together."""
+    config = facts.config
+    if config.max_machines == 1 or config.spans_machines or "num_machines" in facts.broken:
+        return
+    most = config.max_machines
+    if config.rdzv_backend not in RENDEZVOUS:
+        what = f"{config.rdzv_backend} is known but not carried out in this release"
+        hint = "write static, or c10d for machines that come and go"
+        yield Problem(facts.where("rdzv_backend"), "rdzv_backend", what, "", hint)
+    elif config.min_machines != most and config.rdzv_backend != "c10d":
+        why = "under rdzv_backend static every machine has a fixed place"
+        yield Problem(facts.where("num_machines"), "num_machines", f"{config.num_machines} is a range", why, "add c10d")
+    if config.machine_rank >= most:
+        what = f"{config.machine_rank} is no machine of {most}"
+        yield Problem(facts.where("machine_rank"), "machine_rank", what, "they count from 0", "")
+    count = config.num_processes
+    if count is not None and count % most and facts.asked("num_processes"):
+        what = f"{count} cannot be divided among {most} machines"
+        why = "num_processes counts the processes of all machines"
+        hint = f"write a multiple of {most}, or leave it out: each machine then starts one for each of its devices"
+        yield Problem(facts.where("num_processes"), "num_processes", what, why, hint)
+    yield from _rendezvous_options(facts)
+
+
+def _rendezvous_options(facts: Facts) -> Iterator[Problem]:
+    try:
+        read_rendezvous_options(facts.config.rdzv_conf)
+    except ValueError as error:
+        where = facts.where("rdzv_conf")
+        yield Problem(where, "rdzv_conf", str(error), "", f"known are {', '.join(RENDEZVOUS_OPTIONS)}")
 
 
 def _processes(facts: Facts) -> Iterator[Problem]:

@@ -76,6 +76,20 @@ _LOOSE_LIST = WithJsonSchema(
 DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list), _LOOSE_LIST]
 
 
+def _machines(value: int | str) -> int | str:
+    """Check a number of machines, or a range of them; a range of one number is that number."""
+    low, _, high = str(value).partition(":")
+    if not low.isdecimal() or (":" in str(value) and not high.isdecimal()):
+        raise ValueError("it must be a number of machines, or MIN:MAX such as 2:4")
+    least, most = int(low), int(high or low)
+    if least < 1 or most < least:
+        raise ValueError("it must be at least 1, and in MIN:MAX the first must not be the greater one")
+    return most if least == most else f"{least}:{most}"
+
+
+Machines = Annotated[int | str, AfterValidator(_machines)]
+
+
 class RunConfig(Section):
     """Everything that decides how one training run is carried out."""
 
@@ -93,15 +107,16 @@ class RunConfig(Section):
     )
     gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
     num_processes: Count | None = Field(None, description="Processes over all machines; none: one per device.")
-    num_machines: Count = Field(1, description="Machines that take part.")
+    num_machines: Machines = Field(1, description="Machines that take part, or MIN:MAX under rdzv_backend c10d.")
     machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Which machine this is, from 0.")
     main_process_ip: str | None = Field(None, description="Address of machine 0.")
     main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="Port of the rendezvous; 0 or none takes a free one."
+        None, description="Port where ranks meet; 0 or none: a free one, between several machines 29500."
     )
-    rdzv_backend: str = Field("static", description="Rendezvous of torch elastic between machines.")
+    rdzv_backend: str = Field("static", description="How machines meet: static, or c10d, where they may come and go.")
     rdzv_conf: str | None = Field(None, description="Options of the rendezvous, key=value with commas between.")
-    same_network: bool = Field(True, description="Whether all machines are in one local network.")
+    same_network: bool = Field(True, description="Whether ranks talk over the network that leads to machine 0.")
+    preflight: bool = Field(True, description="Compare and connect the machines before the ranks start.")
     gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or numbers like 0,1,3.")
     use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even if there are devices.")
     debug: bool = Field(False, description="Compare shapes between ranks before each collective.")
@@ -143,9 +158,19 @@ class RunConfig(Section):
     megatron_lm_config: MegatronLMConfig | None = Field(None, description="How Megatron-LM would divide the model.")
 
     @property
+    def min_machines(self) -> int:
+        """How many machines must take part."""
+        return int(str(self.num_machines).partition(":")[0])
+
+    @property
+    def max_machines(self) -> int:
+        """How many machines can take part."""
+        return int(str(self.num_machines).rpartition(":")[2])
+
+    @property
     def spans_machines(self) -> bool:
         """Whether DeepSpeed's launcher has to start the ranks: there are several machines, or a host file."""
         plugin = self.deepspeed_config
         if plugin is None or plugin.deepspeed_multinode_launcher == "standard":
             return False
-        return self.num_machines > 1 or plugin.deepspeed_hostfile is not None
+        return self.max_machines > 1 or plugin.deepspeed_hostfile is not None

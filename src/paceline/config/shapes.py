@@ -96,7 +96,8 @@ class Shape:
         if isinstance(value, str):
             return self._from_text(value, style)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return self._number(value)
+            # YAML 1.1 takes 2:4 for a number to the base of 60.
+            return text if text is not None and ":" in text and str in self.types else self._number(value)
         return value
 
     def _choice(self, value: object, text: str | None) -> object | None:

@@ -17,7 +17,7 @@ from paceline.errors import named_ranks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "read_account", "read_fault", "report"]
+__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "read_fault", "report"]
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 _ABORTED = (
@@ -65,6 +65,7 @@ class RankEnd:
         hint: What the launcher knows besides, such as the use of memory.
         log: File with its output, if it did not go to the console.
         where: `file:line` at which a signal such as SIGSEGV found it, if it could note that.
+        host: The machine it ran on; empty for this one.
     """
 
     rank: int
@@ -76,6 +77,7 @@ class RankEnd:
     hint: str = ""
     log: str = ""
     where: str = ""
+    host: str = ""
 
     @property
     def is_secondary(self) -> bool:
@@ -143,11 +145,16 @@ def exit_code(end: RankEnd) -> int:
     return end.code if end.code > 0 else 128 - end.code
 
 
+def fold(ends: Sequence[RankEnd]) -> str:
+    """Write how ranks ended that did not cause a failure."""
+    return _others(ends) + "\n"
+
+
 def report(ends: Sequence[RankEnd]) -> str:
     """Write the report: the other ranks in one line, then the first failure with its traceback."""
     cause = first_failure(ends)
     others = _others([end for end in ends if end is not cause])
-    head = f"rank {cause.rank} on {socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
+    head = f"rank {cause.rank} on {cause.host or socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
     if cause.log:
         head += f"; its output is in {cause.log}"
     lines = [*([others] if others else []), head]

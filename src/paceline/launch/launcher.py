@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import tempfile
-import uuid
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException, start_processes
 from torch.numa.binding import AffinityMode, NumaOptions
 
-from paceline.errors import PREEMPTED, UsageError, WorkerError, WorldError
-from paceline.launch.failures import exit_code, first_failure, report
-from paceline.launch.planning import Plan, plan
+from paceline.errors import UsageError, WorkerError
+from paceline.launch.rounds import Alone, Round, Rounds
 from paceline.launch.streams import RankStreams, quiet_elastic
 from paceline.launch.supervision import Outcome, Signals, Times, supervise
+from paceline.launch.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,10 +28,11 @@ if TYPE_CHECKING:
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
+    from paceline.launch.planning import Plan
+    from paceline.launch.verdict import Verdict
 
 __all__ = ["launch"]
 
-_STORE_PATIENCE = timedelta(seconds=20)
 _LOG = logging.getLogger(__name__)
 
 
@@ -69,73 +65,65 @@ def launch(
         ConfigError: The configuration does not fit this machine. Nothing was started.
         UsageError: There is nothing to run under that name. Nothing was started.
     """
-    planned = plan(resolved, command, env)
     config = resolved.config
     numa = NumaOptions(affinity_mode=AffinityMode.NODE) if config.enable_cpu_affinity else None
-    if log_dir is not None:
-        _make_folder(log_dir)
-    run_id = uuid.uuid4().hex[:12]
-    for attempt in range(planned.max_restarts + 1):
-        with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
-            streams = RankStreams(Path(folder), log_dir=log_dir, tee=tee, attempt=attempt)
-            times = Times(shutdown_timeout, grace_period, config.monitor_interval)
-            outcome = _run_once(planned, env, streams, run_id, attempt, numa, times)
-        if outcome.signal is not None:
-            name, count = signal.Signals(outcome.signal).name, len(planned.ranks)
-            ended = "its process has ended" if count == 1 else f"all {count} processes have ended"
-            raise WorkerError(f"stopped by {name}; {ended}\n", 128 + outcome.signal)
-        if not outcome.failed:
-            return
-        if outcome.made_room:
-            raise WorkerError("made room as asked: the state was saved, start again to go on\n", PREEMPTED)
-        text = report(outcome.ends)
-        if attempt == planned.max_restarts:
-            raise WorkerError(text, exit_code(first_failure(outcome.ends)))
-        _LOG.warning("%s\nstarting again (%d of %d)", text, attempt + 1, planned.max_restarts)
+    times = Times(shutdown_timeout, grace_period, config.monitor_interval)
+    rounds: Rounds
+    with quiet_elastic():
+        rounds = (Together if config.max_machines > 1 else Alone)(resolved, command, env)
+        try:
+            if log_dir is not None:
+                _make_folder(log_dir)
+            failures = 0
+            while True:
+                current = rounds.next()
+                with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
+                    streams = RankStreams(
+                        Path(folder), log_dir=log_dir, tee=tee, attempt=current.number, first=current.plan.first
+                    )
+                    outcome = _run_once(current, env, streams, numa, times)
+                verdict = rounds.conclude(outcome)
+                if verdict.kind == "done":
+                    return
+                if verdict.kind == "end":
+                    raise WorkerError(verdict.text, verdict.code)
+                failures += verdict.kind == "again"
+                _tell(verdict, failures, config.max_restarts)
+        finally:
+            rounds.close()
+
+
+def _tell(verdict: Verdict, failures: int, allowed: int) -> None:
+    if verdict.kind == "again":
+        _LOG.warning("%s\nstarting again (%d of %d)", verdict.text, failures, allowed)
+    else:
+        _LOG.warning("paceline: another machine takes part; starting again with it")
 
 
 def _run_once(
-    planned: Plan,
-    env: Mapping[str, str],
-    streams: RankStreams,
-    run_id: str,
-    attempt: int,
-    numa: NumaOptions | None,
-    times: Times,
+    current: Round, env: Mapping[str, str], streams: RankStreams, numa: NumaOptions | None, times: Times
 ) -> Outcome:
     """Start every rank, wait for the end of all; no process of theirs is left if one failed."""
-    store = _open_store(planned.address, planned.port)
+    planned = current.plan
     environments = {
-        r.rank: {
+        local: {
             **env,
             **planned.variables,
             **r.variables,
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_RUN_ID": run_id,
-            "TORCHELASTIC_RESTART_COUNT": str(attempt),
-            **streams.variables(r.rank),
+            "MASTER_PORT": str(current.port),
+            "TORCHELASTIC_RUN_ID": current.run_id,
+            "TORCHELASTIC_RESTART_COUNT": str(current.number),
+            **streams.variables(local),
         }
-        for r in planned.ranks
+        for local, r in enumerate(planned.ranks)
     }
-    with quiet_elastic(), Signals() as signals:
+    with Signals() as signals:
         try:
             context = _start(planned, environments, streams, numa)
         except SignalException as early:
             return Outcome(signal=int(early.sigval))
         signals.catch()
-        return supervise(context, streams, signals, times)
-
-
-def _open_store(address: str, port: int) -> TCPStore:
-    try:
-        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_PATIENCE)
-    except DistError as error:
-        reason = str(error).partition("\n")[0]
-        raise WorldError(
-            f"The ranks cannot meet at {address}:{port or '(a free port)'} ({reason})",
-            "The address is not this machine's, or another program took the port this moment",
-            "Leave main_process_ip and main_process_port out: one machine needs neither",
-        ) from error
+        return supervise(context, streams, signals, times, current.elsewhere)
 
 
 def _make_folder(log_dir: Path) -> None:
@@ -160,9 +148,9 @@ def _start(
     return start_processes(
         name="rank",
         entrypoint=planned.ranks[0].command[0],
-        args={r.rank: (*r.command[1:3], *parent, *r.command[3:]) for r in planned.ranks},
+        args={i: (*r.command[1:3], *parent, *r.command[3:]) for i, r in enumerate(planned.ranks)},
         envs=environments,
         logs_specs=streams,
-        log_line_prefixes={r.rank: f"[rank {r.rank}] " for r in planned.ranks},
+        log_line_prefixes={i: f"[rank {r.rank}] " for i, r in enumerate(planned.ranks)},
         numa_options=numa,
     )

@@ -9,9 +9,10 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from paceline.config import Origin
 from paceline.environment.host import core_count
-from paceline.environment.world import World
-from paceline.errors import ConfigError, NotBuiltError, Problem, UsageError, WorldError
+from paceline.environment.world import DEFAULT_PORT, World
+from paceline.errors import ConfigError, Problem, UsageError, WorldError
 from paceline.launch.command import check_command
 from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
 
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from paceline.config import Resolved, RunConfig
     from paceline.launch.command import Command
 
-__all__ = ["Plan", "PlannedRank", "engine_variables", "plan", "refuse_inside_a_launch", "thread_variables"]
+__all__ = [
+    "Plan",
+    "PlannedRank",
+    "engine_variables",
+    "local_size",
+    "meeting_place",
+    "place",
+    "plan",
+    "refuse_inside_a_launch",
+    "thread_variables",
+]
 
 _WORKER = "paceline.launch.worker"
 
@@ -37,7 +48,7 @@ class PlannedRank:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a launch will start.
+    """What a launch will start on this machine.
 
     Attributes:
         ranks: One entry for each process.
@@ -45,6 +56,8 @@ class Plan:
         address: Where the ranks meet.
         port: The port there; 0 stands for a free one, chosen when the launch begins.
         max_restarts: How often failed ranks are started again.
+        machine: Which machine this is.
+        machines: How many ranks each machine has, in their order, as far as this one knows.
     """
 
     ranks: tuple[PlannedRank, ...]
@@ -52,6 +65,13 @@ class Plan:
     address: str
     port: int
     max_restarts: int = 0
+    machine: int = 0
+    machines: tuple[int, ...] = (1,)
+
+    @property
+    def first(self) -> int:
+        """The lowest rank of this machine."""
+        return self.ranks[0].rank
 
     def as_dict(self) -> dict[str, object]:
         """Return the plan as plain values that JSON can hold."""
@@ -59,6 +79,8 @@ class Plan:
             "address": self.address,
             "port": self.port,
             "max_restarts": self.max_restarts,
+            "machine": self.machine,
+            "machines": list(self.machines),
             "variables": dict(self.variables),
             "ranks": [{"rank": r.rank, "command": list(r.command), "variables": dict(r.variables)} for r in self.ranks],
         }
@@ -67,7 +89,8 @@ class Plan:
         """Return the plan as lines that a shell could run, but for the port while it is not chosen."""
         count = len(self.ranks)
         port = f"port {self.port}" if self.port else "a free port"
-        lines = [f"{count} process{'es' if count != 1 else ''} on this machine, meeting at {self.address}, {port}"]
+        whose = f"machine {self.machine} of {len(self.machines)}" if len(self.machines) > 1 else "this machine"
+        lines = [f"{count} process{'es' if count != 1 else ''} on {whose}, meeting at {self.address}, {port}"]
         lines.append("for all:")
         lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         for rank in self.ranks:
@@ -80,50 +103,84 @@ class Plan:
 
 
 def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
-    """Check everything that can be checked without starting a process, and say what would be started.
+    """Check everything that can be checked without starting a process, and say what would be started here.
+
+    Of several machines each is taken to have as many ranks as this one; how many the others really have is known
+    when they have met, and `place` tells.
 
     Raises:
         ConfigError: The configuration does not fit this machine; it holds every problem.
         UsageError: There is nothing to run under that name, or this is a launched process itself.
-        NotBuiltError: More than one machine.
     """
     refuse_inside_a_launch(env)
     check_command(command, env)
-    config = resolved.config
-    if config.num_machines != 1:
-        raise NotBuiltError(
-            f"num_machines={config.num_machines}",
-            "Start the script with torchrun or srun on each machine: paceline reads their variables",
-        )
-    if config.num_processes is None:
-        found = detect(env, config.use_cpu)
-        config = config.model_copy(update=found)
-        resolved = replace(resolved, config=config)
-    problems = list(_problems(resolved))
+    size = local_size(resolved.config, env)
+    problems = list(_problems(resolved, size, env))
     if problems:
         raise ConfigError(problems)
-    size = config.num_processes or 1
-    port = config.main_process_port or 0
-    address = config.main_process_ip or "127.0.0.1"
+    config = resolved.config
+    index = min(config.machine_rank, config.max_machines - 1)
+    return place(resolved, command, env, index, (size,) * config.max_machines)
+
+
+def local_size(config: RunConfig, env: Mapping[str, str]) -> int:
+    """Return how many ranks this machine starts: its share of `num_processes`, or one for each device."""
+    if config.num_processes is None:
+        return int(str(detect(env, config.use_cpu)["num_processes"]))
+    return max(1, config.num_processes // config.max_machines)
+
+
+def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
+    """Return the address and the port where ranks meet; port 0 stands for a free one."""
+    if config.max_machines == 1:
+        return config.main_process_ip or "127.0.0.1", config.main_process_port or 0
+    address = config.main_process_ip or env.get("MASTER_ADDR") or ""
+    return address, config.main_process_port or DEFAULT_PORT
+
+
+def place(
+    resolved: Resolved, command: Command, env: Mapping[str, str], index: int, sizes: tuple[int, ...], **extra: str
+) -> Plan:
+    """Plan the ranks of one machine.
+
+    Args:
+        resolved: The configuration.
+        command: What to run.
+        env: The launcher's environment.
+        index: Which machine this is.
+        sizes: How many ranks each machine has.
+        extra: More variables that all of them get.
+    """
+    total, size, first = sum(sizes), sizes[index], sum(sizes[:index])
+    config = resolved.config.model_copy(update={"num_processes": total})
+    origins = dict(resolved.origins)
+    if config.max_machines > 1:  # what was asked for may be another number: machines differ, come and go
+        origins["num_processes"] = Origin("detected", "the machines that take part")
+    resolved = replace(resolved, config=config, origins=origins)
+    address, port = meeting_place(config, env)
     shared = {
         **_device_variables(config),
         **engine_variables(config),
         **thread_variables(config, size, env),
+        "GROUP_WORLD_SIZE": str(len(sizes)),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": address,
         "PACELINE_CONFIG": resolved.to_json(),
         "TORCHELASTIC_MAX_RESTARTS": str(config.max_restarts),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "WORLD_SIZE": str(size),
+        "WORLD_SIZE": str(total),
         **({"MASTER_PORT": str(port)} if port else {}),
+        **extra,
     }
     line = _command_line(command)
     return Plan(
-        ranks=tuple(PlannedRank(rank, line, _rank_variables(rank)) for rank in range(size)),
+        ranks=tuple(PlannedRank(first + local, line, _rank_variables(first, local, index)) for local in range(size)),
         variables={name: value for name, value in shared.items() if env.get(name) != value},
         address=address,
         port=port,
         max_restarts=config.max_restarts,
+        machine=index,
+        machines=sizes,
     )
 
 
@@ -132,8 +189,8 @@ def _command_line(command: Command) -> tuple[str, ...]:
     return (sys.executable, "-m", _WORKER, *kind, command.script, *command.arguments)
 
 
-def _rank_variables(rank: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+def _rank_variables(first: int, local: int, machine: int) -> dict[str, str]:
+    return {"RANK": str(first + local), "LOCAL_RANK": str(local), "GROUP_RANK": str(machine)}
 
 
 def _device_variables(config: RunConfig) -> dict[str, str]:
@@ -179,10 +236,12 @@ def refuse_inside_a_launch(env: Mapping[str, str]) -> None:
         )
 
 
-def _problems(resolved: Resolved) -> Iterator[Problem]:
+def _problems(resolved: Resolved, size: int, env: Mapping[str, str]) -> Iterator[Problem]:
     config = resolved.config
-    yield from _device_problems(resolved)
-    if config.main_process_port:
+    yield from _device_problems(resolved, size)
+    if config.max_machines > 1:
+        yield from _meeting_problems(resolved, env)
+    elif config.main_process_port:
         reason = _why_port_is_taken(config.main_process_port)
         if reason is not None:
             yield Problem(
@@ -194,8 +253,21 @@ def _problems(resolved: Resolved) -> Iterator[Problem]:
             )
 
 
-def _device_problems(resolved: Resolved) -> Iterator[Problem]:
-    config, size, ids = resolved.config, resolved.config.num_processes or 1, _device_ids(resolved.config)
+def _meeting_problems(resolved: Resolved, env: Mapping[str, str]) -> Iterator[Problem]:
+    config = resolved.config
+    if not meeting_place(config, env)[0]:
+        what = f"no address is given at which {config.max_machines} machines could meet"
+        why = "they meet at machine 0, and none knows which that is"
+        hint = "give --main_process_ip the address of machine 0, on every machine"
+        yield Problem(resolved.origin("num_machines").where, "main_process_ip", what, why, hint)
+    if config.main_process_port == 0:
+        where = resolved.origin("main_process_port").where
+        why = "the other machines would not know which one it became"
+        yield Problem(where, "main_process_port", "0 takes a free port", why, "choose one port for all machines")
+
+
+def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
+    config, ids = resolved.config, _device_ids(resolved.config)
     kind, count = (None, 0) if config.use_cpu else count_accelerators()
     if kind is None and config.distributed_type == "MULTI_GPU":
         yield Problem(

@@ -19,11 +19,15 @@ _SILENT = logging.CRITICAL + 1
 
 
 class RankStreams(LogsSpecs):
-    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another."""
+    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another.
 
-    def __init__(self, folder: Path, *, log_dir: Path | None, tee: bool, attempt: int = 0) -> None:
+    torch elastic numbers the ranks of this machine from 0; in the names of files stands their number among all.
+    """
+
+    def __init__(self, folder: Path, *, log_dir: Path | None, tee: bool, attempt: int = 0, first: int = 0) -> None:
         super().__init__(log_dir=str(log_dir or folder))
         self._folder = folder
+        self._first = first
         self._to_files = log_dir is not None or tee
         self._tee_to_console = tee
         self._suffix = f".attempt_{attempt}" if attempt else ""
@@ -36,7 +40,7 @@ class RankStreams(LogsSpecs):
 
     def error_file(self, rank: int) -> Path:
         """Return the file in which a rank leaves its account of a failure."""
-        return self._folder / f"rank_{rank}.json"
+        return self._folder / f"rank_{self._first + rank}.json"
 
     def fault_file(self, rank: int) -> Path:
         """Return the file in which Python notes where it was when a signal ended it."""
@@ -64,7 +68,7 @@ class RankStreams(LogsSpecs):
         )
 
     def _stream(self, rank: int, kind: str) -> str:
-        return str(self._logs / f"rank_{rank}{self._suffix}.{kind}")
+        return str(self._logs / f"rank_{self._first + rank}{self._suffix}.{kind}")
 
 
 @contextlib.contextmanager

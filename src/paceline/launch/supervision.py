@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from paceline.launch.streams import RankStreams
 
-__all__ = ["Outcome", "Signals", "Times", "supervise"]
+__all__ = ["Elsewhere", "Outcome", "Signals", "Times", "supervise"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -38,6 +38,7 @@ _SETTLE = 3.0
 # Signals after which a run may save its state before it ends.
 _POLITE = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _KILL_PATIENCE = 3
+Elsewhere = Literal["", "end", "save"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,17 @@ class _Ranks:
         )
 
 
-def supervise(context: PContext, streams: RankStreams, signals: Signals, times: Times) -> Outcome:
+def _nothing() -> Elsewhere:
+    return ""
+
+
+def supervise(
+    context: PContext,
+    streams: RankStreams,
+    signals: Signals,
+    times: Times,
+    elsewhere: Callable[[], Elsewhere] = _nothing,
+) -> Outcome:
     """Wait until all ranks have ended, ending the others once one has failed or a signal has come.
 
     Args:
@@ -162,6 +173,7 @@ def supervise(context: PContext, streams: RankStreams, signals: Signals, times: 
         streams: Where their output goes.
         signals: That came to the launcher.
         times: How long to wait for what.
+        elsewhere: What happened on other machines: "end" ends the ranks, "save" lets them save their state first.
     """
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
@@ -178,13 +190,15 @@ def supervise(context: PContext, streams: RankStreams, signals: Signals, times: 
             ranks.poll()
         return True
 
-    wait_for(lambda: bool(signals.received or ranks.failed() or not ranks.running()))
+    wait_for(lambda: bool(signals.received or ranks.failed() or not ranks.running() or elsewhere()))
     if not signals.received and ranks.failed():
         wait_for(lambda: bool(signals.received or _has_cause(ranks)), _SETTLE)
     hint = memory.hint()
     stopped_at = time.time()
     stopped = ranks.running()
     asked = signals.received[0] if signals.received else None
+    if asked is None and not ranks.failed() and elsewhere() == "save":
+        asked = signal.SIGTERM
     patience = times.patience
     if stopped:
         before = len(signals.received)
@@ -192,12 +206,12 @@ def supervise(context: PContext, streams: RankStreams, signals: Signals, times: 
             # Ranks that listen save their state first; the others end at once.
             _signal_ranks(ranks, asked)
             patience = max(patience, times.grace)
-        elif not (asked is None and _make_room(ranks)):
+        elif not (asked is None and ranks.failed() and _make_room(ranks)):
             _signal_all(ranks, asked or signal.SIGTERM)
         wait_for(lambda: not ranks.running() or len(signals.received) > before, patience)
     context.close(death_sig=signal.SIGKILL, timeout=_KILL_PATIENCE)
     ranks.poll()
-    if signals.received or ranks.failed():
+    if signals.received or stopped or ranks.failed():
         _kill_sessions({process.pid for process in processes.values()})
     if signals.received and not _made_room(ranks):
         return Outcome(signal=signals.received[0])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from paceline.config import Origin, Resolved, RunConfig
-from paceline.errors import ConfigError, NotBuiltError, UsageError
+from paceline.config import Origin, Resolved, RunConfig, with_arguments
+from paceline.errors import ConfigError, UsageError
 from paceline.launch import Command, Plan, detect, plan, planning
 from tests.support.ranks import free_port
 
@@ -118,9 +118,39 @@ def test_a_launch_inside_a_launch(script: Command) -> None:
         plan(resolved(num_processes=1), script, env)
 
 
-def test_several_machines_are_not_built(script: Command) -> None:
-    with pytest.raises(NotBuiltError, match="num_machines=2"):
-        plan(resolved(num_processes=2, num_machines=2), script, {})
+def test_a_machine_among_several(script: Command, no_devices: None) -> None:
+    settings = resolved(num_processes=4, num_machines=2, machine_rank=1, main_process_ip="10.0.0.1")
+    planned = plan(settings, script, {})
+    assert [r.variables for r in planned.ranks] == [
+        {"RANK": "2", "LOCAL_RANK": "0", "GROUP_RANK": "1"},
+        {"RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1"},
+    ]
+    shown = {name: planned.variables[name] for name in planned.variables if name.endswith(("SIZE", "ADDR", "PORT"))}
+    assert shown == {
+        "GROUP_WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.0.0.1",
+        "MASTER_PORT": "29500",
+        "WORLD_SIZE": "4",
+    }
+    assert str(planned).startswith("2 processes on machine 1 of 2, meeting at 10.0.0.1, port 29500\n")
+
+
+def test_machines_of_other_sizes(script: Command, no_devices: None) -> None:
+    settings = resolved(num_machines="1:4", rdzv_backend="c10d", main_process_ip="10.0.0.1")
+    planned = planning.place(settings, script, {}, 1, (1, 2, 3), GLOO_SOCKET_IFNAME="eth0")
+    assert [r.rank for r in planned.ranks] == [1, 2]
+    assert (planned.variables["WORLD_SIZE"], planned.variables["GLOO_SOCKET_IFNAME"]) == ("6", "eth0")
+    sent = Resolved.from_json(planned.variables["PACELINE_CONFIG"])
+    assert (sent.config.num_processes, sent.config.num_machines) == (6, "1:4")
+    assert with_arguments(sent, {}).config == sent.config
+
+
+def test_several_machines_need_an_address_and_a_port(script: Command, no_devices: None) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan(resolved(num_processes=2, num_machines=2, main_process_port=0), script, {})
+    assert {problem.key for problem in error.value.problems} == {"main_process_ip", "main_process_port"}
+    assert plan(resolved(num_processes=2, num_machines=2), script, {"MASTER_ADDR": "head"}).address == "head"
 
 
 def test_an_open_number_of_processes_is_detected(script: Command, no_devices: None) -> None:

@@ -46,7 +46,12 @@ class Situation:
     def default_processes(self) -> int:
         """What a launch would start on each machine, times the machines."""
         per_machine = self.devices if self.machine.devices and self.devices else min(2, self.machine.processes)
-        return int(max(1, per_machine) * self.value("num_machines"))
+        return max(1, per_machine) * self.machines
+
+    @property
+    def machines(self) -> int:
+        """How many machines can take part."""
+        return int(str(self.value("num_machines")).rpartition(":")[2])
 
     def problems(self, answers: Mapping[str, object]) -> set[Problem]:
         """What would be wrong with these answers as a configuration."""
@@ -132,7 +137,12 @@ def _cannot(key: str, choice: object, now: Situation) -> bool:
 
 
 def _several_machines(now: Situation) -> bool:
-    return bool(now.value("num_machines") > 1)
+    return now.machines > 1
+
+
+def _rendezvous(now: Situation) -> object:
+    """A range of machines needs the rendezvous that lets them come and go."""
+    return "c10d" if ":" in str(now.value("num_machines")) else "static"
 
 
 def _strategy(name: str) -> When:
@@ -167,7 +177,7 @@ def _device_list(now: Situation) -> object:
 
 
 def _chooses_devices(now: Situation) -> bool:
-    return now.value("num_machines") == 1 and 0 < now.processes < now.devices
+    return now.machines == 1 and 0 < now.processes < now.devices
 
 
 _DS_FILE: Final = "deepspeed_config.deepspeed_config_file"
@@ -194,7 +204,7 @@ QUESTIONS: Final = (
     Question("machine_rank", _several_machines, lambda now: int(now.machine.env.get("SLURM_NODEID", "0"))),
     Question("main_process_ip", _several_machines, lambda now: now.machine.env.get("MASTER_ADDR")),
     Question("main_process_port", _several_machines, lambda _: 29500),
-    Question("rdzv_backend", _several_machines),
+    Question("rdzv_backend", _several_machines, _rendezvous),
     Question("use_cpu", lambda now: now.machine.devices > 0),
     Question(
         "num_processes",

@@ -1,0 +1,131 @@
+"""Signs of life between launchers, and what happened on other machines, seen by one thread.
+
+A store on the other side of a cut line does not answer, and nothing can end such a call. So the thread that
+watches the ranks never makes one: it looks at what this one saw last, and at how long ago that was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch._C._distributed_c10d import Store
+
+    from paceline.config.rendezvous import RendezvousOptions
+    from paceline.launch.supervision import Elsewhere
+
+__all__ = ["Vigil"]
+
+_LOOK = 0.3
+
+
+class Vigil:
+    """Beats for this launcher, and listens for the others."""
+
+    def __init__(self, store: Store, token: str, options: RendezvousOptions) -> None:
+        self._store = store
+        self._token = token
+        self._options = options
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="paceline-vigil", daemon=True)
+        self._contact = time.monotonic()
+        self._broken = ""
+        self._beats = 0
+        self._heard: dict[str, tuple[bytes, float]] = {}
+        self._peers: tuple[str, ...] = ()
+        self._stop = ""
+        self._stopped = False
+        self._waiting: Callable[[], int] | None = None
+        self._joiners = False
+        self._thread.start()
+
+    def watch(self, peers: Iterable[str], stop: str, waiting: Callable[[], int] | None) -> None:
+        """Look after one round.
+
+        Args:
+            peers: Tokens of the other launchers of the round.
+            stop: The key that one of them writes when its ranks have failed.
+            waiting: How many machines wait to take part; None when none can.
+        """
+        now = time.monotonic()
+        self._heard = dict.fromkeys(peers, (b"", now))
+        self._peers = tuple(self._heard)
+        self._stopped = self._joiners = False
+        self._stop, self._waiting = stop, waiting
+
+    def rest(self) -> None:
+        """Look after no round; go on beating."""
+        self._stop, self._peers, self._waiting = "", (), None
+
+    def close(self) -> None:
+        """Stop beating; a thread that hangs in a dead line is left to it."""
+        self._end.set()
+        self._thread.join(timeout=2.0)
+
+    @property
+    def cut_off(self) -> str:
+        """Why the store of machine 0 cannot be reached; empty while it can."""
+        if self._broken:
+            return self._broken
+        silent = time.monotonic() - self._contact
+        return f"no answer from it for {silent:.0f} s" if silent > self._options.lost_after else ""
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Tokens of launchers that gave no sign of life for too long, and that in words."""
+        now = time.monotonic()
+        late = {token: now - heard for token, (_, heard) in list(self._heard.items()) if token in self._peers}
+        return {
+            token: f"nothing was heard from it for {silent:.0f} s"
+            for token, silent in late.items()
+            if silent > self._options.lost_after
+        }
+
+    @property
+    def regroup(self) -> bool:
+        """Whether another machine wants to take part."""
+        return self._joiners
+
+    def elsewhere(self) -> Elsewhere:
+        """What other machines mean for the ranks of this one."""
+        if self._stopped or self.cut_off or self.lost:
+            return "end"
+        return "save" if self._joiners else ""
+
+    def _run(self) -> None:
+        next_beat = 0.0
+        while not self._end.wait(_LOOK):
+            try:
+                beat = time.monotonic() >= next_beat
+                if beat:
+                    next_beat = time.monotonic() + self._options.keep_alive_interval
+                self._look(beat)
+            except Exception as error:
+                # DistError and the errors of the rendezvous: all mean that the store is gone.
+                with contextlib.suppress(Exception):
+                    self._broken = f"its launcher is gone ({str(error).partition(chr(10))[0][:80]})"
+                return
+            self._contact = time.monotonic()
+
+    def _look(self, beat: bool) -> None:
+        if beat:
+            self._beats += 1
+            self._store.set(f"beat/{self._token}", str(self._beats))
+            for token in self._peers:
+                self._listen(token)
+        stop, waiting = self._stop, self._waiting
+        if stop and not self._stopped:
+            self._stopped = self._store.check([stop])
+        if beat and stop and waiting is not None:
+            self._joiners = waiting() > 0
+
+    def _listen(self, token: str) -> None:
+        key = f"beat/{token}"
+        value = self._store.get(key) if self._store.check([key]) else b""
+        if token not in self._heard or self._heard[token][0] != value:
+            self._heard[token] = (value, time.monotonic())

@@ -47,6 +47,7 @@ def launch(
     env: Mapping[str, str],
     log_dir: Path | None = None,
     tee: bool = False,
+    pipes: Path | None = None,
     shutdown_timeout: float = 5.0,
     grace_period: float = 300.0,
 ) -> None:
@@ -61,6 +62,7 @@ def launch(
         env: The environment that the ranks inherit.
         log_dir: Folder for `rank_0.out`, `rank_0.err` and so on; the console then stays empty.
         tee: Write each rank's lines to the console too, with the rank before them.
+        pipes: Folder of pipes into which each rank writes in place of the console; see `notebook_launcher`.
         shutdown_timeout: Seconds from asking ranks to end to killing them.
         grace_period: The same after SIGTERM or SIGUSR1, on which ranks may save their state first.
 
@@ -77,7 +79,7 @@ def launch(
     run_id = uuid.uuid4().hex[:12]
     for attempt in range(planned.max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
-            streams = RankStreams(Path(folder), log_dir=log_dir, tee=tee, attempt=attempt)
+            streams = RankStreams(Path(folder), log_dir=log_dir, tee=tee, attempt=attempt, pipes=pipes)
             times = Times(shutdown_timeout, grace_period, config.monitor_interval)
             outcome = _run_once(planned, env, streams, run_id, attempt, numa, times)
         if outcome.signal is not None:

@@ -19,12 +19,23 @@ _SILENT = logging.CRITICAL + 1
 
 
 class RankStreams(LogsSpecs):
-    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another."""
+    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another.
 
-    def __init__(self, folder: Path, *, log_dir: Path | None, tee: bool, attempt: int = 0) -> None:
+    Args:
+        folder: For the accounts.
+        log_dir: For the output; None leaves it on the console.
+        tee: Show the lines on the console as well.
+        attempt: How often the ranks were started before.
+        pipes: A folder that holds a pipe of those names for each stream, which somebody reads.
+    """
+
+    def __init__(
+        self, folder: Path, *, log_dir: Path | None, tee: bool, attempt: int = 0, pipes: Path | None = None
+    ) -> None:
         super().__init__(log_dir=str(log_dir or folder))
         self._folder = folder
-        self._to_files = log_dir is not None or tee
+        self._pipes = pipes
+        self._to_files = log_dir is not None or tee or pipes is not None
         self._tee_to_console = tee
         self._suffix = f".attempt_{attempt}" if attempt else ""
         self._logs = log_dir or folder
@@ -40,7 +51,8 @@ class RankStreams(LogsSpecs):
 
     def log(self, rank: int) -> str:
         """Return the file that alone holds the rank's error output; empty when the console shows it."""
-        return self._stream(rank, "err") if self._to_files and not self._tee_to_console else ""
+        hidden = self._to_files and self._pipes is None and not self._tee_to_console
+        return self._stream(rank, "err") if hidden else ""
 
     def variables(self, rank: int) -> dict[str, str]:
         """Return the variables that go with this: into files, python's output would come late, or never."""
@@ -60,6 +72,8 @@ class RankStreams(LogsSpecs):
         )
 
     def _stream(self, rank: int, kind: str) -> str:
+        if self._pipes is not None:
+            return str(self._pipes / f"rank_{rank}.{kind}")
         return str(self._logs / f"rank_{rank}{self._suffix}.{kind}")
 
 

@@ -65,7 +65,7 @@ def test_a_function_of_main_on_ranks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
     *printed, last = done.stdout.splitlines()
     told = json.loads(last)
-    assert sorted(printed) == ["from 0", "from 1"]
+    assert {"from 0", "from 1"} <= set(printed), printed
     assert told["results"] == [[True, 0, [2.0, 2.0]], [True, 1, [2.0, 2.0]]]
     assert told["failed"].startswith("WorkerError: rank 0: ")
     assert told["failed"].endswith("raise KeyError(\"no such thing\")\nKeyError: 'no such thing'\n"), told["failed"]

@@ -14,13 +14,15 @@ from paceline.cli.comparison import BASES, Training, compare, explain
 from paceline.cli.runs import Runs
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
-from paceline.config import Recording, Resolved, RunConfig
+from paceline.cli.variants import alone
+from paceline.config import Recording
 from paceline.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from paceline.cli.comparison import Difference
+    from paceline.config import Resolved
 
 _HELP = """Check that SCRIPT trains the same on several processes as on one with the same global batch.
 
@@ -47,8 +49,6 @@ Each run has an empty folder of its own as working directory. Name what the scri
 script's own arguments {folder} stands for that folder.
 """
 
-# What says how several processes share the work; one process alone needs none of it.
-_LAYOUT = ("distributed_type", "strategy", "ddp_config", "fsdp_config", "parallelism_config", "num_processes")
 _SHOWN = 6
 
 
@@ -100,21 +100,10 @@ def command(
     sys.exit(0 if fine else 1)
 
 
-def _alone(resolved: Resolved) -> Resolved:
-    """The same configuration for one process: nothing of how several share the work, except an engine's own file."""
-    config = resolved.config
-    left_out = set(_LAYOUT)
-    if config.strategy == "deepspeed":
-        left_out = {"num_processes"}
-    values = {name: getattr(config, name) for name in config.model_fields_set - left_out}
-    origins = {key: origin for key, origin in resolved.origins.items() if key.partition(".")[0] not in left_out}
-    return replace(resolved, config=RunConfig(**values, num_processes=1), origins=origins)
-
-
 def _check(runs: Runs, recording: Recording, tolerance: float | None) -> bool:
     """Run twice and compare; print what was found."""
     ranks = runs.resolved.config.num_processes or 1
-    one = _run(runs, "one", replace(recording, plays=ranks), _alone(runs.resolved))
+    one = _run(runs, "one", replace(recording, plays=ranks), alone(runs.resolved))
     several = _run(runs, "several", recording, runs.resolved) if one is not None else None
     if one is None or several is None:
         return False

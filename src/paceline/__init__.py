@@ -33,7 +33,9 @@ _HOME = {
     "TrainerState": "paceline.trainer",
     "TrainingArguments": "paceline.trainer",
     "__version__": "paceline.version",
+    "debug_launcher": "paceline.launch",
     "get_logger": "paceline.environment.logging",
+    "notebook_launcher": "paceline.launch",
     "set_seed": "paceline.environment.seeding",
     "skip_first_batches": "paceline.data",
 }
@@ -63,7 +65,9 @@ __all__ = [
     "TrainerState",
     "TrainingArguments",
     "__version__",
+    "debug_launcher",
     "get_logger",
+    "notebook_launcher",
     "set_seed",
     "skip_first_batches",
 ]
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
     from paceline.environment.logging import get_logger
     from paceline.environment.seeding import set_seed
     from paceline.errors import PacelineError
+    from paceline.launch import debug_launcher, notebook_launcher
     from paceline.strategies import DistributedType
     from paceline.strategies.dummies import DummyOptim, DummyScheduler
     from paceline.trainer import (

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     )
     from paceline.precision import LossScaler
     from paceline.preemption import Preemption
-    from paceline.recording import Recorder
+    from paceline.recording import ParityRecorder, Recorder
     from paceline.shortage import Holdings
     from paceline.strategies import DistributedType, Surroundings
 
@@ -183,16 +183,18 @@ class Accelerator(Reporting, Ranks):
         chosen = choose_trackers(log_with, folder)
         return Trackers(chosen, folder, is_main=self.is_main_process, is_asked=log_with is not None)
 
-    def _start_recording(self) -> Recorder | None:
-        """Note what this run does, where `paceline verify-resume` asked for it."""
-        recording = self._parts.resolved.recording
+    def _start_recording(self) -> Recorder | ParityRecorder | None:
+        """Note what this run does, where `paceline verify-resume` or `paceline parity` asked for it."""
+        recording, group = self._parts.resolved.recording, self._parts.group
         if recording is None:
             return None
-        from paceline.recording import Recorder
+        from paceline.recording import ParityRecorder, Recorder
 
-        recorder = Recorder(
-            recording, self._parts.group, lambda: max((o.num_steps for o in self._optimizers), default=0)
-        )
+        recorder: Recorder | ParityRecorder
+        if recording.parity:
+            recorder = ParityRecorder(recording, group, self, self._models, self._optimizers)
+        else:
+            recorder = Recorder(recording, group, lambda: max((o.num_steps for o in self._optimizers), default=0))
         self._loaders.watch = recorder.note_batch
         return recorder
 
@@ -328,6 +330,7 @@ class Accelerator(Reporting, Ranks):
             device=self.device if place else None,
             config=self.dataloader_config,
             active=self._loaders,
+            plays=1 if self._parts.resolved.recording is None else self._parts.resolved.recording.plays,
         )
         if saved and prepared not in self._dataloaders:
             self._dataloaders.append(prepared)
@@ -386,12 +389,15 @@ class Accelerator(Reporting, Ranks):
         return min((size for size in sizes if size is not None), default=None)
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
+        before_step = self._checkpointing.before_step
+        if self._recorder is not None:
+            before_step = self._recorder.watching(before_step, len(self._optimizers))
         wrapper = AcceleratedOptimizer(
             optimizer,
             window=self._window,
             scaler=self.scaler,
             first_step=self._check_first_step,
-            before_step=self._checkpointing.before_step,
+            before_step=before_step,
         )
         self._optimizers.append(wrapper)
         return wrapper
@@ -544,7 +550,7 @@ class Accelerator(Reporting, Ranks):
             SteppingError: Weighted and unweighted losses in one window.
         """
         if self._recorder is not None:
-            self._recorder.note_loss(loss)
+            self._recorder.note_loss(loss, weight)
         scale = self._window.scale_of(loss, weight)
         if self.scaler is not None:
             loss = self.scaler.scale(loss)
@@ -567,7 +573,10 @@ class Accelerator(Reporting, Ranks):
             SteppingError: Called before the accumulation window ends.
         """
         parameters = self._closed("clip_grad_norm_", parameters)
-        return self.strategy.clip_norm(parameters, float(max_norm), float(norm_type))
+        norm = self.strategy.clip_norm(parameters, float(max_norm), float(norm_type))
+        if self._recorder is not None:
+            self._recorder.note_norm(norm, norm_type)
+        return norm
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp every element of every gradient to [-clip_value, clip_value].

@@ -21,6 +21,8 @@ _COMMANDS = {
         "paceline.cli.verify_resume",
         "Kill a script, resume it, and compare it with a run never killed.",
     ),
+    "test": ("paceline.cli.test", "Try this installation out: a small training with known answers."),
+    "parity": ("paceline.cli.parity", "Compare a script on several processes with the same script on one."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
     "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
 }

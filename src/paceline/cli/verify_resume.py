@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 import tempfile
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.runs import Runs
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.config import Recording
-from paceline.errors import UsageError, WorkerError
+from paceline.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from paceline.config import Resolved
-    from paceline.launch import Command
+    from paceline.errors import WorkerError
 
 _HELP = """Check that SCRIPT resumes exactly: run it, kill it with SIGKILL, run it again, and compare.
 
@@ -85,81 +81,24 @@ def command(
 
     what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
     with tempfile.TemporaryDirectory(prefix="paceline_verify_") as made:
-        runs = _Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in link))
+        runs = Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in link))
         fine = _check(runs, steps, kill_at, tolerance)
     sys.exit(0 if fine else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """Starts runs of one script in folders of their own."""
-
-    root: Path
-    resolved: Resolved
-    command: Command
-    links: tuple[Path, ...]
-
-    def start(self, where: str, name: str, stop_at: int, kill_at: int | None = None) -> WorkerError | None:
-        """Run the script in the folder `where`; return its failure, if it failed.
-
-        What it prints goes to files, what it records to a folder `name` beside them.
-        """
-        home = self.root / where
-        work = home / "work"
-        if not work.is_dir():
-            work.mkdir(parents=True)
-            for path in self.links:
-                (work / path.name).symlink_to(path)
-        recording = Recording(str(home / name), stop_at, kill_at)
-        arguments = tuple(word.replace("{folder}", str(work)) for word in self.command.arguments)
-        from paceline.launch import launch
-
-        try:
-            with _inside(work):
-                launch(
-                    replace(self.resolved, recording=recording),
-                    replace(self.command, arguments=arguments),
-                    env=os.environ,
-                    log_dir=home / f"{name}_output",
-                )
-        except WorkerError as failure:
-            return failure
-        return None
-
-    def notes(self, where: str, name: str) -> dict[Key, dict[str, Any]]:
-        """What one run recorded."""
-        found: dict[Key, dict[str, Any]] = {}
-        for path in sorted((self.root / where / name).glob("rank-*.jsonl")):
-            rank = int(path.stem.removeprefix("rank-"))
-            for line in path.read_text(encoding="utf-8").splitlines():
-                note = json.loads(line)
-                found[rank, note["step"], note["micro"]] = note
-        return found
-
-
-@contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def _check(runs: _Runs, steps: int, kill_at: int, tolerance: float) -> bool:
+def _check(runs: Runs, steps: int, kill_at: int, tolerance: float) -> bool:
     """Run three times and compare; print what was found."""
-    failure = runs.start("straight", "run", steps)
-    straight = runs.notes("straight", "run")
+    failure = runs.start("straight", "run", Recording("", steps))
+    straight = _notes(runs, "straight", "run")
     if failure is not None or not straight:
         return _fail("the run without a break failed" if failure else "the run recorded no backward pass", failure)
     ranks = 1 + max(rank for rank, _, _ in straight)
     click.echo(f"ran      {_steps(straight)} steps on {ranks} rank{'s' if ranks > 1 else ''} without a break")
-    if runs.start("killed", "before", steps, kill_at) is None:
+    if runs.start("killed", "before", Recording("", steps, kill_at)) is None:
         return _fail(f"the run ended before step {kill_at}; there was nothing to kill", None)
     click.echo(f"killed   rank {ranks - 1} with SIGKILL before its step {kill_at + 1}")
-    failure = runs.start("killed", "after", steps)
-    before, after = runs.notes("killed", "before"), runs.notes("killed", "after")
+    failure = runs.start("killed", "after", Recording("", steps))
+    before, after = _notes(runs, "killed", "before"), _notes(runs, "killed", "after")
     if failure is not None or not after:
         return _fail("the run that should have resumed failed", failure)
     begun = min(step for _, step, _ in after)
@@ -181,6 +120,12 @@ def _check(runs: _Runs, steps: int, kill_at: int, tolerance: float) -> bool:
     how = "to the bit" if tolerance == 0 else f"within {tolerance:g}"
     click.echo(f"PASS     {len(before) + len(after)} batches and losses are those of the run without a break, {how}")
     return True
+
+
+def _notes(runs: Runs, where: str, name: str) -> dict[Key, dict[str, Any]]:
+    """What one run recorded."""
+    lines = runs.notes(where, name)
+    return {(rank, note["step"], note["micro"]): note for rank, notes in lines.items() for note in notes}
 
 
 def _steps(notes: Mapping[Key, Any]) -> int:

@@ -6,6 +6,7 @@ from paceline.config.base import Section
 from paceline.config.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 from paceline.config.deepspeed import DeepSpeedPlugin
 from paceline.config.dynamo import TorchDynamoPlugin
+from paceline.config.force import in_force
 from paceline.config.fp8 import FP8Config
 from paceline.config.fsdp import FullyShardedDataParallelPlugin
 from paceline.config.kwargs import (
@@ -48,6 +49,7 @@ __all__ = [
     "TorchDynamoPlugin",
     "default_config_file",
     "find_config_file",
+    "in_force",
     "is_accelerates",
     "options",
     "resolve",

@@ -9,6 +9,7 @@ from paceline.config.base import Fault, Section, slots, slots_by_field
 from paceline.config.checks import Facts, find_problems
 from paceline.config.deepspeed import DeepSpeedPlugin
 from paceline.config.deepspeed_json import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
+from paceline.config.force import handed_over
 from paceline.config.fsdp import FullyShardedDataParallelPlugin
 from paceline.config.fsdp1 import translate
 from paceline.config.layers import (
@@ -107,6 +108,9 @@ def worker_config(env: Mapping[str, str]) -> Resolved:
     Raises:
         ConfigError: PACELINE_CONFIG is not the launcher's, or a PACELINE_ variable is wrong.
     """
+    inside = handed_over()
+    if inside is not None:
+        return inside
     handed = env.get("PACELINE_CONFIG")
     if handed:
         return Resolved.from_json(handed)

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What `paceline verify-resume` asks of a run.
+    """What `paceline verify-resume` and `paceline parity` ask of a run.
 
     Attributes:
         folder: Where each rank writes its notes.
         stop_at: Optimizer steps after which the run ends.
         kill_at: Optimizer steps after which the last rank kills itself; None for never.
+        parity: Whether gradient norms, learning rates and weights are noted too.
+        plays: How many ranks' batches the run, which has one process, gets as one.
+        keep_dropout: Whether dropout drops; what it drops is drawn by each rank for itself.
     """
 
     folder: str
     stop_at: int
     kill_at: int | None = None
+    parity: bool = False
+    plays: int = 1
+    keep_dropout: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from paceline.collectives import Group, SoloGroup
 from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed
+from paceline.data.joined import JoinedSharding
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.order import order_source, own_generators, size_of
 from paceline.data.plan import Layout
@@ -42,6 +44,7 @@ def prepare_loader(
     device: torch.device | None,
     config: DataLoaderConfiguration,
     active: ActiveLoaders,
+    plays: int = 1,
 ) -> PreparedDataLoader:
     """Make a loader that yields this rank's part of what `loader` yields.
 
@@ -57,6 +60,7 @@ def prepare_loader(
         device: Where batches go; None leaves them where the loader puts them.
         config: The settings.
         active: Where passes are noted.
+        plays: How many ranks' batches this process gets as one; only where it is alone.
 
     Raises:
         DataError: The loader cannot be shared out, or it yields nothing.
@@ -69,7 +73,7 @@ def prepare_loader(
             "Which batches a rank gets is decided by prepare, so that there was nothing to skip yet",
             "Prepare the loader first, then skip its first batches",
         )
-    return _Preparation(loader, group, device, config).build(active)
+    return _Preparation(loader, group, device, config, plays).build(active)
 
 
 class _Preparation:
@@ -81,8 +85,12 @@ class _Preparation:
         group: Group,
         device: torch.device | None,
         config: DataLoaderConfiguration,
+        plays: int,
     ) -> None:
         self.loader = loader
+        self.plays = plays
+        # Among how many ranks a global batch is dealt out.
+        self.ranks = group.size * plays
         self.group = group
         self.device = device
         self.config = config
@@ -170,7 +178,10 @@ class _Preparation:
             return self._foreign(), own
         if self.iterable:
             return self._stream(settings), own
-        sampler = ShardedBatchSampler(self._sharding(self.group), self._batches(), single=self._is_single())
+        sharding = self._sharding(self.group)
+        if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
+            sharding = JoinedSharding(sharding, self.plays, self.group)
+        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)
         unbatched = self.loader.batch_sampler is None
@@ -186,9 +197,9 @@ class _Preparation:
 
     def _layout(self, rows: int | None, *, drop_last: bool) -> Layout:
         if rows and self.split:
-            rows = split_rows(rows, self.group.size)
-        self.rows = rows or None
-        self.layout = Layout(rows=rows or 0, size=self.group.size, even=self.config.even_batches, drop_last=drop_last)
+            rows = split_rows(rows, self.ranks)
+        self.rows = rows * self.plays if rows else None
+        self.layout = Layout(rows=rows or 0, size=self.ranks, even=self.config.even_batches, drop_last=drop_last)
         return self.layout
 
     def _sharding(self, group: Group) -> Sharding:
@@ -213,6 +224,9 @@ class _Preparation:
 
     def _stream(self, settings: dict[str, Any]) -> Reading:
         layout = self._layout(self.loader.batch_size, drop_last=self.loader.drop_last)
+        if self.plays > 1:
+            # What several readers would take in turns, one takes in a row.
+            layout = self.layout = replace(layout, rows=self.rows or 0, size=1)
         dataset, note = self._split_stream()
         reader = self._reader(settings, dataset, batch_size=layout.rows or None)
         return self._with_generator(StreamReading(reader, layout, self.group, note), reader)

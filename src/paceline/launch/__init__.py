@@ -13,9 +13,20 @@ if TYPE_CHECKING:
     from paceline.launch.detection import detect
     from paceline.launch.launcher import launch
     from paceline.launch.machines import launch_machines, plan_machines
+    from paceline.launch.notebook import debug_launcher, notebook_launcher
     from paceline.launch.planning import Plan, plan
 
-__all__ = ["Command", "Plan", "detect", "launch", "launch_machines", "plan", "plan_machines"]
+__all__ = [
+    "Command",
+    "Plan",
+    "debug_launcher",
+    "detect",
+    "launch",
+    "launch_machines",
+    "notebook_launcher",
+    "plan",
+    "plan_machines",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -32,6 +43,10 @@ def __getattr__(name: str) -> object:
             from paceline.launch import machines
 
             return getattr(machines, name)
+        case "debug_launcher" | "notebook_launcher":
+            from paceline.launch import notebook
+
+            return getattr(notebook, name)
         case "detect":
             from paceline.launch.detection import detect
 

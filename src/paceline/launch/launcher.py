@@ -43,6 +43,7 @@ def launch(
     env: Mapping[str, str],
     log_dir: Path | None = None,
     tee: bool = False,
+    pipes: Path | None = None,
     shutdown_timeout: float = 5.0,
     grace_period: float = 300.0,
 ) -> None:
@@ -57,6 +58,7 @@ def launch(
         env: The environment that the ranks inherit.
         log_dir: Folder for `rank_0.out`, `rank_0.err` and so on; the console then stays empty.
         tee: Write each rank's lines to the console too, with the rank before them.
+        pipes: Folder of pipes into which each rank writes in place of the console; see `notebook_launcher`.
         shutdown_timeout: Seconds from asking ranks to end to killing them.
         grace_period: The same after SIGTERM or SIGUSR1, on which ranks may save their state first.
 
@@ -79,7 +81,12 @@ def launch(
                 current = rounds.next()
                 with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
                     streams = RankStreams(
-                        Path(folder), log_dir=log_dir, tee=tee, attempt=current.number, first=current.plan.first
+                        Path(folder),
+                        log_dir=log_dir,
+                        tee=tee,
+                        attempt=current.number,
+                        first=current.plan.first,
+                        pipes=pipes,
                     )
                     outcome = _run_once(current, env, streams, numa, times)
                 verdict = rounds.conclude(outcome)

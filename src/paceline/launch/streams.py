@@ -22,13 +22,31 @@ class RankStreams(LogsSpecs):
     """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another.
 
     torch elastic numbers the ranks of this machine from 0; in the names of files stands their number among all.
+
+    Args:
+        folder: For the accounts.
+        log_dir: For the output; None leaves it on the console.
+        tee: Show the lines on the console as well.
+        attempt: How often the ranks were started before.
+        first: The number among all of this machine's first rank.
+        pipes: A folder that holds a pipe of those names for each stream, which somebody reads.
     """
 
-    def __init__(self, folder: Path, *, log_dir: Path | None, tee: bool, attempt: int = 0, first: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        log_dir: Path | None,
+        tee: bool,
+        attempt: int = 0,
+        first: int = 0,
+        pipes: Path | None = None,
+    ) -> None:
         super().__init__(log_dir=str(log_dir or folder))
         self._folder = folder
         self._first = first
-        self._to_files = log_dir is not None or tee
+        self._pipes = pipes
+        self._to_files = log_dir is not None or tee or pipes is not None
         self._tee_to_console = tee
         self._suffix = f".attempt_{attempt}" if attempt else ""
         self._logs = log_dir or folder
@@ -48,7 +66,8 @@ class RankStreams(LogsSpecs):
 
     def log(self, rank: int) -> str:
         """Return the file that alone holds the rank's error output; empty when the console shows it."""
-        return self._stream(rank, "err") if self._to_files and not self._tee_to_console else ""
+        hidden = self._to_files and self._pipes is None and not self._tee_to_console
+        return self._stream(rank, "err") if hidden else ""
 
     def variables(self, rank: int) -> dict[str, str]:
         """Return the variables that go with this: into files, python's output would come late, or never."""
@@ -68,6 +87,8 @@ class RankStreams(LogsSpecs):
         )
 
     def _stream(self, rank: int, kind: str) -> str:
+        if self._pipes is not None:
+            return str(self._pipes / f"rank_{rank}.{kind}")
         return str(self._logs / f"rank_{self._first + rank}{self._suffix}.{kind}")
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
+# Frames of these files are not the script's.
+_OWN_FILES = {__file__, str(Path(__file__).with_name("calling.py"))}
 
 # What a rank says when it failed only because another one went away (gloo, NCCL, torch's stores).
 _SECONDARY_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
@@ -215,9 +217,9 @@ def _kind(error: BaseException) -> str:
 
 
 def _own_traceback(error: BaseException) -> TracebackType | None:
-    """Return the traceback from the script's first line on, without the frames of this file."""
+    """Return the traceback from the script's first line on, without the frames that lead there."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OWN_FILES:
         trace = trace.tb_next
     return trace
 

@@ -1,4 +1,4 @@
-"""Notes of what a run did, batch by batch, for `paceline verify-resume`; a run that is not checked has none of it."""
+"""What `paceline verify-resume` compares: batches and losses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,14 @@ class Recorder:
             "content": _digest(batch),
         }
 
-    def note_loss(self, loss: Tensor) -> None:
+    def note_norm(self, norm: Tensor, norm_type: float) -> None:
+        """Leave norms alone."""
+
+    def watching(self, before_step: Callable[[], None], index: int) -> Callable[[], None]:
+        """Leave steps alone."""
+        return before_step
+
+    def note_loss(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
         """Write a line, before the backward pass of a loss; end the run when it has gone far enough."""
         step = self._steps()
         if step >= self._recording.stop_at:

@@ -1,0 +1,1 @@
+"""What `paceline test` runs on every rank."""

@@ -1,0 +1,60 @@
+"""What one check of `paceline test` came to."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from paceline.errors import PacelineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CheckFailed", "Outcome", "run_check"]
+
+
+class CheckFailed(PacelineError):
+    """Something is not as it must be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One check.
+
+    Attributes:
+        section: The way of training that it is about; empty for what all share.
+        name: Of the check.
+        passed: Whether all was as it must be.
+        seconds: How long it took.
+        saw: What was seen.
+        why: Why that is wrong; empty if it passed.
+        todo: What to do; empty if it passed.
+    """
+
+    section: str
+    name: str
+    passed: bool
+    seconds: float
+    saw: str
+    why: str = ""
+    todo: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return asdict(self)
+
+
+def run_check(section: str, name: str, check: Callable[[], str]) -> Outcome:
+    """Run a check, which returns what it saw or raises."""
+    begun = time.perf_counter()
+    try:
+        saw, why, todo, passed = check(), "", "", True
+    except PacelineError as error:
+        saw, why, todo, passed = error.saw or str(error), error.why, error.todo, False
+    except Exception as error:
+        passed = False
+        saw = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        why = "The check itself should not fail"
+        todo = "Run again with --keep FOLDER and read what the ranks printed there"
+    return Outcome(section, name, passed, time.perf_counter() - begun, saw, why, todo)

@@ -21,6 +21,7 @@ _COMMANDS = {
         "paceline.cli.verify_resume",
         "Kill a script, resume it, and compare it with a run never killed.",
     ),
+    "report": ("paceline.cli.report", "Write one HTML page about a run: curves, settings, environment."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
     "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
 }

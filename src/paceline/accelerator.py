@@ -157,6 +157,9 @@ class Accelerator(Reporting, Ranks):
         self.scaler: LossScaler | None = self._parts.scaler
         plugin = accumulation or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
         self._window = Window(plugin, self._loaders, self._parts.group)
+        # Not `self`: what is prepared must go when the script lets go of its Accelerator.
+        window = self._window
+        self._loaders.micro_batches = lambda: window.num_steps
         self._accumulation = Accumulation(self._window, sync_each_batch=plugin.sync_each_batch)
         self._models: list[nn.Module] = []
         self._optimizers: list[AcceleratedOptimizer] = []

@@ -102,6 +102,23 @@ def test_true_takes_the_newest_whole_checkpoint_on_another_number_of_ranks(tmp_p
     ]
 
 
+def test_the_same_step_split_otherwise_goes_on_within_a_pass(tmp_path: Path) -> None:
+    """2 ranks x 4 rows, then 1 rank x 4 rows x 2 micro-batches, then 2 ranks x 2 rows x 2: six steps a pass."""
+    changes = {"save_strategy": "steps", "save_steps": 4, "max_steps": 14, "per_device_train_batch_size": 4}
+    whole, _ = run_on_ranks(2, train, changes, str(tmp_path / "whole"))[0]
+    folder = str(tmp_path / "run")
+    run_on_ranks(2, train, changes, folder)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-12")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-14")
+    [(alone, _)] = run_on_ranks(1, train, {**changes, "save_steps": 2}, str(folder), True)
+    assert farthest(whole, alone) < 1e-6
+    smaller = {**changes, "per_device_train_batch_size": 2}
+    back, _ = run_on_ranks(2, train, smaller, folder, str(tmp_path / "run" / "checkpoint-10"))[0]
+    assert farthest(whole, back) < 1e-6
+    with pytest.raises(AssertionError, match="the samples of an optimizer step must stay the same"):
+        run_on_ranks(1, train, {**smaller, "global_batch_size": 4}, folder, str(tmp_path / "run" / "checkpoint-10"))
+
+
 def best(changes: dict[str, Any], folder: str) -> tuple[str | None, list[str], float, float]:
     saved = {"save_strategy": "steps", "save_steps": 5, "load_best_model_at_end": True, "save_total_limit": 1}
     _, trainer = run({**WHOLE, "learning_rate": 0.3, **saved, **changes}, folder)

@@ -126,6 +126,7 @@ def test_help_comes_at_once() -> None:
         ["config", "default", "--config_file", "new.yaml"],
         ["config", "schema"],
         ["completion", "bash"],
+        ["report", "run"],
         ["launch", "--help"],
     ],
     ids=" ".join,
@@ -135,6 +136,8 @@ def test_commands_that_start_nothing_need_no_torch(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("one.yaml").write_text("num_processes: 1\n", encoding="utf-8")
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text('{"step": 1, "loss": 1}\n', encoding="utf-8")
     loaded = modules_after(call_of(arguments))
     assert "paceline.cli.lazy" in loaded
     assert not {"torch", "numpy", "questionary"} & loaded

@@ -23,6 +23,7 @@ _COMMANDS = {
     ),
     "test": ("paceline.cli.test", "Try this installation out: a small training with known answers."),
     "parity": ("paceline.cli.parity", "Compare a script on several processes with the same script on one."),
+    "report": ("paceline.cli.report", "Write one HTML page about a run: curves, settings, environment."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
     "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
 }

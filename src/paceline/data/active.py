@@ -36,16 +36,22 @@ def _nothing() -> None:
     """Do nothing."""
 
 
+def _one() -> int:
+    return 1
+
+
 class ActiveLoaders:
     """Knows which prepared loader is being iterated; of nested loops, the innermost.
 
     Attributes:
         before_batch: Called before each batch is handed out, in passes in which all ranks get as many.
+        micro_batches: Tells how many batches an optimizer step takes.
         watch: Called with the loader and each batch that it hands out; None costs nothing.
     """
 
     def __init__(self) -> None:
         self.before_batch: Callable[[], None] = _nothing
+        self.micro_batches: Callable[[], int] = _one
         self.watch: Callable[[Any, Any], None] | None = None
         self._passes: list[tuple[object, LoaderInUse]] = []
 

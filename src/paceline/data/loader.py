@@ -273,6 +273,7 @@ class PreparedDataLoader(DataLoader[Any]):
             "seed": self._seed,
             "ranks": self._group.size,
             "rows": self._reading.rows,
+            "micro_batches": self._active.micro_batches(),
             "readers": self._reading.readers,
             "ended": at.ended,
         }
@@ -283,12 +284,12 @@ class PreparedDataLoader(DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass go on at a saved position; a pass that is going on is left alone.
 
-        On another number of ranks the rest of the epoch is seen once, in the same global batches. At the end
-        of an epoch anything may have changed.
+        On another number of ranks the rest of the epoch is seen once, in the same optimizer steps: the global batch
+        may be split otherwise over ranks and micro-batches. At the end of an epoch anything may have changed.
 
         Raises:
             DataError: This is not a position that this release can read, or it lies within an epoch and was
-                saved with another global batch, or in a stream by other readers.
+                saved with other steps, or in a stream by other readers.
         """
         missing = [key for key in ("epoch", "samples", "batches", "seed") if key not in state]
         if missing or state.get("version") != STATE_VERSION:
@@ -307,7 +308,9 @@ class PreparedDataLoader(DataLoader[Any]):
             int(state.get("readers", 0)),
             bool(state.get("ended", False)),
             decode(state.get("stream")),
+            int(state.get("micro_batches", 0)),
         )
+        position = self._reading.recount(position, self._active.micro_batches())
         self._reading.check(position)
         here = (self._group.size, self._reading.rows, self._reading.readers)
         if position.ended and (position.ranks, position.rows, position.readers) != here:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,7 @@ class Position:
         readers: Workers of each of those ranks, 1 if it read by itself; 0 where that is not known.
         ended: Whether the pass had come to its end there.
         stream: State of the stream on this rank, where it has one.
+        micro_batches: How many of those batches made an optimizer step; 0 where that is not known.
     """
 
     epoch: int = 0
@@ -47,6 +48,7 @@ class Position:
     readers: int = 0
     ended: bool = False
     stream: dict[str, Any] | None = None
+    micro_batches: int = 0
 
     @property
     def is_within(self) -> bool:
@@ -87,6 +89,28 @@ class Reading(ABC):
         """Whether positions hold the state of a stream; the same on all ranks."""
         return False
 
+    def recount(self, position: Position, micro_batches: int) -> Position:
+        """The same place counted in batches as they are here, where an optimizer step takes as many samples as it did.
+
+        Between two steps 2 ranks x 16 rows and 1 rank x 16 rows x 2 micro-batches are at the same sample of the same
+        order, so that the steps to come are the same.
+
+        Args:
+            position: Where a pass is to begin.
+            micro_batches: Batches that an optimizer step takes here.
+        """
+        size = self._group.size
+        then, now = position.ranks * (position.rows or 0), size * self.rows
+        same_step = then * position.micro_batches == now * micro_batches
+        if not position.is_within or not then or not now or then == now or not same_step:
+            return position
+        between_steps = position.batches % position.micro_batches == 0
+        # Each reader of a stream reads its own part, which no other rank goes on with.
+        same_readers = self.readers == 0 or position.ranks == size
+        if not between_steps or not same_readers:
+            return position
+        return replace(position, ranks=size, rows=self.rows, batches=position.batches * then // now)
+
     def check(self, position: Position, *, begun: bool = False) -> None:
         """Refuse a position within an epoch from which the same global batches cannot be gone on with.
 
@@ -106,8 +130,8 @@ class Reading(ABC):
         raise DataError(
             f"The position of a loader was saved with {batch_text(then or None, position.ranks)} "
             f"and is loaded with {batch_text(now or None, size)}",
-            "Within an epoch the global batch must stay the same, or the steps to come would be others",
-            "Choose a batch size that keeps ranks x rows, or save at the end of an epoch",
+            "Within an epoch the samples of an optimizer step must stay the same, or the steps to come would be others",
+            "Keep ranks x rows, or ranks x rows x gradient_accumulation_steps, or save at the end of an epoch",
         )
 
     @abstractmethod

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
-
-from paceline.environment.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -12,7 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "BlankTracker", "GeneralTracker", "missing_parts"]
 
-logger = get_logger(__name__)
+# Not the logger that knows its rank: this room is read by commands that need no torch.
+logger = logging.getLogger(__name__)
 
 
 class GeneralTracker:
@@ -51,7 +51,7 @@ class GeneralTracker:
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record lists of images, each an array of shape [height, width, channels]."""
-        logger.warning_once("The tracker %s takes no images; they are left out.", self.name)
+        self._tell_once("images")
 
     def log_table(
         self,
@@ -63,14 +63,20 @@ class GeneralTracker:
         **kwargs: Any,
     ) -> None:
         """Record a table, given as names and rows, or as a data frame of pandas."""
-        logger.warning_once("The tracker %s takes no tables; they are left out.", self.name)
+        self._tell_once("tables")
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
         """Keep a file with the run."""
-        logger.warning_once("The tracker %s takes no files; they are left out.", self.name)
+        self._tell_once("files")
 
     def finish(self) -> None:
         """Close the run; called once."""
+
+    def _tell_once(self, what: str) -> None:
+        told = self.__dict__.setdefault("_told", set())
+        if what not in told:
+            told.add(what)
+            logger.warning("The tracker %s takes no %s; they are left out.", self.name, what)
 
 
 _PARTS = ("name", "requires_logging_directory", "tracker", "store_init_configuration", "log")

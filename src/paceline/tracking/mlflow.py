@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
-from paceline.environment.logging import get_logger
 from paceline.tracking.base import Backend
 from paceline.tracking.values import numbers, short_text
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracker"]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _PARAMS_AT_ONCE = 100
 
 

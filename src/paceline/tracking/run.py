@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from paceline.environment.logging import get_logger
 from paceline.errors import TrackingError
 from paceline.tracking.base import BlankTracker, GeneralTracker
 from paceline.tracking.table import load_backend
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trackers"]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 _MOST_PENDING = 64
 
 

@@ -42,13 +42,10 @@ def refuse_several_ranks(trainer: Trainer) -> None:
 
 def halve_micro_batch(trainer: Trainer, loop: TrainingLoop) -> None:
     """Go on with the step that ran out of memory, in more and smaller micro-batches."""
-    before = trainer._batch_plan[0]
-    micro = before // 2
+    micro = trainer._batch_plan[0] // 2
     trainer._batch_plan = trainer.args.batch_plan(trainer.accelerator.num_processes, micro)
     logger.warning("Memory ran out; going on with micro-batches of %d, %d to a step.", *trainer._batch_plan)
-    # Samples are what counts; the place lies between two steps, whose sizes stay.
-    at = loop.position
-    loop.position = {**at, "rows": None, "batches": at["batches"] * before // trainer._batch_plan[0]}
+    # The place lies between two steps, whose samples stay, so that the loader knows it in smaller batches as well.
     loop.model.zero_grad(set_to_none=True)
     loop.meter.drop_open_step()
     gc.collect()

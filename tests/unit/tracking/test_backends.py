@@ -53,6 +53,7 @@ def test_what_was_logged_is_read_back(name: str, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages that read it back
 @pytest.mark.parametrize("name", [one for one in backends() if one.values[0] in ("tensorboard", "mlflow", "wandb")])
 def test_a_crash_loses_nothing(name: str, tmp_path: Path) -> None:
     done = run(name, tmp_path, "crash")

@@ -1,0 +1,166 @@
+"""What a run left behind: the lines of `metrics.jsonl`, and `run.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from paceline.errors import TrackingError
+from paceline.tracking import METRICS_FILE, RECORD_FILE
+from paceline.tracking.values import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["FACTS", "Entry", "Point", "Run", "read_run"]
+
+FACTS = ("optimizer_steps", "samples_seen", "tokens_seen", "peak_memory_bytes")
+_NOT_NUMBERS = {"NaN", "Infinity", "-Infinity"}
+
+
+class Point(NamedTuple):
+    """One value: at which step, how many seconds after the run began, and what."""
+
+    step: float
+    time: float
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the log.
+
+    Attributes:
+        start: Which start of the run wrote it, counted from 0.
+        step: As it was logged; lines without one are counted.
+        time: Seconds since 1970.
+        values: Numbers by name.
+        facts: What the run knew of itself.
+    """
+
+    start: int
+    step: float
+    time: float
+    values: Mapping[str, float]
+    facts: Mapping[str, float]
+
+
+@dataclass
+class Run:
+    """Everything about a run.
+
+    Attributes:
+        folder: Where it was.
+        entries: Its log; what a resumed run repeats is there once, as it was repeated.
+        record: What `run.json` says.
+        broken: Lines that could not be read.
+        series: Points by name.
+    """
+
+    folder: Path
+    entries: Sequence[Entry]
+    record: Mapping[str, Any]
+    broken: int = 0
+    series: dict[str, list[Point]] = field(default_factory=dict)
+
+    @property
+    def began(self) -> float:
+        """When its first entry was written, in seconds since 1970."""
+        return self.entries[0].time if self.entries else 0.0
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run left.
+
+    Raises:
+        TrackingError: There is nothing; names folders below in which there is something.
+    """
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise _nothing(folder)
+    record = _read_record(folder / RECORD_FILE)
+    lines, broken = _read_lines(path)
+    if not lines:
+        raise TrackingError(
+            f"{path} holds no log entry", "A report is made of them", "Log something, or wait until the run has"
+        )
+    run = Run(folder, list(_entries(lines, _starts(record))), record, broken)
+    for name in dict.fromkeys(name for entry in run.entries for name in entry.values):
+        run.series[name] = _points(run, name)
+    return run
+
+
+def _nothing(folder: Path) -> TrackingError:
+    if not folder.is_dir():
+        return TrackingError(f"{folder} is no folder", "A report needs the folder of a run", "Name an existing one")
+    found = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{METRICS_FILE}")})
+    named = ", ".join(map(str, found[:8]))
+    return TrackingError(
+        f"{folder} holds no {METRICS_FILE}",
+        "That is what a Trainer leaves in output_dir, and a script that calls init_trackers in project_dir",
+        f"Name one of {named}" if found else "Name the folder of a run that has logged something",
+    )
+
+
+def _read_record(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The entries, and how many lines are none: a run that was killed may leave half a line."""
+    lines, broken = [], 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                broken += bool(text.strip())
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+            else:
+                broken += 1
+    return lines, broken
+
+
+def _starts(record: Mapping[str, Any]) -> list[float]:
+    starts = record.get("starts")
+    return [float(start.get("began", 0.0)) for start in starts] if isinstance(starts, list) else []
+
+
+def _entries(lines: Sequence[Mapping[str, Any]], starts: Sequence[float]) -> Iterator[Entry]:
+    for count, line in enumerate(lines, 1):
+        numbers = {name: _number(value) for name, value in flatten(line).items()}
+        found = {name: value for name, value in numbers.items() if value is not None}
+        time, step = found.pop("time", 0.0), found.pop("step", float(count))
+        facts = {name: found.pop(name) for name in FACTS if name in found}
+        yield Entry(max(0, sum(began <= time + 0.01 for began in starts) - 1), step, time, found, facts)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float) or value in _NOT_NUMBERS:
+        return float(value)
+    return None
+
+
+def _points(run: Run, name: str) -> list[Point]:
+    """The points of a series; a start that goes back overrides what an earlier one had from there on."""
+    kept: list[tuple[int, Point]] = []
+    last = 0
+    for entry in run.entries:
+        if name not in entry.values:
+            continue
+        point = Point(entry.step, entry.time - run.began, entry.values[name])
+        if kept and entry.start > last:
+            kept = [(start, old) for start, old in kept if old.step < point.step]
+        last = entry.start
+        kept.append((entry.start, point))
+    return [point for _, point in kept]

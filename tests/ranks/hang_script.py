@@ -20,11 +20,11 @@ from torch import nn
 from paceline import Accelerator
 from tests.support.ranks import free_port
 
-LIMIT = "1.5"
+LIMIT = "1"
 
 
 def run(scenario: str) -> None:
-    accelerator = Accelerator(cpu=True, strategy="ddp")
+    accelerator = Accelerator(strategy="ddp")
     rank = accelerator.process_index
     model, optimizer = make(accelerator)
     for _ in range(2):
@@ -36,7 +36,7 @@ def run(scenario: str) -> None:
             step(accelerator, model, optimizer)
         case "skip":
             if rank != 1:
-                accelerator.gather(torch.ones(4))  # only some come here
+                accelerator.gather(ones(accelerator, 4))  # only some come here
             accelerator.wait_for_everyone()  # the one that skipped it
         case "save":
             if accelerator.is_main_process:
@@ -44,15 +44,15 @@ def run(scenario: str) -> None:
             step(accelerator, model, optimizer)
             time.sleep(60)
         case "shapes":
-            accelerator.gather(torch.ones(400 if rank == 1 else 4))  # of different shapes
+            accelerator.gather(ones(accelerator, 400 if rank == 1 else 4))  # of different shapes
             accelerator.wait_for_everyone()
         case "early":
             for _ in range(2 if rank == 1 else 3):
-                accelerator.gather(torch.ones(4))  # once more than the other
+                accelerator.gather(ones(accelerator, 4))  # once more than the other
         case "stopped":
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            accelerator.gather(torch.ones(4))
+            accelerator.gather(ones(accelerator, 4))
         case "long":
             # Not a hang: it takes longer than the limit, but nobody is in a collective meanwhile.
             with accelerator.main_process_first():
@@ -67,6 +67,10 @@ def run(scenario: str) -> None:
                 time.sleep(0.1)
 
 
+def ones(accelerator: Accelerator, count: int) -> torch.Tensor:
+    return torch.ones(count, device=accelerator.device)
+
+
 def make(accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(4, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -74,7 +78,7 @@ def make(accelerator: Accelerator) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def step(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    accelerator.backward(model(torch.ones(3, 4)).sum())  # waits in here
+    accelerator.backward(model(torch.ones(3, 4, device=accelerator.device)).sum())  # waits in here
     optimizer.step()
     optimizer.zero_grad()
 
@@ -91,7 +95,7 @@ def fork(scenario: str, size: int) -> dict[str, list[object]]:
             os.environ.update(
                 RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"test-{port}",
-                PACELINE_HANG_TIMEOUT=LIMIT,
+                PACELINE_HANG_TIMEOUT=LIMIT, PACELINE_USE_CPU="true",
             )  # fmt: skip
             sys.argv = [__file__, scenario]
             code = 1

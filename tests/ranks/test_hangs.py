@@ -40,7 +40,7 @@ def forked(*scenarios: str) -> dict[str, Any]:
 
 def launched(scenario: str, *flags: str, ranks: int = 2) -> tuple[int, str]:
     command = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", str(ranks)]
-    command += ["--hang_timeout", "1.5", *flags, str(SCRIPT), scenario]
+    command += ["--hang_timeout", "1", *flags, str(SCRIPT), scenario]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=ENVIRONMENT, check=False)
     return done.returncode, done.stderr
 

@@ -179,7 +179,9 @@ def _reason(end: RankEnd) -> str:
         at = f" at {account.where}" if account.where else ""
         match account.kind:
             case "exit":
-                return f"exited with code {account.code}{at} (sys.exit)"
+                said = account.headline.partition(": ")[2]
+                words = "" if not said or said.lstrip("-").isdigit() else f": {said}"
+                return f"exited with code {account.code}{at} (sys.exit{words})"
             case "interrupt":
                 return f"was interrupted{at} (KeyboardInterrupt)"
             case "hang":

@@ -11,6 +11,7 @@ import atexit
 import base64
 import builtins
 import contextlib
+import errno
 import faulthandler
 import importlib.machinery
 import importlib.util
@@ -36,6 +37,8 @@ __all__ = ["main", "pack", "unpack"]
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
 _OWN_FILES = {__file__, str(Path(__file__).with_name("calling.py"))}
+# What a shell gives for a program that is there and cannot be run.
+_NOT_RUN = 126
 
 # What a rank says when it failed only because another one went away (gloo, NCCL, torch's stores).
 _SECONDARY_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     _note_faults()
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
-        os.execvp(rest[0], rest)
+        _become(rest)
     sys.argv = rest
     try:
         if kind == "--module":
@@ -85,6 +88,18 @@ def main(arguments: Sequence[str]) -> None:
         _tell_hook(error)
         _leave(error, 1)
         sys.exit(1)
+
+
+def _become(command: list[str]) -> None:
+    """Run a program in this one's place."""
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        words = error.strerror or str(error)
+        if error.errno == errno.ENOEXEC:
+            words += "; it is no program of this machine, and a script needs a first line such as #!/bin/sh"
+        _leave(OSError(error.errno, words, command[0]), _NOT_RUN)
+        sys.exit(_NOT_RUN)
 
 
 def _note_faults() -> None:

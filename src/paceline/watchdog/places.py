@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import FrameType, TracebackType
 
-__all__ = ["Place", "all_stacks", "here", "place_in_traceback", "place_of"]
+__all__ = ["Place", "all_stacks", "here", "main_stack", "place_in_traceback", "place_of"]
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 # The modules whose public methods are what a script calls.
@@ -61,6 +61,17 @@ def here() -> Place | None:
     ident = threading.main_thread().ident
     frame = None if ident is None else sys._current_frames().get(ident)
     return None if frame is None else place_of(frame)
+
+
+def main_stack() -> tuple[tuple[int, int], ...]:
+    """Where the main thread is, for a look at whether it has moved."""
+    ident = threading.main_thread().ident
+    frame = None if ident is None else sys._current_frames().get(ident)
+    found = []
+    while frame is not None:
+        found.append((id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)
 
 
 def place_of(frame: FrameType) -> Place:

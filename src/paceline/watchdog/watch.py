@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
-from paceline.watchdog.places import all_stacks, here, place_in_traceback
+from paceline.watchdog.places import all_stacks, here, main_stack, place_in_traceback
 from paceline.watchdog.recorder import Status, current_status, flight_record, recent_operations
 from paceline.watchdog.verdict import Standing, verdict
 
@@ -43,6 +43,10 @@ _SHARE = 0.9
 # Seconds between two looks, at most; and after how many of waiting it is remarked on.
 _INTERVAL = 2.0
 _REMARK = 120.0
+# For the other ranks to answer, beyond the time in which they look.
+_ANSWERS = 3.0
+# Between two looks at the end of the program.
+_PAUSE = 0.5
 
 
 def default_limit() -> float:
@@ -105,15 +109,25 @@ class Watch:
         atexit.unregister(self.close)
         if os.getpid() != self._pid or self._closed.is_set():
             return
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            self._let_finish()
         self._closed.set()
         self._thread.join(10 * self._interval)
         with contextlib.suppress(RuntimeError):
-            error = getattr(sys, "last_value", None)
             if error is not None and _is_of_an_exchange(error):
                 self._explain(error)
             else:
                 fate = "has ended" if error is None else f"failed ({type(error).__name__})"
                 self._set(f"fate/{self._world.rank}", Standing(rank=self._world.rank, fate=fate))
+
+    def _let_finish(self) -> None:
+        """Wait, still watched, for what a device has not ended yet: closing the group would wait for it unwatched."""
+        deadline = time.monotonic() + self.limit + 5 * self._interval
+        while any(entered != completed for entered, completed in current_status().values()):
+            if all(operation.done for operation in recent_operations()) or time.monotonic() > deadline:
+                return
+            self._closed.wait(_PAUSE)
 
     # In the thread
 
@@ -157,7 +171,7 @@ class Watch:
     def _hear(self, number: int, seconds: float) -> str:
         """Wait a moment for all answers and say what they amount to."""
         standings: dict[int, Standing] = {}
-        deadline = time.monotonic() + 2 * self._interval + 1
+        deadline = time.monotonic() + 2 * self._interval + _ANSWERS
         while len(standings) < self._world.size and time.monotonic() < deadline:
             for rank in range(self._world.size):
                 for key in (f"answer/{number}/{rank}", f"fate/{rank}"):
@@ -175,7 +189,7 @@ class Watch:
             text = f"{found}\nThe stacks of all threads of each rank are in {_folder(self._world)} on its machine"
             self._store.set(f"{_PREFIX}/verdict/{number}", text)
         else:
-            deadline = time.monotonic() + 2 * self._interval + 5
+            deadline = time.monotonic() + 2 * self._interval + 2 * _ANSWERS
             while (text := self._get(f"verdict/{number}")) is None and time.monotonic() < deadline:
                 time.sleep(0.05)
         text = text or "ranks wait for each other; the one that was to say where did not"
@@ -240,11 +254,12 @@ class Watch:
 
 
 class _Progress:
-    """How long this process has been in a collective that does not end."""
+    """How long this process has been in a collective that does not end, its main thread in one place."""
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
         self._status: Status = {}
+        self._stack: tuple[tuple[int, int], ...] = ()
         self._since = time.monotonic()
         self._waits: bool | None = None
         self._remarked = False
@@ -252,10 +267,14 @@ class _Progress:
     def look(self) -> float:
         """Seconds of waiting; 0 while it does not wait, or not for long."""
         status, now = current_status(), time.monotonic()
-        if status != self._status:
-            self._status, self._since, self._waits, self._remarked = status, now, None, False
+        if all(entered == completed for entered, completed in status.values()):
+            return 0.0
+        # What is replayed from a captured graph may never be noted as ended: whoever goes on does not wait.
+        stack = main_stack()
+        if (status, stack) != (self._status, self._stack):
+            self._status, self._stack, self._since, self._waits, self._remarked = status, stack, now, None, False
         waited = now - self._since
-        if waited < self._patience or all(entered == completed for entered, completed in status.values()):
+        if waited < self._patience:
             return 0.0
         if self._waits is None:
             # The short status may show the last ones in the wrong order; only the record itself is sure.

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import os
+from dataclasses import replace
+from pathlib import Path
 
-from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, read_account, report
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, read_account, read_fault, report
 
 
 def account(headline: str, time: float, *, secondary: bool = False, kind: str = "exception") -> Account:
@@ -58,6 +57,8 @@ def test_reasons_and_codes() -> None:
     assert "train.py:8 (sys.exit)" in report([left])
     assert "Traceback" not in report([left])
     assert exit_code(left) == 3
+    worded = RankEnd(0, 1, 1, 0.0, account=account("SystemExit: no data in /data", 0.0, kind="exit"))
+    assert "exited with code 1 at train.py:8 (sys.exit: no data in /data)" in report([worded])
     assert "exited with code 4 without a Python error" in report([RankEnd(0, 1, 4, 0.0)])
     caught_while_failing = RankEnd(0, 1, -15, 0.0, account=account("KeyError: 1", 0.0))
     assert exit_code(caught_while_failing) == 1
@@ -73,3 +74,46 @@ def test_accounts_of_torch_elastic_are_read_too(tmp_path: Path) -> None:
     found = read_account(file)
     assert found is not None
     assert (found.headline, found.time, found.secondary) == ("ValueError: v", 12.0, False)
+
+
+def test_what_a_rank_found_out_comes_last() -> None:
+    lost = replace(account("CollectiveError: lost", 1.0, secondary=True), remark="rank 1 has ended without entering it")
+    text = report([RankEnd(0, 10, 1, 1.0, account=lost), RankEnd(1, 11, 0, 0.5)])
+    assert text.splitlines()[0] == "rank 1: had finished"
+    assert text.endswith("\n\nrank 1 has ended without entering it\n")
+    aborted = RankEnd(1, 11, -6, 2.0, where="train.py:8")
+    text = report([RankEnd(0, 10, 1, 1.0, account=lost), aborted])
+    assert "rank 1 on " in text
+    assert "was killed by SIGABRT at train.py:8\n\nrank 1 has ended without entering it\n" in text
+    killed = RankEnd(1, 11, -9, 2.0)
+    assert "has ended without" not in report([RankEnd(0, 10, 1, 1.0, account=lost), killed]), "it died: that says all"
+
+
+def test_a_hang_is_told_once_with_all_that_was_found() -> None:
+    told = account("rank 1 has not entered gather", 2.0, kind="hang")
+    told = replace(told, code=76, traceback="rank 1 has not entered gather\n  rank 1: train.py:8")
+    ends = [
+        RankEnd(0, 10, 76, 2.0, account=told),
+        RankEnd(1, 11, 76, 1.0, account=replace(told, secondary=True, time=1.0)),
+    ]
+    first, second, *rest = report(ends).splitlines()
+    assert first == "rank 1: ended too"
+    assert second.endswith("found that ranks wait for others that do not come, and all were ended")
+    assert rest == ["", "rank 1 has not entered gather", "  rank 1: train.py:8"]
+    assert exit_code(ends[0]) == 76
+
+
+def test_the_line_at_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
+    file = tmp_path / "rank_0.json.fault"
+    assert read_fault(file) == ""
+    library = Path(os.__file__).with_name("threading.py")
+    other = f'Thread 0x01 (most recent call first):\n  File "{library}", line 5 in wait\n'
+    mine = (
+        f'  File "{library}", line 7 in read\n  File "/home/me/train.py", line 8 in load\n  File "/x.py", line 9 in m\n'
+    )
+    file.write_text(
+        f"Fatal Python error: Segmentation fault\n\nCurrent thread 0x02 (most recent call first):\n{mine}\n{other}"
+    )
+    assert read_fault(file) == "/home/me/train.py:8"
+    file.write_text(f"Fatal Python error: Aborted\n\n{other}\nThread 0x02 (most recent call first):\n{mine}")
+    assert read_fault(file) == "/home/me/train.py:8", "a thread that Python does not know: the main thread's line"

@@ -210,6 +210,42 @@ def test_a_wrong_port(make_hosts: Callable[[int], Hosts]) -> None:
 
 
 @pytest.mark.slow
+def test_one_that_is_not_of_the_run_does_not_disturb_it(make_hosts: Callable[[int], Hosts]) -> None:
+    hosts = make_hosts(3)
+    flags = "--num_machines 2 --num_processes 2 --max_restarts 1"
+    running = [launch(hosts, letter, "forever", flags=flags) for letter in "ab"]
+    for one in running:
+        one.wait_for("attempt 0")
+    stranger = launch(hosts, "c", "forever", flags=f"{flags} --machine_rank 1")
+    assert stranger.end() == 1
+    assert "b and c both say that they are machine 1" in stranger.err
+    ranks = [p for p in hosts.left() if "RANK" in p.environ()]
+    ranks[0].kill()
+    for one in running:
+        one.wait_for("attempt 1")
+    running[0].process.send_signal(signal.SIGTERM)
+    assert [one.end(30) for one in running] == [143, 143]
+    assert hosts.none_left()
+
+
+@pytest.mark.slow
+def test_each_host_has_as_many_ranks_as_it_finds_devices(make_hosts: Callable[[int], Hosts]) -> None:
+    hosts = make_hosts(2)
+    (hosts.folder / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('CORES'):\n    os.sched_getaffinity = lambda _: range(int(os.environ['CORES']))\n"
+    )
+    path = str(hosts.folder)
+    running = [
+        launch(hosts, letter, flags="--num_processes -", env={"PYTHONPATH": path, "CORES": cores})
+        for letter, cores in (("a", "1"), ("b", "3"))
+    ]
+    assert [one.end() for one in running] == [0, 0], running[0].err + running[1].err
+    assert "rank 0/3 local 0/1 node 0/2" in running[0].out
+    assert "rank 2/3 local 1/2 node 1/2" in running[1].out
+    assert hosts.none_left()
+
+
+@pytest.mark.slow
 def test_two_that_say_they_are_the_same(make_hosts: Callable[[int], Hosts]) -> None:
     hosts = make_hosts(3)
     running = [launch(hosts, "a"), launch(hosts, "b"), launch(hosts, "c", flags="--machine_rank 1")]
@@ -291,6 +327,10 @@ def test_a_host_that_comes_late_joins(make_hosts: Callable[[int], Hosts]) -> Non
     flags = "--rdzv_backend c10d --num_machines 1:2 --machine_rank -"
     first = launch(hosts, "a", "until", "2", flags=flags)
     first.wait_for("rank 0/1 local 0/1 node 0/1 attempt 0")
+    wrong = launch(hosts, "b", "until", "2", flags=f"{flags} --mixed_precision bf16")
+    assert wrong.end() == 1
+    assert "mixed_precision is no on a and bf16 on b" in wrong.err
+    assert first.process.poll() is None
     late = launch(hosts, "b", "until", "2", flags=flags)
     assert [first.end(), late.end()] == [0, 0], first.err + late.err
     assert "another machine takes part" in first.err

@@ -22,6 +22,7 @@ machine without. Flags stand before the script; what follows it is the script's 
     paceline launch --num_processes 4 --mixed_precision bf16 train.py
     paceline launch --use_fsdp --fsdp_offload_params true train.py
     paceline launch --config_file fsdp.yaml -m my_package.train
+    paceline launch --num_machines 2 --machine_rank 1 --main_process_ip head train.py
     paceline launch --dry-run train.py
 """
 

@@ -30,7 +30,9 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     """
     file = find_config_file(os.environ, config_file)
     resolved = resolve(flags=flags, env=os.environ, file=file)
-    if resolved.config.num_processes is None and not resolved.config.spans_machines:
+    alone = resolved.config.max_machines == 1 and not resolved.config.spans_machines
+    if resolved.config.num_processes is None and alone:
+        # Of several machines each looks at its own devices, and none at the others'.
         # torch is imported here, and only then.
         from paceline.launch.detection import detect
 

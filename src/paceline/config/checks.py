@@ -217,8 +217,10 @@ def _machines(facts: Facts) -> Iterator[Problem]:
         hint = "write static, or c10d for machines that come and go"
         yield Problem(facts.where("rdzv_backend"), "rdzv_backend", what, "", hint)
     elif config.min_machines != most and config.rdzv_backend != "c10d":
-        why = "under rdzv_backend static every machine has a fixed place"
-        yield Problem(facts.where("num_machines"), "num_machines", f"{config.num_machines} is a range", why, "add c10d")
+        why = f"num_machines is {config.num_machines} ({facts.where('num_machines')})"
+        what = "static keeps every machine to the end"
+        where = facts.where("rdzv_backend", "num_machines")
+        yield Problem(where, "rdzv_backend", what, why, "write c10d, or one number of machines")
     if config.machine_rank >= most:
         what = f"{config.machine_rank} is no machine of {most}"
         yield Problem(facts.where("machine_rank"), "machine_rank", what, "they count from 0", "")

@@ -71,8 +71,12 @@ def launch(
     numa = NumaOptions(affinity_mode=AffinityMode.NODE) if config.enable_cpu_affinity else None
     times = Times(shutdown_timeout, grace_period, config.monitor_interval)
     rounds: Rounds
-    with quiet_elastic():
-        rounds = (Together if config.max_machines > 1 else Alone)(resolved, command, env)
+    with quiet_elastic(), Signals() as signals:
+        if config.max_machines > 1:
+            signals.catch()
+            rounds = Together(resolved, command, env, signals.received)
+        else:
+            rounds = Alone(resolved, command, env)
         try:
             if log_dir is not None:
                 _make_folder(log_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import socket
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
-from paceline.errors import WorldError
+from paceline.errors import WorkerError, WorldError
 from paceline.launch.network import (
     address_towards,
     interface_of,
@@ -24,6 +25,8 @@ from paceline.launch.network import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch._C._distributed_c10d import Store
 
     from paceline.config import RunConfig
@@ -43,7 +46,14 @@ _POLL = 0.2
 class Clock:
     """Time spent waiting: says every ten seconds for what, and when it is too long."""
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, signals: Sequence[int] = ()) -> None:
+        """Begin to wait.
+
+        Args:
+            limit: Seconds that it may take.
+            signals: Those that came to this process; one ends the waiting.
+        """
+        self._signals = signals
         self._begin = time.monotonic()
         self._limit = limit
         self._next = _SAY_EVERY
@@ -59,7 +69,10 @@ class Clock:
         return self.seconds > self._limit
 
     def say(self, what: str) -> None:
-        """Say what is waited for, if it is time to."""
+        """Say what is waited for, if it is time to; raise `WorkerError` when a signal came."""
+        if self._signals:
+            name = signal.Signals(self._signals[0]).name
+            raise WorkerError(f"stopped by {name} on {socket.gethostname()}\n", 128 + self._signals[0])
         if self.seconds >= self._next:
             self._next += _SAY_EVERY
             _LOG.warning("paceline: %s: %s ... %.0f s", socket.gethostname(), what, self.seconds)
@@ -113,13 +126,12 @@ def _shown(name: str, resolved: str) -> str:
     return name if name == resolved else f"{name} resolved to {resolved}"
 
 
-def open_place(config: RunConfig, name: str, port: int, options: RendezvousOptions) -> Place:
+def open_place(config: RunConfig, name: str, port: int, options: RendezvousOptions, clock: Clock) -> Place:
     """Listen where machines meet, or come there.
 
     Raises:
         WorldError: The name leads nowhere, the port is taken, or nobody listens there in time.
     """
-    clock = Clock(options.timeout)
     resolved = _resolve(config, name, clock)
     if _listens(config, resolved, port, options):
         store = _listen(name, port)

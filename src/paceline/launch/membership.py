@@ -8,13 +8,20 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+from torch.distributed import DistError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousGracefulExitError,
+    RendezvousStoreInfo,
+    RendezvousTimeoutError,
+)
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from paceline.errors import WorldError
 from paceline.launch.facts import Facts
-from paceline.launch.line import patiently
+from paceline.launch.line import CutOffError, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["Elastic", "Fixed"]
 
 _POLL = 0.1
+# From the end of the rendezvous on one machine to the same on another. Seconds.
+_LATEST = 10.0
 
 
 class Fixed:
@@ -63,6 +72,9 @@ class Fixed:
             )
         return self._number, mine, count
 
+    patience = float("inf")
+    """Seconds after which a machine that was to take part is given up, and the round made anew."""
+
     def can_go_on(self, left: int, count: int) -> bool:
         """Whether a new round is possible with the machines that are left."""
         return left == count
@@ -86,6 +98,7 @@ class Elastic:
         self._line, self._facts = line, facts
         self._least, self._most = config.min_machines, config.max_machines
         self._limit = options.timeout
+        self.patience = options.lost_after + _LATEST
         self._handler = DynamicRendezvousHandler.from_backend(
             run_id="paceline",
             store=store,
@@ -109,8 +122,8 @@ class Elastic:
 
         try:
             return patiently(self._join, wait, "paceline-rendezvous")
-        except RendezvousClosedError as error:
-            raise WorldError(f"{self._facts} comes too late: the run has ended") from error
+        except (RendezvousClosedError, RendezvousGracefulExitError) as error:
+            raise WorldError(f"{self._facts} does not take part: the run has ended") from error
         except RendezvousTimeoutError as error:
             raise WorldError(
                 f"{socket.gethostname()} sees fewer machines than {self._least}, expected at least so many: the "
@@ -118,10 +131,15 @@ class Elastic:
                 "Fewer cannot start",
                 "Start the same command on the others, or lower MIN in --num_machines MIN:MAX",
             ) from error
+        except (RendezvousError, DistError) as error:
+            raise CutOffError(str(error).partition("\n")[0]) from error
 
     def _join(self) -> tuple[int, int, int]:
         found: RendezvousInfo = self._handler.next_rendezvous()
         if found.rank == 0:
+            # The handler writes these once in its life; one that comes late waits for those of its own round.
+            found.store.set(RendezvousStoreInfo.MASTER_ADDR_KEY, self._facts.address)
+            found.store.set(RendezvousStoreInfo.MASTER_PORT_KEY, "0")
             number = self._line.add("rounds", 1) - 1
             found.store.set("paceline/number", str(number))
         return int(found.store.get("paceline/number")), found.rank, found.world_size

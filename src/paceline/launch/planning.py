@@ -134,8 +134,9 @@ def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and the port where ranks meet; port 0 stands for a free one."""
     if config.max_machines == 1:
         return config.main_process_ip or "127.0.0.1", config.main_process_port or 0
+    port = env.get("MASTER_PORT", "")
     address = config.main_process_ip or env.get("MASTER_ADDR") or ""
-    return address, config.main_process_port or DEFAULT_PORT
+    return address, config.main_process_port or (int(port) if port.isdecimal() else DEFAULT_PORT)
 
 
 def place(

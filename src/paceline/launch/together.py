@@ -8,15 +8,15 @@ torch elastic's dynamic rendezvous says (`c10d`), in which machines come and go.
 from __future__ import annotations
 
 import logging
-import socket
 import time
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch._C._distributed_c10d import PrefixStore
 
 from paceline.config.rendezvous import read_rendezvous_options
-from paceline.errors import ConfigError, UsageError, WorldError
+from paceline.errors import ConfigError, UsageError, WorkerError, WorldError
 from paceline.launch.facts import Facts, clocks_apart, disagreements, own_facts
 from paceline.launch.line import CutOffError, Line
 from paceline.launch.meeting import Clock, expected, open_place
@@ -43,18 +43,33 @@ _LOG = logging.getLogger(__name__)
 _POLL = 0.1
 # How long the last word of machine 0 stays readable for the others. Seconds.
 _FAREWELL = 10.0
+# How long one step of the preflight may take on the slowest machine. Seconds.
+_PATIENCE = 20.0
 
 
 class Together:
     """This machine's part in a launch over several."""
 
-    def __init__(self, resolved: Resolved, command: Command, env: Mapping[str, str]) -> None:
-        self._resolved, self._command, self._env = resolved, command, env
+    def __init__(
+        self, resolved: Resolved, command: Command, env: Mapping[str, str], signals: Sequence[int] = ()
+    ) -> None:
+        """Come to the place where the machines meet.
+
+        Args:
+            resolved: The configuration.
+            command: What each rank runs.
+            env: The launcher's environment.
+            signals: Those that came to this process while no ranks run; one ends the waiting.
+
+        Raises:
+            WorldError: This machine does not find machine 0, or cannot listen as machine 0.
+        """
+        self._resolved, self._command, self._env, self._signals = resolved, command, env, signals
         config = self._config = resolved.config
         problem = self._own_problem()
         name, port = meeting_place(config, env)
         self._options = read_rendezvous_options(config.rdzv_conf)
-        self._place: Place = open_place(config, name, port, self._options)
+        self._place: Place = open_place(config, name, port, self._options, self._clock())
         self._line = Line(self._place.connect(), max(self._options.lost_after, 20.0))
         counted = not resolved.origin("num_processes").is_explicit
         self._facts = own_facts(
@@ -67,6 +82,7 @@ class Together:
         )
         self._vigil = Vigil(self._place.connect(), self._facts.token, self._options)
         self._plan: Plan
+        self._started = False
         self._machines: tuple[Facts, ...] = ()
         self._index = self._number = self._used = 0
         self._alike: frozenset[str] = frozenset()
@@ -99,24 +115,36 @@ class Together:
             return self._next()
         except CutOffError as error:
             raise WorldError(*self._lost_host(error.saw), "Look at what machine 0 said") from error
-        except (WorldError, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) or self._config.rdzv_backend == "static":
-                said = str(error) or f"stopped by SIGINT on {socket.gethostname()}"
-                self._give_up(said)
+        except (WorldError, WorkerError) as error:
+            # Without this machine no others can start under static; a run that has started is not this one's to end.
+            if self._place.listens or (self._config.rdzv_backend == "static" and not self._has_started()):
+                self._give_up(str(error))
             raise
+
+    def _clock(self, limit: float | None = None) -> Clock:
+        return Clock(self._options.timeout if limit is None else limit, self._signals)
+
+    def _has_started(self) -> bool:
+        try:
+            return self._started or self._line.has("started")
+        except CutOffError:
+            return True
 
     def _next(self) -> Round:
         self._vigil.rest()
-        clock = Clock(self._options.timeout)
+        clock = self._clock()
         if not self._place.listens and self._config.preflight and self._config.rdzv_backend == "c10d":
             self._compare((Facts.from_json(self._wait_for("host", clock)), self._facts))
-        self._number, self._index, count = self._members.gather(clock, self._watch_others)
-        self._line.put(self._key(f"here/{self._index}"), self._facts.to_json())
-        self._machines = self._roll_call(count, clock)
+        machines: tuple[Facts, ...] = ()
+        while not machines:
+            self._number, self._index, count = self._members.gather(clock, self._watch_others)
+            self._line.put(self._key(f"here/{self._index}"), self._facts.to_json())
+            machines = self._roll_call(count, clock)
+        self._machines = machines
         self._vigil.watch(
             [m.token for m in self._machines if m is not self._machines[self._index]],
             self._key("stop"),
-            self._members.waiting if self._members.can_grow(count) else None,
+            self._members.waiting if self._members.can_grow(len(machines)) else None,
         )
         self._preflight()
         self._used = self._line.add("failures", 0)
@@ -125,14 +153,19 @@ class Together:
         extra = variables_for(interface, self._env)
         self._plan = place(self._resolved, self._command, self._env, self._index, sizes, **extra)
         run_id = self._wait_for("run_id", clock).decode()
+        self._started = True
+        self._line.put("started", "1")
         return Round(self._plan, self._place.port, run_id, self._number, self._vigil.elsewhere)
 
     def _roll_call(self, count: int, clock: Clock) -> tuple[Facts, ...]:
-        """Wait for every machine of the round to tell about itself."""
+        """Wait for every machine of the round to tell about itself; empty when one is given up."""
+        begin = clock.seconds
         while missing := [i for i in range(count) if not self._line.has(self._key(f"here/{i}"))]:
             clock.say(f"waiting for {_machines(missing)} (of {count})")
             if clock.is_over:
                 raise self._not_all(missing, count)
+            if clock.seconds - begin > self._members.patience:
+                return ()
             self._watch_others()
             time.sleep(_POLL)
         return tuple(Facts.from_json(self._line.get(self._key(f"here/{i}"))) for i in range(count))
@@ -159,24 +192,33 @@ class Together:
         store = PrefixStore(self._key("preflight"), self._place.connect())
         why = why_not_connected(store, self._index, self._machines, self._watch_others)
         self._line.put(self._key(f"connected/{self._index}"), why)
-        found = [self._wait_for(self._key(f"connected/{i}"), Clock(20.0)).decode() for i in range(len(self._machines))]
+        found = [text.decode() for text in self._from_all("connected")]
         _refuse([line for line in found if line], "A firewall, or another interface than the one that leads there")
         self._alike = tokens
 
     def _read_clocks(self) -> list[float]:
         self._line.put(self._key(f"clock/{self._index}"), str(time.time()))
-        clock = Clock(20.0)
-        return [float(self._wait_for(self._key(f"clock/{i}"), clock)) for i in range(len(self._machines))]
+        return [float(text) for text in self._from_all("clock")]
+
+    def _from_all(self, name: str) -> list[bytes]:
+        """Return what each machine wrote under a name, in their order."""
+        clock = self._clock(_PATIENCE)
+        keys = [(self._key(f"{name}/{index}"), machine.host) for index, machine in enumerate(self._machines)]
+        return [self._wait_for(key, clock, host) for key, host in keys]
 
     def _compare(self, machines: Sequence[Facts]) -> None:
         found = [f"{machine}: {problem}" for machine in machines for problem in machine.problems]
         _refuse(found + disagreements(machines), "All machines must run the same thing in the same way")
 
-    def _wait_for(self, key: str, clock: Clock) -> bytes:
+    def _wait_for(self, key: str, clock: Clock, whom: str = "machine 0") -> bytes:
         while not self._line.has(key):
-            clock.say(f"waiting for {key}")
+            clock.say(f"waiting for {whom}")
             if clock.is_over:
-                raise WorldError(f"{self._facts} waited {clock.seconds:.0f} s for {key} of another machine")
+                raise WorldError(
+                    f"{self._facts} waited {clock.seconds:.0f} s for {whom} ({key.rpartition('/')[0] or key})",
+                    "It was there a moment ago",
+                    "Look at what its launcher said",
+                )
             self._watch_others()
             time.sleep(_POLL)
         return self._line.get(key)
@@ -205,9 +247,16 @@ class Together:
 
     def _conclude(self, outcome: Outcome, own: MachineEnd) -> Verdict:
         if (outcome.failed and not outcome.made_room) or outcome.signal is not None:
-            self._line.claim(self._key("stop"), self._facts.host)
+            self._stop_all()
         self._line.put(self._key(f"end/{self._index}"), own.to_json())
-        ends = self._collect()
+        try:
+            ends = self._collect()
+        except WorkerError:  # a signal came when the ranks here had ended: those of the others end too
+            self._stop_all()
+            own = replace(own, signal=self._signals[0])
+            self._line.put(self._key(f"end/{self._index}"), own.to_json())
+            self._signals = ()
+            ends = self._collect()
         lost = [end for end in ends if end.lost]
         left = len(ends) - len(lost)
         may_restart = self._used < self._config.max_restarts and self._members.can_go_on(left, len(ends))
@@ -219,6 +268,9 @@ class Together:
             self._say_goodbye(left)
         return verdict
 
+    def _stop_all(self) -> None:
+        self._line.claim(self._key("stop"), self._facts.host)
+
     def _regroups(self) -> bool:
         if self._vigil.regroup:
             self._line.claim(self._key("regroup"), self._facts.host)
@@ -228,7 +280,7 @@ class Together:
         """Wait until each machine has told how its ranks ended, or is lost."""
         if self._vigil.regroup:
             self._line.claim(self._key("regroup"), self._facts.host)
-        clock = Clock(float("inf"))
+        clock = Clock(float("inf"), self._signals)
         found: dict[int, MachineEnd] = {}
         while len(found) < len(self._machines):
             if self._vigil.cut_off:
@@ -240,10 +292,9 @@ class Together:
                     found[index] = MachineEnd.from_json(self._line.get(key))
                 elif index not in found and machine.token in lost:
                     found[index] = MachineEnd(machine.host, machine.processes, lost=lost[machine.token])
-                    self._line.claim(self._key("stop"), self._facts.host)
+                    self._stop_all()
             missing = [str(m) for i, m in enumerate(self._machines) if i not in found]
-            if self._line.has(self._key("stop")):
-                clock.say(f"the ranks here have ended; waiting for {', '.join(missing)}")
+            clock.say(f"the ranks here have ended; waiting for {', '.join(missing)}")
             time.sleep(_POLL)
         return [found[index] for index in range(len(self._machines))]
 

@@ -93,6 +93,25 @@ def test_a_laptop_is_asked_little(tmp_path: Path) -> None:
     assert script.offered["strategy"] == ["auto", "ddp", "fsdp"]
 
 
+def test_several_machines_are_asked_where_they_meet(tmp_path: Path) -> None:
+    script, result = run(LAPTOP, tmp_path, num_machines="2", machine_rank="1", main_process_ip="10.0.0.1")
+    assert script.asked[:6] == [
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "rdzv_backend",
+        "num_processes",
+    ]
+    assert (script.defaults["main_process_port"], script.defaults["num_processes"]) == ("29500", "4")
+    assert (result["num_machines"], result["machine_rank"], result["num_processes"]) == (2, 1, 4)
+
+
+def test_machines_that_come_and_go_are_offered_their_rendezvous(tmp_path: Path) -> None:
+    _, result = run(LAPTOP, tmp_path, num_machines="2:4", main_process_ip="10.0.0.1", rdzv_backend="c10d")
+    assert (result["num_machines"], result["num_processes"]) == ("2:4", 8)
+
+
 def test_one_device_is_not_asked_for_processes(tmp_path: Path) -> None:
     script, result = run(ONE_GPU, tmp_path, strategy="deepspeed", zero_stage="3", offload_param_device="nvme")
     assert "num_processes" not in script.asked

@@ -151,7 +151,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("main_process_ip: 10.0.0.1", {}, "config.yaml:1", "main_process_ip", "there is one machine"),
     ("rdzv_backend: c10d", {}, "config.yaml:1", "rdzv_backend", "there is one machine"),
     ("preflight: false", {}, "config.yaml:1", "preflight", "there is one machine"),
-    ("num_machines: 2:4", {}, "config.yaml:1", "num_machines", "static every machine has a fixed place"),
+    ("num_machines: 2:4", {}, "config.yaml:1", "rdzv_backend", "num_machines is 2:4"),
     ("num_machines: 4:2\nrdzv_backend: c10d", {}, "config.yaml:1", "num_machines", "must not be the greater one"),
     ("num_machines: 2\nmachine_rank: 2", {}, "config.yaml:2", "machine_rank", "they count from 0"),
     ("num_machines: 2\nnum_processes: 3", {}, "config.yaml:2", "num_processes", "a multiple of 2"),

@@ -282,6 +282,17 @@ def test_a_wrong_deepspeed_json_is_reported(tmp_path: Path) -> None:
             "a.py",
         ),
         (
+            "torchrun --nnodes 1:4 --nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint head:29400 a.py",
+            {
+                "num_machines": "1:4",
+                "num_processes": 8,
+                "rdzv_backend": "c10d",
+                "main_process_ip": "head",
+                "main_process_port": 29400,
+            },
+            "a.py",
+        ),
+        (
             "python -m torch.distributed.launch --use_env --master_addr here --master_port 5000 --log-dir logs "
             "-t 3 -r 3 --no-python ./run.sh",
             {"main_process_port": 5000},
@@ -302,7 +313,7 @@ def test_lines_of_torchrun(line: str, values: dict[str, object], command: str) -
     ("line", "words"),
     [
         ("torchrun --nporc_per_node 2 a.py", "did you mean nproc_per_node?"),
-        ("torchrun --nnodes 1:4 --nproc_per_node 2 a.py", "1:4 machines"),
+        ("torchrun --nnodes 1:x --nproc_per_node 2 a.py", "1:x machines"),
         ("torchrun --nnodes 2 --nproc_per_node gpu a.py", "give their number"),
         ("torchrun --local_ranks_filter 0 a.py", "--log_dir"),
         ("torchrun --nproc_per_node 2", "there is no script"),

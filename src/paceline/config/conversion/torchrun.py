@@ -136,11 +136,14 @@ def _take_flag(line: _Line, rest: list[str]) -> None:
 def _machines(result: Conversion, line: _Line) -> int:
     written, value = line.flags.get("nnodes", ("", "1"))
     low, _, high = value.partition(":")
-    if not low.isdecimal() or (high and high != low):
-        why = "a fixed number of machines takes part"
+    if not low.isdecimal() or not (high or low).isdecimal():
+        why = "it must be a number, or MIN:MAX"
         problem = Problem(line.program, "num_machines", f"{value} machines", why, "give one number")
         result.refuse(line.program, written, value, problem)
         return 2
+    if high and high != low:
+        result.put(line.program, written, value, "num_machines", value)
+        return int(high)
     machines = int(low)
     if written and machines > 1:
         result.put(line.program, written, value, "num_machines", machines)

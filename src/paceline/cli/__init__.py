@@ -13,7 +13,7 @@ from paceline.errors import PacelineError, WorkerError
 __all__ = ["main"]
 
 _COMMANDS = {
-    "launch": ("paceline.cli.launch", "Run a training script on all devices of this machine."),
+    "launch": ("paceline.cli.launch", "Run a training script on all devices, of one machine or many."),
     "config": ("paceline.cli.config", "Write, check, explain and convert the configuration."),
     "checkpoint": ("paceline.cli.checkpoint", "List, inspect, verify, export and convert checkpoints."),
     "merge-weights": ("paceline.cli.merge_weights", "Merge a sharded checkpoint into safetensors weights."),

@@ -13,40 +13,50 @@ from paceline.errors import PacelineError, WorkerError
 __all__ = ["main"]
 
 _COMMANDS = {
-    "launch": ("paceline.cli.launch", "Run a training script on all devices of this machine."),
+    "launch": ("paceline.cli.launch", "Run a training script on all devices, of one machine or many."),
     "config": ("paceline.cli.config", "Write, check, explain and convert the configuration."),
     "checkpoint": ("paceline.cli.checkpoint", "List, inspect, verify, export and convert checkpoints."),
     "merge-weights": ("paceline.cli.merge_weights", "Merge a sharded checkpoint into safetensors weights."),
     "verify-resume": (
         "paceline.cli.verify_resume",
-        "Kill a script, resume it, and compare it with a run never killed.",
+        "Check that a script that is killed resumes exactly.",
     ),
-    "test": ("paceline.cli.test", "Try this installation out: a small training with known answers."),
-    "parity": ("paceline.cli.parity", "Compare a script on several processes with the same script on one."),
+    "test": ("paceline.cli.test", "Try this installation out, on all devices."),
+    "parity": ("paceline.cli.parity", "Check that a script trains on several processes as on one."),
     "report": ("paceline.cli.report", "Write one HTML page about a run: curves, settings, environment."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
-    "completion": ("paceline.cli.completion", "Print the script that lets a shell complete commands and flags."),
+    "completion": ("paceline.cli.completion", "Let a shell complete commands and flags."),
 }
 
-_HELP = """One PyTorch training script on one CPU, one GPU or many, under DDP or FSDP2.
+_TOPICS = {
+    "Start": ("launch", "config"),
+    "Check": ("env", "test", "parity", "verify-resume"),
+    "Look back": ("report", "checkpoint", "merge-weights"),
+}
 
-\b
-    paceline launch train.py --lr 1e-3
-    paceline launch --use_fsdp --mixed_precision bf16 train.py
-    paceline launch --dry-run train.py
-    paceline config
-    paceline config show --explain
-    paceline checkpoint list runs/a
-    paceline env
-"""
+_HELP = "One PyTorch training script on one CPU, one GPU or many nodes, under DDP, FSDP2 or DeepSpeed."
+
+_EXAMPLES = (
+    ("paceline test", "does everything work here?"),
+    ("paceline launch train.py --lr 1e-3", "train on all devices"),
+    ("paceline launch --use_fsdp train.py", "the same, sharded"),
+    ("paceline launch --dry_run train.py", "show what would be started"),
+    ("paceline config", "answer once, launch without flags"),
+    ("paceline config show --explain", "every setting, and who set it"),
+    ("paceline parity train.py", "trains the same on several as on one?"),
+    ("paceline checkpoint list runs/a", "what was saved, what is whole"),
+    ("paceline report runs/a", "curves and settings on one page"),
+)
 
 
 @click.group(
     cls=LazyGroup,
     lazy=_COMMANDS,
+    topics=_TOPICS,
+    examples=_EXAMPLES,
     help=_HELP,
-    epilog="`paceline COMMAND --help` says more.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="`paceline COMMAND --help` says more, with examples.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="paceline")
 def _paceline() -> None:

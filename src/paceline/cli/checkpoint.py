@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.examples import examples
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -40,7 +42,13 @@ def command() -> None:
 # list
 
 
-@command.command(name="list")
+@command.command(
+    name="list",
+    epilog=examples(
+        "paceline checkpoint list runs/a",
+        "paceline checkpoint list runs/a --json",
+    ),
+)
 @click.argument("folder", type=_FOLDER)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def list_command(folder: Path, as_json: bool) -> None:
@@ -97,7 +105,13 @@ def _size_of(checkpoint: Checkpoint) -> int:
 # inspect
 
 
-@command.command(name="inspect")
+@command.command(
+    name="inspect",
+    epilog=examples(
+        "paceline checkpoint inspect runs/a/checkpoints/checkpoint_3",
+        "paceline checkpoint inspect --tensors pytorch_model_fsdp_0",
+    ),
+)
 @click.argument("checkpoint", type=_FOLDER)
 @click.option("--tensors", is_flag=True, help="List every tensor with its shape and dtype.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
@@ -173,7 +187,12 @@ def _numel(shape: Sequence[int]) -> int:
 # verify
 
 
-@command.command(name="verify")
+@command.command(
+    name="verify",
+    epilog=examples(
+        "paceline checkpoint verify runs/a/checkpoints/*",
+    ),
+)
 @click.argument("checkpoints", nargs=-1, required=True, type=_FOLDER)
 def verify_command(checkpoints: tuple[Path, ...]) -> None:
     """Read all of each checkpoint and compare it with its checksums; the exit code is 1 if one is not whole.
@@ -214,7 +233,13 @@ def _verify(folder: Path) -> str:
 # export
 
 
-@command.command(name="export")
+@command.command(
+    name="export",
+    epilog=examples(
+        "paceline checkpoint export runs/a/checkpoints/checkpoint_3 model",
+        "paceline checkpoint export --dtype bf16 --max_shard_size 5GB global_step100 model",
+    ),
+)
 @click.argument("checkpoint", type=_FOLDER)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--max_shard_size", default="10GB", show_default=True, help="No file is larger, such as 5GB or 500MiB.")
@@ -257,7 +282,13 @@ def export(
 # convert
 
 
-@command.command(name="convert")
+@command.command(
+    name="convert",
+    epilog=examples(
+        "paceline checkpoint convert --to deepspeed runs/a/checkpoints/checkpoint_3 universal",
+        "paceline checkpoint convert --to paceline global_step100 converted",
+    ),
+)
 @click.argument("source", type=_FOLDER)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--to", "to", required=True, type=click.Choice(["paceline", "accelerate", "fsdp", "deepspeed"]))
@@ -267,7 +298,7 @@ def export(
     help="Names of the optimizer's parameters, one a line, group by group; for formats that number them.",
 )
 def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -> None:
-    r"""Turn a checkpoint into one of another library, on the CPU, with one tensor at a time in memory.
+    """Turn a checkpoint into one of another library, on the CPU, with one tensor at a time in memory.
 
     \b
     paceline    what save_state writes
@@ -278,7 +309,7 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     SOURCE may be any of these, DeepSpeed's own folders of every stage, and checkpoints of the transformers Trainer.
     Accelerate's optimizer.bin numbers its parameters in the order of the optimizer's groups: give their names with
     --parameters, or load the folder in the script itself with `accelerator.load_state`, which knows them.
-    """
+    """  # noqa: D301
     from paceline.checkpoint.foreign import open_any
     from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
     from paceline.errors import UsageError

@@ -7,10 +7,15 @@ import os
 
 import click
 
+from paceline.cli.examples import examples
 from paceline.environment.report import environment_report
 
 
-@click.command(name="env")
+@click.command(
+    name="env",
+    epilog=examples("paceline env", "paceline env --json > machine.json"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(as_json: bool) -> None:
     """Show versions, devices and the configuration file in force, ready to paste into a bug report."""

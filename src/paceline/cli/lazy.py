@@ -18,12 +18,24 @@ class LazyGroup(click.Group):
 
     Args:
         lazy: Name of each command to its module, which holds it as `command`, and to the line in the list.
+        topics: Headings of the list, each with the commands under it; what is under none comes last.
+        examples: Command lines to try, with what each does; shown at the end.
         settings: What click takes besides.
     """
 
-    def __init__(self, lazy: Mapping[str, tuple[str, str]], **settings: Any) -> None:
+    def __init__(
+        self,
+        lazy: Mapping[str, tuple[str, str]],
+        topics: Mapping[str, tuple[str, ...]] | None = None,
+        examples: tuple[tuple[str, str], ...] = (),
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
         self._lazy = lazy
+        self._topics = dict(topics or {})
+        grouped = {name for names in self._topics.values() for name in names}
+        self._topics["More" if grouped else "Commands"] = tuple(name for name in lazy if name not in grouped)
+        self._examples = examples
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Name the commands, in the order of the list."""
@@ -37,6 +49,16 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in self._lazy.items()])
+        """Write the commands, topic by topic."""
+        width = max(map(len, self._lazy))
+        for topic, names in self._topics.items():
+            if names:
+                with formatter.section(topic):
+                    formatter.write_dl([(name.ljust(width), self._lazy[name][1]) for name in names])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, then the last lines."""
+        if self._examples:
+            with formatter.section("Examples"):
+                formatter.write_dl(self._examples, col_max=60)
+        super().format_epilog(ctx, formatter)

@@ -7,9 +7,14 @@ from pathlib import Path
 import click
 
 from paceline.cli.checkpoint import export
+from paceline.cli.examples import examples
 
 
-@click.command(name="merge-weights", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    name="merge-weights",
+    epilog=examples("paceline merge-weights runs/a/pytorch_model_fsdp_0 model"),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 def command(checkpoint: Path, out: Path) -> None:

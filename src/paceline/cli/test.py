@@ -141,7 +141,7 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     """One line in the table, and three more for what failed."""
     tick, cross = ("✓", "✗") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "FAILED")
     mark = tick if outcome.passed else cross
-    head = f"{mark} {outcome.name:<13} {outcome.section:<12} {outcome.seconds:5.1f} s  "
+    head = f"{mark} {outcome.name:<12} {outcome.section:<15} {outcome.seconds:5.1f} s  "
     first, *rest = outcome.saw.splitlines() or [""]
     yield head + first
     yield from (f"    {line}" for line in rest)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import psutil
 
-__all__ = ["core_count", "host_memory", "oom_kill_count"]
+__all__ = ["core_count", "cpu_quota", "host_memory", "oom_kill_count", "processor_name"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -29,6 +30,25 @@ def core_count() -> int:
     """Return how many physical cores this process may use; logical ones where physical are not known."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def cpu_quota() -> float | None:
+    """Return how many cores' worth of time the container may use at once; None without such a limit."""
+    try:
+        quota, _, period = (_CGROUP / "cpu.max").read_text().strip().partition(" ")
+        return int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or the word "max"
+        return None
+
+
+def processor_name() -> str:
+    """Return what the machine calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def oom_kill_count() -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,7 +18,7 @@ import torch
 
 from paceline.config import find_config_file, is_accelerates, resolve
 from paceline.environment.device import describe_device, memory_info
-from paceline.environment.host import core_count, host_memory
+from paceline.environment.host import core_count, cpu_quota, host_memory, processor_name
 from paceline.environment.world import World
 from paceline.errors import ConfigError, PacelineError, WorldError
 
@@ -32,6 +34,8 @@ _PACKAGES = (
     "deepspeed",
     "flash-attn",
     "liger-kernel",
+    "mlflow",
+    "mpi4py",
     "numpy",
     "peft",
     "pydantic",
@@ -44,34 +48,52 @@ _PACKAGES = (
     "transformers",
     "triton",
     "trl",
+    "wandb",
 )
 _PROGRAMS = ("mpirun", "srun", "pdsh", "numactl", "ninja", "g++", "nvcc")
 _LAUNCHER_PREFIXES = (
     "ACCELERATE_",
+    "CUDA_",
+    "FI_",
+    "GLOO_",
+    "HIP_",
     "MV2_COMM_",
     "NCCL_",
     "OMPI_COMM_",
     "PACELINE_",
     "PMIX_RANK",
+    "PET_",
     "PMI_",
+    "PYTORCH_",
+    "RAY_",
+    "ROCR_",
     "SLURM_",
     "TORCHELASTIC_",
-    "TORCH_NCCL_",
+    "TORCH_",
+    "UCX_",
 )
 _LAUNCHER_NAMES = (
-    "CUDA_VISIBLE_DEVICES",
     "DS_ACCELERATOR",
+    "GROUP_RANK",
+    "HF_HOME",
+    "LD_LIBRARY_PATH",
     "LOCAL_RANK",
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
     "MPI_LOCALNRANKS",
     "MPI_LOCALRANKID",
-    "GLOO_SOCKET_IFNAME",
+    "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",
+    "PYTHONPATH",
     "RANK",
     "WORLD_SIZE",
+    "XDG_CACHE_HOME",
+    "ZE_AFFINITY_MASK",
 )
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL|JWT|AUTH", re.IGNORECASE)
+_LONGEST = 200
+_BACKENDS = ("gloo", "nccl", "mpi", "ucc", "xccl")
 _PROGRAM_SECONDS = 10
 _SHARED_MEMORY: Final = Path("/dev/shm")
 
@@ -94,13 +116,15 @@ class EnvironmentReport:
         packages: Versions of installed packages that matter here, by name.
         devices: The accelerators that torch sees.
         drivers: Versions of the device's driver and libraries.
+        backends: What torch can exchange numbers with, in one line.
         topology: How the devices are connected, as the vendor's program prints it; empty when unknown.
+        processor: What the machine calls it.
         cores: Physical processor cores that this process may use.
         host_memory: Bytes of host memory available, and in all.
-        limits: What often ends runs by surprise: shared memory, open files.
+        limits: What often ends runs by surprise: shared memory, disk, open files, a container's share of the processor.
         programs: Programs of launchers and compilers that are found, in one line.
         world: Whose variables tell this process its rank, and what they say.
-        variables: The launcher's variables that are set.
+        variables: The variables that are set and matter here; those that look like secrets are masked.
         config_file: The configuration file in force; empty without one.
         config_origin: Why it is that file.
         config_problems: What is wrong with it.
@@ -110,7 +134,9 @@ class EnvironmentReport:
     packages: Mapping[str, str]
     devices: tuple[DeviceReport, ...]
     drivers: Mapping[str, str]
+    backends: str
     topology: str
+    processor: str
     cores: int
     host_memory: tuple[int, int]
     limits: Mapping[str, str]
@@ -130,10 +156,12 @@ class EnvironmentReport:
         available, total = self.host_memory
         rows = [
             *self.versions.items(),
-            ("processor", f"{self.cores} cores, {_gib(available)} of {_gib(total)} GiB memory available"),
+            ("processor", f"{self.processor}, {self.cores} cores"),
+            ("memory", f"{_gib(available)} of {_gib(total)} GiB available"),
             *((f"device {n}", _device_line(device)) for n, device in enumerate(self.devices)),
             *([] if self.devices else [("devices", "none: runs on the processor")]),
             *self.drivers.items(),
+            ("backends", self.backends),
             *self.limits.items(),
             ("programs", self.programs or "none of a launcher or compiler"),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
@@ -166,14 +194,16 @@ def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> 
         packages=_packages(),
         devices=_devices(),
         drivers=_drivers(asked),
+        backends=_backends(),
         topology=_output(asked, "nvidia-smi", "topo", "-m"),
+        processor=processor_name(),
         cores=core_count(),
         host_memory=host_memory(),
         limits=_limits(),
         programs=", ".join(name for name in _PROGRAMS if shutil.which(name, path=env.get("PATH"))),
         world=_world(env),
         variables={
-            name: value if len(value) <= 200 else f"{value[:200]}…"
+            name: _shown(name, value)
             for name, value in sorted(env.items())
             if name in _LAUNCHER_NAMES or name.startswith(_LAUNCHER_PREFIXES)
         },
@@ -181,6 +211,22 @@ def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> 
         config_origin=_config_origin(file, env),
         config_problems=problems,
     )
+
+
+def _shown(name: str, value: str) -> str:
+    if _SECRET.search(name):
+        return "(set, not shown)"
+    # Proxies and stores are given as https://user:password@host.
+    value = re.sub(r"(://)[^/@\s]+@", r"\1…@", value)
+    return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…"
+
+
+def _backends() -> str:
+    if not torch.distributed.is_available():
+        return "none: this torch has no torch.distributed"
+    found = [name for name in _BACKENDS if torch.distributed.is_backend_available(name)]
+    missing = [name for name in ("gloo", "nccl", "mpi") if name not in found]
+    return f"{', '.join(found)}{' (not: ' + ', '.join(missing) + ')' if missing else ''}"
 
 
 def _packages() -> dict[str, str]:
@@ -219,6 +265,7 @@ def _drivers(env: Mapping[str, str]) -> dict[str, str]:
         from torch.cuda import nccl
 
         found["nccl"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
+        found["cudnn"] = str(torch.backends.cudnn.version() or "")  # type: ignore[no-untyped-call]
     return {name: version for name, version in found.items() if version}
 
 
@@ -270,11 +317,17 @@ def _file_line(file: str, origin: str) -> str:
 
 
 def _limits() -> dict[str, str]:
-    """Loaders' workers need shared memory and open files; containers often grant little of both."""
+    """Loaders' workers need shared memory and open files, checkpoints disk; containers often grant little of them."""
     found = {}
     if _SHARED_MEMORY.is_dir():
         usage = shutil.disk_usage(_SHARED_MEMORY)
         found["shared memory"] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
+    for name, folder in (("disk here", Path.cwd()), ("disk of /tmp", Path(tempfile.gettempdir()))):
+        usage = shutil.disk_usage(folder)
+        found[name] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
+    quota = cpu_quota()
+    if quota is not None:
+        found["processor time"] = f"at most {quota:g} cores' worth (this container's limit)"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found["open files"] = f"at most {soft} (could be raised to {hard})" if soft != hard else f"at most {soft}"
     return found

@@ -16,6 +16,12 @@ def result_file(folder: Path, rank: int) -> Path:
     return folder / f"result_{rank}"
 
 
+def results_in(folder: Path) -> list[tuple[int, Path]]:
+    """Every rank that has left something, and where."""
+    found = [path for path in folder.glob("result_*") if not path.suffix]
+    return [(int(path.name.removeprefix("result_")), path) for path in found]
+
+
 def _call(folder: Path) -> None:
     with (folder / CALL).open("rb") as file:
         head = pickle.load(file)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.config import in_force, resolve
 from paceline.errors import WorkerError
-from paceline.launch.calling import CALL, result_file
+from paceline.launch.calling import CALL, result_file, results_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -70,6 +70,9 @@ def notebook_launcher(
         monitor_interval: Seconds between two looks at the ranks.
         log_line_prefix_template: What to put before each line of a rank, such as `[rank ${rank}] `.
         config_file: A YAML or JSON file with further settings.
+
+    Returns:
+        One value for each rank, in their order; with several machines, for the ranks of this one.
 
     Raises:
         WorkerError: A rank failed; its text holds that rank's own traceback.
@@ -142,7 +145,9 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resol
     from paceline.launch.pipes import RankPipes, shows_elsewhere
 
     config = resolved.config
-    size = config.num_processes or 1
+    # Ranks are dealt out to machines in order.
+    local = (config.num_processes or 1) // config.max_machines
+    first = config.machine_rank * local
     with tempfile.TemporaryDirectory(prefix="paceline_call_") as name:
         folder = Path(name)
         head = pickle.dumps({"path": list(sys.path), "sources": _cells()})
@@ -152,13 +157,15 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resol
             if template is None and not shows_elsewhere():
                 launch(resolved, command, env=_environment())
             else:
-                with RankPipes(folder, size, template) as pipes:
+                with RankPipes(folder, local, template, first=first) as pipes:
                     launch(resolved, command, env=_environment(), pipes=pipes.folder)
         except WorkerError as failure:
             if failure.code == 128 + signal.SIGINT:
                 raise KeyboardInterrupt("all ranks have ended") from None
             raise
-        return [_result(result_file(folder, rank)) for rank in range(size)]
+        if config.max_machines == 1:
+            return [_result(result_file(folder, rank)) for rank in range(local)]
+        return [_result(path) for _, path in sorted(results_in(folder))]
 
 
 def _environment() -> dict[str, str]:

@@ -72,14 +72,15 @@ class RankPipes:
         folder: Is to hold the pipes.
         ranks: Of this machine.
         template: What to put before each line: `$rank`, `$local_rank` and `$role_name` are filled in; None: nothing.
+        first: The number among all of the first of them.
     """
 
-    def __init__(self, folder: Path, ranks: int, template: str | None = None) -> None:
+    def __init__(self, folder: Path, ranks: int, template: str | None = None, *, first: int = 0) -> None:
         self.folder = folder
         self._selector = selectors.DefaultSelector()
         self._streams = []
         for rank in range(ranks):
-            names = {"rank": str(rank), "local_rank": str(rank), "role_name": "default"}
+            names = {"rank": str(first + rank), "local_rank": str(rank), "role_name": "default"}
             prefix = string.Template(template or "").safe_substitute(names)
             for kind, target in (("out", sys.stdout), ("err", sys.stderr)):
                 self._streams.append(_Stream(folder / f"rank_{rank}.{kind}", target, prefix))

@@ -62,7 +62,7 @@ class RankStreams(LogsSpecs):
 
     def fault_file(self, rank: int) -> Path:
         """Return the file in which Python notes where it was when a signal ended it."""
-        return self._folder / f"rank_{rank}.json.fault"
+        return Path(f"{self.error_file(rank)}.fault")
 
     def log(self, rank: int) -> str:
         """Return the file that alone holds the rank's error output; empty when the console shows it."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 import torch
 
 import paceline as package
+from paceline.cli import _paceline
 from paceline.config import options
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.unit.cli.conftest import Paceline
@@ -23,6 +26,30 @@ def test_the_help_lists_the_commands(paceline: Paceline) -> None:
         assert answer.code == 0
         assert "launch  " in answer.out
         assert "env  " in answer.out
+
+
+def commands(command: click.Command, parent: click.Context | None, name: str) -> Iterator[tuple[str, str]]:
+    """Every command by its whole name, with its help."""
+    context = click.Context(command, info_name=name, parent=parent)
+    yield context.command_path, command.get_help(context)
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from commands(found, context, inner)
+
+
+def test_every_command_shows_how_it_is_used() -> None:
+    bare = [path for path, text in commands(_paceline, None, "paceline") if f"  {path} " not in f"{text} "]
+    assert [path for path in bare if path not in ("paceline", "paceline env", "paceline config")] == []
+
+
+def test_the_help_is_grouped_and_ends_with_examples(paceline: Paceline) -> None:
+    out = paceline("--help").out
+    order = [out.index(f"{topic}:") for topic in ("Start", "Check", "Look back", "More", "Examples")]
+    assert order == sorted(order)
+    for command in ("launch", "config", "env", "test", "parity", "verify-resume", "report", "checkpoint", "completion"):
+        assert out.count(f"\n  {command} ") == 1, command
 
 
 def test_the_version(paceline: Paceline) -> None:

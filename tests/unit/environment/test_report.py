@@ -34,9 +34,27 @@ def test_report_as_text_and_json(tmp_path: Path) -> None:
         assert expected in text
     data = json.loads(json.dumps(report.as_dict()))
     assert data["versions"]["torch"] == torch.__version__
-    assert data["variables"] == {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
+    assert data["variables"] == {"HF_HOME": str(tmp_path), "LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}
     assert data["config_file"] == ""
     assert "SECRET" not in text
+
+
+def test_what_a_bug_report_must_not_hold(tmp_path: Path) -> None:
+    env = {
+        "HOME": str(tmp_path),
+        "SLURM_JWT": "abc123",
+        "PACELINE_API_KEY": "abc123",
+        "RAY_ADDRESS": "https://me:abc123@ray.example:6379",
+        "NCCL_DEBUG": "INFO",
+    }
+    report = environment_report(env)
+    text = report.as_text()
+    assert "abc123" not in text + json.dumps(report.as_dict())
+    assert report.variables["SLURM_JWT"] == "(set, not shown)"
+    assert report.variables["RAY_ADDRESS"] == "https://…@ray.example:6379"
+    assert report.variables["NCCL_DEBUG"] == "INFO"
+    assert "gloo" in report.backends
+    assert "disk here" in report.limits
 
 
 def test_contradictions_are_shown_not_raised(tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ _HELP = """Check configuration files (and DeepSpeed JSON files) without starting
 Every problem of every file is reported, with its line. Exit code 0 says that a launch would accept all of
 them, 2 that it would not. Variables of the environment are left out of it. Without FILE, the one that
 `paceline launch` would read is checked.
+
+\b
+    paceline config check
+    paceline config check fsdp.yaml ds_config.json
 """
 
 

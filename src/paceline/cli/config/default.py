@@ -23,6 +23,10 @@ _HELP = """Write default_config.yaml without asking anything, and without lookin
 
 Nothing in it depends on this machine: how many processes to start, and how the model is spread over them, is
 found out at each launch.
+
+\b
+    paceline config default
+    paceline config default --mixed_precision bf16
 """
 
 

@@ -17,6 +17,10 @@ _HELP = """Rewrite FILE with today's keys: renamed keys, FSDP version 1, setting
 A line for each key says what became of it. The old file is kept beside the new one as FILE.bak. A file that is
 up to date is not touched, and one with a key that nothing corresponds to is not either. Without FILE, the one
 that `paceline launch` would read is updated.
+
+\b
+    paceline config update --dry_run
+    paceline config update old.yaml
 """
 
 

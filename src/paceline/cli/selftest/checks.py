@@ -53,7 +53,12 @@ def check_collectives(accelerator: Accelerator) -> str:
                 "Check drivers and network; for NCCL try NCCL_P2P_DISABLE=1 to find a broken link between GPUs",
             )
     accelerator.wait_for_everyone()
-    return f"{', '.join(answers)} and barrier over {size} {'ranks' if size > 1 else 'rank'}"
+    return f"{', '.join(answers)} and barrier over {_ranks(accelerator)}"
+
+
+def _ranks(accelerator: Accelerator) -> str:
+    size = accelerator.num_processes
+    return f"{size} ranks" if size > 1 else "1 rank"
 
 
 def check_loader(accelerator: Accelerator) -> str:
@@ -73,7 +78,7 @@ def check_loader(accelerator: Accelerator) -> str:
             "Each must come once, in another order each epoch",
             "Report this as a bug of paceline, with the output of `paceline env`",
         )
-    return f"{samples} samples over {accelerator.num_processes} ranks: each once, in another order each epoch"
+    return f"{samples} samples over {_ranks(accelerator)}: each once, in another order each epoch"
 
 
 def check_training(run: Prepared, accumulation: int) -> tuple[str, Trained]:
@@ -161,8 +166,8 @@ def check_save(run: Prepared, folder: Path) -> str:
         }
         (folder / "wanted.json").write_text(json.dumps(told), encoding="utf-8")
     accelerator.wait_for_everyone()
-    tensors, ranks = len(list(run.model.parameters())), accelerator.num_processes
-    return f"{tensors} tensors and their optimizer state, written by {ranks} {'ranks' if ranks > 1 else 'rank'}"
+    tensors = len(list(run.model.parameters()))
+    return f"{tensors} tensors and their optimizer state, written by {_ranks(accelerator)}"
 
 
 def check_load(accelerator: Accelerator, folder: Path, ranks: int, block_names: Sequence[str]) -> str:

@@ -108,7 +108,10 @@ class Ranks:
             gc.collect()
 
     def _load(self, folder: Path, ranks: int) -> None:
-        accelerator = build()
+        precision = json.loads((folder / "wanted.json").read_text(encoding="utf-8"))["precision"]
+        without = ("fp8_config",) if precision == "no" else ()
+        with in_force(variant(self.resolved, without, mixed_precision=precision, gradient_accumulation_steps=1)):
+            accelerator = build()
         self.check(folder.name, "load", lambda: checks.check_load(accelerator, folder, ranks, self.block_names))
 
 

@@ -99,8 +99,9 @@ class Evaluating(Feeding):
 
     def _switch_optimizer(self, mode: str) -> None:
         """Schedule-free optimizers keep other weights for evaluation."""
-        if self.is_in_train and hasattr(self.optimizer, mode):
-            getattr(self.optimizer, mode)()
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.is_in_train and callable(getattr(inner, mode, None)):
+            getattr(inner, mode)()
 
     def _model_for_evaluation(self) -> nn.Module:
         if self.model_wrapped is self.model and not self.is_in_train:

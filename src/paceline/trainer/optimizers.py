@@ -90,7 +90,7 @@ def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type
         said |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "adamw_torch_fused":
         said["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
-    if args.optim.startswith("schedule_free"):
+    if args.optim in ("schedule_free_adamw", "schedule_free_sgd"):  # the other one needs no warmup
         said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
     return cls, {**said, **made.extra, **_read_arguments(args.optim_args)}
 

@@ -7,6 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from paceline.accelerator import Accelerator
 from paceline.config import (
     DataLoaderConfiguration,
@@ -228,6 +230,10 @@ def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConf
             if key not in _ACCELERATOR_KEYS:
                 hint = did_you_mean(key, _ACCELERATOR_KEYS)
                 problems.append(Problem(WHERE, f"accelerator_config.{key}", "unknown key", hint=hint))
+    if setting(config, "use_configured_state") and not torch.distributed.is_initialized():
+        what, hint = "True, and no process group was opened before", "leave it out: one that is open is always used"
+        key = "accelerator_config.use_configured_state"
+        problems.append(Problem(WHERE, key, what, "there is nothing else that could be configured before", hint))
     said = {key: setting(config, key) for key in _LOADER_KEYS} if config is not None else {}
     try:
         return DataLoaderConfiguration(

@@ -98,6 +98,7 @@ class Trainer(Evaluating):
         self.optimizer, self.lr_scheduler = self._given_optimizers
         self.create_optimizer_and_scheduler(plan.max_steps)
         self._prepare_model()
+        self._switch_optimizer("train")
         self.state = self._state_of(plan)
         things = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
         things |= {"lr_scheduler": self.lr_scheduler, "train_dataloader": loader, "eval_dataloader": None}
@@ -182,8 +183,11 @@ class Trainer(Evaluating):
         metrics["epoch"] = self.state.epoch
         self.log(dict(metrics))
         self.accelerator.wait_for_save()
+        # What is evaluated and saved from here on are the averaged weights, where the optimizer keeps such.
+        self._switch_optimizer("eval")
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best(self.state.best_model_checkpoint)
+            self._switch_optimizer("eval")
         self.fire("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
@@ -238,8 +242,13 @@ class Trainer(Evaluating):
             saving.rotate(self.args.output_dir, limit=self.args.save_total_limit, keep=keep)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Write the weights so that `from_pretrained` and safetensors read them. Collective."""
+        """Write the weights so that `from_pretrained` and safetensors read them. Collective.
+
+        Of a schedule-free optimizer these are the averaged weights, as they are evaluated.
+        """
+        self._switch_optimizer("eval")
         saving.save_model_files(self, output_dir or self.args.output_dir)
+        self._switch_optimizer("train")
 
     def save_state(self) -> None:
         """Write `trainer_state.json` into `output_dir`."""

@@ -36,7 +36,7 @@ def run(scenario: str) -> None:
             step(accelerator, model, optimizer)
         case "skip":
             if rank != 1:
-                accelerator.gather(ones(accelerator, 4))  # only some come here
+                accelerator.gather(ones(accelerator, 4)).cpu()  # only some come here
             accelerator.wait_for_everyone()  # the one that skipped it
         case "save":
             if accelerator.is_main_process:

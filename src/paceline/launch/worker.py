@@ -50,6 +50,7 @@ _SECONDARY_TEXTS = (
     "Software caused connection abort",
     "remote process exited or there was a network error",
     "Timed out waiting",
+    "went first and failed",
     "Read timeout",
     "Write timeout",
 )

@@ -12,10 +12,11 @@ import torch._C._distributed_c10d as c10d
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Operation", "Status", "current_status", "flight_record", "recent_operations"]
+__all__ = ["Operation", "Status", "current_status", "flight_record", "is_device_busy", "recent_operations"]
 
 # Of gloo and of NCCL; a build of torch has one or both.
-_JSON_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+_NCCL = "_dump_nccl_trace_json"
+_JSON_DUMPS = ("_dump_fr_trace_json", _NCCL)
 _DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
 # Operations of a group that are told; where ranks first differ is rarely further back than this.
 _RECENT = 24
@@ -54,6 +55,12 @@ def current_status() -> Status:
             entered, completed = (str(status.get(f"last_{what}_collective")) for what in ("enqueued", "completed"))
             found[f"{name}/{key}"] = (entered, completed)
     return found
+
+
+def is_device_busy() -> bool:
+    """Whether a collective of NCCL has been entered and has not ended."""
+    behind = any(name.startswith(_NCCL) and entered != done for name, (entered, done) in current_status().items())
+    return behind and any(not o.done for o in recent_operations() if o.group.startswith("nccl"))
 
 
 def recent_operations() -> list[Operation]:

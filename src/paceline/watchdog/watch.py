@@ -24,7 +24,7 @@ import torch.distributed as dist
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
 from paceline.watchdog.places import all_stacks, here, main_stack, place_in_traceback
-from paceline.watchdog.recorder import Status, current_status, flight_record, recent_operations
+from paceline.watchdog.recorder import Status, current_status, flight_record, is_device_busy, recent_operations
 from paceline.watchdog.verdict import Standing, verdict
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class Watch:
         # A short limit makes its own remark.
         self._remark_after = _REMARK if limit > 2 * _REMARK else limit
         self._closed = threading.Event()
+        self._is_at_end = False
         self._progress = _Progress(min(limit / 2, _REMARK / 2))
         self._inquiries = 0
         self._group = id(dist.group.WORLD)
@@ -124,9 +125,8 @@ class Watch:
     def _let_finish(self) -> None:
         """Wait, still watched, for what a device has not ended yet: closing the group would wait for it unwatched."""
         deadline = time.monotonic() + self.limit + 5 * self._interval
-        while any(entered != completed for entered, completed in current_status().values()):
-            if all(operation.done for operation in recent_operations()) or time.monotonic() > deadline:
-                return
+        while is_device_busy() and time.monotonic() < deadline:
+            self._is_at_end = True
             self._closed.wait(_PAUSE)
 
     # In the thread
@@ -227,14 +227,15 @@ class Watch:
     # What is said
 
     def _standing(self, error: BaseException | None = None) -> Standing:
-        place = here() if error is None else place_in_traceback(error.__traceback__)
+        place = None if self._is_at_end else here() if error is None else place_in_traceback(error.__traceback__)
+        fate = "" if error is None else f"failed ({type(error).__name__})"
         return Standing(
             rank=self._world.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             place=place,
             operations=tuple(recent_operations()),
-            fate="" if error is None else f"failed ({type(error).__name__})",
+            fate="is at the end of its program" if self._is_at_end else fate,
             raised=error is not None,
         )
 

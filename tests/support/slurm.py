@@ -1,8 +1,7 @@
 """A Slurm of our own for tests: munged, slurmctld and two slurmd on this machine, all in one folder.
 
-The two machines `localhost` and `two` are this machine twice; only the first needs a name that others can look up. As
-on clusters with control groups, a signal to a step reaches the tasks that Slurm started, not what these started in
-sessions of their own.
+Its two machines are this one twice; only the first needs a name that others can look up. As on clusters with control
+groups, a signal to a step reaches the tasks that Slurm started, not what these started in sessions of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+NODES = (socket.gethostname(), f"{socket.gethostname()}-two")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "squeue")
 
 CONFIGURATION = """
@@ -48,9 +49,9 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 AccountingStorageType=accounting_storage/none
 ReturnToService=2
 KillWait=5
-NodeName=localhost NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
-NodeName=two NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
-PartitionName=all Nodes=localhost,two Default=YES MaxTime=INFINITE State=UP
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
+PartitionName=all Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -69,7 +70,7 @@ class Slurm:
     def start(self) -> None:
         ports = [free_port() for _ in range(3)]
         (self.folder / "state").mkdir()
-        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, ports=ports))
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, ports=ports, nodes=NODES))
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -77,14 +78,19 @@ class Slurm:
         self._daemon("munged", "--force", "--foreground", f"--socket={self.folder}/munge.socket", *own)
         wait_for((self.folder / "munge.socket").exists, "munged to listen")
         self._daemon("slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
-        wait_for(lambda: "all" in self.run("sinfo", check=False), "slurmctld to answer")
-        for node in ("localhost", "two"):
+        wait_for(lambda: self._is_running() and "all" in self.run("sinfo", check=False), "slurmctld to answer")
+        for node in NODES:
             self._daemon("slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", node)
         wait_for(lambda: self.run("sinfo", "--noheader", "--format=%D %T").strip() == "2 idle", "two idle machines")
 
     def _daemon(self, *command: str) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
             self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+
+    def _is_running(self) -> bool:
+        ended = [daemon for daemon in self._daemons if daemon.poll() is not None]
+        assert not ended, f"{ended[0].args} ended: {(self.folder / 'daemons.log').read_text()}"
+        return True
 
     def stop(self) -> None:
         subprocess.run(["scancel", "--user", "root"], env=self.environment, check=False, capture_output=True)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
+from paceline.cli.slurm import slurm_options, take_slurm_flags
 from paceline.cli.sources import resolve_sources
+
+if TYPE_CHECKING:
+    from paceline.config import Resolved
+    from paceline.launch import Command
 
 _HELP = """Run SCRIPT on all devices of this machine, or as many processes as you ask for.
 
@@ -24,6 +29,12 @@ machine without. Flags stand before the script; what follows it is the script's 
     paceline launch --config_file fsdp.yaml -m my_package.train
     paceline launch --num_machines 2 --machine_rank 1 --main_process_ip head train.py
     paceline launch --dry-run train.py
+
+Inside a job of Slurm or Kubernetes no flags are needed: `srun paceline launch train.py`, with one task on each
+machine or one for each rank. --slurm writes and submits the job:
+
+\b
+    paceline launch --slurm --slurm_nodes 2 --slurm_gpus_per_node 8 --slurm_time 24:00:00 train.py
 """
 
 
@@ -32,7 +43,7 @@ machine without. Flags stand before the script; what follows it is the script's 
     cls=SchemaCommand,
     help=_HELP,
     context_settings={**SETTINGS, "allow_interspersed_args": False},
-    params=schema_options(),
+    params=[*schema_options(), *slurm_options()],
 )
 @click.argument("script", shell_complete=complete_files)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -58,22 +69,57 @@ def command(
     """Run a script; the text above is what people read."""
     if module and no_python:
         raise click.UsageError("--module and --no_python exclude each other: a module needs Python.")
+    kind: Any = "module" if module else "program" if no_python else "script"
+    submission = take_slurm_flags(values)
+    if submission is not None:
+        from paceline.launch.command import Command
+
+        what = Command(script=script, arguments=arguments, kind=kind)
+        submission.run(what, given_flags(values), config_file, log_dir, dry_run)
+        return
     resolved = resolve_sources(given_flags(values), config_file)
     if not quiet:
         for note in resolved.notes:
             click.echo(f"paceline: {note}", err=True)
     # The help, and a configuration that cannot work, come without importing torch.
-    from paceline.launch import Command, launch, launch_machines, plan, plan_machines
+    from paceline.launch import launch, launch_machines, plan, plan_machines
+    from paceline.launch.command import Command
+    from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun
 
-    kind: Any = "module" if module else "program" if no_python else "script"
     what = Command(script=script, arguments=arguments, kind=kind)
-    several = resolved.config.spans_machines
+    if _is_rank(resolved, what, log_dir, dry_run):
+        return
+    by_mpirun, several = resolved.config.mpirun_config is not None, resolved.config.spans_machines
     if dry_run:
-        click.echo(str((plan_machines if several else plan)(resolved, what, os.environ)))
+        make = plan_mpirun if by_mpirun else plan_machines if several else plan
+        click.echo(str(make(resolved, what, os.environ)))
         return
-    if several:
-        if log_dir is not None:
-            raise click.UsageError("--log_dir: DeepSpeed's launcher starts the ranks; each writes to the console.")
+    if (by_mpirun or several) and log_dir is not None:
+        starter = "mpirun" if by_mpirun else "DeepSpeed's launcher"
+        raise click.UsageError(f"--log_dir: {starter} starts the ranks; each writes to the console.")
+    if by_mpirun:
+        launch_mpirun(resolved, what, env=os.environ)
+    elif several:
         launch_machines(resolved, what, env=os.environ)
-        return
-    launch(resolved, what, env=os.environ, log_dir=log_dir, tee=tee)
+    else:
+        launch(resolved, what, env=os.environ, log_dir=log_dir, tee=tee)
+
+
+def _is_rank(resolved: Resolved, what: Command, log_dir: Path | None, dry_run: bool) -> bool:
+    """Where a scheduler started a task for each rank, become that rank, or print it and say that it was one."""
+    from paceline.launch.schedulers import detect_cluster
+    from paceline.launch.schedulers.batch import refuse_part_of_an_allocation
+    from paceline.launch.schedulers.task import plan_task, run_task
+
+    cluster = detect_cluster(os.environ)
+    if cluster is None and not resolved.origin("num_machines").is_explicit and not resolved.config.spans_machines:
+        refuse_part_of_an_allocation(os.environ)
+    if cluster is None or cluster.task == "machine":
+        return False
+    if log_dir is not None:
+        raise click.UsageError(f"--log_dir: {cluster.scheduler} started this rank, and keeps its output.")
+    planned = plan_task(resolved, what, os.environ, cluster)
+    if not dry_run:
+        run_task(planned, os.environ)
+    click.echo(str(planned))
+    return True

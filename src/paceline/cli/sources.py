@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
 from paceline.config.layers import unread_variables
+from paceline.launch.schedulers import check_against, detect_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,18 +28,23 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
 
     Raises:
         ConfigError: With everything that is wrong, from all sources at once.
+        WorldError: The variables of a scheduler are incomplete or contradict each other.
     """
     file = find_config_file(os.environ, config_file)
-    resolved = resolve(flags=flags, env=os.environ, file=file)
-    alone = resolved.config.max_machines == 1 and not resolved.config.spans_machines
-    if resolved.config.num_processes is None and alone:
-        # Of several machines each looks at its own devices, and none at the others'.
+    cluster = detect_cluster(os.environ)
+    told = dict(cluster.values) if cluster is not None else {}
+    resolved = resolve(flags=flags, env=os.environ, file=file, detected=told)
+    if cluster is not None:
+        check_against(cluster, resolved)
+    config = resolved.config
+    # Of several machines each looks at its own devices, and none at the others'.
+    if config.num_processes is None and config.max_machines == 1 and not config.spans_machines:
         # torch is imported here, and only then.
         from paceline.launch.detection import detect
 
         # What is there depends on whether the CPU was asked for, which any source may have done.
-        found = detect(os.environ, resolved.config.use_cpu)
-        resolved = resolve(flags=flags, env=os.environ, file=file, detected=found)
+        found = detect(os.environ, config.use_cpu)
+        resolved = resolve(flags=flags, env=os.environ, file=file, detected={**found, **told})
     was_asked = config_file is not None or os.environ.get("PACELINE_CONFIG_FILE")
     if file is not None and not was_asked and is_accelerates(file, os.environ):
         own = default_config_file(os.environ)

@@ -19,7 +19,7 @@ from paceline.config.kwargs import (
 from paceline.config.locate import default_config_file, find_config_file, is_accelerates
 from paceline.config.megatron import MegatronLMConfig, MpirunConfig
 from paceline.config.names import Option, options
-from paceline.config.origin import Origin
+from paceline.config.origin import Found, Origin
 from paceline.config.parallelism import ParallelismConfig
 from paceline.config.resolve import resolve, with_arguments, worker_config
 from paceline.config.resolved import Recording, Resolved
@@ -31,6 +31,7 @@ __all__ = [
     "DeepSpeedPlugin",
     "DistributedDataParallelKwargs",
     "FP8Config",
+    "Found",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",

@@ -92,6 +92,7 @@ def find_problems(facts: Facts) -> list[Problem]:
         _machines,
         _processes,
         _mesh,
+        _mpirun,
     )
     return [problem for check in checks for problem in check(facts)]
 
@@ -122,8 +123,6 @@ def _unbuilt_values(facts: Facts) -> Iterator[Problem]:
     config = facts.config
     if config.mixed_precision == "fp8":
         yield _not_built(facts.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16")
-    for key in facts.keys_in("mpirun_config"):
-        yield _not_built(facts.where(key), key, "starting processes by mpirun", "remove mpirun_config")
 
 
 def _unbuilt_sizes(facts: Facts) -> Iterator[Problem]:
@@ -211,6 +210,8 @@ def _machines(facts: Facts) -> Iterator[Problem]:
     config = facts.config
     if config.max_machines == 1 or config.spans_machines or "num_machines" in facts.broken:
         return
+    if config.mpirun_config is not None:
+        return  # mpirun brings them together
     most = config.max_machines
     if config.rdzv_backend not in RENDEZVOUS:
         what = f"{config.rdzv_backend} is known but not carried out in this release"
@@ -239,6 +240,16 @@ def _rendezvous_options(facts: Facts) -> Iterator[Problem]:
     except ValueError as error:
         where = facts.where("rdzv_conf")
         yield Problem(where, "rdzv_conf", str(error), "", f"known are {', '.join(RENDEZVOUS_OPTIONS)}")
+
+
+def _mpirun(facts: Facts) -> Iterator[Problem]:
+    keys = facts.keys_in("mpirun_config")
+    if not keys or facts.config.use_cpu or facts.broken & {"use_cpu", "distributed_type"}:
+        return
+    names = ", ".join(key.rpartition(".")[2] for key in keys)
+    why = "mpirun starts ranks that train on processors"
+    hint = "write distributed_type: MULTI_CPU, or remove the section"
+    yield Problem(facts.where(keys[0]), "mpirun_config", f"nothing reads {names}", why, hint)
 
 
 def _processes(facts: Facts) -> Iterator[Problem]:

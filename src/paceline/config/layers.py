@@ -15,7 +15,7 @@ from paceline.config.names import (
     keys_of,
     sections,
 )
-from paceline.config.origin import Kind, Origin, Raw
+from paceline.config.origin import Found, Kind, Origin, Raw
 from paceline.config.shapes import Shape
 from paceline.errors import Problem
 
@@ -88,9 +88,13 @@ def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def detected_layer(detected: Mapping[str, object]) -> Layer:
-    """Read what was found out about the machine, keyed by dotted key."""
-    origin = Origin("detected", "detected on this machine")
-    return Layer({key: Raw(value, origin) for key, value in detected.items() if value is not None})
+    """Read what was found out about the machine, keyed by dotted key; a `Found` names who says so."""
+    layer = Layer()
+    for key, value in detected.items():
+        found = value if isinstance(value, Found) else Found(value, "detected on this machine")
+        if found.value is not None:
+            layer.raws[key] = Raw(found.value, Origin("detected", found.where))
+    return layer
 
 
 def file_layer(path: Path) -> Layer:

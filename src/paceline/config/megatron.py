@@ -1,4 +1,4 @@
-"""The `megatron_lm_config` and `mpirun_config` sections: checked, but not carried out in this release."""
+"""The `megatron_lm_config` section, checked but not carried out in this release, and `mpirun_config`."""
 
 from __future__ import annotations
 

@@ -33,6 +33,19 @@ DEFAULT = Origin("default", "default")
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """A value that was detected, where something can be named that says so.
+
+    Attributes:
+        value: The value.
+        where: Who says so, such as `Slurm (SLURM_NODEID)`.
+    """
+
+    value: object
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Raw:
     """A value as a source gave it, before it is checked."""
 

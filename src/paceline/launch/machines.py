@@ -24,6 +24,7 @@ from paceline.config import DeepSpeedPlugin
 from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
 from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
+from paceline.launch.starters import run_starter
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -243,23 +244,11 @@ def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, s
             "Install it, or choose nossh and give the same command on every machine, each with its machine_rank",
         )
     environment = {**env, **planned.variables}
-    process = subprocess.Popen(planned.command, env=environment)
-    received: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        received.append(number)
-        process.send_signal(number)
-
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-    if received and planned.stop:
+    code, received = run_starter(planned.command, environment)
+    if received is not None and planned.stop:
         with contextlib.suppress(OSError):
             subprocess.run(planned.stop, env=environment, check=False)
-    if received:
-        raise WorkerError(f"stopped by {signal.Signals(received[0]).name}\n", 128 + received[0])
+    if received is not None:
+        raise WorkerError(f"stopped by {signal.Signals(received).name}\n", 128 + received)
     if code:
         raise WorkerError(f"{planned.launcher} ended with code {code}\n", code if code > 0 else 128 - code)

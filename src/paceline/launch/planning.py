@@ -15,6 +15,7 @@ from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
 from paceline.launch.command import check_command
 from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
+from paceline.launch.schedulers.detection import detect_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "PlannedRank",
+    "command_line",
     "engine_variables",
     "local_size",
     "meeting_place",
@@ -173,7 +175,7 @@ def place(
         **({"MASTER_PORT": str(port)} if port else {}),
         **extra,
     }
-    line = _command_line(command)
+    line = command_line(command)
     return Plan(
         ranks=tuple(PlannedRank(first + local, line, _rank_variables(first, local, index)) for local in range(size)),
         variables={name: value for name, value in shared.items() if env.get(name) != value},
@@ -185,7 +187,8 @@ def place(
     )
 
 
-def _command_line(command: Command) -> tuple[str, ...]:
+def command_line(command: Command) -> tuple[str, ...]:
+    """Return what a rank runs: our worker, which runs the command."""
     kind = () if command.kind == "script" else (f"--{command.kind}",)
     return (sys.executable, "-m", _WORKER, *kind, command.script, *command.arguments)
 
@@ -224,12 +227,12 @@ def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> di
 
 
 def refuse_inside_a_launch(env: Mapping[str, str]) -> None:
-    """Raise `UsageError` when this process is one of several that something else launched."""
+    """Raise `UsageError` when this process is one of several ranks that something else launched."""
     try:
-        world = World.read(env)
+        world, cluster = World.read(env), detect_cluster(env)
     except WorldError:  # left-overs in a shell; the ranks get variables of their own
         return
-    if world.size > 1:
+    if world.size > 1 and (cluster is None or cluster.task == "rank"):
         raise UsageError(
             f"This is already rank {world.rank} of {world.size} (by the variables of {world.source})",
             f"Each of the {world.size} would start a run of its own",

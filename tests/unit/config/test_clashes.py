@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.config.files import DEEPSPEED, FOUNDING, answers, problems
+from tests.unit.config.files import DEEPSPEED, FOUNDING, answers, problems, read
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -287,7 +287,6 @@ NOT_BUILT = [
     ),
     ("mixed_precision: fp8", 1, "mixed_precision", "write mixed_precision: bf16"),
     ("mixed_precision: fp8\nfp8_config:\n  amax_history_length: 16", 1, "mixed_precision", "bf16"),
-    ("mpirun_config:\n  mpirun_hostfile: hosts", 2, "mpirun_config.mpirun_hostfile", "remove mpirun_config"),
     ("parallelism_config:\n  tp_size: 2", 2, "parallelism_config.parallelism_config_tp_size", "write 1"),
     ("parallelism_config:\n  cp_size: 2", 2, "parallelism_config.parallelism_config_cp_size", "write 1"),
     ("parallelism_config:\n  sp_size: 2", 2, "parallelism_config.parallelism_config_sp_size", "write 1"),
@@ -333,3 +332,11 @@ def test_what_is_not_built_says_so_and_names_the_way_out(
     assert (found.where, found.key) == (f"config.yaml:{line}", key)
     assert "not carried out in this release" in found.what
     assert todo in found.hint
+
+
+def test_mpirun_starts_ranks_on_processors(tmp_path: Path) -> None:
+    text = "mpirun_config:\n  mpirun_hostfile: hosts\nnum_processes: 4"
+    [found] = problems(tmp_path, text)
+    assert (found.where, found.key) == ("config.yaml:2", "mpirun_config")
+    assert "distributed_type: MULTI_CPU" in found.hint
+    read(tmp_path, f"{text}\ndistributed_type: MULTI_CPU")

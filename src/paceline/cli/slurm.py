@@ -1,0 +1,139 @@
+"""`paceline launch --slurm`: its flags, and what is told about a job that was submitted."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from paceline.config import Found, find_config_file, resolve
+from paceline.errors import UsageError
+from paceline.launch.command import check_command
+from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, submit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.launch.command import Command
+
+__all__ = ["Submission", "slurm_options", "take_slurm_flags"]
+
+
+class _SlurmOption(click.Option):
+    topic = "Slurm"
+
+
+def slurm_options() -> list[click.Parameter]:
+    """Make the flags that write and submit a batch script."""
+    return [
+        _SlurmOption(["--slurm"], is_flag=True, help="Submit a batch script that launches SCRIPT, and return."),
+        _SlurmOption(["--slurm_nodes"], type=click.IntRange(1), help="Machines.  [default: 1]"),
+        _SlurmOption(["--slurm_gpus_per_node"], type=click.IntRange(0), help="Devices of each machine."),
+        _SlurmOption(["--slurm_partition"], help="Queue; Slurm's default without it."),
+        _SlurmOption(["--slurm_time"], help="Time limit, such as 24:00:00; the partition's without it."),
+        _SlurmOption(
+            ["--slurm_option"],
+            multiple=True,
+            metavar="KEY[=VALUE]",
+            help="Any other option of sbatch, such as account=abc or exclusive; may be repeated.",
+        ),
+    ]
+
+
+class Submission:
+    """What was asked of Slurm by flags.
+
+    Args:
+        asked: The flags by their names without `slurm_`.
+    """
+
+    def __init__(self, asked: Mapping[str, Any]) -> None:
+        options = dict(_split(text) for text in asked["option"])
+        for key, flag in (("nodes", "nodes"), ("partition", "partition"), ("time", "time")):
+            if key in options and asked[flag] is not None:
+                raise click.UsageError(f"--slurm_option {key} says what --slurm_{flag} says: give one of the two.")
+        nodes = options.get("nodes", str(asked["nodes"] or 1))
+        if not nodes.isdecimal():
+            raise click.UsageError(f"--slurm_option nodes={nodes}: the number of machines must be one number.")
+        self.allocation = Allocation(
+            nodes=int(nodes),
+            gpus_per_node=asked["gpus_per_node"],
+            partition=asked["partition"],
+            time=asked["time"],
+            options=options,
+        )
+
+    def run(
+        self,
+        command: Command,
+        flags: Mapping[str, object],
+        config_file: Path | None,
+        folder: Path | None,
+        dry_run: bool,
+    ) -> None:
+        """Check the configuration, write the script, submit it, and say how to follow the job."""
+        check_command(command, os.environ)
+        file = find_config_file(os.environ, config_file)
+        machines = {"num_machines": Found(self.allocation.nodes, "--slurm_nodes")}
+        resolve(flags=flags, env=os.environ, file=file, detected=machines)
+        name = Path(command.script).stem
+        folder = (folder or Path("runs", "slurm", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
+        words = list(_launch_words(command, flags, file))
+        text = batch_script(batch_options(self.allocation, name, folder), words, Path.cwd())
+        if dry_run:
+            click.echo(text, nl=False)
+            return
+        script = _write(folder, text)
+        job = submit(script, os.environ)
+        log = (self.allocation.options or {}).get("output", f"{folder}/%j.log").replace("%j", job)
+        click.echo(f"job {job} submitted; its script is {script}")
+        click.echo(f"  output   tail -F {shlex.quote(log)}")
+        click.echo(f"  state    squeue --job {job}")
+        click.echo(f"  end it   scancel {job}")
+
+
+def take_slurm_flags(values: dict[str, Any]) -> Submission | None:
+    """Take the flags of Slurm out of those that were typed; None when the job is not for Slurm."""
+    asked = {name.removeprefix("slurm_"): values.pop(name) for name in list(values) if name.startswith("slurm_")}
+    if values.pop("slurm"):
+        return Submission(asked)
+    given = [f"--slurm_{name}" for name, value in asked.items() if value not in (None, ())]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: nothing is submitted without --slurm.")
+    return None
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, _, value = text.lstrip("-").partition("=")
+    return key, value
+
+
+def _launch_words(command: Command, flags: Mapping[str, object], file: Path | None) -> Iterator[str]:
+    """The same launch, as each machine of the job is to run it."""
+    yield from (sys.executable, "-m", "paceline", "launch")
+    if file is not None:
+        yield f"--config_file={file.absolute()}"
+    yield from (f"--{name}={value}" for name, value in flags.items())
+    if command.kind != "script":
+        yield {"module": "--module", "program": "--no_python"}[command.kind]
+    yield command.script
+    yield from command.arguments
+
+
+def _write(folder: Path, text: str) -> Path:
+    script = folder / "job.sh"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        script.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"The batch script cannot be written to {str(folder)!r}",
+            error.strerror or str(error),
+            "Give --log_dir a folder that can be made, on a disk that all machines see",
+        ) from error
+    return script

@@ -1,0 +1,186 @@
+"""Starting ranks on processors by mpirun, of this machine or of those in a host file.
+
+Each rank reads its place from the variables that MPI sets. What paceline adds travels packed in one word, so that it
+does not depend on which variables a mpirun hands on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING
+
+import paceline.launch.worker as worker_module
+from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
+from paceline.launch.command import check_command
+from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
+from paceline.launch.starters import run_starter
+from paceline.launch.worker import pack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from paceline.config import Resolved, RunConfig
+    from paceline.launch.command import Command
+
+__all__ = ["MpirunPlan", "launch_mpirun", "plan_mpirun"]
+
+_WORKER = worker_module.__file__
+_SECTION = "mpirun_config"
+
+
+@dataclass(frozen=True, slots=True)
+class MpirunPlan:
+    """What a launch by mpirun will start.
+
+    Attributes:
+        size: How many ranks.
+        command: What is run here.
+        worker: What each rank runs.
+        shared: The variables that each rank gets besides those of MPI.
+    """
+
+    size: int
+    command: tuple[str, ...]
+    worker: tuple[str, ...]
+    shared: Mapping[str, str]
+
+    def as_text(self) -> str:
+        """Return the plan as lines; the command is one that a shell could run."""
+        lines = [
+            f"{self.size} process{'es' if self.size != 1 else ''}, started by mpirun",
+            "for all:",
+            *(f"  {name}={shlex.quote(value)}" for name, value in sorted(self.shared.items())),
+            "each rank:",
+            f"  {shlex.join(self.worker)}",
+            "here:",
+            f"  {shlex.join(self.command)}",
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+
+def plan_mpirun(resolved: Resolved, command: Command, env: Mapping[str, str]) -> MpirunPlan:
+    """Check what can be checked here, and say what would be started.
+
+    Raises:
+        ConfigError: The host file and the configuration do not fit each other; it holds every problem.
+        UsageError: There is no mpirun, or nothing to run under that name, or this is a launched process itself.
+    """
+    refuse_inside_a_launch(env)
+    check_command(command, env)
+    problems = list(_problems(resolved))
+    if problems:
+        raise ConfigError(problems)
+    program, is_open_mpi = _find_mpirun(env)
+    config = resolved.config
+    size = config.num_processes or 1
+    shared = {
+        **engine_variables(config),
+        **thread_variables(config, -(-size // config.max_machines), env),
+        "MASTER_ADDR": _main_address(config),
+        "PACELINE_CONFIG": resolved.to_json(),
+    }
+    if config.main_process_port:
+        shared["MASTER_PORT"] = str(config.main_process_port)
+    if config.mpirun_config is not None and config.mpirun_config.ccl is not None:
+        shared["CCL_WORKER_COUNT"] = str(config.mpirun_config.ccl)
+    kind = () if command.kind == "script" else (f"--{command.kind}",)
+    script = str(Path(command.script).absolute()) if command.kind == "script" else command.script
+    worker = (*kind, script, *command.arguments)
+    options = _open_mpi_options(config, env) if is_open_mpi else _hydra_options(config)
+    return MpirunPlan(
+        size=size,
+        command=(program, "-n", str(size), *options, sys.executable, _WORKER, "--packed", pack(shared, worker)),
+        worker=(sys.executable, _WORKER, *worker),
+        shared=shared,
+    )
+
+
+def _open_mpi_options(config: RunConfig, env: Mapping[str, str]) -> Iterator[str]:
+    if config.mpirun_config is not None and config.mpirun_config.hostfile:
+        yield from ("--hostfile", config.mpirun_config.hostfile)
+    if config.max_machines > 1:
+        yield from ("--map-by", f"ppr:{(config.num_processes or 1) // config.max_machines}:node")
+    # It binds each rank to one core by itself, whatever the number of threads.
+    yield from ("--bind-to", "none")
+    if env.get("PYTHONPATH"):
+        yield from ("-x", "PYTHONPATH")
+
+
+def _hydra_options(config: RunConfig) -> Iterator[str]:
+    """Options of Intel MPI, MPICH and MVAPICH2, which share a launcher."""
+    if config.mpirun_config is not None and config.mpirun_config.hostfile:
+        yield from ("-f", config.mpirun_config.hostfile)
+    if config.max_machines > 1:
+        yield from ("-ppn", str((config.num_processes or 1) // config.max_machines))
+
+
+def _problems(resolved: Resolved) -> Iterator[Problem]:
+    config = resolved.config
+    path = config.mpirun_config.hostfile if config.mpirun_config is not None else None
+    if path is not None and not _hosts(path):
+        key = f"{_SECTION}.mpirun_hostfile"
+        what = f"{path} names no machines" if Path(path).is_file() else f"there is no host file {path}"
+        hint = 'write a line such as "node1 slots=8" (Open MPI) or "node1:8" (Intel MPI, MPICH) for each machine'
+        yield Problem(resolved.origin(key).where, key, what, "mpirun reads the machines from it", hint)
+    if path is not None and not resolved.origin("num_processes").is_explicit:
+        why = "what is found on this machine says nothing about the others"
+        yield Problem("", "num_processes", "it is not given", why, "say how many ranks all machines have together")
+    elif (config.num_processes or 1) % config.max_machines:
+        what = f"{config.num_processes} cannot be shared out among {config.max_machines} machines"
+        yield Problem(resolved.origin("num_processes").where, "num_processes", what, "each gets as many", "")
+
+
+def _hosts(path: str) -> list[str]:
+    """Return the machines of a host file, of which both kinds begin a line with a name."""
+    if not Path(path).is_file():
+        return []
+    lines = (line.partition("#")[0].split() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return [words[0].partition(":")[0] for words in lines if words]
+
+
+def _main_address(config: RunConfig) -> str:
+    if config.main_process_ip:
+        return config.main_process_ip
+    path = config.mpirun_config.hostfile if config.mpirun_config is not None else None
+    hosts = _hosts(path) if path is not None else []
+    return hosts[0] if len(set(hosts)) > 1 else "127.0.0.1"
+
+
+def _find_mpirun(env: Mapping[str, str]) -> tuple[str, bool]:
+    """Return the program, and whether it is Open MPI's."""
+    for name in ("mpirun", "mpiexec"):
+        program = shutil.which(name, path=env.get("PATH"))
+        if program is not None:
+            said = subprocess.run([program, "--version"], env=env, text=True, capture_output=True, check=False).stdout
+            return program, "Open MPI" in said or "OpenRTE" in said
+    raise UsageError(
+        "There is no program 'mpirun' or 'mpiexec' in PATH",
+        f"{_SECTION} asks for ranks that it starts",
+        f"Install Open MPI, Intel MPI, MPICH or MVAPICH2, or remove {_SECTION}",
+    )
+
+
+def launch_mpirun(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
+    """Run `command` on every rank and return when all have ended well.
+
+    Raises:
+        WorkerError: A rank failed, or a signal came; it carries the exit code.
+        ConfigError: The host file and the configuration do not fit each other. Nothing was started.
+        UsageError: There is no mpirun, or nothing to run. Nothing was started.
+    """
+    code, received = run_starter(plan_mpirun(resolved, command, env).command, env)
+    if code == PREEMPTED:
+        raise WorkerError("made room as asked: the state was saved, start again to go on\n", PREEMPTED)
+    if received is not None:
+        raise WorkerError(f"stopped by {Signals(received).name}\n", 128 + received)
+    if code:
+        raise WorkerError(f"mpirun ended with code {code}\n", code if code > 0 else 128 - code)

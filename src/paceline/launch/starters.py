@@ -1,0 +1,32 @@
+"""Running a program that starts the ranks, such as mpirun: signals go on to it, and its end is waited for."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["run_starter"]
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
+    """Run a command to its end; return its exit code, and the first signal that came for it meanwhile."""
+    process = subprocess.Popen(command, env=environment)
+    received: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        received.append(number)
+        process.send_signal(number)
+
+    old = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    return code, received[0] if received else None

@@ -34,7 +34,7 @@ from paceline.errors import (
 from paceline.overview import describe_run
 from paceline.ranks import Ranks
 from paceline.reporting import Reporting
-from paceline.resume import TrainingState
+from paceline.saving import Saving
 from paceline.script_arguments import (
     Handlers,
     accumulation_steps,
@@ -62,7 +62,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from paceline.checkpointing import HookHandle
     from paceline.config import (
         AutocastKwargs,
         DeepSpeedPlugin,
@@ -71,7 +70,6 @@ if TYPE_CHECKING:
         ProfileKwargs,
     )
     from paceline.precision import LossScaler
-    from paceline.preemption import Preemption
     from paceline.recording import ParityRecorder, Recorder
     from paceline.shortage import Holdings
     from paceline.strategies import DistributedType, Surroundings
@@ -79,7 +77,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Accelerator(Reporting, Ranks):
+class Accelerator(Saving, Reporting, Ranks):
     """Runs one training script on whatever it was launched on.
 
     Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
@@ -233,11 +231,6 @@ class Accelerator(Reporting, Ranks):
     def logging_dir(self) -> str | None:
         """Where the run keeps its logs: `logging_dir`, else `project_dir`."""
         return self.project_configuration.logging_dir or self.project_dir
-
-    @property
-    def save_iteration(self) -> int:
-        """Number of the next checkpoint that is named automatically."""
-        return self._checkpointing.next_iteration
 
     @property
     def split_batches(self) -> bool:
@@ -681,131 +674,6 @@ class Accelerator(Reporting, Ranks):
         failure = self._parts.group.broadcast_object(failure)
         if failure is not None:
             raise PacelineError(f"The weights could not be saved into {os.fspath(save_directory)}", failure)
-
-    # The whole training state
-
-    def register_for_checkpointing(self, *objects: Any) -> None:
-        """Add objects of the script, with `state_dict` and `load_state_dict`, to what `save_state` saves.
-
-        Raises:
-            StateError: Some lack one of the two; lists them.
-        """
-        self._checkpointing.register(*objects)
-
-    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call `hook(models, weights, folder)` before each save, on every rank; the handle's `remove` ends that.
-
-        It may write files into `folder`, which become part of the checkpoint, and empty both lists from their end
-        to keep the weights of those models out of it.
-        """
-        return self._checkpointing.on_save(hook)
-
-    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call `hook(models, folder)` before each load, on every rank; the handle's `remove` ends that.
-
-        Models that it takes from the end of the list are left alone: it has loaded them itself.
-        """
-        return self._checkpointing.on_load(hook)
-
-    def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool | None = None) -> str:
-        """Save everything prepared and registered, to go on from exactly here.
-
-        Weights, optimizers, schedulers, loss scale, the position of every loader and all random generators. The
-        folder has its name only when it is whole; until then what was there before stays. Any number of ranks can
-        load it, under any strategy.
-        Collective: every rank must call it.
-
-        Args:
-            output_dir: The checkpoint's folder; None with `automatic_checkpoint_naming`, which numbers them.
-            blocking: False returns once the state is copied to host memory, and writes while training goes on;
-                `wait_for_save`, the next save and the end of the program wait for that. None takes
-                `ProjectConfiguration.save_in_background`.
-
-        Returns:
-            The folder.
-
-        Raises:
-            SteppingError: Called where gradients would be lost that no optimizer has used yet.
-            CheckpointError: On every rank, when any of them could not write, now or in the save before.
-            StateError: Something holds what a checkpoint does not; says where.
-        """
-        self._window.require_no_gradients("save_state")
-        return self._checkpointing.save(self._training_state(), output_dir, blocking=blocking)
-
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str | None:
-        """Bring back what `save_state` saved, after the same objects were prepared and registered.
-
-        The next pass over each prepared loader goes on where it was.
-        Collective: every rank must call it.
-
-        Args:
-            input_dir: The checkpoint's folder; None takes the newest whole one under `project_dir`, with a line for
-                each newer one that is not whole. A folder that Accelerate's `save_state`, the transformers Trainer,
-                DeepSpeed or torch.distributed.checkpoint wrote is taken over as far as it fits, with a line for each
-                thing taken or left.
-            strict: Refuse a checkpoint that holds more or fewer tensors; else they are named in a warning.
-
-        Returns:
-            The folder; None if there is no checkpoint under `project_dir` yet.
-
-        Raises:
-            CheckpointError: It is not whole, or of another model.
-            StateError: Other objects were prepared or registered.
-        """
-        return self._checkpointing.load(self._training_state(), input_dir, strict=strict)
-
-    def wait_for_save(self) -> None:
-        """Wait until the save in flight is whole.
-
-        Raises:
-            CheckpointError: It failed.
-        """
-        self._checkpointing.wait()
-
-    def on_preemption(self, save: Callable[[], Any] | None) -> None:
-        """Call `save` on all ranks when one of them is asked to end, at a batch on which they agreed; then end.
-
-        None stops listening: signals do again what they did before.
-
-        The signals are those of `ProjectConfiguration.save_on_signals`; the exit code is 75. With
-        `automatic_checkpoint_naming` this happens by itself, and `save` is `save_state`.
-        Collective: every rank must call it.
-        """
-        self._listen(self._checkpointing.arm(save, always=True))
-
-    def _arm(self) -> None:
-        """Save and end on a signal, where checkpoints are named automatically."""
-        # The watcher lives as long as the process; the Accelerator need not.
-        itself = weakref.ref(self)
-
-        def save() -> None:
-            accelerator = itself()
-            if accelerator is not None:
-                accelerator.save_state(blocking=True)
-
-        self._listen(self._checkpointing.arm(save))
-
-    def _listen(self, preemption: Preemption | None) -> None:
-        """Make every batch that is handed out between two steps a point at which the run could be stopped."""
-        # Not `self`: what is prepared must go when the script lets go of its Accelerator.
-        window = self._window
-
-        def reach_point() -> None:
-            if preemption is not None and not window.has_gradients:
-                preemption.reach_point()
-
-        self._loaders.before_batch = reach_point
-
-    def _training_state(self) -> TrainingState:
-        return TrainingState(
-            strategy=self.strategy,
-            models=self._models,
-            optimizers=self._optimizers,
-            schedulers=self._schedulers,
-            loaders=self._dataloaders,
-            scaler=self.scaler,
-            custom=self._checkpointing.custom,
-        )
 
     # Looking inside
 

@@ -86,7 +86,10 @@ class Running:
             time.sleep(0.05)
 
     def end(self, seconds: float = 120.0) -> int:
-        code = self.process.wait(timeout=seconds)
+        try:
+            code = self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"it did not end in {seconds:.0f} s\n{self.out}\n{self.err}") from error
         for thread in self.threads:
             thread.join(timeout=5)
         return code

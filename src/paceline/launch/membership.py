@@ -87,7 +87,7 @@ class Fixed:
         """How many machines wait to take part."""
         return 0
 
-    def close(self) -> None:
+    def close(self, *, ended: bool) -> None:
         """There is nothing to close."""
 
 
@@ -156,8 +156,13 @@ class Elastic:
         """How many machines wait to take part."""
         return int(self._handler.num_nodes_waiting())
 
-    def close(self) -> None:
-        """Close the rendezvous for machines that come later; a dead line does not hold this up."""
+    def close(self, *, ended: bool) -> None:
+        """Close the rendezvous for machines that come later, if the run has ended, and not only for this one.
+
+        A dead line does not hold this up.
+        """
+        if not ended:
+            return
         closing = threading.Thread(target=self._handler.shutdown, name="paceline-closing", daemon=True)
         closing.start()
         closing.join(timeout=3.0)

@@ -82,7 +82,7 @@ class Together:
         )
         self._vigil = Vigil(self._place.connect(), self._facts.token, self._options)
         self._plan: Plan
-        self._started = False
+        self._started = self._ended = False
         self._machines: tuple[Facts, ...] = ()
         self._index = self._number = self._used = 0
         self._alike: frozenset[str] = frozenset()
@@ -264,7 +264,8 @@ class Together:
         verdict = Verdict.from_json(self._line.claim(self._key("verdict"), verdict.to_json()))
         if verdict.kind == "again" and self._line.add(self._key("counted"), 1) == 1:
             self._line.add("failures", 1)
-        if verdict.kind in ("done", "end"):
+        self._ended = verdict.kind in ("done", "end")
+        if self._ended:
             self._say_goodbye(left)
         return verdict
 
@@ -326,7 +327,7 @@ class Together:
 
     def close(self) -> None:
         """Give no more signs of life."""
-        self._members.close()
+        self._members.close(ended=self._ended)
         self._vigil.close()
         self._line.close()
 

@@ -89,7 +89,7 @@ class Slurm:
 
     def _is_running(self) -> bool:
         ended = [daemon for daemon in self._daemons if daemon.poll() is not None]
-        assert not ended, f"{ended[0].args} ended: {(self.folder / 'daemons.log').read_text()}"
+        assert not ended, f"{ended[0].args!r} ended: {(self.folder / 'daemons.log').read_text()}"
         return True
 
     def stop(self) -> None:

@@ -74,8 +74,12 @@ def write(folder: Path, text: str) -> str:
 
 def wait_for_end(log: Path, words: str) -> str:
     """Wait until a job has written these words; `sbatch --wait` itself looks every ten seconds."""
-    wait_for(lambda: log.exists() and words in log.read_text(), f"{words!r} in the log", 90)
-    return log.read_text()
+    try:
+        wait_for(lambda: log.exists() and words in log.read_text(), f"{words!r} in the log", 150)
+    finally:
+        text = log.read_text() if log.exists() else "there is no log"
+        print(text)
+    return text
 
 
 def test_each_task_is_a_rank(slurm: Slurm, tmp_path: Path) -> None:

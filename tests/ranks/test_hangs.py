@@ -21,7 +21,8 @@ from tests.support.ranks import run_on_ranks
 
 SCRIPT = Path(__file__).with_name("hang_script.py")
 LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+PATHS = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 
 
 def line(marked: str) -> str:

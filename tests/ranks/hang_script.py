@@ -20,7 +20,7 @@ from torch import nn
 from paceline import Accelerator
 from tests.support.ranks import free_port
 
-LIMIT = "1"
+LIMIT = "5"
 
 
 def run(scenario: str) -> None:
@@ -61,8 +61,8 @@ def run(scenario: str) -> None:
             time.sleep(2 * float(LIMIT))
             accelerator.wait_for_everyone()
         case "turns":
-            # Two groups of ranks may be in different collectives for a while: each moves on its own.
-            for _ in range(30):
+            # Longer than the limit, always in exchanges, and always in new ones.
+            for _ in range(80):
                 step(accelerator, model, optimizer)
                 time.sleep(0.1)
 

@@ -72,8 +72,8 @@ def describe_shortage(usage: Usage, run: Run, asked: int | None, *, rank: int, d
 
 def remedies(usage: Usage, run: Run, asked: int | None) -> list[str]:
     """The changes, smallest first, up to the first that is enough by itself."""
-    # What could not be had must be found beyond what is free.
-    short = None if asked is None else max(asked - usage.free, 0)
+    # What could not be had must be found beyond what is free; where that much is free, it is not for this process.
+    short = None if asked is None else asked - usage.free if asked > usage.free else asked
     found = []
     for text, freed in _changes(usage, run, asked or 0):
         if freed is None:
@@ -90,7 +90,8 @@ def remedies(usage: Usage, run: Run, asked: int | None) -> list[str]:
 
 def _changes(usage: Usage, run: Run, asked: int) -> Iterator[tuple[str, int | None]]:
     if usage.unused and asked and usage.unused >= asked:
-        yield "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, against scattered free memory", usage.unused
+        pieces = f"{_size(usage.unused)} are held in pieces that were too small"
+        yield f"the variable PYTORCH_ALLOC_CONF=expandable_segments:True might do: {pieces}", None
     batch, steps = run.micro_batch, run.accumulation
     while batch is not None and batch > 1:
         batch, steps = batch // 2, steps * 2

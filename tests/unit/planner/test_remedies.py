@@ -42,8 +42,15 @@ def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:
 
 def test_memory_in_pieces_is_told_from_memory_in_use() -> None:
     pieces = Usage(other=60 * GIB, unused=10 * GIB, free=1 * GIB, total=79 * GIB)
-    (found,) = remedies(pieces, Run(), 4 * GIB)
-    assert found.startswith("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    found = remedies(pieces, Run(micro_batch=2), 4 * GIB)
+    assert found[0].startswith("the variable PYTORCH_ALLOC_CONF=expandable_segments:True might do: 10.00 GiB are held")
+    assert found[1].startswith("batches of 1 with gradient_accumulation_steps=2"), "a guess does not end the list"
+
+
+def test_a_limit_below_what_is_free_counts() -> None:
+    limited = Usage(other=6 * GIB, free=70 * GIB, total=79 * GIB)
+    first, *_ = remedies(limited, Run(micro_batch=8), 4 * GIB)
+    assert first.endswith("frees about 3.00 GiB"), "not enough, whatever others may have"
 
 
 def test_the_report_says_whose_it_is() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from paceline import Accelerator, debug_launcher, notebook_launcher
+from tests.support.ranks import free_port
 
 PROGRAM = """
 import json, os, sys, threading
@@ -143,3 +144,30 @@ def test_cells_of_a_jupyter_kernel() -> None:
 def _text(outputs: list[Any], name: str) -> list[str]:
     whole = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == name)
     return sorted(line for line in whole.splitlines() if line)
+
+
+TWO_MACHINES = """
+import sys
+from paceline import notebook_launcher
+
+def train():
+    from paceline import Accelerator
+    accelerator = Accelerator(cpu=True)
+    return accelerator.process_index, sum(accelerator.gather_object([1]))
+
+machine, port = map(int, sys.argv[1:])
+print(notebook_launcher(train, num_processes=2, num_nodes=2, node_rank=machine, master_addr="127.0.0.1", use_port=port))
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_each_get_the_values_of_their_ranks(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(TWO_MACHINES)
+    port = str(free_port())
+    running = [
+        subprocess.Popen([sys.executable, str(program), machine, port], stdout=subprocess.PIPE, text=True)
+        for machine in "01"
+    ]
+    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in running]
+    assert said == ["[(0, 4), (1, 4)]", "[(2, 4), (3, 4)]"]

@@ -55,6 +55,7 @@ def write_file(file: Path, text: str, *, is_default: bool) -> None:
         click.echo(f"The file that was there is kept as {kept}.")
     flag = "" if is_default else f"--config_file {file} "
     click.echo(f"Wrote {file}. It is read by: paceline launch {flag}script.py")
+    click.echo(f"Try it out: paceline test {flag}".rstrip())
     other = os.environ.get("PACELINE_CONFIG_FILE")
     if is_default and other:
         click.echo(f"paceline: PACELINE_CONFIG_FILE is set, so that {other} is read in its place", err=True)

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from paceline import Trainer, TrainingArguments
 from tests.support.ranks import run_on_ranks
-from tests.support.trainer import Sentences, arguments, farthest, run, tagger
+from tests.support.trainer import Sentences, arguments, farthest, run, tagger, timeless
 
 DEEPSPEED = {
     "zero_optimization": {"stage": 2},
@@ -285,6 +285,34 @@ def test_batches_of_like_lengths_are_shared_out(tmp_path: Path) -> None:
     ranks = run_on_ranks(2, grouped, str(tmp_path))
     assert ranks[0][0] == pytest.approx(alone, abs=1e-5)
     assert set(ranks[0][1]) | set(ranks[1][1]) == set(read) == set(range(48))
+
+
+def configured(config: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], int]:
+    """Train with settings of the Accelerator; also how many samples this rank read itself."""
+    data = Sentences(44, 1)
+    changes = {"global_batch_size": 8, "accelerator_config": config, "num_train_epochs": 2, "max_steps": -1}
+    made = TrainingArguments(**arguments(folder, **changes))
+    trainer = Trainer(tagger(), made, train_dataset=data, eval_dataset=Sentences(21, 2))
+    data.read.clear()
+    trainer.train()
+    trainer.evaluate()
+    return [timeless(entry) for entry in trainer.state.log_history], len(data.read)
+
+
+def test_every_setting_of_the_accelerator_acts(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    plain = [log for log, _ in run_on_ranks(2, configured, {}, folder)]
+    split = run_on_ranks(2, configured, {"split_batches": True}, folder)
+    assert farthest(split[0][0], plain[0]) < 1e-6, "as many rows for each rank, read as one batch"
+    (sent, _), (_, read) = run_on_ranks(2, configured, {"dispatch_batches": True}, folder)
+    assert farthest(sent, plain[0]) < 1e-6
+    assert read == 0, "rank 0 reads for all"
+    drawn = run_on_ranks(2, configured, {"use_seedable_sampler": False}, folder)[0][0]
+    assert farthest(drawn, plain[0]) > 1e-3, "another order"
+    each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}, "non_blocking": True}
+    assert farthest(run_on_ranks(2, configured, each, folder)[0][0], plain[0]) < 1e-6
+    with pytest.raises(AssertionError, match="even_batches: False, and the ranks get 6, 5 batches"):
+        run_on_ranks(2, configured, {"even_batches": False}, folder)
 
 
 def before_and_after(folder: str, changes: dict[str, Any]) -> tuple[float, float, float, list[int]]:

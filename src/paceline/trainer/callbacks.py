@@ -24,6 +24,7 @@ __all__ = [
     "PrinterCallback",
     "ProgressCallback",
     "TrainerCallback",
+    "length_of",
 ]
 
 logger = get_logger(__name__)
@@ -269,7 +270,7 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self._evaluation is None:
-            total = _length(things.get("eval_dataloader"))
+            total = length_of(things.get("eval_dataloader"))
             self._evaluation = tqdm(total=total, leave=self._training is None, dynamic_ncols=True)
         self._evaluation.update(1)
 
@@ -306,7 +307,7 @@ class PrinterCallback(TrainerCallback):
             print(shown(things["logs"]), flush=True)
 
 
-def _length(loader: Any) -> int | None:
+def length_of(loader: Any) -> int | None:
     """The batches of a loader; None if nobody knows."""
     try:
         return len(loader)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from paceline.environment.logging import get_logger
-from paceline.errors import PrepareError
+from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
 from paceline.trainer import optimizers
 from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.callbacks import length_of
 from paceline.trainer.core import TrainerCore
 from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
 from paceline.trainer.plugins import deepspeed_settings
@@ -40,11 +41,21 @@ class Feeding(TrainerCore):
         if self.train_dataset is None:
             raise PrepareError("Trainer.train() without a train_dataset", "There is nothing to train on", "Give one")
         micro, accumulation = self._batch_plan
-        ranks = self.accelerator.num_processes
-        sampler = self._get_train_sampler(micro * accumulation * ranks)
-        return self._loader(
-            self.train_dataset, micro * (ranks if self.accelerator.split_batches else 1), sampler, saved=True
-        )
+        sampler = self._get_train_sampler(micro * accumulation * self.accelerator.num_processes)
+        loader = self._loader(self.train_dataset, micro, sampler, saved=True)
+        self._require_as_many_batches(loader)
+        return loader
+
+    def _require_as_many_batches(self, loader: PreparedDataLoader) -> None:
+        """Refuse to train where some ranks would run out of batches before others."""
+        if self.accelerator.even_batches or not self.accelerator.use_distributed:
+            return
+        counts = self.accelerator.gather_object([length_of(loader)])
+        if len(set(counts)) > 1:
+            what = f"False, and the ranks get {', '.join(map(str, counts))} batches in a pass"
+            why = "one that has no batch left leaves the others waiting for its gradients"
+            hint = "leave it out, or set dataloader_drop_last"
+            raise ConfigError([Problem("TrainingArguments(…)", "accelerator_config.even_batches", what, why, hint)])
 
     def _get_train_sampler(self, total_batch: int) -> Any:
         name = getattr(self.model, "main_input_name", "input_ids")
@@ -72,6 +83,9 @@ class Feeding(TrainerCore):
         if self.args.remove_unused_columns:
             dataset, collator = drop_columns(dataset, collator, self.model, self.label_names)
         device = self.accelerator.device
+        if self.accelerator.split_batches:
+            # Each rank gets as many rows as the argument says, of a batch that is read as one.
+            batch_size *= self.accelerator.num_processes
         made = make_loader(self.args, dataset, collator, batch_size=batch_size, sampler=sampler, device=device)
         # An evaluation begins at its first sample, also after a resume.
         return self.accelerator.prepare_data_loader(made, saved=saved)

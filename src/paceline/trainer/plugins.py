@@ -224,7 +224,7 @@ def _deepspeed(args: TrainingArguments, problems: list[Problem]) -> DeepSpeedPlu
 
 def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConfiguration:
     config: Any = args.accelerator_config
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed: int | None = args.seed if args.data_seed is None else args.data_seed
     if isinstance(config, dict):
         for key in config:
             if key not in _ACCELERATOR_KEYS:
@@ -235,6 +235,12 @@ def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConf
         key = "accelerator_config.use_configured_state"
         problems.append(Problem(WHERE, key, what, "there is nothing else that could be configured before", hint))
     said = {key: setting(config, key) for key in _LOADER_KEYS} if config is not None else {}
+    if said.get("use_seedable_sampler") is False:
+        # The order is drawn when the loader is prepared, from generators that `seed` has set.
+        seed = None
+        if args.data_seed is not None:
+            what, why = f"{args.data_seed} with accelerator_config.use_seedable_sampler=False", "one says not to seed"
+            problems.append(Problem(WHERE, "data_seed", what, why, "give one of them"))
     try:
         return DataLoaderConfiguration(
             data_seed=seed, **{key: value for key, value in said.items() if value is not None}

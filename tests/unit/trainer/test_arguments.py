@@ -139,7 +139,12 @@ def test_what_the_accelerator_is_told() -> None:
     assert (said["mixed_precision"], said["dynamo_plugin"].backend) == ("bf16", "inductor")
     loading, accumulation = said["dataloader_config"], said["gradient_accumulation_plugin"]
     assert (loading.split_batches, loading.even_batches, loading.use_seedable_sampler) == (True, False, False)
-    assert loading.data_seed == 3
+    assert loading.data_seed is None, "the order is not seeded"
+    seeded = accelerator_arguments(TrainingArguments(seed=3), accumulation=1)["dataloader_config"]
+    assert seeded.data_seed == 3
+    wrong = TrainingArguments(data_seed=1, accelerator_config={"use_seedable_sampler": False})
+    with pytest.raises(ConfigError, match="use_seedable_sampler=False; one says not to seed"):
+        accelerator_arguments(wrong, accumulation=1)
     assert (accumulation.num_steps, accumulation.sync_each_batch) == (4, True)
     assert not {"strategy", "cpu", "fsdp_plugin"} & set(said), "what nobody said is left to the launcher"
 

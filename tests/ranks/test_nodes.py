@@ -170,6 +170,7 @@ def test_preflight_names_all_that_differs(make_hosts: Callable[[int], Hosts], tm
     assert hosts.none_left()
 
 
+@pytest.mark.slow
 def test_an_address_that_leads_to_the_machine_itself(make_hosts: Callable[[int], Hosts]) -> None:
     hosts = make_hosts(2)
     flags = "--main_process_ip head --rdzv_conf timeout=5"

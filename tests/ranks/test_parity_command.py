@@ -50,7 +50,7 @@ loader = DataLoader(data, batch_size=4, shuffle=True)
 if "sampler" in words:
     loader = DataLoader(data, batch_sampler=type("Mine", (BatchSampler,), {"__iter__": lambda self: BatchSampler.__iter__(self)})(RandomSampler(data), 4, False))
 if "stream" in words:
-    loader = DataLoader(Stream(), batch_size=4)
+    loader = DataLoader(Stream(), batch_size=4, drop_last=True)
 model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 if "unprepared" not in words:
     loader = accelerator.prepare(loader)
@@ -103,6 +103,12 @@ def test_batch_norm_without_synchronisation_is_found(tmp_path: Path) -> None:
 )
 def test_right_scripts(words: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
     code, said = check(tmp_path, *words, flags=flags, steps=20)
+    assert code == 0, said
+
+
+@pytest.mark.slow
+def test_deepspeed(tmp_path: Path) -> None:
+    code, said = check(tmp_path, "accumulate", flags=("--use_deepspeed", "--zero_stage", "2"))
     assert code == 0, said
 
 

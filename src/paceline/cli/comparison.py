@@ -253,6 +253,11 @@ def _data_reasons(several: Training, kinds: Mapping[str, Difference]) -> Iterato
         )
     elif any(len(ranks) > 1 and ranks[0] and all(rank == ranks[0] for rank in ranks) for ranks in step.samples):
         yield "all ranks train on the same samples: hand the loader to accelerator.prepare(...), which deals them out"
+    elif kinds["samples"].step and kinds["samples"].ratio > 1:
+        yield (
+            "the last batch of a stream, which several processes complete with samples from its start and one does "
+            "not: set drop_last=True on the loader for this check"
+        )
     elif kinds["samples"].what.endswith("the same"):
         yield (
             "the same places of the data set gave other values: random numbers drawn in __getitem__ or the collate "

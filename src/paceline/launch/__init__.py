@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from paceline.launch.command import Command
+    from paceline.launch.deepspeed_runners import launch_machines, plan_machines
     from paceline.launch.detection import detect
     from paceline.launch.launcher import launch
-    from paceline.launch.machines import launch_machines, plan_machines
-    from paceline.launch.notebook import debug_launcher, notebook_launcher
+    from paceline.launch.notebook.functions import debug_launcher, notebook_launcher
     from paceline.launch.planning import Plan, plan
 
 __all__ = [
@@ -40,13 +40,13 @@ def __getattr__(name: str) -> object:
 
             return getattr(planning, name)
         case "launch_machines" | "plan_machines":
-            from paceline.launch import machines
+            from paceline.launch import deepspeed_runners
 
-            return getattr(machines, name)
+            return getattr(deepspeed_runners, name)
         case "debug_launcher" | "notebook_launcher":
-            from paceline.launch import notebook
+            from paceline.launch.notebook import functions
 
-            return getattr(notebook, name)
+            return getattr(functions, name)
         case "detect":
             from paceline.launch.detection import detect
 

@@ -16,10 +16,10 @@ from torch.distributed.elastic.multiprocessing import SignalException, start_pro
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from paceline.errors import UsageError, WorkerError
+from paceline.launch.rendezvous.together import Together
 from paceline.launch.rounds import Alone, Round, Rounds
 from paceline.launch.streams import RankStreams, quiet_elastic
 from paceline.launch.supervision import Outcome, Signals, Times, supervise
-from paceline.launch.together import Together
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -36,7 +36,7 @@ __all__ = ["main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
-_OWN_FILES = {__file__, str(Path(__file__).with_name("calling.py"))}
+_OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "calling.py")}
 # What a shell gives for a program that is there and cannot be run.
 _NOT_RUN = 126
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.config import Resolved
-    from paceline.launch.machines import MachinesPlan
+    from paceline.launch.deepspeed_runners import MachinesPlan
 
 pytestmark = needs_deepspeed
 ENV = {"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO", "HOME": "/nowhere"}

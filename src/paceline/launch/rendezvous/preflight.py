@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
-from paceline.launch.line import patiently
+from paceline.launch.rendezvous.store_client import patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch._C._distributed_c10d import Store
 
-    from paceline.launch.facts import Facts
+    from paceline.launch.rendezvous.facts import Facts
 
 __all__ = ["why_not_connected"]
 

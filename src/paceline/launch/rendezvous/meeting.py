@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
 from paceline.errors import WorkerError, WorldError
-from paceline.launch.network import (
+from paceline.launch.rendezvous.network import (
     address_towards,
     interface_of,
     is_loopback,

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from paceline.config.rendezvous import RendezvousOptions
     from paceline.launch.supervision import Elsewhere
 
-__all__ = ["Vigil"]
+__all__ = ["Heartbeat"]
 
 _LOOK = 0.3
 
 
-class Vigil:
+class Heartbeat:
     """Beats for this launcher, and listens for the others."""
 
     def __init__(self, store: Store, token: str, options: RendezvousOptions) -> None:
@@ -32,7 +32,7 @@ class Vigil:
         self._token = token
         self._options = options
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="paceline-vigil", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="paceline-heartbeat", daemon=True)
         self._contact = time.monotonic()
         self._broken = ""
         self._beats = 0

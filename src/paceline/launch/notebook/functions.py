@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.config import in_force, resolve
 from paceline.errors import WorkerError
-from paceline.launch.calling import CALL, result_file, results_in
+from paceline.launch.notebook.calling import CALL, result_file, results_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -141,8 +141,8 @@ def _run(
 def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resolved, template: str | None) -> list[Any]:
     from paceline.launch.command import Command
     from paceline.launch.launcher import launch
-    from paceline.launch.parcel import pack_call
-    from paceline.launch.pipes import RankPipes, shows_elsewhere
+    from paceline.launch.notebook.pickling import pack_call
+    from paceline.launch.notebook.pipes import RankPipes, shows_elsewhere
 
     config = resolved.config
     # Ranks are dealt out to machines in order.
@@ -152,7 +152,7 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resol
         folder = Path(name)
         head = pickle.dumps({"path": list(sys.path), "sources": _cells()})
         (folder / CALL).write_bytes(head + pack_call(function, args, {}))
-        command = Command("paceline.launch.calling", (name,), "module")
+        command = Command("paceline.launch.notebook.calling", (name,), "module")
         try:
             if template is None and not shows_elsewhere():
                 launch(resolved, command, env=_environment())

@@ -37,7 +37,7 @@ def _call(folder: Path) -> None:
     del sys.argv[1:]
     value = function(*call["arguments"])
 
-    from paceline.launch.parcel import pack_value
+    from paceline.launch.notebook.pickling import pack_value
 
     where = result_file(folder, int(os.environ["RANK"]))
     unfinished = where.with_suffix(".part")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch._C._distributed_c10d import Store
 
-__all__ = ["CutOffError", "Line", "patiently"]
+__all__ = ["CutOffError", "StoreClient", "patiently"]
 
 _Answer = TypeVar("_Answer")
 _POLL = 0.05
@@ -60,14 +60,14 @@ def patiently(ask: Callable[[], _Answer], meanwhile: Callable[[], None], name: s
     return answer
 
 
-class Line:
+class StoreClient:
     """A store, asked by one thread that may be left behind in a call that never returns."""
 
     def __init__(self, store: Store, patience: float) -> None:
         self._store = store
         self._patience = patience
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="paceline-line", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="paceline-store", daemon=True)
         self._thread.start()
 
     def has(self, *keys: str) -> bool:

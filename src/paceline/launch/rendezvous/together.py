@@ -17,24 +17,24 @@ from torch._C._distributed_c10d import PrefixStore
 
 from paceline.config.rendezvous import read_rendezvous_options
 from paceline.errors import ConfigError, UsageError, WorkerError, WorldError
-from paceline.launch.facts import Facts, clocks_apart, disagreements, own_facts
-from paceline.launch.line import CutOffError, Line
-from paceline.launch.meeting import Clock, expected, open_place
-from paceline.launch.membership import Elastic, Fixed
-from paceline.launch.network import variables_for
 from paceline.launch.planning import local_size, meeting_place, place, plan
-from paceline.launch.preflight import why_not_connected
+from paceline.launch.rendezvous.facts import Facts, clocks_apart, disagreements, own_facts
+from paceline.launch.rendezvous.heartbeat import Heartbeat
+from paceline.launch.rendezvous.meeting import Clock, expected, open_place
+from paceline.launch.rendezvous.membership import Elastic, Fixed
+from paceline.launch.rendezvous.network import variables_for
+from paceline.launch.rendezvous.preflight import why_not_connected
+from paceline.launch.rendezvous.store_client import CutOffError, StoreClient
 from paceline.launch.rounds import Round
 from paceline.launch.verdict import MachineEnd, Verdict, judge
-from paceline.launch.vigil import Vigil
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
-    from paceline.launch.meeting import Place
     from paceline.launch.planning import Plan
+    from paceline.launch.rendezvous.meeting import Place
     from paceline.launch.supervision import Outcome
 
 __all__ = ["Together"]
@@ -70,7 +70,7 @@ class Together:
         name, port = meeting_place(config, env)
         self._options = read_rendezvous_options(config.rdzv_conf)
         self._place: Place = open_place(config, name, port, self._options, self._clock())
-        self._line = Line(self._place.connect(), max(self._options.lost_after, 20.0))
+        self._client = StoreClient(self._place.connect(), max(self._options.lost_after, 20.0))
         counted = not resolved.origin("num_processes").is_explicit
         self._facts = own_facts(
             config,
@@ -80,19 +80,19 @@ class Together:
             counted=counted,
             problems=[problem] if problem else [],
         )
-        self._vigil = Vigil(self._place.connect(), self._facts.token, self._options)
+        self._heartbeat = Heartbeat(self._place.connect(), self._facts.token, self._options)
         self._plan: Plan
         self._started = self._ended = False
         self._machines: tuple[Facts, ...] = ()
         self._index = self._number = self._used = 0
         self._alike: frozenset[str] = frozenset()
         if self._place.listens:
-            self._line.put("host", self._facts.to_json())
-            self._line.put("run_id", uuid.uuid4().hex[:12])
+            self._client.put("host", self._facts.to_json())
+            self._client.put("run_id", uuid.uuid4().hex[:12])
         self._members: Fixed | Elastic = (
-            Fixed(self._line, self._facts, self._place)
+            Fixed(self._client, self._facts, self._place)
             if config.rdzv_backend == "static"
-            else Elastic(self._line, config, self._options, self._facts, self._place.connect())
+            else Elastic(self._client, config, self._options, self._facts, self._place.connect())
         )
 
     def _own_problem(self) -> str:
@@ -126,41 +126,41 @@ class Together:
 
     def _has_started(self) -> bool:
         try:
-            return self._started or self._line.has("started")
+            return self._started or self._client.has("started")
         except CutOffError:
             return True
 
     def _next(self) -> Round:
-        self._vigil.rest()
+        self._heartbeat.rest()
         clock = self._clock()
         if not self._place.listens and self._config.preflight and self._config.rdzv_backend == "c10d":
             self._compare((Facts.from_json(self._wait_for("host", clock)), self._facts))
         machines: tuple[Facts, ...] = ()
         while not machines:
             self._number, self._index, count = self._members.gather(clock, self._watch_others)
-            self._line.put(self._key(f"here/{self._index}"), self._facts.to_json())
+            self._client.put(self._key(f"here/{self._index}"), self._facts.to_json())
             machines = self._roll_call(count, clock)
         self._machines = machines
-        self._vigil.watch(
+        self._heartbeat.watch(
             [m.token for m in self._machines if m is not self._machines[self._index]],
             self._key("stop"),
             self._members.waiting if self._members.can_grow(len(machines)) else None,
         )
         self._preflight()
-        self._used = self._line.add("failures", 0)
+        self._used = self._client.add("failures", 0)
         sizes = tuple(machine.processes for machine in self._machines)
         interface = self._place.interface if self._config.same_network else None
         extra = variables_for(interface, self._env)
         self._plan = place(self._resolved, self._command, self._env, self._index, sizes, **extra)
         run_id = self._wait_for("run_id", clock).decode()
         self._started = True
-        self._line.put("started", "1")
-        return Round(self._plan, self._place.port, run_id, self._number, self._vigil.elsewhere)
+        self._client.put("started", "1")
+        return Round(self._plan, self._place.port, run_id, self._number, self._heartbeat.elsewhere)
 
     def _roll_call(self, count: int, clock: Clock) -> tuple[Facts, ...]:
         """Wait for every machine of the round to tell about itself; empty when one is given up."""
         begin = clock.seconds
-        while missing := [i for i in range(count) if not self._line.has(self._key(f"here/{i}"))]:
+        while missing := [i for i in range(count) if not self._client.has(self._key(f"here/{i}"))]:
             clock.say(f"waiting for {_machines(missing)} (of {count})")
             if clock.is_over:
                 raise self._not_all(missing, count)
@@ -168,7 +168,7 @@ class Together:
                 return ()
             self._watch_others()
             time.sleep(_POLL)
-        return tuple(Facts.from_json(self._line.get(self._key(f"here/{i}"))) for i in range(count))
+        return tuple(Facts.from_json(self._client.get(self._key(f"here/{i}"))) for i in range(count))
 
     def _not_all(self, missing: Sequence[int], count: int) -> WorldError:
         seen, doubt = count - len(missing), self._place.doubt()
@@ -191,13 +191,13 @@ class Together:
             _LOG.warning("paceline: %s; which rank failed first may be told wrong", line)
         store = PrefixStore(self._key("preflight"), self._place.connect())
         why = why_not_connected(store, self._index, self._machines, self._watch_others)
-        self._line.put(self._key(f"connected/{self._index}"), why)
+        self._client.put(self._key(f"connected/{self._index}"), why)
         found = [text.decode() for text in self._from_all("connected")]
         _refuse([line for line in found if line], "A firewall, or another interface than the one that leads there")
         self._alike = tokens
 
     def _read_clocks(self) -> list[float]:
-        self._line.put(self._key(f"clock/{self._index}"), str(time.time()))
+        self._client.put(self._key(f"clock/{self._index}"), str(time.time()))
         return [float(text) for text in self._from_all("clock")]
 
     def _from_all(self, name: str) -> list[bytes]:
@@ -211,7 +211,7 @@ class Together:
         _refuse(found + disagreements(machines), "All machines must run the same thing in the same way")
 
     def _wait_for(self, key: str, clock: Clock, whom: str = "machine 0") -> bytes:
-        while not self._line.has(key):
+        while not self._client.has(key):
             clock.say(f"waiting for {whom}")
             if clock.is_over:
                 raise WorldError(
@@ -221,15 +221,15 @@ class Together:
                 )
             self._watch_others()
             time.sleep(_POLL)
-        return self._line.get(key)
+        return self._client.get(key)
 
     def _watch_others(self) -> None:
         """Raise when another machine gave up, or is lost before the ranks start."""
-        if self._vigil.cut_off:
-            raise CutOffError(self._vigil.cut_off)
-        if self._line.has("over"):
-            raise _Over(self._line.get("over").decode())
-        for token, why in self._vigil.lost.items():
+        if self._heartbeat.cut_off:
+            raise CutOffError(self._heartbeat.cut_off)
+        if self._client.has("over"):
+            raise _Over(self._client.get("over").decode())
+        for token, why in self._heartbeat.lost.items():
             raise WorldError(f"{self._name_of(token)} is lost before its ranks start: {why}")
 
     def _name_of(self, token: str) -> str:
@@ -248,49 +248,49 @@ class Together:
     def _conclude(self, outcome: Outcome, own: MachineEnd) -> Verdict:
         if (outcome.failed and not outcome.made_room) or outcome.signal is not None:
             self._stop_all()
-        self._line.put(self._key(f"end/{self._index}"), own.to_json())
+        self._client.put(self._key(f"end/{self._index}"), own.to_json())
         try:
             ends = self._collect()
         except WorkerError:  # a signal came when the ranks here had ended: those of the others end too
             self._stop_all()
             own = replace(own, signal=self._signals[0])
-            self._line.put(self._key(f"end/{self._index}"), own.to_json())
+            self._client.put(self._key(f"end/{self._index}"), own.to_json())
             self._signals = ()
             ends = self._collect()
         lost = [end for end in ends if end.lost]
         left = len(ends) - len(lost)
         may_restart = self._used < self._config.max_restarts and self._members.can_go_on(left, len(ends))
         verdict = judge(ends, may_restart=may_restart, regroup=self._regroups())
-        verdict = Verdict.from_json(self._line.claim(self._key("verdict"), verdict.to_json()))
-        if verdict.kind == "again" and self._line.add(self._key("counted"), 1) == 1:
-            self._line.add("failures", 1)
+        verdict = Verdict.from_json(self._client.claim(self._key("verdict"), verdict.to_json()))
+        if verdict.kind == "again" and self._client.add(self._key("counted"), 1) == 1:
+            self._client.add("failures", 1)
         self._ended = verdict.kind in ("done", "end")
         if self._ended:
             self._say_goodbye(left)
         return verdict
 
     def _stop_all(self) -> None:
-        self._line.claim(self._key("stop"), self._facts.host)
+        self._client.claim(self._key("stop"), self._facts.host)
 
     def _regroups(self) -> bool:
-        if self._vigil.regroup:
-            self._line.claim(self._key("regroup"), self._facts.host)
-        return self._line.has(self._key("regroup"))
+        if self._heartbeat.regroup:
+            self._client.claim(self._key("regroup"), self._facts.host)
+        return self._client.has(self._key("regroup"))
 
     def _collect(self) -> list[MachineEnd]:
         """Wait until each machine has told how its ranks ended, or is lost."""
-        if self._vigil.regroup:
-            self._line.claim(self._key("regroup"), self._facts.host)
+        if self._heartbeat.regroup:
+            self._client.claim(self._key("regroup"), self._facts.host)
         clock = Clock(float("inf"), self._signals)
         found: dict[int, MachineEnd] = {}
         while len(found) < len(self._machines):
-            if self._vigil.cut_off:
-                raise CutOffError(self._vigil.cut_off)
-            lost = self._vigil.lost
+            if self._heartbeat.cut_off:
+                raise CutOffError(self._heartbeat.cut_off)
+            lost = self._heartbeat.lost
             for index, machine in enumerate(self._machines):
                 key = self._key(f"end/{index}")
-                if index not in found and self._line.has(key):
-                    found[index] = MachineEnd.from_json(self._line.get(key))
+                if index not in found and self._client.has(key):
+                    found[index] = MachineEnd.from_json(self._client.get(key))
                 elif index not in found and machine.token in lost:
                     found[index] = MachineEnd(machine.host, machine.processes, lost=lost[machine.token])
                     self._stop_all()
@@ -301,16 +301,16 @@ class Together:
 
     def _say_goodbye(self, left: int) -> None:
         """Let machine 0 go last: with it goes the store that the others still read."""
-        count = self._line.add(self._key("bye"), 1)
+        count = self._client.add(self._key("bye"), 1)
         clock = Clock(_FAREWELL)
         while self._place.listens and count < left and not clock.is_over:
             time.sleep(_POLL)
-            count = self._line.add(self._key("bye"), 0)
+            count = self._client.add(self._key("bye"), 0)
 
     def _give_up(self, said: str) -> None:
         """Tell the others that this machine does not go on, and stay until they can have read it."""
         try:
-            first = self._line.claim("over", said).decode()
+            first = self._client.claim("over", said).decode()
         except CutOffError:
             return
         if self._place.listens and (first == said or self._config.rdzv_backend == "static"):
@@ -328,8 +328,8 @@ class Together:
     def close(self) -> None:
         """Give no more signs of life."""
         self._members.close(ended=self._ended)
-        self._vigil.close()
-        self._line.close()
+        self._heartbeat.close()
+        self._client.close()
 
 
 class _Over(WorldError):

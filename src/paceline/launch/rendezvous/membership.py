@@ -20,8 +20,8 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from paceline.errors import WorldError
-from paceline.launch.facts import Facts
-from paceline.launch.line import CutOffError, patiently
+from paceline.launch.rendezvous.facts import Facts
+from paceline.launch.rendezvous.store_client import CutOffError, patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from paceline.config import RunConfig
     from paceline.config.rendezvous import RendezvousOptions
-    from paceline.launch.line import Line
-    from paceline.launch.meeting import Clock, Place
+    from paceline.launch.rendezvous.meeting import Clock, Place
+    from paceline.launch.rendezvous.store_client import StoreClient
 
 __all__ = ["Elastic", "Fixed"]
 
@@ -44,20 +44,20 @@ _LATEST = 10.0
 class Fixed:
     """Every machine has its number, and all of them take part in every round."""
 
-    def __init__(self, line: Line, facts: Facts, place: Place) -> None:
-        self._line, self._facts, self._place = line, facts, place
+    def __init__(self, client: StoreClient, facts: Facts, place: Place) -> None:
+        self._client, self._facts, self._place = client, facts, place
         self._number = -1
 
     def gather(self, clock: Clock, meanwhile: Callable[[], None]) -> tuple[int, int, int]:
         """Return the number of the round, this machine's index, and how many machines take part."""
         self._number += 1
-        while not self._line.has("host"):
+        while not self._client.has("host"):
             clock.say("waiting for machine 0")
             meanwhile()
             time.sleep(_POLL)
-        host = Facts.from_json(self._line.get("host"))
+        host = Facts.from_json(self._client.get("host"))
         mine, count = self._facts.machine_rank, int(host.num_machines.rpartition(":")[2])
-        seat = Facts.from_json(self._line.claim(f"seat/{mine}", self._facts.to_json()))
+        seat = Facts.from_json(self._client.claim(f"seat/{mine}", self._facts.to_json()))
         if seat.token != self._facts.token:
             raise WorldError(
                 f"{seat} and {self._facts} both say that they are machine {mine}",
@@ -94,8 +94,10 @@ class Fixed:
 class Elastic:
     """Machines come and go between a least and a greatest number."""
 
-    def __init__(self, line: Line, config: RunConfig, options: RendezvousOptions, facts: Facts, store: Store) -> None:
-        self._line, self._facts = line, facts
+    def __init__(
+        self, client: StoreClient, config: RunConfig, options: RendezvousOptions, facts: Facts, store: Store
+    ) -> None:
+        self._client, self._facts = client, facts
         self._least, self._most = config.min_machines, config.max_machines
         self._limit = options.timeout
         self.patience = options.lost_after + _LATEST
@@ -140,7 +142,7 @@ class Elastic:
             # The handler writes these once in its life; one that comes late waits for those of its own round.
             found.store.set(RendezvousStoreInfo.MASTER_ADDR_KEY, self._facts.address)
             found.store.set(RendezvousStoreInfo.MASTER_PORT_KEY, "0")
-            number = self._line.add("rounds", 1) - 1
+            number = self._client.add("rounds", 1) - 1
             found.store.set("paceline/number", str(number))
         return int(found.store.get("paceline/number")), found.rank, found.world_size
 

@@ -20,7 +20,7 @@ __all__ = ["Place", "all_stacks", "here", "main_stack", "place_in_traceback", "p
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 # The modules whose public methods are what a script calls.
-_FACADE = ("paceline.accelerator", "paceline.ranks")
+_FACADE = ("paceline.accelerator", "paceline.ranks", "paceline.reporting", "paceline.saving")
 _CODE = 100
 
 

@@ -12,7 +12,6 @@ from tests.support.training import (
     FOUR_RANKS,
     FSDP,
     FSDP_OFFLOADED,
-    HSDP,
     SINGLE,
     TWO_RANKS,
     ZERO,
@@ -33,7 +32,7 @@ def plain() -> Trained:
 
 
 # One layout of each kind that has code of its own; the rest, and each without accumulation, are in the slow tests.
-COMMON = [SINGLE, DDP, FSDP, HSDP, FSDP_OFFLOADED, *with_deepspeed([ZERO[2], ZERO[3]])]
+COMMON = [SINGLE, DDP, FSDP, FSDP_OFFLOADED, *with_deepspeed([ZERO[2], ZERO[3]])]
 RARE = [
     *[layout for layout in (*TWO_RANKS, *FOUR_RANKS) if layout not in COMMON],
     *with_deepspeed([ZERO[0], ZERO[1], *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR], every_stage=True),

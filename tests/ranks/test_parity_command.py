@@ -81,6 +81,7 @@ def check(folder: Path, *words: str, flags: tuple[str, ...] = (), steps: int = 8
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_right_script_passes(tmp_path: Path) -> None:
     code, said = check(tmp_path, "accumulate", "clip", flags=("--use_fsdp",))
     assert code == 0, said

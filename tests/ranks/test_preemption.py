@@ -70,6 +70,7 @@ def test_a_signal_is_heard_during_evaluation(tmp_path: Path) -> None:
     assert checkpoint.manifest.step == 6
 
 
+@pytest.mark.slow
 def test_a_crash_is_followed_by_a_restart_that_goes_on(whole: Path, tmp_path: Path) -> None:
     run = start(tmp_path, "ddp", STEPS, "2", "blocking", "slow", flags=("--max_restarts", "2"))
     run.wait_for(lambda: len(run.lines(1)) > 8)

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MI
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["single", "ddp"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow, id="single"), pytest.param(2, id="ddp")]
+)
 def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder, ranks = tmp_path_factory.mktemp("side_by_side"), request.param
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []

@@ -74,7 +74,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
         pytest.param("reseed", "differs  step 5, rank 0, after the resume: loss", marks=pytest.mark.slow),
         ("restart", "in place of sample 20 of epoch 0"),
         pytest.param("forget", "began at step 0", marks=pytest.mark.slow),
-        ("fail", "no such data"),
+        pytest.param("fail", "no such data", marks=pytest.mark.slow),
     ],
 )
 def test_a_script_that_does_not_fails_with_the_first_differences(word: str, says: str, tmp_path: Path) -> None:

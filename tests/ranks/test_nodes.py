@@ -319,7 +319,8 @@ def test_the_others_go_on_with_fewer(make_hosts: Callable[[int], Hosts], how: st
     assert running[0].end(120) == 0, running[0].err
     assert "starting again (1 of 1)" in running[0].err
     assert "rank 0/1 local 0/1 node 0/1 attempt 1\n" in running[0].out
-    assert hosts.none_left(10)
+    # A host that was cut off gives machine 0 up when the store has not answered for 20 seconds.
+    assert hosts.none_left(30)
 
 
 @pytest.mark.slow

@@ -53,7 +53,9 @@ LONG = """
         optimizer.step()
         optimizer.zero_grad()
         if count == 0:
-            print("first row", int(batch.max()), "restart", again, flush=True)
+            # In one piece: both ranks write into the job's log.
+            sys.stdout.write(f"first row {int(batch.max())} restart {again}\\n")
+            sys.stdout.flush()
         if again:
             break
         time.sleep(0.02)
@@ -150,7 +152,7 @@ def test_a_submitted_job_makes_room_and_goes_on_from_the_queue(slurm: Slurm, tmp
     def text() -> str:
         return log.read_text() if log.exists() else ""
 
-    wait_for(lambda: "first row" in text(), "the first step", 60)
+    wait_for(lambda: text().count("restart None") == 2, "the first step", 60)
     slurm.run("scancel", "--signal=USR1", found[1])
     try:
         wait_for(lambda: "restart 1" in text(), "the second start", 90)

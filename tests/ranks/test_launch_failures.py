@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from tests.support.marked import marked, none_marked
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -87,20 +89,10 @@ class Launches:
         return process.returncode, out, err
 
     def left(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("TEST_MARKER") == self.marker:
-                    found.append(process)
-        return found
+        return marked(self.marker)
 
     def none_left(self, within: float = 3.0) -> bool:
-        deadline = time.monotonic() + within
-        while self.left():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
+        return none_marked(self.marker, within)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from tests.support.marked import marked, none_marked
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
@@ -157,20 +159,10 @@ class Hosts:
 
     def left(self) -> list[psutil.Process]:
         """Every process that still runs on these hosts."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("TEST_MARKER") == self.marker:
-                    found.append(process)
-        return found
+        return marked(self.marker)
 
     def none_left(self, within: float = 5.0) -> bool:
-        deadline = time.monotonic() + within
-        while self.left():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
+        return none_marked(self.marker, within)
 
     def close(self) -> None:
         for process in self.left():

@@ -50,6 +50,7 @@ from paceline.stepping import (
     Accumulation,
     Window,
     is_scheduler,
+    steps_taken,
     unassigned,
 )
 from paceline.strategies import Strategy
@@ -195,7 +196,7 @@ class Accelerator(Saving, Reporting, Ranks):
         if recording.parity:
             recorder = ParityRecorder(recording, group, self, self._models, self._optimizers)
         else:
-            recorder = Recorder(recording, group, lambda: max((o.num_steps for o in self._optimizers), default=0))
+            recorder = Recorder(recording, group, lambda: steps_taken(self._optimizers))
         self._loaders.watch = recorder.note_batch
         return recorder
 

@@ -275,6 +275,11 @@ class WorkerError(PacelineError):
         super().__init__(report)
 
 
+def first_line(error: BaseException, limit: int | None = None) -> str:
+    """What an exception says in its first line: torch puts a trace of C++ behind it. At most `limit` letters."""
+    return str(error).partition("\n")[0][:limit]
+
+
 def named(names: Sequence[str], limit: int = 8) -> str:
     """Write out the first few names and count the rest."""
     head = ", ".join(names[:limit])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from paceline.config.shapes import did_you_mean
 from paceline.environment.peaks import peak_flops
 from paceline.environment.profiling import peak_memory
-from paceline.environment.report import environment_report
 from paceline.errors import ConfigError, Problem
+from paceline.stepping import steps_taken
 from paceline.tracking import TRACKERS
 from paceline.version import __version__
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paceline.assembly import Parts
     from paceline.data import PreparedDataLoader
     from paceline.stepping import AcceleratedOptimizer, Window
+    from paceline.strategies import Strategy
     from paceline.tracking import GeneralTracker, Trackers
 
 __all__ = ["Reporting"]
@@ -40,6 +41,10 @@ class Reporting:
     _is_described = True
 
     if TYPE_CHECKING:
+
+        @property
+        def strategy(self) -> Strategy:
+            """How the model is spread over ranks; the Accelerator decides it."""
 
         def describe(self) -> str:
             """What was detected and decided; the Accelerator says it."""
@@ -144,7 +149,7 @@ class Reporting:
 
     def _facts(self) -> dict[str, Any]:
         """What the run knows of itself at a log entry."""
-        steps = max((optimizer.num_steps for optimizer in self._optimizers), default=0)
+        steps = steps_taken(self._optimizers)
         facts: dict[str, Any] = {"optimizer_steps": steps}
         batch = self._samples_of_step()
         if batch is not None:
@@ -158,6 +163,8 @@ class Reporting:
 
     def _record(self) -> dict[str, Any]:
         """What `run.json` says when the run begins."""
+        from paceline.environment.report import environment_report
+
         around = self._parts.around
         explained = self._parts.resolved.explain()
         report = environment_report(os.environ, ask_programs=False).as_dict()
@@ -178,11 +185,6 @@ class Reporting:
         """What can be said once everything is prepared."""
         return {
             "description": self.describe(),
-            "parameters": sum(_size(p) for model in self._models for p in model.parameters()),
+            "parameters": sum(self.strategy.num_elements(model) for model in self._models),
             "samples_per_step": self._samples_of_step(),
         }
-
-
-def _size(parameter: nn.Parameter) -> int:
-    """The elements of a parameter, however it is sharded; ZeRO 3 leaves an empty one behind."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -19,6 +19,7 @@ from paceline.checkpoint.folder import TRAINING
 from paceline.environment.generators import generators_state, load_generators_state
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, StateError, named
+from paceline.stepping import steps_taken
 from paceline.version import __version__
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class TrainingState:
             paceline=__version__,
             torch=torch.__version__,
             created=datetime.now(timezone.utc).isoformat(),
-            step=max((optimizer.num_steps for optimizer in self.optimizers), default=0),
+            step=steps_taken(self.optimizers),
             epoch=int(position.get("epoch", 0)),
             samples=int(position.get("samples", 0)),
             world_size=self.strategy.around.group.size,

@@ -418,6 +418,11 @@ class AcceleratedScheduler:
         return f"{type(self).__name__}({self.scheduler!r})"
 
 
+def steps_taken(optimizers: Iterable[AcceleratedOptimizer]) -> int:
+    """Optimizer steps that a run has taken: those of the optimizer that took most."""
+    return max((optimizer.num_steps for optimizer in optimizers), default=0)
+
+
 def is_scheduler(thing: object) -> bool:
     """Whether something is a learning-rate scheduler of torch, or acts as one."""
     return isinstance(thing, LRScheduler) or all(

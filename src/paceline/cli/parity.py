@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.comparison import BASES, Training, compare, explain
-from paceline.cli.runs import Runs
-from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
+from paceline.cli.runs import Runs, run_options, runs_of, script_argument
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.cli.variants import alone
 from paceline.config import Recording
@@ -59,16 +58,11 @@ _SHOWN = 6
     context_settings={**SETTINGS, "allow_interspersed_args": False},
     params=schema_options(),
 )
-@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path), shell_complete=complete_files)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@script_argument
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Optimizer steps to compare.")
 @click.option("--tolerance", type=float, help="Relative difference of losses at the first step.")
 @click.option("--keep_dropout", is_flag=True, help="Leave dropout on, where the script makes it the same on all ranks.")
-@click.option(
-    "--link", multiple=True, type=click.Path(exists=True, path_type=Path), help="Make this visible to the runs."
-)
-@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the runs and their output here.")
+@run_options
 def command(
     script: Path,
     arguments: tuple[str, ...],
@@ -90,12 +84,8 @@ def command(
             "It compares one process with several on this machine",
             "Give --num_processes 2 or more; on a machine with fewer devices add --cpu",
         )
-    from paceline.launch import Command
-
-    what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
     recording = Recording("", steps, parity=True, keep_dropout=keep_dropout)
-    with tempfile.TemporaryDirectory(prefix="paceline_parity_") as made:
-        runs = Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in link))
+    with runs_of(script, arguments, resolved, link, keep) as runs:
         fine = _check(runs, recording, tolerance)
     sys.exit(0 if fine else 1)
 

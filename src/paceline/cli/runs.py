@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
+from paceline.cli.schema_flags import complete_files
 from paceline.errors import WorkerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from paceline.config import Recording, Resolved
     from paceline.launch import Command
 
-__all__ = ["Runs"]
+__all__ = ["Runs", "run_options", "runs_of", "script_argument"]
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def script_argument(function: F) -> F:
+    """Add SCRIPT and its ARGUMENTS to a command."""
+    function = click.argument("arguments", nargs=-1, type=click.UNPROCESSED)(function)
+    script = click.Path(exists=True, dir_okay=False, path_type=Path)
+    return click.argument("script", type=script, shell_complete=complete_files)(function)
+
+
+def run_options(function: F) -> F:
+    """Add what a command that runs a script may be told of its runs: --link, --config_file, --keep."""
+    folder = click.Path(file_okay=False, path_type=Path)
+    file, link = click.Path(path_type=Path), click.Path(exists=True, path_type=Path)
+    function = click.option("--keep", type=folder, help="Keep the runs and their output here.")(function)
+    function = click.option("--config_file", type=file, help="YAML or JSON file to read.")(function)
+    return click.option("--link", multiple=True, type=link, help="Make this visible to the runs.")(function)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +100,18 @@ class Runs:
             lines = path.read_text(encoding="utf-8").splitlines()
             found[int(path.stem.removeprefix("rank-"))] = [json.loads(line) for line in lines]
         return found
+
+
+@contextmanager
+def runs_of(
+    script: Path, arguments: tuple[str, ...], resolved: Resolved, links: tuple[Path, ...], keep: Path | None
+) -> Iterator[Runs]:
+    """Runs of a script in a folder that goes afterwards, or in `keep`."""
+    from paceline.launch import Command
+
+    what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
+    with tempfile.TemporaryDirectory(prefix="paceline_runs_") as made:
+        yield Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in links))
 
 
 @contextmanager

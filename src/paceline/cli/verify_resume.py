@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.runs import Runs
-from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
+from paceline.cli.runs import Runs, run_options, runs_of, script_argument
+from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.config import Recording
 from paceline.errors import UsageError
@@ -52,16 +51,11 @@ Key = tuple[int, int, int]
     context_settings={**SETTINGS, "allow_interspersed_args": False},
     params=schema_options(),
 )
-@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path), shell_complete=complete_files)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@script_argument
 @click.option("--steps", default=20, show_default=True, help="Optimizer steps to compare.")
 @click.option("--kill_at", default=11, show_default=True, help="Optimizer step before which the run is killed.")
 @click.option("--tolerance", default=0.0, show_default=True, help="Relative difference of losses; 0: to the bit.")
-@click.option(
-    "--link", multiple=True, type=click.Path(exists=True, path_type=Path), help="Make this visible to the runs."
-)
-@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep the runs and their output here.")
+@run_options
 def command(
     script: Path,
     arguments: tuple[str, ...],
@@ -77,11 +71,7 @@ def command(
     if not 0 < kill_at < steps:
         raise UsageError(f"--kill_at {kill_at} with --steps {steps}", "It must lie between 0 and the steps", "")
     resolved = resolve_sources(given_flags(values), config_file)
-    from paceline.launch import Command
-
-    what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
-    with tempfile.TemporaryDirectory(prefix="paceline_verify_") as made:
-        runs = Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in link))
+    with runs_of(script, arguments, resolved, link, keep) as runs:
         fine = _check(runs, steps, kill_at, tolerance)
     sys.exit(0 if fine else 1)
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from paceline.environment.logging import get_logger
-from paceline.errors import DeviceError, WorldError
+from paceline.errors import DeviceError, WorldError, first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -218,22 +218,19 @@ def _open_store(world: World, patience: timedelta) -> Store:
             multi_tenant=True,
         )
     except dist.DistError as error:
+        why = first_line(error).rstrip(". ")
         if listens:
             raise WorldError(
-                f"Rank 0 cannot listen at {where} ({_first_line(error)})",
+                f"Rank 0 cannot listen at {where} ({why})",
                 "Another program uses that port, perhaps another run on this machine",
                 "Choose another with MASTER_PORT or --main_process_port; without either, `paceline launch` "
                 "finds a free one",
             ) from error
         raise WorldError(
-            f"Rank {world.rank} cannot reach rank 0 at {where} ({_first_line(error)})",
+            f"Rank {world.rank} cannot reach rank 0 at {where} ({why})",
             "Rank 0 has not started, or its name or port is blocked or wrong",
             "Check MASTER_ADDR and MASTER_PORT, and that rank 0 is running",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(". ")
 
 
 def _ranks(numbers: list[int]) -> str:

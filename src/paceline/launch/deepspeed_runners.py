@@ -12,7 +12,6 @@ import contextlib
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -21,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import paceline.launch.worker as worker_module
 from paceline.config import DeepSpeedPlugin
-from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError, WorkerError
+from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError
 from paceline.launch.command import check_command
 from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import run_starter
+from paceline.launch.starters import raise_for_end, run_starter
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -248,7 +247,4 @@ def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, s
     if received is not None and planned.stop:
         with contextlib.suppress(OSError):
             subprocess.run(planned.stop, env=environment, check=False)
-    if received is not None:
-        raise WorkerError(f"stopped by {signal.Signals(received).name}\n", 128 + received)
-    if code:
-        raise WorkerError(f"{planned.launcher} ended with code {code}\n", code if code > 0 else 128 - code)
+    raise_for_end(planned.launcher, code, received)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import named_ranks
+from paceline.launch.worker import is_library
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 __all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "read_fault", "report"]
 
-_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
 _ABORTED = (
     "A library in it gave up, and printed why on its standard error. gloo does so when ranks bring different sizes to "
     "one collective: with --debug, paceline compares before each of its own exchanges and names the odd rank"
@@ -124,12 +123,8 @@ def read_fault(path: Path) -> str:
     threads = re.split(r"^(?=(?:Current t|T)hread )", text, flags=re.MULTILINE)[1:]
     told = next((t for t in threads if t.startswith("Current")), threads[-1] if threads else "")
     lines = re.findall(r'^ *File "(.*)", line (\d+) in', told, re.MULTILINE)
-    own = [f"{file}:{line}" for file, line in lines if not _is_library(file)]
+    own = [f"{file}:{line}" for file, line in lines if not is_library(file)]
     return own[0] if own else ""
-
-
-def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or "site-packages" in file
 
 
 def first_failure(ends: Sequence[RankEnd]) -> RankEnd:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import socket
 import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
 from paceline.launch.command import check_command
 from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
+from paceline.launch.rendezvous.network import why_taken
 from paceline.launch.schedulers.detection import detect_cluster
 
 if TYPE_CHECKING:
@@ -246,7 +246,7 @@ def _problems(resolved: Resolved, size: int, env: Mapping[str, str]) -> Iterator
     if config.max_machines > 1:
         yield from _meeting_problems(resolved, env)
     elif config.main_process_port:
-        reason = _why_port_is_taken(config.main_process_port)
+        reason = why_taken(config.main_process_port)
         if reason is not None:
             yield Problem(
                 resolved.origin("main_process_port").where,
@@ -314,14 +314,3 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
             "that takes CUDA devices and the program numactl",
             "install numactl, or leave enable_cpu_affinity out",
         )
-
-
-def _why_port_is_taken(port: int) -> str | None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            probe.listen(1)
-        except OSError as error:
-            return error.strerror or str(error)
-    return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
-from paceline.errors import WorldError
+from paceline.errors import WorldError, first_line
 from paceline.launch.planning import plan
 from paceline.launch.verdict import MachineEnd, Verdict, judge
 
@@ -93,7 +93,7 @@ def _open_store(address: str, port: int) -> TCPStore:
     try:
         return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_PATIENCE)
     except DistError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise WorldError(
             f"The ranks cannot meet at {address}:{port or '(a free port)'} ({reason})",
             "The address is not this machine's, or another program took the port this moment",

@@ -6,10 +6,12 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
+from paceline.errors import WorkerError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["run_starter"]
+__all__ = ["raise_for_end", "run_starter"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -30,3 +32,11 @@ def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple
         for number, handler in old.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
+
+
+def raise_for_end(program: str, code: int, received: int | None) -> None:
+    """Raise `WorkerError` when a program that started ranks failed, or a signal came for it; see `run_starter`."""
+    if received is not None:
+        raise WorkerError(f"stopped by {signal.Signals(received).name}\n", 128 + received)
+    if code:
+        raise WorkerError(f"{program} ended with code {code}\n", code if code > 0 else 128 - code)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from paceline.launch.planning import Plan
     from paceline.launch.supervision import Outcome
 
-__all__ = ["MachineEnd", "Verdict", "judge"]
+__all__ = ["MADE_ROOM", "MachineEnd", "Verdict", "judge"]
+
+MADE_ROOM = "made room as asked: the state was saved, start again to go on\n"
+"""What is said of a run that ended with `PREEMPTED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def judge(machines: Sequence[MachineEnd], *, may_restart: bool, regroup: bool = 
     if regroup and not lost and not _failed_otherwise(ends):
         return Verdict("regroup", "")
     if made_room:
-        return Verdict("end", "made room as asked: the state was saved, start again to go on\n", PREEMPTED)
+        return Verdict("end", MADE_ROOM, PREEMPTED)
     if not failed and not lost:
         return Verdict("done")
     text, code = _failure(ends, lost)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["main", "pack", "unpack"]
+__all__ = ["is_library", "main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
@@ -242,13 +242,18 @@ def _own_traceback(error: BaseException) -> TracebackType | None:
 
 def _place(trace: TracebackType | None) -> str:
     """Return `file:line` of the innermost frame that belongs to no library."""
-    libraries = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
     place = ""
     for frame, line in traceback.walk_tb(trace):
         name = frame.f_code.co_filename
-        if not place or not (name.startswith(libraries) or "site-packages" in name):
+        if not place or not is_library(name):
             place = f"{name}:{line}"
     return place
+
+
+def is_library(file: str) -> bool:
+    """Whether a file of a traceback is Python's, paceline's or an installed package's, and not the script's."""
+    libraries = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
+    return file.startswith(libraries) or "site-packages" in file
 
 
 def _looks_secondary(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paceline.collectives import leaves
 from paceline.environment.seeding import set_seed
 from paceline.recording.dropout import watch_dropout
+from paceline.stepping import steps_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ class ParityRecorder:
 
     def note_loss(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
         """Write a line, before the backward pass of a loss; end the run when it has gone far enough."""
-        step = max((optimizer.num_steps for optimizer in self._optimizers), default=0)
+        step = steps_taken(self._optimizers)
         if step >= self._recording.stop_at:
             raise SystemExit(0)
         micro = self._micro[1] + 1 if self._micro[0] == step else 0

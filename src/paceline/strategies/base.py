@@ -249,6 +249,10 @@ class Strategy(ABC):
         parts = {name: part_of(parameter) for name, parameter in self.named_parameters(model)}
         return parts | {name: Part.whole(buffer) for name, buffer in saved_buffers(self.unwrap(model))}
 
+    def num_elements(self, model: nn.Module) -> int:
+        """Numbers in a prepared model's parameters, over all ranks."""
+        return sum(parameter.numel() for parameter in model.parameters())
+
     def tied_names(self, model: nn.Module) -> dict[str, str]:
         """Further names of tensors in `model_state`, with the name under which it has them."""
         first: dict[int, str] = {}

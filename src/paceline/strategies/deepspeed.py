@@ -466,6 +466,11 @@ class DeepSpeedStrategy(Strategy):
     # State, in and out
 
     @override
+    def num_elements(self, model: nn.Module) -> int:
+        # Stage 3 leaves empty parameters behind.
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+    @override
     def model_state(self, model: nn.Module) -> dict[str, Part]:
         bound = self._engine_of(model)
         inner = self.unwrap(model)

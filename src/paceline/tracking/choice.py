@@ -85,15 +85,14 @@ def _read(
 
 
 def _fits(name: str, folder: Path | None) -> bool:
-    return folder is not None or not TRACKERS[name].needs_folder
+    return folder is not None or not TRACKERS[name].backend.requires_logging_directory
 
 
 def _without_folder(found: list[str | GeneralTracker], folder: Path | None, where: str, key: str) -> Iterable[Problem]:
     if folder is not None:
         return
     for one in found:
-        needs = TRACKERS[one].needs_folder if isinstance(one, str) else one.requires_logging_directory
-        if needs:
-            name = one if isinstance(one, str) else one.name
+        tracker = TRACKERS[one].backend if isinstance(one, str) else one
+        if tracker.requires_logging_directory:
             hint = "give project_dir, or ProjectConfiguration(logging_dir=...)"
-            yield Problem(where, key, f"{name} without a folder", "it keeps its files there", hint)
+            yield Problem(where, key, f"{tracker.name} without a folder", "it keeps its files there", hint)

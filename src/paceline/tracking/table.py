@@ -23,13 +23,11 @@ class Entry:
         module: Under `paceline.tracking`, with a class `Tracker` in it.
         package: What it imports; empty when it needs nothing.
         extra: Of paceline, that installs it.
-        needs_folder: Whether it cannot do without a folder.
     """
 
     module: str
     package: str
     extra: str
-    needs_folder: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -39,14 +37,20 @@ class Entry:
         spec = find_spec(self.package)
         return spec is not None and spec.origin is not None
 
+    @property
+    def backend(self) -> type[Backend]:
+        """Its class, which imports the package only when a run is opened."""
+        found: type[Backend] = import_module(f"paceline.tracking.{self.module}").Tracker
+        return found
+
 
 TRACKERS: dict[str, Entry] = {
-    "jsonl": Entry("files", "", "", needs_folder=True),
-    "tensorboard": Entry("tensorboard", "tensorboard", "tensorboard", needs_folder=True),
+    "jsonl": Entry("files", "", ""),
+    "tensorboard": Entry("tensorboard", "tensorboard", "tensorboard"),
     "wandb": Entry("wandb", "wandb", "wandb"),
     "mlflow": Entry("mlflow", "mlflow", "mlflow"),
     "comet_ml": Entry("comet", "comet_ml", "comet"),
-    "aim": Entry("aim", "aim", "aim", needs_folder=True),
+    "aim": Entry("aim", "aim", "aim"),
     "clearml": Entry("clearml", "clearml", "clearml"),
     "dvclive": Entry("dvclive", "dvclive", "dvclive"),
     "swanlab": Entry("swanlab", "swanlab", "swanlab"),
@@ -63,5 +67,4 @@ def load_backend(name: str) -> type[Backend]:
     entry = TRACKERS[name]
     if not entry.is_installed:
         raise MissingExtraError(entry.package, entry.extra, f"The tracker {name!r}")
-    backend: type[Backend] = import_module(f"paceline.tracking.{entry.module}").Tracker
-    return backend
+    return entry.backend

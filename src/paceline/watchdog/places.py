@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Place", "all_stacks", "here", "main_stack", "place_in_traceback", "place_of"]
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
-# The modules whose public methods are what a script calls.
-_FACADE = ("paceline.accelerator", "paceline.ranks", "paceline.reporting", "paceline.saving")
+# Public methods of modules directly in the package are what a script calls; rooms below serve these.
+_FACADE = re.compile(r"paceline\.\w+")
 _CODE = 100
 
 
@@ -127,7 +128,7 @@ def _call(below: Sequence[_Level]) -> tuple[str, bool]:
     """The call that says most about what the user's line is doing."""
     public = [level for level in below if not level.function.startswith(("_", "<"))]
     for level in public:
-        if level.module in _FACADE:
+        if _FACADE.fullmatch(level.module):
             return level.function, level.is_collective
     for prefix in ("paceline.", "torch.distributed.distributed_c10d", ""):
         for level in public:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import io
@@ -92,5 +92,5 @@ def _load(source: Any, where: str, *, mmap: bool) -> Any:
         raise
     except Exception as error:
         # Whatever is wrong with the bytes of a file, it is the file that cannot be read.
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{where} cannot be read", reason, "Copy the file again, or load another") from error

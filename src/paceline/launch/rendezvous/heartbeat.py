@@ -11,6 +11,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from paceline.errors import first_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -108,7 +110,7 @@ class Heartbeat:
             except Exception as error:
                 # DistError and the errors of the rendezvous: all mean that the store is gone.
                 with contextlib.suppress(Exception):
-                    self._broken = f"its launcher is gone ({str(error).partition(chr(10))[0][:80]})"
+                    self._broken = f"its launcher is gone ({first_line(error, 80)})"
                 return
             self._contact = time.monotonic()
 

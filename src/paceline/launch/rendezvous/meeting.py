@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import socket
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
-from paceline.errors import WorkerError, WorldError
+from paceline.errors import WorkerError, WorldError, first_line
 from paceline.launch.rendezvous.network import (
     address_towards,
     interface_of,
     is_loopback,
     is_own_address,
     resolve_host,
+    why_taken,
     why_unreachable,
 )
 
@@ -167,23 +167,15 @@ def _listen(name: str, port: int) -> TCPStore:
             # To itself it talks by the shortest way: its address outside may be another machine's, which hands on.
             return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=_STORE_PATIENCE)
         except DistError as error:
-            if attempt < 9 and _is_free(port):
+            if attempt < 9 and why_taken(port) is None:
                 time.sleep(_POLL)
                 continue
             raise WorldError(
-                f"{host} cannot listen at {name}:{port} ({str(error).partition(chr(10))[0]})",
+                f"{host} cannot listen at {name}:{port} ({first_line(error)})",
                 "Another program uses that port, perhaps an earlier run that has not ended",
                 "Choose another with --main_process_port, on every machine, or end that program",
             ) from error
     raise AssertionError
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe, contextlib.suppress(OSError):
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
-        return True
-    return False
 
 
 def _wait_for_listener(config: RunConfig, name: str, resolved: str, port: int, clock: Clock) -> None:
@@ -204,7 +196,7 @@ def _connect(config: RunConfig, name: str, resolved: str, port: int) -> TCPStore
         return TCPStore(resolved, port, is_master=False, wait_for_workers=False, timeout=_STORE_PATIENCE)
     except DistError as error:
         what = f"what answers at {_shown(name, resolved)}, port {port}, is no launcher"
-        raise _alone(config, f"{what} ({str(error).partition(chr(10))[0][:100]})") from error
+        raise _alone(config, f"{what} ({first_line(error, 100)})") from error
 
 
 def _alone(config: RunConfig, why: str) -> WorldError:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-from paceline.errors import WorldError
+from paceline.errors import WorldError, first_line
 from paceline.launch.rendezvous.facts import Facts
 from paceline.launch.rendezvous.store_client import CutOffError, patiently
 
@@ -134,7 +134,7 @@ class Elastic:
                 "Start the same command on the others, or lower MIN in --num_machines MIN:MAX",
             ) from error
         except (RendezvousError, DistError) as error:
-            raise CutOffError(str(error).partition("\n")[0]) from error
+            raise CutOffError(first_line(error)) from error
 
     def _join(self) -> tuple[int, int, int]:
         found: RendezvousInfo = self._handler.next_rendezvous()

@@ -1,4 +1,4 @@
-"""Where a machine stands in the network: what a name leads to, and over which interface."""
+"""Where a machine stands in the network: what a name leads to, over which interface, at which port."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "is_own_address",
     "resolve_host",
     "variables_for",
+    "why_taken",
     "why_unreachable",
 ]
 
@@ -70,6 +71,18 @@ def why_unreachable(host: str, port: int) -> str | None:
         return "no answer"
     except OSError as error:
         return error.strerror or str(error)
+
+
+def why_taken(port: int) -> str | None:
+    """Say why nobody can listen at a port of this machine; None when somebody can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def variables_for(interface: str | None, env: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
+from paceline.errors import first_line
 from paceline.launch.rendezvous.store_client import patiently
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def why_not_connected(store: Store, index: int, machines: Sequence[Facts], meanw
     except RuntimeError as error:
         here = machines[index]
         others = ", ".join(f"{m} ({m.address})" for m in machines if m is not here)
-        reason = str(error).partition("\n")[0][:160]
+        reason = first_line(error, 160)
         return f"{here} ({here.address}) does not reach {others} straight, as ranks must: {reason}"
     if total != sum(range(1, len(machines) + 1)):
         return f"a sum over all machines is {total} on {machines[index]}"

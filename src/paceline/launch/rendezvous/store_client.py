@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from paceline.errors import WorldError
+from paceline.errors import WorldError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,7 @@ class StoreClient:
             if time.monotonic() > deadline:
                 raise CutOffError(f"no answer for {self._patience:.0f} s")
         if isinstance(call.error, Exception):
-            raise CutOffError(f"its launcher is gone ({str(call.error).partition(chr(10))[0][:80]})") from call.error
+            raise CutOffError(f"its launcher is gone ({first_line(call.error, 80)})") from call.error
         if call.error is not None:
             raise call.error
         return call.answer

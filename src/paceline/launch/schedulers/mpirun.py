@@ -12,14 +12,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from signal import Signals
 from typing import TYPE_CHECKING
 
 import paceline.launch.worker as worker_module
 from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
 from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import run_starter
+from paceline.launch.starters import raise_for_end, run_starter
+from paceline.launch.verdict import MADE_ROOM
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -179,8 +179,5 @@ def launch_mpirun(resolved: Resolved, command: Command, *, env: Mapping[str, str
     """
     code, received = run_starter(plan_mpirun(resolved, command, env).command, env)
     if code == PREEMPTED:
-        raise WorkerError("made room as asked: the state was saved, start again to go on\n", PREEMPTED)
-    if received is not None:
-        raise WorkerError(f"stopped by {Signals(received).name}\n", 128 + received)
-    if code:
-        raise WorkerError(f"mpirun ended with code {code}\n", code if code > 0 else 128 - code)
+        raise WorkerError(MADE_ROOM, PREEMPTED)
+    raise_for_end("mpirun", code, received)

@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         # It was started by its path; modules of the script's are looked for as under `python -m`.
         sys.path[0] = str(Path.cwd())
     _note_faults()
+    _write_whole_lines()
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         _become(rest)
@@ -109,6 +110,16 @@ def _note_faults() -> None:
     if path and not faulthandler.is_enabled():
         # It must stay open until the process ends, and be forgotten by what it starts.
         faulthandler.enable(os.open(f"{path}.fault", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+
+
+def _write_whole_lines() -> None:
+    """Hand on a line when it is whole, and in one piece, so that lines of ranks that share a console stay apart.
+
+    Into a pipe or a file python would hand on blocks, which end anywhere, or, unbuffered, each argument of a `print`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:

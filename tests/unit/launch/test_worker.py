@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -75,6 +76,24 @@ def test_a_module_sees_what_python_would_show_it(tmp_path: Path) -> None:
             [sys.executable, "-m", module, "x"], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert (ours.stdout, ours.stderr) == (plain.stdout, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_come_at_once_and_whole(tmp_path: Path, unbuffered: str) -> None:
+    lines = (
+        "import os, sys",
+        "print('a', 1)",
+        "print('warned', file=sys.stderr)",
+        "print('part', end='')",
+        "print(' of it')",
+    )
+    (tmp_path / "script.py").write_text("\n".join((*lines, "os._exit(0)")))
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # keeps apart what was written apart
+    with ours, theirs:
+        env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        command = [sys.executable, "-m", "paceline.launch.worker", "script.py"]
+        subprocess.run(command, cwd=tmp_path, env=env, stdout=theirs.fileno(), stderr=theirs.fileno(), check=True)
+        assert [ours.recv(100) for _ in range(3)] == [b"a 1\n", b"warned\n", b"part of it\n"]
 
 
 def test_processes_can_be_spawned(tmp_path: Path) -> None:

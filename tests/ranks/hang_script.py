@@ -1,6 +1,6 @@
 """Trainings on two or three ranks that go wrong in the way that the first argument names.
 
-Without RANK in the environment it starts the ranks itself, one scenario after the other, by forking: importing torch
+Without RANK in the environment it starts the ranks itself, those of all scenarios at once, by forking: importing torch
 takes longer than all the rest. It prints exit codes and errors of all ranks as JSON.
 """
 
@@ -13,12 +13,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from paceline import Accelerator
 from tests.support.ranks import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LIMIT = "5"
 
@@ -83,8 +87,8 @@ def step(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opti
     optimizer.zero_grad()
 
 
-def fork(scenario: str, size: int) -> dict[str, list[object]]:
-    """Run one scenario on forked ranks; what each wrote to its standard error, and its exit code."""
+def fork(scenario: str, size: int) -> Callable[[], dict[str, list[object]]]:
+    """Start one scenario on forked ranks; return what waits for the exit code and the standard error of each."""
     port = free_port()
     files = [tempfile.mkstemp()[1] for _ in range(size)]
     children = []
@@ -112,11 +116,15 @@ def fork(scenario: str, size: int) -> dict[str, list[object]]:
                 atexit._run_exitfuncs()
                 os._exit(code)
         children.append(child)
-    codes: list[object] = []
-    for rank, child in enumerate(children):
-        status = os.waitpid(child, 0)[1] if not (scenario == "stopped" and rank == 1) else _kill(child)
-        codes.append(os.waitstatus_to_exitcode(status))
-    return {"codes": codes, "errors": [Path(file).read_text() for file in files]}
+
+    def collect() -> dict[str, list[object]]:
+        codes: list[object] = []
+        for rank, child in enumerate(children):
+            status = os.waitpid(child, 0)[1] if not (scenario == "stopped" and rank == 1) else _kill(child)
+            codes.append(os.waitstatus_to_exitcode(status))
+        return {"codes": codes, "errors": [Path(file).read_text() for file in files]}
+
+    return collect
 
 
 def _kill(child: int) -> int:
@@ -129,4 +137,5 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         run(sys.argv[1])
     else:
-        print(json.dumps({name: fork(name, 3 if name == "sleep" else 2) for name in sys.argv[1:]}))
+        started = {name: fork(name, 3 if name == "sleep" else 2) for name in sys.argv[1:]}
+        print(json.dumps({name: collect() for name, collect in started.items()}))

@@ -82,7 +82,7 @@ def test_the_language_model_learns_the_same_everywhere(
 def test_the_demo_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     arguments = [*TINY, "--steps", "150", "--batch-size", "4", "--save-every", "5", "--output", "weights"]
     (tmp_path / "whole").mkdir()
-    whole = run(tmp_path / "whole", "launch", DEMO, *arguments)
+    whole = run(tmp_path / "whole", "launch", DEMO, *arguments, "--save-every", "1000")
     command = [*LAUNCH, str(EXAMPLES / DEMO), *arguments]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), start_new_session=True)
     deadline = time.monotonic() + 90
@@ -91,7 +91,7 @@ def test_the_demo_goes_on_after_ctrl_c(tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == PREEMPTED
+    assert process.wait(100) == PREEMPTED
     went_on = run(tmp_path, "launch", DEMO, *arguments, "--resume")
     assert re.search(r"going on from weights/checkpoints/checkpoint_\d+", went_on)
     ends = [re.findall(r"validation loss: \S+ -> (\S+)", text) for text in (whole, went_on)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import time
@@ -13,12 +14,13 @@ HEAVY = {"torch", "pydantic", "transformers", "deepspeed", "numpy", "yaml", "saf
 UNASKED = {"accelerate", "deepspeed", "sklearn", "tensorboard", "transformers", "datasets", "matplotlib"}
 
 
-def modules_after(statement: str) -> set[str]:
+@functools.cache
+def modules_after(statement: str) -> frozenset[str]:
     """The modules loaded after one statement in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return frozenset(done.stdout.split())
 
 
 def test_the_check_itself_can_fail() -> None:

@@ -58,6 +58,7 @@ def launch(folder: Path, port: int, *arguments: str, machines: int) -> list[tupl
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_two_machines_train_together(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     ended = launch(tmp_path, free_port(), "two words", machines=2)

@@ -74,6 +74,7 @@ def test_the_script_alone_finds_the_other_tasks(tmp_path: Path) -> None:
     assert "rank 3/4 by openmpi: 3.5355 [] 1" in said, said
 
 
+@pytest.mark.slow
 def test_launch_calls_mpirun(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=2  # this machine\n")
     flags = ("--cpu", "--num_processes", "2", "--mpirun_hostfile", "hosts", "--mpirun_ccl", "4")

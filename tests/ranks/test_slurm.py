@@ -114,6 +114,7 @@ def test_a_machine_rank_that_the_shell_filled_in_too_early_is_found(slurm: Slurm
     assert "--machine_rank: machine_rank: 0 contradicts 1 by Slurm (SLURM_NODEID)" in said, said
 
 
+@pytest.mark.slow
 def test_one_launcher_on_each_machine(slurm: Slurm, tmp_path: Path) -> None:
     script = write(tmp_path, TRAIN)
     command = ("srun", "--nodes=2", "--ntasks-per-node=1", *PACELINE, "launch", "--cpu", "--num_processes", "2")

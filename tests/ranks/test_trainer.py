@@ -15,6 +15,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from paceline import Trainer, TrainingArguments
+from paceline.errors import PREEMPTED
+from tests.ranks.trainer_script import CHANGES, Asked
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, arguments, farthest, run, tagger, timeless
 
@@ -154,21 +156,41 @@ def script(folder: Path, step: int) -> int:
         timeout=150,
         check=False,
     )
-    assert done.returncode in (0, 75), done.stderr[-3000:]
+    assert done.returncode in (0, PREEMPTED), done.stderr[-3000:]
     return done.returncode
 
 
-@pytest.mark.timeout(400)
-def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert script(folder, 60) == 75
-    [saved] = folder.glob("checkpoint-*")
-    assert 60 <= int(saved.name.removeprefix("checkpoint-")) < 600
-    assert script(folder, 0) == 0
-    again = json.loads((folder / "log.json").read_text(encoding="utf-8"))
-    assert script(tmp_path / "whole", 5000) == 0
-    whole = json.loads((tmp_path / "whole" / "log.json").read_text(encoding="utf-8"))
+def asked_to_make_room(folder: str) -> tuple[object, list[dict[str, Any]], list[dict[str, Any]]]:
+    """The exit code of a training that gets a signal, the log of the one that goes on, and of one that got none."""
+    try:
+        run(CHANGES, f"{folder}/run", callbacks=[Asked(60)])
+    except SystemExit as stop:
+        code = stop.code
+    again, _ = run(CHANGES, f"{folder}/run", resume=True)
+    whole, _ = run(CHANGES, f"{folder}/whole")
+    return code, again, whole
+
+
+def check_room_made(folder: Path, again: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
+    saved = min(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+    assert 60 <= saved < 280
     assert farthest(whole, again) < 1e-9
+
+
+def test_a_signal_saves_and_the_rest_is_the_same(tmp_path: Path) -> None:
+    for code, again, whole in run_on_ranks(2, asked_to_make_room, str(tmp_path)):
+        assert code == PREEMPTED
+        check_room_made(tmp_path / "run", again, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_signal_ends_a_launch_with_its_own_code(tmp_path: Path) -> None:
+    assert script(tmp_path / "run", 60) == PREEMPTED
+    assert script(tmp_path / "run", 0) == 0
+    assert script(tmp_path / "whole", 5000) == 0
+    again, whole = (json.loads((tmp_path / name / "log.json").read_text(encoding="utf-8")) for name in ("run", "whole"))
+    check_room_made(tmp_path / "run", again, whole)
 
 
 SECTIONS = {

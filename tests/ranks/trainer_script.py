@@ -6,11 +6,14 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from paceline import TrainerCallback
 from tests.support.trainer import run
+
+CHANGES = {"save_strategy": "steps", "save_steps": 280, "max_steps": 300, "logging_steps": 100}
 
 
 class Asked(TrainerCallback):
@@ -20,14 +23,15 @@ class Asked(TrainerCallback):
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **things: Any) -> None:
-        """Ask after the step that was named."""
+        """Ask after the step that was named, and leave the ranks time to agree before the training is over."""
         if state.global_step == self.step and args.process_index == args.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        if state.global_step >= self.step:
+            time.sleep(0.02)
 
 
 if __name__ == "__main__":
     folder, step = sys.argv[1], int(sys.argv[2])
-    changes = {"save_strategy": "steps", "save_steps": 500, "max_steps": 600, "logging_steps": 100}
-    log, trainer = run(changes, folder, resume=None if step else True, callbacks=[Asked(step)] if step else [])
+    log, trainer = run(CHANGES, folder, resume=None if step else True, callbacks=[Asked(step)] if step else [])
     if trainer.accelerator.is_main_process:
         Path(folder, "log.json").write_text(json.dumps(log), encoding="utf-8")

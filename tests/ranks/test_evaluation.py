@@ -139,7 +139,7 @@ def test_each_sample_counts_once_over_three_ranks(shape: str) -> None:
     ids=str,
 )
 def test_each_sample_counts_once_in_every_layout(case: Case, shape: str) -> None:
-    results = run_on_ranks(3, evaluate, shape, case, timeout=60)
+    results = run_on_ranks(3, evaluate, shape, case)
     check_once(results, SAMPLES)
     if not case.even_batches:
         assert sum(rows for _, _, rows in results) == SAMPLES
@@ -149,7 +149,7 @@ def test_each_sample_counts_once_in_every_layout(case: Case, shape: str) -> None
     ("count", "even"), [(1, True), (2, True), (3, True), (7, True), (13, True), (9, False), (12, False)]
 )
 def test_small_sets_count_once_too(count: int, even: bool) -> None:
-    results = run_on_ranks(3, evaluate, "mix", Case(batch_size=4, count=count, even_batches=even), timeout=30)
+    results = run_on_ranks(3, evaluate, "mix", Case(batch_size=4, count=count, even_batches=even), timeout=120)
     check_once(results, count)
 
 
@@ -161,7 +161,7 @@ def test_dropped_samples_stay_dropped() -> None:
 
 @pytest.mark.slow
 def test_each_sample_counts_once_with_workers() -> None:
-    check_once(run_on_ranks(3, evaluate, "tensor", Case(batch_size=512, workers=2), timeout=100), SAMPLES)
+    check_once(run_on_ranks(3, evaluate, "tensor", Case(batch_size=512, workers=2)), SAMPLES)
 
 
 def scalars() -> list[Any]:

@@ -18,7 +18,7 @@ UNASKED = {"accelerate", "deepspeed", "sklearn", "tensorboard", "transformers", 
 def modules_after(statement: str) -> frozenset[str]:
     """The modules loaded after one statement in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return frozenset(done.stdout.split())
 
@@ -102,12 +102,12 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 
 
 def test_help_comes_at_once() -> None:
-    """Best of three, since other work may run beside the tests."""
+    """Best of five, since other work may run beside the tests."""
     took = []
-    for _ in range(3):
+    for _ in range(5):
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "paceline", "--help"], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-m", "paceline", "--help"], capture_output=True, text=True, timeout=120, check=True
         )
         took.append(time.perf_counter() - begun)
         assert "launch" in done.stdout

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
-from paceline.assembly import assemble, decide_strategy
-from paceline.checkpoint import save_weights
+from paceline.assembly import assemble
 from paceline.checkpointing import Checkpointing
 from paceline.config import (
     DataLoaderConfiguration,
@@ -23,15 +21,10 @@ from paceline.config import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader, skip_first_batches
+from paceline.data import ActiveLoaders, PreparedDataLoader
 from paceline.environment.profiling import peak_memory, profile
-from paceline.errors import (
-    ForeignOptimizerError,
-    PacelineError,
-    PrepareError,
-    UnassignedParametersError,
-)
 from paceline.overview import describe_run
+from paceline.preparing import Preparing
 from paceline.ranks import Ranks
 from paceline.reporting import Reporting
 from paceline.saving import Saving
@@ -49,16 +42,13 @@ from paceline.stepping import (
     AcceleratedScheduler,
     Accumulation,
     Window,
-    is_scheduler,
     steps_taken,
-    unassigned,
 )
 from paceline.strategies import Strategy
-from paceline.strategies.dummies import DummyScheduler
 from paceline.tracking import Trackers, choose_trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -78,7 +68,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Accelerator(Saving, Reporting, Ranks):
+class Accelerator(Preparing, Saving, Reporting, Ranks):
     """Runs one training script on whatever it was launched on.
 
     Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
@@ -200,7 +190,7 @@ class Accelerator(Saving, Reporting, Ranks):
         self._loaders.watch = recorder.note_batch
         return recorder
 
-    # What was decided
+    # What was said and decided
 
     @property
     def mixed_precision(self) -> str:
@@ -211,17 +201,6 @@ class Accelerator(Saving, Reporting, Ranks):
     def distributed_type(self) -> DistributedType:
         """How configuration files call this way of training."""
         return self.strategy.distributed_type
-
-    @property
-    def strategy(self) -> Strategy:
-        """The strategy in force; under `auto` it is decided when the first model is prepared."""
-        if self._strategy is None:
-            raise PrepareError(
-                "The strategy was asked for before a model was prepared",
-                "strategy='auto' looks at the model's size to decide",
-                "Call accelerator.prepare(model, ...) first, or name a strategy",
-            )
-        return self._strategy
 
     @property
     def project_dir(self) -> str | None:
@@ -250,224 +229,6 @@ class Accelerator(Saving, Reporting, Ranks):
     def peak_memory(self) -> int:
         """The most bytes this rank has held: of the device, or of the process on a CPU."""
         return peak_memory(self.device)
-
-    # Prepare
-
-    def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
-        """Make models, optimizers, loaders and schedulers fit the run.
-
-        They come back in the order given; one alone comes back by itself. What is none of them, or was prepared
-        before, comes back as it is. An optimizer may be made before or after its model is prepared.
-        Collective: every rank must call it.
-
-        Args:
-            args: In any order.
-            device_placement: One flag an argument, to override `device_placement` of the constructor.
-
-        Raises:
-            PrepareError: Something cannot be trained, sharded or stepped.
-            DataError: A loader cannot be shared out.
-        """
-        flags = list(device_placement) if device_placement is not None else [None] * len(args)
-        if len(flags) != len(args):
-            raise PrepareError(
-                f"device_placement has {len(flags)} entries for {len(args)} arguments",
-                "Each entry belongs to one argument",
-                "Give one flag (or None) for each argument",
-            )
-        place = {id(arg): flag for arg, flag in zip(args, flags, strict=True)}
-        done: dict[int, Any] = {}
-        for loader in _unique(args, DataLoader):
-            done[id(loader)] = self.prepare_data_loader(loader, place[id(loader)])
-        models = [m for m in _unique(args, nn.Module) if not self._knows_model(m)]
-        optimizers = [o for o in _unique(args, Optimizer) if not isinstance(o, AcceleratedOptimizer)]
-        done |= self._prepare_trained(models, optimizers, place)
-        for other in args:
-            if id(other) in done or isinstance(other, (nn.Module, Optimizer)):
-                continue
-            if is_scheduler(other) or isinstance(other, DummyScheduler):
-                done[id(other)] = self.prepare_scheduler(other)
-        result = [done.get(id(arg), arg) for arg in args]
-        return result[0] if len(result) == 1 else tuple(result)
-
-    def prepare_model(
-        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
-    ) -> nn.Module:
-        """Prepare one model; with `evaluation_mode` it is only placed, and no gradients are exchanged for it."""
-        if self._knows_model(model):
-            return model
-        place = self.device_placement if device_placement is None else device_placement
-        if evaluation_mode:
-            return self._decided([model], []).prepare_evaluation(model, place=place)
-        prepared: nn.Module = self._prepare_trained([model], [], {id(model): place})[id(model)]
-        return prepared
-
-    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
-        """Prepare one optimizer, before or after the model whose parameters it holds."""
-        if isinstance(optimizer, AcceleratedOptimizer):
-            return optimizer
-        prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
-        return prepared
-
-    def prepare_data_loader(
-        self, data_loader: DataLoader[Any], device_placement: bool | None = None, *, saved: bool = True
-    ) -> PreparedDataLoader:
-        """Make a loader yield this rank's share, on the device ahead of need.
-
-        Args:
-            data_loader: Any `DataLoader`.
-            device_placement: Overrides the constructor's.
-            saved: Whether its position belongs to the training state; not for loaders that always begin at their
-                first sample, of which there may be any number.
-        """
-        place = self.device_placement if device_placement is None else device_placement
-        prepared = prepare_loader(
-            data_loader,
-            group=self._parts.group,
-            device=self.device if place else None,
-            config=self.dataloader_config,
-            active=self._loaders,
-            plays=1 if self._parts.resolved.recording is None else self._parts.resolved.recording.plays,
-        )
-        if saved and prepared not in self._dataloaders:
-            self._dataloaders.append(prepared)
-        return prepared
-
-    def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
-        """Return a view of a loader whose first pass begins `num_batches` batches later; see the function.
-
-        Not needed after `load_state`, which lets prepared loaders go on by themselves, and harmless there.
-        """
-        return skip_first_batches(dataloader, num_batches)
-
-    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
-        """Make a scheduler move once for each step that its optimizer takes."""
-        if isinstance(scheduler, AcceleratedScheduler):
-            return scheduler
-        if self._strategy is not None:
-            scheduler = self._strategy.adopt_scheduler(scheduler)
-        inner = getattr(scheduler, "optimizer", None)
-        own = [o for o in self._optimizers if inner is o or inner is o.optimizer]
-        prepared = AcceleratedScheduler(
-            scheduler,
-            window=self._window,
-            optimizers=own or self._optimizers,
-            step_with_optimizer=self.step_scheduler_with_optimizer,
-        )
-        self._schedulers.append(prepared)
-        return prepared
-
-    def _prepare_trained(
-        self, models: list[nn.Module], optimizers: list[Optimizer], place: dict[int, bool | None]
-    ) -> dict[int, Any]:
-        if not models and not optimizers:
-            return {}
-        strategy = self._decided(models, optimizers) if models else self._strategy
-        wrappers = [self._wrap_optimizer(optimizer) for optimizer in optimizers]
-        done: dict[int, Any] = {id(o): w for o, w in zip(optimizers, wrappers, strict=True)}
-        if strategy is not None:
-            flags = [place.get(id(model)) for model in models]
-            where = [self.device_placement if flag is None else flag for flag in flags]
-            # Optimizers prepared before their model still hold what it was made of.
-            known = [wrapper.optimizer for wrapper in self._optimizers]
-            strategy.micro_batch = self._micro_batch()
-            prepared = strategy.prepare(models, known, place=where)
-            self._models.extend(prepared)
-            for wrapper in self._optimizers:
-                wrapper.optimizer = strategy.successor(wrapper.optimizer)
-            done.update((id(m), p) for m, p in zip(models, prepared, strict=True))
-        if models:
-            self._check_foreign(optimizers)
-        return done
-
-    def _micro_batch(self) -> int | None:
-        """Samples in a rank's smallest batch, as far as the prepared loaders say."""
-        sizes = [loader.batch_size for loader in self._dataloaders]
-        return min((size for size in sizes if size is not None), default=None)
-
-    def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
-        before_step = self._checkpointing.before_step
-        if self._recorder is not None:
-            before_step = self._recorder.watching(before_step, len(self._optimizers))
-        wrapper = AcceleratedOptimizer(
-            optimizer,
-            window=self._window,
-            scaler=self.scaler,
-            first_step=self._check_first_step,
-            before_step=before_step,
-        )
-        self._optimizers.append(wrapper)
-        return wrapper
-
-    def _decide_early(self) -> tuple[Strategy | None, str]:
-        """The strategy and why, where that does not depend on the model."""
-        if self._own_strategy is not None:
-            return _build_strategy(self._own_strategy, self._parts.around), "asked for by the script"
-        if self._parts.around.config.strategy == "auto" and self.num_processes > 1:
-            return None, ""
-        return decide_strategy(self._parts, (), ())
-
-    def _decided(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Strategy:
-        if self._strategy is None:
-            known = [*optimizers, *(wrapper.optimizer for wrapper in self._optimizers)]
-            self._strategy, self._reason = decide_strategy(self._parts, models, known)
-        return self._strategy
-
-    def _knows_model(self, model: object) -> bool:
-        return any(model is known for known in self._models)
-
-    def _check_foreign(self, optimizers: Iterable[Optimizer]) -> None:
-        known = {id(p) for model in self._models for p in model.parameters()}
-        for optimizer in optimizers:
-            held = self.strategy.parameters_of(optimizer)
-            foreign = [tuple(p.shape) for p in held if id(p) not in known]
-            if foreign and self._models:
-                raise ForeignOptimizerError(foreign, len(held))
-
-    def _check_first_step(self) -> Strategy:
-        """Look for what would go wrong in silence, before the first step of each optimizer."""
-        self.strategy.check_first_backward()
-        self._check_foreign(wrapper.optimizer for wrapper in self._optimizers)
-        missing = unassigned(self._models, [w.optimizer for w in self._optimizers], self.strategy)
-        if missing:
-            raise UnassignedParametersError(missing)
-        return self.strategy
-
-    def unwrap_model(
-        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
-    ) -> nn.Module:
-        """The user's own module behind a prepared one; under FSDP2 that module is the sharded one."""
-        inner = self._strategy.unwrap(model) if self._strategy is not None else model
-        if keep_torch_compile:
-            return inner
-        original: nn.Module = getattr(inner, "_orig_mod", inner)
-        return original
-
-    def init_module(self) -> AbstractContextManager[Any]:
-        """Build big models inside: under ZeRO stage 3 each parameter is sharded as soon as it is made.
-
-        Elsewhere it changes nothing; FSDP2 takes models built under `torch.device("meta")`.
-        """
-        return self.strategy.init_module()
-
-    def gather_parameters(
-        self, parameters: nn.Module | nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None
-    ) -> AbstractContextManager[Any]:
-        """Hold sharded parameters whole inside, for reading or changing them.
-
-        Collective: every rank must call it.
-
-        Args:
-            parameters: Of a prepared model, or the whole model.
-            modifier_rank: Whose changes all ranks take over; None if nothing is changed.
-
-        Raises:
-            PrepareError: The strategy cannot.
-        """
-        if isinstance(parameters, nn.Parameter):
-            parameters = [parameters]
-        listed = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-        return self.strategy.gather_parameters(list(listed), modifier_rank)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared and give the device's memory back; returns a None for each object.
@@ -629,53 +390,6 @@ class Accelerator(Saving, Reporting, Ranks):
             for loader, value in before:
                 loader.even_batches = value
 
-    # Weights
-
-    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
-        """All weights of a prepared model on the CPU of rank 0, under the names of the user's own module; {} elsewhere.
-
-        They may share memory with a model that is on the CPU and whole.
-        Collective: every rank must call it.
-        """
-        return self._decided([model], []).gather_state(model)
-
-    def save_model(
-        self,
-        model: nn.Module,
-        save_directory: str | os.PathLike[str],
-        max_shard_size: str | int = "10GB",
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write a model's weights as safetensors, in files that `from_pretrained` of transformers reads.
-
-        Collective: every rank must call it; rank 0 writes, and all go on when the files are whole.
-
-        Args:
-            model: A prepared model.
-            save_directory: Made when missing; weights saved there before are replaced.
-            max_shard_size: Bytes, or a text such as `"5GB"`.
-            safe_serialization: Only True: paceline writes no pickle.
-
-        Raises:
-            PacelineError: On every rank, when the files could not be written.
-        """
-        if not safe_serialization:
-            raise PacelineError(
-                "save_model(safe_serialization=False)",
-                "Pickled weights run code when they are loaded",
-                "Leave it out: the weights are written as safetensors",
-            )
-        state = self.get_state_dict(model)
-        failure: str | None = None
-        if self.is_main_process:
-            try:
-                save_weights(state, save_directory, max_shard_size=max_shard_size)
-            except (OSError, PacelineError) as error:
-                failure = f"{type(error).__name__}: {error}"
-        failure = self._parts.group.broadcast_object(failure)
-        if failure is not None:
-            raise PacelineError(f"The weights could not be saved into {os.fspath(save_directory)}", failure)
-
     # Looking inside
 
     @contextmanager
@@ -684,19 +398,3 @@ class Accelerator(Saving, Reporting, Ranks):
         with profile(profile_handler or self._parts.handlers.profile, self.process_index) as profiler:
             yield profiler
         self.wait_for_everyone()
-
-
-def _unique(things: Iterable[object], kind: type[T]) -> list[T]:
-    """Each thing of a kind once, in order."""
-    return list({id(thing): thing for thing in things if isinstance(thing, kind)}.values())
-
-
-def _build_strategy(strategy: object, around: Surroundings) -> Strategy:
-    made = strategy(around) if callable(strategy) else strategy
-    if isinstance(made, Strategy):
-        return made
-    raise PrepareError(
-        f"strategy={strategy!r}",
-        "A strategy is a name, or a class derived from paceline.strategies.Strategy",
-        "Choose auto, single, ddp, fsdp or deepspeed",
-    )

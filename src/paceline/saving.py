@@ -1,18 +1,22 @@
-"""The half of the facade that saves the whole training state and brings it back."""
+"""The part of the facade that saves weights and the whole training state, and brings that back."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from paceline.checkpoint import save_weights
+from paceline.errors import PacelineError
 from paceline.resume import TrainingState
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
+    from paceline.assembly import Parts
     from paceline.checkpointing import Checkpointing, HookHandle
     from paceline.data import ActiveLoaders, PreparedDataLoader
     from paceline.precision import LossScaler
@@ -27,6 +31,7 @@ class Saving:
     """Checkpoints: what the script adds to them, when they are written, and what a signal does."""
 
     scaler: LossScaler | None
+    _parts: Parts
     _checkpointing: Checkpointing
     _window: Window
     _loaders: ActiveLoaders
@@ -40,6 +45,8 @@ class Saving:
         @property
         def strategy(self) -> Strategy:
             """How the model is spread over ranks; the Accelerator decides it."""
+
+        def _decided(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Strategy: ...
 
     @property
     def save_iteration(self) -> int:
@@ -134,6 +141,51 @@ class Saving:
         Collective: every rank must call it.
         """
         self._listen(self._checkpointing.arm(save, always=True))
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+        """All weights of a prepared model on the CPU of rank 0, under the names of the user's own module; {} elsewhere.
+
+        They may share memory with a model that is on the CPU and whole.
+        Collective: every rank must call it.
+        """
+        return self._decided([model], []).gather_state(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: str | int = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a model's weights as safetensors, in files that `from_pretrained` of transformers reads.
+
+        Collective: every rank must call it; rank 0 writes, and all go on when the files are whole.
+
+        Args:
+            model: A prepared model.
+            save_directory: Made when missing; weights saved there before are replaced.
+            max_shard_size: Bytes, or a text such as `"5GB"`.
+            safe_serialization: Only True: paceline writes no pickle.
+
+        Raises:
+            PacelineError: On every rank, when the files could not be written.
+        """
+        if not safe_serialization:
+            raise PacelineError(
+                "save_model(safe_serialization=False)",
+                "Pickled weights run code when they are loaded",
+                "Leave it out: the weights are written as safetensors",
+            )
+        state = self.get_state_dict(model)
+        failure: str | None = None
+        if self._parts.group.rank == 0:
+            try:
+                save_weights(state, save_directory, max_shard_size=max_shard_size)
+            except (OSError, PacelineError) as error:
+                failure = f"{type(error).__name__}: {error}"
+        failure = self._parts.group.broadcast_object(failure)
+        if failure is not None:
+            raise PacelineError(f"The weights could not be saved into {os.fspath(save_directory)}", failure)
 
     def _arm(self) -> None:
         """Save and end on a signal, where checkpoints are named automatically."""

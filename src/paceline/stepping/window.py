@@ -1,44 +1,24 @@
-"""When a step is real: the accumulation window, the weights in it, skipped steps and the scheduler.
-
-A window is the micro-batches between two optimizer steps. Gradients are the true mean over what was in it:
-
-* `backward(loss)`: the mean over the micro-batches that were really there, the short last window included;
-* `backward(loss_sum, weight=n)`: the sum over all ranks divided by the sum of all weights.
-
-The divisor is applied as the first gradient of the backward pass, where it costs nothing. It is known before the
-window ends in all cases but two (a stream that ends early, and weights over several micro-batches); then one multiply
-over the gradients puts it right when the window closes. Nothing here reads a number from the device.
-"""
+"""The accumulation window, the weights of what is in it, and the context around one micro-batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from paceline.errors import SteppingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from torch import Tensor, nn
 
     from paceline.collectives import Group
     from paceline.config import GradientAccumulationPlugin
     from paceline.data import ActiveLoaders
-    from paceline.precision import LossScaler
     from paceline.strategies import Strategy
 
-__all__ = [
-    "AcceleratedOptimizer",
-    "AcceleratedScheduler",
-    "Accumulation",
-    "Window",
-    "is_scheduler",
-    "unassigned",
-]
+__all__ = ["Accumulation", "Window"]
 
 
 class Window:
@@ -226,226 +206,6 @@ class Window:
             )
 
 
-def _as_weight(weight: float | Tensor, device: torch.device) -> Tensor:
-    """One fp32 number on the device, made without a copy from the host that would wait for the device."""
-    if isinstance(weight, torch.Tensor):
-        return weight.detach().to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
-    return torch.full((), float(weight), dtype=torch.float32, device=device)
-
-
-class AcceleratedOptimizer(Optimizer):
-    """An optimizer that steps and zeroes at the end of a window only.
-
-    It is a `torch.optim.Optimizer`, so schedulers accept it; its state and its groups are those of the optimizer
-    that it was made from, which stays reachable as `optimizer`.
-
-    Attributes:
-        num_steps: Steps taken; those that fp16 skipped are not counted.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        *,
-        window: Window,
-        scaler: LossScaler | None,
-        first_step: Callable[[], Strategy],
-        before_step: Callable[[], None],
-    ) -> None:
-        # The base class's constructor would build groups of its own.
-        self.optimizer = optimizer
-        self.num_steps = 0
-        self._window = window
-        self._scaler = scaler
-        self._before_step = before_step
-        # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
-        self._first_step = first_step
-        self._strategy: Strategy | None = None
-        self.step_was_skipped = False
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step if this micro-batch ends its window; otherwise do nothing.
-
-        Under fp16 a step in which any rank found an overflow is skipped on all ranks: see `step_was_skipped`.
-        """
-        window = self._window
-        if not window.sync_gradients:
-            return None
-        strategy = self._strategy
-        if strategy is None:
-            strategy = self._strategy = self._first_step()
-        self._before_step()
-        window.settle(strategy)
-        result = None
-        if self._scaler is None:
-            result = strategy.step(self.optimizer, closure)
-            self.step_was_skipped = strategy.step_was_skipped(self.optimizer)
-        else:
-            self._refuse_closure(closure)
-            self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
-        self.num_steps += not self.step_was_skipped
-        window.stepped()
-        return result
-
-    @staticmethod
-    def _refuse_closure(closure: object) -> None:
-        if closure is not None:
-            raise SteppingError(
-                "optimizer.step(closure) was called under mixed_precision='fp16'",
-                "The gradient scaler must see the gradients before the optimizer does",
-                "Use mixed_precision='bf16' or 'no' with optimizers that call a closure",
-            )
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients, unless the open window still needs them."""
-        if not self._window.may_zero:
-            return
-        if self._strategy is None:
-            self.optimizer.zero_grad(set_to_none=set_to_none)
-        else:
-            self._strategy.zero_grad(self.optimizer, set_to_none)
-        self._window.dropped()
-
-    def train(self) -> None:
-        """Switch a schedule-free optimizer to training; nothing for any other."""
-        getattr(self.optimizer, "train", _nothing)()
-
-    def eval(self) -> None:
-        """Switch a schedule-free optimizer to evaluation; nothing for any other."""
-        getattr(self.optimizer, "eval", _nothing)()
-
-    # What the optimizer inside has
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The state of the optimizer inside, by parameter."""
-        return self.optimizer.state
-
-    @property
-    def param_groups(self) -> Any:  # type: ignore[override]
-        """The groups of the optimizer inside."""
-        return self.optimizer.param_groups
-
-    @property
-    def defaults(self) -> Any:  # type: ignore[override]
-        """The defaults of the optimizer inside."""
-        return self.optimizer.defaults
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer inside."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the optimizer inside."""
-        self.optimizer.load_state_dict(state_dict)
-
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        """Register on the optimizer inside: it runs only before steps that are taken."""
-        return self.optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> Any:
-        """Register on the optimizer inside: it runs only after steps that are taken."""
-        return self.optimizer.register_step_post_hook(hook)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A window cannot be copied: a copy, or what comes out of a pickle, is the optimizer inside.
-        return _itself, (self.optimizer,)
-
-
-def _nothing() -> None:
-    """Do nothing."""
-
-
-def _itself(optimizer: Optimizer) -> Optimizer:
-    """Hand an unpickled optimizer back."""
-    return optimizer
-
-
-class AcceleratedScheduler:
-    """A learning-rate scheduler that moves once for each optimizer step that was taken, at any world size."""
-
-    def __init__(
-        self,
-        scheduler: LRScheduler,
-        *,
-        window: Window,
-        optimizers: Iterable[AcceleratedOptimizer],
-        step_with_optimizer: bool = True,
-    ) -> None:
-        self.scheduler = scheduler
-        self._window = window
-        self._optimizers = tuple(optimizers)
-        self._step_with_optimizer = step_with_optimizer
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move on, if the optimizer did: not inside a window, and not after a skipped step."""
-        if self._step_with_optimizer:
-            if not self._window.sync_gradients:
-                return
-            if any(optimizer.step_was_skipped for optimizer in self._optimizers):
-                return
-        self.scheduler.step(*args, **kwargs)
-
-    def get_last_lr(self) -> list[Any]:
-        """The learning rates in force, one a group."""
-        return self.scheduler.get_last_lr()
-
-    def get_lr(self) -> Any:
-        """What the scheduler inside computes; `get_last_lr` is what scripts want."""
-        return self.scheduler.get_lr()
-
-    @property
-    def last_epoch(self) -> int:
-        """How many steps the schedule has moved."""
-        return self.scheduler.last_epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the scheduler inside."""
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the scheduler inside."""
-        self.scheduler.load_state_dict(state_dict)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.scheduler!r})"
-
-
-def steps_taken(optimizers: Iterable[AcceleratedOptimizer]) -> int:
-    """Optimizer steps that a run has taken: those of the optimizer that took most."""
-    return max((optimizer.num_steps for optimizer in optimizers), default=0)
-
-
-def is_scheduler(thing: object) -> bool:
-    """Whether something is a learning-rate scheduler of torch, or acts as one."""
-    return isinstance(thing, LRScheduler) or all(
-        callable(getattr(thing, name, None)) for name in ("step", "get_last_lr", "state_dict")
-    )
-
-
-def unassigned(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], strategy: Strategy) -> list[str]:
-    """The names of trainable parameters that no optimizer updates, in models of which it updates others.
-
-    A model of which no parameter is in any optimizer and none got a gradient (a teacher, say) is left alone.
-    """
-    assigned = {id(p) for optimizer in optimizers for p in strategy.parameters_of(optimizer)}
-    names: list[str] = []
-    for model in models:
-        trained = [(name, p) for name, p in strategy.named_parameters(model) if p.requires_grad]
-        missing = [name for name, p in trained if id(p) not in assigned]
-        involved = len(missing) < len(trained) or any(p.grad is not None for _, p in trained)
-        if involved:
-            names.extend(missing)
-    return names
-
-
 class Accumulation:
     """The context around one micro-batch: `with accelerator.accumulate(model):`.
 
@@ -487,3 +247,10 @@ class Accumulation:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._strategy is not None:
             self._window.leave(self._strategy)
+
+
+def _as_weight(weight: float | Tensor, device: torch.device) -> Tensor:
+    """One fp32 number on the device, made without a copy from the host that would wait for the device."""
+    if isinstance(weight, torch.Tensor):
+        return weight.detach().to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
+    return torch.full((), float(weight), dtype=torch.float32, device=device)

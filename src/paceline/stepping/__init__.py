@@ -1,0 +1,27 @@
+"""When a step is real: the accumulation window, the weights in it, skipped steps and the scheduler.
+
+A window is the micro-batches between two optimizer steps. Gradients are the true mean over what was in it:
+
+* `backward(loss)`: the mean over the micro-batches that were really there, the short last window included;
+* `backward(loss_sum, weight=n)`: the sum over all ranks divided by the sum of all weights.
+
+The divisor is applied as the first gradient of the backward pass, where it costs nothing. It is known before the
+window ends in all cases but two (a stream that ends early, and weights over several micro-batches); then one multiply
+over the gradients puts it right when the window closes. Nothing here reads a number from the device.
+"""
+
+from __future__ import annotations
+
+from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned
+from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
+from paceline.stepping.window import Accumulation, Window
+
+__all__ = [
+    "AcceleratedOptimizer",
+    "AcceleratedScheduler",
+    "Accumulation",
+    "Window",
+    "is_scheduler",
+    "steps_taken",
+    "unassigned",
+]

@@ -115,6 +115,7 @@ def test_an_exception_ends_a_rank_at_once(tmp_path: Path) -> None:
     """Closing the group waits for the others; a dying rank must not."""
     body = """
     open_process_group(WORLD, CPU)
+    dist.barrier()
     if WORLD.is_main:
         raise KeyError("mine")
     time.sleep(1)

@@ -35,8 +35,7 @@ class Wide(torch.nn.Module):
         return out.mean()
 
 
-def main() -> None:
-    folder, strategy, steps, every, how, *words = sys.argv[1:]
+def main(folder: str, strategy: str, steps: str, every: str, how: str, *words: str) -> None:
     torch.manual_seed(3)
     accelerator = Accelerator(
         cpu=True,
@@ -84,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

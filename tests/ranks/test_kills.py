@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from paceline.checkpoint import find_checkpoints
-from tests.support.launched import Launched, assert_same_weights, final_weights, start
+from tests.ranks import checkpoint_script
+from tests.support.launched import assert_same_weights, final_weights, lines_in, start
+from tests.support.ranks import run_on_ranks
 
 STEPS = 30
 
 
-def steps_of(run: Launched, rank: int) -> dict[int, tuple[list[int], float]]:
+def steps_of(folder: Path, rank: int) -> dict[int, tuple[list[int], float]]:
     """What each step came to, the last time it was taken; every time it must have been the same."""
     found: dict[int, tuple[list[int], float]] = {}
-    for line in run.lines(rank):
+    for line in lines_in(folder, rank):
         if "step" in line:
             value = line["ids"], line["loss"]
             assert found.setdefault(line["step"], value) == value, f"step {line['step']} was taken twice, differently"
@@ -30,14 +32,13 @@ def strategy(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def never_killed(strategy: str, tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    run = start(tmp_path_factory.mktemp("whole"), strategy, str(STEPS), "1000", "blocking")
-    code, out = run.end()
-    assert code == 0, out
-    return run
+def never_killed(strategy: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run_on_ranks(2, checkpoint_script.main, str(folder), strategy, str(STEPS), "1000", "blocking")
+    return folder
 
 
-def kill_until_done(folder: Path, strategy: str, kills: int, seed: int) -> Launched:
+def kill_until_done(folder: Path, strategy: str, kills: int, seed: int) -> None:
     """Kill a run again and again while it trains and saves, then let it come to its end."""
     chance = random.Random(seed)
     for _ in range(kills):
@@ -49,23 +50,20 @@ def kill_until_done(folder: Path, strategy: str, kills: int, seed: int) -> Launc
         time.sleep(chance.random() * 0.08)
         run.kill_everything()
         assert any(found.checkpoint for found in find_checkpoints(folder)), "no whole checkpoint is left"
-    run = start(folder, strategy, str(STEPS), "1", "blocking")
-    code, out = run.end()
-    assert code == 0, out
-    return run
+    run_on_ranks(2, checkpoint_script.main, str(folder), strategy, str(STEPS), "1", "blocking")
 
 
-def check(never_killed: Launched, strategy: str, folder: Path, kills: int, seed: int) -> None:
-    run = kill_until_done(folder, strategy, kills, seed)
+def check(never_killed: Path, strategy: str, folder: Path, kills: int, seed: int) -> None:
+    kill_until_done(folder, strategy, kills, seed)
     for rank in range(2):
-        assert steps_of(run, rank) == steps_of(never_killed, rank)
-    assert_same_weights(final_weights(folder), final_weights(never_killed.folder))
+        assert steps_of(folder, rank) == steps_of(never_killed, rank)
+    assert_same_weights(final_weights(folder), final_weights(never_killed))
     left = {path.name for path in (folder / "checkpoints").iterdir()}
     assert left == {f"checkpoint_{number}" for number in sorted(int(n.split("_")[1]) for n in left)}, "leftovers"
 
 
 @pytest.mark.parametrize("strategy", ["fsdp"], indirect=True)
-def test_killed_twice(never_killed: Launched, strategy: str, tmp_path: Path) -> None:
+def test_killed_twice(never_killed: Path, strategy: str, tmp_path: Path) -> None:
     check(never_killed, strategy, tmp_path, kills=2, seed=1)
 
 
@@ -73,6 +71,6 @@ def test_killed_twice(never_killed: Launched, strategy: str, tmp_path: Path) -> 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2, 27))
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"], indirect=True)
-def test_killed_again_and_again(never_killed: Launched, strategy: str, tmp_path: Path, seed: int) -> None:
+def test_killed_again_and_again(never_killed: Path, strategy: str, tmp_path: Path, seed: int) -> None:
     """25 runs of 4 kills under each of two strategies."""
     check(never_killed, strategy, tmp_path, kills=4, seed=seed)

@@ -10,7 +10,9 @@ import pytest
 
 from paceline.checkpoint import newest_checkpoint
 from paceline.errors import PREEMPTED
+from tests.ranks import checkpoint_script
 from tests.support.launched import Launched, assert_same_weights, final_weights, start
+from tests.support.ranks import run_on_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,18 +24,15 @@ def pid_of(run: Launched, rank: int) -> int:
     return int(run.lines(rank)[0]["pid"])
 
 
-def go_on_and_compare(folder: Path, whole: Path, *words: str) -> None:
-    run = start(folder, "ddp", STEPS, "1000", "blocking", *words)
-    code, out = run.end()
-    assert code == 0, out
+def go_on_and_compare(folder: Path, whole: Path) -> None:
+    run_on_ranks(2, checkpoint_script.main, str(folder), "ddp", STEPS, "1000", "blocking")
     assert_same_weights(final_weights(folder), final_weights(whole))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    code, out = start(folder, "ddp", STEPS, "1000", "blocking").end()
-    assert code == 0, out
+    run_on_ranks(2, checkpoint_script.main, str(folder), "ddp", STEPS, "1000", "blocking")
     return folder
 
 

@@ -30,10 +30,7 @@ class Launched:
 
     def lines(self, rank: int = 0) -> list[dict[str, Any]]:
         """What a rank has written about its steps so far."""
-        path = self.folder / f"log-{rank}"
-        text = path.read_text() if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in whole.splitlines()]
+        return lines_in(self.folder, rank)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
@@ -57,6 +54,14 @@ class Launched:
     def end(self, seconds: float = 120.0) -> tuple[int, str]:
         out, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, out
+
+
+def lines_in(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """What a rank has written about its steps into a folder."""
+    path = folder / f"log-{rank}"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def with_no_such_process(pid: int) -> None:

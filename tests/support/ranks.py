@@ -6,7 +6,6 @@ function must be importable (defined at the top of a test module) and gets its a
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import socket
@@ -84,20 +83,15 @@ class RankPool:
         return [answers[rank][1] for rank in range(len(self.connections))]
 
     def close(self) -> None:
-        """End the ranks; again is nothing."""
+        """End the ranks, whatever they are at; again is nothing."""
         if not self.alive:
             return
         self.alive = False
-        for connection in self.connections:
-            with contextlib.suppress(OSError):
-                connection.send(None)
-            connection.close()
-        for process in self.processes:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            process.kill()
+            process.join()
             process.close()
+            connection.close()
 
 
 def free_port() -> int:
@@ -134,7 +128,5 @@ def _tasks(connection: Connection) -> Iterator[tuple[Callable[..., Any], tuple[A
         try:
             task = connection.recv()
         except EOFError:
-            return
-        if task is None:
             return
         yield task

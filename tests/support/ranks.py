@@ -105,6 +105,8 @@ def _serve(connection: Connection, rank: int, size: int, port: int, device: str)
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
     )  # fmt: skip
+    # Workers of loaders start as they do in any script, not as this process did.
+    multiprocessing.set_start_method(None, force=True)
     import torch
     import torch.distributed as dist
 

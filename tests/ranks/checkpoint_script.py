@@ -1,7 +1,8 @@
 """A small training that saves as it goes and resumes by itself; tests start it, kill it and look at what it leaves.
 
 Arguments: folder, strategy, steps, steps between saves, "background" or "blocking"; then optional words:
-`evaluate` walks an evaluation loader for a long time after each epoch, `slow` makes each step take longer.
+`evaluate` walks an evaluation loader after each epoch until somebody ends it, `slow` makes each step take longer, and
+`linger` each from the ninth on much longer, the first time that the ranks are started.
 It appends a line of JSON to `<folder>/log-<rank>` for each step: step, ids, loss.
 """
 
@@ -73,9 +74,12 @@ def main(folder: str, strategy: str, steps: str, every: str, how: str, *words: s
                     accelerator.save_state()
                 if "slow" in words:
                     time.sleep(0.05)
+                if "linger" in words and done > 8 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    time.sleep(2)
             if "evaluate" in words and done < int(steps):
-                for _ in evaluation:
-                    time.sleep(0.05)
+                for _ in range(1000):
+                    for _ in evaluation:
+                        time.sleep(0.05)
     accelerator.wait_for_save()
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """Trainings on two or three ranks that go wrong in the way that the first argument names.
 
 Without RANK in the environment it starts the ranks itself, those of all scenarios at once, by forking: importing torch
-takes longer than all the rest. It prints exit codes and errors of all ranks as JSON.
+takes longer than all the rest. It prints exit codes and errors of all ranks as JSON, and writes into this folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ def run(scenario: str) -> None:
     match scenario:
         case "sleep":
             if rank == 1:
-                time.sleep(60)  # it sleeps here
+                time.sleep(1000)  # it sleeps here
             step(accelerator, model, optimizer)
         case "skip":
             if rank != 1:
@@ -44,9 +43,9 @@ def run(scenario: str) -> None:
             accelerator.wait_for_everyone()  # the one that skipped it
         case "save":
             if accelerator.is_main_process:
-                accelerator.save_state(tempfile.mkdtemp() + "/state")  # under a branch
+                accelerator.save_state("state")  # under a branch
             step(accelerator, model, optimizer)
-            time.sleep(60)
+            time.sleep(1000)
         case "shapes":
             accelerator.gather(ones(accelerator, 400 if rank == 1 else 4))  # of different shapes
             accelerator.wait_for_everyone()
@@ -90,12 +89,12 @@ def step(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opti
 def fork(scenario: str, size: int) -> Callable[[], dict[str, list[object]]]:
     """Start one scenario on forked ranks; return what waits for the exit code and the standard error of each."""
     port = free_port()
-    files = [tempfile.mkstemp()[1] for _ in range(size)]
+    files = [f"{scenario}-{rank}" for rank in range(size)]
     children = []
     for rank in range(size):
         child = os.fork()
         if child == 0:
-            os.dup2(os.open(files[rank], os.O_WRONLY), 2)
+            os.dup2(os.open(files[rank], os.O_WRONLY | os.O_CREAT), 2)
             os.environ.update(
                 RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID=f"test-{port}",

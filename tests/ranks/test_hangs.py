@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,21 @@ from tests.support.ranks import run_on_ranks
 SCRIPT = Path(__file__).with_name("hang_script.py")
 LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
 PATHS = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
+PYTHONPATH = os.pathsep.join(filter(None, PATHS))
+# Seconds for one launch on a machine that is busy otherwise; the ranks that do not come sleep longer.
+PATIENCE = 400
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where ranks run; stacks are written beneath it."""
+    (tmp_path / "tmp").mkdir()
+    return tmp_path
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "TMPDIR": str(folder / "tmp")}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=env, check=False)
 
 
 def line(marked: str) -> str:
@@ -31,34 +43,32 @@ def line(marked: str) -> str:
     return f"{SCRIPT}:{number}"
 
 
-def forked(*scenarios: str) -> dict[str, Any]:
-    command = [sys.executable, str(SCRIPT), *scenarios]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=ENVIRONMENT, check=False)
+def forked(folder: Path, *scenarios: str) -> dict[str, Any]:
+    done = run(folder, sys.executable, str(SCRIPT), *scenarios)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def launched(scenario: str, *flags: str, ranks: int = 2) -> tuple[int, str]:
+def launched(folder: Path, scenario: str, *flags: str, ranks: int = 2) -> tuple[int, str]:
     command = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", str(ranks)]
-    command += ["--hang_timeout", "5", *flags, str(SCRIPT), scenario]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, env=ENVIRONMENT, check=False)
+    done = run(folder, *command, "--hang_timeout", "5", *flags, str(SCRIPT), scenario)
     return done.returncode, done.stderr
 
 
-def test_who_is_missing_and_where_without_our_launcher() -> None:
-    found = forked("sleep", "skip", "early")
+def test_who_is_missing_and_where_without_our_launcher(folder: Path) -> None:
+    found = forked(folder, "sleep", "skip", "early")
     sleep = "".join(found["sleep"]["errors"])
     assert found["sleep"]["codes"] == [HUNG] * 3, sleep
     assert sleep.count("rank 1 has not entered backward (all_reduce #") == 1, "one rank tells it"
     assert re.search(r"of float32 \(10,\)\), in which ranks 0, 2 have waited for \d+ s", sleep)
     assert f"  ranks 0, 2: {line('waits in here')} in step: accelerator.backward" in sleep
-    assert f"  rank 1: {line('it sleeps here')} in run: time.sleep(60)" in sleep
-    folder = Path(re.findall(r"stacks .* are in (\S+)", sleep)[0])
-    assert folder.parent == Path(tempfile.gettempdir())
-    stacks = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert f"  rank 1: {line('it sleeps here')} in run: time.sleep(1000)" in sleep
+    told = Path(re.findall(r"stacks .* are in (\S+)", sleep)[0])
+    assert told.parent == folder / "tmp"
+    stacks = {path.name: path.read_bytes() for path in told.iterdir()}
     assert {f"rank_{rank}.txt" for rank in range(3)} <= set(stacks)
-    assert b"time.sleep(60)" in stacks["rank_1.txt"]
+    assert b"time.sleep(1000)" in stacks["rank_1.txt"]
 
     skip = "".join(found["skip"]["errors"])
     assert found["skip"]["codes"] == [HUNG] * 2, skip
@@ -71,27 +81,20 @@ def test_who_is_missing_and_where_without_our_launcher() -> None:
     assert "rank 1 has ended without entering gather (all_gather #" in early
     assert f"rank 0: failed (CollectiveError), {line('once more than the other')}" in early
 
-    for name in ("sleep", "skip"):
-        for text in re.findall(r"stacks .* are in (\S+)", "".join(found[name]["errors"])):
-            shutil.rmtree(text)
 
-
-def test_a_method_that_only_rank_0_calls_is_named() -> None:
-    begin = time.monotonic()
-    code, error = launched("save")
+def test_a_method_that_only_rank_0_calls_is_named(folder: Path) -> None:
+    code, error = launched(folder, "save")
     assert code == HUNG, error
-    assert time.monotonic() - begin < 90
     assert "save_state is not called by every rank: rank 0 is in it, and rank 1 is in backward (" in error
     assert f"rank 0: {line('under a branch')}" in error
     assert f"rank 1: {line('waits in here')}" in error
     assert "Every rank must call save_state: look for a branch that only some ranks take" in error
     assert error.count("is not called by every rank") == 1, "the launcher says it, once"
     assert "Traceback" not in error
-    shutil.rmtree(re.findall(r"stacks .* are in (\S+)", error)[0])
 
 
-def test_shapes_that_differ_name_rank_and_line() -> None:
-    code, error = launched("shapes")
+def test_shapes_that_differ_name_rank_and_line(folder: Path) -> None:
+    code, error = launched(folder, "shapes")
     # The rank that gets more than it expects is aborted by gloo; the other one may be the first to notice that.
     assert code == 134, error
     assert f"rank 0 on {os.uname().nodename}" in error
@@ -100,16 +103,15 @@ def test_shapes_that_differ_name_rank_and_line() -> None:
 
 
 @pytest.mark.slow
-def test_more_ways_to_wait() -> None:
-    found = forked("stopped", "turns", "long")
+def test_more_ways_to_wait(folder: Path) -> None:
+    found = forked(folder, "stopped", "turns", "long")
     text = "".join(found["stopped"]["errors"])
     assert found["stopped"]["codes"] == [HUNG, -9], text
     assert re.search(r"^rank 1 does not answer; rank 0 has waited for \d+ s in gather \(all_gather", text, re.MULTILINE)
     assert found["turns"] == {"codes": [0, 0], "errors": ["", ""]}
     assert found["long"] == {"codes": [0, 0], "errors": ["", ""]}, "long work outside of exchanges is no hang"
-    shutil.rmtree(re.findall(r"stacks .* are in (\S+)", text)[0])
 
-    code, error = launched("shapes", "--debug")
+    code, error = launched(folder, "shapes", "--debug")
     assert code == 1, error
     assert "brings" in error
     assert "of shape (400,)" in error

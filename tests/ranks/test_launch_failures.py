@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,10 +52,12 @@ if world.rank == 1:
     {body}
 dist.barrier()
 """
+# Seconds for one launch on a machine that is busy otherwise; what must not be waited for takes longer.
+PATIENCE = 300
 SLEEP = """
 import os, time
 os.write(1, b"ready\\n")
-time.sleep(100)
+time.sleep(1000)
 """
 
 
@@ -72,7 +73,8 @@ class Launches:
         self, source: str, *arguments: str, config: str = "dict(num_processes=2)", options: str = "{}"
     ) -> subprocess.Popen[str]:
         script = self.folder / "train.py"
-        script.write_text(source)
+        if not script.exists():  # ranks of an earlier launch may be about to read it
+            script.write_text(source)
         process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, config, options, str(script), *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "TEST_MARKER": self.marker},
@@ -85,13 +87,13 @@ class Launches:
 
     def run(self, source: str, *arguments: str, **keywords: str) -> tuple[int, str, str]:
         process = self.start(source, *arguments, **keywords)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=PATIENCE)
         return process.returncode, out, err
 
     def left(self) -> list[psutil.Process]:
         return marked(self.marker)
 
-    def none_left(self, within: float = 3.0) -> bool:
+    def none_left(self, within: float = 60.0) -> bool:
         return none_marked(self.marker, within)
 
 
@@ -127,9 +129,7 @@ def wait_until_ready(process: subprocess.Popen[str], count: int) -> None:
     ],
 )
 def test_the_cause_comes_last_and_once(launches: Launches, body: str, code: int, headline: str, last: str) -> None:
-    begin = time.monotonic()
     returned, _, err = launches.run(collective(body))
-    assert time.monotonic() - begin < 100
     assert returned == code, err
     lines = err.splitlines()
     assert sum(line.startswith("rank 1 on ") for line in lines) == 1, err
@@ -146,12 +146,10 @@ def test_the_cause_comes_last_and_once(launches: Launches, body: str, code: int,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_everything(launches: Launches, number: signal.Signals) -> None:
-    process = launches.start(collective("time.sleep(100)"))
+    process = launches.start(collective("time.sleep(1000)"))
     wait_until_ready(process, 2)
-    begin = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
-    assert time.monotonic() - begin < 40
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number
     assert err.splitlines() == [f"stopped by {number.name}; all 2 processes have ended"]
     assert launches.none_left()
@@ -161,14 +159,14 @@ def test_a_rank_that_ignores_signals_is_killed_with_its_children(launches: Launc
     source = """
 import os, signal, subprocess, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-subprocess.Popen(["sleep", "100"])
+subprocess.Popen(["sleep", "1000"])
 os.write(1, b"ready\\n")
-time.sleep(100)
+time.sleep(1000)
 """
     process = launches.start(source, options="dict(shutdown_timeout=1, grace_period=1)")
     wait_until_ready(process, 2)
     process.terminate()
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert launches.none_left()
 
@@ -241,7 +239,7 @@ def test_twenty_launches_at_once(launches: Launches) -> None:
     processes = [launches.start(source) for _ in range(20)]
     ports = []
     for process in processes:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         first, second = out.split()
         assert first == second

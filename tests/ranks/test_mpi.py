@@ -53,7 +53,7 @@ def run(folder: Path, *command: str) -> tuple[int, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PACELINE_")}
     env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=150
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400
     )
     return done.returncode, done.stdout
 

@@ -89,7 +89,7 @@ def test_one_process_is_the_caller() -> None:
 
 CELLS = [
     """
-import os, signal, sys, threading, time, torch
+import os, signal, sys, tempfile, threading, time, torch
 from paceline import notebook_launcher
 class Net(torch.nn.Linear):
     pass
@@ -108,15 +108,22 @@ def fail():
 notebook_launcher(fail, num_processes=2)
 """,
     """
-def sleep():
+folder = tempfile.TemporaryDirectory()
+def sleep(folder):
     print("asleep", flush=True)
-    time.sleep(60)
-threading.Timer(8, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-begun = time.time()
+    open(f"{folder}/{os.environ['RANK']}", "w").close()
+    time.sleep(1000)
+def interrupt():
+    while len(os.listdir(folder.name)) < 2:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
 try:
-    notebook_launcher(sleep, num_processes=2, log_line_prefix_template="[${rank}] ")
+    notebook_launcher(sleep, (folder.name,), num_processes=2, log_line_prefix_template="[${rank}] ")
 except KeyboardInterrupt as stop:
-    print("stopped:", stop, time.time() - begun < 40)
+    print("stopped:", stop)
+folder.cleanup()
 """,
 ]
 
@@ -130,7 +137,7 @@ def test_cells_of_a_jupyter_kernel() -> None:
     source = str(Path(__file__).parents[2] / "src")
     first = f"import sys\nsys.path.insert(0, {source!r})\n{CELLS[0]}"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (first, *CELLS[1:])])
-    nbclient.NotebookClient(notebook, timeout=150, allow_errors=True, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=400, allow_errors=True, kernel_name="python3").execute()
     _, fine, failed, stopped = [cell.outputs for cell in notebook.cells]
     assert _text(fine, "stdout") == ["hello from 0", "hello from 1"]
     assert _text(fine, "stderr") == ["warned", "warned"]
@@ -138,7 +145,7 @@ def test_cells_of_a_jupyter_kernel() -> None:
     [error] = [o for o in failed if o.output_type == "error"]
     assert error.ename == "WorkerError"
     assert 'raise ValueError("no such thing")\nValueError: no such thing' in error.evalue
-    assert _text(stopped, "stdout") == ["[0] asleep", "[1] asleep", "stopped: all ranks have ended True"]
+    assert _text(stopped, "stdout") == ["[0] asleep", "[1] asleep", "stopped: all ranks have ended"]
 
 
 def _text(outputs: list[Any], name: str) -> list[str]:
@@ -169,5 +176,5 @@ def test_two_machines_each_get_the_values_of_their_ranks(tmp_path: Path) -> None
         subprocess.Popen([sys.executable, str(program), machine, port], stdout=subprocess.PIPE, text=True)
         for machine in "01"
     ]
-    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in running]
+    said = [process.communicate(timeout=400)[0].splitlines()[-1] for process in running]
     assert said == ["[(0, 4), (1, 4)]", "[(2, 4), (3, 4)]"]

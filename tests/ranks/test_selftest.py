@@ -39,7 +39,6 @@ def test_this_installation(tmp_path: Path) -> None:
     code, told = try_out(tmp_path)
     assert code == 0, told
     assert told["passed"]
-    assert told["seconds"] < 60 * 2  # under a minute on a machine that does nothing else
     assert {("", "collectives"), ("auto, no", "training"), ("fsdp, no", "sharding"), ("fsdp", "load")} <= set(
         names(told)
     )

@@ -77,7 +77,7 @@ def write(folder: Path, text: str) -> str:
 def wait_for_end(log: Path, words: str) -> str:
     """Wait until a job has written these words; `sbatch --wait` itself looks every ten seconds."""
     try:
-        wait_for(lambda: log.exists() and words in log.read_text(), f"{words!r} in the log", 150)
+        wait_for(lambda: log.exists() and words in log.read_text(), f"{words!r} in the log")
     finally:
         text = log.read_text() if log.exists() else "there is no log"
         print(text)
@@ -153,11 +153,11 @@ def test_a_submitted_job_makes_room_and_goes_on_from_the_queue(slurm: Slurm, tmp
     def text() -> str:
         return log.read_text() if log.exists() else ""
 
-    wait_for(lambda: text().count("restart None") == 2, "the first step", 60)
+    wait_for(lambda: text().count("restart None") == 2, "the first step")
     slurm.run("scancel", "--signal=USR1", found[1])
     try:
-        wait_for(lambda: "restart 1" in text(), "the second start", 90)
-        wait_for(lambda: slurm.run("squeue", "--noheader", "--job", found[1]) == "", "its end", 60)
+        wait_for(lambda: "restart 1" in text(), "the second start", 400)
+        wait_for(lambda: slurm.run("squeue", "--noheader", "--job", found[1]) == "", "its end")
     finally:
         print(text())
     rows = [int(row) for row in re.findall(r"first row (\d+) restart", text())]

@@ -80,14 +80,14 @@ class Running:
     def err(self) -> str:
         return "".join(self.errors)
 
-    def wait_for(self, text: str, seconds: float = 90.0) -> None:
+    def wait_for(self, text: str, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while text not in self.out + self.err:
             assert self.process.poll() is None, f"ended with {self.process.returncode}\n{self.out}\n{self.err}"
             assert time.monotonic() < deadline, f"{text!r} did not come\n{self.out}\n{self.err}"
             time.sleep(0.05)
 
-    def end(self, seconds: float = 120.0) -> int:
+    def end(self, seconds: float = 300.0) -> int:
         try:
             code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as error:
@@ -97,7 +97,7 @@ class Running:
         return code
 
     def close(self) -> None:
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=60)
         for thread in self.threads:
             thread.join(timeout=5)
         for stream in (self.process.stdout, self.process.stderr):
@@ -161,7 +161,7 @@ class Hosts:
         """Every process that still runs on these hosts."""
         return marked(self.marker)
 
-    def none_left(self, within: float = 5.0) -> bool:
+    def none_left(self, within: float = 60.0) -> bool:
         return none_marked(self.marker, within)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ class Launched:
         """What a rank has written about its steps so far."""
         return lines_in(self.folder, rank)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 400.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, self.process.communicate()[0]
@@ -51,7 +51,7 @@ class Launched:
                     with_no_such_process(line["pid"])
         self.process.communicate()
 
-    def end(self, seconds: float = 120.0) -> tuple[int, str]:
+    def end(self, seconds: float = 400.0) -> tuple[int, str]:
         out, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, out
 

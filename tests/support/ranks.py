@@ -6,8 +6,10 @@ function must be importable (defined at the top of a test module) and gets its a
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -95,9 +97,12 @@ class RankPool:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody uses, below those that the system hands out: so nobody gets it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 12_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def _serve(connection: Connection, rank: int, size: int, port: int, device: str) -> None:

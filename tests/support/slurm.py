@@ -98,12 +98,12 @@ class Slurm:
             daemon.send_signal(signal.SIGTERM)
         for daemon in reversed(self._daemons):
             try:
-                daemon.wait(10)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
 
-    def run(self, *command: str, check: bool = True, cwd: Path | None = None, seconds: float = 150) -> str:
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, seconds: float = 400) -> str:
         """Run a command of Slurm's, or any other as a user of it would; return all that it wrote."""
         done = subprocess.run(
             command, env=self.environment, cwd=cwd, text=True, timeout=seconds, check=False,
@@ -113,7 +113,7 @@ class Slurm:
         return done.stdout
 
 
-def wait_for(condition: object, what: str, seconds: float = 30) -> None:
+def wait_for(condition: object, what: str, seconds: float = 300) -> None:
     assert callable(condition)
     deadline = time.monotonic() + seconds
     while not condition():

@@ -43,8 +43,8 @@ _SHARE = 0.9
 # Seconds between two looks, at most; and after how many of waiting it is remarked on.
 _INTERVAL = 2.0
 _REMARK = 120.0
-# For the other ranks to answer, beyond the time in which they look.
-_ANSWERS = 3.0
+# For the other ranks to answer, beyond the time in which they look: a machine may be busy.
+_ANSWERS = 10.0
 # Between two looks at the end of the program.
 _PAUSE = 0.5
 

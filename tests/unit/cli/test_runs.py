@@ -24,7 +24,7 @@ def launch(folder: Path, source: str, *arguments: str, flags: tuple[str, ...] = 
         env=clean | {"OMP_NUM_THREADS": "1", "HOME": str(folder / "home")},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr

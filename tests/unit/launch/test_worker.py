@@ -26,7 +26,7 @@ def run(
         env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(error_file), "RANK": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     return done, json.loads(error_file.read_text()) if error_file.exists() else None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RankPipes", "shows_elsewhere"]
 
 _CHUNK = 65536
-_LAST_WORDS = 2.0
+_LAST_WORDS = 10.0
 """Seconds to wait, when all ranks have ended, for what something that they left behind still writes."""
 
 

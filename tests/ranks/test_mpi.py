@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from paceline.config import resolve
-from paceline.errors import ConfigError, UsageError
+from paceline.errors import PREEMPTED, ConfigError, UsageError
 from paceline.launch.command import Command
 from paceline.launch.schedulers.mpirun import plan_mpirun
+from tests.support.marked import none_marked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from paceline.launch.schedulers.mpirun import MpirunPlan
 
 pytestmark = pytest.mark.skipif(
@@ -92,6 +94,80 @@ def test_a_rank_that_fails_is_told(tmp_path: Path) -> None:
     assert code != 0
     assert said.count("ValueError: the culprit") == 1, said
     assert "mpirun ended with code" in said
+
+
+KINDS = {"intel": "Intel(R) MPI", "mpich": "HYDRA build details"}
+
+
+@pytest.fixture(params=KINDS)
+def other_mpirun(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the mpirun of another MPI the first in PATH; skip where it is not installed."""
+    words = KINDS[request.param]
+    places = [
+        shutil.which("mpirun"),
+        shutil.which("mpirun.mpich"),
+        str(Path(sys.executable).with_name("mpirun")),
+        f"{os.environ.get('I_MPI_ROOT', '')}/bin/mpirun",
+    ]
+    for place in filter(None, places):
+        if (
+            Path(place).is_file()
+            and words in subprocess.run([place, "--version"], capture_output=True, text=True).stdout
+        ):
+            break
+    else:
+        pytest.skip(f"needs the mpirun of {request.param} (Debian: mpich; PyPI: impi-rt)")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "mpirun"
+    program.write_text(f'#!/bin/sh\nPATH="{Path(place).parent}:$PATH"\nexec {place} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_mpirun")
+def test_other_kinds_of_mpi(tmp_path: Path) -> None:
+    flags = ("--cpu", "--gradient_accumulation_steps", "3")
+    code, said = run(tmp_path, "mpirun", "-n", "2", *PACELINE, "launch", *flags, "train.py", "two words")
+    assert code == 0, said
+    assert "rank 1/2 by pmi: 2.1213 ['two words'] 3" in said, said
+    code, said = run(tmp_path, "mpirun", "-n", "4", sys.executable, "train.py")
+    assert code == 0, said
+    assert "rank 3/4 by pmi: 3.5355" in said, said
+    (tmp_path / "hosts").write_text("localhost:2\n")
+    called = (*PACELINE, "launch", "--cpu", "--num_processes", "2", "--mpirun_hostfile", "hosts", "--mpirun_ccl", "4")
+    code, said = run(tmp_path, *called, "train.py", "two words")
+    assert code == 0, said
+    assert "rank 1/2 by pmi: 2.1213 ['two words'] 1 4" in said, said
+    code, said = run(tmp_path, *called, "train.py", "fail")
+    assert (code, said.count("ValueError: the culprit")) == (1, 1), said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("other_mpirun")
+def test_a_signal_reaches_the_ranks_of_other_kinds_of_mpi(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\n"
+        "os.write(1, b'ready\\n')\n"
+        "time.sleep(1000)\n"
+    )
+    marker = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [*PACELINE, "launch", "--cpu", "--num_processes", "2", "--mpirun_ccl", "1", "train.py"],
+        cwd=tmp_path, env={**os.environ, "TEST_MARKER": marker}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    heard = ""
+    while heard.count("ready") < 2:
+        line = process.stdout.readline()
+        assert line, heard
+        heard += line
+    process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == PREEMPTED, said
+    assert none_marked(marker, 60)
 
 
 def test_what_would_be_started_is_shown_and_what_cannot_be_is_told(

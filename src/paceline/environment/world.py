@@ -147,8 +147,8 @@ def _read_pmi(env: Mapping[str, str]) -> World | None:
         needed = (rank_name, local_rank_name, local_size_name)
         _require(env, needed, size_name, "mpirun")
         rank, local_rank, local_size = (_integer(env, name) for name in needed)
-        # Nothing here is the same on all ranks of one job and differs between jobs: PMI_ID numbers the ranks.
-        return _mpi_world(env, "pmi", rank, size, local_rank, local_size, "")
+        # Of the others no variable is the same on all ranks of one job and differs between jobs: PMI_ID numbers ranks.
+        return _mpi_world(env, "pmi", rank, size, local_rank, local_size, env.get("I_MPI_HYDRA_UUID", ""))
     return None
 
 

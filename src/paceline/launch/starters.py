@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from paceline.errors import WorkerError
 
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["raise_for_end", "run_starter"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SHELLS = ("sh", "dash", "bash", "busybox", "ksh", "zsh")
 
 
 def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
@@ -23,7 +28,9 @@ def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
-        process.send_signal(number)
+        for receiver in _receivers(process.pid):
+            with contextlib.suppress(psutil.Error):
+                receiver.send_signal(number)
 
     old = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
@@ -32,6 +39,16 @@ def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple
         for number, handler in old.items():
             signal.signal(number, handler)
     return code, received[0] if received else None
+
+
+def _receivers(pid: int) -> list[psutil.Process]:
+    """The program, or what it runs where it is a script of a shell, which keeps signals to itself (Intel MPI's)."""
+    try:
+        program = psutil.Process(pid)
+        is_script = Path(program.exe()).name in _SHELLS
+        return (program.children() if is_script else []) or [program]
+    except psutil.Error:
+        return []
 
 
 def raise_for_end(program: str, code: int, received: int | None) -> None:

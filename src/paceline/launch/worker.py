@@ -210,8 +210,9 @@ def _leave(error: BaseException, code: int) -> None:
     own = _own_traceback(error)
     text = "".join(traceback.format_exception(type(error), error.with_traceback(own), own))
     if not path:
-        # Another launcher started this rank: nobody else would tell.
-        print(text, file=sys.stderr, end="", flush=True)
+        # Another launcher started this rank: nobody else would tell. Python says itself what sys.exit was given.
+        if not isinstance(error, SystemExit):
+            print(text, file=sys.stderr, end="", flush=True)
         return
     headline = traceback.format_exception_only(type(error), error)[-1].strip()
     account = {

@@ -212,6 +212,14 @@ def test_mpi_names_the_missing_variable(env: dict[str, str], missing: str) -> No
         World.read(without(env, missing))
 
 
+def test_jobs_of_intel_mpi_have_ports_of_their_own() -> None:
+    one, again, other = (
+        World.read({**PMI, "I_MPI_HYDRA_UUID": job}) for job in ("9374-0f3a", "9374-0f3a", "9374-0f3b")
+    )
+    assert one.main_port == again.main_port != other.main_port
+    assert one.run_id == "9374-0f3a"
+
+
 def test_srun_with_pmi_reads_slurm() -> None:
     assert World.read({**SLURM, "PMI_RANK": "3", "PMI_SIZE": "5"}).source == "slurm"
 

@@ -152,6 +152,18 @@ def test_exit_codes(tmp_path: Path, statement: str, code: int, stderr: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("statement", "said"), [("sys.exit(75)", ""), ("sys.exit('no data')", "no data\n"), ("1 / 0", "Traceback")]
+)
+def test_under_another_launcher_the_rank_tells_its_failure_itself(tmp_path: Path, statement: str, said: str) -> None:
+    (tmp_path / "script.py").write_text(f"import sys\n{statement}\n")
+    command = [sys.executable, "-m", "paceline.launch.worker", "script.py"]
+    env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_ERROR_FILE"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode in (1, 75)
+    assert done.stderr == said or (done.stderr.startswith(said or "nothing") and done.stderr.endswith("by zero\n"))
+
+
+@pytest.mark.parametrize(
     ("text", "secondary"),
     [
         ("RuntimeError('[pair.cc:5] Connection closed by peer [127.0.0.1]')", True),

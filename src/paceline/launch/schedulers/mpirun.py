@@ -6,6 +6,7 @@ does not depend on which variables a mpirun hands on.
 
 from __future__ import annotations
 
+import random
 import shlex
 import shutil
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import paceline.launch.worker as worker_module
+from paceline.environment.world import DEFAULT_PORT
 from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
 from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
+from paceline.launch.rendezvous.network import why_taken
 from paceline.launch.starters import raise_for_end, run_starter
 from paceline.launch.verdict import MADE_ROOM
 from paceline.launch.worker import pack
@@ -32,6 +35,8 @@ __all__ = ["MpirunPlan", "launch_mpirun", "plan_mpirun"]
 
 _WORKER = worker_module.__file__
 _SECTION = "mpirun_config"
+_PORTS = (12_000, 32_000)
+_TRIES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,9 @@ def plan_mpirun(resolved: Resolved, command: Command, env: Mapping[str, str]) ->
         **engine_variables(config),
         **thread_variables(config, -(-size // config.max_machines), env),
         "MASTER_ADDR": _main_address(config),
+        "MASTER_PORT": str(config.main_process_port or _open_port()),
         "PACELINE_CONFIG": resolved.to_json(),
     }
-    if config.main_process_port:
-        shared["MASTER_PORT"] = str(config.main_process_port)
     if config.mpirun_config is not None and config.mpirun_config.ccl is not None:
         shared["CCL_WORKER_COUNT"] = str(config.mpirun_config.ccl)
     kind = () if command.kind == "script" else (f"--{command.kind}",)
@@ -153,6 +157,12 @@ def _main_address(config: RunConfig) -> str:
     path = config.mpirun_config.hostfile if config.mpirun_config is not None else None
     hosts = _hosts(path) if path is not None else []
     return hosts[0] if len(set(hosts)) > 1 else "127.0.0.1"
+
+
+def _open_port() -> int:
+    """Return a port that nobody uses here, of those that no system hands out: two launches at once get two."""
+    ports = (random.randrange(*_PORTS) for _ in range(_TRIES))
+    return next((port for port in ports if why_taken(port) is None), DEFAULT_PORT)
 
 
 def _find_mpirun(env: Mapping[str, str]) -> tuple[str, bool]:

@@ -109,18 +109,19 @@ def other_mpirun(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: py
         str(Path(sys.executable).with_name("mpirun")),
         f"{os.environ.get('I_MPI_ROOT', '')}/bin/mpirun",
     ]
+    program = tmp_path / "bin" / "mpirun"
+    program.parent.mkdir()
+    program.touch(0o755)
     for place in filter(None, places):
+        # Intel's is a shell script that looks for the rest of it in PATH.
+        program.write_text(f'#!/bin/sh\nPATH="{Path(place).parent}:$PATH"\nexec {place} "$@"\n')
         if (
             Path(place).is_file()
-            and words in subprocess.run([place, "--version"], capture_output=True, text=True).stdout
+            and words in subprocess.run([program, "--version"], capture_output=True, text=True).stdout
         ):
             break
     else:
         pytest.skip(f"needs the mpirun of {request.param} (Debian: mpich; PyPI: impi-rt)")
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "mpirun"
-    program.write_text(f'#!/bin/sh\nPATH="{Path(place).parent}:$PATH"\nexec {place} "$@"\n')
-    program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
 
 

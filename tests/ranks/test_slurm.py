@@ -143,7 +143,16 @@ def test_a_batch_script_on_one_machine_needs_none(slurm: Slurm, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_submitted_job_makes_room_and_goes_on_from_the_queue(slurm: Slurm, tmp_path: Path) -> None:
     script = write(tmp_path, LONG)
-    flags = ("--slurm", "--slurm_time", "10", "--slurm-option", "cpus-per-task=2", "--log_dir", str(tmp_path / "job"))
+    flags = (
+        "--slurm",
+        "--slurm_time",
+        "10",
+        "--slurm-option",
+        "cpus-per-task=2",
+        "--log_dir",
+        str(tmp_path / "job"),
+        "--tee",
+    )
     said = slurm.run(*PACELINE, "launch", *flags, "--cpu", "--num_processes", "2", script, cwd=tmp_path)
     found = re.search(r"job (\d+) submitted", said)
     assert found is not None, said
@@ -164,3 +173,5 @@ def test_a_submitted_job_makes_room_and_goes_on_from_the_queue(slurm: Slurm, tmp
     firsts, seconds = rows[:2], rows[2:]
     assert min(firsts) == 0
     assert min(seconds) > max(firsts)
+    kept = {path.name for path in (tmp_path / "job").glob("rank_*.out")}
+    assert kept == {f"rank_{rank}{again}.out" for rank in range(2) for again in ("", ".requeue_1")}

@@ -75,7 +75,8 @@ def command(
         from paceline.launch.command import Command
 
         what = Command(script=script, arguments=arguments, kind=kind)
-        submission.run(what, given_flags(values), config_file, log_dir, dry_run)
+        asked = given_flags(values)
+        submission.run(what, asked, config_file, log_dir=log_dir, tee=tee, quiet=quiet, dry_run=dry_run)
         return
     resolved = resolve_sources(given_flags(values), config_file)
     if not quiet:

@@ -19,9 +19,13 @@ from paceline.launch.schedulers.batch import Allocation, batch_options, batch_sc
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from paceline.config import Resolved
     from paceline.launch.command import Command
 
 __all__ = ["Submission", "slurm_options", "take_slurm_flags"]
+
+
+_LAUNCH = (sys.executable, "-m", "paceline", "launch")
 
 
 class _SlurmOption(click.Option):
@@ -73,17 +77,24 @@ class Submission:
         command: Command,
         flags: Mapping[str, object],
         config_file: Path | None,
-        folder: Path | None,
+        *,
+        log_dir: Path | None,
+        tee: bool,
+        quiet: bool,
         dry_run: bool,
     ) -> None:
         """Check the configuration, write the script, submit it, and say how to follow the job."""
         check_command(command, os.environ)
         file = find_config_file(os.environ, config_file)
         machines = {"num_machines": Found(self.allocation.nodes, "--slurm_nodes")}
-        resolve(flags=flags, env=os.environ, file=file, detected=machines)
+        resolved = resolve(flags=flags, env=os.environ, file=file, detected=machines)
+        _refuse_other_starters(resolved)
+        for note in () if quiet else resolved.notes:
+            click.echo(f"paceline: {note}", err=True)
         name = Path(command.script).stem
-        folder = (folder or Path("runs", "slurm", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
-        words = list(_launch_words(command, flags, file))
+        folder = (log_dir or Path("runs", "slurm", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
+        logs = [*([f"--log_dir={folder}"] if log_dir else []), *["--tee"] * tee, *["--quiet"] * quiet]
+        words = [*_LAUNCH, *logs, *_rest_of_launch(command, flags, file)]
         text = batch_script(batch_options(self.allocation, name, folder), words, Path.cwd())
         if dry_run:
             click.echo(text, nl=False)
@@ -113,9 +124,20 @@ def _split(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _launch_words(command: Command, flags: Mapping[str, object], file: Path | None) -> Iterator[str]:
+def _refuse_other_starters(resolved: Resolved) -> None:
+    """Raise `UsageError` when something else than Slurm is asked to start ranks on the machines."""
+    config = resolved.config
+    if config.mpirun_config is not None or config.spans_machines:
+        asked = "mpirun" if config.mpirun_config is not None else "DeepSpeed's launcher"
+        raise UsageError(
+            f"--slurm is given, and the configuration asks for {asked}",
+            "Slurm starts a launcher on each machine of the job, and each would start ranks on all of them",
+            "Leave one of the two out; `paceline config show --explain` says where the settings come from",
+        )
+
+
+def _rest_of_launch(command: Command, flags: Mapping[str, object], file: Path | None) -> Iterator[str]:
     """The same launch, as each machine of the job is to run it."""
-    yield from (sys.executable, "-m", "paceline", "launch")
     if file is not None:
         yield f"--config_file={file.absolute()}"
     yield from (f"--{name}={value}" for name, value in flags.items())

@@ -89,6 +89,7 @@ def launch(
                         log_dir=log_dir,
                         tee=tee,
                         attempt=current.number,
+                        requeued=int(env.get("SLURM_RESTART_COUNT") or 0),
                         first=current.plan.first,
                         pipes=pipes,
                     )

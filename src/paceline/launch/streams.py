@@ -28,6 +28,7 @@ class RankStreams(LogsSpecs):
         log_dir: For the output; None leaves it on the console.
         tee: Show the lines on the console as well.
         attempt: How often the ranks were started before.
+        requeued: How often Slurm started the whole job before; the files of those starts are kept.
         first: The number among all of this machine's first rank.
         pipes: A folder that holds a pipe of those names for each stream, which somebody reads.
     """
@@ -39,6 +40,7 @@ class RankStreams(LogsSpecs):
         log_dir: Path | None,
         tee: bool,
         attempt: int = 0,
+        requeued: int = 0,
         first: int = 0,
         pipes: Path | None = None,
     ) -> None:
@@ -48,7 +50,7 @@ class RankStreams(LogsSpecs):
         self._pipes = pipes
         self._to_files = log_dir is not None or tee or pipes is not None
         self._tee_to_console = tee
-        self._suffix = f".attempt_{attempt}" if attempt else ""
+        self._suffix = (f".requeue_{requeued}" if requeued else "") + (f".attempt_{attempt}" if attempt else "")
         self._logs = log_dir or folder
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,43 @@ def test_modules_and_programs(paceline: Paceline, tmp_path: Path) -> None:
     answer = paceline("launch", "-m", "--no_python", "pack.train")
     assert answer.code == 2
     assert "exclude each other" in answer.err
+
+
+# Into a job of Slurm
+
+
+def test_no_flag_is_lost_on_the_way_into_a_job(paceline: Paceline, script: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("mixed_precision: bf16\n")
+    flags = ["--num_processes", "2", "--gradient-accumulation-steps=3", "--use_fsdp", "--cpu", "--log_dir", "logs"]
+    words = [*flags, "--config_file", "own.yaml", "-t", "--quiet", "--slurm", "--dry_run"]
+    answer = paceline("launch", *words, script.name, "--lr", "1 2")
+    assert answer.code == 0, answer.err
+    line = next(line for line in answer.lines if " -m paceline launch " in line)
+    given = shlex.split(line.rpartition(" -m paceline launch ")[2])
+    assert sorted(given[:-3]) == sorted(
+        [
+            f"--log_dir={tmp_path}/logs",
+            "--tee",
+            "--quiet",
+            f"--config_file={tmp_path}/own.yaml",
+            "--num_processes=2",
+            "--gradient_accumulation_steps=3",
+            "--use_fsdp=true",
+            "--cpu=true",
+        ]
+    )
+    assert given[-3:] == ["train.py", "--lr", "1 2"]
+    module = paceline("launch", "--slurm", "--dry_run", "--no_python", "env")
+    assert " launch --no_python env" in module.out
+
+
+@pytest.mark.parametrize(
+    "words", [["--mpirun_ccl", "1"], ["--use_deepspeed", "--deepspeed_hostfile", "hosts"]], ids=["mpirun", "deepspeed"]
+)
+def test_a_job_of_slurm_is_started_by_slurm_alone(paceline: Paceline, script: Path, words: list[str]) -> None:
+    answer = paceline("launch", "--cpu", "--num_processes", "2", *words, "--slurm", "--dry_run", script.name)
+    assert answer.code != 0
+    assert "Slurm starts a launcher on each machine" in answer.err
 
 
 # What is refused: exit code 2, and nothing starts

@@ -102,6 +102,31 @@ def test_shapes_that_differ_name_rank_and_line(folder: Path) -> None:
     assert "gloo does so when ranks bring different sizes" in error
 
 
+PLAIN = """
+import os, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    time.sleep(1000)
+dist.all_reduce(torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_without_an_accelerator_is_watched_too(folder: Path) -> None:
+    (folder / "train.py").write_text(PLAIN)
+    command = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", "2", "--hang_timeout", "5"]
+    done = run(folder, *command, "--log_dir", "logs", "train.py")
+    assert done.returncode == HUNG, done.stderr
+    assert "rank 1 has not entered all_reduce" in done.stderr
+    assert f"rank 0: {folder}/train.py:7: dist.all_reduce(torch.ones(3))" in done.stderr
+    assert f"rank 1: {folder}/train.py:6: time.sleep(1000)" in done.stderr
+    told = Path(re.findall(r"stacks .* are in (\S+)", done.stderr)[0])
+    assert told.parent == folder / "logs", "with the logs"
+    assert b"time.sleep(1000)" in (told / "rank_1.txt").read_bytes()
+    assert list((folder / "tmp").glob("paceline*")) == []
+
+
 @pytest.mark.slow
 def test_more_ways_to_wait(folder: Path) -> None:
     found = forked(folder, "stopped", "turns", "long")

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Accounts"]
+__all__ = ["Accounts", "stacks_folder"]
+
+
+def stacks_folder(run_id: str, attempt: int) -> Path:
+    """Where ranks of one start write their stacks when they have waited for each other too long."""
+    return Path(tempfile.gettempdir()) / f"paceline-hang-{run_id.replace(os.sep, '_')}-{attempt}"
 
 
 @dataclass(frozen=True, slots=True)

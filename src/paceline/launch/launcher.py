@@ -18,6 +18,7 @@ from torch.numa.binding import AffinityMode, NumaOptions
 from paceline.errors import UsageError, WorkerError
 from paceline.launch.rendezvous.together import Together
 from paceline.launch.rounds import Alone, Round, Rounds
+from paceline.launch.stacks import keep_stacks
 from paceline.launch.streams import RankStreams, quiet_elastic
 from paceline.launch.supervision import Outcome, Signals, Times, supervise
 
@@ -94,6 +95,8 @@ def launch(
                         pipes=pipes,
                     )
                     outcome = _run_once(current, env, streams, numa, times)
+                if log_dir is not None:
+                    outcome = keep_stacks(outcome, current.run_id, current.number, log_dir)
                 verdict = rounds.conclude(outcome)
                 if verdict.kind == "done":
                     return

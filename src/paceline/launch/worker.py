@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
 __all__ = ["is_library", "main", "pack", "unpack"]
@@ -37,6 +37,9 @@ __all__ = ["is_library", "main", "pack", "unpack"]
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
 _OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "calling.py")}
+_FACADE = "paceline.accelerator"
+# Seconds between two looks for a process group that the script opens itself.
+_PAUSE = 2.0
 # What a shell gives for a program that is there and cannot be run.
 _NOT_RUN = 126
 
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str]) -> None:
         sys.path[0] = str(Path.cwd())
     _note_faults()
     _write_whole_lines()
+    if "PACELINE_CONFIG" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.meta_path.insert(0, _NoticeDistributed())
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         _become(rest)
@@ -120,6 +125,35 @@ def _write_whole_lines() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
+
+
+class _NoticeDistributed:
+    """Starts a watch over exchanges between ranks once the script imports what they are made with.
+
+    Until then nothing of it runs, so that a script without torch stays without a second thread.
+    """
+
+    _module = "torch.distributed.distributed_c10d"
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Leave finding modules to others."""
+        if name == self._module and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            threading.Thread(target=self._watch, name="paceline-unasked", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._is_open():
+            if _FACADE in sys.modules:  # an Accelerator watches by itself, under the limit that it was given
+                return
+            time.sleep(_PAUSE)
+        from paceline.watchdog.unasked import watch_unasked
+
+        watch_unasked(os.environ)
+
+    def _is_open(self) -> bool:
+        # The thread takes no part in the script's imports, so the module may be half there.
+        is_open: Callable[[], bool] | None = getattr(sys.modules.get(self._module), "is_initialized", None)
+        return is_open is not None and is_open()
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:

@@ -13,14 +13,13 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from paceline.environment.accounts import Accounts, stacks_folder
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
 from paceline.watchdog.places import all_stacks, here, main_stack, place_in_traceback
@@ -30,7 +29,6 @@ from paceline.watchdog.verdict import Standing, verdict
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from paceline.environment.accounts import Accounts
     from paceline.environment.world import World
 
 __all__ = ["Watch", "default_limit", "start_watch"]
@@ -186,7 +184,8 @@ class Watch:
         text: str | None
         if mine:
             found = self._hear(number, seconds)
-            text = f"{found}\nThe stacks of all threads of each rank are in {_folder(self._world)} on its machine"
+            folder = stacks_folder(self._world.run_id, self._world.restart_count)
+            text = f"{found}\nThe stacks of all threads of each rank are in {folder} on its machine"
             self._store.set(f"{_PREFIX}/verdict/{number}", text)
         else:
             deadline = time.monotonic() + 2 * self._interval + 2 * _ANSWERS
@@ -240,7 +239,7 @@ class Watch:
         )
 
     def _write_stacks(self) -> None:
-        folder = _folder(self._world)
+        folder = stacks_folder(self._world.run_id, self._world.restart_count)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"rank_{self._world.rank}.txt").write_text(all_stacks(), encoding="utf-8")
@@ -286,11 +285,6 @@ class _Progress:
         """Whether this wait has not been remarked on yet."""
         first, self._remarked = not self._remarked, True
         return first
-
-
-def _folder(world: World) -> Path:
-    name = "-".join(["paceline-hang", world.run_id.replace(os.sep, "_"), str(world.restart_count)])
-    return Path(tempfile.gettempdir()) / name
 
 
 def _is_of_an_exchange(error: BaseException | None) -> bool:

@@ -24,7 +24,9 @@ if "unseeded" not in words:
     set_seed(7)
 accelerator = Accelerator(
     gradient_accumulation_steps=2 if "accumulate" in words else 1,
-    dataloader_config=DataLoaderConfiguration(split_batches="split" in words),
+    dataloader_config=DataLoaderConfiguration(
+        split_batches="split" in words, dispatch_batches=True if "dispatch" in words else None
+    ),
 )
 hidden = torch.nn.BatchNorm1d(8) if "batchnorm" in words else torch.nn.LayerNorm(8)
 if "otherweights" in words:
@@ -50,7 +52,7 @@ loader = DataLoader(data, batch_size=4, shuffle=True)
 if "sampler" in words:
     loader = DataLoader(data, batch_sampler=type("Mine", (BatchSampler,), {"__iter__": lambda self: BatchSampler.__iter__(self)})(RandomSampler(data), 4, False))
 if "stream" in words:
-    loader = DataLoader(Stream(), batch_size=4, drop_last=True)
+    loader = DataLoader(Stream(), batch_size=4, drop_last=True, num_workers=2 if "workers" in words else 0)
 model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 if "unprepared" not in words:
     loader = accelerator.prepare(loader)
@@ -100,7 +102,18 @@ def test_batch_norm_without_synchronisation_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--use_fsdp",)], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "words", [(), ("split",), ("sampler",), ("stream",), ("weighted", "accumulate"), ("unseeded",)], ids=" ".join
+    "words",
+    [
+        (),
+        ("split",),
+        ("sampler",),
+        ("stream",),
+        ("dispatch",),
+        ("stream", "dispatch"),
+        ("weighted", "accumulate"),
+        ("unseeded",),
+    ],
+    ids=" ".join,
 )
 def test_right_scripts(words: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
     code, said = check(tmp_path, *words, flags=flags, steps=20)
@@ -135,6 +148,14 @@ def test_wrong_scripts(word: str, says: str, flags: tuple[str, ...], tmp_path: P
     code, said = check(tmp_path, word, flags=flags, steps=4)
     assert code == 1, said
     assert says in said
+
+
+@pytest.mark.slow
+def test_what_cannot_be_checked_says_what_to_do(tmp_path: Path) -> None:
+    code, said = check(tmp_path, "stream", "workers", steps=4)
+    assert code != 0
+    assert "A stream is read by 2 workers" in said
+    assert "Set num_workers to 0 or 1 for this check" in said
 
 
 @pytest.mark.slow

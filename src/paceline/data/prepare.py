@@ -167,6 +167,8 @@ class _Preparation:
 
     def _reading(self, settings: dict[str, Any]) -> tuple[Reading, dict[str, Any]]:
         """Choose the way of reading; also return the remaining arguments of the prepared `DataLoader`."""
+        if self.plays > 1:
+            self._check_joinable()
         own: dict[str, Any] = {"batch_size": None}
         if not self.iterable and self.loader.batch_sampler is None:
             own["sampler"] = self.loader.sampler
@@ -186,6 +188,20 @@ class _Preparation:
         reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)
         unbatched = self.loader.batch_sampler is None
         return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
+
+    def _check_joinable(self) -> None:
+        """Raise where one process cannot get what several ranks would, as one: it would train on other samples."""
+        what, hint = "", "Check the script with a plain DataLoader"
+        if self.iterable and self.loader.num_workers > 1:
+            what = f"A stream is read by {self.loader.num_workers} workers"
+            hint = "Set num_workers to 0 or 1 for this check: it compares samples and losses, not the speed"
+        elif self.foreign:
+            what = f"The loader {type(self.loader).__name__} has an __iter__ of its own"
+        elif not self.iterable and size_of(self._batches()) is None:
+            what, hint = f"{type(self._batches()).__name__} has no length", "Give it a __len__ for this check"
+        if what:
+            why = f"One process cannot take as one batch what {self.plays} ranks would get in turns from it"
+            raise DataError(what, why, hint)
 
     def _batches(self) -> Any:
         """Return what makes the batches of keys: the batch sampler, else the sampler."""

@@ -314,3 +314,12 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
             "that takes CUDA devices and the program numactl",
             "install numactl, or leave enable_cpu_affinity out",
         )
+    elif config.enable_cpu_affinity and ids:
+        yield Problem(
+            resolved.origin("enable_cpu_affinity").where,
+            "enable_cpu_affinity",
+            f"it is asked for together with gpu_ids {config.gpu_ids}",
+            "processes are pinned by the number of the device among those that the launcher sees: near devices "
+            "0, 1, … and not near the chosen ones",
+            f"leave gpu_ids out and start with {visible_devices_variable(str(kind))}={config.gpu_ids} in its place",
+        )

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
 
-from paceline.collectives import FakeGroup, Group, gather_samples, run_fake_ranks
+from paceline.collectives import FakeGroup, Group, SoloGroup, gather_samples, run_fake_ranks
+from paceline.config import DataLoaderConfiguration
+from paceline.data.active import ActiveLoaders
+from paceline.data.prepare import prepare_loader
 from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError
 from tests.unit.data.support import (
@@ -343,3 +346,22 @@ def test_batches_that_are_split_must_be_divisible() -> None:
         return str(caught.value)
 
     assert all("to be split over 2 ranks" in text for text in run_fake_ranks(2, run))
+
+
+class Unsized(BatchSampler):
+    __len__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("loader", "hint"),
+    [
+        (DataLoader(PlainStream(8), 2, num_workers=2), "Set num_workers to 0 or 1"),
+        (DataLoader(Numbers(8), batch_sampler=Unsized(range(8), 2, False)), "Give it a __len__"),
+    ],
+    ids=["workers", "unsized"],
+)
+def test_what_one_process_cannot_get_for_several_is_refused(loader: DataLoader[int], hint: str) -> None:
+    with pytest.raises(DataError, match=hint):
+        prepare_loader(
+            loader, group=SoloGroup(), device=None, config=DataLoaderConfiguration(), active=ActiveLoaders(), plays=2
+        )

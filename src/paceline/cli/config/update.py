@@ -26,10 +26,13 @@ that `paceline launch` would read is updated.
 
 @click.command(name="update", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.option("--config_file", "--config-file", type=click.Path(path_type=Path), help="The same as FILE.")
 @click.option("--dry_run", "--dry-run", is_flag=True, help="Say what would change; write nothing.")
-def command(file: Path | None, dry_run: bool) -> None:
+def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
     """Update the file; the text above is what people read."""
-    found = find_config_file(os.environ, file)
+    if file is not None and config_file is not None:
+        raise click.UsageError("FILE and --config_file say the same: give one of the two.")
+    found = find_config_file(os.environ, file or config_file)
     if found is None:
         raise UsageError("There is no configuration file", "None of the usual places holds one", "Name the file")
     if deepspeed_problems(found) is not None:

@@ -209,7 +209,8 @@ def test_an_update_in_place(paceline: Paceline, tmp_path: Path) -> None:
     assert "fsdp_sharding_strategy SHARD_GRAD_OP: became fsdp_reshard_after_forward false" in answer.out
     assert file.with_name("old.yaml.bak").read_text() == text
     assert yaml.safe_load(file.read_text())["fsdp_config"]["fsdp_reshard_after_forward"] is False
-    assert paceline("config", "update", "old.yaml").out == "old.yaml is up to date.\n"
+    assert paceline("config", "update", "--config_file", "old.yaml").out == "old.yaml is up to date.\n"
+    assert "say the same" in paceline("config", "update", "--config_file", "old.yaml", "old.yaml").err
 
 
 def test_an_update_of_a_wrong_file_changes_nothing(paceline: Paceline, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from paceline.environment.logging import get_logger
-from paceline.errors import DeviceError, WorldError, first_line
+from paceline.errors import DeviceError, WorldError, first_line, named_ranks
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -189,7 +189,7 @@ def _wait_for_all(store: Store, world: World, patience: timedelta) -> None:
             where = f"{world.main_address}:{world.main_port}"
             if time.monotonic() >= deadline:
                 raise WorldError(
-                    f"Of {world.size} ranks, {_ranks(missing)} did not come to {where} within "
+                    f"Of {world.size} ranks, {named_ranks(missing)} did not come to {where} within "
                     f"{patience.total_seconds():.0f} s",
                     "All ranks must open the process group together",
                     "Look at the output of the missing ranks: they ended early, are stuck before this point, or "
@@ -200,7 +200,7 @@ def _wait_for_all(store: Store, world: World, patience: timedelta) -> None:
                 waited = patience.total_seconds() - (deadline - time.monotonic())
                 _LOG.warning(
                     "of %d ranks, %s did not come to %s yet, after %.0f s",
-                    world.size, _ranks(missing), where, waited, main_process_only=False,
+                    world.size, named_ranks(missing), where, waited, main_process_only=False,
                 )  # fmt: skip
 
 
@@ -231,11 +231,6 @@ def _open_store(world: World, patience: timedelta) -> Store:
             "Rank 0 has not started, or its name or port is blocked or wrong",
             "Check MASTER_ADDR and MASTER_PORT, and that rank 0 is running",
         ) from error
-
-
-def _ranks(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + ("…" if len(numbers) > 8 else "")
-    return f"rank{'s' if len(numbers) != 1 else ''} {shown}"
 
 
 def _close_at_exit(group: dist.ProcessGroup, owner: int) -> None:

@@ -166,7 +166,7 @@ def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(process_group, "_SHORTEST_MEETING", timedelta(seconds=1))
     world = World(rank=0, size=3, local_size=3, main_port=free_port())
-    with pytest.raises(WorldError, match=r"Of 3 ranks, ranks 1, 2 did not come to 127.0.0.1:\d+ within 1 s"):
+    with pytest.raises(WorldError, match=r"Of 3 ranks, ranks 1-2 did not come to 127.0.0.1:\d+ within 1 s"):
         open_process_group(world, CPU, timeout=timedelta(seconds=1))
 
 

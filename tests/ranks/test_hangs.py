@@ -20,7 +20,7 @@ from tests.support.ranks import run_on_ranks
 SCRIPT = Path(__file__).with_name("hang_script.py")
 LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
 PATHS = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-PYTHONPATH = os.pathsep.join(filter(None, PATHS))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 # Seconds for one launch on a machine that is busy otherwise; the ranks that do not come sleep longer.
 PATIENCE = 400
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "TMPDIR": str(folder / "tmp")}
+    env = {**ENVIRONMENT, "TMPDIR": str(folder / "tmp")}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE, env=env, check=False)
 
 

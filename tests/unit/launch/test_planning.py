@@ -100,7 +100,7 @@ def test_device_numbers(script: Command, four_devices: None) -> None:
 def test_pinning_goes_by_the_devices_that_the_launcher_sees(
     script: Command, four_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert len(plan(resolved(num_processes=2, enable_cpu_affinity=True), script, {}).ranks) == 2
     with pytest.raises(ConfigError, match=r"gpu_ids 1,3.*CUDA_VISIBLE_DEVICES=1,3 in its place"):
         plan(resolved(num_processes=2, enable_cpu_affinity=True, gpu_ids="1,3"), script, {})

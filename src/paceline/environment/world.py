@@ -35,6 +35,7 @@ class World:
         main_port: Port at which the ranks meet.
         run_id: The same on all ranks of one job.
         restart_count: How often the launcher has started the ranks again.
+        max_restarts: How often it would; 0 where it does not say.
         use_agent_store: The launcher itself listens at the port, so that rank 0 must not.
     """
 
@@ -49,6 +50,7 @@ class World:
     main_port: int = DEFAULT_PORT
     run_id: str = "none"
     restart_count: int = 0
+    max_restarts: int = 0
     use_agent_store: bool = False
 
     @property
@@ -109,6 +111,7 @@ def _read_torchrun(env: Mapping[str, str]) -> World | None:
         main_port=_port(env, DEFAULT_PORT),
         run_id=env.get("TORCHELASTIC_RUN_ID") or "none",
         restart_count=_integer(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        max_restarts=_integer(env, "TORCHELASTIC_MAX_RESTARTS", 0),
         use_agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 

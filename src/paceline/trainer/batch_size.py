@@ -1,8 +1,16 @@
-"""Smaller micro-batches when memory runs out, with the same optimizer steps."""
+"""Smaller micro-batches when memory runs out, with the same optimizer steps.
+
+One rank by itself goes on at the same sample. Of several ranks, those that did not run out wait in collectives of a
+step that will never be whole, and what the strategy has built holds on to their group; so the rank that ran out notes
+the smaller size in `output_dir` and fails, and the launcher starts all of them again.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,33 +19,83 @@ from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from paceline.environment.world import World
+    from paceline.trainer.arguments import TrainingArguments
+    from paceline.trainer.core import TrainerCore
     from paceline.trainer.loop import TrainingLoop
     from paceline.trainer.trainer import Trainer
 
-__all__ = ["halve_micro_batch", "is_out_of_memory", "refuse_several_ranks"]
+__all__ = ["agree_on_micro_batch", "halve_micro_batch", "note_half", "noted_micro_batch", "require_restarts"]
 
 logger = get_logger(__name__)
 
-_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NOTE = "auto_batch_size.json"
+_KEY = "per_device_train_batch_size"
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
+def noted_micro_batch(args: TrainingArguments) -> int | None:
+    """The size that a rank noted before the launcher started all of them again; None if it did not."""
+    world = args.world
+    if not args.auto_find_batch_size or world.size == 1:
+        return None
+    note = Path(args.output_dir) / NOTE
+    if world.restart_count == 0:
+        # Of another launch. All ranks meet before one could note anything.
+        note.unlink(missing_ok=True)
+    if not note.exists():
+        return None
+    return int(json.loads(note.read_text(encoding="utf-8"))[_KEY])
 
 
-def refuse_several_ranks(trainer: Trainer) -> None:
-    """Refuse to look for a batch size where ranks would have to find it together.
+def agree_on_micro_batch(trainer: TrainerCore) -> None:
+    """Take the smallest size that any rank found noted: machines may see different folders.
+
+    Collective: every rank must call it.
+    """
+    if not trainer.args.auto_find_batch_size or trainer.accelerator.num_processes == 1:
+        return
+    own = trainer._batch_plan[0]
+    least = min(trainer.accelerator.gather_object([own]))
+    if least == own:
+        return
+    trainer._batch_plan = trainer.args.batch_plan(trainer.accelerator.num_processes, least)
+    trainer.create_accelerator_and_postprocess()
+
+
+def require_restarts(world: World) -> None:
+    """Refuse to look for a batch size where nobody would start the ranks again.
 
     Raises:
-        ConfigError: There are several ranks.
+        ConfigError: There are several ranks, and their launcher starts nothing again.
     """
-    ranks = trainer.accelerator.num_processes
-    if ranks > 1:
-        what = f"was asked for on {ranks} ranks"
-        why = "one that runs out of memory leaves the others waiting in their collectives"
-        hint = "find the size on one rank, and set global_batch_size with per_device_train_batch_size"
+    if world.size > 1 and world.max_restarts == 0:
+        what = f"was asked for on {world.size} ranks, and their launcher starts nothing again (max_restarts is 0)"
+        why = "where memory runs out on one the others wait in their collectives, so that all must start anew"
+        hint = "launch with --max_restarts 4: each of them halves the micro-batch"
         raise ConfigError([Problem("TrainingArguments(…)", "auto_find_batch_size", what, why, hint)])
+
+
+def note_half(trainer: Trainer) -> None:
+    """Leave half the micro-batch for the ranks that the launcher starts in place of these."""
+    args, micro = trainer.args, trainer._batch_plan[0] // 2
+    world = args.world
+    if world.restart_count >= world.max_restarts:
+        logger.warning(
+            "Memory ran out on rank %d with micro-batches of %d, and the ranks were started again as often as "
+            "max_restarts allows (%d).",
+            world.rank, trainer._batch_plan[0], world.max_restarts, main_process_only=False,
+        )  # fmt: skip
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Several ranks may run out at once: each writes a file of its own and puts the whole of it in place.
+    aside = folder / f".{NOTE}.{world.rank}"
+    aside.write_text(json.dumps({_KEY: micro}), encoding="utf-8")
+    os.replace(aside, folder / NOTE)
+    logger.warning(
+        "Memory ran out on rank %d; the ranks are started again with micro-batches of %d.",
+        world.rank, micro, main_process_only=False,
+    )  # fmt: skip
 
 
 def halve_micro_batch(trainer: Trainer, loop: TrainingLoop) -> None:

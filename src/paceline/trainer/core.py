@@ -13,6 +13,7 @@ from paceline.environment.seeding import set_seed
 from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.trainer import losses
 from paceline.trainer.arguments import TrainingArguments
+from paceline.trainer.batch_size import agree_on_micro_batch, noted_micro_batch
 from paceline.trainer.callbacks import (
     CallbackHandler,
     DefaultFlowCallback,
@@ -76,9 +77,10 @@ class TrainerCore:
         self.lr_scheduler: Any
         self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
-        self._batch_plan = self.args.batch_plan(self.args.world_size)
+        self._batch_plan = self.args.batch_plan(self.args.world_size, noted_micro_batch(self.args))
         # Before the model: under ZeRO 3 it may be sharded while it is made.
         self.create_accelerator_and_postprocess()
+        agree_on_micro_batch(self)
         self.model = self._make_model(model)
         self.model_wrapped: nn.Module = self.model
         self._call = losses.ModelCall(self.model)

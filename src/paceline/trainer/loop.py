@@ -111,6 +111,8 @@ class TrainingLoop:
         self.learning_rate = 0.0
         self._opens_window = True
         self._resumed = False
+        # Whether memory that runs out now may do so for the size of the micro-batch.
+        self.in_batch = False
         self.position: dict[str, Any] = loader.state_dict()
         self.logged_at = trainer.state.global_step
         self.begun = time.perf_counter()
@@ -154,8 +156,10 @@ class TrainingLoop:
         trainer = self.trainer
         trainer.control.new_epoch()
         trainer.fire("on_epoch_begin")
+        self.in_batch = True
         for inputs in self.loader:
             self._micro_batch(inputs)
+            self.in_batch = True
             if self.accelerator.sync_gradients and self.args.auto_find_batch_size:
                 self.position = self.loader.state_dict()
             if self.accelerator.sync_gradients and self._is_over():
@@ -164,6 +168,7 @@ class TrainingLoop:
 
     def _end_pass(self) -> None:
         trainer, state = self.trainer, self.trainer.state
+        self.in_batch = False
         state.passes += 1
         state.updates_in_pass = 0
         trainer.fire("on_epoch_end")
@@ -185,6 +190,7 @@ class TrainingLoop:
             self.seen.add_tokens(inputs)
             self.meter.add(trainer.training_step(self.model, inputs, items), items)
             if accelerator.sync_gradients:
+                self.in_batch = False
                 self._optimizer_step()
         if accelerator.sync_gradients:
             self._opens_window = True

@@ -10,9 +10,10 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, NotBuiltError
+from paceline.shortage import find_shortage
 from paceline.trainer import saving
 from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.batch_size import halve_micro_batch, is_out_of_memory, refuse_several_ranks
+from paceline.trainer.batch_size import halve_micro_batch, note_half, require_restarts
 from paceline.trainer.evaluating import Evaluating
 from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
 from paceline.trainer.memory import noisy_embeddings
@@ -127,16 +128,20 @@ class Trainer(Evaluating):
         loop.go_on()
 
     def _run(self, loop: TrainingLoop) -> None:
-        """Train; with `auto_find_batch_size`, go on with smaller micro-batches when memory runs out."""
+        """Train; with `auto_find_batch_size`, use smaller micro-batches when memory runs out."""
         if not self.args.auto_find_batch_size:
             return loop.run()
-        refuse_several_ranks(self)
+        require_restarts(self.args.world)
         begun = False
         while True:
             try:
                 return loop.run() if not begun else loop.run_on()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or self._batch_plan[0] == 1:
+            except (MemoryError, RuntimeError) as error:
+                # A smaller batch helps neither an evaluation nor an optimizer, and the latter may be half done.
+                if find_shortage(error) is None or not loop.in_batch or self._batch_plan[0] == 1:
+                    raise
+                if self.accelerator.num_processes > 1:
+                    note_half(self)
                     raise
             begun = True
             halve_micro_batch(self, loop)

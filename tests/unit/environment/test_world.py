@@ -18,6 +18,7 @@ TORCHRUN = {
     "MASTER_PORT": "4242",
     "TORCHELASTIC_RUN_ID": "job",
     "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
 SLURM = {
@@ -70,6 +71,7 @@ def test_torchrun() -> None:
         main_port=4242,
         run_id="job",
         restart_count=2,
+        max_restarts=3,
         use_agent_store=True,
     )
 

@@ -73,7 +73,7 @@ def test_a_launcher_that_starts_too_seldom(tmp_path: Path) -> None:
     changes = {"auto_find_batch_size": True}
     done = launch(tmp_path / "never", "forward", changes, 0)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert "was asked for on 2 ranks, and their launcher starts nothing again (max_restarts is 0)" in done.stderr
+    assert "on 2 rank(s) under ddp, and their launcher starts nothing again (max_restarts is 0)" in done.stderr
     done = launch(tmp_path / "once", "backward", changes, 1)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "out of memory in backward" in done.stderr

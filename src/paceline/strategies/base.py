@@ -87,6 +87,8 @@ class Strategy(ABC):
     name: ClassVar[str]
     scales_loss: bool = False
     """Whether the engine scales the loss itself under fp16, and skips steps by itself."""
+    prepares_again: bool = True
+    """Whether a model that was prepared before can be prepared once more, its optimizer's state kept."""
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.around = surroundings

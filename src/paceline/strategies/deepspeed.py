@@ -78,6 +78,7 @@ class DeepSpeedStrategy(Strategy):
     """ZeRO: stage 1 shards the optimizer's states, 2 gradients as well, 3 parameters as well."""
 
     name = "deepspeed"
+    prepares_again = False
 
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)

@@ -52,6 +52,7 @@ class FSDPStrategy(Strategy):
     """FSDP2: parameters are gathered unit by unit when needed and dropped again."""
 
     name = "fsdp"
+    prepares_again = False
 
     @property
     @override

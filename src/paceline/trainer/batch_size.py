@@ -1,15 +1,15 @@
 """Smaller micro-batches when memory runs out, with the same optimizer steps.
 
-One rank by itself goes on at the same sample. Of several ranks, those that did not run out wait in collectives of a
-step that will never be whole, and what the strategy has built holds on to their group; so the rank that ran out notes
-the smaller size in `output_dir` and fails, and the launcher starts all of them again.
+One rank by itself goes on at the same sample, unless its strategy keeps the model in a form of its own. Of several
+ranks, those that did not run out wait in collectives of a step that will never be whole, and what the strategy has
+built holds on to their group; so the rank that ran out notes the smaller size in `output_dir` and fails, and the
+launcher starts all of them again.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,12 @@ from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from paceline.environment.world import World
     from paceline.trainer.arguments import TrainingArguments
     from paceline.trainer.core import TrainerCore
     from paceline.trainer.loop import TrainingLoop
     from paceline.trainer.trainer import Trainer
 
-__all__ = ["agree_on_micro_batch", "halve_micro_batch", "note_half", "noted_micro_batch", "require_restarts"]
+__all__ = ["agree_on_micro_batch", "goes_on_by_itself", "halve_micro_batch", "note_half", "noted_micro_batch"]
 
 logger = get_logger(__name__)
 
@@ -35,10 +34,9 @@ _KEY = "per_device_train_batch_size"
 
 def noted_micro_batch(args: TrainingArguments) -> int | None:
     """The size that a rank noted before the launcher started all of them again; None if it did not."""
-    world = args.world
-    if not args.auto_find_batch_size or world.size == 1:
+    if not args.auto_find_batch_size:
         return None
-    note = Path(args.output_dir) / NOTE
+    world, note = args.world, Path(args.output_dir) / NOTE
     if world.restart_count == 0:
         # Of another launch. All ranks meet before one could note anything.
         note.unlink(missing_ok=True)
@@ -62,17 +60,23 @@ def agree_on_micro_batch(trainer: TrainerCore) -> None:
     trainer.create_accelerator_and_postprocess()
 
 
-def require_restarts(world: World) -> None:
-    """Refuse to look for a batch size where nobody would start the ranks again.
+def goes_on_by_itself(trainer: Trainer) -> bool:
+    """Whether this process can go on in smaller micro-batches; else the launcher must start all ranks again.
 
     Raises:
-        ConfigError: There are several ranks, and their launcher starts nothing again.
+        ConfigError: It must, and starts nothing again.
     """
-    if world.size > 1 and world.max_restarts == 0:
-        what = f"was asked for on {world.size} ranks, and their launcher starts nothing again (max_restarts is 0)"
-        why = "where memory runs out on one the others wait in their collectives, so that all must start anew"
+    accelerator, world = trainer.accelerator, trainer.args.world
+    alone = accelerator.num_processes == 1 and accelerator.strategy.prepares_again
+    if not alone and world.max_restarts == 0:
+        what = (
+            f"was asked for on {accelerator.num_processes} rank(s) under {accelerator.strategy.name}, and their "
+            "launcher starts nothing again (max_restarts is 0)"
+        )
+        why = "where memory runs out in the middle of a step, all ranks must start anew"
         hint = "launch with --max_restarts 4: each of them halves the micro-batch"
         raise ConfigError([Problem("TrainingArguments(…)", "auto_find_batch_size", what, why, hint)])
+    return alone
 
 
 def note_half(trainer: Trainer) -> None:
@@ -91,7 +95,7 @@ def note_half(trainer: Trainer) -> None:
     # Several ranks may run out at once: each writes a file of its own and puts the whole of it in place.
     aside = folder / f".{NOTE}.{world.rank}"
     aside.write_text(json.dumps({_KEY: micro}), encoding="utf-8")
-    os.replace(aside, folder / NOTE)
+    aside.replace(folder / NOTE)
     logger.warning(
         "Memory ran out on rank %d; the ranks are started again with micro-batches of %d.",
         world.rank, micro, main_process_only=False,

@@ -13,7 +13,7 @@ from paceline.errors import CheckpointError, NotBuiltError
 from paceline.shortage import find_shortage
 from paceline.trainer import saving
 from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.batch_size import halve_micro_batch, note_half, require_restarts
+from paceline.trainer.batch_size import goes_on_by_itself, halve_micro_batch, note_half
 from paceline.trainer.evaluating import Evaluating
 from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
 from paceline.trainer.memory import noisy_embeddings
@@ -131,8 +131,7 @@ class Trainer(Evaluating):
         """Train; with `auto_find_batch_size`, use smaller micro-batches when memory runs out."""
         if not self.args.auto_find_batch_size:
             return loop.run()
-        require_restarts(self.args.world)
-        begun = False
+        by_itself, begun = goes_on_by_itself(self), False
         while True:
             try:
                 return loop.run() if not begun else loop.run_on()
@@ -140,7 +139,7 @@ class Trainer(Evaluating):
                 # A smaller batch helps neither an evaluation nor an optimizer, and the latter may be half done.
                 if find_shortage(error) is None or not loop.in_batch or self._batch_plan[0] == 1:
                     raise
-                if self.accelerator.num_processes > 1:
+                if not by_itself:
                     note_half(self)
                     raise
             begun = True

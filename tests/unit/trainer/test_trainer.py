@@ -283,6 +283,26 @@ def test_memory_that_runs_out_changes_nothing_but_the_split(tmp_path: Path) -> N
         run(changes, str(tmp_path), make=hungry)
 
 
+def test_a_sharded_model_cannot_go_on_by_itself(tmp_path: Path) -> None:
+    changes = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}}
+    with pytest.raises(ConfigError, match=r"on 1 rank\(s\) under fsdp, and their launcher starts nothing again"):
+        run({**changes, "auto_find_batch_size": True}, str(tmp_path), make=hungry)
+
+
+def test_memory_that_runs_out_elsewhere_is_no_matter_of_the_batch(tmp_path: Path) -> None:
+    def measured(prediction: Any) -> dict[str, float]:
+        raise torch.OutOfMemoryError("out of memory: there is none")
+
+    changes = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "auto_find_batch_size": True}
+    args = TrainingArguments(**arguments(str(tmp_path), **changes))
+    trainer = Trainer(
+        tagger(), args, train_dataset=Sentences(9, 1), eval_dataset=Sentences(9, 1), compute_metrics=measured
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert trainer.state.train_batch_size == trainer.get_total_train_batch_size() == 4
+
+
 def test_a_window_of_steps_is_profiled(tmp_path: Path) -> None:
     run({"max_steps": 4, "profile_steps": "2:3"}, str(tmp_path))
     assert (tmp_path / "profile" / "profile_0.json").stat().st_size > 1000

@@ -22,14 +22,11 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MI
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(1, marks=pytest.mark.slow, id="single"), pytest.param(2, id="ddp")]
-)
-def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    folder, ranks = tmp_path_factory.mktemp("side_by_side"), request.param
+def both(what: str, folder: Path, ranks: int) -> tuple[Any, Any]:
+    """What transformers' Trainer finds in processes of its own, and what ours finds."""
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.support.side_by_side", str(folder)],
+        [sys.executable, *launch, "-m", "tests.support.side_by_side", what, str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -38,8 +35,15 @@ def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
-    return theirs, run_on_ranks(ranks, side_by_side.ours, str(folder))[0]
+    theirs = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return theirs, run_on_ranks(ranks, side_by_side.WHAT[what], "paceline", str(folder))[0]
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow, id="single"), pytest.param(2, id="ddp")]
+)
+def logs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return both("cases", tmp_path_factory.mktemp("side_by_side"), request.param)
 
 
 @pytest.mark.parametrize("case", side_by_side.CASES)
@@ -57,6 +61,15 @@ def test_every_evaluation_is_the_same(case: str, logs: tuple[Any, Any]) -> None:
     assert [entry["step"] for entry in mine] == [entry["step"] for entry in theirs] == [20, 40, 50]
     for name in ("eval_loss", "eval_right", "eval_samples"):
         assert [entry[name] for entry in mine] == pytest.approx([entry[name] for entry in theirs], abs=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_every_event_comes_when_it_should_with_the_same_flags(tmp_path: Path) -> None:
+    theirs, mine = both("flows", tmp_path, 1)
+    for flow in side_by_side.FLOWS:
+        assert mine[flow] == theirs[flow], flow
+        assert len(mine[flow]) > 50
 
 
 def test_the_whole_loss_is_the_same(logs: tuple[Any, Any]) -> None:

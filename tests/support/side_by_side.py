@@ -51,7 +51,53 @@ def right(prediction: Any) -> dict[str, float]:
     return {"right": float((answers == labels).mean()), "samples": float(len(labels))}
 
 
-def train(package: str, case: dict[str, Any], folder: str) -> list[dict[str, float]]:
+# When something is due by steps and by passes, with accumulation, and flags that a callback raises.
+FLOWS: dict[str, dict[str, Any]] = {
+    "by steps": {"gradient_accumulation_steps": 2, "logging_steps": 2, "eval_steps": 3, "save_steps": 4},
+    "by passes": {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch", "eval_delay": 2},
+    "the best": {
+        "eval_steps": 2,
+        "save_strategy": "best",
+        "metric_for_best_model": "right",
+        "logging_first_step": True,
+    },
+    "at the start": {"eval_on_start": True, "eval_steps": 0.5, "logging_steps": 0.3},
+}
+FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+
+
+def recorder(base: type[Any], events: list[Any]) -> Any:
+    """A callback that writes down each event with the step and the flags, and asks for things at times."""
+
+    def note(name: str) -> Any:
+        def event(_self: Any, _args: Any, state: Any, control: Any, **_things: Any) -> None:
+            raised = [flag for flag in FLAGS if getattr(control, flag)]
+            events.append([name, state.global_step, round(float(state.epoch or 0), 6), raised])
+            if (name, state.global_step) == ("on_step_end", 5):
+                control.should_evaluate = control.should_epoch_stop = True
+            if (name, state.global_step) == ("on_evaluate", 5):
+                control.should_save = True
+            if (name, state.global_step) == ("on_log", 13):
+                control.should_training_stop = True
+
+        return event
+
+    names = [name for name in dir(base) if name.startswith("on_")]
+    return type("Recorder", (base,), {name: note(name) for name in names})()
+
+
+def flows(package: str, folder: str) -> dict[str, list[Any]]:
+    """The events of every flow."""
+    library = importlib.import_module(package)
+    found: dict[str, list[Any]] = {}
+    for name, case in FLOWS.items():
+        events = found[name] = []
+        said = {"save_strategy": "steps", "save_steps": 5, **case, "max_steps": 15}
+        train(package, said, str(Path(folder, package, name)), callbacks=[recorder(library.TrainerCallback, events)])
+    return found
+
+
+def train(package: str, case: dict[str, Any], folder: str, **more: Any) -> list[dict[str, float]]:
     """Train one case, and return the log."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,42 +113,45 @@ def train(package: str, case: dict[str, Any], folder: str) -> list[dict[str, flo
             num_key_value_heads=1,
         )
     )
-    arguments = library.TrainingArguments(
-        output_dir=folder,
-        max_steps=STEPS,
-        per_device_train_batch_size=3,
-        per_device_eval_batch_size=4,
-        learning_rate=5e-3,
-        weight_decay=0.1,
-        train_sampling_strategy="sequential",
-        eval_strategy="steps",
-        eval_steps=20,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        **case,
-    )
+    said = {
+        "output_dir": folder,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 5e-3,
+        "weight_decay": 0.1,
+        "train_sampling_strategy": "sequential",
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+    }
+    arguments = library.TrainingArguments(**{**said, **case})
     trainer = library.Trainer(
         model=model,
         args=arguments,
         train_dataset=Texts(30, 1, holes=True),
         eval_dataset=Texts(24, 2, holes=False),
         compute_metrics=right,
+        **more,
     )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
     return [dict(entry) for entry in trainer.state.log_history]
 
 
-def ours(folder: str) -> dict[str, list[dict[str, float]]]:
-    """Every case with our Trainer."""
-    return {name: train("paceline", case, folder) for name, case in CASES.items()}
+def cases(package: str, folder: str) -> dict[str, Any]:
+    """The log of every case."""
+    return {name: train(package, case, folder) for name, case in CASES.items()}
 
+
+WHAT = {"cases": cases, "flows": flows}
 
 if __name__ == "__main__":
-    logs = {name: train("transformers", case, sys.argv[1]) for name, case in CASES.items()}
+    found = WHAT[sys.argv[1]]("transformers", sys.argv[2])
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(sys.argv[1], "logs.json").write_text(json.dumps(logs), encoding="utf-8")
+        Path(sys.argv[2], "found.json").write_text(json.dumps(found), encoding="utf-8")

@@ -26,18 +26,41 @@ __all__ = ["TrainingArguments"]
 
 WHERE = "TrainingArguments(…)"
 
+_NO_HUB = "paceline uploads nothing; use huggingface_hub on output_dir"
+_SPACES = "leave it out, or set Trackio's own variables"
+_LIGER = "apply liger_kernel to the model yourself, before it goes to the Trainer"
+# Names that other versions have, with what to do instead.
 _ABSENT = {
-    "push_to_hub": "paceline uploads nothing; use huggingface_hub on output_dir",
-    "per_gpu_train_batch_size": "write per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"), _NO_HUB),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), _NO_HUB),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _SPACES),
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
+    "adafactor": 'write optim="adafactor"',
+    "debug": "leave it out: use `paceline launch --debug`, or torch.autograd.set_detect_anomaly",
+    "dispatch_batches": "write it into accelerator_config",
+    "enable_jit_checkpoint": "leave it out: SIGTERM always saves",
+    "eval_use_gather_objects": "write eval_use_gather_object",
     "evaluation_strategy": "write eval_strategy",
-    "no_cuda": "write use_cpu",
-    "local_rank": "leave it out: the launcher says which rank this is",
-    "overwrite_output_dir": "leave it out: nothing is overwritten, and resuming is asked for in train()",
+    "fsdp_min_num_params": "write min_num_params into fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "write transformer_layer_cls_to_wrap into fsdp_config",
     "group_by_length": 'write train_sampling_strategy="group_by_length"',
-    "save_safetensors": "leave it out: weights are always safetensors",
+    "include_inputs_for_metrics": 'write include_for_metrics=["inputs"]',
+    "include_tokens_per_second": "leave it out: `paceline report` shows it",
     "jit_mode_eval": "leave it out: use torch_compile",
+    "local_rank": "leave it out: the launcher says which rank this is",
+    "log_on_each_node": "leave it out: log_level_replica says what other ranks may say",
     "logging_dir": "leave it out: logs go to output_dir",
+    "no_cuda": "write use_cpu",
+    "optim_target_modules": "leave it out: GaLore, LOMO and APOLLO are not there; give the Trainer an optimizer",
+    "overwrite_output_dir": "leave it out: nothing is overwritten, and resuming is asked for in train()",
+    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "write per_device_train_batch_size",
+    "save_on_each_node": "leave it out: every rank writes its own part of a checkpoint",
+    "save_safetensors": "leave it out: weights are always safetensors",
+    "split_batches": "write it into accelerator_config",
+    "torchdynamo": "write torch_compile_backend",
+    "use_cache": "leave it out: set model.config.use_cache",
+    "use_mps_device": "leave it out: an accelerator that is there is used",
 }
 
 

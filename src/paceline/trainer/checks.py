@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.config.shapes import did_you_mean
-from paceline.errors import Problem
-from paceline.trainer.optimizers import known_optimizers
+from paceline.config.deepspeed_json import read_settings
+from paceline.config.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
+from paceline.errors import ConfigError, Problem
+from paceline.trainer.optimizers import known_optimizers, read_arguments
+from paceline.trainer.profiling import read_window
 from paceline.trainer.reading import read_mapping
 from paceline.trainer.schedules import SCHEDULES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from paceline.trainer.arguments import TrainingArguments
 
@@ -28,10 +31,14 @@ _AT_LEAST = {
     "global_batch_size": 1,
     "max_tokens": 1,
     "num_train_epochs": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
     "learning_rate": 0,
     "max_grad_norm": 0,
     "warmup_steps": 0,
     "logging_steps": 0,
+    "eval_steps": 0,
+    "eval_delay": 0,
     "save_steps": 0,
     "save_total_limit": 1,
     "eval_accumulation_steps": 1,
@@ -54,11 +61,13 @@ _MAPPINGS = (
 def find_problems(args: TrainingArguments) -> Iterator[Problem]:
     """Yield everything that is wrong; each value by itself has its type already."""
     yield from _ranges(args)
+    yield from _intervals(args)
     yield from _names(args)
     yield from _pairs(args)
     yield from _loaders(args)
     yield from _best(args)
     yield from _mappings(args)
+    yield from _texts(args)
 
 
 def _ranges(args: TrainingArguments) -> Iterator[Problem]:
@@ -66,12 +75,23 @@ def _ranges(args: TrainingArguments) -> Iterator[Problem]:
         value = getattr(args, name)
         if value is not None and value < least:
             yield Problem(WHERE, name, f"{value} is out of range", f"it must be at least {least}")
-    for name in ("label_smoothing_factor", "warmup_ratio"):
+    for name in ("label_smoothing_factor", "warmup_ratio", "adam_beta1", "adam_beta2"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             yield Problem(WHERE, name, f"{value} is out of range", "it must be at least 0 and below 1")
     if not args.max_steps > 0 and not args.num_train_epochs > 0:
         yield Problem(WHERE, "num_train_epochs", "0 without max_steps", "nothing would be trained")
+
+
+def _intervals(args: TrainingArguments) -> Iterator[Problem]:
+    for kind in ("logging", "eval", "save"):
+        value, strategy = getattr(args, f"{kind}_steps"), getattr(args, f"{kind}_strategy")
+        if value is not None and value > 1 and value != int(value):
+            why = "from 1 on it counts steps, below it is a share of all"
+            yield Problem(WHERE, f"{kind}_steps", f"{value} is no whole number", why)
+        if value == 0 and strategy == "steps":
+            hint = f"say how many, or write {kind}_strategy='no'"
+            yield Problem(WHERE, f"{kind}_steps", f"0 with {kind}_strategy='steps'", "there is no such step", hint)
 
 
 def _names(args: TrainingArguments) -> Iterator[Problem]:
@@ -106,6 +126,9 @@ def _pairs(args: TrainingArguments) -> Iterator[Problem]:
         if getattr(args, strategy) and args.strategy not in (None, strategy):
             what = f"given together with strategy={args.strategy!r}"
             yield Problem(WHERE, strategy, what, "each of them names the strategy", "give one of them")
+    if args.lr_scheduler_type == "reduce_lr_on_plateau" and args.eval_strategy == "no":
+        what = "'no' with lr_scheduler_type='reduce_lr_on_plateau'"
+        yield Problem(WHERE, "eval_strategy", what, "the rate follows what is evaluated", "write steps or epoch")
     if args.global_batch_size and args.gradient_accumulation_steps != 1:
         what = f"{args.gradient_accumulation_steps} beside global_batch_size={args.global_batch_size}"
         yield Problem(WHERE, "gradient_accumulation_steps", what, "it is derived from that", "leave it out")
@@ -164,6 +187,27 @@ def _mappings(args: TrainingArguments) -> Iterator[Problem]:
                 setattr(args, name, read_mapping(value))
             except ValueError as error:
                 yield Problem(WHERE, name, str(error), hint="give a mapping, JSON text, or the path of a JSON file")
+
+
+def _texts(args: TrainingArguments) -> Iterator[Problem]:
+    """Read what is text with a form of its own."""
+    if args.optim_args:
+        yield from _raised(read_arguments, args.optim_args)
+    if args.profile_steps:
+        yield from _raised(read_window, args.profile_steps)
+    if isinstance(args.deepspeed, str):
+        settings, name, wrong = read_settings(args.deepspeed, Path())
+        if settings is None:
+            yield Problem(WHERE, "deepspeed", wrong or name, hint="give a mapping or a JSON file")
+    if str(args.fsdp).lower() in TRUE_WORDS | FALSE_WORDS:
+        args.fsdp = True if str(args.fsdp).lower() in TRUE_WORDS else None  # type: ignore[assignment]
+
+
+def _raised(read: Callable[[str], object], text: str) -> Iterator[Problem]:
+    try:
+        read(text)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def settle(args: TrainingArguments) -> None:

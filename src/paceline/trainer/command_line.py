@@ -12,7 +12,7 @@ from paceline.errors import ConfigError, Problem
 from paceline.trainer.reading import is_flag, read_mapping, read_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["parse_arguments"]
 
@@ -40,11 +40,22 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
     problems += [Problem(_WHERE, word, "belongs to no flag") for word in rest if not word.startswith("--")]
     said = {} if file is None else _from_file(file, classes, problems)
     said |= values
-    read = {name: _read(name, value, classes, problems) for name, value in said.items()}
+    read = {name: made for name, value in said.items() for made in _read(name, value, classes, problems)}
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *_contradictions(classes, read)])
     origins = {**dict.fromkeys(said, str(file)), **{name: f"--{name}" for name in values}}
     return tuple(_make(cls, read, origins) for cls in classes)
+
+
+def _contradictions(classes: Sequence[type[Any]], read: Mapping[str, Any]) -> Iterator[Problem]:
+    """What else is wrong with the values that could be read."""
+    for cls in classes:
+        try:
+            _make(cls, read, dict.fromkeys(read, _WHERE))
+        except ConfigError as error:
+            yield from error.problems
+        except TypeError:  # one without a default was left out
+            continue
 
 
 def _make(cls: type[Any], read: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
@@ -58,35 +69,53 @@ def _make(cls: type[Any], read: Mapping[str, Any], origins: Mapping[str, str]) -
 
 def _parser(classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [FILE] [--name value ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         # Long lists of choices would hide the text.
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36),
+        epilog="Names may be written with - in place of _. --no_NAME says false.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of values; flags override it.")
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__)
-        for made in dataclasses.fields(cls):
-            if made.init:
-                _add(group, made, _fields(cls)[made.name])
+        for part, names in _parts(cls):
+            about = (part.__doc__ or "").partition("\n")[0]
+            title = cls.__name__ if part is cls else f"{cls.__name__}: {about[:1].lower()}{about[1:].rstrip('.')}"
+            group = parser.add_argument_group(title)
+            for made in dataclasses.fields(cls):
+                if made.init and made.name in names:
+                    _add(group, made, _fields(cls)[made.name])
     return parser
+
+
+def _parts(cls: type[Any]) -> Iterator[tuple[type[Any], set[str]]]:
+    """The classes that a dataclass is made of, and the fields that each of them brings."""
+    seen: set[str] = set()
+    for part in reversed(cls.__mro__):
+        names = set(getattr(part, "__dataclass_fields__", ())) - seen
+        seen |= names
+        if names:
+            yield part, names
 
 
 def _add(group: Any, made: dataclasses.Field[Any], hint: Any) -> None:
     text = str(made.metadata.get("help", "")).replace("%", "%%")
     default = made.default if made.default_factory is dataclasses.MISSING else made.default_factory()
     shown = "" if default in (dataclasses.MISSING, None) else f" (default {default})"
-    names = [f"--{made.name}"] + ([f"--{made.name.replace('_', '-')}"] if "_" in made.name else [])
+    names = [f"--{made.name}"]
+    other = made.name.replace("_", "-")
     options: dict[str, Any] = {"dest": made.name, "help": f"{text}{shown}", "metavar": _metavar(hint)}
     if made.default is dataclasses.MISSING and made.default_factory is dataclasses.MISSING:
         options["required"] = True
+        names = list(dict.fromkeys([*names, f"--{other}"]))
     if is_flag(hint) or made.metadata.get("const") is True:
-        group.add_argument(*names, nargs="?", const=True, **options)
+        options |= {"nargs": "?", "const": True}
         group.add_argument(f"--no_{made.name}", dest=made.name, action="store_false", help=argparse.SUPPRESS)
     elif get_origin(hint) is list or any(get_origin(part) is list for part in get_args(hint)):
-        group.add_argument(*names, nargs="+", **options)
-    else:
-        group.add_argument(*names, **options)
+        options["nargs"] = "+"
+    group.add_argument(*names, **options)
+    if other != made.name and not options.get("required"):
+        group.add_argument(f"--{other}", **{**options, "help": argparse.SUPPRESS})
 
 
 def _metavar(hint: Any) -> str:
@@ -108,16 +137,14 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
     return {name: value for name, value in found.items() if name in known}
 
 
-def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> Any:
-    for cls in classes:
-        hint = _fields(cls).get(name)
-        if hint is None:
-            continue
-        try:
-            return read_value(hint, value)
-        except ValueError as error:
-            problems.append(Problem(_WHERE, f"--{name}", str(error)))
-    return value
+def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> list[Any]:
+    """The value as its field's type, alone in a list; an empty one if it cannot be that."""
+    hint = next(_fields(cls)[name] for cls in classes if name in _fields(cls))
+    try:
+        return [read_value(hint, value)]
+    except ValueError as error:
+        problems.append(Problem(_WHERE, f"--{name}", str(error)))
+        return []
 
 
 def _unknown_flag(word: str, classes: Sequence[type[Any]]) -> Problem:

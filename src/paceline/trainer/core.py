@@ -40,6 +40,8 @@ __all__ = ["TrainerCore"]
 
 logger = get_logger(__name__)
 
+_DONE_AT = {"on_log": "should_log", "on_evaluate": "should_evaluate", "on_save": "should_save"}
+
 
 class TrainerCore:
     """What a Trainer is made of: the constructor, how it calls the model, and whom it tells.
@@ -205,6 +207,10 @@ class TrainerCore:
 
     def fire(self, event: str, **more: Any) -> None:
         """Call an event on all callbacks."""
+        done = _DONE_AT.get(event)
+        if done is not None:
+            # Before they are called: what they ask for is a new wish.
+            setattr(self.control, done, False)
         self.control = self.callback_handler.fire(event, self.args, self.state, self.control, **more)
 
     def add_callback(self, callback: Any) -> None:

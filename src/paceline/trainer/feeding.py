@@ -114,7 +114,7 @@ class Feeding(TrainerCore):
             self.optimizer = DummyOptim(groups, weight_decay=self.args.weight_decay, **said)  # type: ignore[arg-type]
         else:
             cls, said = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = cls(groups, **said)
+            self.optimizer = optimizers.build_optimizer(cls, groups, said, self.args)
         return self.optimizer
 
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:

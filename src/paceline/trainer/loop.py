@@ -227,18 +227,18 @@ class TrainingLoop:
 
     def after_step(self) -> None:
         """Log, evaluate and save, if that is due. Collective: every rank must call it."""
-        trainer, control = self.trainer, self.trainer.control
-        if control.should_log and trainer.state.global_step > self.logged_at:
+        trainer = self.trainer
+        # Read anew each time: a callback may have put another control in its place.
+        if trainer.control.should_log and trainer.state.global_step > self.logged_at:
             self._log()
-        control.should_log = False
-        better = False
-        if control.should_evaluate:
+        trainer.control.should_log = False
+        if trainer.control.should_evaluate:
             better = trainer.note_metrics(trainer.evaluate_in_training())
-            control.should_evaluate = False
+            trainer.control.should_evaluate = False
             if self.args.save_strategy == "best":
-                control.should_save = better
-        if control.should_save:
-            control.should_save = False
+                trainer.control.should_save = better
+        if trainer.control.should_save:
+            trainer.control.should_save = False
             trainer.save_checkpoint()
             trainer.fire("on_save")
 

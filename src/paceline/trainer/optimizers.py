@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from paceline.config.shapes import did_you_mean
 from paceline.errors import ConfigError, MissingExtraError, Problem
 
 if TYPE_CHECKING:
@@ -16,8 +18,16 @@ if TYPE_CHECKING:
 
     from paceline.trainer.arguments import TrainingArguments
 
-__all__ = ["decaying_names", "known_optimizers", "optimizer_class", "parameter_groups"]
+__all__ = [
+    "build_optimizer",
+    "decaying_names",
+    "known_optimizers",
+    "optimizer_class",
+    "parameter_groups",
+    "read_arguments",
+]
 
+WHERE = "TrainingArguments(…)"
 _NORM = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -92,7 +102,22 @@ def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type
         said["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
     if args.optim in ("schedule_free_adamw", "schedule_free_sgd"):  # the other one needs no warmup
         said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
-    return cls, {**said, **made.extra, **_read_arguments(args.optim_args)}
+    return cls, {**said, **made.extra, **read_arguments(args.optim_args)}
+
+
+def build_optimizer(cls: type[Any], groups: list[dict[str, Any]], said: dict[str, Any], args: TrainingArguments) -> Any:
+    """Make the optimizer.
+
+    Raises:
+        ConfigError: `optim_args` names something that it does not take.
+    """
+    taken = inspect.signature(cls).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+    unknown = [name for name in read_arguments(args.optim_args) if name not in taken and not open_ended]
+    if unknown:
+        what = f"{cls.__name__} takes no "
+        raise ConfigError(Problem(WHERE, "optim_args", what + name, hint=did_you_mean(name, taken)) for name in unknown)
+    return cls(groups, **said)
 
 
 def _load(made: _Made, name: str) -> type[Any]:
@@ -106,13 +131,17 @@ def _load(made: _Made, name: str) -> type[Any]:
     found = getattr(module, made.name, None)
     if found is None:
         what = f"{name!r} is not in {package} {getattr(import_module(package), '__version__', '')}"
-        raise ConfigError([Problem("TrainingArguments(…)", "optim", what, hint="install a newer release")])
+        raise ConfigError([Problem(WHERE, "optim", what, hint="install a newer release")])
     cls: type[Any] = found
     return cls
 
 
-def _read_arguments(text: str | None) -> dict[str, Any]:
-    """Read `key=value` pairs with commas between; numbers and booleans are understood."""
+def read_arguments(text: str | None) -> dict[str, Any]:
+    """Read `key=value` pairs with commas between; numbers and booleans are understood.
+
+    Raises:
+        ConfigError: A part is no such pair.
+    """
     if not text:
         return {}
     found: dict[str, Any] = {}
@@ -120,7 +149,7 @@ def _read_arguments(text: str | None) -> dict[str, Any]:
         key, equals, value = part.strip().partition("=")
         if not equals:
             what = f"{part.strip()!r} is no key=value"
-            raise ConfigError([Problem("TrainingArguments(…)", "optim_args", what)])
+            raise ConfigError([Problem(WHERE, "optim_args", what)])
         found[key.strip()] = _literal(value.strip())
     return found
 

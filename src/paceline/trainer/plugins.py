@@ -56,8 +56,8 @@ def accelerator_arguments(args: TrainingArguments, *, accumulation: int) -> dict
         "strategy": _strategy(args),
         "fsdp_plugin": _fsdp(args, problems),
         "deepspeed_plugin": _deepspeed(args, problems),
-        "dynamo_plugin": _compile(args),
-        "parallelism_config": _mesh(args),
+        "dynamo_plugin": _compile(args, problems),
+        "parallelism_config": _mesh(args, problems),
         "dataloader_config": _loading(args, problems),
         "kwargs_handlers": [*_handlers(args)],
         "project_dir": args.output_dir,
@@ -114,18 +114,28 @@ def _handlers(args: TrainingArguments) -> list[object]:
     return [opening, DistributedDataParallelKwargs(**said)] if said else [opening]
 
 
-def _compile(args: TrainingArguments) -> TorchDynamoPlugin | None:
+def _compile(args: TrainingArguments, problems: list[Problem]) -> TorchDynamoPlugin | None:
     if not args.torch_compile:
         return None
     said: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "use_regional_compilation": True}
     if args.torch_compile_mode:
         said["mode"] = args.torch_compile_mode
-    return TorchDynamoPlugin(**said)
+    try:
+        return TorchDynamoPlugin(**said)
+    except ConfigError as error:
+        problems.extend(replace(p, where=WHERE, key=f"torch_compile_{p.key}") for p in error.problems)
+        return None
 
 
-def _mesh(args: TrainingArguments) -> ParallelismConfig | None:
+def _mesh(args: TrainingArguments, problems: list[Problem]) -> ParallelismConfig | None:
     config: Any = args.parallelism_config
-    return ParallelismConfig(**config) if isinstance(config, dict) else config
+    if not isinstance(config, dict):
+        return config  # type: ignore[no-any-return]
+    try:
+        return ParallelismConfig(**config)
+    except ConfigError as error:
+        problems.extend(replace(p, where=WHERE, key=f"parallelism_config.{p.key}") for p in error.problems)
+        return None
 
 
 def _fsdp(args: TrainingArguments, problems: list[Problem]) -> FullyShardedDataParallelPlugin | None:
@@ -142,6 +152,9 @@ def _fsdp(args: TrainingArguments, problems: list[Problem]) -> FullyShardedDataP
         if name.startswith("fsdp_xla"):
             if value:
                 problems.append(Problem(WHERE, f"fsdp_config.{key}", "is not carried out", "there is no TPU here"))
+        elif flags.get(name, value) != value:
+            what, hint = f"{value!r}, and {flags[name]!r} under its other spelling", "keep one of them"
+            problems.append(Problem(WHERE, f"fsdp_config.{key}", what, "one would silently lose", hint))
         elif not (name == "fsdp_min_num_params" and not value):
             flags[name] = ",".join(value) if isinstance(value, list | tuple) else value
     if args.activation_checkpointing:
@@ -171,8 +184,6 @@ def _from_words(args: TrainingArguments, problems: list[Problem]) -> dict[str, A
         return found
     listed = words if isinstance(words, list) else str(words).replace(",", " ").split()
     for word in listed:
-        if word.lower() in ("true", "1", "yes"):
-            continue
         if word not in _FSDP_WORDS:
             hint = did_you_mean(word, _FSDP_WORDS) or "give fsdp=True and the rest as fsdp_config"
             problems.append(Problem(WHERE, "fsdp", f"{word!r} is not carried out", "FSDP2 has no such mode", hint))

@@ -49,6 +49,17 @@ def problems(**values: Any) -> dict[str, str]:
         ({"accelerator_config": {"split_batch": True}}, "did you mean split_batches?"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}}, "0.5 contradicts 1.0"),
         ({"deepspeed": {"zero_optimization": {}, "train_batch_size": 5}}, "5 contradicts 8"),
+        ({"deepspeed": "no/such/file.json"}, "there is no file no/such/file.json"),
+        ({"enable_jit_checkpoint": True}, "SIGTERM always saves"),
+        ({"fsdp": True, "fsdp_config": {"version": 2, "fsdp_version": 1}}, "1, and 2 under its other spelling"),
+        ({"logging_steps": 0}, "0 with logging_strategy='steps'"),
+        ({"save_steps": 10.5}, "10.5 is no whole number"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "the rate follows what is evaluated"),
+        ({"adam_beta2": 1.5}, "at least 0 and below 1"),
+        ({"optim_args": "momentum"}, "'momentum' is no key=value"),
+        ({"profile_steps": "5:3"}, "'5:3' is no window of steps"),
+        ({"torch_compile_backend": "inductr"}, "torch_compile_backend: the text 'inductr' is not allowed"),
+        ({"parallelism_config": {"dp_shard_sise": 2}}, "parallelism_config.dp_shard_sise: unknown name"),
     ],
     ids=str,
 )
@@ -87,6 +98,24 @@ def test_the_command_line_says_what_was_meant() -> None:
     text = str(raised.value)
     assert "did you mean learning_rate?" in text
     assert "--max_steps: 'x' is not a number" in text
+    with pytest.raises(ConfigError) as raised:
+        TrainingArguments.from_command_line(["--max_steps", "x", "--optim", "adamw_torsh"])
+    assert {problem.key for problem in raised.value.problems} == {"--max_steps", "optim"}
+
+
+def test_help_is_grouped_by_what_is_decided(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        TrainingArguments.from_command_line(["--help"])
+    text = capsys.readouterr().out
+    assert text.index("how parameters move:") < text.index("--learning_rate") < text.index("how data is read:")
+    assert "--learning-rate" not in text, "once is enough"
+
+
+@pytest.mark.parametrize(
+    ("said", "means"), [("false", None), ("True", True), (False, None), ("full_shard", "full_shard")]
+)
+def test_yes_and_no_to_fsdp(said: Any, means: Any) -> None:
+    assert TrainingArguments(fsdp=said).fsdp == means
 
 
 def test_every_field_says_what_it_does() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from paceline.trainer.optimizers import decaying_names, optimizer_class, paramet
 from paceline.trainer.sampling import LengthGroupedSampler
 from paceline.trainer.schedules import SCHEDULES, make_schedule
 from tests.support.ranks import run_on_ranks
-from tests.support.trainer import Tagger
+from tests.support.trainer import Tagger, run
 
 CPU = torch.device("cpu")
 CASES: dict[str, dict[str, Any]] = {
@@ -77,6 +78,11 @@ def test_optimizers_of_torch(name: str) -> None:
     made = cls(parameter_groups(model, decaying_names(model), args.weight_decay), **said)
     assert [group["weight_decay"] for group in made.param_groups] == [0.2, 0.0]
     assert cls.__module__.startswith("torch.optim")
+
+
+def test_an_argument_that_the_optimizer_does_not_take(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"SGD takes no momentun; did you mean momentum\?"):
+        run({"optim": "sgd", "optim_args": "momentun=0.9"}, str(tmp_path))
 
 
 def test_fused_where_torch_can() -> None:

@@ -55,15 +55,18 @@ class Trackers:
         """Open every tracker that speaks from this rank."""
         self.finish()
         self.was_started = True
-        # A script that ends with an error, or forgets, still closes them; before the packages' own exit handlers.
-        atexit.register(self.finish_at_exit)
-        for one in self.chosen:
-            if not isinstance(one, str):
-                if self._is_main or not getattr(one, "main_process_only", True):
-                    self._open(one)
-            elif self._is_main:
-                backend = load_backend(one)
-                self._open(backend(project, self._folder, run_name, settings.get(one, {})))
+        try:
+            for one in self.chosen:
+                if not isinstance(one, str):
+                    if self._is_main or not getattr(one, "main_process_only", True):
+                        self._open(one)
+                elif self._is_main:
+                    backend = load_backend(one)
+                    self._open(backend(project, self._folder, run_name, settings.get(one, {})))
+        finally:
+            # A script that ends with an error, or forgets, still closes them. Registered last, it is called first:
+            # the packages' own handlers, from when they were imported, would call a crashed run finished.
+            atexit.register(self.finish_at_exit)
         return self.active
 
     def _open(self, tracker: Any) -> None:

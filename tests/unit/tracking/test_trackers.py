@@ -208,8 +208,26 @@ def test_only_the_main_process_speaks_unless_a_tracker_wants_all(tmp_path: Path)
 
 
 CRASHING = """
+import atexit
+from pathlib import Path
 from paceline import Accelerator
-accelerator = Accelerator(cpu=True, project_dir={folder!r}, log_with="jsonl")
+from paceline.tracking import GeneralTracker
+
+ends = Path({folder!r}, "ends")
+
+class Package(GeneralTracker):
+    '''Ends its run at exit by itself, from when it is imported.'''
+    name = "package"
+    requires_logging_directory = False
+    tracker = None
+    def start(self):
+        atexit.register(lambda: ends.write_text(ends.read_text() + "package"))
+    def store_init_configuration(self, values): pass
+    def log(self, values, step=None, **more): pass
+    def finish(self):
+        ends.write_text("crashed " if self.crashed else "finished ")
+
+accelerator = Accelerator(cpu=True, project_dir={folder!r}, log_with=["jsonl", Package()])
 accelerator.init_trackers("p")
 accelerator.log({{"loss": 1.0}}, step=1)
 raise RuntimeError("as asked")
@@ -226,3 +244,4 @@ def test_a_crash_closes_the_trackers(launched: bool, tmp_path: Path) -> None:
     (start,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["starts"]
     assert start["crashed"] is True
     assert len(lines(tmp_path)) == 1
+    assert (tmp_path / "ends").read_text(encoding="utf-8") == "crashed package", "before a package ends its run itself"

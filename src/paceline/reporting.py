@@ -187,4 +187,17 @@ class Reporting:
             "description": self.describe(),
             "parameters": sum(self.strategy.num_elements(model) for model in self._models),
             "samples_per_step": self._samples_of_step(),
+            "attention_width": sum(_attention_width(self.strategy.unwrap(model)) for model in self._models),
         }
+
+
+def _attention_width(model: nn.Module) -> int:
+    """The width of queries, summed over layers, as a model of transformers' kind says; 0 where none does.
+
+    What attention computes beside its parameters grows with it and with the length of a sequence.
+    """
+    config = getattr(model, "config", None)
+    layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
+    size = getattr(config, "head_dim", None)
+    width = heads * size if isinstance(heads, int) and isinstance(size, int) else getattr(config, "hidden_size", None)
+    return layers * width if isinstance(layers, int) and isinstance(width, int) else 0

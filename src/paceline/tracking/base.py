@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Backend", "BlankTracker", "GeneralTracker", "missing_parts"]
+__all__ = ["Backend", "BlankTracker", "GeneralTracker", "TableBackend", "missing_parts"]
 
 # Not the logger that knows its rank: this room is read by commands that need no torch.
 logger = logging.getLogger(__name__)
@@ -117,6 +117,27 @@ class Backend(GeneralTracker):
         """The settings, and the run's name under the argument by which the package takes it."""
         name = {} if self.run_name is None else {argument: self.run_name}
         return {**name, **self.settings}
+
+
+class TableBackend(Backend):
+    """A package with a class `Table` of columns, data or a data frame, which its run logs like a value."""
+
+    _package: Any
+
+    def log_table(
+        self,
+        table_name: str,
+        columns: Sequence[str] | None = None,
+        data: Sequence[Sequence[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a table."""
+        named = None if columns is None else list(columns)
+        rows = None if data is None else [list(row) for row in data]
+        table = self._package.Table(columns=named, data=rows, dataframe=dataframe)
+        self._run.log({table_name: table}, step=step)
 
 
 class BlankTracker:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from paceline.tracking.base import Backend
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from paceline.tracking.base import TableBackend
 
 __all__ = ["Tracker"]
 
 
-class Tracker(Backend):
+class Tracker(TableBackend):
     """A run of `trackio`; settings are those of `trackio.init`."""
 
     name = "trackio"
@@ -37,20 +34,6 @@ class Tracker(Backend):
         for name, images in values.items():
             made = {f"{name}_{index}": self._package.Image(one, **kwargs) for index, one in enumerate(images)}
             self._run.log(made, step=step)
-
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table."""
-        rows = None if data is None else [list(row) for row in data]
-        table = self._package.Table(columns=None if columns is None else list(columns), data=rows, dataframe=dataframe)
-        self._run.log({table_name: table}, step=step)
 
     def finish(self) -> None:
         """Close the run."""

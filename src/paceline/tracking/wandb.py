@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from paceline.tracking.base import Backend
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from paceline.tracking.base import TableBackend
 
 __all__ = ["Tracker"]
 
 
-class Tracker(Backend):
+class Tracker(TableBackend):
     """A run of `wandb`; settings are those of `wandb.init`."""
 
     name = "wandb"
@@ -39,20 +36,6 @@ class Tracker(Backend):
         """Record images; keywords are those of `wandb.Image`."""
         made = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
         self._run.log(made, step=step)
-
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table."""
-        named = None if columns is None else list(columns)
-        table = self._package.Table(columns=named, data=data, dataframe=dataframe)
-        self._run.log({table_name: table}, step=step)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
         """Keep a file."""

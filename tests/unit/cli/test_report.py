@@ -142,6 +142,19 @@ def test_rates_leave_evaluations_out(tmp_path: Path) -> None:
     assert Rates.of(Run(tmp_path, run.entries, {})).about_mfu.startswith("unknown: the number of parameters")
 
 
+def test_attention_counts_where_its_width_was_recorded(tmp_path: Path) -> None:
+    lines = [line(1, 1.0, loss=1), line(2, 2.0, loss=1), line(3, 3.0, loss=1)]
+    run = read_run(write(tmp_path, lines, RECORD))
+    facts = run.entries[0].facts
+    length = facts["tokens_seen"] / facts["samples_seen"]
+    plain = Rates.of(run, peak=6e12)
+    wide = Rates.of(Run(tmp_path, run.entries, {**RECORD, "attention_width": 1e6}), peak=6e12)
+    added = 12 * 1e6 * length / (6 * RECORD["parameters"])  # type: ignore[operator]
+    assert wide.mfu[0].value == pytest.approx(plain.mfu[0].value * (1 + added))
+    assert f"attention over sequences of {length:.0f}" in wide.about_mfu
+    assert Rates.of(run, peak=6e12, flops_per_token=1.0).about_mfu.startswith("1 operations a token (as asked for)")
+
+
 def test_thinning_keeps_extremes_and_smoothing_passes_over_gaps() -> None:
     points = [Point(at, at, 50.0 if at == 4321 else math.sin(at)) for at in range(10000)]
     thinned = thin(points)

@@ -159,6 +159,10 @@ def settings_of(name: str, folder: Path) -> dict[str, dict[str, Any]]:
         config = comet_ml.ExperimentConfig(offline_directory=str(folder / "comet"))
         return {name: {"online": False, "experiment_config": config}}
     if name == "clearml":
+        # Its reporter is forked while a thread of its own starts git, and may keep that thread waiting for ever.
+        file = folder / "clearml.conf"
+        file.write_text("sdk { development { report_use_subprocess: false } }\n", encoding="utf-8")
+        os.environ["CLEARML_CONFIG_FILE"] = str(file)
         from clearml import Task
 
         Task.set_offline(True)

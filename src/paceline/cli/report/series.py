@@ -17,6 +17,8 @@ __all__ = ["Rates", "rate", "smooth", "thin"]
 
 MOST_POINTS = 800
 _FLOPS_OF_A_PARAMETER = 6.0
+# Two products of a query with a key and a value, two operations each, three times for forward and backward.
+_FLOPS_OF_A_PAIR = 12.0
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,44 @@ class Rates:
             if "peak_memory_bytes" in entry.facts
         ]
         peak = peak or _positive(run.record.get("peak_flops"))
-        parameters = _positive(run.record.get("parameters"))
-        if flops_per_token is None and parameters is not None:
-            flops_per_token = _FLOPS_OF_A_PARAMETER * parameters
+        counted, how = _operations(run)
+        flops = counted if flops_per_token is None else flops_per_token
         ranks = _positive(run.record.get("ranks")) or 1.0
-        lacking = _lacking(tokens, peak, flops_per_token)
-        if lacking or peak is None or flops_per_token is None:
-            return cls(list(rate(run, "samples_seen")), tokens, memory, [], f"unknown: {lacking}")
-        mfu = [p._replace(value=100 * p.value * flops_per_token / (peak * ranks)) for p in tokens]
-        about = (
-            f"{flops_per_token:.3g} operations a token (6 for each parameter; attention's own products and "
-            f"recomputation are not counted), {ranks:.0f} x {peak / 1e12:.4g} TFLOP/s"
-        )
-        return cls(list(rate(run, "samples_seen")), tokens, memory, mfu, about)
+        samples, lacking = list(rate(run, "samples_seen")), _lacking(tokens, peak, flops)
+        if lacking or peak is None or flops is None:
+            return cls(samples, tokens, memory, [], f"unknown: {lacking}")
+        mfu = [p._replace(value=100 * p.value * flops / (peak * ranks)) for p in tokens]
+        how = how if flops_per_token is None else "as asked for"
+        about = f"{flops:.3g} operations a token ({how}), {ranks:.0f} x {peak / 1e12:.4g} TFLOP/s"
+        return cls(samples, tokens, memory, mfu, about)
+
+
+def _operations(run: Run) -> tuple[float | None, str]:
+    """Operations of a training step for a token, and what is counted."""
+    parameters = _positive(run.record.get("parameters"))
+    if parameters is None:
+        return None, ""
+    flops = _FLOPS_OF_A_PARAMETER * parameters
+    width, length = _positive(run.record.get("attention_width")), _mean_length(run)
+    if width is None or length is None:
+        return flops, "6 for each parameter; attention's own products and recomputation are not counted"
+    flops += _FLOPS_OF_A_PAIR * width * length
+    how = f"6 for each parameter, and attention over sequences of {length:.0f}; recomputation is not counted"
+    return flops, how
+
+
+def _mean_length(run: Run) -> float | None:
+    """Tokens of a sample, padding included, over the whole run."""
+    tokens = samples = 0.0
+    before: Entry | None = None
+    for entry in run.entries:
+        if "tokens_seen" not in entry.facts or "samples_seen" not in entry.facts:
+            continue
+        if before is not None and entry.start == before.start:
+            tokens += entry.facts["tokens_seen"] - before.facts["tokens_seen"]
+            samples += entry.facts["samples_seen"] - before.facts["samples_seen"]
+        before = entry
+    return tokens / samples if samples > 0 and tokens > 0 else None
 
 
 def _positive(value: object) -> float | None:

@@ -19,7 +19,7 @@ WHOLE = {"global_batch_size": 8, "max_steps": 12, "eval_strategy": "steps", "eva
 
 def train(changes: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], list[bool], int]:
     """The log, whether each block was compiled, and how many graphs inductor made or took from its store."""
-    counters: Any = torch._dynamo.utils.counters  # type: ignore[attr-defined]
+    counters: Any = torch._dynamo.utils.counters
     counters.clear()
     log, trainer = run({**WHOLE, **changes}, folder)
     made = counters["inductor"]

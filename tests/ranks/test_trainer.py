@@ -35,8 +35,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 WHOLE = {"global_batch_size": 8, "eval_strategy": "steps", "eval_steps": 5, "lr_scheduler_type": "cosine"}
 
 
-def train(changes: dict[str, Any], folder: str, resume: bool | str | None = None) -> tuple[list[dict[str, Any]], str]:
-    log, trainer = run({**WHOLE, **changes}, folder, resume=resume)
+def train(
+    changes: dict[str, Any], folder: str, resume: bool | str | None = None, samples: int = 48
+) -> tuple[list[dict[str, Any]], str]:
+    log, trainer = run({**WHOLE, **changes}, folder, resume=resume, samples=samples)
     return log, trainer.accelerator.strategy.name
 
 
@@ -46,12 +48,37 @@ def test_the_same_training_on_every_layout(layout: str, most: int, tmp_path: Pat
     if layout == "deepspeed":
         pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
     ranks, changes = LAYOUTS[layout]
-    batch = {"per_device_train_batch_size": most}
-    [(alone, _)] = run_on_ranks(1, train, batch, str(tmp_path / "alone"))
-    together, strategy = run_on_ranks(ranks, train, {**batch, **changes}, str(tmp_path / "together"))[0]
+    # Two samples are left for the last step of a pass: fewer than ranks x micro-batch.
+    batch, uneven = {"per_device_train_batch_size": most}, 50
+    [(alone, _)] = run_on_ranks(1, train, batch, str(tmp_path / "alone"), None, uneven)
+    together, strategy = run_on_ranks(ranks, train, {**batch, **changes}, str(tmp_path / "together"), None, uneven)[0]
     assert strategy == layout
     assert farthest(alone, together) < 1e-5
     assert [entry["eval_samples"] for entry in alone if "eval_samples" in entry] == [21.0] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"dataloader_drop_last": True},
+        {"accelerator_config": {"split_batches": True}},
+        {"accelerator_config": {"dispatch_batches": True}},
+        {"train_sampling_strategy": "group_by_length"},
+        {"label_smoothing_factor": 0.1},
+    ],
+    ids=str,
+)
+def test_the_same_training_on_any_number_of_ranks(more: dict[str, Any], tmp_path: Path) -> None:
+    """55 samples in steps of 12: the last step of a pass has 7, or is left out as a whole."""
+    said = {"global_batch_size": 12, "per_device_train_batch_size": 3, "num_train_epochs": 2, "max_steps": -1, **more}
+    [(alone, _)] = run_on_ranks(1, train, said, str(tmp_path / "1"), None, 55)
+    assert max(entry["step"] for entry in alone) == (8 if "dataloader_drop_last" in more else 10)
+    assert all(entry["eval_samples"] == 21 for entry in alone if "eval_samples" in entry)
+    for ranks in (2, 4):
+        together, _ = run_on_ranks(ranks, train, said, str(tmp_path / str(ranks)), None, 55)[0]
+        assert farthest(alone, together) < 1e-5
 
 
 def test_a_mean_of_means_is_another_training(tmp_path: Path) -> None:

@@ -170,6 +170,11 @@ class TrainerCore:
             return counted
         return self._call.count(losses.find_labels(inputs, last_is_target=self.compute_loss_func is not None))
 
+    @property
+    def divides_by_items(self) -> bool:
+        """Whether the model divides a sum by `num_items_in_batch` itself."""
+        return self._call.counts_items
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:

@@ -61,6 +61,7 @@ def make_loader(
     *,
     batch_size: int,
     sampler: Sampler[int] | None,
+    drop_last: bool,
     device: torch.device,
 ) -> DataLoader[Any]:
     """A loader with the arguments' settings; it is prepared by the Accelerator afterwards."""
@@ -78,5 +79,5 @@ def make_loader(
     if args.dataloader_multiprocessing_context is not None and args.dataloader_num_workers:
         settings["multiprocessing_context"] = args.dataloader_multiprocessing_context
     if not isinstance(dataset, IterableDataset):
-        settings |= {"sampler": sampler, "drop_last": args.dataloader_drop_last}
+        settings |= {"sampler": sampler, "drop_last": drop_last}
     return DataLoader(dataset, **settings)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from paceline.trainer.nested import first_rows, is_structure, leaves_of, map_leaves, rows_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -77,13 +79,13 @@ class _Kept:
     def add(self, value: Any) -> None:
         """Keep one batch; move to host memory what has become too much."""
         self.waiting.append(value)
-        self.bytes_waiting += sum(t.numel() * t.element_size() for t in _leaves(value) if isinstance(t, torch.Tensor))
+        self.bytes_waiting += sum(t.numel() * t.element_size() for t in leaves_of(value) if isinstance(t, torch.Tensor))
         if self.bytes_waiting > _DEVICE_BYTES or (self.every is not None and len(self.waiting) >= self.every):
             self.move()
 
     def move(self) -> None:
         """Move everything to host memory."""
-        self.stored += [_map(_to_numpy, value) for value in self.waiting]
+        self.stored += [map_leaves(_to_numpy, value) for value in self.waiting]
         self.waiting.clear()
         self.bytes_waiting = 0
 
@@ -167,7 +169,7 @@ class EvaluationLoop:
         # part, for others may wait for it.
         shorter = 0 < real < rows
         if shorter:
-            inputs = _map(lambda value: value[:real] if _rows(value) == rows else value, inputs)
+            inputs = first_rows(inputs, real, rows)
         loss, logits, labels = self.trainer.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
         if loss is not None:
             self._add_loss(loss, inputs, real)
@@ -179,7 +181,7 @@ class EvaluationLoop:
         wanted = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, real if shorter else rows)}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         if shorter:
-            wanted = _map(lambda value: _refill(value, rows) if _rows(value) == real else value, wanted)
+            wanted = map_leaves(lambda value: _refill(value, rows) if rows_of(value) == real else value, wanted)
         self._keep(self._gather(wanted))
 
     def _extras(self, inputs: Any, loss: Tensor | None, rows: int) -> dict[str, Any]:
@@ -207,7 +209,7 @@ class EvaluationLoop:
 
     def _gather(self, wanted: dict[str, Any]) -> dict[str, Any]:
         if self.accelerator.num_processes > 1 and not self.args.eval_use_gather_object:
-            wanted = _map(self._pad, wanted)
+            wanted = map_leaves(self._pad, wanted)
         gathered: dict[str, Any] = self.accelerator.gather_for_metrics(wanted, self.args.eval_use_gather_object)
         return gathered
 
@@ -220,7 +222,7 @@ class EvaluationLoop:
         if not self._streams:
             self.kept.add(gathered)
             return
-        prediction = _as_prediction(_map(_to_numpy, gathered))
+        prediction = _as_prediction(map_leaves(_to_numpy, gathered))
         metric: Any = self.metric
         if hasattr(metric, "update"):
             metric.update(prediction)
@@ -259,35 +261,6 @@ def _as_prediction(kept: Any) -> EvalPrediction:
     return EvalPrediction(prediction, labels, kept.get("inputs"), kept.get("losses"))
 
 
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply to every leaf of nested mappings, tuples and lists."""
-    if isinstance(value, Mapping):
-        return {name: _map(function, part) for name, part in value.items()}
-    if isinstance(value, tuple | list) and any(_is_structure(part) for part in value):
-        return type(value)(_map(function, part) for part in value)
-    return function(value)
-
-
-def _is_structure(value: Any) -> bool:
-    return isinstance(value, torch.Tensor | np.ndarray | Mapping | tuple | list)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
-
-
-def _rows(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return int(value.shape[0]) if value.dim() else -1
-    return len(value) if isinstance(value, tuple | list) else -1
-
-
 def _refill(value: Any, rows: int) -> Any:
     """Give what was computed on the real rows the size of the whole batch again."""
     if isinstance(value, torch.Tensor):
@@ -307,7 +280,7 @@ def _concatenate(parts: list[Any]) -> Any:
     first = parts[0]
     if isinstance(first, Mapping):
         return {name: _concatenate([part[name] for part in parts]) for name in first}
-    if isinstance(first, tuple | list) and any(_is_structure(part) for part in first):
+    if isinstance(first, tuple | list) and any(is_structure(part) for part in first):
         return type(first)(_concatenate(list(column)) for column in zip(*parts, strict=True))
     if not isinstance(first, np.ndarray):
         return [entry for part in parts for entry in (part if isinstance(part, list | tuple) else [part])]

@@ -86,7 +86,9 @@ class Feeding(TrainerCore):
         if self.accelerator.split_batches:
             # Each rank gets as many rows as the argument says, of a batch that is read as one.
             batch_size *= self.accelerator.num_processes
-        made = make_loader(self.args, dataset, collator, batch_size=batch_size, sampler=sampler, device=device)
+        said: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "device": device}
+        # An evaluation leaves nothing out.
+        made = make_loader(self.args, dataset, collator, **said, drop_last=self.args.dataloader_drop_last and saved)
         # An evaluation begins at its first sample, also after a resume.
         return self.accelerator.prepare_data_loader(made, saved=saved)
 

@@ -11,6 +11,7 @@ import torch
 
 from paceline.errors import ConfigError, Problem
 from paceline.trainer.meter import LossMeter
+from paceline.trainer.nested import first_rows
 from paceline.trainer.tokens import TokenCounter
 
 if TYPE_CHECKING:
@@ -75,11 +76,16 @@ def plan_training(args: TrainingArguments, loader: Any, *, accumulation: int, to
         samples = args.max_steps * total_batch
         return Plan(args.max_steps, 2**31, args.max_steps, 1 / args.max_steps, total_batch, samples)
     updates, share = max(1, math.ceil(batches / accumulation)), accumulation / batches
+    length = getattr(loader, "total_dataset_length", None)
+    if args.global_batch_size is not None and length:
+        # By samples, so that neither depends on how a step is split: a pass that drops ends with its last whole step.
+        updates = max(1, length // total_batch) if args.dataloader_drop_last else math.ceil(length / total_batch)
+        share = 1 / updates if args.dataloader_drop_last else total_batch / length
     if args.max_steps > 0:
         passes = math.ceil(args.max_steps / updates)
         return Plan(args.max_steps, passes, updates, share, total_batch, args.max_steps * total_batch)
     steps = math.ceil(args.num_train_epochs * updates)
-    samples = getattr(loader, "total_dataset_length", None) or batches * total_batch
+    samples = length or batches * total_batch
     passes = math.ceil(args.num_train_epochs)
     return Plan(steps, passes, updates, share, total_batch, int(samples * args.num_train_epochs))
 
@@ -175,8 +181,29 @@ class TrainingLoop:
         self.after_step()
 
     def _is_over(self) -> bool:
-        control = self.trainer.control
-        return control.should_epoch_stop or control.should_training_stop
+        control, dropped = self.trainer.control, self.args.global_batch_size and self.args.dataloader_drop_last
+        whole = dropped and self.trainer.state.updates_in_pass >= self.plan.updates_per_pass
+        return bool(control.should_epoch_stop or control.should_training_stop or whole)
+
+    def _without_filling(self, inputs: Any) -> tuple[Any, Tensor | None]:
+        """A micro-batch, and the targets by which its loss is weighted, shape []; None weighs all alike.
+
+        With a global batch size each sample counts once: what fills up the last batch of a pass, so that all ranks
+        have one, is left out, and a rank that has nothing else takes part with no weight.
+        """
+        trainer = self.trainer
+        if self.args.global_batch_size is None or not self.args.average_tokens_across_devices:
+            return inputs, trainer.count_items(inputs)
+        counts, rank = self.loader.counts, self.accelerator.process_index
+        rows, real = counts.rows[rank], counts.real[rank]
+        if 0 < real < rows:
+            inputs, rows = first_rows(inputs, real, rows), real
+        items = trainer.count_items(inputs)
+        if items is None:
+            if trainer.divides_by_items:
+                return inputs, None
+            items = torch.full((), rows, dtype=torch.int64, device=self.accelerator.device)
+        return inputs, items if real else torch.zeros_like(items)
 
     def _micro_batch(self, inputs: Any) -> None:
         trainer, accelerator = self.trainer, self.accelerator
@@ -184,7 +211,7 @@ class TrainingLoop:
             trainer.control.new_step()
             trainer.fire("on_step_begin")
         with accelerator.accumulate(self.model):
-            items = trainer.count_items(inputs)
+            inputs, items = self._without_filling(inputs)
             if self.tokens is not None:
                 self.tokens.add(inputs)
             self.seen.add_tokens(inputs)

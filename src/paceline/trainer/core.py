@@ -86,6 +86,8 @@ class TrainerCore:
         self.model = self._make_model(model)
         self.model_wrapped: nn.Module = self.model
         self._call = losses.ModelCall(self.model)
+        # Whether the model divides a sum by `num_items_in_batch` itself.
+        self.divides_by_items = self._call.counts_items
         self.label_names = self.args.label_names or label_names_of(self.model)
         self.is_in_train = False
         self.tokens_seen = 0
@@ -169,11 +171,6 @@ class TrainerCore:
             counted: Tensor = labels.ne(losses.IGNORED).sum()
             return counted
         return self._call.count(losses.find_labels(inputs, last_is_target=self.compute_loss_func is not None))
-
-    @property
-    def divides_by_items(self) -> bool:
-        """Whether the model divides a sum by `num_items_in_batch` itself."""
-        return self._call.counts_items
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,7 @@ def test_weights_are_plain_safetensors(layout: Layout, tmp_path: Path) -> None:
     model.load_state_dict(weights, strict=False)
     checkpoint = open_checkpoint(tmp_path / "state")
     checkpoint.verify()
+    checked_by_a_stranger(checkpoint.folder)
     manifest = checkpoint.manifest
     assert (manifest.step, manifest.epoch, manifest.samples, manifest.world_size) == (3, 0, 36, layout.ranks)
     assert manifest.strategy == layout.strategy
@@ -289,6 +291,16 @@ def test_training_goes_on_while_a_state_is_written(layout: Layout, tmp_path: Pat
         assert again == losses
 
 
+def checked_by_a_stranger(folder: Path) -> list[str]:
+    """The files of a checkpoint, once each has the CRC-32 that its manifest says."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    for name, record in files.items():
+        data = (folder / name).read_bytes()
+        assert (len(data), zlib.crc32(data)) == (record["size"], record["crc32"]), name
+    assert {path.name for path in folder.iterdir()} == {*files, "manifest.json"}
+    return sorted(files)
+
+
 def node_local(layout: Layout, folder: str) -> tuple[Whole, Whole, list[float], list[float]]:
     run = Run(layout)
     mine = Path(folder) / f"disk{run.accelerator.process_index}" / "state"
@@ -313,3 +325,6 @@ def test_ranks_may_have_disks_of_their_own(layout: Layout, tmp_path: Path) -> No
     manifests = [json.loads((tmp_path / f"disk{n}" / "state" / "manifest.json").read_text()) for n in range(2)]
     assert [manifest["shared"] for manifest in manifests] == [False, False]
     assert manifests[0]["id"] == manifests[1]["id"]
+    for n in range(2):
+        # Also where pieces lie on another disk only.
+        assert "model.safetensors" in checked_by_a_stranger(tmp_path / f"disk{n}" / "state")

@@ -117,23 +117,9 @@ class Checkpoint:
         Raises:
             DamagedCheckpointError: Something is not what was written.
         """
-        from paceline.checkpoint.storage import read_piece
+        from paceline.checkpoint.verification import verify
 
-        told = progress or (lambda _: None)
-        for name, file in self.manifest.files.items():
-            with (self.folder / name).open("rb") as opened:
-                if zlib.crc32(opened.read(file.checked)) != file.crc32:
-                    raise DamagedCheckpointError(f"{name} of {self.folder} is damaged", "Its checksum differs")
-            told(file.checked)
-        for name, record in self.manifest.tensors.items():
-            handle = os.open(self.folder / record.file, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                for piece in record.pieces:
-                    size = record.nbytes // record.numel * (piece.stop - piece.start)
-                    read_piece(handle, memoryview(bytearray(size)), record, piece, name)
-                    told(size)
-            finally:
-                os.close(handle)
+        verify(self.folder, self.manifest, progress or (lambda _: None))
 
 
 @dataclass(frozen=True, slots=True)

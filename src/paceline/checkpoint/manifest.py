@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from paceline.checkpoint.checksums import Span, of_spans
 from paceline.checkpoint.dtypes import SIZES
 from paceline.errors import DamagedCheckpointError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecord"]
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
@@ -73,6 +74,12 @@ class TensorRecord:
             reached = piece.stop
         return reached == self.numel
 
+    def spans(self) -> Iterator[Span]:
+        """Yield the bytes of the file that each piece is."""
+        size = SIZES[self.dtype]
+        for piece in self.pieces:
+            yield Span(self.offset + piece.start * size, self.offset + piece.stop * size, piece.crc32)
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
@@ -80,13 +87,10 @@ class FileRecord:
 
     Attributes:
         size: In bytes.
-        checked: How many of its first bytes `crc32` is over: all of a document, the header of a file of tensors,
-            whose other bytes are checked piece by piece.
-        crc32: CRC-32 of those bytes.
+        crc32: CRC-32 of all its bytes. Pieces of a tensor that are on the disks of other machines are zeros here.
     """
 
     size: int
-    checked: int
     crc32: int
 
 
@@ -147,29 +151,30 @@ class Manifest:
         if not isinstance(document, dict):
             raise _damaged("It holds no JSON object")
         version = document.pop("format", None)
-        if version != FORMAT:
+        if version not in (1, FORMAT):
             raise DamagedCheckpointError(
                 f"Its manifest has format {version!r}",
-                f"This paceline reads format {FORMAT}",
+                f"This paceline reads formats 1 to {FORMAT}",
                 "Load it with the version of paceline that wrote it",
             )
         try:
             made = cls(**{**_facts(document), **_records(document)})
+            for fault in made._faults():
+                raise _damaged(fault)
+            return made if version == FORMAT else _from_format_1(made, document["files"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
-        for fault in made._faults():
-            raise _damaged(fault)
-        return made
 
     def _faults(self) -> Iterator[str]:
         """Yield what cannot be true."""
         for name, file in self.files.items():
             if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
                 yield f"It names the file {name!r}, which is no plain name inside the folder"
-            if not 0 <= file.checked <= file.size:
-                yield f"Of the {file.size} bytes of {name} it checks {file.checked}"
+            if file.size < 0:
+                yield f"It gives {name} {file.size} bytes"
         for name, tensor in self.tensors.items():
             yield from self._tensor_faults(name, tensor)
+        yield from self._overlaps()
 
     def _tensor_faults(self, name: str, tensor: TensorRecord) -> Iterator[str]:
         if tensor.dtype not in SIZES:
@@ -179,11 +184,7 @@ class Manifest:
         if file is None:
             yield f"{name} lies in {tensor.file!r}, which it does not list"
             return
-        if (
-            min(tensor.shape, default=0) < 0
-            or tensor.offset < file.checked
-            or tensor.offset + tensor.nbytes > file.size
-        ):
+        if min(tensor.shape, default=0) < 0 or tensor.offset < 0 or tensor.offset + tensor.nbytes > file.size:
             yield f"{name} of shape {tensor.shape} does not fit into the {file.size} bytes of {tensor.file}"
         reached = 0
         for piece in tensor.pieces:
@@ -194,6 +195,14 @@ class Manifest:
         if self.shared and not tensor.complete:
             yield f"Pieces of {name} are missing from it"
 
+    def _overlaps(self) -> Iterator[str]:
+        file, reached, before = "", 0, ""
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+            if tensor.file == file and tensor.offset < reached and tensor.nbytes:
+                yield f"{name} lies over {before} in {file}"
+            if tensor.nbytes or tensor.file != file:
+                file, reached, before = tensor.file, tensor.offset + tensor.nbytes, name
+
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
     texts = {key: str(document[key]) for key in ("id", "paceline", "torch", "created", "strategy", "mixed_precision")}
@@ -202,10 +211,7 @@ def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _records(document: Mapping[str, Any]) -> dict[str, Any]:
-    files = {
-        str(name): FileRecord(int(held["size"]), int(held["checked"]), int(held["crc32"]))
-        for name, held in document["files"].items()
-    }
+    files = {str(name): FileRecord(int(held["size"]), int(held["crc32"])) for name, held in document["files"].items()}
     tensors = {
         str(name): TensorRecord(
             shape=tuple(int(size) for size in held["shape"]),
@@ -218,6 +224,15 @@ def _records(document: Mapping[str, Any]) -> dict[str, Any]:
     }
     ties = {str(alias): str(name) for alias, name in document["ties"].items()}
     return {"files": files, "tensors": tensors, "ties": ties}
+
+
+def _from_format_1(manifest: Manifest, files: Mapping[str, Any]) -> Manifest:
+    """Give every file a checksum of its own: format 1 had one of its first `checked` bytes, its header."""
+    spans = {name: [Span(0, int(files[name]["checked"]), record.crc32)] for name, record in manifest.files.items()}
+    for tensor in manifest.tensors.values():
+        spans[tensor.file] += tensor.spans()
+    whole = {name: replace(file, crc32=of_spans(file.size, spans[name])) for name, file in manifest.files.items()}
+    return replace(manifest, files=whole)
 
 
 def _damaged(why: str) -> DamagedCheckpointError:

@@ -183,7 +183,7 @@ def _finish(partial: Path, folder: Path, manifest: Manifest) -> None:
         if path.name not in listed and path.is_file() and not path.is_symlink():
             sync(path)
             data = path.read_bytes()
-            listed[path.name] = FileRecord(len(data), len(data), zlib.crc32(data))
+            listed[path.name] = FileRecord(len(data), zlib.crc32(data))
     commit(partial, folder, replace(manifest, files=listed))
 
 

@@ -26,6 +26,7 @@ from torch.futures import Future
 from typing_extensions import override
 
 from paceline.checkpoint.buffers import HostBuffers
+from paceline.checkpoint.checksums import Span, of_spans
 from paceline.checkpoint.dtypes import dtype_named, name_of
 from paceline.checkpoint.layout import FileLayout, Place, TensorShape, index_text, lay_out
 from paceline.checkpoint.manifest import FileRecord, Piece, TensorRecord
@@ -184,21 +185,27 @@ class FolderWriter(StorageWriter):
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         homes = sorted(set(self._homes))
-        files = {
-            home: {f.name: FileRecord(f.size, len(f.header), zlib.crc32(f.header)) for f in self._files}
-            for home in homes
-        }
+        files: dict[int, dict[str, FileRecord]] = {home: {} for home in homes}
         pieces: dict[int, dict[str, list[Piece]]] = {home: {name: [] for name in self._shapes} for home in homes}
         for result in (result for of_rank in results for result in of_rank):
             home, crc = result.storage_data
             name = result.index.fqn
             if result.index.offset is None:
-                files[home][name] = FileRecord(result.size_in_bytes, result.size_in_bytes, crc)
+                files[home][name] = FileRecord(result.size_in_bytes, crc)
             else:
                 start = result.index.offset[0]
                 size = dtype_named(self._shapes[name].dtype).itemsize
                 pieces[home][name].append(Piece(start, start + result.size_in_bytes // size, crc))
-        self.written = Written(files, {home: self._records(found) for home, found in pieces.items()})
+        tensors = {home: self._records(found) for home, found in pieces.items()}
+        for home, records in tensors.items():
+            files[home] |= self._file_records(records.values())
+        self.written = Written(files, tensors)
+
+    def _file_records(self, tensors: Iterable[TensorRecord]) -> dict[str, FileRecord]:
+        spans = {file.name: [Span(0, len(file.header), zlib.crc32(file.header))] for file in self._files}
+        for tensor in tensors:
+            spans[tensor.file] += tensor.spans()
+        return {file.name: FileRecord(file.size, of_spans(file.size, spans[file.name])) for file in self._files}
 
     def _records(self, pieces: Mapping[str, list[Piece]]) -> dict[str, TensorRecord]:
         return {
@@ -302,11 +309,16 @@ def read_piece(handle: int, data: memoryview, record: TensorRecord, piece: Piece
             break
         read += got
     if read < len(data) or zlib.crc32(data) != piece.crc32:
-        raise DamagedCheckpointError(
-            f"{record.file} is damaged: elements {piece.start} to {piece.stop} of {name} are not what was written",
-            "Their checksum differs",
-            "Load another checkpoint",
-        )
+        raise damaged_piece(record, piece, name)
+
+
+def damaged_piece(record: TensorRecord, piece: Piece, name: str) -> DamagedCheckpointError:
+    """The error for a piece whose bytes are not those that were written."""
+    return DamagedCheckpointError(
+        f"{record.file} is damaged: elements {piece.start} to {piece.stop} of {name} are not what was written",
+        "Their checksum differs",
+        "Load another checkpoint",
+    )
 
 
 def _piece_bytes(record: TensorRecord, piece: Piece) -> int:

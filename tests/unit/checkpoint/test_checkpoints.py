@@ -118,13 +118,18 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no-manifest": (lose_manifest, r"has no manifest\.json"),
     "cut-manifest": (cut_manifest, r"manifest is damaged"),
     "link": (link_elsewhere, r"model\.safetensors is not a plain file"),
-    "future": (edit(lambda d: d.update(format=9)), r"manifest has format 9.*reads format 1"),
+    "future": (edit(lambda d: d.update(format=9)), r"manifest has format 9.*reads formats 1 to 2"),
     "outside": (
         edit(lambda d: d["files"].update({"../../etc/passwd": d["files"]["training.json"]})),
         r"names the file '\.\./\.\./etc/passwd'",
     ),
     "oversized": (edit(lambda d: d["tensors"][WEIGHT].update(shape=[10**9, 10**6])), r"does not fit into"),
     "negative": (edit(lambda d: d["tensors"][WEIGHT].update(offset=-8)), r"does not fit into"),
+    "over": (
+        edit(lambda d: d["tensors"]["model/0.bias"].update(offset=d["tensors"][WEIGHT]["offset"] + 4)),
+        r"model/0\.bias lies over model/0\.weight in model\.safetensors",
+    ),
+    "less": (edit(lambda d: d["files"]["training.json"].update(size=-1)), r"gives training\.json -1 bytes"),
     "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
     "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
     "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
@@ -181,7 +186,19 @@ def test_verify_finds_a_flipped_byte_anywhere(project: Path) -> None:
             flip_in(name, where)(folder)
     told: list[int] = []
     open_checkpoint(folder).verify(told.append)
-    assert sum(told) >= sum((folder / name).stat().st_size for name in names)
+    assert sum(told) == sum((folder / name).stat().st_size for name in names)
+
+
+def test_verify_checks_a_file_and_its_pieces_apart(project: Path) -> None:
+    folder = newest(project)
+    manifest = (folder / "manifest.json").read_text()
+    edit(lambda d: d["files"]["model.safetensors"].update(crc32=1))(folder)
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors of .* is damaged\. The checksum of the file"):
+        open_checkpoint(folder).verify()
+    (folder / "manifest.json").write_text(manifest)
+    edit(lambda d: d["tensors"][WEIGHT]["pieces"][0].__setitem__(2, 1))(folder)
+    with pytest.raises(DamagedCheckpointError, match=r"elements 0 to \d+ of model/0\.weight are not what was written"):
+        open_checkpoint(folder).verify()
 
 
 def test_foreign_folders_and_leftovers_are_left_out(project: Path) -> None:

@@ -8,11 +8,9 @@ arguments.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +50,7 @@ class MachinesPlan:
         variables: What that command gets besides this environment.
         worker: What each rank runs.
         shared: The variables that each rank gets.
-        stop: What ends the ranks on the other machines; empty where the launcher does that itself.
+        stop: What ends the ranks on all machines; empty where the launcher does that itself when it gets a signal.
     """
 
     launcher: str
@@ -243,8 +241,5 @@ def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, s
             "Install it, or choose nossh and give the same command on every machine, each with its machine_rank",
         )
     environment = {**env, **planned.variables}
-    code, received = run_starter(planned.command, environment)
-    if received is not None and planned.stop:
-        with contextlib.suppress(OSError):
-            subprocess.run(planned.stop, env=environment, check=False)
+    code, received = run_starter(planned.command, environment, planned.stop)
     raise_for_end(planned.launcher, code, received)

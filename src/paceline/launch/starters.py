@@ -21,23 +21,39 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHELLS = ("sh", "dash", "bash", "busybox", "ksh", "zsh")
 
 
-def run_starter(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, int | None]:
-    """Run a command to its end; return its exit code, and the first signal that came for it meanwhile."""
+def run_starter(
+    command: Sequence[str], environment: Mapping[str, str], stop: Sequence[str] = ()
+) -> tuple[int, int | None]:
+    """Run a command to its end; return its exit code, and the first signal that came for it meanwhile.
+
+    Args:
+        command: What starts the ranks.
+        environment: Of it.
+        stop: A command that ends the ranks, for a starter that does not when it gets a signal; without one, signals
+            go on to the starter.
+    """
     process = subprocess.Popen(command, env=environment)
     received: list[int] = []
+    stopping: list[subprocess.Popen[bytes]] = []
 
-    def forward(number: int, _frame: object) -> None:
+    def pass_on(number: int, _frame: object) -> None:
         received.append(number)
+        if stop:
+            if not stopping:
+                stopping.append(subprocess.Popen(stop, env=environment))
+            return
         for receiver in _receivers(process.pid):
             with contextlib.suppress(psutil.Error):
                 receiver.send_signal(number)
 
-    old = {number: signal.signal(number, forward) for number in _FORWARDED}
+    old = {number: signal.signal(number, pass_on) for number in _FORWARDED}
     try:
         code = process.wait()
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        for stopper in stopping:
+            stopper.wait()
     return code, received[0] if received else None
 
 

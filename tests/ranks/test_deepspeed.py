@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -222,45 +220,6 @@ def test_values_that_contradict_the_script_are_named_all_at_once() -> None:
     for found in run_on_ranks(2, clashing, said, extra):
         assert len(found) == 2
         assert all("Accelerator(" in problem and "hf_ds_config" in problem for problem in found), found
-
-
-def on_nvme(folder: str) -> str:
-    plugin = {"offload_optimizer_device": "nvme", "offload_optimizer_nvme_path": folder}
-    accelerator = make("zero3", deepspeed_plugin=plugin)
-    told = accelerator.strategy._plugin.zero_section()  # type: ignore[attr-defined]
-    assert told["offload_optimizer"] == {"device": "nvme", "nvme_path": folder}
-    model: Any = TinyTransformer()
-    if not compiles_for_nvme():
-        with pytest.raises(PrepareError) as error:
-            accelerator.prepare(model, adamw(model))
-        return str(error.value)
-    described = {"zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
-    accelerator = make("zero3", deepspeed_plugin={**plugin, "hf_ds_config": described})
-    model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters()))
-    losses = [step(accelerator, model, optimizer) for _ in range(3)]
-    assert losses[-1] < losses[0]
-    return "trained"
-
-
-def compiles_for_nvme() -> bool:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(AsyncIOBuilder().is_compatible(verbose=False))
-
-
-# With libaio it compiles two operations, for minutes.
-@pytest.mark.slow
-@pytest.mark.skipif(find_library("aio") is None, reason="libaio is not installed")
-def test_nvme_trains(tmp_path: Path) -> None:
-    assert run_on_ranks(2, on_nvme, str(tmp_path), timeout=600.0) == ["trained"] * 2
-
-
-@pytest.mark.skipif(find_library("aio") is not None, reason="libaio is installed")
-def test_nvme_says_what_is_missing(tmp_path: Path) -> None:
-    for answer in run_on_ranks(2, on_nvme, str(tmp_path)):
-        assert answer == "trained" or ("async_io" in answer and "libaio-dev" in answer), answer
 
 
 # Stand-ins

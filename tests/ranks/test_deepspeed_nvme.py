@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from paceline import DummyOptim
-from paceline.errors import PrepareError
+from paceline.errors import CheckpointError, PrepareError
 from tests.support.engines import make, needs_deepspeed
 from tests.support.ranks import run_on_ranks
 
@@ -84,29 +84,52 @@ class Run:
         return losses
 
 
-def on_disk(parts: list[str], folder: str) -> tuple[list[float], list[float], list[float], list[str]]:
+def files_in(folder: Path) -> list[str]:
+    return sorted(name for _, _, names in os.walk(folder) for name in names)
+
+
+def parameters_on_disk(folder: str) -> tuple[list[float], list[float], list[float], list[str]]:
     disk = Path(folder) / "disk"
-    disk.mkdir(exist_ok=True)
-    run = Run(parts, disk)
-    first = run.train(3)
-    swapped = sorted(name for _, _, names in os.walk(disk) for name in names)
+    run = Run(["param"], disk)
+    first, swapped = run.train(3), files_in(disk)
     run.accelerator.save_state(Path(folder) / "state")
     went_on = run.train(2)
-    again = Run(parts, disk)
+    again = Run(["param"], disk)
     again.accelerator.load_state(Path(folder) / "state")
     return first, went_on, again.train(2), swapped
 
 
 @trains
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [["param"], ["optimizer"], ["param", "optimizer"]], ids="+".join)
-def test_what_lies_on_a_disk_trains_and_resumes(parts: list[str], tmp_path: Path) -> None:
+def test_parameters_on_a_disk_train_and_resume(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
     wanted = plain_losses(5)
     assert wanted[4] < 0.9 * wanted[0]
-    for first, went_on, again, swapped in run_on_ranks(2, on_disk, parts, str(tmp_path), timeout=900.0):
+    for first, went_on, again, swapped in run_on_ranks(2, parameters_on_disk, str(tmp_path), timeout=900.0):
         assert [*first, *went_on] == pytest.approx(wanted, rel=1e-3)
         assert again == went_on
         assert len(swapped) >= 4, "nothing went to the disk"
+
+
+def optimizer_on_disk(parts: list[str], folder: str) -> tuple[list[float], list[str], str]:
+    disk = Path(folder) / "disk"
+    run = Run(parts, disk)
+    losses, swapped = run.train(3), files_in(disk)
+    with pytest.raises(CheckpointError) as error:
+        run.accelerator.save_state(Path(folder) / "state")
+    return losses, swapped, str(error.value)
+
+
+@trains
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [["optimizer"], ["param", "optimizer"]], ids="+".join)
+def test_an_optimizer_on_a_disk_trains_and_says_that_it_cannot_be_saved(parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for losses, swapped, refused in run_on_ranks(2, optimizer_on_disk, parts, str(tmp_path), timeout=900.0):
+        assert losses == pytest.approx(plain_losses(3), rel=1e-3)
+        assert len(swapped) >= 4, "nothing went to the disk"
+        assert "in memory only while a step is taken. Set offload_optimizer_device to cpu" in refused
+    assert not (tmp_path / "state").exists()
 
 
 def refusal(part: str, folder: str) -> str:

@@ -183,7 +183,7 @@ class Pieces(Partitions):
         groups = self._zero.fp16_groups
         self._index = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group)}
         if getattr(self._zero, "swap_optimizer", False):
-            self._refuse = "its optimizer states are on NVMe"
+            self._refuse = "The optimizer's states, and its fp32 values, are on NVMe"
         else:
             self._refuse = ""
 
@@ -210,9 +210,9 @@ class Pieces(Partitions):
             return None
         if self._refuse:
             raise StateError(
-                "The state of a run with offload to NVMe was asked for",
+                "The state of a run with its optimizer on NVMe was asked for",
                 self._refuse + ", and they are in memory only while a step is taken",
-                "Offload to the CPU instead, or keep weights only with save_model",
+                "Set offload_optimizer_device to cpu; parameters may stay on NVMe",
             )
         zero = self._zero
         sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]

@@ -342,6 +342,7 @@ class DeepSpeedStrategy(Strategy):
             for parameter in parameters:
                 if bound.partitions.place(parameter) is not None:
                     bound.partitions.value(parameter).values.copy_(piece_of(parameter).values)
+            bound.partitions.put_away()
 
     # One step
 

@@ -195,6 +195,7 @@ def restore_exact(bound: Bound, exact: Mapping[int, Tensor] | None, around: Surr
         whole = torch.empty(part.numel, device=device) if known is None else known.reshape(-1).to(device)
         around.group.broadcast(whole)
         part.values.copy_(whole[part.start : part.stop])
+    bound.partitions.put_away()
 
 
 def cast_inputs(value: Any, dtype: torch.dtype) -> Any:

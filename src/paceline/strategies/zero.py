@@ -80,6 +80,10 @@ class Partitions(ABC):
     def publish(self) -> None:
         """Carry the optimizer's fp32 values to the copies that the forward uses. Collective."""
 
+    def put_away(self) -> None:
+        """Write back what `place` brought into memory from a disk and somebody changed."""
+        return
+
     @abstractmethod
     def drop_gradients(self) -> None:
         """Forget the gradients gathered since the last step."""
@@ -176,16 +180,16 @@ class Line(Partitions):
 
 
 class Pieces(Partitions):
-    """Stage 3: every parameter is cut by itself, into equal pieces of which the last is filled up."""
+    """Stage 3: every parameter is cut by itself, into equal pieces of which the last is filled up.
+
+    With the optimizer on NVMe, a sub-group's fp32 values and states are in memory only while a step is taken. `place`
+    brings a copy of them into the same tensors, where the next step drops it.
+    """
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         groups = self._zero.fp16_groups
         self._index = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group)}
-        if getattr(self._zero, "swap_optimizer", False):
-            self._refuse = "The optimizer's states, and its fp32 values, are on NVMe"
-        else:
-            self._refuse = ""
 
     @override
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -193,6 +197,12 @@ class Pieces(Partitions):
         if found is None:
             return None
         zero = self._zero
+        if zero.swap_optimizer:
+            raise StateError(
+                "Gradients of a run with its optimizer on NVMe were asked for",
+                "They go there piece by piece during the backward, until the step is taken",
+                "Leave clipping to DeepSpeed (gradient_clipping in its configuration), or offload the optimizer to cpu",
+            )
         if zero.offload_optimizer:
             place = self.place(parameter)
             gradient = None if place is None else place.flat.grad
@@ -208,17 +218,51 @@ class Pieces(Partitions):
     def place(self, parameter: nn.Parameter) -> Place | None:
         if id(parameter) not in self._index:
             return None
-        if self._refuse:
-            raise StateError(
-                "The state of a run with its optimizer on NVMe was asked for",
-                self._refuse + ", and they are in memory only while a step is taken",
-                "Set offload_optimizer_device to cpu; parameters may stay on NVMe",
-            )
         zero = self._zero
         sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        self._bring_in(sub_group)
         start, numel = self._run(parameter)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
         return Place(flat, offset, start, numel, zero.sub_group_to_group_id[sub_group])
+
+    def _bring_in(self, sub_group: int) -> None:
+        zero = self._zero
+        if not zero._swappable_optimizer_subgroup(sub_group) or self._in_memory(sub_group):
+            return
+        if zero.optimizer_swapper.__class__.__name__ == "PipelinedOptimizerSwapper":
+            raise StateError(
+                "The state of a run with its optimizer on NVMe was asked for",
+                "With pipeline_read or pipeline_write it is in memory only while a step is taken",
+                "Leave both out of offload_optimizer",
+            )
+        zero._optimizer_states_and_gradient_swap_in(sub_group)
+        info = zero.optimizer_swapper._get_param_swap_info(zero.fp32_partitioned_groups_flat[sub_group])
+        tensors = info.get_compute_tensors()
+        copies = [tensor.detach().clone() for tensor in tensors]
+        zero._release_swap_buffers(sub_group)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data = copy
+
+    def _in_memory(self, sub_group: int) -> bool:
+        return bool(self._zero.fp32_partitioned_groups_flat[sub_group].numel())
+
+    @override
+    def put_away(self) -> None:
+        zero = self._zero
+        for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            if not zero._swappable_optimizer_subgroup(sub_group) or not self._in_memory(sub_group):
+                continue
+            # DeepSpeed writes from buffers of its own, as it would after a step.
+            swapper = zero.optimizer_swapper
+            info = swapper._get_param_swap_info(flat)
+            tensors = info.get_compute_tensors()
+            copies = [tensor.detach() for tensor in tensors]
+            size = swapper._io_aligned_numel(info.numel())
+            info.swap_buffers = swapper.swap_buffer_manager.allocate(size, len(tensors), flat.dtype)
+            info.set_swap_buffers(info.swap_buffers, size)
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.data.copy_(copy)
+            zero._optimizer_states_and_gradient_swap_out(sub_group)
 
     @override
     def value(self, parameter: nn.Parameter) -> Part:
@@ -240,8 +284,10 @@ class Pieces(Partitions):
         # What is gathered right now would outlive the new values.
         zero._partition_all_parameters()
         for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            # What is not in memory was not changed.
             if flat.numel():
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self.put_away()
         # Small parameters stay gathered between steps, so their whole copies are renewed too.
         persistent = zero.persistent_parameters
         if persistent:

@@ -60,7 +60,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> ForeignState:
             if own["generators"]:
                 state.generators[rank] = from_plain(own["generators"])
             if own.get("loaders") and not rank:
-                state.notes.append("left: the positions of the loaders; no other format has a place for them")
+                state.notes.append("left: the positions of the loaders; what is converted begins an epoch anew")
     return state
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ctypes.util import find_library
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LinearLR
 
 from paceline import Accelerator, DeepSpeedPlugin
+from tests.ranks.test_deepspeed_nvme import optimizer_on_disk, parameters_on_disk, plain_losses
 from tests.ranks.test_state import load_and_go_on, run_and_save
 from tests.support.engines import needs_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
@@ -122,3 +125,18 @@ def test_layouts_exchange_their_states(one: Layout, precision: str, other: Layou
     for got, went_on in run_on_ranks(2, load_and_go_on, other, state, "adamw", "cuda", device="cuda"):
         assert_same_state(got, state)
         assert went_on == pytest.approx(losses, abs=tolerance)
+
+
+@pytest.mark.skipif(find_library("aio") is None, reason="libaio is not installed")
+@pytest.mark.timeout(900)  # DeepSpeed compiles its operations first
+@pytest.mark.parametrize("parts", [["param"], ["optimizer"], ["param", "optimizer"]], ids="+".join)
+def test_what_lies_on_a_disk_trains_and_resumes(parts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    wanted = plain_losses(5)
+    ways = (parameters_on_disk, (str(tmp_path), "cuda")) if parts == ["param"] else (
+        optimizer_on_disk, (parts, "no", str(tmp_path), "cuda"))  # fmt: skip
+    for first, went_on, again, swapped, *same in run_on_ranks(2, ways[0], *ways[1], device="cuda", timeout=900.0):
+        assert [*first, *went_on] == pytest.approx(wanted, rel=1e-3)
+        assert again == went_on
+        assert all(same)
+        assert len(swapped) >= 4, "nothing went to the disk"

@@ -62,11 +62,11 @@ def plugin_of(parts: list[str], folder: Path, *, described: bool) -> dict[str, A
 class Run:
     """One training with something of it on the disk."""
 
-    def __init__(self, parts: list[str], folder: Path, precision: str = "no") -> None:
+    def __init__(self, parts: list[str], folder: Path, precision: str = "no", device: str = "cpu") -> None:
         # The optimizer's state goes to the disk under DeepSpeed's own optimizer only.
         described = "optimizer" in parts
         plugin = plugin_of(parts, folder, described=described)
-        self.accelerator = make("zero3", deepspeed_plugin=plugin, mixed_precision=precision)
+        self.accelerator = make("zero3", deepspeed_plugin=plugin, mixed_precision=precision, cpu=device == "cpu")
         model: Any = make_model()
         optimizer: Any = (
             DummyOptim(model.parameters()) if described else torch.optim.AdamW(model.parameters(), **OPTIONS)
@@ -76,7 +76,8 @@ class Run:
     def train(self, steps: int) -> list[float]:
         losses = []
         for _ in range(steps):
-            mine = make_batch()[self.accelerator.process_index :: self.accelerator.num_processes]
+            batch = make_batch().to(self.accelerator.device)
+            mine = batch[self.accelerator.process_index :: self.accelerator.num_processes]
             loss = self.model(mine).square().mean()
             self.accelerator.backward(loss)
             self.optimizer.step()
@@ -89,13 +90,13 @@ def files_in(folder: Path) -> list[str]:
     return sorted(name for _, _, names in os.walk(folder) for name in names)
 
 
-def parameters_on_disk(folder: str) -> tuple[list[float], list[float], list[float], list[str]]:
+def parameters_on_disk(folder: str, device: str = "cpu") -> tuple[list[float], list[float], list[float], list[str]]:
     disk = Path(folder) / "disk"
-    run = Run(["param"], disk)
+    run = Run(["param"], disk, device=device)
     first, swapped = run.train(3), files_in(disk)
     run.accelerator.save_state(Path(folder) / "state")
     went_on = run.train(2)
-    again = Run(["param"], disk)
+    again = Run(["param"], disk, device=device)
     again.accelerator.load_state(Path(folder) / "state")
     return first, went_on, again.train(2), swapped
 
@@ -113,20 +114,20 @@ def test_parameters_on_a_disk_train_and_resume(tmp_path: Path) -> None:
 
 
 def optimizer_on_disk(
-    parts: list[str], precision: str, folder: str
+    parts: list[str], precision: str, folder: str, device: str = "cpu"
 ) -> tuple[list[float], list[float], list[float], list[str], bool]:
     disk = Path(folder) / "disk"
-    run = Run(parts, disk, precision)
+    run = Run(parts, disk, precision, device)
     first, swapped = run.train(3), files_in(disk)
     run.accelerator.save_state(Path(folder) / "state")
     before = run.accelerator.get_state_dict(run.model)
     went_on = run.train(2)
-    again = Run(parts, disk, precision)
+    again = Run(parts, disk, precision, device)
     again.accelerator.load_state(Path(folder) / "state")
     loaded = again.accelerator.get_state_dict(again.model)
     same = all(torch.equal(value, loaded[name]) for name, value in before.items())
     resumed = again.train(2)
-    again.accelerator.backward(again.model(make_batch()).mean())
+    again.accelerator.backward(again.model(make_batch().to(again.accelerator.device)).mean())
     with pytest.raises(StateError, match="Leave clipping to DeepSpeed"):
         again.accelerator.clip_grad_norm_(again.model.parameters(), 1.0)
     return first, went_on, resumed, swapped, same

@@ -49,12 +49,12 @@ ZERO_STAGES = with_deepspeed([f"zero{stage}" for stage in range(4)])
 
 
 def make(strategy: str, **arguments: Any) -> Accelerator:
-    """An Accelerator on the CPU under a strategy, or under a stage of ZeRO: `zero0` to `zero3`."""
+    """An Accelerator, on the CPU if nothing else is said, under a strategy or a stage of ZeRO: `zero0` to `zero3`."""
     if strategy.startswith("zero"):
         plugin = arguments.pop("deepspeed_plugin", {})
         arguments["deepspeed_plugin"] = DeepSpeedPlugin(zero_stage=int(strategy[4:]), **plugin)
         strategy = "deepspeed"
-    return Accelerator(cpu=True, strategy=strategy, **arguments)
+    return Accelerator(strategy=strategy, **{"cpu": True, **arguments})
 
 
 def whole_gradients(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:

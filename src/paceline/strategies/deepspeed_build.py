@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import shutil
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
     parameters = (section or {}).get("params", {})
     if section is None or parameters.get("torch_adam") or kind not in _ZERO_OPTIMIZERS:
         return
+    _check_architectures(kind)
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         raise PrepareError(
@@ -120,6 +122,7 @@ def check_disk(settings: Mapping[str, Any]) -> None:
     parts = [part for part in ("optimizer", "param") if zero.get(f"offload_{part}", {}).get("device") == "nvme"]
     if not parts:
         return
+    _check_architectures("async_io")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     with warnings.catch_warnings():
@@ -131,6 +134,16 @@ def check_disk(settings: Mapping[str, Any]) -> None:
             f"offload_{parts[0]}_device is nvme",
             "DeepSpeed compiles its operation async_io for that, and the headers or the library libaio are missing",
             "Install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu",
+        )
+
+
+def _check_architectures(operation: str) -> None:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if torch.cuda.is_available() and re.search(r"\d[a-z]", listed):
+        raise PrepareError(
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, and DeepSpeed has to compile its {operation}",
+            "DeepSpeed reads plain numbers there, and fails on an architecture with a letter",
+            f"Set TORCH_CUDA_ARCH_LIST={re.sub('[a-z]', '', listed)!r} for this run, or unset it",
         )
 
 

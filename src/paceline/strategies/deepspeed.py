@@ -3,6 +3,7 @@
 The engine owns backward and step; what a step *is* stays paceline's: the window, true means, clipping, skipped steps
 and the scheduler are the same as under every other strategy. So the engine is told that a window has one
 micro-batch and that nothing is to be clipped, and this class says where a window ends and clips by itself.
+A step (`deepspeed_stepping`) and the training state (`deepspeed_state`) are parts of the class in files of their own.
 """
 
 from __future__ import annotations
@@ -15,23 +16,13 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from paceline.checkpoint.parts import OptimizerState, Part
 from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
-from paceline.errors import (
-    ForeignOptimizerError,
-    MissingExtraError,
-    PrecisionError,
-    PrepareError,
-    StateError,
-    SteppingError,
-)
+from paceline.errors import ForeignOptimizerError, MissingExtraError, PrecisionError, PrepareError
 from paceline.precision import autocast_forward
-from paceline.strategies import zero_state
-from paceline.strategies.base import DistributedType, Strategy, check_trainable, multiply, refuse_join, short_dtype
+from paceline.strategies.base import DistributedType, check_trainable, short_dtype
 from paceline.strategies.compiled import compile_model
 from paceline.strategies.deepspeed_build import (
-    DTYPES,
     as_groups,
     cast_inputs,
     check_compiler,
@@ -49,13 +40,12 @@ from paceline.strategies.deepspeed_build import (
     restore_exact,
 )
 from paceline.strategies.deepspeed_settings import Known, hidden_size_of, resolve_scheduler, resolve_settings
+from paceline.strategies.deepspeed_state import EngineState
+from paceline.strategies.deepspeed_stepping import EngineStepping
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
-from paceline.strategies.state import saved_buffers
 from paceline.strategies.transformers_init import announce
 from paceline.strategies.zero import partitions_of, piece_of
 from paceline.strategies.zero_engine import Bound
-from paceline.strategies.zero_gradients import clip_norm, clip_value, runs_of
-from paceline.strategies.zero_state import gather_whole, is_cut, value_of
 
 try:
     import deepspeed
@@ -64,17 +54,15 @@ except ImportError as error:
     raise MissingExtraError("deepspeed", "deepspeed", "strategy='deepspeed'") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
     from torch.optim import Optimizer
 
-    from paceline.checkpoint.parts import Number, Slot
     from paceline.strategies.base import Surroundings
 
 
-class DeepSpeedStrategy(Strategy):
+class DeepSpeedStrategy(EngineStepping, EngineState):
     """ZeRO: stage 1 shards the optimizer's states, 2 gradients as well, 3 parameters as well."""
 
     name = "deepspeed"
@@ -84,10 +72,9 @@ class DeepSpeedStrategy(Strategy):
         super().__init__(surroundings)
         self._plugin = surroundings.config.deepspeed_config or DeepSpeedPlugin()
         self._stage = self._plugin.zero_stage
-        self._engines: list[Bound] = []
+        self._engines = []
         self._references: list[Any] = []
-        self._settings: dict[str, Any] = {}
-        # Whether somebody steps the schedule that the configuration describes.
+        self._settings = {}
         self._scheduled = False
         self._check_surroundings()
         prepare_package()
@@ -113,11 +100,6 @@ class DeepSpeedStrategy(Strategy):
         Empty until a model was prepared.
         """
         return copy.deepcopy(self._settings)
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        """The dtype of the parameters that the forward uses, where that is not fp32."""
-        return DTYPES.get(self.around.precision.mode) if self._stage > 0 else None
 
     @property
     def _shards_while_building(self) -> bool:
@@ -306,12 +288,6 @@ class DeepSpeedStrategy(Strategy):
         self._settings["scheduler"] = section
         return make_scheduler(section, optimizer)
 
-    def _find(self, optimizer: object) -> Bound | None:
-        return next((b for b in self._engines if b.given is optimizer or b.optimizer is optimizer), None)
-
-    def _engine_of(self, model: nn.Module) -> Bound | None:
-        return next((b for b in self._engines if b.engine is model or b.model is model), None)
-
     # Models that are built sharded
 
     @override
@@ -343,208 +319,6 @@ class DeepSpeedStrategy(Strategy):
                 if bound.partitions.place(parameter) is not None:
                     bound.partitions.value(parameter).values.copy_(piece_of(parameter).values)
             bound.partitions.put_away()
-
-    # One step
-
-    @override
-    def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
-        bound = self._engine_of(model)
-        if bound is not None:
-            bound.ends = enabled
-            bound.engine.set_gradient_accumulation_boundary(enabled)
-
-    @override
-    def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
-        retain = kwargs.pop("retain_graph", False)
-        if kwargs or loss.ndim:
-            saw = f"backward() got {', '.join(kwargs)}" if kwargs else f"backward() got a loss of shape {[*loss.shape]}"
-            raise SteppingError(
-                saw,
-                "DeepSpeed's engine computes the gradients of one number and takes only retain_graph",
-                "Pass a loss of shape [], or use another strategy",
-            )
-        bound = self._source()
-        if bound.ended:
-            raise SteppingError(
-                f"backward() was called again on {type(bound.model).__name__} after the backward that ended its window",
-                "DeepSpeed's engine would forget the gradients of the first one",
-                "Add the losses up and call backward() once, or train under accumulate() without sync_each_batch",
-            )
-        bound.pending, bound.clipped, bound.ended = False, False, bound.ends
-        bound.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
-
-    def _source(self) -> Bound:
-        """The engine that this loss comes from: the one whose forward ran since its last backward."""
-        if len(self._engines) == 1:
-            return self._engines[0]
-        pending = [bound for bound in self._engines if bound.pending]
-        if len(pending) == 1:
-            return pending[0]
-        names = ", ".join(type(bound.model).__name__ for bound in pending) or "none"
-        raise SteppingError(
-            f"backward() was called after the forward of several trained models: {names}",
-            "Each has its own DeepSpeed engine, which must run the backward of its own loss",
-            "Call forward and backward of one model before the forward of the next, with torch.no_grad() around a "
-            "forward that needs no gradient; or use strategy='fsdp'",
-        )
-
-    @override
-    @torch.no_grad()
-    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
-        for _, runs in runs_of(self._engines, parameters, self.around.device):
-            multiply(runs, factor)
-
-    @override
-    def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
-        self._check_clip(max_norm)
-        found = runs_of(self._engines, parameters, self.around.device)
-        for bound, _ in found:
-            bound.clipped = True
-        return clip_norm(found, max_norm, norm_type, self.around.group, self.around.device)
-
-    @override
-    def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
-        clip_value(runs_of(self._engines, parameters, self.around.device), value)
-
-    def _check_clip(self, max_norm: float) -> None:
-        """One owner for the largest norm: the script, or the configuration."""
-        asked = self._clipping
-        if asked is not None and max_norm not in (asked, float("inf")):
-            raise SteppingError(
-                f"clip_grad_norm_(max_norm={max_norm:g}) was called, and the DeepSpeed configuration says "
-                f"gradient_clipping {asked:g}",
-                "Only one of them can hold",
-                'Write "auto" into the configuration, or pass the same value',
-            )
-
-    @property
-    def _clipping(self) -> float | None:
-        """The largest norm that the configuration asks for; None where the script decides."""
-        asked = self._plugin.gradient_clipping
-        return float(asked) if isinstance(asked, (int, float)) and asked > 0 else None
-
-    @override
-    def check_first_backward(self) -> None:
-        if "scheduler" in self._settings and not self._scheduled:
-            raise PrepareError(
-                "The DeepSpeed configuration has a scheduler section, and no DummyScheduler was prepared",
-                "Nobody would step what it describes",
-                "Prepare a DummyScheduler(optimizer), or remove the section",
-            )
-
-    @override
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is not None:
-            raise SteppingError(
-                "optimizer.step(closure) was called under DeepSpeed",
-                "Its engine computes the gradients before the step and cannot compute them again inside",
-                "Use an optimizer that needs no closure, or strategy='ddp'",
-            )
-        bound = self._find(optimizer)
-        assert bound is not None
-        asked = self._clipping
-        if asked is not None and not bound.clipped:
-            self.clip_norm([p for group in bound.groups for p in group], asked, 2.0)
-        bound.engine.step()
-        bound.ended = False
-        return None
-
-    @override
-    def step_was_skipped(self, optimizer: Optimizer) -> bool:
-        bound = self._find(optimizer)
-        return bound is not None and bool(getattr(bound.engine.optimizer, "overflow", False))
-
-    @override
-    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
-        bound = self._find(optimizer)
-        assert bound is not None
-        bound.partitions.drop_gradients()
-        bound.ended = False
-
-    @override
-    def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-        raise refuse_join("DeepSpeed")
-
-    # State, in and out
-
-    @override
-    def num_elements(self, model: nn.Module) -> int:
-        # Stage 3 leaves empty parameters behind.
-        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-
-    @override
-    def model_state(self, model: nn.Module) -> dict[str, Part]:
-        bound = self._engine_of(model)
-        inner = self.unwrap(model)
-        parts = {name: value_of(bound, parameter) for name, parameter in inner.named_parameters()}
-        return parts | {name: Part.whole(buffer) for name, buffer in saved_buffers(inner)}
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerState:
-        return zero_state.optimizer_state(self._bound(optimizer), names)
-
-    @override
-    def make_slots(
-        self,
-        optimizer: Optimizer,
-        names: Mapping[int, str],
-        slots: Mapping[str, Mapping[str, Slot]],
-        numbers: Mapping[str, Mapping[str, Number]],
-    ) -> None:
-        zero_state.make_slots(self._bound(optimizer), names, slots, numbers)
-
-    @override
-    def set_groups(self, optimizer: Optimizer, names: Mapping[int, str], groups: Sequence[Mapping[str, Any]]) -> None:
-        zero_state.set_groups(self._bound(optimizer), names, groups)
-
-    @override
-    def state_written(self) -> None:
-        for bound in self._engines:
-            zero_state.state_written(bound)
-
-    @override
-    def engine_state(self) -> dict[str, Any]:
-        return {"loss_scalers": [zero_state.scaler_state(bound.engine.optimizer) for bound in self._engines]}
-
-    @override
-    def load_engine_state(self, state: Mapping[str, Any]) -> None:
-        for bound, held in zip(self._engines, state.get("loss_scalers", ()), strict=False):
-            zero_state.take_scaler_state(bound.engine.optimizer, held)
-
-    def _bound(self, optimizer: Optimizer) -> Bound:
-        bound = self._find(optimizer)
-        if bound is None:
-            raise StateError(f"The state of a {type(optimizer).__name__} was asked for that was not prepared")
-        return bound
-
-    @override
-    @torch.no_grad()
-    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
-        bound = self._engine_of(model)
-        state: dict[str, Tensor] = {}
-        cut = {name for name, p in self.unwrap(model).named_parameters() if is_cut(bound, p)}
-        for name, part in self.model_state(model).items():
-            whole = (
-                gather_whole(part, self.around.group, self.around.device)
-                if name in cut
-                else part.values.reshape(part.shape).cpu()
-            )
-            if self.around.world.is_main:
-                state[name] = whole
-        if not state:
-            return {}
-        self._round(bound, self.unwrap(model), state)
-        for alias, first in self.tied_names(model).items():
-            state[alias] = state[first]
-        return state
-
-    def _round(self, bound: Bound | None, inner: nn.Module, state: dict[str, Tensor]) -> None:
-        """Give weights the dtype they came in, or 16 bits where the configuration asks for it."""
-        if bound is None:
-            return
-        short = self._dtype if self._plugin.zero3_save_16bit_model else None
-        for name, parameter in inner.named_parameters():
-            state[name] = state[name].to(short or bound.dtypes.get(id(parameter), state[name].dtype))
 
     # What others want to know
 

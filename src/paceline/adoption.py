@@ -11,7 +11,7 @@ import torch
 
 from paceline.checkpoint.foreign import open_foreign
 from paceline.environment.generators import load_generators_state
-from paceline.errors import CheckpointError, PacelineError, StateError, named
+from paceline.errors import CheckpointError, PacelineError, StateError, named, named_ranks
 from paceline.resume import numbered
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class _Adoption:
         taken = strategy.around.group.all_gather_object(whole)
         ranks = [rank for rank, did in enumerate(taken) if did]
         if ranks:
-            self._lines.append(f"took: random generators of ranks {named([str(rank) for rank in ranks])}")
+            self._lines.append(f"took: random generators of {named_ranks(ranks)}")
         if len(ranks) < len(taken):
             self._lines.append("left: random generators of the other ranks; the folder has none for them")
 

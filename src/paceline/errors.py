@@ -286,8 +286,8 @@ def named(names: Sequence[str], limit: int = 8) -> str:
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
 
 
-def named_ranks(numbers: Iterable[int]) -> str:
-    """Write [0, 2, 3, 4] as `ranks 0, 2-4`."""
+def named_ranks(numbers: Iterable[int], one: str = "", several: str = "") -> str:
+    """Write [0, 2, 3, 4] as `ranks 0, 2-4`, and after it the verb as it goes with one rank or with several."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -295,4 +295,5 @@ def named_ranks(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"ranks {text}"
+    is_one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"{'rank' if is_one else 'ranks'} {text} {one if is_one else several}".rstrip()

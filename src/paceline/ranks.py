@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from paceline.collectives import main_process_first, operations
-from paceline.errors import CollectiveError
+from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -190,9 +190,9 @@ class Ranks:
 
 
 def _without_a_batch(counts: BatchCounts) -> CollectiveError:
-    missing = ", ".join(str(rank) for rank, rows in enumerate(counts.rows) if not rows)
+    missing = named_ranks((rank for rank, rows in enumerate(counts.rows) if not rows), "has", "have")
     return CollectiveError(
-        f"gather_for_metrics was called while the ranks {missing} have no batch left",
+        f"gather_for_metrics was called while {missing} no batch left",
         "Their loops are over, so the others would wait for them for ever",
         "Leave even_batches=True: the last batches are filled up, and what was added is dropped here",
     )

@@ -178,7 +178,7 @@ def test_each_thing_taken_or_left_gets_a_line() -> None:
         "took: optimizer 0, at step 3",
         "took: scheduler 0 at 6 after 3 optimizer steps",
         "took: custom object 0",
-        "took: random generators of ranks 0",
+        "took: random generators of rank 0",
         "left: positions of loaders",
     ):
         assert words in said, said

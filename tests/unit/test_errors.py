@@ -35,6 +35,7 @@ from paceline.errors import (
     WorkerError,
     WorldError,
     named,
+    named_ranks,
 )
 
 if TYPE_CHECKING:
@@ -151,3 +152,10 @@ def test_a_missing_package_is_an_import_error_too() -> None:
 def test_long_lists_of_names_are_cut() -> None:
     assert named(["a", "b"]) == "a, b"
     assert named([str(n) for n in range(10)], limit=3) == "0, 1, 2 and 7 more"
+
+
+def test_ranks_are_written_out_in_one_way() -> None:
+    assert named_ranks([4, 0, 2, 3]) == "ranks 0, 2-4"
+    assert named_ranks([7]) == "rank 7"
+    assert named_ranks([7], "is", "are") == "rank 7 is"
+    assert named_ranks(range(2), "is", "are") == "ranks 0-1 are"

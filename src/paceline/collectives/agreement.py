@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.collectives.nested import leaves, maybe_children, path_text
-from paceline.collectives.wording import ranks_text
-from paceline.errors import CollectiveError
+from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -41,7 +40,7 @@ def check_agreement(
     _require_same(
         [name for name, _ in accounts],
         lambda odd, usual, value, norm: f"{odd} in {value} where {usual} in {norm}",
-        are=True,
+        ("is", "are"),
     )
     paths = list(dict.fromkeys(path for _, account in accounts for path in account))
     for path in paths:
@@ -65,7 +64,11 @@ def _account(data: Any, free_dim: Callable[[torch.Tensor], int | None] | None) -
     return account
 
 
-def _require_same(values: list[Any], sentence: Callable[[str, str, Any, Any], str], *, are: bool = False) -> None:
+def _require_same(
+    values: list[Any],
+    sentence: Callable[[str, str, Any, Any], str],
+    verb: tuple[str, str] = ("brings", "bring"),
+) -> None:
     counted: Counter[Hashable] = Counter(values)
     if len(counted) <= 1:
         return
@@ -74,20 +77,14 @@ def _require_same(values: list[Any], sentence: Callable[[str, str, Any, Any], st
     odd = [rank for rank, value in enumerate(values) if value == odd_value]
     usual = [rank for rank, value in enumerate(values) if value == norm]
     others = [rank for rank in range(len(values)) if rank not in odd and rank not in usual]
-    saw = sentence(_ranks(odd, are), _ranks(usual, are), odd_value, norm)
+    saw = sentence(named_ranks(odd, *verb), named_ranks(usual, *verb), odd_value, norm)
     if others:
-        saw += f"; {ranks_text(others)} differ too"
+        saw += f"; {named_ranks(others, 'differs', 'differ')} too"
     raise CollectiveError(
         saw[0].upper() + saw[1:],
         "A collective needs the same call with the same structure, shapes and dtypes on every rank",
         "Pad with pad_across_processes first, or exchange unequal things with gather_object",
     )
-
-
-def _ranks(ranks: list[int], are: bool) -> str:
-    if are:
-        return ranks_text(ranks, are=True)
-    return f"{ranks_text(ranks)} {'brings' if len(ranks) == 1 else 'bring'}"
 
 
 def _difference(path: str, odd: str, usual: str, value: tuple[str, str], norm: tuple[str, str]) -> str:

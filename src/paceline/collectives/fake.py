@@ -15,8 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from paceline.collectives.group import Board, Group, Pending
 from paceline.collectives.wire import Op, WireOp, plain, reduce_over_wire, seal, unseal
-from paceline.collectives.wording import ranks_text
-from paceline.errors import CollectiveError
+from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -99,8 +98,8 @@ class Room:
         operation = next(iter(exchange.operations.values()))
         where = "; ".join(f"rank {rank} {self._whereabouts(rank)}" for rank in missing)
         return CollectiveError(
-            f"{ranks_text(missing, capital=True)} did not come to the {operation} that "
-            f"{ranks_text(sorted(exchange.values), are=True)} in: {where}",
+            f"{named_ranks(missing).capitalize()} did not come to the {operation} that "
+            f"{named_ranks(exchange.values, 'is', 'are')} in: {where}",
             "A collective returns only when every rank has called it",
             "Make the call on every rank, outside of any branch on the rank",
         )
@@ -115,7 +114,7 @@ def _disagreement(exchange: Exchange) -> CollectiveError:
     by_operation: dict[str, list[int]] = {}
     for rank, operation in sorted(exchange.operations.items()):
         by_operation.setdefault(operation, []).append(rank)
-    seen = [f"{ranks_text(ranks, are=True)} in {operation}" for operation, ranks in by_operation.items()]
+    seen = [f"{named_ranks(ranks, 'is', 'are')} in {operation}" for operation, ranks in by_operation.items()]
     return CollectiveError(
         f"The ranks are in different operations: {', '.join(seen)}",
         "The n-th collective of one rank meets the n-th of every other",
@@ -206,7 +205,7 @@ def _alike(tensors: list[torch.Tensor], operation: str) -> list[torch.Tensor]:
     for rank, tensor in enumerate(tensors):
         seen.setdefault(f"{tuple(tensor.shape)} {tensor.dtype}", []).append(rank)
     if len(seen) > 1:
-        brought = ", ".join(f"{ranks_text(ranks)}: {what}" for what, ranks in seen.items())
+        brought = ", ".join(f"{named_ranks(ranks)}: {what}" for what, ranks in seen.items())
         raise CollectiveError(
             f"The ranks brought different tensors to {operation} ({brought})",
             "It needs the same shape and dtype on every rank",

@@ -11,8 +11,7 @@ import torch
 from paceline.collectives.agreement import check_agreement
 from paceline.collectives.nested import map_leaves, send_to_device, tensors
 from paceline.collectives.packing import all_gather_many
-from paceline.collectives.wording import ranks_text
-from paceline.errors import CollectiveError
+from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,7 +223,7 @@ def _neither(sizes: list[int], rows: tuple[int, ...]) -> CollectiveError:
     odd = [rank for rank, size in enumerate(sizes) if size != rows[rank]]
     return CollectiveError(
         f"A tensor has {sizes} rows on the ranks, whose batches have {list(rows)} "
-        f"({ranks_text(odd)} {'differs' if len(odd) == 1 else 'differ'})",
+        f"({named_ranks(odd, 'differs', 'differ')})",
         "It is neither one row per sample nor a value of equal shape on every rank",
         "Gather tensors computed from the batch in use, or pad with pad_across_processes first",
     )

@@ -123,18 +123,18 @@ def _absence(
     if elsewhere and len(missing) == len([rank for rank in missing if rank in known]):
         call = elsewhere[0]
         return (
-            f"{call} is not called by every rank: {named_ranks(missing)} {_is(missing)} in it, and "
-            f"{named_ranks(inside)} {_is(inside)} in {what}"
+            f"{call} is not called by every rank: {named_ranks(missing, 'is', 'are')} in it, and "
+            f"{named_ranks(inside, 'is', 'are')} in {what}"
         )
     if seconds:
-        waiting = f"{named_ranks(inside)} {'has' if len(inside) == 1 else 'have'} waited for {seconds:.0f} s"
+        waiting = f"{named_ranks(inside, 'has', 'have')} waited for {seconds:.0f} s"
     else:
-        waiting = f"{named_ranks(inside)} {'was' if len(inside) == 1 else 'were'}"
+        waiting = named_ranks(inside, "was", "were")
     if not any(rank in known for rank in missing):
-        return f"{named_ranks(missing)} {'does' if len(missing) == 1 else 'do'} not answer; {waiting} in {what}"
+        return f"{named_ranks(missing, 'does', 'do')} not answer; {waiting} in {what}"
     if all(rank in known and known[rank].fate for rank in missing):
-        return f"{named_ranks(missing)} {known[missing[0]].fate} without entering {what}, in which {waiting}"
-    return f"{named_ranks(missing)} {'has' if len(missing) == 1 else 'have'} not entered {what}, in which {waiting}"
+        return f"{_fates(known, missing)} without entering {what}, in which {waiting}"
+    return f"{named_ranks(missing, 'has', 'have')} not entered {what}, in which {waiting}"
 
 
 def _what(known: Mapping[int, Standing], stuck: Operation, inside: Sequence[int]) -> str:
@@ -148,10 +148,6 @@ def _collective_calls(known: Mapping[int, Standing], ranks: Sequence[int]) -> li
     """The methods that every rank must call and that some of these ranks are in."""
     places = [known[rank].place for rank in ranks if rank in known]
     return sorted({place.call for place in places if place is not None and place.is_collective})
-
-
-def _is(ranks: Sequence[int]) -> str:
-    return "is" if len(ranks) == 1 else "are"
 
 
 def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float) -> tuple[str, str]:
@@ -186,10 +182,20 @@ def _face(operation: Operation) -> tuple[str, str]:
 def _sentence_without_collective(known: Mapping[int, Standing], silent: Sequence[int], seconds: float) -> str:
     ended = [rank for rank, standing in sorted(known.items()) if standing.fate]
     if silent:
-        return f"{named_ranks(silent)} {'does' if len(silent) == 1 else 'do'} not answer"
+        return f"{named_ranks(silent, 'does', 'do')} not answer"
     if ended:
-        return f"{named_ranks(ended)} {known[ended[0]].fate} while others still exchanged something"
+        return f"{_fates(known, ended)} while others still exchanged something"
     return f"nothing has moved for {seconds:.0f} s" if seconds else "an exchange between ranks failed"
+
+
+def _fates(known: Mapping[int, Standing], ranks: Iterable[int]) -> str:
+    """How ranks ended; a fate is worded for one rank."""
+    grouped = _grouped({rank: known[rank].fate for rank in ranks})
+    return " and ".join(named_ranks(alike, fate, _of_several(fate)) for fate, alike in grouped.items())
+
+
+def _of_several(fate: str) -> str:
+    return fate.replace("has ", "have ", 1).replace("is at the end of its", "are at the end of their", 1)
 
 
 def _lines(known: Mapping[int, Standing], silent: Sequence[int], stuck: Operation | None) -> list[str]:

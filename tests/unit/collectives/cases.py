@@ -528,7 +528,7 @@ def debug_names_the_odd_rank(group: Group) -> None:
     if group.size == 1:
         return
     odd = group.size - 1
-    usual = "rank 0 brings" if group.size == 2 else "ranks 0, 1 bring"
+    usual = "rank 0 brings" if group.size == 2 else "ranks 0-1 bring"
     is_odd = group.rank == odd
 
     def refused(message: str, call: Callable[[], object]) -> None:

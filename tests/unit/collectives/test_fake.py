@@ -40,7 +40,7 @@ def test_ranks_that_stay_away_are_named_after_the_timeout() -> None:
                 stay.set()
 
     message = (
-        r"Ranks 0, 1 did not come to the all_reduce\(sum\) that rank 2 is in: "
+        r"Ranks 0-1 did not come to the all_reduce\(sum\) that rank 2 is in: "
         r"rank 0 made 1 exchanges and no further one in 1 s; rank 1"
     )
     with pytest.raises(CollectiveError, match=message):

@@ -68,6 +68,10 @@ def test_ranks_that_ended_or_do_not_answer() -> None:
     silent = verdict([waiting], 2, seconds=9)
     assert silent.startswith("rank 1 does not answer; rank 0 has waited for 9 s in all_reduce #5")
     assert "  rank 1: no answer" in silent
+    gone = [Standing(rank=rank, fate="has ended") for rank in (1, 2)] + [Standing(rank=3, fate="failed (ValueError)")]
+    assert verdict([waiting, *gone], 4, seconds=9).startswith(
+        "ranks 1-2 have ended and rank 3 failed (ValueError) with"
+    )
     raised = Standing(rank=0, fate="failed (CollectiveError)", operations=(operation(5, done=True),), raised=True)
     assert "in which rank 0 was\n" in verdict([raised, Standing(rank=1, fate="has ended")], 2, seconds=0)
     nothing = Standing(rank=0, fate="failed (CollectiveError)", raised=True)

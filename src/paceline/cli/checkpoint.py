@@ -44,6 +44,7 @@ def command() -> None:
 
 @command.command(
     name="list",
+    short_help="Show what was saved, newest first, and what is whole.",
     epilog=examples(
         "paceline checkpoint list runs/a",
         "paceline checkpoint list runs/a --json",
@@ -107,6 +108,7 @@ def _size_of(checkpoint: Checkpoint) -> int:
 
 @command.command(
     name="inspect",
+    short_help="Show what one checkpoint holds.",
     epilog=examples(
         "paceline checkpoint inspect runs/a/checkpoints/checkpoint_3",
         "paceline checkpoint inspect --tensors pytorch_model_fsdp_0",
@@ -189,6 +191,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 @command.command(
     name="verify",
+    short_help="Read checkpoints through, and compare every byte with its checksum.",
     epilog=examples(
         "paceline checkpoint verify runs/a/checkpoints/*",
     ),
@@ -235,6 +238,7 @@ def _verify(folder: Path) -> str:
 
 @command.command(
     name="export",
+    short_help="Write the weights as safetensors.",
     epilog=examples(
         "paceline checkpoint export runs/a/checkpoints/checkpoint_3 model",
         "paceline checkpoint export --dtype bf16 --max_shard_size 5GB global_step100 model",
@@ -284,6 +288,7 @@ def export(
 
 @command.command(
     name="convert",
+    short_help="Turn a checkpoint into one of another library.",
     epilog=examples(
         "paceline checkpoint convert --to deepspeed runs/a/checkpoints/checkpoint_3 universal",
         "paceline checkpoint convert --to paceline global_step100 converted",

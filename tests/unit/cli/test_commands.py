@@ -62,6 +62,20 @@ def test_an_unknown_command(paceline: Paceline) -> None:
     assert "lunch" in answer.err
 
 
+@pytest.mark.parametrize(("typed", "meant"), [(["laucnh"], "launch"), (["config", "chekc"], "check")])
+def test_a_mistyped_command_is_answered_with_the_one_that_is_meant(
+    paceline: Paceline, typed: list[str], meant: str
+) -> None:
+    answer = paceline(*typed)
+    assert answer.code == 2
+    assert f"No such command {typed[-1]!r}. Did you mean {meant!r}?" in answer.err
+
+
+def test_no_line_of_a_list_of_commands_is_cut_off() -> None:
+    cut = [line for _, text in commands(_paceline, None, "paceline") for line in text.splitlines() if "..." in line]
+    assert [line for line in cut if not line.lstrip().startswith(("Usage:", "["))] == []
+
+
 def test_the_help_of_launch_shows_every_flag_by_topic(paceline: Paceline) -> None:
     answer = paceline("launch", "--help")
     assert answer.code == 0

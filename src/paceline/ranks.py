@@ -22,7 +22,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 class Ranks:
-    """The half of the facade that needs no model.
+    """The part of the facade that needs no model.
 
     Args:
         around: The run.

@@ -1,4 +1,4 @@
-"""The half of the facade that tells experiment trackers what a run does."""
+"""The part of the facade that tells experiment trackers what a run does."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Reporting:
         *,
         run_name: str | None = None,
     ) -> None:
-        """Open the trackers of `log_with`, on the main process unless a tracker wants all.
+        """Open the trackers of `log_with`, on rank 0 unless a tracker wants all.
 
         Wherever there is a folder for logs, `run.json` says there what the run is: its configuration with the origin
         of each value, its environment, and `config`.

@@ -49,7 +49,7 @@ class FullyShardedDataParallelPlugin(Section):
         "SHARDED_STATE_DICT", description="Whether checkpoints hold each rank's shards or whole tensors."
     )
     cpu_ram_efficient_loading: bool = Field(
-        True, description="Load weights on the first rank only and send the others their shards."
+        True, description="Load weights on rank 0 only and send the others their shards."
     )
     activation_checkpointing: bool = Field(
         False, description="Recompute each unit's activations in backward instead of keeping them."
@@ -134,7 +134,7 @@ _VERSION_1_HINTS = {
     "backward_prefetch": "leave it out: version 2 always prefetches in backward",
     "forward_prefetch": "leave it out: version 2 has no such switch",
     "use_orig_params": "leave it out: version 2 always keeps the original parameters",
-    "sync_module_states": "leave it out: cpu_ram_efficient_loading loads on the first rank and shares out",
+    "sync_module_states": "leave it out: cpu_ram_efficient_loading loads on rank 0 and shares out",
     "limit_all_gathers": "leave it out: version 2 bounds the memory of gathers by itself",
 }
 

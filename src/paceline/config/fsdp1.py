@@ -33,7 +33,7 @@ class FsdpVersion1(Section):
     )
     sync_module_states: bool | None = Field(
         None,
-        description="Version 1 only; fsdp_cpu_ram_efficient_loading shares out the first rank's weights.",
+        description="Version 1 only; fsdp_cpu_ram_efficient_loading shares out rank 0's weights.",
     )
 
 
@@ -64,7 +64,7 @@ _ALWAYS: Final[dict[str, tuple[object, str]]] = {
     "fsdp_config.fsdp_use_orig_params": (True, "version 2 always keeps the original parameters"),
     "fsdp_config.fsdp_sync_module_states": (
         True,
-        "version 2 shares out the first rank's weights under fsdp_cpu_ram_efficient_loading",
+        "version 2 shares out rank 0's weights under fsdp_cpu_ram_efficient_loading",
     ),
 }
 """What version 2 always does instead of each key of version 1."""

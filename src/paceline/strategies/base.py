@@ -1,4 +1,4 @@
-"""What a strategy is: about ten verbs, and what it is told about the run.
+"""What a strategy is: verbs for models and optimizers, for one step, for the state, and what others want to know.
 
 The plain single device is a strategy too, so nobody outside this folder asks which strategy it is. A verb that a
 strategy leaves alone does what plain PyTorch does. An engine that owns backward and step (DeepSpeed) overrides
@@ -7,10 +7,8 @@ strategy leaves alone does what plain PyTorch does. An engine that owns backward
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,44 +36,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.checkpoint.parts import Number, Slot
-    from paceline.collectives import Group
-    from paceline.config import RunConfig
-    from paceline.environment.world import World
-    from paceline.precision import PrecisionPolicy
-
-
-class DistributedType(str, enum.Enum):
-    """How a run is distributed, under the names that configuration files use."""
-
-    NO = "NO"
-    MULTI_CPU = "MULTI_CPU"
-    MULTI_GPU = "MULTI_GPU"
-    MULTI_XPU = "MULTI_XPU"
-    MULTI_NPU = "MULTI_NPU"
-    FSDP = "FSDP"
-    DEEPSPEED = "DEEPSPEED"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
-    """All that a strategy may know of the run around it.
-
-    Attributes:
-        world: Which rank this is, among how many.
-        device: Where this rank computes.
-        group: All ranks that share the global batch.
-        precision: The number format of the forward.
-        config: The run's configuration, complete and checked.
-    """
-
-    world: World
-    device: torch.device
-    group: Group
-    precision: PrecisionPolicy
-    config: RunConfig
+    from paceline.strategies.surroundings import DistributedType, Surroundings
 
 
 class Strategy(ABC):
@@ -344,7 +305,7 @@ class Strategy(ABC):
         return self.unwrap(model).named_parameters()
 
     def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights of a prepared model under their own names, on the CPU of the main rank; {} elsewhere.
+        """All weights of a prepared model under their own names, on the CPU of rank 0; {} elsewhere.
 
         They may share memory with a model that is on the CPU and whole.
         Collective: every rank must call it.
@@ -359,7 +320,7 @@ class Strategy(ABC):
         return []
 
     def dtypes(self) -> dict[str, str]:
-        """Which dtype is used where: stored, compute, reduce, optimizer."""
+        """Which dtype is used where: stored, compute, reduce, optimizer, saved."""
         first = next((p for p in self.parameters() if p.requires_grad), None)
         stored = short_dtype(first.dtype) if first is not None else "fp32"
         policy = self.around.precision

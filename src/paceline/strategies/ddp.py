@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from paceline.errors import PrepareError, UnusedParametersError
-from paceline.strategies.base import DistributedType, Strategy
+from paceline.strategies.base import Strategy
 from paceline.strategies.compiled import compile_model
+from paceline.strategies.surroundings import DistributedType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paceline.config import DistributedDataParallelKwargs
-    from paceline.strategies.base import Surroundings
+    from paceline.strategies.surroundings import Surroundings
 
 _HOOKS: dict[str, Callable[..., Any]] = {
     "fp16": default_hooks.fp16_compress_hook,

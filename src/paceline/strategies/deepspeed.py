@@ -20,7 +20,7 @@ from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
 from paceline.errors import ForeignOptimizerError, MissingExtraError, PrecisionError, PrepareError
 from paceline.precision import autocast_forward
-from paceline.strategies.base import DistributedType, check_trainable, short_dtype
+from paceline.strategies.base import check_trainable, short_dtype
 from paceline.strategies.compiled import compile_model
 from paceline.strategies.deepspeed_build import (
     as_groups,
@@ -43,6 +43,7 @@ from paceline.strategies.deepspeed_settings import Known, hidden_size_of, resolv
 from paceline.strategies.deepspeed_state import EngineState
 from paceline.strategies.deepspeed_stepping import EngineStepping
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
+from paceline.strategies.surroundings import DistributedType
 from paceline.strategies.transformers_init import announce
 from paceline.strategies.zero import partitions_of, piece_of
 from paceline.strategies.zero_engine import Bound
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    from paceline.strategies.base import Surroundings
+    from paceline.strategies.surroundings import Surroundings
 
 
 class DeepSpeedStrategy(EngineStepping, EngineState):

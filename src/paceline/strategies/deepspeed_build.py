@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.config import DeepSpeedPlugin
-    from paceline.strategies.base import Surroundings
+    from paceline.strategies.surroundings import Surroundings
     from paceline.strategies.zero_engine import Bound
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,7 +183,7 @@ def mark_leaves(model: nn.Module, asked: Sequence[str]) -> None:
 
 
 def exact_values(model: nn.Module, dtype: torch.dtype | None, *, is_main: bool) -> dict[int, Tensor] | None:
-    """The main rank's fp32 values, which the engine is about to round to 16 bits; None where nothing is rounded."""
+    """Rank 0's fp32 values, which the engine is about to round to 16 bits; None where nothing is rounded."""
     if dtype is None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return None
     if not is_main:

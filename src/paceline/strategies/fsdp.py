@@ -21,7 +21,7 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, named
 from paceline.precision import autocast_forward
-from paceline.strategies.base import DistributedType, Strategy, multiply, refuse_join, short_dtype
+from paceline.strategies.base import Strategy, multiply, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
 from paceline.strategies.remat import checkpoint_blocks, plain_name
 from paceline.strategies.shards import (
@@ -32,6 +32,7 @@ from paceline.strategies.shards import (
     materialize,
     sharded_axes,
 )
+from paceline.strategies.surroundings import DistributedType
 from paceline.strategies.units import find_units
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.checkpoint.parts import OptimizerState, Part
-    from paceline.strategies.base import Surroundings
+    from paceline.strategies.surroundings import Surroundings
     from paceline.strategies.units import Units
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -113,7 +114,7 @@ class FSDPStrategy(Strategy):
         )
 
     def _check_values(self, model: nn.Module) -> None:
-        """Say that values are missing, where the ranks were not to get them from the main one."""
+        """Say that values are missing, where the ranks were not to get them from rank 0."""
         if self._plugin.cpu_ram_efficient_loading or self.around.group.rank == 0:
             return
         empty = [name for name, p in model.named_parameters() if p.is_meta]

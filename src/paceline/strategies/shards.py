@@ -106,10 +106,10 @@ def materialize(
     device: torch.device,
     group: Group,
 ) -> None:
-    """Bring one unit's values onto the device, the same on all ranks: those of the main rank.
+    """Bring one unit's values onto the device, the same on all ranks: those of rank 0.
 
     Only this unit is ever whole on the device. A parameter on the meta device costs no host memory; it gets its
-    values from the main rank, so a node needs one copy of the model, not one a rank.
+    values from rank 0, so a node needs one copy of the model, not one a rank.
     Collective: every rank must call it.
     """
     for parameter in list(parameters):
@@ -154,9 +154,9 @@ def initialize_meta(model: nn.Module, ownership: Ownership) -> None:
         reset()
     if helpless:
         raise PrepareError(
-            f"The main rank's model is on the meta device, and {', '.join(helpless[:5])} has no reset_parameters()",
+            f"The model of rank 0 is on the meta device, and {', '.join(helpless[:5])} has no reset_parameters()",
             "Nobody has values to start from",
-            "Build the model with real values on the main rank, or give its modules a reset_parameters method",
+            "Build the model with real values on rank 0, or give its modules a reset_parameters method",
         )
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from paceline.strategies.base import DistributedType, Strategy
+from paceline.strategies.base import Strategy
 from paceline.strategies.compiled import compile_model
+from paceline.strategies.surroundings import DistributedType
 
 if TYPE_CHECKING:
     from torch import nn

@@ -246,7 +246,7 @@ class EarlyStoppingCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """One bar for training and one for evaluation, on the main process only."""
+    """One bar for training and one for evaluation, on rank 0 only."""
 
     def __init__(self) -> None:
         self._training: Any = None
@@ -302,7 +302,7 @@ class PrinterCallback(TrainerCallback):
     """Prints each log entry as a line."""
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
-        """Print the entry on the main process."""
+        """Print the entry on rank 0."""
         if state.is_world_process_zero:
             print(shown(things["logs"]), flush=True)
 

@@ -246,7 +246,13 @@ def _verify(folder: Path) -> str:
 )
 @click.argument("checkpoint", type=_FOLDER)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--max_shard_size", default="10GB", show_default=True, help="No file is larger, such as 5GB or 500MiB.")
+@click.option(
+    "--max_shard_size",
+    "--max-shard-size",
+    default="10GB",
+    show_default=True,
+    help="No file is larger, such as 5GB or 500MiB.",
+)
 @click.option("--dtype", type=click.Choice([*_DTYPES]), help="What floating-point weights become; default: unchanged.")
 @click.option("--model", "model_index", default=0, show_default=True, help="Which model, if several were prepared.")
 def export_command(checkpoint: Path, out: Path, max_shard_size: str, dtype: str | None, model_index: int) -> None:

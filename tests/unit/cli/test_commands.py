@@ -39,6 +39,24 @@ def commands(command: click.Command, parent: click.Context | None, name: str) ->
             yield from commands(found, context, inner)
 
 
+def options_with_one_spelling(command: click.Command, parent: click.Context | None, name: str) -> Iterator[str]:
+    """Flags that cannot be written with - in place of _."""
+    context = click.Context(command, parent=parent, info_name=name, **command.context_settings)
+    for option in command.params:
+        if isinstance(option, click.Option) and context.token_normalize_func is None:
+            dashed = {flag.replace("_", "-") for flag in option.opts}
+            yield from (f"{context.command_path} {flag}" for flag in dashed - set(option.opts))
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            yield from options_with_one_spelling(found, context, inner)
+
+
+def test_every_flag_may_be_written_with_a_dash() -> None:
+    assert list(options_with_one_spelling(_paceline, None, "paceline")) == []
+
+
 def test_every_command_shows_how_it_is_used() -> None:
     bare = [path for path, text in commands(_paceline, None, "paceline") if f"  {path} " not in f"{text} "]
     assert [path for path in bare if path not in ("paceline", "paceline env", "paceline config")] == []

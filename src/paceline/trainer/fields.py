@@ -196,8 +196,8 @@ class LoggingFields:
     logging_first_step: bool = _says(False, "Log the first step as well.")
     logging_nan_inf_filter: bool = _says(True, "Leave losses that are no numbers out of the logged mean.")
     include_num_input_tokens_seen: str = _says("no", "Count input tokens: no, all or non_padding.")
-    log_level: str = _says("passive", "Level of the main process's messages; passive leaves it.")
-    log_level_replica: str = _says("warning", "Level of the other processes' messages.")
+    log_level: str = _says("passive", "Level of rank 0's messages; passive leaves it.")
+    log_level_replica: str = _says("warning", "Level of the other ranks' messages.")
     disable_tqdm: bool | None = _says(None, "Print lines in place of a progress bar.")
     report_to: list[str] | str | None = _says(
         "none", "Trackers to report to besides metrics.jsonl: names, or all that are installed."

@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train a small language model on this machine's devices
 	$(BIN)/paceline launch examples/language_model.py
 
-test: $(INSTALLED)  ## the tests that CI runs
+test: $(INSTALLED)  ## the tests, without the long sweeps
 	$(BIN)/python -m pytest -m "not slow and not gpu and not gpus2"
 
 test-slow: $(INSTALLED)  ## the long sweeps as well

@@ -47,7 +47,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
 def _where(parts: Parts) -> Iterator[tuple[str, str]]:
     world = parts.around.world
     machines = "" if world.num_nodes == 1 else f" on {world.num_nodes} machines"
-    yield "processes", f"{world.size}{machines} (from {world.source})" if world.size > 1 else "1"
+    yield "processes", f"{world.size}{machines} (by the variables of {world.source})" if world.size > 1 else "1"
     yield "device", describe_device(parts.around.device) + (", one each" if world.size > 1 else "")
     yield "backend", parts.backend or "none: nothing is exchanged"
 

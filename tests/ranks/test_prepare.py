@@ -301,7 +301,7 @@ def sharded_by(settings: dict[str, Any]) -> tuple[str, list[float]]:
         ({}, "4 units: 3 Block + the rest (found as repeated blocks)"),
         ({"transformer_cls_names_to_wrap": "Block"}, "4 units: 3 Block + the rest (class Block as named)"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 800}, "3 Linear + 3 Sequential"),
-        ({"auto_wrap_policy": "NO_WRAP"}, "1 units: the whole model"),
+        ({"auto_wrap_policy": "NO_WRAP"}, "1 unit: the whole model"),
     ],
 )
 def test_units_are_found_and_told(settings: dict[str, Any], units: str) -> None:

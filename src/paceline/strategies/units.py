@@ -37,9 +37,10 @@ class Units:
     how: str
 
     def __str__(self) -> str:
+        if not self.names:
+            return f"1 unit: the whole model ({self.how})"
         parts = " + ".join(f"{count} {name}" for name, count in self.classes)
-        inner = f"{parts} + the rest" if parts else "the whole model"
-        return f"{len(self.names) + 1} units: {inner} ({self.how})"
+        return f"{len(self.names) + 1} units: {parts} + the rest ({self.how})"
 
 
 def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Units:
@@ -71,7 +72,8 @@ def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[l
     hint = [name for name in getattr(model, "_no_split_modules", None) or () if name in _class_names(model)]
     if hint:
         return _by_class(model, hint), "the model's own _no_split_modules"
-    return _by_structure(model), "found as repeated blocks"
+    repeated = _by_structure(model)
+    return repeated, "found as repeated blocks" if repeated else "no block of it is repeated"
 
 
 def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:

@@ -74,7 +74,7 @@ def test_layers_and_blocks_without_parameters_are_no_units() -> None:
     assert find(layers).names == ()
     empty = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Flatten()) for _ in range(5))
     assert find(nn.ModuleDict({"a": empty, "b": nn.Linear(2, 2)})).names == ()
-    assert str(find(layers)) == "1 units: the whole model (found as repeated blocks)"
+    assert str(find(layers)) == "1 unit: the whole model (no block of it is repeated)"
 
 
 def test_classes_that_were_named() -> None:

@@ -1,0 +1,47 @@
+"""One seed for all generators, and one of its own for each rank."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from paceline import set_seed
+
+
+def drawn() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    set_seed(7)
+    first = drawn()
+    set_seed(7)
+    assert drawn() == first
+    set_seed(8)
+    assert not set(drawn()) & set(first)
+
+
+def test_ranks_draw_alike_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_seed(7)
+    first = drawn()
+    as_rank(monkeypatch, 3)
+    set_seed(7)
+    assert drawn() == first
+
+
+def test_device_specific_finds_the_rank_out_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_seed(10)
+    tenth = drawn()
+    as_rank(monkeypatch, 3)
+    set_seed(7, device_specific=True)
+    assert drawn() == tenth
+    set_seed(9, device_specific=True, rank=1)
+    assert drawn() == tenth

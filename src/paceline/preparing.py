@@ -171,7 +171,13 @@ class Preparing:
     def unwrap_model(
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
-        """The user's own module behind a prepared one; under FSDP2 that module is the sharded one."""
+        """The user's own module behind a prepared one; under FSDP2 that module is the sharded one.
+
+        Args:
+            model: Prepared or not.
+            keep_fp32_wrapper: Accepted: `forward` of a prepared model is the user's own in any case.
+            keep_torch_compile: False also takes off what `torch.compile(model)` has put around the module.
+        """
         inner = self._strategy.unwrap(model) if self._strategy is not None else model
         if keep_torch_compile:
             return inner

@@ -306,6 +306,11 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
             "each process needs a device of its own",
             f"take num_processes {len(ids) or count}, or run on the processor with --cpu",
         )
+    yield from _affinity_problems(resolved, kind, ids)
+
+
+def _affinity_problems(resolved: Resolved, kind: str | None, ids: tuple[str, ...]) -> Iterator[Problem]:
+    config = resolved.config
     if config.enable_cpu_affinity and (kind != "cuda" or shutil.which("numactl") is None):
         yield Problem(
             resolved.origin("enable_cpu_affinity").where,

@@ -1,7 +1,8 @@
 """Train a small Llama with the Trainer on the Python that runs this script; the arguments are in a YAML file.
 
-The text is the standard library's own source, a byte is a token, and nothing is downloaded. The same two files run on
-one process and on many; after an interruption `--resume_from_checkpoint true` goes on where it was:
+The text is the standard library's own source, a byte is a token, and nothing is downloaded; the model is transformers'
+(the extra `transformers` installs it). The same two files run on one process and on many; after an interruption
+`--resume_from_checkpoint true` goes on where it was:
 
     python examples/trainer_language_model.py examples/trainer_language_model.yaml
     paceline launch examples/trainer_language_model.py examples/trainer_language_model.yaml --max_steps 1000

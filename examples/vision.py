@@ -1,7 +1,7 @@
 """Recognise handwritten digits, and count every test image exactly once.
 
 The 1,797 images ship with scikit-learn. The test set does not divide by any usual number of ranks, so the last batches
-are filled up; `gather_for_metrics` drops what was added.
+are filled up; `gather_for_metrics` drops what was added. It needs scikit-learn.
 
     paceline launch examples/vision.py
 """

@@ -247,7 +247,7 @@ def _mpirun(facts: Facts) -> Iterator[Problem]:
     if not keys or facts.config.use_cpu or facts.broken & {"use_cpu", "distributed_type"}:
         return
     names = ", ".join(key.rpartition(".")[2] for key in keys)
-    why = "mpirun starts ranks that train on processors"
+    why = "mpirun starts ranks that train on CPUs"
     hint = "write distributed_type: MULTI_CPU, or remove the section"
     yield Problem(facts.where(keys[0]), "mpirun_config", f"nothing reads {names}", why, hint)
 

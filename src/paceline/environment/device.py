@@ -39,7 +39,7 @@ def choose_device(world: World, *, cpu: bool = False) -> torch.device:
             f"and it sees {count} {accelerator.type} device{'s' if count != 1 else ''}",
             "Each process needs a device of its own",
             f"Start at most {count} processes on this machine (--num_processes), make more devices visible, "
-            "or run on the processor with --cpu",
+            "or run on the CPU with --cpu",
         )
     torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
@@ -61,7 +61,7 @@ def memory_info(device: torch.device, *, local_size: int = 1) -> tuple[int, int]
     Args:
         device: The device asked about.
         local_size: How many processes share the host's memory; each gets an equal part. It counts only for
-            devices without a memory of their own (the processor, and chips that share the host's).
+            devices without a memory of their own (the CPU, and chips that share the host's).
     """
     ask = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
     if ask is not None:

@@ -52,9 +52,9 @@ def open_process_group(
     Args:
         world: This rank's place.
         device: This rank's device.
-        backend: For example "gloo", "nccl" or "cpu:gloo,cuda:nccl"; None chooses gloo for the processor, and
+        backend: For example "gloo", "nccl" or "cpu:gloo,cuda:nccl"; None chooses gloo for the CPU, and
             with an accelerator its own backend beside gloo. A name alone, given for an accelerator, gets gloo
-            for the processor beside it.
+            for the CPU beside it.
         timeout: How long a collective may take; None is torch's own.
         init_method: A torch rendezvous address, such as `file:///shared/meeting`, instead of the world's.
         force: Open a group of one for a single process too.
@@ -145,7 +145,7 @@ def _default_backend(device: torch.device) -> str:
 
 
 def _with_devices(device: torch.device, backend: str) -> str:
-    """Write `nccl` as `cpu:gloo,cuda:nccl`: values of the script and checkpoints travel on the processor."""
+    """Write `nccl` as `cpu:gloo,cuda:nccl`: values of the script and checkpoints travel on the CPU."""
     if ":" in backend:
         return backend.lower()
     name = backend.lower()

@@ -159,7 +159,7 @@ class EnvironmentReport:
             ("processor", f"{self.processor}, {self.cores} cores"),
             ("memory", f"{_gib(available)} of {_gib(total)} GiB available"),
             *((f"device {n}", _device_line(device)) for n, device in enumerate(self.devices)),
-            *([] if self.devices else [("devices", "none: runs on the processor")]),
+            *([] if self.devices else [("devices", "none: runs on the CPU")]),
             *self.drivers.items(),
             ("backends", self.backends),
             *self.limits.items(),

@@ -278,8 +278,8 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
             resolved.origin("distributed_type").where,
             "distributed_type",
             "MULTI_GPU was asked for, and this machine has no GPU that torch can use",
-            "DDP would silently run on the processor",
-            "leave it out, or ask for the processor with --cpu",
+            "DDP would silently run on the CPU",
+            "leave it out, or ask for the CPU with --cpu",
         )
     if ids and kind is None:
         yield Problem(
@@ -304,7 +304,7 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
             "num_processes",
             f"{size} processes, more than {kind} devices ({what})",
             "each process needs a device of its own",
-            f"take num_processes {len(ids) or count}, or run on the processor with --cpu",
+            f"take num_processes {len(ids) or count}, or run on the CPU with --cpu",
         )
     yield from _affinity_problems(resolved, kind, ids)
 

@@ -37,7 +37,7 @@ def ray_trainer(
     Args:
         train_loop: Called on every worker, as Ray's `train_loop_per_worker`; it makes an `Accelerator()`.
         num_workers: How many ranks.
-        use_gpu: Give each rank a GPU; without it all train on the processor.
+        use_gpu: Give each rank a GPU; without it all train on the CPU.
         settings: What flags of `paceline launch` would say, such as `{"mixed_precision": "bf16"}`.
         config_file: The configuration file; without one the default file that is found.
         run_config: Ray's `RunConfig`.
@@ -54,7 +54,7 @@ def ray_trainer(
     except ImportError as error:
         raise MissingExtraError("ray[train]", "ray", "ray_trainer") from error
     options.setdefault("scaling_config", ScalingConfig(num_workers=num_workers, use_gpu=use_gpu))
-    # Values of the script and checkpoints travel on the processor, beside the device's own backend.
+    # Values of the script and checkpoints travel on the CPU, beside the device's own backend.
     timeout = {} if resolved.config.timeout is None else {"timeout_s": int(resolved.config.timeout)}
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     options.setdefault("torch_config", TorchConfig(backend=backend, **timeout))

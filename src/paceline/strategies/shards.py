@@ -109,7 +109,7 @@ def materialize(
     """Bring one unit's values onto the device, the same on all ranks: those of rank 0.
 
     Only this unit is ever whole on the device. A parameter on the meta device costs no host memory; it gets its
-    values from rank 0, so a node needs one copy of the model, not one a rank.
+    values from rank 0, so a machine needs one copy of the model, not one a rank.
     Collective: every rank must call it.
     """
     for parameter in list(parameters):

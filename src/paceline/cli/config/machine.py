@@ -18,7 +18,7 @@ class Machine:
 
     Attributes:
         devices: How many accelerators are visible.
-        device_name: One of them, in a phrase; the processor without any.
+        device_name: One of them, in a phrase; the CPU without any.
         processes: How many processes a launch without settings would start.
         precisions: What the device computes in.
         has_deepspeed: Whether the package is installed.

@@ -1,4 +1,4 @@
-"""Starting ranks on processors by mpirun, of this machine or of those in a host file.
+"""Starting ranks on CPUs by mpirun, of this machine or of those in a host file.
 
 Each rank reads its place from the variables that MPI sets. What paceline adds travels packed in one word, so that it
 does not depend on which variables a mpirun hands on.

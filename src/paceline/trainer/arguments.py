@@ -7,13 +7,13 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from paceline.config.shapes import did_you_mean
 from paceline.environment.world import World
 from paceline.errors import ConfigError, Problem
 from paceline.trainer import checks
-from paceline.trainer.command_line import fields_of, parse_arguments
+from paceline.trainer.command_line import parse_arguments
 from paceline.trainer.fields import AllFields
 from paceline.trainer.reading import read_mapping, read_value
 
@@ -78,7 +78,7 @@ class TrainingArguments(AllFields):
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Refuse unknown names before the generated constructor would, with what was probably meant."""
-        unknown = [name for name in values if name not in fields_of(cls)]
+        unknown = [name for name in values if name not in _hints(cls)]
         if unknown:
             raise ConfigError(_unknown(cls, name, WHERE) for name in unknown)
         made = super().__new__(cls)
@@ -89,7 +89,7 @@ class TrainingArguments(AllFields):
     def __post_init__(self) -> None:
         problems: list[Problem] = []
         defaults = {made.name: _default(made) for made in dataclasses.fields(self)}
-        for name, hint in fields_of(type(self)).items():
+        for name, hint in _hints(type(self)).items():
             try:
                 setattr(self, name, read_value(hint, getattr(self, name)))
             except ValueError as error:
@@ -115,7 +115,7 @@ class TrainingArguments(AllFields):
             found = read_mapping(name)
         except ValueError as error:
             raise ConfigError([Problem(name, "", str(error))]) from error
-        unknown = [key for key in found if key not in fields_of(cls)]
+        unknown = [key for key in found if key not in _hints(cls)]
         if unknown:
             raise ConfigError(_unknown(cls, key, name) for key in unknown)
         made = cls(**{**found, **values})
@@ -159,7 +159,7 @@ class TrainingArguments(AllFields):
 
     def origins(self) -> dict[str, str]:
         """Where each value that is no default came from: a file, a flag, the script, or what other values say."""
-        made, hints = dataclasses.fields(self), fields_of(type(self))
+        made, hints = dataclasses.fields(self), _hints(type(self))
         changed = {f.name for f in made if getattr(self, f.name) != read_value(hints[f.name], _default(f))}
         return {name: self._origins.get(name, "other arguments") for name in sorted(changed | self._origins.keys())}
 
@@ -251,8 +251,14 @@ class TrainingArguments(AllFields):
         return max(1, math.ceil(total * value)) if value < 1 else int(value)
 
 
+def _hints(cls: type[Any]) -> Mapping[str, Any]:
+    """The fields of a class and their types."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
 def _unknown(cls: type[Any], name: str, where: str) -> Problem:
-    hint = _ABSENT.get(name) or did_you_mean(name, fields_of(cls))
+    hint = _ABSENT.get(name) or did_you_mean(name, _hints(cls))
     return Problem(where, name, "unknown name", hint=hint)
 
 

@@ -14,7 +14,7 @@ from paceline.trainer.reading import is_flag, read_mapping, read_value
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["fields_of", "parse_arguments"]
+__all__ = ["parse_arguments"]
 
 _WHERE = "command line"
 
@@ -60,7 +60,7 @@ def _contradictions(classes: Sequence[type[Any]], read: Mapping[str, Any]) -> It
 
 def _make(cls: type[Any], read: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
     """One object of a class, which is told where its values came from if it wants to know."""
-    own = {name: value for name, value in read.items() if name in fields_of(cls)}
+    own = {name: value for name, value in read.items() if name in _fields(cls)}
     made = cls(**own)
     if hasattr(made, "note_origins"):
         made.note_origins({name: origins[name] for name in own})
@@ -84,7 +84,7 @@ def _parser(classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
             group = parser.add_argument_group(title)
             for made in dataclasses.fields(cls):
                 if made.init and made.name in names:
-                    _add(group, made, fields_of(cls)[made.name])
+                    _add(group, made, _fields(cls)[made.name])
     return parser
 
 
@@ -130,7 +130,7 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
     except ValueError as error:
         problems.append(Problem(file, "", str(error)))
         return {}
-    known = {name for cls in classes for name in fields_of(cls)}
+    known = {name for cls in classes for name in _fields(cls)}
     for name in found:
         if name not in known:
             problems.append(Problem(file, name, "unknown name", hint=did_you_mean(name, dict.fromkeys(known))))
@@ -139,7 +139,7 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
 
 def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> list[Any]:
     """The value as its field's type, alone in a list; an empty one if it cannot be that."""
-    hint = next(fields_of(cls)[name] for cls in classes if name in fields_of(cls))
+    hint = next(_fields(cls)[name] for cls in classes if name in _fields(cls))
     try:
         return [read_value(hint, value)]
     except ValueError as error:
@@ -149,11 +149,10 @@ def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Pr
 
 def _unknown_flag(word: str, classes: Sequence[type[Any]]) -> Problem:
     name = word[2:].partition("=")[0].replace("-", "_")
-    hint = did_you_mean(name, {known: None for cls in classes for known in fields_of(cls)})
+    hint = did_you_mean(name, {known: None for cls in classes for known in _fields(cls)})
     return Problem(_WHERE, word.partition("=")[0], "unknown flag", hint=hint)
 
 
-def fields_of(cls: type[Any]) -> Mapping[str, Any]:
-    """The fields of a dataclass that its constructor takes, with their types."""
+def _fields(cls: type[Any]) -> Mapping[str, Any]:
     hints = get_type_hints(cls)
     return {made.name: hints[made.name] for made in dataclasses.fields(cls) if made.init}

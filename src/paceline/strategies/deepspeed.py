@@ -53,7 +53,7 @@ from paceline.strategies.dummies import DummyOptim, DummyScheduler
 from paceline.strategies.state import saved_buffers
 from paceline.strategies.transformers_init import announce
 from paceline.strategies.zero import partitions_of, piece_of
-from paceline.strategies.zero_engine import Bound
+from paceline.strategies.zero_engine import Bound, let_go
 from paceline.strategies.zero_gradients import clip_norm, clip_value, runs_of
 from paceline.strategies.zero_state import gather_whole, is_cut, value_of
 
@@ -501,6 +501,13 @@ class DeepSpeedStrategy(Strategy):
     def state_written(self) -> None:
         for bound in self._engines:
             zero_state.state_written(bound)
+
+    @override
+    def close(self) -> None:
+        for engine in (*(bound.engine for bound in self._engines), *self._references):
+            let_go(engine)
+        self._engines.clear()
+        self._references.clear()
 
     @override
     def engine_state(self) -> dict[str, Any]:

@@ -241,6 +241,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         self._checkpointing.close()
         self._arm()
         self._accumulation.forget()
+        if self._strategy is not None:
+            self._strategy.close()
         self._strategy, self._reason = self._decide_early()
         count = len(objects)
         del objects

@@ -286,6 +286,9 @@ class Strategy(ABC):
     def state_written(self) -> None:  # noqa: B027
         """Carry what was written into the parts to every other copy of it. Collective."""
 
+    def close(self) -> None:  # noqa: B027
+        """Let go of what the collector cannot reach; nothing that was prepared works after it."""
+
     @property
     def settings(self) -> dict[str, Any]:
         """The engine's own configuration, complete, where it has one."""

@@ -46,7 +46,7 @@ from paceline.strategies.dummies import DummyOptim, DummyScheduler
 from paceline.strategies.surroundings import DistributedType
 from paceline.strategies.transformers_init import announce
 from paceline.strategies.zero import partitions_of, piece_of
-from paceline.strategies.zero_engine import Bound
+from paceline.strategies.zero_engine import Bound, let_go
 
 try:
     import deepspeed
@@ -288,6 +288,13 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         section = resolve_scheduler(self._settings, scheduler)
         self._settings["scheduler"] = section
         return make_scheduler(section, optimizer)
+
+    @override
+    def close(self) -> None:
+        for engine in (*(bound.engine for bound in self._engines), *self._references):
+            let_go(engine)
+        self._engines.clear()
+        self._references.clear()
 
     # Models that are built sharded
 

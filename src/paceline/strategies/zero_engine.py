@@ -35,3 +35,16 @@ class Bound:
     def optimizer(self) -> Any:
         """The optimizer that holds the states: the user's own, or the one that the configuration describes."""
         return self.engine.basic_optimizer
+
+
+def let_go(engine: Any) -> None:
+    """End an engine, so that it can be collected with its model and its buckets of some GiB.
+
+    Its hooks hang on autograd's accumulators of gradients, where the collector does not see them, and ZeRO-3 keeps a
+    list of all models that it ever sharded.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    sharded = parameter_offload.FWD_MODULE_STACK
+    sharded[:] = [module for module in sharded if module is not engine.module]

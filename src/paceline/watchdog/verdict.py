@@ -150,6 +150,13 @@ def _collective_calls(known: Mapping[int, Standing], ranks: Sequence[int]) -> li
     return sorted({place.call for place in places if place is not None and place.is_collective})
 
 
+def _called_by_some(known: Mapping[int, Standing], ranks: Iterable[int]) -> str:
+    """The one method that every rank must call, and that some of these ranks are in and others are not; else empty."""
+    places = [place for rank in ranks if (place := known[rank].place) is not None]
+    calls = {place.call for place in places if place.is_collective}
+    return calls.pop() if len(calls) == 1 and not all(place.is_collective for place in places) else ""
+
+
 def _is(ranks: Sequence[int]) -> str:
     return "is" if len(ranks) == 1 else "are"
 
@@ -167,6 +174,9 @@ def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float)
             now = number == stuck.number
             texts = {rank: _what(known, o, [rank]) if now else str(o) for rank, o in entered.items()}
             seen = ", ".join(f"{named_ranks(ranks)} in {text}" for text, ranks in _grouped(texts).items())
+            call = _called_by_some(known, entered) if now else ""
+            if call:
+                return f"{call} is not called by every rank: {seen}", _branch([call])
             return (
                 f"the ranks {'are' if now else 'were'} in different calls: {seen}",
                 "Every rank must make the same calls in the same order, with the same shapes and dtypes; with --debug, "
@@ -212,13 +222,17 @@ def _advice(known: Mapping[int, Standing], inside: Sequence[int], missing: Seque
     if any(rank in known and known[rank].fate for rank in missing):
         return "Every rank must make as many calls: look for a loop that ends earlier there"
     if calls:
-        return (
-            f"Every rank must call {' and '.join(calls)}: look for a branch that only some ranks take, such as "
-            "`if accelerator.is_main_process`; if a rank only needs longer, raise timeout"
-        )
+        return f"{_branch(calls)}; if a rank only needs longer, raise timeout"
     return (
         "Every rank must make the same calls in the same order; if a rank only needs longer, raise timeout (seconds "
         "that a collective may take)"
+    )
+
+
+def _branch(calls: Sequence[str]) -> str:
+    return (
+        f"Every rank must call {' and '.join(calls)}: look for a branch that only some ranks take, such as "
+        "`if accelerator.is_main_process`"
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.slurm import slurm_options, take_slurm_flags
 from paceline.cli.sources import resolve_sources
@@ -96,6 +97,7 @@ def command(
         for note in resolved.notes:
             click.echo(f"paceline: {note}", err=True)
     # The help, and a configuration that cannot work, come without importing torch.
+    import_torch()
     from paceline.launch import launch, launch_machines, plan, plan_machines
     from paceline.launch.command import Command
     from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun

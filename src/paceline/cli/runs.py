@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import complete_files
 from paceline.errors import WorkerError
 
@@ -79,6 +80,7 @@ class Runs:
                 (work / path.name).symlink_to(path)
         recording = replace(recording, folder=str(home / name))
         arguments = tuple(word.replace("{folder}", str(work)) for word in self.command.arguments)
+        import_torch()
         from paceline.launch import launch
 
         try:

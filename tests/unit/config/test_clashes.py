@@ -53,6 +53,13 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("use_cpu: true\ngpu_ids: 0,1", {}, "config.yaml:2", "gpu_ids", "use_cpu is true (config.yaml:1)"),
     ("num_processes: 4\ngpu_ids: 0,1", {}, "config.yaml:2", "gpu_ids", "names 2 devices"),
+    (
+        "num_processes: 6\ngpu_ids: 0,1\nnum_machines: 2\nmain_process_ip: a",
+        {},
+        "config.yaml:2",
+        "gpu_ids",
+        "for 2 machines together",
+    ),
     ("strategy: ddp\nfsdp_config:\n  fsdp_version: 2", {}, "config.yaml:3", F, "nothing reads fsdp_version"),
     (
         "strategy: ddp\nfsdp_config:\n  fsdp_sharding_strategy: HYBRID_SHARD",

@@ -62,6 +62,9 @@ def test_different_calls_and_different_shapes() -> None:
     assert text.startswith(
         "the ranks are in different calls: rank 0 in gather (all_gather #5 of float32 (4,)), rank 1 in"
     )
+    assert "Every rank must call gather and wait_for_everyone: look for a branch" in text
+    unlike = [standing(rank, 3, operation(5, what=f"float32 ({rank},)"), call="gather") for rank in (0, 1)]
+    assert "with the same shapes and dtypes" in verdict(unlike, 2, seconds=9)
     past = [standing(rank, 3, operation(4, what=f"float32 ({rank + 4},)", done=True), operation(5)) for rank in (0, 1)]
     text = verdict(past, 2, seconds=9)
     assert text.startswith(

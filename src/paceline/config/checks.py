@@ -216,7 +216,9 @@ def _machines(facts: Facts) -> Iterator[Problem]:
         return  # mpirun brings them together
     most = config.max_machines
     if config.rdzv_backend not in RENDEZVOUS:
-        what = f"{config.rdzv_backend} is known but not carried out in this release"
+        is_torchs = config.rdzv_backend in ("etcd", "etcd-v2")
+        fate = "is known but not carried out in this release" if is_torchs else "is no rendezvous of torch elastic"
+        what = f"{config.rdzv_backend} {fate}"
         hint = "write static, or c10d for machines that come and go"
         yield Problem(facts.where("rdzv_backend"), "rdzv_backend", what, "", hint)
     elif config.min_machines != most and config.rdzv_backend != "c10d":

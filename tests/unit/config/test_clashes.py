@@ -165,6 +165,14 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("num_machines: 2\nrdzv_conf: timeot=3", {}, "config.yaml:2", "rdzv_conf", "known are timeout"),
     ("num_machines: 2\nrdzv_conf: timeout=no", {}, "config.yaml:2", "rdzv_conf", "no number above 0"),
     (
+        "num_machines: 2\nrdzv_conf: timeout=no,timeot=3",
+        {},
+        "config.yaml:2",
+        "rdzv_conf",
+        "no number above 0, and 'timeot=3' is no option",
+    ),
+    ("num_machines: 2\nrdzv_backend: c01d", {}, "config.yaml:2", "rdzv_backend", "is no rendezvous of torch elastic"),
+    (
         "parallelism_config:\n  cp_comm_strategy: alltoall",
         {},
         "config.yaml:2",

@@ -7,6 +7,7 @@ import sys
 import click
 
 from paceline import __version__
+from paceline.cli.interrupts import INTERRUPTED
 from paceline.cli.lazy import LazyGroup
 from paceline.errors import PacelineError, WorkerError
 
@@ -66,7 +67,14 @@ def _paceline() -> None:
 def main() -> None:
     """Run the command line and exit with the code that belongs to what happened."""
     try:
-        _paceline(prog_name="paceline")
+        # Nothing is returned by a command that ended well.
+        sys.exit(_paceline.main(prog_name="paceline", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.stderr.write("stopped by SIGINT\n")
+        sys.exit(INTERRUPTED)
     except WorkerError as error:
         sys.stderr.write(str(error).rstrip("\n") + "\n")
         sys.exit(error.code)

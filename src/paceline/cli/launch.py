@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.slurm import slurm_options, take_slurm_flags
 from paceline.cli.sources import resolve_sources
@@ -38,6 +39,13 @@ machine or one for each rank. --slurm writes and submits the job:
 """
 
 
+def _both_or_none(ctx: click.Context, param: click.Parameter, value: str) -> bool:
+    """Read torchrun's number for the streams that are shown."""
+    if value not in ("0", "3"):
+        raise click.BadParameter(f"{value} asks for one stream; both are shown (3, or no value), or none (0).")
+    return value == "3"
+
+
 @click.command(
     name="launch",
     cls=SchemaCommand,
@@ -52,7 +60,13 @@ machine or one for each rank. --slurm writes and submits the job:
 @click.option("--no_python", is_flag=True, help="SCRIPT is a program to run as it is.")
 @click.option("--dry_run", is_flag=True, help="Print the processes and their variables; start nothing.")
 @click.option("--log_dir", type=click.Path(path_type=Path), help="Write each rank's output into files here.")
-@click.option("-t", "--tee", is_flag=True, help="With --log_dir: show the ranks' lines as well.")
+@click.option(
+    *("-t", "--tee"),
+    metavar="STREAMS",
+    default="0",
+    callback=_both_or_none,
+    help="With --log_dir: show the ranks' lines as well. 3, as torchrun counts, or no value: both streams.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Do not print notes about the configuration.")
 def command(
     script: str,
@@ -83,6 +97,7 @@ def command(
         for note in resolved.notes:
             click.echo(f"paceline: {note}", err=True)
     # The help, and a configuration that cannot work, come without importing torch.
+    import_torch()
     from paceline.launch import launch, launch_machines, plan, plan_machines
     from paceline.launch.command import Command
     from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun

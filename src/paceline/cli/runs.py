@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import complete_files
 from paceline.errors import WorkerError
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from paceline.config import Recording, Resolved
     from paceline.launch import Command
 
-__all__ = ["Runs", "run_options", "runs_of", "script_argument"]
+__all__ = ["Runs", "run_options", "runs_of", "script_argument", "without_logs"]
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -51,12 +53,14 @@ class Runs:
         resolved: The configuration of the runs.
         command: The script and its arguments, in which {folder} stands for the run's folder.
         links: What the runs see in their folder.
+        are_kept: Whether the folders stay.
     """
 
     root: Path
     resolved: Resolved
     command: Command
     links: tuple[Path, ...]
+    are_kept: bool = True
 
     def start(
         self, where: str, name: str, recording: Recording, resolved: Resolved | None = None
@@ -79,6 +83,7 @@ class Runs:
                 (work / path.name).symlink_to(path)
         recording = replace(recording, folder=str(home / name))
         arguments = tuple(word.replace("{folder}", str(work)) for word in self.command.arguments)
+        import_torch()
         from paceline.launch import launch
 
         try:
@@ -90,7 +95,7 @@ class Runs:
                     log_dir=home / f"{name}_output",
                 )
         except WorkerError as failure:
-            return failure
+            return failure if self.are_kept else WorkerError(without_logs(str(failure)), failure.code)
         return None
 
     def notes(self, where: str, name: str) -> dict[int, list[dict[str, Any]]]:
@@ -111,7 +116,13 @@ def runs_of(
 
     what = Command(script=str(script.absolute()), arguments=arguments, kind="script")
     with tempfile.TemporaryDirectory(prefix="paceline_runs_") as made:
-        yield Runs((keep or Path(made)).absolute(), resolved, what, tuple(path.absolute() for path in links))
+        root, seen = (keep or Path(made)).absolute(), tuple(path.absolute() for path in links)
+        yield Runs(root, resolved, what, seen, are_kept=keep is not None)
+
+
+def without_logs(report: str) -> str:
+    """A launcher's report without files that are gone when it is read."""
+    return re.sub(r"; its output is in .*", "; --keep FOLDER keeps its output", report)
 
 
 @contextmanager

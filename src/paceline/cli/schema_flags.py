@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
+from paceline.cli.other_launchers import instead_of
 from paceline.config import options
 
 if TYPE_CHECKING:
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["SETTINGS", "SchemaCommand", "complete_files", "given_flags", "schema_options"]
 
-_TRUE_OR_FALSE = {"true", "false", "yes", "no", "on", "off", "1", "0"}
+_OPTIONAL_VALUES = {
+    "BOOL": ({"true", "false", "yes", "no", "on", "off", "1", "0"}, "true"),
+    "STREAMS": ({"0", "1", "2", "3"}, "3"),
+}
+"""Metavar of a flag whose value may be left out, to the values that it takes, and to what stands for none."""
 _PREFIX = "flag_"
 
 _TITLES = {
@@ -49,14 +54,20 @@ SETTINGS = {
 
 
 class SchemaCommand(click.Command):
-    """Shows flags by topic, and takes true/false flags with a value or without one."""
+    """Shows flags by topic, takes true/false flags with a value or without one, and knows other launchers' flags."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give every true/false flag its value before click reads the line."""
-        return super().parse_args(ctx, list(self._with_values(ctx, args)))
+        """Give every flag its value before click reads the line; say what stands for a flag of another launcher."""
+        try:
+            return super().parse_args(ctx, list(self._with_values(ctx, args)))
+        except click.NoSuchOption as error:
+            instead = instead_of(error.option_name)
+            if instead is None:
+                raise
+            raise click.UsageError(f"There is no {error.option_name} here: {instead}.", ctx) from None
 
     def _with_values(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Rewrite `--flag` and `--flag false` of a true/false setting as `--flag=...`."""
+        """Write out the value of every flag that may stand without one."""
         known = {
             name: param
             for param in self.get_params(ctx)
@@ -66,20 +77,19 @@ class SchemaCommand(click.Command):
         rest = list(args)
         while rest:
             token = rest.pop(0)
-            option = known.get(_underscored(token))
+            option = known.get(token) or known.get(_underscored(token))
             if option is None:
                 yield token
                 if not token.startswith("-") or token == "--":
                     break
                 continue
             takes_value = not option.is_flag and not option.count
-            if option.metavar == "BOOL":
-                word = rest.pop(0) if rest and rest[0].lower() in _TRUE_OR_FALSE else "true"
-                yield f"{token}={word}"
-            else:
-                yield token
-                if takes_value and rest:
-                    yield rest.pop(0)
+            yield token
+            if option.metavar in _OPTIONAL_VALUES:
+                words, silent = _OPTIONAL_VALUES[option.metavar]
+                yield rest.pop(0) if rest and rest[0].lower() in words else silent
+            elif takes_value and rest:
+                yield rest.pop(0)
         yield from rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

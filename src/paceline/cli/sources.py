@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from paceline.cli.interrupts import import_torch
 from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
 from paceline.config.layers import unread_variables
 from paceline.launch.schedulers import check_against, detect_cluster
@@ -40,6 +41,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     # Of several machines each looks at its own devices, and none at the others'.
     if config.num_processes is None and config.max_machines == 1 and not config.spans_machines:
         # torch is imported here, and only then.
+        import_torch()
         from paceline.launch.detection import detect
 
         # What is there depends on whether the CPU was asked for, which any source may have done.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.errors import UsageError, WorkerError
@@ -100,6 +101,8 @@ class Trial:
     def _phase(self, name: str, ranks: int, resolved: Resolved) -> None:
         """Launch one phase and take over what its ranks found."""
         from paceline.cli.selftest.outcome import Outcome
+
+        import_torch()
         from paceline.launch import Command, launch
 
         begun = time.perf_counter()

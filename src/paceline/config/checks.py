@@ -198,10 +198,12 @@ def _devices(facts: Facts) -> Iterator[Problem]:
     if config.use_cpu:
         why = f"use_cpu is true ({facts.where('use_cpu')})"
         yield Problem(facts.where("gpu_ids"), "gpu_ids", f"{ids} is not used", why, "remove one of the two")
-    elif (config.num_processes or 0) > len(ids.split(",")) and facts.asked("num_processes"):
-        count = len(ids.split(","))
-        why = f"num_processes is {config.num_processes} ({facts.where('num_processes')})"
-        hint = f"list as many devices, or set num_processes to {count}"
+        return
+    machines, count = config.max_machines, len(ids.split(","))
+    if (config.num_processes or 0) > count * machines and facts.asked("num_processes"):
+        among = f", for {machines} machines together" if machines > 1 else ""
+        why = f"num_processes is {config.num_processes} ({facts.where('num_processes')}){among}"
+        hint = f"list as many devices as a machine has processes, or set num_processes to {count * machines}"
         yield Problem(facts.where("gpu_ids"), "gpu_ids", f"{ids} names {count} devices", why, hint)
 
 
@@ -214,7 +216,9 @@ def _machines(facts: Facts) -> Iterator[Problem]:
         return  # mpirun brings them together
     most = config.max_machines
     if config.rdzv_backend not in RENDEZVOUS:
-        what = f"{config.rdzv_backend} is known but not carried out in this release"
+        is_torchs = config.rdzv_backend in ("etcd", "etcd-v2")
+        fate = "is known but not carried out in this release" if is_torchs else "is no rendezvous of torch elastic"
+        what = f"{config.rdzv_backend} {fate}"
         hint = "write static, or c10d for machines that come and go"
         yield Problem(facts.where("rdzv_backend"), "rdzv_backend", what, "", hint)
     elif config.min_machines != most and config.rdzv_backend != "c10d":

@@ -41,14 +41,21 @@ RENDEZVOUS_OPTIONS: Final = (*(f.name for f in fields(RendezvousOptions)), *_ALI
 
 
 def read_rendezvous_options(text: str | None) -> RendezvousOptions:
-    """Read `key=value,key=value`; raise `ValueError` saying what is wrong with it."""
+    """Read `key=value,key=value`; raise `ValueError` saying all that is wrong with it."""
     values: dict[str, float | bool] = {}
+    wrong: list[str] = []
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))
         name = _ALIASES.get(name, name)
         if not equals or name not in RENDEZVOUS_OPTIONS:
-            raise ValueError(f"{part!r} is no option of the rendezvous")
-        values[name] = _flag(name, value) if name == "is_host" else _seconds(name, value)
+            wrong.append(f"{part!r} is no option of the rendezvous")
+            continue
+        try:
+            values[name] = _flag(name, value) if name == "is_host" else _seconds(name, value)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(", and ".join(wrong))
     return RendezvousOptions(**values)  # type: ignore[arg-type]
 
 

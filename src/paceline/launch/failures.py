@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "read_fault", "report"]
 
 _ABORTED = (
-    "A library in it gave up, and printed why on its standard error. gloo does so when ranks bring different sizes to "
-    "one collective: with --debug, paceline compares before each of its own exchanges and names the odd rank"
+    "A library in it gave up, and printed why on its standard error. gloo does so when ranks are in "
+    "different calls, or bring different sizes to one: with --debug, paceline compares before each of its own "
+    "exchanges and names the odd rank"
 )
+# Public functions of modules directly in the package are what a script calls.
+_FACADE = Path(__file__).parents[1]
 # Letters that a rank which did not cause the failure gets.
 _FOLDED = 120
 
@@ -63,7 +66,8 @@ class RankEnd:
         account: What it wrote about itself, if anything.
         hint: What the launcher knows besides, such as the use of memory.
         log: File with its output, if it did not go to the console.
-        where: `file:line` at which a signal such as SIGSEGV found it, if it could note that.
+        where: `file:line` at which a signal such as SIGSEGV found it, and the method of ours that it had called there,
+            if it could note that.
         host: The machine it ran on; empty for this one.
     """
 
@@ -114,7 +118,7 @@ def read_account(path: Path) -> Account | None:
 
 
 def read_fault(path: Path) -> str:
-    """Return the user's line in what Python noted when a signal ended a process; empty when there is nothing."""
+    """Return the user's line, and what of ours it called, from what Python noted when a signal ended a process."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -122,9 +126,13 @@ def read_fault(path: Path) -> str:
     # Threads are told newest first, the main thread last; the one that got the signal is "Current".
     threads = re.split(r"^(?=(?:Current t|T)hread )", text, flags=re.MULTILINE)[1:]
     told = next((t for t in threads if t.startswith("Current")), threads[-1] if threads else "")
-    lines = re.findall(r'^ *File "(.*)", line (\d+) in', told, re.MULTILINE)
-    own = [f"{file}:{line}" for file, line in lines if not is_library(file)]
-    return own[0] if own else ""
+    called = ""
+    for file, line, function in re.findall(r'^ *File "(.*)", line (\d+) in (.*)', told, re.MULTILINE):
+        if not is_library(file):
+            return f"{file}:{line}{called}"
+        is_facade = Path(file).parent == _FACADE and not function.startswith("_")
+        called = f", in {function}" if is_facade else ""
+    return ""
 
 
 def first_failure(ends: Sequence[RankEnd]) -> RankEnd:

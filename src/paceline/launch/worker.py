@@ -306,10 +306,18 @@ def _looks_secondary(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None:
         names = {cls.__name__ for cls in type(cause).__mro__}
-        if names & _SECONDARY_TYPES or any(text in str(cause) for text in _SECONDARY_TEXTS):
+        if names & _SECONDARY_TYPES or any(text in _words(cause) for text in _SECONDARY_TEXTS):
             return True
         cause = cause.__cause__
     return False
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says, if its own method does not fail."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def _end_at_once(code: int) -> None:

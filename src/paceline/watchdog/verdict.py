@@ -18,6 +18,11 @@ __all__ = ["Standing", "verdict"]
 # Operations for which every rank must bring tensors of one shape.
 _ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce", "all_gather", "allgather", "reduce_scatter", "barrier")
 
+_SAME_CALLS = (
+    "Every rank must make the same calls in the same order, with the same shapes and dtypes; with --debug, paceline "
+    "compares before each of its own exchanges and names the odd rank"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
@@ -150,6 +155,13 @@ def _collective_calls(known: Mapping[int, Standing], ranks: Sequence[int]) -> li
     return sorted({place.call for place in places if place is not None and place.is_collective})
 
 
+def _called_by_some(known: Mapping[int, Standing], ranks: Iterable[int]) -> list[str]:
+    """The methods that every rank must call, and that some of these ranks are in and others are not."""
+    places = [place for rank in ranks if (place := known[rank].place) is not None]
+    calls = sorted({place.call for place in places if place.is_collective})
+    return [call for call in calls if any(place.call != call for place in places)]
+
+
 def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float) -> tuple[str, str]:
     """Every rank has come to as many collectives: do they do the same there?"""
     for number in sorted({o.number for s in known.values() for o in s.operations if o.group == stuck.group}):
@@ -163,11 +175,11 @@ def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float)
             now = number == stuck.number
             texts = {rank: _what(known, o, [rank]) if now else str(o) for rank, o in entered.items()}
             seen = ", ".join(f"{named_ranks(ranks)} in {text}" for text, ranks in _grouped(texts).items())
-            return (
-                f"the ranks {'are' if now else 'were'} in different calls: {seen}",
-                "Every rank must make the same calls in the same order, with the same shapes and dtypes; with --debug, "
-                "paceline compares before each of its own exchanges and names the odd rank",
-            )
+            calls = _called_by_some(known, entered) if now else []
+            if len(calls) == 1:
+                return f"{calls[0]} is not called by every rank: {seen}", _branch(calls)
+            head = f"the ranks {'are' if now else 'were'} in different calls: {seen}"
+            return head, _branch(calls) if calls else _SAME_CALLS
     waited = f" for {seconds:.0f} s" if seconds else ""
     return (
         f"all ranks have been in {stuck}{waited}, and it does not end",
@@ -218,13 +230,17 @@ def _advice(known: Mapping[int, Standing], inside: Sequence[int], missing: Seque
     if any(rank in known and known[rank].fate for rank in missing):
         return "Every rank must make as many calls: look for a loop that ends earlier there"
     if calls:
-        return (
-            f"Every rank must call {' and '.join(calls)}: look for a branch that only some ranks take, such as "
-            "`if accelerator.is_main_process`; if a rank only needs longer, raise timeout"
-        )
+        return f"{_branch(calls)}; if a rank only needs longer, raise timeout"
     return (
         "Every rank must make the same calls in the same order; if a rank only needs longer, raise timeout (seconds "
         "that a collective may take)"
+    )
+
+
+def _branch(calls: Sequence[str]) -> str:
+    return (
+        f"Every rank must call {' and '.join(calls)}: look for a branch that only some ranks take, such as "
+        "`if accelerator.is_main_process`"
     )
 
 

@@ -292,3 +292,37 @@ def test_a_variable_that_nobody_knows(
     assert "PACELINE_MIXED_PRECISON" in answer.err
     assert "PACELINE_MIXED_PRECISION" in answer.err
     assert not (tmp_path / "it_ran").exists()
+
+
+# Flags of other launchers
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("--role=trainer", "--role here: all ranks have the same role; leave it out."),
+        ("--no-tpu-cluster", "leave it out."),
+        ("--fp16", "write --mixed_precision fp16."),
+        ("--nproc-per-node=4", "--num_processes is the number of processes of all machines together."),
+        ("--master_addr=head", "--main_process_ip and --main_process_port say where machines meet."),
+    ],
+)
+def test_a_flag_of_another_launcher_is_refused_with_the_way_out(
+    paceline: Paceline, script: Path, flag: str, instead: str
+) -> None:
+    answer = paceline("launch", flag, script.name)
+    assert answer.code == 2
+    assert instead in answer.err
+    assert "Did you mean" not in answer.err
+
+
+@pytest.mark.parametrize("words", [["-t", "3"], ["--tee", "3"], ["--tee=3"], ["--tee"], ["-t"], ["--tee", "0"]])
+def test_tee_may_have_the_number_that_accelerate_gives_it(paceline: Paceline, script: Path, words: list[str]) -> None:
+    answer = paceline("launch", "--cpu", *words, "--dry-run", script.name, "-t", "5")
+    assert answer.code == 0, answer.err
+    assert answer.commands == [["train.py", "-t", "5"]] * 2
+
+
+def test_tee_of_one_stream_is_refused(paceline: Paceline, script: Path) -> None:
+    answer = paceline("launch", "--cpu", "--tee", "1", "--dry-run", script.name)
+    assert (answer.code, "1 asks for one stream; both are shown" in answer.err) == (2, True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from paceline.cli.runs import without_logs
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -64,3 +66,9 @@ def test_problems_keep_the_script_from_starting(tmp_path: Path) -> None:
     assert out == ""
     assert "2 problems" in err
     assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_report_names_no_files_that_are_gone() -> None:
+    report = "rank 0 on a (pid 7) raised ValueError at a.py:1; its output is in /tmp/x/rank_0.err\n\nTraceback"
+    told = "rank 0 on a (pid 7) raised ValueError at a.py:1; --keep FOLDER keeps its output\n\nTraceback"
+    assert without_logs(report) == told

@@ -53,6 +53,13 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("use_cpu: true\ngpu_ids: 0,1", {}, "config.yaml:2", "gpu_ids", "use_cpu is true (config.yaml:1)"),
     ("num_processes: 4\ngpu_ids: 0,1", {}, "config.yaml:2", "gpu_ids", "names 2 devices"),
+    (
+        "num_processes: 6\ngpu_ids: 0,1\nnum_machines: 2\nmain_process_ip: a",
+        {},
+        "config.yaml:2",
+        "gpu_ids",
+        "for 2 machines together",
+    ),
     ("strategy: ddp\nfsdp_config:\n  fsdp_version: 2", {}, "config.yaml:3", F, "nothing reads fsdp_version"),
     (
         "strategy: ddp\nfsdp_config:\n  fsdp_sharding_strategy: HYBRID_SHARD",
@@ -157,6 +164,14 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("num_machines: 2\nnum_processes: 3", {}, "config.yaml:2", "num_processes", "a multiple of 2"),
     ("num_machines: 2\nrdzv_conf: timeot=3", {}, "config.yaml:2", "rdzv_conf", "known are timeout"),
     ("num_machines: 2\nrdzv_conf: timeout=no", {}, "config.yaml:2", "rdzv_conf", "no number above 0"),
+    (
+        "num_machines: 2\nrdzv_conf: timeout=no,timeot=3",
+        {},
+        "config.yaml:2",
+        "rdzv_conf",
+        "no number above 0, and 'timeot=3' is no option",
+    ),
+    ("num_machines: 2\nrdzv_backend: c01d", {}, "config.yaml:2", "rdzv_backend", "is no rendezvous of torch elastic"),
     (
         "parallelism_config:\n  cp_comm_strategy: alltoall",
         {},

@@ -173,3 +173,8 @@ def test_fsdp_on_the_cpu_is_no_clash(tmp_path: Path) -> None:
 
 def test_the_same_paradigm_twice_is_no_clash(tmp_path: Path) -> None:
     assert read(tmp_path, FOUNDING, {"use_fsdp": True}).config.strategy == "fsdp"
+
+
+def test_devices_are_those_of_one_machine(tmp_path: Path) -> None:
+    text = "distributed_type: MULTI_GPU\ngpu_ids: 0,1\nnum_machines: 2\nnum_processes: 4\nmain_process_ip: head\n"
+    assert read(tmp_path, text).config.gpu_ids == "0,1"

@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from paceline.launch import failures
 from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, read_account, read_fault, report
 
 
@@ -117,3 +118,14 @@ def test_the_line_at_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
     assert read_fault(file) == "/home/me/train.py:8"
     file.write_text(f"Fatal Python error: Aborted\n\n{other}\nThread 0x02 (most recent call first):\n{mine}")
     assert read_fault(file) == "/home/me/train.py:8", "a thread that Python does not know: the main thread's line"
+
+
+def test_the_call_in_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
+    package = Path(failures.__file__).parents[1]
+    file = tmp_path / "rank_0.json.fault"
+    file.write_text(
+        "Fatal Python error: Aborted\n\nThread 0x02 (most recent call first):\n"
+        f'  File "{package / "collectives" / "group.py"}", line 5 in barrier\n'
+        f'  File "{package / "ranks.py"}", line 7 in wait_for_everyone\n  File "/home/me/train.py", line 8 in main\n'
+    )
+    assert read_fault(file) == "/home/me/train.py:8, in wait_for_everyone"

@@ -125,6 +125,19 @@ def test_an_exception_is_written_down_and_not_printed(tmp_path: Path) -> None:
     assert account["message"]["extraInfo"]["py_callstack"] == ours["traceback"]
 
 
+def test_an_exception_that_cannot_say_what_it_is(tmp_path: Path) -> None:
+    source = """
+    class Bad(Exception):
+        def __str__(self): raise RuntimeError("no words")
+    raise Bad
+    """
+    done, account = run(tmp_path, "script.py", source=source)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert account is not None
+    assert account["paceline"]["headline"].startswith("Bad: <")
+    assert account["paceline"]["where"] == f"{tmp_path / 'script.py'}:4"
+
+
 def test_a_syntax_error(tmp_path: Path) -> None:
     done, account = run(tmp_path, "script.py", source="def f(:\n")
     assert (done.returncode, done.stderr) == (1, "")

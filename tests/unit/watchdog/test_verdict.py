@@ -43,6 +43,18 @@ def test_a_method_that_only_some_ranks_call() -> None:
     assert "Every rank must call save_state" in text
 
 
+def test_a_method_that_only_some_ranks_call_and_that_exchanges_something_at_once() -> None:
+    gathering = standing(0, 40, operation(7, "all_gather"), call="gather", collective=True)
+    other = standing(1, 44, operation(7), call="backward")
+    head, *_, advice = verdict([gathering, other], 2, seconds=60).splitlines()
+    assert head == (
+        "gather is not called by every rank: rank 0 in gather (all_gather #7 of float32 (4,)), rank 1 in backward "
+        "(all_reduce #7 of float32 (4,))"
+    )
+    assert advice.startswith("Every rank must call gather: look for a branch"), "no rank is late: no word of timeout"
+    assert "timeout" not in advice
+
+
 def test_different_calls_and_different_shapes() -> None:
     one = standing(0, 3, operation(5, "all_gather"), call="gather", collective=True)
     other = standing(1, 4, operation(5, "barrier", ""), call="wait_for_everyone", collective=True)
@@ -50,6 +62,9 @@ def test_different_calls_and_different_shapes() -> None:
     assert text.startswith(
         "the ranks are in different calls: rank 0 in gather (all_gather #5 of float32 (4,)), rank 1 in"
     )
+    assert "Every rank must call gather and wait_for_everyone: look for a branch" in text
+    unlike = [standing(rank, 3, operation(5, what=f"float32 ({rank},)"), call="gather") for rank in (0, 1)]
+    assert "with the same shapes and dtypes" in verdict(unlike, 2, seconds=9)
     past = [standing(rank, 3, operation(4, what=f"float32 ({rank + 4},)", done=True), operation(5)) for rank in (0, 1)]
     text = verdict(past, 2, seconds=9)
     assert text.startswith(

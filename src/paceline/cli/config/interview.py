@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,7 @@ from paceline.cli.config.dialogue import BACK, Back, Choice, open_dialogue
 from paceline.cli.config.machine import look_around
 from paceline.cli.config.questions import QUESTIONS, Question, Situation
 from paceline.cli.config.targets import target_file, write_file
+from paceline.cli.interrupts import INTERRUPTED
 from paceline.config.writing import as_yaml
 from paceline.errors import ConfigError
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ask_and_write", "interview"]
 
-_INTERRUPTED: Final = 130
 _KEYS = "Arrow keys choose, Enter takes what is shown, Esc goes back, Ctrl-C leaves everything as it was.\n"
 
 
@@ -42,7 +42,7 @@ def ask_and_write(config_file: Path | None) -> None:
         dialogue.finish()
     except KeyboardInterrupt:
         click.echo("\npaceline: interrupted; nothing was written", err=True)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     if answers is None:
         click.echo("Nothing was written.")
         return

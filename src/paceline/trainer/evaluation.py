@@ -156,7 +156,9 @@ class EvaluationLoop:
             "steps_per_second": batches / took,
         }
         kept = self.kept.everything(concatenate=self.args.eval_do_concat_batches) if not self._streams else None
-        named = {name if name.startswith(self.prefix) else f"{self.prefix}_{name}": v for name, v in metrics.items()}
+        named = {
+            name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}": v for name, v in metrics.items()
+        }
         prediction, labels = (None, None) if kept is None else _both(kept)
         return EvalLoopOutput(prediction, labels, named, self.num_samples)
 
@@ -170,9 +172,11 @@ class EvaluationLoop:
         shorter = 0 < real < rows
         if shorter:
             inputs = first_rows(inputs, real, rows)
+        # Before the step: a `compute_loss` of one's own may take the labels out.
+        items = self.trainer.count_items(inputs)
         loss, logits, labels = self.trainer.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
         if loss is not None:
-            self._add_loss(loss, inputs, real)
+            self._add_loss(loss, items, real)
         if self.loss_only:
             return
         process = self.trainer.preprocess_logits_for_metrics
@@ -195,9 +199,8 @@ class EvaluationLoop:
             extras["losses"] = loss.mean().expand(rows).clone()
         return extras
 
-    def _add_loss(self, loss: Tensor, inputs: Any, real: int) -> None:
+    def _add_loss(self, loss: Tensor, weight: Tensor | None, real: int) -> None:
         mean = loss.detach().float().mean()
-        weight = self.trainer.count_items(inputs)
         if weight is None:
             weight = torch.full((), real, device=mean.device)
         if real == 0:

@@ -48,6 +48,7 @@ _AT_LEAST = {
     "ddp_timeout": 1,
     "torch_empty_cache_steps": 1,
 }
+_OTHER_OPTIMIZERS = ("galore_", "apollo_", "lomo", "adalomo", "grokadamw", "stable_adamw", "adamw_anyprecision")
 _OF_READERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
 _MAPPINGS = (
     "lr_scheduler_kwargs",
@@ -110,7 +111,9 @@ def _names(args: TrainingArguments) -> Iterator[Problem]:
             value = "all" if value else "no"
             setattr(args, name, value)
         if value is not None and value not in known:
+            elsewhere = name == "optim" and str(value).startswith(_OTHER_OPTIMIZERS)
             hint = did_you_mean(str(value), known) or f"the names are {', '.join(known)}"
+            hint = "it is not there; give the Trainer optimizer_cls_and_kwargs" if elsewhere else hint
             yield Problem(WHERE, name, f"{value!r} is unknown", hint=hint)
 
 

@@ -45,6 +45,10 @@ class Feeding(TrainerCore):
         """
         if self.train_dataset is None:
             raise PrepareError("Trainer.train() without a train_dataset", "There is nothing to train on", "Give one")
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise PrepareError(
+                "The train_dataset has no samples", "There is nothing to train on", "Look at what was read"
+            )
         sampler = self._get_train_sampler(self.train_dataset)
         return self._loader(self.train_dataset, self._batch_plan[0], sampler, saved=True)
 

@@ -59,6 +59,7 @@ def problems(**values: Any) -> dict[str, str]:
         ({"optim_args": "momentum"}, "'momentum' is no key=value"),
         ({"profile_steps": "5:3"}, "'5:3' is no window of steps"),
         ({"torch_compile_backend": "inductr"}, "torch_compile_backend: the text 'inductr' is not allowed"),
+        ({"optim": "grokadamw"}, "give the Trainer optimizer_cls_and_kwargs"),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.03}, "write constant_with_warmup"),
         ({"optim": "schedule_free_sgd", "lr_scheduler_type": "cosine"}, "keeps the highest rate"),
         ({"optim": "schedule_free_radam", "warmup_steps": 5}, "it needs none"),
@@ -110,9 +111,11 @@ def test_the_command_line_says_what_was_meant() -> None:
         TrainingArguments.from_command_line(["--max_steps", "x", "--optim", "adamw_torsh"])
     assert {problem.key for problem in raised.value.problems} == {"--max_steps", "optim"}
     with pytest.raises(ConfigError) as raised:
-        TrainingArguments.from_command_line(["--evaluation_strategy", "steps", "--group-by-length", "stray"])
+        TrainingArguments.from_command_line(
+            ["--max_steps", "3", "stray", "--evaluation_strategy", "steps", "--group-by-length"]
+        )
     hints = [problem.hint for problem in raised.value.problems]
-    assert hints == ["write eval_strategy", 'write train_sampling_strategy="group_by_length"', ""]
+    assert hints == ["", "write eval_strategy", 'write train_sampling_strategy="group_by_length"']
 
 
 def test_help_is_grouped_by_what_is_decided(capsys: pytest.CaptureFixture[str]) -> None:

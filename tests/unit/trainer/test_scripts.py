@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -165,10 +166,10 @@ def test_callbacks_see_the_model_without_a_training(tmp_path: Path) -> None:
 
 def callbacks_of_transformers(folder: str) -> tuple[bool, int, int]:
     import transformers
-    from transformers.integrations import TensorBoardCallback
 
+    integrations: Any = import_module("transformers.integrations")
     changes = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "save_strategy": "steps"}
-    theirs: list[Any] = [transformers.EarlyStoppingCallback(1), TensorBoardCallback()]
+    theirs: list[Any] = [transformers.EarlyStoppingCallback(1), integrations.TensorBoardCallback()]
     made(folder, changes=changes, callbacks=theirs).train()
     state = str(Path(folder) / "checkpoint-4" / "trainer_state.json")
     read: Any = transformers.TrainerState.load_from_json(state)
@@ -228,6 +229,42 @@ def test_names_of_metrics(tmp_path: Path) -> None:
     trainer = made(tmp_path, compute_metrics=lambda _: {"evaluation": 1.0, "eval_x": 2.0, "accuracy": 3.0})
     assert {"eval_evaluation", "eval_x", "eval_accuracy"} <= set(trainer.evaluate())
     assert {"a_evaluation", "a_eval_x", "a_accuracy"} <= set(trainer.evaluate(metric_key_prefix="a"))
+
+
+def test_what_is_measured_must_have_names(tmp_path: Path) -> None:
+    with pytest.raises(PacelineError, match="compute_metrics returned a NoneType"):
+        made(tmp_path, compute_metrics=lambda _: None).evaluate()
+
+
+def test_a_set_without_samples(tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match="has no samples"):
+        made(tmp_path, train_dataset=[]).train()
+
+
+class Pair(NamedTuple):
+    """States beside the logits."""
+
+    one: torch.Tensor
+    other: torch.Tensor
+
+
+class Stateful(nn.Module):
+    """Returns named tuples within its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        logits = self.layer(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits, "states": Pair(logits, logits[:, :1])}
+
+
+def test_named_tuples_in_outputs(tmp_path: Path) -> None:
+    logits, states = made(tmp_path, model=Stateful()).predict(ROWS).predictions
+    assert isinstance(states, Pair)
+    assert (states.one == logits).all()
+    assert states.other.shape == (20, 1)
 
 
 @dataclass(slots=True)

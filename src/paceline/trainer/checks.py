@@ -169,6 +169,13 @@ def _unused(args: TrainingArguments) -> Iterator[Problem]:
     if args.length_column_name != "length" and args.train_sampling_strategy != "group_by_length":
         hint = "write train_sampling_strategy='group_by_length', or leave it out"
         yield Problem(WHERE, "length_column_name", "given without group_by_length", "nothing looks at it", hint)
+    if args.gradient_checkpointing and args.activation_checkpointing is False:
+        what, why = "True with activation_checkpointing=False", "they are one setting"
+        yield Problem(WHERE, "gradient_checkpointing", what, why, "give one of them")
+    new, old = args.activation_checkpointing_kwargs, args.gradient_checkpointing_kwargs
+    if new is not None and old is not None and new != old:
+        what, why = "given together with activation_checkpointing_kwargs", "they are one setting"
+        yield Problem(WHERE, "gradient_checkpointing_kwargs", what, why, "give one of them")
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         if getattr(args, f"{name}_kwargs") and not (args.activation_checkpointing or args.gradient_checkpointing):
             hint = f"write {name}=True, or leave it out"

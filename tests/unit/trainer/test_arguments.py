@@ -66,6 +66,7 @@ def problems(**values: Any) -> dict[str, str]:
         ({"max_tokens": 9, "include_num_input_tokens_seen": "non_padding"}, "that counts padding"),
         ({"length_column_name": "size"}, "nothing looks at it"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "nothing is computed again"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "they are one setting"),
         ({"dataloader_multiprocessing_context": "fork"}, "only readers in processes of their own use it"),
         ({"parallelism_config": {"dp_shard_sise": 2}}, "parallelism_config.dp_shard_sise: unknown name"),
     ],

@@ -82,19 +82,21 @@ class Reporting:
             ConfigError: `init_kwargs` names something that is no tracker.
         """
         settings = init_kwargs or {}
-        names = {*TRACKERS, *(one if isinstance(one, str) else one.name for one in self._tracking.chosen)}
-        wrong = [name for name in settings if name not in names]
-        if wrong:
-            where = "init_trackers(…)"
-            raise ConfigError(
-                Problem(where, f"init_kwargs[{name!r}]", "is no tracker", hint=did_you_mean(name, names))
-                for name in wrong
-            )
+        self._check_names(settings, "init_trackers(…)", "init_kwargs")
         if self._tracking.start(project_name, settings=settings, run_name=run_name):
             self._tracking.record(self._record())
             self._is_described = False
         if config is not None:
             self._tracking.store(config)
+
+    def _check_names(self, settings: Mapping[str, Any], where: str, key: str) -> None:
+        """Refuse settings of what is no tracker: they would reach nobody."""
+        names = {*TRACKERS, *(one if isinstance(one, str) else one.name for one in self._tracking.chosen)}
+        wrong = [name for name in settings if name not in names]
+        if wrong:
+            raise ConfigError(
+                Problem(where, f"{key}[{name!r}]", "is no tracker", hint=did_you_mean(name, names)) for name in wrong
+            )
 
     def log(
         self,
@@ -114,7 +116,10 @@ class Reporting:
 
         Raises:
             TrackingError: `log_with` was given and `init_trackers` was not called.
+            ConfigError: `log_kwargs` names something that is no tracker.
         """
+        if log_kwargs:
+            self._check_names(log_kwargs, "log(…)", "log_kwargs")
         tracking = self._tracking
         if not self._is_described:
             # Only now is the model prepared and the strategy decided.

@@ -52,7 +52,8 @@ def test_every_step_is_the_same(case: str, logs: tuple[Any, Any]) -> None:
     assert len(mine) == len(theirs) == side_by_side.STEPS
     for name in ("loss", "grad_norm", "learning_rate", "epoch"):
         gaps = [abs(one[name] - other[name]) for one, other in zip(mine, theirs, strict=True)]
-        assert max(gaps) < 1e-5, name
+        # A norm adds up all parameters, and how its last digits come out depends on the processor.
+        assert max(gaps) < (5e-5 if name == "grad_norm" else 1e-5), name
 
 
 @pytest.mark.parametrize("case", side_by_side.CASES)

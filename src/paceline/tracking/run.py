@@ -42,6 +42,7 @@ class Trackers:
     ) -> None:
         self.active: list[Any] = []
         self.was_started = False
+        self._was_closed = False
         self.chosen = list(chosen)
         self._folder = folder
         self._is_main = is_main
@@ -54,7 +55,7 @@ class Trackers:
     ) -> Sequence[Any]:
         """Open every tracker that speaks from this rank."""
         self.finish()
-        self.was_started = True
+        self.was_started, self._was_closed = True, False
         try:
             for one in self.chosen:
                 if not isinstance(one, str):
@@ -101,6 +102,9 @@ class Trackers:
                     "Trackers are opened by init_trackers, and what was logged before would be lost",
                     "Call accelerator.init_trackers(project_name) before the loop",
                 )
+            if self._was_closed:
+                self._was_closed = False  # said once
+                logger.warning("log() after the trackers were closed: %s and what follows are lost.", ", ".join(values))
             return
         held, copied = hold(values)
         self._pending.append(Entry(held, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
@@ -166,6 +170,7 @@ class Trackers:
             logger.warning("The last log entries were lost (%s: %s).", type(error).__name__, error)
             self._pending.clear()
         active, self.active = self.active, []
+        self._was_closed = True
         for tracker in active:
             try:
                 tracker.crashed = crashed

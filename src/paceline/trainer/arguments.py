@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from paceline.config.shapes import did_you_mean
-from paceline.environment.world import World
 from paceline.errors import ConfigError, Problem
 from paceline.trainer import checks
 from paceline.trainer.command_line import parse_arguments
 from paceline.trainer.fields import AllFields
+from paceline.trainer.launched import Launched
 from paceline.trainer.reading import read_mapping, read_value
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _SPACES = "leave it out, or set Trackio's own variables"
 _LIGER = "apply liger_kernel to the model yourself, before it goes to the Trainer"
 # Names that other versions have, with what to do instead.
 _ABSENT = {
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"), _NO_HUB),
+    **dict.fromkeys(("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"), _NO_HUB),
     **dict.fromkeys(("hub_always_push", "hub_revision"), _NO_HUB),
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _SPACES),
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
@@ -65,7 +65,7 @@ _ABSENT = {
 
 
 @dataclass
-class TrainingArguments(AllFields):
+class TrainingArguments(Launched, AllFields):
     """What to train, how long, how and where; every field is one of transformers' name and meaning, or says otherwise.
 
     All problems are reported at once. `TrainingArguments.describe()` lists the fields.
@@ -75,12 +75,13 @@ class TrainingArguments(AllFields):
     """
 
     _origins: ClassVar[dict[str, str]] = {}
+    ABSENT: ClassVar[dict[str, str]] = _ABSENT
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Refuse unknown names before the generated constructor would, with what was probably meant."""
         unknown = [name for name in values if name not in _hints(cls)]
         if unknown:
-            raise ConfigError(_unknown(cls, name, WHERE) for name in unknown)
+            raise ConfigError(_with_others(cls, unknown, values, WHERE, args))
         made = super().__new__(cls)
         # No field: it says nothing that a run could be told.
         made.__dict__["_origins"] = dict.fromkeys(values, WHERE)
@@ -117,7 +118,7 @@ class TrainingArguments(AllFields):
             raise ConfigError([Problem(name, "", str(error))]) from error
         unknown = [key for key in found if key not in _hints(cls)]
         if unknown:
-            raise ConfigError(_unknown(cls, key, name) for key in unknown)
+            raise ConfigError(_with_others(cls, unknown, {**found, **values}, name))
         made = cls(**{**found, **values})
         made.note_origins({key: name for key in found if key not in values})
         return made
@@ -167,37 +168,7 @@ class TrainingArguments(AllFields):
         """Say of values where they came from."""
         self._origins.update(origins)
 
-    # What follows from the fields and the launcher
-
-    @property
-    def world(self) -> World:
-        """Which rank this is, among how many, as the launcher says."""
-        return World.read(os.environ)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that train together."""
-        return self.world.size
-
-    @property
-    def process_index(self) -> int:
-        """This rank."""
-        return self.world.rank
-
-    @property
-    def local_process_index(self) -> int:
-        """This rank on its machine."""
-        return self.world.local_rank
-
-    @property
-    def should_log(self) -> bool:
-        """Whether this rank writes logs."""
-        return self.world.is_main
-
-    @property
-    def should_save(self) -> bool:
-        """Whether this rank writes what is written once."""
-        return self.world.is_main
+    # What follows from the fields
 
     @property
     def train_batch_size(self) -> int:
@@ -255,6 +226,20 @@ def _hints(cls: type[Any]) -> Mapping[str, Any]:
     """The fields of a class and their types."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _with_others(
+    cls: type[Any], unknown: Sequence[str], values: Mapping[str, Any], where: str, positional: Sequence[Any] = ()
+) -> list[Problem]:
+    """What is wrong with names that are unknown, and with the values of the others."""
+    problems = [_unknown(cls, name, where) for name in unknown]
+    try:
+        cls(*positional, **{name: value for name, value in values.items() if name not in unknown})
+    except ConfigError as error:
+        problems += error.problems
+    except TypeError:  # one without a default was left out
+        pass
+    return problems
 
 
 def _unknown(cls: type[Any], name: str, where: str) -> Problem:

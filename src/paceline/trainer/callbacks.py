@@ -223,13 +223,14 @@ class EarlyStoppingCallback(TrainerCallback):
         """Count evaluations without an improvement."""
         name = args.metric_for_best_model
         value = things["metrics"].get(name if name.startswith("eval_") else f"eval_{name}")
-        if value is None:
-            logger.warning_once("Early stopping looks at %s, which the evaluation does not give.", name)
+        if value is None:  # of another one of several sets; where none gives it, the training says so
             return
-        gain = math.inf if state.best_metric is None else value - state.best_metric
-        if not args.greater_is_better and state.best_metric is not None:
-            gain = -gain
-        if gain > 0 and abs(gain) > self.early_stopping_threshold:
+        sign = 1 if args.greater_is_better else -1
+        # What is no number is no gain.
+        gain = value if math.isnan(value) else math.inf
+        if state.best_metric is not None:
+            gain = sign * (value - state.best_metric)
+        if gain > max(0.0, self.early_stopping_threshold):
             self.early_stopping_patience_counter = 0
         else:
             self.early_stopping_patience_counter += 1

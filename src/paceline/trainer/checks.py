@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.config.deepspeed_json import read_settings
 from paceline.config.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
 from paceline.errors import ConfigError, Problem
-from paceline.trainer.optimizers import known_optimizers, read_arguments
+from paceline.trainer.optimizers import WARMING, known_optimizers, read_arguments
 from paceline.trainer.profiling import read_window
 from paceline.trainer.reading import read_mapping
 from paceline.trainer.schedules import SCHEDULES
@@ -48,6 +48,8 @@ _AT_LEAST = {
     "ddp_timeout": 1,
     "torch_empty_cache_steps": 1,
 }
+_OTHER_OPTIMIZERS = ("galore_", "apollo_", "lomo", "adalomo", "grokadamw", "stable_adamw", "adamw_anyprecision")
+_OF_READERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
 _MAPPINGS = (
     "lr_scheduler_kwargs",
     "activation_checkpointing_kwargs",
@@ -109,7 +111,9 @@ def _names(args: TrainingArguments) -> Iterator[Problem]:
             value = "all" if value else "no"
             setattr(args, name, value)
         if value is not None and value not in known:
+            elsewhere = name == "optim" and str(value).startswith(_OTHER_OPTIMIZERS)
             hint = did_you_mean(str(value), known) or f"the names are {', '.join(known)}"
+            hint = "it is not there; give the Trainer optimizer_cls_and_kwargs" if elsewhere else hint
             yield Problem(WHERE, name, f"{value!r} is unknown", hint=hint)
 
 
@@ -126,6 +130,7 @@ def _pairs(args: TrainingArguments) -> Iterator[Problem]:
         if getattr(args, strategy) and args.strategy not in (None, strategy):
             what = f"given together with strategy={args.strategy!r}"
             yield Problem(WHERE, strategy, what, "each of them names the strategy", "give one of them")
+    yield from _unused(args)
     if args.lr_scheduler_type == "reduce_lr_on_plateau" and args.eval_strategy == "no":
         what = "'no' with lr_scheduler_type='reduce_lr_on_plateau'"
         yield Problem(WHERE, "eval_strategy", what, "the rate follows what is evaluated", "write steps or epoch")
@@ -135,13 +140,51 @@ def _pairs(args: TrainingArguments) -> Iterator[Problem]:
     if args.save_only_model and args.load_best_model_at_end and args.deepspeed:
         what = "given with load_best_model_at_end under DeepSpeed"
         yield Problem(WHERE, "save_only_model", what, "the engine cannot load weights alone", "leave it out")
+    if args.push_to_hub:
+        yield Problem(
+            WHERE, "push_to_hub", "is not there", "paceline uploads nothing", "use huggingface_hub on output_dir"
+        )
     if args.batch_eval_metrics and args.prediction_loss_only:
         yield Problem(WHERE, "batch_eval_metrics", "given with prediction_loss_only", "there is nothing to measure")
 
 
+def _unused(args: TrainingArguments) -> Iterator[Problem]:
+    """What would have no effect beside other values."""
+    level = args.lr_scheduler_type
+    for name in ("warmup_steps", "warmup_ratio"):
+        said = f"{getattr(args, name)} with "
+        if getattr(args, name) and level in ("constant", "reduce_lr_on_plateau"):
+            hint = "write constant_with_warmup, or leave it out" if level == "constant" else "leave it out"
+            # Schedule-free optimizers have a warmup of their own beside the constant rate.
+            if not (level == "constant" and args.optim in WARMING):
+                yield Problem(WHERE, name, f"{said}lr_scheduler_type={level!r}", "it has none", hint)
+        elif getattr(args, name) and args.optim == "schedule_free_radam":
+            yield Problem(WHERE, name, f"{said}optim={args.optim!r}", "it needs none", "leave it out")
+    if args.optim.startswith("schedule_free") and level not in ("linear", "constant"):
+        what, why = f"{level!r} with optim={args.optim!r}", "it needs no schedule, and keeps the highest rate"
+        yield Problem(WHERE, "lr_scheduler_type", what, why, "leave it out")
+    if args.max_tokens is not None and args.include_num_input_tokens_seen == "non_padding":
+        what, why = "'non_padding' with max_tokens", "that counts padding, and there is one count"
+        yield Problem(WHERE, "include_num_input_tokens_seen", what, why, "write all, or leave one of them out")
+    if args.length_column_name != "length" and args.train_sampling_strategy != "group_by_length":
+        hint = "write train_sampling_strategy='group_by_length', or leave it out"
+        yield Problem(WHERE, "length_column_name", "given without group_by_length", "nothing looks at it", hint)
+    if args.gradient_checkpointing and args.activation_checkpointing is False:
+        what, why = "True with activation_checkpointing=False", "they are one setting"
+        yield Problem(WHERE, "gradient_checkpointing", what, why, "give one of them")
+    new, old = args.activation_checkpointing_kwargs, args.gradient_checkpointing_kwargs
+    if new is not None and old is not None and new != old:
+        what, why = "given together with activation_checkpointing_kwargs", "they are one setting"
+        yield Problem(WHERE, "gradient_checkpointing_kwargs", what, why, "give one of them")
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, f"{name}_kwargs") and not (args.activation_checkpointing or args.gradient_checkpointing):
+            hint = f"write {name}=True, or leave it out"
+            yield Problem(WHERE, f"{name}_kwargs", f"given without {name}", "nothing is computed again", hint)
+
+
 def _loaders(args: TrainingArguments) -> Iterator[Problem]:
     if args.dataloader_num_workers == 0:
-        for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        for name in _OF_READERS:
             if getattr(args, name):
                 what = f"{getattr(args, name)} without readers"
                 hint = "set dataloader_num_workers, or leave it out"
@@ -240,5 +283,6 @@ def setting(config: Any, name: str) -> Any:
 def set_log_level(args: TrainingArguments) -> None:
     """Set the level of paceline's messages, where one was asked for."""
     level = args.log_level if args.should_log else args.log_level_replica
-    if level != "passive" and args.log_level != "passive":
+    is_asked = args.log_level != "passive" or (not args.should_log and level != "warning")
+    if level != "passive" and is_asked:
         logging.getLogger("paceline").setLevel(level.upper())

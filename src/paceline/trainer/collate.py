@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
+from paceline.errors import DataError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
@@ -58,6 +60,15 @@ class PaddingCollator:
         return batch
 
 
+REMOVED = "remove_unused_columns takes away what the model's forward does not name"
+KEEP = "Set remove_unused_columns=False where the data_collator makes the model's inputs, or rename columns"
+
+
+def nothing_left(columns: Iterable[str], kept: Iterable[str]) -> str:
+    """What is wrong with samples of which the model takes nothing."""
+    return f"Samples have {', '.join(columns)}, and the model takes {', '.join(sorted(kept))}"
+
+
 class Columns:
     """A collator before which columns are dropped that the model does not take."""
 
@@ -67,8 +78,11 @@ class Columns:
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """Collate what the model takes."""
-        if isinstance(samples[0], Mapping):
+        first = samples[0]
+        if isinstance(first, Mapping):
             samples = [{k: v for k, v in sample.items() if k in self.kept} for sample in samples]
+            if first and not samples[0]:
+                raise DataError(nothing_left(first, self.kept), REMOVED, KEEP)
         return self.collator(samples)
 
 

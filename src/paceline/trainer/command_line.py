@@ -36,8 +36,7 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
     given, rest = parser.parse_known_args(words)
     values = vars(given)
     file = values.pop("config", None) or file
-    problems = [_unknown_flag(word, classes) for word in rest if word.startswith("--")]
-    problems += [Problem(_WHERE, word, "belongs to no flag") for word in rest if not word.startswith("--")]
+    problems = [*_left_over(rest, words, classes)]
     said = {} if file is None else _from_file(file, classes, problems)
     said |= values
     read = {name: made for name, value in said.items() for made in _read(name, value, classes, problems)}
@@ -133,7 +132,7 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
     known = {name for cls in classes for name in _fields(cls)}
     for name in found:
         if name not in known:
-            problems.append(Problem(file, name, "unknown name", hint=did_you_mean(name, dict.fromkeys(known))))
+            problems.append(Problem(file, name, "unknown name", hint=_hint(name, classes)))
     return {name: value for name, value in found.items() if name in known}
 
 
@@ -147,10 +146,26 @@ def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Pr
         return []
 
 
+def _left_over(rest: Sequence[str], words: Sequence[str], classes: Sequence[type[Any]]) -> Iterator[Problem]:
+    """Unknown flags, and words that are the value of none."""
+    values = {words[at + 1] for at, word in enumerate(words[:-1]) if word in rest and word.startswith("--")}
+    for word in rest:
+        if word.startswith("--"):
+            yield _unknown_flag(word, classes)
+        elif word not in values:
+            yield Problem(_WHERE, word, "belongs to no flag")
+
+
 def _unknown_flag(word: str, classes: Sequence[type[Any]]) -> Problem:
     name = word[2:].partition("=")[0].replace("-", "_")
-    hint = did_you_mean(name, {known: None for cls in classes for known in _fields(cls)})
+    hint = _hint(name, classes)
     return Problem(_WHERE, word.partition("=")[0], "unknown flag", hint=hint)
+
+
+def _hint(name: str, classes: Sequence[type[Any]]) -> str:
+    """What to write in place of a name: as a class says of names that other versions have, else the closest."""
+    said = [cls.ABSENT[name] for cls in classes if name in getattr(cls, "ABSENT", {})]
+    return said[0] if said else did_you_mean(name, {known: None for cls in classes for known in _fields(cls)})
 
 
 def _fields(cls: type[Any]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
-from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.errors import ConfigError, PacelineError, PrepareError, Problem
 from paceline.trainer import losses
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.batch_size import agree_on_micro_batch, noted_micro_batch
@@ -57,7 +58,7 @@ class TrainerCore:
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        model_init: Callable[[], nn.Module] | None = None,
+        model_init: Callable[..., nn.Module] | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Any = None,
         callbacks: Sequence[Any] | None = None,
@@ -96,6 +97,7 @@ class TrainerCore:
         self.state = self._new_state()
         self.control = TrainerControl()
         self.callback_handler = CallbackHandler(self._callbacks(callbacks or ()))
+        self._show_callbacks(train_dataloader=None, eval_dataloader=None)
         self._progress = Progress(self)
         self._trained = False
         self._check()
@@ -117,10 +119,19 @@ class TrainerCore:
         if (model is None) == (self.model_init is None):
             what = "neither model nor model_init" if model is None else "both model and model_init"
             raise PrepareError(f"Trainer got {what}", "It trains one model", "Give one of the two")
-        made = self.model_init() if self.model_init is not None and model is None else model
-        assert made is not None
+        made = self.call_model_init() if model is None else model
         if self.args.activation_checkpointing and not self._shards_by_fsdp:
             checkpoint_activations(made, self.args.activation_checkpointing_kwargs)
+        return made
+
+    def call_model_init(self, trial: None = None) -> nn.Module:
+        """A new model from `model_init`, which may take the trial of a search: there is none here."""
+        assert self.model_init is not None
+        parameters = inspect.signature(self.model_init).parameters.values()
+        takes_trial = any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        made: nn.Module | None = self.model_init(trial) if takes_trial else self.model_init()
+        if made is None:
+            raise PrepareError("model_init returned None", "It makes the model", "Return the model")
         return made
 
     @property
@@ -137,6 +148,11 @@ class TrainerCore:
         profiling = [ProfileCallback(self.accelerator, self.args.profile_steps)] if self.args.profile_steps else []
         return [DefaultFlowCallback(), TrackingCallback(self), *profiling, *more, shown]
 
+    def _show_callbacks(self, **more: Any) -> None:
+        """What callbacks are handed at every event from here on."""
+        things = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
+        self.callback_handler.things |= {**things, "lr_scheduler": self.lr_scheduler, **more}
+
     def _new_state(self) -> TrainerState:
         accelerator = self.accelerator
         return TrainerState(
@@ -152,6 +168,17 @@ class TrainerCore:
         if self.optimizer_cls_and_kwargs is not None and self._given_optimizers[0] is not None:
             what = "given together with optimizer_cls_and_kwargs"
             problems.append(Problem("Trainer(…)", "optimizers", what, hint="give one of them"))
+        given = {"optim_args": self._given_optimizers[0] or self.optimizer_cls_and_kwargs}
+        given["lr_scheduler_kwargs"] = self._given_optimizers[1]
+        for name, instead in given.items():
+            if getattr(self.args, name) and instead is not None:
+                why = "what was given is used as it is"
+                problems.append(
+                    Problem("TrainingArguments(…)", name, "given beside one made already", why, "leave it out")
+                )
+        if self.compute_loss_func is not None and self.args.label_smoothing_factor > 0:
+            what, why = "given together with compute_loss_func", "the function decides what the loss is"
+            problems.append(Problem("TrainingArguments(…)", "label_smoothing_factor", what, why, "give one of them"))
         if problems:
             raise ConfigError(problems)
 
@@ -190,11 +217,17 @@ class TrainerCore:
         if apart and not self._call.requires_labels:
             inputs = losses.without_labels(inputs)
         outputs = self._call(model, inputs, None if apart else num_items_in_batch)
-        if apart and self.compute_loss_func is not None:
+        if self.compute_loss_func is not None:
             items = None if num_items_in_batch is None else num_items_in_batch.clamp(min=1)
             loss = self.compute_loss_func(outputs, labels, num_items_in_batch=items)
         elif apart:
             loss = losses.smoothed_loss(outputs, labels, smoothing, shift=self._call.shifts_labels)
+        elif smoothing > 0:
+            raise PacelineError(
+                f"label_smoothing_factor={smoothing}, and the batch has no 'labels'",
+                "The loss is the model's own then, and nothing would be smoothed",
+                "Call them labels in a mapping, or leave the factor out",
+            )
         else:
             loss = losses.loss_of(outputs)
         return (loss, outputs) if return_outputs else loss

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from paceline.trainer.collate import Columns, PaddingCollator, columns_of, default_collator
+from paceline.errors import DataError
+from paceline.trainer.collate import KEEP, REMOVED, Columns, PaddingCollator, columns_of, default_collator, nothing_left
 from paceline.trainer.sampling import LengthGroupedSampler, lengths_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def drop_columns(
     names = getattr(dataset, "column_names", None)
     if isinstance(names, list) and hasattr(dataset, "remove_columns"):
         extra = [name for name in names if name not in kept]
+        if names and extra == names:
+            raise DataError(nothing_left(names, kept), REMOVED, KEEP)
         return (dataset.remove_columns(extra) if extra else dataset), collator
     return dataset, Columns(collator, kept)
 
@@ -45,6 +48,12 @@ def drop_columns(
 def train_sampler(args: TrainingArguments, dataset: Any, *, total_batch: int, input_name: str) -> Sampler[int] | None:
     """The order of the training samples; None for data without a length or an order."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if args.train_sampling_strategy == "group_by_length":
+            raise DataError(
+                "train_sampling_strategy='group_by_length' was asked for",
+                f"A {type(dataset).__name__} has no length, and comes in its own order",
+                "Leave it out, or sort the stream itself",
+            )
         return None
     if args.train_sampling_strategy == "group_by_length":
         lengths = lengths_of(dataset, args.length_column_name, input_name)
@@ -67,6 +76,7 @@ def make_loader(
     """A loader with the arguments' settings; it is prepared by the Accelerator afterwards."""
     settings: dict[str, Any] = {
         "batch_size": batch_size,
+        "drop_last": drop_last,
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
         # Without a device there is nothing to copy to, and torch warns.
@@ -79,5 +89,5 @@ def make_loader(
     if args.dataloader_multiprocessing_context is not None and args.dataloader_num_workers:
         settings["multiprocessing_context"] = args.dataloader_multiprocessing_context
     if not isinstance(dataset, IterableDataset):
-        settings |= {"sampler": sampler, "drop_last": drop_last}
+        settings["sampler"] = sampler
     return DataLoader(dataset, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +50,9 @@ class Evaluating(Feeding):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part if given else name, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        loader = self.get_eval_dataloader(eval_dataset)
+        loader = self._as_prepared(self.get_eval_dataloader(eval_dataset))
         output = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys)
-        self.log(dict(output.metrics))
+        self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
         return output.metrics
 
@@ -67,7 +68,7 @@ class Evaluating(Feeding):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Predict for every sample of a data set, in its order. Collective: every rank must call it."""
-        loader = self.get_test_dataloader(test_dataset)
+        loader = self._as_prepared(self.get_test_dataloader(test_dataset))
         output = self.evaluation_loop(
             loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, prediction_loss_only=False
         )
@@ -153,13 +154,12 @@ class Evaluating(Feeding):
             known = ", ".join(metrics)
             what = f"metric_for_best_model={name!r}"
             raise PacelineError(what, f"The evaluation gives {known}", "Name one of them")
-        value, best = metrics[key], self.state.best_metric
+        value, best = float(metrics[key]), self.state.best_metric
         better = best is None or (value > best if self.args.greater_is_better else value < best)
-        if better:
-            self.state.best_metric, self.state.best_global_step = float(value), self.state.global_step
-            if self.args.save_strategy != "no":
-                self.state.best_model_checkpoint = self._checkpoint_folder()
-        return better
+        if not better or math.isnan(value):
+            return False
+        self.state.best_metric, self.state.best_global_step = value, self.state.global_step
+        return True
 
     def _checkpoint_folder(self) -> str:
         return os.fspath(Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from paceline.trainer.nested import first_rows, is_structure, leaves_of, map_leaves, rows_of
+from paceline.errors import PacelineError
+from paceline.trainer.nested import first_rows, is_structure, leaves_of, like, map_leaves, rows_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
 
@@ -156,7 +157,9 @@ class EvaluationLoop:
             "steps_per_second": batches / took,
         }
         kept = self.kept.everything(concatenate=self.args.eval_do_concat_batches) if not self._streams else None
-        named = {name if name.startswith(self.prefix) else f"{self.prefix}_{name}": v for name, v in metrics.items()}
+        named = {
+            name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}": v for name, v in metrics.items()
+        }
         prediction, labels = (None, None) if kept is None else _both(kept)
         return EvalLoopOutput(prediction, labels, named, self.num_samples)
 
@@ -170,9 +173,11 @@ class EvaluationLoop:
         shorter = 0 < real < rows
         if shorter:
             inputs = first_rows(inputs, real, rows)
+        # Before the step: a `compute_loss` of one's own may take the labels out.
+        items = self.trainer.count_items(inputs)
         loss, logits, labels = self.trainer.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
         if loss is not None:
-            self._add_loss(loss, inputs, real)
+            self._add_loss(loss, items, real)
         if self.loss_only:
             return
         process = self.trainer.preprocess_logits_for_metrics
@@ -195,9 +200,8 @@ class EvaluationLoop:
             extras["losses"] = loss.mean().expand(rows).clone()
         return extras
 
-    def _add_loss(self, loss: Tensor, inputs: Any, real: int) -> None:
+    def _add_loss(self, loss: Tensor, weight: Tensor | None, real: int) -> None:
         mean = loss.detach().float().mean()
-        weight = self.trainer.count_items(inputs)
         if weight is None:
             weight = torch.full((), real, device=mean.device)
         if real == 0:
@@ -234,8 +238,8 @@ class EvaluationLoop:
         if self.loss_sum is not None and self.weight_sum is not None:
             total, weight = self.accelerator.reduce(torch.stack([self.loss_sum, self.weight_sum]), "sum").tolist()
             metrics["loss"] = total / weight if weight else float("nan")
-        metric: Callable[..., dict[str, float]] | None = self.metric
-        found: dict[str, float] = {}
+        metric: Any = self.metric
+        found: Any = {}
         if metric is None:
             pass
         elif self._streams:
@@ -244,6 +248,9 @@ class EvaluationLoop:
             kept = self.kept.everything(concatenate=self.args.eval_do_concat_batches)
             if kept is not None and "label_ids" in (kept if isinstance(kept, dict) else kept[0]):
                 found = metric(_as_prediction(kept))
+        if not isinstance(found, Mapping):
+            what, why = f"compute_metrics returned a {type(found).__name__}", "Metrics are names and numbers"
+            raise PacelineError(what, why, "Return a dictionary")
         return {**metrics, **{name: _number(value) for name, value in found.items()}}
 
 
@@ -281,7 +288,7 @@ def _concatenate(parts: list[Any]) -> Any:
     if isinstance(first, Mapping):
         return {name: _concatenate([part[name] for part in parts]) for name in first}
     if isinstance(first, tuple | list) and any(is_structure(part) for part in first):
-        return type(first)(_concatenate(list(column)) for column in zip(*parts, strict=True))
+        return like(first, [_concatenate(list(column)) for column in zip(*parts, strict=True)])
     if not isinstance(first, np.ndarray):
         return [entry for part in parts for entry in (part if isinstance(part, list | tuple) else [part])]
     if first.ndim > 1 and len({part.shape[1] for part in parts}) > 1:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from paceline.config.shapes import did_you_mean
 from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
@@ -30,6 +32,9 @@ logger = get_logger(__name__)
 class Feeding(TrainerCore):
     """Makes loaders, optimizers and schedules, as the arguments ask."""
 
+    # Optimizer steps of the training, once they are known.
+    _planned_steps: int | None = None
+
     # Data
 
     def get_train_dataloader(self) -> PreparedDataLoader:
@@ -40,11 +45,21 @@ class Feeding(TrainerCore):
         """
         if self.train_dataset is None:
             raise PrepareError("Trainer.train() without a train_dataset", "There is nothing to train on", "Give one")
-        micro, accumulation = self._batch_plan
-        sampler = self._get_train_sampler(micro * accumulation * self.accelerator.num_processes)
-        loader = self._loader(self.train_dataset, micro, sampler, saved=True)
+        if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
+            raise PrepareError(
+                "The train_dataset has no samples", "There is nothing to train on", "Look at what was read"
+            )
+        sampler = self._get_train_sampler(self.train_dataset)
+        return self._loader(self.train_dataset, self._batch_plan[0], sampler, saved=True)
+
+    def _training_loader(self) -> PreparedDataLoader:
+        loader = self._as_prepared(self.get_train_dataloader(), saved=True)
         self._require_as_many_batches(loader)
         return loader
+
+    def _as_prepared(self, loader: DataLoader[Any], *, saved: bool = False) -> PreparedDataLoader:
+        """A loader that a subclass made need not be prepared yet; again is nothing. Collective."""
+        return self.accelerator.prepare_data_loader(loader, saved=saved)
 
     def _require_as_many_batches(self, loader: PreparedDataLoader) -> None:
         """Refuse to train where some ranks would run out of batches before others."""
@@ -57,9 +72,13 @@ class Feeding(TrainerCore):
             hint = "leave it out, or set dataloader_drop_last"
             raise ConfigError([Problem("TrainingArguments(…)", "accelerator_config.even_batches", what, why, hint)])
 
-    def _get_train_sampler(self, total_batch: int) -> Any:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """For subclasses: the order of the training samples; None for data without a length."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        micro, accumulation = self._batch_plan
         name = getattr(self.model, "main_input_name", "input_ids")
-        return train_sampler(self.args, self.train_dataset, total_batch=total_batch, input_name=name)
+        total = micro * accumulation * self.accelerator.num_processes
+        return train_sampler(self.args, dataset, total_batch=total, input_name=name)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PreparedDataLoader:
         """The loader of an evaluation set, or of one of several by its name, prepared.
@@ -69,10 +88,18 @@ class Feeding(TrainerCore):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
+            dataset = self._named_dataset(dataset)
         if dataset is None:
             raise PrepareError("Trainer.evaluate() without an eval_dataset", "There is nothing to measure", "Give one")
         return self._loader(dataset, self.args.per_device_eval_batch_size, None)
+
+    def _named_dataset(self, name: str) -> Any:
+        """One of several evaluation sets."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if name not in several:
+            why = f"The evaluation sets are {', '.join(several)}" if several else "The Trainer has no sets with names"
+            raise PrepareError(f"Trainer.evaluate({name!r})", why, did_you_mean(name, several) or "Name one of them")
+        return several[name]
 
     def get_test_dataloader(self, test_dataset: Any) -> PreparedDataLoader:
         """The loader of a test set, prepared."""
@@ -101,6 +128,7 @@ class Feeding(TrainerCore):
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Make both, for so many optimizer steps."""
+        self._planned_steps = num_training_steps
         self.create_optimizer()
         self.create_scheduler(num_training_steps)
 
@@ -116,12 +144,18 @@ class Feeding(TrainerCore):
             self.optimizer = DummyOptim(groups, weight_decay=self.args.weight_decay, **said)  # type: ignore[arg-type]
         else:
             cls, said = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
+            if self.optimizer_cls_and_kwargs is None and "warmup_steps" in said and self._planned_steps is not None:
+                said["warmup_steps"] = self.args.get_warmup_steps(self._planned_steps)
             self.optimizer = optimizers.build_optimizer(cls, groups, said, self.args)
         return self.optimizer
 
-    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments) -> tuple[type[Any], dict[str, Any]]:
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: nn.Module | None = None
+    ) -> tuple[type[Any], dict[str, Any]]:
         """The optimizer's class and its arguments but the parameters."""
-        return optimizers.optimizer_class(args, self.accelerator.device)
+        there = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        return optimizers.optimizer_class(args, there or torch.device("cpu"))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names of the parameters to which weight decay applies."""

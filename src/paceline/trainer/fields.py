@@ -204,6 +204,7 @@ class LoggingFields:
     )
     run_name: str | None = _says(None, "Name of the run in reports.")
     project: str = _says("paceline", "Project of the run in reports.")
+    push_to_hub: bool = _says(False, "Only false: paceline uploads nothing.")
     skip_memory_metrics: bool = _says(True, "Leave this rank's peak memory out of the metrics.")
     profile_steps: str | None = _says(None, "Steps to profile, first:last, counted from 1; traces go to output_dir.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,9 @@ def predictions_of(outputs: Any, ignored: frozenset[str], *, has_loss: bool) -> 
     """What a model returned without the loss; a single part by itself."""
     if isinstance(outputs, torch.Tensor):
         return None if has_loss and outputs.dim() == 0 else outputs
-    if not isinstance(outputs, Mapping | list | tuple) and hasattr(outputs, "__dict__"):
+    if is_dataclass(outputs) and not isinstance(outputs, Mapping):
+        outputs = {part.name: getattr(outputs, part.name) for part in fields(outputs)}
+    elif not isinstance(outputs, Mapping | list | tuple) and hasattr(outputs, "__dict__"):
         outputs = vars(outputs)
     if isinstance(outputs, Mapping):
         kept = [value for name, value in outputs.items() if name not in ignored and name != "loss"]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["first_rows", "is_structure", "leaves_of", "map_leaves", "rows_of"]
+__all__ = ["first_rows", "is_structure", "leaves_of", "like", "map_leaves", "rows_of"]
 
 
 def first_rows(batch: Any, count: int, rows: int) -> Any:
@@ -24,8 +24,13 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: map_leaves(function, part) for name, part in value.items()}
     if isinstance(value, tuple | list) and any(is_structure(part) for part in value):
-        return type(value)(map_leaves(function, part) for part in value)
+        return like(value, [map_leaves(function, part) for part in value])
     return function(value)
+
+
+def like(value: Any, parts: Sequence[Any]) -> Any:
+    """A tuple, named tuple or list of the same kind."""
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def is_structure(value: Any) -> bool:

@@ -7,6 +7,7 @@ import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,15 +20,22 @@ if TYPE_CHECKING:
     from paceline.trainer.arguments import TrainingArguments
 
 __all__ = [
+    "WARMING",
     "build_optimizer",
     "decaying_names",
+    "differences",
     "known_optimizers",
     "optimizer_class",
     "parameter_groups",
     "read_arguments",
+    "settings_of",
 ]
 
 WHERE = "TrainingArguments(…)"
+# Those that raise the rate themselves.
+WARMING = ("schedule_free_adamw", "schedule_free_sgd")
+# Keys of an optimizer's groups; a schedule keeps the rate that was asked for under the first.
+_FROM_ARGUMENTS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
 _NORM = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -37,9 +45,13 @@ class _Made(NamedTuple):
     module: str
     name: str
     adam: bool = False
+    lion: bool = False
+    slow: tuple[float, ...] = ()
     extra: dict[str, Any] = {}
 
 
+# The third beta of AdEMAMix, for which the arguments have no name.
+_SLOW = 0.9999
 _BITS = "bitsandbytes.optim"
 _FREE = "schedulefree"
 _TABLE: dict[str, _Made] = {
@@ -59,14 +71,14 @@ _TABLE: dict[str, _Made] = {
     "adamw_8bit": _Made(_BITS, "AdamW8bit", adam=True),
     "paged_adamw_32bit": _Made(_BITS, "PagedAdamW32bit", adam=True),
     "paged_adamw_8bit": _Made(_BITS, "PagedAdamW8bit", adam=True),
-    "ademamix": _Made(_BITS, "AdEMAMix"),
-    "ademamix_8bit": _Made(_BITS, "AdEMAMix8bit"),
-    "paged_ademamix_32bit": _Made(_BITS, "PagedAdEMAMix32bit"),
-    "paged_ademamix_8bit": _Made(_BITS, "PagedAdEMAMix8bit"),
-    "lion_8bit": _Made(_BITS, "Lion8bit"),
-    "lion_32bit": _Made(_BITS, "Lion"),
-    "paged_lion_32bit": _Made(_BITS, "PagedLion32bit"),
-    "paged_lion_8bit": _Made(_BITS, "PagedLion8bit"),
+    "ademamix": _Made(_BITS, "AdEMAMix", adam=True, slow=(_SLOW,)),
+    "ademamix_8bit": _Made(_BITS, "AdEMAMix8bit", adam=True, slow=(_SLOW,)),
+    "paged_ademamix_32bit": _Made(_BITS, "PagedAdEMAMix32bit", adam=True, slow=(_SLOW,)),
+    "paged_ademamix_8bit": _Made(_BITS, "PagedAdEMAMix8bit", adam=True, slow=(_SLOW,)),
+    "lion_8bit": _Made(_BITS, "Lion8bit", lion=True),
+    "lion_32bit": _Made(_BITS, "Lion", lion=True),
+    "paged_lion_32bit": _Made(_BITS, "PagedLion32bit", lion=True),
+    "paged_lion_8bit": _Made(_BITS, "PagedLion8bit", lion=True),
     "rmsprop_bnb": _Made(_BITS, "RMSprop"),
     "rmsprop_bnb_8bit": _Made(_BITS, "RMSprop8bit"),
     "rmsprop_bnb_32bit": _Made(_BITS, "RMSprop32bit"),
@@ -96,11 +108,13 @@ def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type
     said: dict[str, Any] = {"lr": args.learning_rate}
     if args.optim != "muon":
         said["weight_decay"] = args.weight_decay
+    if made.adam or made.lion:
+        said["betas"] = (args.adam_beta1, args.adam_beta2, *made.slow)
     if made.adam:
-        said |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        said["eps"] = args.adam_epsilon
     if args.optim == "adamw_torch_fused":
         said["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
-    if args.optim in ("schedule_free_adamw", "schedule_free_sgd"):  # the other one needs no warmup
+    if args.optim in WARMING:
         said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
     return cls, {**said, **made.extra, **read_arguments(args.optim_args)}
 
@@ -186,3 +200,19 @@ def parameter_groups(model: nn.Module, names: list[str], weight_decay: float) ->
         {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """What the groups of an optimizer have from the arguments, by the arguments' names or torch's."""
+    groups = optimizer.param_groups
+    return [{name: group[key] for key, name in _FROM_ARGUMENTS.items() if key in group} for group in groups]
+
+
+def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Settings that two lists of groups have with different values."""
+    return {
+        name: (mine[name], theirs[name])
+        for mine, theirs in zip(one, other, strict=False)
+        for name in sorted(mine.keys() & theirs.keys())
+        if np.not_equal(mine[name], theirs[name]).any()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,10 +15,20 @@ if TYPE_CHECKING:
 
     from paceline.trainer.trainer import Trainer
 
-__all__ = ["PREFIX", "STATE_FILE", "load_weights", "rotate", "save_model_files", "write_companions"]
+__all__ = [
+    "PREFIX",
+    "STATE_FILE",
+    "holds_weights_alone",
+    "load_weights",
+    "newest_of",
+    "rotate",
+    "save_model_files",
+    "write_companions",
+]
 
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
+ARGUMENTS_FILE = "training_args.json"
 _NUMBERED = re.compile(rf"{PREFIX}(\d+)$")
 
 
@@ -41,7 +52,7 @@ def write_companions(trainer: Trainer, folder: Path) -> None:
             part.save_pretrained(folder)
     if hasattr(trainer.processing_class, "save_pretrained"):
         trainer.processing_class.save_pretrained(folder)
-    (folder / "training_args.json").write_text(trainer.args.to_json_string() + "\n", encoding="utf-8")
+    (folder / ARGUMENTS_FILE).write_text(trainer.args.to_json_string() + "\n", encoding="utf-8")
 
 
 def load_weights(trainer: Trainer, folder: Path) -> None:
@@ -57,6 +68,23 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
     ranks = trainer.accelerator.num_processes
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1, strict=False)
     set_model_state_dict(model, whole, options=options)
+
+
+def newest_of(output_dir: str) -> Path | None:
+    """The checkpoint of most steps, whatever is in it; None if there is none."""
+    found = [
+        (int(m.group(1)), path) for path in Path(output_dir).glob(f"{PREFIX}*") if (m := _NUMBERED.match(path.name))
+    ]
+    return max(found)[1] if found else None
+
+
+def holds_weights_alone(folder: Path) -> bool:
+    """Whether a checkpoint was written with `save_only_model`."""
+    try:
+        said = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(said.get("save_only_model"))
 
 
 def rotate(output_dir: str, *, limit: int | None, keep: set[str]) -> None:

@@ -202,12 +202,19 @@ def _at(function: Callable[..., float], said: dict[str, Any], warmup: int, total
 
 def _in_rates(said: dict[str, Any], highest: float) -> dict[str, Any]:
     """Turn learning rates into shares of the highest."""
+    if said.get("min_lr") is not None and said.get("min_lr_rate") is not None:
+        what, why = f"both min_lr={said['min_lr']} and min_lr_rate={said['min_lr_rate']}", "both say where it ends"
+        raise ConfigError([Problem("TrainingArguments(…)", "lr_scheduler_kwargs", what, why, "give one of them")])
     if said.get("min_lr") is not None:
         said["min_lr_rate"] = said.pop("min_lr") / highest
     return {name: value for name, value in said.items() if value is not None}
 
 
 def _check(name: str, function: Callable[..., float], said: dict[str, Any]) -> None:
+    key = "lr_scheduler_kwargs"
+    if name.endswith("with_min_lr") and "min_lr_rate" not in said:
+        what, hint = "neither min_lr nor min_lr_rate", "write min_lr=1e-6, or min_lr_rate=0.1 of the highest rate"
+        raise ConfigError([Problem("TrainingArguments(…)", key, what, f"{name} ends there", hint)])
     known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     problems = []
     for key in said:

@@ -34,9 +34,13 @@ class TrainerState:
         best_metric: The best value so far of the metric that decides.
         best_global_step: When it was reached.
         best_model_checkpoint: The folder of that checkpoint.
+        stateful_callbacks: What callbacks with a `state_dict` keep.
+        is_hyper_param_search: Always false: paceline searches for no hyper-parameters. Callbacks of transformers
+            look at it, and at the next two.
+        trial_name: Always None.
+        trial_params: Always None.
         passes: Passes that were completed or left.
         updates_in_pass: Optimizer steps in the current one.
-        stateful_callbacks: What callbacks with a `state_dict` keep.
     """
 
     epoch: float = 0.0
@@ -55,12 +59,17 @@ class TrainerState:
     best_model_checkpoint: str | None = None
     is_local_process_zero: bool = True
     is_world_process_zero: bool = True
+    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
+    is_hyper_param_search: bool = False
+    trial_name: str | None = None
+    trial_params: dict[str, Any] | None = None
     passes: int = 0
     updates_in_pass: int = 0
-    stateful_callbacks: dict[str, Any] = field(default_factory=dict)
 
     # Facts about this process, and settings of this run, are not taken from a checkpoint.
     _OWN = ("is_local_process_zero", "is_world_process_zero", "max_steps", "num_train_epochs", "train_batch_size")
+    # Where a resume goes on; `trainer_state.json` has the fields that transformers reads, and no others.
+    _PLACE = ("passes", "updates_in_pass")
     _OWN_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,8 +84,9 @@ class TrainerState:
                 setattr(self, name, value)
 
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
-        """Write everything as JSON."""
-        text = json.dumps(self.state_dict(), indent=2, sort_keys=True)
+        """Write it as JSON with the fields of transformers, whose `TrainerState` reads it too."""
+        shown = {name: value for name, value in self.state_dict().items() if name not in self._PLACE}
+        text = json.dumps(shown, indent=2, sort_keys=True)
         Path(json_path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod

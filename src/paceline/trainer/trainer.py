@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from paceline.environment.logging import get_logger
-from paceline.errors import CheckpointError, NotBuiltError
+from paceline.environment.seeding import set_seed
+from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError
 from paceline.shortage import find_shortage
-from paceline.trainer import saving
+from paceline.trainer import losses, optimizers, saving
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.batch_size import goes_on_by_itself, halve_micro_batch, note_half
-from paceline.trainer.evaluating import Evaluating
 from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
 from paceline.trainer.memory import noisy_embeddings
+from paceline.trainer.scripted import Scripted
 from paceline.trainer.state import TrainerState
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ __all__ = ["Trainer"]
 logger = get_logger(__name__)
 
 
-class Trainer(Evaluating):
+class Trainer(Scripted):
     """Trains, evaluates and predicts with a model whose output carries a loss.
 
     Batches that are mappings become keywords of the model, sequences its positions. With `compute_loss_func` the
@@ -46,7 +47,7 @@ class Trainer(Evaluating):
         train_dataset: Of samples: mappings, or tuples as `default_collate` of torch takes them.
         eval_dataset: The same, or a mapping of several by name.
         processing_class: A tokenizer: its `pad` collates, its `save_pretrained` is called beside the model's files.
-        model_init: Makes the model in place of `model`.
+        model_init: Makes the model in place of `model`; each further `train` begins with a new one.
         compute_loss_func: See above.
         compute_metrics: From an `EvalPrediction` to a mapping of numbers. An object with `update` and `compute`
             gets one batch after the other, so that nothing has to be kept.
@@ -93,17 +94,19 @@ class Trainer(Evaluating):
     def _prepare_training(self) -> TrainingLoop:
         if self._trained:
             self.accelerator.free_memory()
+            if self.model_init is not None:
+                set_seed(self.args.seed, deterministic=self.args.full_determinism)
+                self.model = self.model_wrapped = self._make_model(None)
+                self._call = losses.ModelCall(self.model)
         self._trained = True
-        self._train_loader = loader = self.get_train_dataloader()
+        loader = self._train_loader = self._training_loader()
         plan = self.set_initial_training_values(self.args, loader)
         self.optimizer, self.lr_scheduler = self._given_optimizers
         self.create_optimizer_and_scheduler(plan.max_steps)
         self._prepare_model()
         self._switch_optimizer("train")
         self.state = self._state_of(plan)
-        things = {"model": self.model, "processing_class": self.processing_class, "optimizer": self.optimizer}
-        things |= {"lr_scheduler": self.lr_scheduler, "train_dataloader": loader, "eval_dataloader": None}
-        self.callback_handler.things = things
+        self._show_callbacks(train_dataloader=loader, eval_dataloader=None)
         loop = TrainingLoop(self, self.model_wrapped, loader, plan)
         self._progress.loop = loop
         self.accelerator.register_for_checkpointing(self._progress)
@@ -115,17 +118,37 @@ class Trainer(Evaluating):
         if asked is None:
             return
         newest = str(asked).lower() == "true"
-        # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
-        found = self.accelerator.load_state(None if newest else str(asked))
+        told = optimizers.settings_of(self.optimizer)
+        try:
+            # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
+            found = self.accelerator.load_state(None if newest else str(asked))
+        except DamagedCheckpointError as error:
+            weights = saving.newest_of(self.args.output_dir) if newest else Path(str(asked))
+            if weights is None or not saving.holds_weights_alone(weights):
+                raise
+            what = f"resume_from_checkpoint: {weights} holds weights alone"
+            hint = "Begin anew with these weights in the model, or train without save_only_model"
+            raise CheckpointError(what, "It was written with save_only_model", hint) from error
         if found is None:
             raise CheckpointError(
                 f"resume_from_checkpoint=True, and there is no checkpoint under {self.args.output_dir}",
                 "There is nothing to go on from",
                 "Name a checkpoint, or leave it out to begin",
             )
+        self._say_what_is_kept(told)
         if self.args.ignore_data_skip:
             loop.loader.set_epoch(self.state.passes + 1)
         loop.go_on()
+
+    def _say_what_is_kept(self, told: list[dict[str, Any]]) -> None:
+        """Warn of settings that a checkpoint brought back, and that the arguments want otherwise by now."""
+        if self._given_optimizers != (None, None):
+            return
+        for name, (asked_for, kept) in optimizers.differences(told, optimizers.settings_of(self.optimizer)).items():
+            logger.warning(
+                "The optimizer goes on with the checkpoint's %s = %s, not with %s, which this run's arguments say.",
+                name, kept, asked_for,
+            )  # fmt: skip
 
     def _run(self, loop: TrainingLoop) -> None:
         """Train; with `auto_find_batch_size`, use smaller micro-batches when memory runs out."""
@@ -151,10 +174,11 @@ class Trainer(Evaluating):
         before = self.accelerator
         self.create_accelerator_and_postprocess()
         self.accelerator.adopt_trackers(before)
-        self._train_loader = loop.loader = self.get_train_dataloader()
+        self._train_loader = loop.loader = self._training_loader()
         loop.loader.load_state_dict(loop.position)
         self.optimizer, self.lr_scheduler = optimizer, getattr(scheduler, "scheduler", scheduler)
         self._prepare_model()
+        self._show_callbacks(train_dataloader=loop.loader)
         loop.adopt(self.accelerator, self.model_wrapped)
 
     def _prepare_model(self) -> None:
@@ -189,13 +213,19 @@ class Trainer(Evaluating):
         self.accelerator.wait_for_save()
         # What is evaluated and saved from here on are the averaged weights, where the optimizer keeps such.
         self._switch_optimizer("eval")
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+        if self.args.load_best_model_at_end:
             self._load_best(self.state.best_model_checkpoint)
-            self._switch_optimizer("eval")
         self.fire("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    def _load_best(self, folder: str) -> None:
+    def _load_best(self, folder: str | None) -> None:
+        best = self.state.best_global_step
+        if folder is None or Path(folder).name != f"{saving.PREFIX}{best}":
+            found = "no evaluation gave a number" if best is None else f"nothing was saved at step {best}, the best"
+            taken = "the last weights stay" if folder is None else f"{folder} was the best that was saved"
+            logger.warning("load_best_model_at_end: %s; %s.", found, taken)
+        if folder is None:
+            return
         logger.info("Loading the best checkpoint %s (%s).", folder, self.state.best_metric)
         if self.args.save_only_model:
             saving.load_weights(self, Path(folder))
@@ -203,6 +233,7 @@ class Trainer(Evaluating):
         kept = self.state.state_dict()
         self.accelerator.load_state(folder)
         self.state.load_state_dict(kept)
+        self._switch_optimizer("eval")
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch.
@@ -233,6 +264,9 @@ class Trainer(Evaluating):
         Collective: every rank must call it.
         """
         folder = self._checkpoint_folder()
+        if self.state.best_global_step == self.state.global_step:
+            # Not where the best was measured: nothing need have been saved there.
+            self.state.best_model_checkpoint = folder
         self._progress.before_save()
         if self.args.save_only_model:
             self.save_model(folder)
@@ -253,9 +287,3 @@ class Trainer(Evaluating):
         self._switch_optimizer("eval")
         saving.save_model_files(self, output_dir or self.args.output_dir)
         self._switch_optimizer("train")
-
-    def save_state(self) -> None:
-        """Write `trainer_state.json` into `output_dir`."""
-        if self.accelerator.is_main_process:
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.state.save_to_json(Path(self.args.output_dir) / saving.STATE_FILE)

@@ -174,6 +174,23 @@ def test_logging_before_the_trackers_are_open_is_an_error() -> None:
     accelerator.end_training()
 
 
+def test_what_is_logged_too_late_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True, log_with=Memory())
+    accelerator.init_trackers("p")
+    accelerator.end_training()
+    for step in range(3):
+        accelerator.log({"loss": 1.0}, step=step)
+    assert caplog.text.count("after the trackers were closed: loss") == 1
+
+
+def test_settings_of_what_is_no_tracker(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.init_trackers("p")
+    with pytest.raises(ConfigError, match="did you mean wandb"):
+        accelerator.log({"loss": 1.0}, log_kwargs={"wandbb": {"commit": False}})
+    accelerator.end_training()
+
+
 def test_a_tracker_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
     broken, fine = Memory(fails=True), Everywhere()
     accelerator = Accelerator(cpu=True, log_with=[broken, fine])

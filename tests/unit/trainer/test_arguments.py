@@ -59,6 +59,15 @@ def problems(**values: Any) -> dict[str, str]:
         ({"optim_args": "momentum"}, "'momentum' is no key=value"),
         ({"profile_steps": "5:3"}, "'5:3' is no window of steps"),
         ({"torch_compile_backend": "inductr"}, "torch_compile_backend: the text 'inductr' is not allowed"),
+        ({"optim": "grokadamw"}, "give the Trainer optimizer_cls_and_kwargs"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.03}, "write constant_with_warmup"),
+        ({"optim": "schedule_free_sgd", "lr_scheduler_type": "cosine"}, "keeps the highest rate"),
+        ({"optim": "schedule_free_radam", "warmup_steps": 5}, "it needs none"),
+        ({"max_tokens": 9, "include_num_input_tokens_seen": "non_padding"}, "that counts padding"),
+        ({"length_column_name": "size"}, "nothing looks at it"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "nothing is computed again"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "they are one setting"),
+        ({"dataloader_multiprocessing_context": "fork"}, "only readers in processes of their own use it"),
         ({"parallelism_config": {"dp_shard_sise": 2}}, "parallelism_config.dp_shard_sise: unknown name"),
     ],
     ids=str,
@@ -70,6 +79,7 @@ def test_what_is_refused(values: dict[str, Any], said: str) -> None:
 def test_everything_wrong_is_said_at_once() -> None:
     found = problems(learning_rate="x", optim="adm", bf16=True, fp16=True, seed=-1)
     assert set(found) == {"learning_rate", "optim", "bf16", "seed"}
+    assert set(problems(evaluation_strategy="steps", learning_rate="x")) == {"evaluation_strategy", "learning_rate"}
 
 
 def test_yaml_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
@@ -101,6 +111,12 @@ def test_the_command_line_says_what_was_meant() -> None:
     with pytest.raises(ConfigError) as raised:
         TrainingArguments.from_command_line(["--max_steps", "x", "--optim", "adamw_torsh"])
     assert {problem.key for problem in raised.value.problems} == {"--max_steps", "optim"}
+    with pytest.raises(ConfigError) as raised:
+        TrainingArguments.from_command_line(
+            ["--max_steps", "3", "stray", "--evaluation_strategy", "steps", "--group-by-length"]
+        )
+    hints = [problem.hint for problem in raised.value.problems]
+    assert hints == ["", "write eval_strategy", 'write train_sampling_strategy="group_by_length"']
 
 
 def test_help_is_grouped_by_what_is_decided(capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,8 @@ def test_every_schedule_is_the_one_that_transformers_means() -> None:
     [
         ("cosine", {"num_cycle": 2}, "did you mean num_cycles?"),
         ("linear", {"power": 2}, "linear takes none"),
+        ("cosine_with_min_lr", {}, "neither min_lr nor min_lr_rate"),
+        ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, "both say where it ends"),
         ("warmup_stable_decay", {}, "num_decay_steps: is missing"),
     ],
 )

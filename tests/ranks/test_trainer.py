@@ -254,6 +254,7 @@ def test_what_a_deepspeed_configuration_leaves_to_the_arguments(tmp_path: Path) 
     assert settings["optimizer"]["params"]["lr"] == max(rates) == 1e-2
     assert settings["optimizer"]["params"]["weight_decay"] == 0.1
     assert settings["train_batch_size"] == 8
+    assert settings["gradient_clipping"] == 1.0
     # DeepSpeed's scheduler begins one step late.
     assert rates.index(max(rates)) in (4, 5)
     assert rates[0] < rates[3] < max(rates) > rates[10] > rates[15]

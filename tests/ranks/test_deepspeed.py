@@ -126,6 +126,7 @@ def clipped_by_configuration(strategy: str, script: float | None) -> list[float]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    assert accelerator.strategy.settings["gradient_clipping"] == 0.25
     return losses
 
 

@@ -400,6 +400,8 @@ class DeepSpeedStrategy(Strategy):
     @override
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
         self._check_clip(max_norm)
+        if max_norm != float("inf"):
+            self._settings["gradient_clipping"] = max_norm
         found = runs_of(self._engines, parameters, self.around.device)
         for bound, _ in found:
             bound.clipped = True
@@ -446,7 +448,7 @@ class DeepSpeedStrategy(Strategy):
         bound = self._find(optimizer)
         assert bound is not None
         asked = self._clipping
-        if asked is not None and not bound.clipped:
+        if asked is not None and not bound.clipped and bound.partitions.reaches_gradients:
             self.clip_norm([p for group in bound.groups for p in group], asked, 2.0)
         bound.engine.step()
         bound.ended = False

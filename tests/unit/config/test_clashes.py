@@ -258,6 +258,12 @@ DEEPSPEED_CLASHES = [
         "only stage 3 shards parameters",
     ),
     ("  zero_stage: 1\n  zero3_init_flag: true", 4, "zero3_init_flag", "only stage 3 shards parameters"),
+    (
+        "  deepspeed_multinode_launcher: standard\n  deepspeed_hostfile: hosts",
+        4,
+        "deepspeed_hostfile",
+        "deepspeed_multinode_launcher is standard (config.yaml:3)",
+    ),
     ("  zero_stage: 4", 3, "zero_stage", "at least 0 and at most 3"),
     (
         "  zero_stage: 3\n  offload_optimizer_device: nvme",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.errors import PrepareError
-from paceline.strategies.deepspeed_build import check_disk
+from paceline.strategies.deepspeed_build import check_disk, engine_settings
 
 
 def test_an_architecture_that_deepspeed_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,3 +14,13 @@ def test_an_architecture_that_deepspeed_cannot_read(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
     with pytest.raises(PrepareError, match=r"TORCH_CUDA_ARCH_LIST='8\.0;9\.0' for this run"):
         check_disk({"zero_optimization": {"offload_param": {"device": "nvme"}}})
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", 0.0), ("nvme", 0.5)])
+def test_the_engine_clips_only_what_is_out_of_reach(device: str, told: float) -> None:
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"offload_optimizer": {"device": device}},
+    }
+    assert engine_settings(settings, 3, 2, stand_in=False)["gradient_clipping"] == told

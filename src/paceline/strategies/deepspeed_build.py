@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.config.deepspeed_json import value_at
+from paceline.config.deepspeed_json import AUTO, value_at
 from paceline.errors import PrepareError, named
 from paceline.strategies.dummies import DummyOptim
 
@@ -85,11 +85,13 @@ def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *,
 
 def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
     """What is known before a model is there, for building it sharded."""
-    zero: dict[str, Any] = {"stage": 3}
-    offload = plugin.zero_section().get("offload_param")
-    if offload is not None:
-        zero["offload_param"] = offload
+    # What is "auto" follows from the model, and building one asks for nothing of the optimizer.
+    section = plugin.zero_section().items()
+    zero = {key: value for key, value in section if value != AUTO and key != "offload_optimizer"} | {"stage": 3}
     told: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    exact = plugin.settings.get("keep_in_fp32_modules")
+    if exact is not None:
+        told["keep_in_fp32_modules"] = exact
     if precision in DTYPES:
         told[precision] = {"enabled": True}
     return told

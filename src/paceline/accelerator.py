@@ -203,6 +203,11 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         return self.strategy.distributed_type
 
     @property
+    def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
+        """The settings of DeepSpeed in force, from whatever source; None under another strategy."""
+        return self._parts.around.config.deepspeed_config
+
+    @property
     def project_dir(self) -> str | None:
         """Where the run keeps its files."""
         return self.project_configuration.project_dir

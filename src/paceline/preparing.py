@@ -92,7 +92,7 @@ class Preparing:
             done[id(loader)] = self.prepare_data_loader(loader, place[id(loader)])
         models = [m for m in _unique(args, nn.Module) if not self._knows_model(m)]
         optimizers = [o for o in _unique(args, Optimizer) if not isinstance(o, AcceleratedOptimizer)]
-        done |= self._prepare_trained(models, optimizers, place)
+        done |= self._prepare_trained(models, optimizers, place, _unique(args, DummyScheduler))
         for other in args:
             if id(other) in done or isinstance(other, (nn.Module, Optimizer)):
                 continue
@@ -211,7 +211,11 @@ class Preparing:
         return self.strategy.gather_parameters(list(listed), modifier_rank)
 
     def _prepare_trained(
-        self, models: list[nn.Module], optimizers: list[Optimizer], place: dict[int, bool | None]
+        self,
+        models: list[nn.Module],
+        optimizers: list[Optimizer],
+        place: dict[int, bool | None],
+        schedules: Sequence[DummyScheduler] = (),
     ) -> dict[int, Any]:
         if not models and not optimizers:
             return {}
@@ -224,6 +228,7 @@ class Preparing:
             # Optimizers prepared before their model still hold what it was made of.
             known = [wrapper.optimizer for wrapper in self._optimizers]
             strategy.micro_batch = self._micro_batch()
+            strategy.schedules = schedules
             prepared = strategy.prepare(models, known, place=where)
             self._models.extend(prepared)
             for wrapper in self._optimizers:

@@ -126,6 +126,7 @@ def clipped_by_configuration(strategy: str, script: float | None) -> list[float]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    assert accelerator.strategy.settings["gradient_clipping"] == 0.25
     return losses
 
 
@@ -271,6 +272,28 @@ def test_a_described_optimizer_and_schedule(stage: int) -> None:
         assert settings["scheduler"]["params"]["total_num_steps"] == 10
         assert settings["scheduler"]["params"]["warmup_max_lr"] == 0.01
     assert results[0][:2] == results[1][:2]
+
+
+def groups_stood_in(stage: int) -> list[tuple[float, float]]:
+    described = {"zero_optimization": {"stage": stage}, "optimizer": OPTIMIZER, "scheduler": WARMUP_DECAY}
+    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))
+    model: Any = TinyTransformer()
+    weights, others = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim < 2]
+    groups: Any = [{"params": weights}, {"params": others, "weight_decay": 0.0, "lr": 0.005}]
+    optimizer: Any = DummyOptim(groups, lr=0.01, weight_decay=0.1)
+    schedule: Any = DummyScheduler(optimizer, total_num_steps=10, warmup_num_steps=1)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    for seed in range(2):
+        step(accelerator, model, optimizer, seed)
+        schedule.step()
+    return [(group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups_of_a_stand_in_keep_what_they_say(stage: int) -> None:
+    for (decay, rate), (own_decay, own_rate) in run_on_ranks(2, groups_stood_in, stage):
+        assert (decay, own_decay) == (0.1, 0.0)
+        assert rate == pytest.approx(2 * own_rate)
 
 
 def test_a_schedule_made_by_the_script() -> None:

@@ -37,20 +37,22 @@ def make_batch() -> torch.Tensor:
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
-def plain_losses(count: int) -> list[float]:
+def plain_losses(count: int, clip: float | None = None) -> list[float]:
     model, losses = make_model(), []
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIONS)
     for _ in range(count):
         loss = model(make_batch()).square().mean()
         loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
 
 
-def plugin_of(parts: list[str], folder: Path, *, described: bool) -> dict[str, Any]:
-    plugin: dict[str, Any] = {}
+def plugin_of(parts: list[str], folder: Path, *, described: bool, clip: float | None = None) -> dict[str, Any]:
+    plugin: dict[str, Any] = {} if clip is None else {"gradient_clipping": clip}
     for part in parts:
         plugin |= {f"offload_{part}_device": "nvme", f"offload_{part}_nvme_path": str(folder)}
     if described:
@@ -62,10 +64,12 @@ def plugin_of(parts: list[str], folder: Path, *, described: bool) -> dict[str, A
 class Run:
     """One training with something of it on the disk."""
 
-    def __init__(self, parts: list[str], folder: Path, precision: str = "no", device: str = "cpu") -> None:
+    def __init__(
+        self, parts: list[str], folder: Path, precision: str = "no", device: str = "cpu", clip: float | None = None
+    ) -> None:
         # The optimizer's state goes to the disk under DeepSpeed's own optimizer only.
         described = "optimizer" in parts
-        plugin = plugin_of(parts, folder, described=described)
+        plugin = plugin_of(parts, folder, described=described, clip=clip)
         self.accelerator = make("zero3", deepspeed_plugin=plugin, mixed_precision=precision, cpu=device == "cpu")
         model: Any = make_model()
         optimizer: Any = (
@@ -146,6 +150,19 @@ def test_an_optimizer_on_a_disk_trains_and_resumes(parts: list[str], precision: 
         assert again == went_on
         assert same
         assert len(swapped) >= 4, "nothing went to the disk"
+
+
+def clipped_on_disk(folder: str) -> list[float]:
+    return Run(["optimizer"], Path(folder), clip=0.01).train(4)
+
+
+@trains
+@pytest.mark.slow
+def test_an_optimizer_on_a_disk_is_clipped_by_the_configuration(tmp_path: Path) -> None:
+    wanted = plain_losses(4, clip=0.01)
+    assert wanted[3] != pytest.approx(plain_losses(4)[3], rel=1e-2), "clipping makes no difference here"
+    for losses in run_on_ranks(2, clipped_on_disk, str(tmp_path), timeout=900.0):
+        assert losses == pytest.approx(wanted, rel=1e-3)
 
 
 def refusal(part: str, folder: str) -> str:

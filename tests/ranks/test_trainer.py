@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from paceline import Trainer, TrainingArguments
+from paceline.config import resolve
 from paceline.errors import PREEMPTED
 from tests.ranks.trainer_script import CHANGES, Asked
 from tests.support.ranks import run_on_ranks
@@ -254,10 +255,33 @@ def test_what_a_deepspeed_configuration_leaves_to_the_arguments(tmp_path: Path) 
     assert settings["optimizer"]["params"]["lr"] == max(rates) == 1e-2
     assert settings["optimizer"]["params"]["weight_decay"] == 0.1
     assert settings["train_batch_size"] == 8
+    assert settings["gradient_clipping"] == 1.0
     # DeepSpeed's scheduler begins one step late.
     assert rates.index(max(rates)) in (4, 5)
     assert rates[0] < rates[3] < max(rates) > rates[10] > rates[15]
     assert losses[-1] < losses[0] - 0.5
+
+
+def described_by_launcher(folder: str) -> dict[str, Any]:
+    """What the engine was told where the launcher named DeepSpeed's JSON, and the arguments none."""
+    flags = {"use_deepspeed": True, "cpu": True, "deepspeed_config_file": json.dumps(SECTIONS)}
+    os.environ["PACELINE_CONFIG"] = resolve(flags=flags, env={}, file=None).to_json()
+    try:
+        _, trainer = run({**WHOLE, "use_cpu": False, "max_steps": 3, "eval_strategy": "no"}, folder)
+    finally:
+        del os.environ["PACELINE_CONFIG"]
+    settings: dict[str, Any] = trainer.accelerator.strategy.settings
+    if trainer.accelerator.is_main_process:
+        record = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+        assert record["engine_settings"] == json.loads(json.dumps(settings))
+    return settings
+
+
+def test_a_launcher_may_name_the_deepspeed_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    for settings in run_on_ranks(2, described_by_launcher, str(tmp_path)):
+        assert settings["optimizer"]["params"]["lr"] == 1e-2
+        assert settings["scheduler"]["params"]["total_num_steps"] == 3
 
 
 class Endless(IterableDataset[dict[str, torch.Tensor]]):

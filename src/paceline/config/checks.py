@@ -39,6 +39,7 @@ _UNBUILT_TYPES: Final = {
     "XLA": "use a machine with GPUs, or use_cpu: true",
     "MEGATRON_LM": "write distributed_type: FSDP and remove megatron_lm_config",
 }
+_HOST_FILTERS: Final = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
 _TPU_KEYS: Final = (
     "tpu_name",
     "tpu_zone",
@@ -166,6 +167,7 @@ def _unused_keys(facts: Facts) -> Iterator[Problem]:
                 what = f"{getattr(config, key)} is not used"
                 yield Problem(facts.where(key), key, what, "there is one machine", "remove the key")
         yield from _unused_host_keys(facts)
+    yield from _idle_host_keys(facts)
     keys = facts.keys_in("fp8_config")
     if keys and config.mixed_precision != "fp8" and "mixed_precision" not in facts.broken:
         names = ", ".join(key.rpartition(".")[2] for key in keys)
@@ -176,13 +178,26 @@ def _unused_keys(facts: Facts) -> Iterator[Problem]:
 def _unused_host_keys(facts: Facts) -> Iterator[Problem]:
     """What narrows a host file down, where nobody names one."""
     plugin = facts.config.deepspeed_config
-    if plugin is None or plugin.deepspeed_hostfile is not None:
+    if plugin is None or plugin.deepspeed_hostfile is not None or plugin.deepspeed_multinode_launcher == "standard":
         return
-    for name in ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter"):
+    for name in _HOST_FILTERS:
         if getattr(plugin, name) is not None:
             key = f"deepspeed_config.{name}"
             what = f"{getattr(plugin, name)} is not used"
             yield Problem(facts.where(key), key, what, "there is one machine", "set deepspeed_hostfile, or remove it")
+
+
+def _idle_host_keys(facts: Facts) -> Iterator[Problem]:
+    """A host file beside the one launcher that does not read it."""
+    plugin = facts.config.deepspeed_config
+    if plugin is None or plugin.deepspeed_multinode_launcher != "standard":
+        return
+    why = f"deepspeed_multinode_launcher is standard ({facts.where('deepspeed_config.deepspeed_multinode_launcher')})"
+    for name in ("deepspeed_hostfile", *_HOST_FILTERS):
+        value, key = getattr(plugin, name), f"deepspeed_config.{name}"
+        if value is not None:
+            hint = "choose a launcher that reads it, such as pdsh, or remove it"
+            yield Problem(facts.where(key), key, f"{value} is not used", why, hint)
 
 
 def _devices(facts: Facts) -> Iterator[Problem]:

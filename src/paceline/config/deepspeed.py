@@ -54,6 +54,11 @@ class DeepSpeedPlugin(Section):
         """A copy of DeepSpeed's own configuration, once it was read; empty without one."""
         return copy.deepcopy(self.hf_ds_config) if isinstance(self.hf_ds_config, dict) else {}
 
+    @property
+    def deepspeed_config(self) -> dict[str, Any]:
+        """Accelerate's name for `settings`: scripts look there for an optimizer or a scheduler section."""
+        return self.settings
+
     def zero_section(self) -> dict[str, Any]:
         """The `zero_optimization` section that the fields and DeepSpeed's own configuration make together."""
         section: dict[str, Any] = self.settings.get("zero_optimization", {})
@@ -75,6 +80,8 @@ class DeepSpeedPlugin(Section):
             return  # DeepSpeed's own configuration says the stage, and is looked into later.
         for part in ("optimizer", "param"):
             yield from self._offload_faults(part)
+        if self.offload_optimizer_device != "none":
+            yield from self._offload_stage_faults()
         if self.zero_stage < 3:
             yield from self._stage_3_faults()
 
@@ -90,6 +97,15 @@ class DeepSpeedPlugin(Section):
                 f"offload_{part}_device is {device}",
                 f"set offload_{part}_device to nvme or remove the folder",
             )
+
+    def _offload_stage_faults(self) -> Iterator[Fault]:
+        device, least = self.offload_optimizer_device, 3 if self.offload_optimizer_device == "nvme" else 1
+        if self.zero_stage < least:
+            why = "stage 0 leaves the optimizer alone"
+            if device == "nvme":
+                why = "only stage 3 keeps optimizer state on a disk"
+            what = f"{device} with zero_stage {self.zero_stage}"
+            yield Fault("offload_optimizer_device", what, why, f"set zero_stage to {least}, or remove the device")
 
     def _stage_3_faults(self) -> Iterator[Fault]:
         values = (

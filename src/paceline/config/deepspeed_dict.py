@@ -32,7 +32,7 @@ _FILLED_FROM: Final[Mapping[str, str]] = {
 
 def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, Any]:
     """The dictionary with everything that the configuration says; `"auto"` stays where only the run knows."""
-    settings = plugin.settings
+    settings = {key: value for key, value in plugin.settings.items() if value is not None}
     zero = settings["zero_optimization"] = plugin.zero_section()
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part) is not None and zero[part].get("device", "none") == "none":
@@ -40,7 +40,8 @@ def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, An
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     for kind in ("bf16", "fp16"):
         if config.mixed_precision == kind or kind in settings:
-            settings.setdefault(kind, {})["enabled"] = config.mixed_precision == kind
+            said = settings[kind] if isinstance(settings.get(kind), dict) else {}
+            settings[kind] = {**said, "enabled": config.mixed_precision == kind}
     if plugin.gradient_clipping == AUTO:
         # The script clips, to what it says at each step.
         settings.pop("gradient_clipping", None)

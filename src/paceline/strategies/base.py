@@ -55,6 +55,8 @@ class Strategy(ABC):
         self.around = surroundings
         # Samples in a batch of one rank, as far as a prepared loader has said.
         self.micro_batch: int | None = None
+        # Stand-ins for schedules, handed over in the same call as the models.
+        self.schedules: Sequence[DummyScheduler] = ()
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
 

@@ -185,6 +185,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
             micro_batch=self.micro_batch,
             hidden_size=hidden_size_of(model),
             optimizer=optimizer,
+            schedule=next((s for s in self.schedules if s.optimizer is optimizer), None),
             on_cpu=self.around.device.type == "cpu",
         )
         self._settings = resolve_settings(self._plugin, self.around.config, known)
@@ -193,13 +194,13 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
         configure_checkpointing(self._settings)
-        stand_in = isinstance(optimizer, DummyOptim)
+        stand_in = optimizer if isinstance(optimizer, DummyOptim) else None
         compile_model(model, self.around.config.dynamo_config)
         engine = self._initialize(
             model=model,
-            optimizer=None if stand_in else optimizer,
-            model_parameters=as_groups(optimizer) if stand_in else None,
-            config=engine_settings(self._settings, self._stage, self.around.group.size, stand_in=stand_in),
+            optimizer=optimizer if stand_in is None else None,
+            model_parameters=None if stand_in is None else as_groups(stand_in),
+            config=engine_settings(self._settings, self._stage, self.around.group.size, stand_in=stand_in is not None),
         )
         bound = Bound(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)
         engine.set_gradient_accumulation_boundary(True)
@@ -275,6 +276,8 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
                     "Prepare a DummyScheduler in its place, or remove the section",
                 )
             return scheduler
+        bound = self._find(scheduler.optimizer)
+        given = scheduler.optimizer if bound is None else bound.given
         scheduler.optimizer = optimizer = self.successor(scheduler.optimizer)
         self._scheduled = True
         if scheduler.lr_scheduler_callable is not None:
@@ -285,7 +288,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
                 "It stands for the scheduler section of the DeepSpeed configuration, and there is none",
                 "Add the section, or pass a scheduler of torch.optim.lr_scheduler",
             )
-        section = resolve_scheduler(self._settings, scheduler)
+        section = resolve_scheduler(self._settings, scheduler, given)
         self._settings["scheduler"] = section
         return make_scheduler(section, optimizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.config.deepspeed_json import AUTO, value_at
 from paceline.errors import PrepareError, named
 from paceline.strategies.dummies import DummyOptim
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from paceline.strategies.zero_engine import Bound
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_ZERO_OPTIMIZERS = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
+_COMPILED = {"adam", "adamw", "lamb", "lion"}
 
 
 # The package
@@ -60,7 +62,9 @@ def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *,
     told = copy.deepcopy(dict(settings))
     told["train_batch_size"] = told["train_micro_batch_size_per_gpu"] * world_size
     told["gradient_accumulation_steps"] = 1
-    told["gradient_clipping"] = 0.0
+    if value_at(told, "zero_optimization.offload_optimizer.device") != "nvme":
+        # Gradients that go to a disk during the backward are out of paceline's reach: there the engine clips.
+        told["gradient_clipping"] = 0.0
     told.pop("scheduler", None)
     if not stand_in:
         told.pop("optimizer", None)
@@ -81,11 +85,13 @@ def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *,
 
 def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
     """What is known before a model is there, for building it sharded."""
-    zero: dict[str, Any] = {"stage": 3}
-    offload = plugin.zero_section().get("offload_param")
-    if offload is not None:
-        zero["offload_param"] = offload
+    # What is "auto" follows from the model, and building one asks for nothing of the optimizer.
+    section = plugin.zero_section().items()
+    zero = {key: value for key, value in section if value != AUTO and key != "offload_optimizer"} | {"stage": 3}
     told: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    exact = plugin.settings.get("keep_in_fp32_modules")
+    if exact is not None:
+        told["keep_in_fp32_modules"] = exact
     if precision in DTYPES:
         told[precision] = {"enabled": True}
     return told
@@ -98,9 +104,11 @@ def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
         PrepareError: The configuration asks for DeepSpeed's own optimizer and there is no compiler.
     """
     section = settings.get("optimizer") if isinstance(optimizer, DummyOptim) else None
-    kind = (section or {}).get("type", "")
-    parameters = (section or {}).get("params", {})
-    if section is None or parameters.get("torch_adam") or kind not in _ZERO_OPTIMIZERS:
+    if section is None or section["params"].get("torch_adam"):
+        return
+    kind = section["type"]
+    offloads = value_at(settings, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+    if kind.lower() not in _COMPILED and not (kind.lower() == "adagrad" and offloads):
         return
     _check_architectures(kind)
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
@@ -233,9 +241,12 @@ def holds(optimizer: Optimizer, model: nn.Module) -> bool:
     return any(id(p) in own for p in parameters_in(optimizer))
 
 
-def as_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """A stand-in's groups without the options that the configuration decides."""
-    return [{"params": group["params"]} for group in optimizer.param_groups]
+def as_groups(stand_in: DummyOptim) -> list[dict[str, Any]]:
+    """A stand-in's groups with the options that they say themselves; the configuration decides the others."""
+    return [
+        {key: value for key, value in group.items() if key == "params" or key in said}
+        for group, said in zip(stand_in.param_groups, stand_in.said_by_groups, strict=True)
+    ]
 
 
 def make_scheduler(section: Mapping[str, Any], optimizer: Optimizer) -> Any:
@@ -250,4 +261,13 @@ def make_scheduler(section: Mapping[str, Any], optimizer: Optimizer) -> Any:
             "Neither DeepSpeed nor torch has such a scheduler",
             f"Choose one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
-    return made(optimizer, **section.get("params", {}))
+    parameters = section.get("params") or {}
+    taken = list(inspect.signature(made).parameters)[1:]
+    unknown = [name for name in parameters if name not in taken]
+    if unknown:
+        raise PrepareError(
+            f"scheduler.params in the DeepSpeed configuration has {named(unknown)}",
+            f"{kind} takes no such argument",
+            f"It takes {named(taken, 20)}",
+        )
+    return made(optimizer, **parameters)

@@ -5,16 +5,21 @@ What the dictionary says is the truth about the run; what the engine must not do
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from paceline.config.deepspeed_dict import decided_settings
 from paceline.config.deepspeed_json import AUTO, value_at, walk
+from paceline.config.deepspeed_names import OPTIMIZERS, SCHEDULES
+from paceline.config.shapes import did_you_mean
 from paceline.errors import ConfigError, Problem
 from paceline.strategies.dummies import DummyOptim, DummyScheduler
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
     from torch.optim import Optimizer
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Known", "hidden_size_of", "resolve_scheduler", "resolve_settings"]
 
 _WHERE = "DeepSpeed configuration"
+_ADAM = ("adam", "adamw")
+_ADAM_MORE = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states", "set_grad_none"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +42,7 @@ class Known:
         micro_batch: Samples in a batch of one rank, where a prepared loader said it.
         hidden_size: Width of the model, from which DeepSpeed's buckets are sized; None where it says none.
         optimizer: What the script handed to `prepare`.
+        schedule: The stand-in for its schedule, where the script handed that over in the same call.
         on_cpu: Whether the run computes on a CPU, which pins no memory.
     """
 
@@ -43,6 +51,7 @@ class Known:
     hidden_size: int | None
     optimizer: Optimizer
     on_cpu: bool
+    schedule: DummyScheduler | None = None
 
 
 def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -> dict[str, Any]:
@@ -55,6 +64,8 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -
     problems: list[Problem] = []
     _batch_sizes(settings, config, known, problems)
     _optimizer(settings, known.optimizer, problems)
+    if known.schedule is not None and known.schedule.lr_scheduler_callable is None and "scheduler" in settings:
+        problems += _schedule(settings["scheduler"], known.schedule, known.optimizer)[1]
     _buckets(settings["zero_optimization"], known.hidden_size)
     _memory(settings["zero_optimization"], known)
     problems += [
@@ -97,7 +108,9 @@ def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Pr
         hint = "add the section, or pass an optimizer of torch"
         problems.append(Problem(_WHERE, "optimizer", "is missing", "a DummyOptim was prepared for it", hint))
         return
-    parameters = section.setdefault("params", {})
+    parameters = section["params"] = dict(section.get("params") or {})
+    # What the section leaves out and the script says would otherwise silently lose to the optimizer's default.
+    parameters.update({key: value for key, value in optimizer.said.items() if key not in parameters})
     for key, value in list(parameters.items()):
         if value == AUTO and key in optimizer.defaults:
             parameters[key] = optimizer.defaults[key]
@@ -108,6 +121,22 @@ def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Pr
         elif value == AUTO and key in ("betas", "eps"):
             # What torch's Adam takes when nobody says it.
             parameters[key] = [0.9, 0.999] if key == "betas" else 1e-8
+    problems += _described(section)
+
+
+def _described(section: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no optimizer of DeepSpeed's or torch's can be made from."""
+    kind = section.get("type")
+    made = getattr(torch.optim, "AdamW" if str(kind).lower() in _ADAM else str(kind), None)
+    if not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and made is None):
+        hint = f"write a class of torch.optim, or one of {', '.join(sorted(OPTIMIZERS))}"
+        yield Problem(_WHERE, "optimizer.type", f"{kind!r} is unknown", "neither DeepSpeed nor torch has it", hint)
+    elif made is not None:
+        taken = {*inspect.signature(made).parameters} | (_ADAM_MORE if kind.lower() in _ADAM else set())
+        for key in section.get("params") or {}:
+            if key not in taken:
+                hint = "write gradient_clipping" if key == "max_grad_norm" else did_you_mean(key, taken)
+                yield Problem(_WHERE, f"optimizer.params.{key}", f"{kind} takes no such argument", hint=hint)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -138,32 +167,67 @@ def _memory(zero: dict[str, Any], known: Known) -> None:
             section["pin_memory"] = bool(section.get("pin_memory", not known.on_cpu)) and not known.on_cpu
 
 
-def resolve_scheduler(settings: Mapping[str, Any], stand_in: DummyScheduler) -> dict[str, Any]:
+def resolve_scheduler(settings: Mapping[str, Any], stand_in: DummyScheduler, given: Optimizer) -> dict[str, Any]:
     """The `scheduler` section with every `"auto"` filled from the stand-in.
 
+    Args:
+        settings: DeepSpeed's configuration.
+        stand_in: It holds the optimizer in force.
+        given: The optimizer that the script handed to `prepare`.
+
     Raises:
-        ConfigError: Some cannot be filled.
+        ConfigError: Some cannot be filled, or contradict the stand-in.
     """
-    section = dict(value_at(settings, "scheduler"))
-    parameters = dict(section.get("params", {}))
-    rate = stand_in.optimizer.param_groups[0]["lr"]
+    section, problems = _schedule(value_at(settings, "scheduler"), stand_in, given)
+    if problems:
+        raise ConfigError(problems)
+    return section
+
+
+def _schedule(
+    section: Mapping[str, Any], stand_in: DummyScheduler, given: Optimizer
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The section as the stand-in fills it, and what the two cannot agree on."""
+    parameters = dict(section.get("params") or {})
+    said = _said_of_schedule(stand_in, given)
+    takes = SCHEDULES.get(section.get("type", ""), frozenset(stand_in.kwargs))
+    parameters |= {key: value for key, value in said.items() if key in takes and key not in parameters}
     known = {
         "warmup_min_lr": 0,
-        "warmup_max_lr": rate,
+        "warmup_max_lr": _rates(stand_in.optimizer),
         "warmup_num_steps": max(1, stand_in.warmup_num_steps),
-        "total_num_steps": stand_in.total_num_steps,
-        **stand_in.kwargs,
+        **said,
     }
+    problems = []
     for key, value in parameters.items():
+        path = f"scheduler.params.{key}"
         if value == AUTO and known.get(key) is not None:
             parameters[key] = known[key]
-    missing = [key for key, value in parameters.items() if value == AUTO]
-    if missing:
-        hint = f"pass DummyScheduler(optimizer, {missing[0]}=…), or write a value"
-        raise ConfigError(
-            Problem(_WHERE, f"scheduler.params.{key}", '"auto" cannot be filled', "", hint) for key in missing
-        )
-    return {**section, "params": parameters}
+        elif value == AUTO:
+            hint = f"pass DummyScheduler(optimizer, {key}=…), or write a value"
+            problems.append(Problem(_WHERE, path, '"auto" cannot be filled', "", hint))
+        elif key in said and not _same(value, said[key]):
+            source = "the optimizer's rate" if key == "warmup_max_lr" else f"DummyScheduler({key}=…)"
+            what = f"{value} contradicts {said[key]}, {source}"
+            problems.append(Problem(_WHERE, path, what, "one would silently lose", 'write "auto"'))
+    return {**section, "params": parameters}, problems
+
+
+def _said_of_schedule(stand_in: DummyScheduler, given: Optimizer) -> dict[str, Any]:
+    """What the script says of a schedule: the arguments of its stand-in, and the rate of its optimizer."""
+    said = {
+        "warmup_num_steps": stand_in.warmup_num_steps or None,
+        "total_num_steps": stand_in.total_num_steps,
+        "warmup_max_lr": None if isinstance(given, DummyOptim) and "lr" not in given.said else _rates(given),
+        **stand_in.kwargs,
+    }
+    return {key: value for key, value in said.items() if value is not None}
+
+
+def _rates(optimizer: Optimizer) -> Any:
+    """The optimizer's rate, or one for each group where they differ."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return rates[0] if len(set(rates)) == 1 else rates
 
 
 def hidden_size_of(model: nn.Module) -> int | None:

@@ -76,6 +76,8 @@ class EngineStepping(Engines):
     @override
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
         self._check_clip(max_norm)
+        if max_norm != float("inf"):
+            self._settings["gradient_clipping"] = max_norm
         found = runs_of(self._engines, parameters, self.around.device)
         for bound, _ in found:
             bound.clipped = True
@@ -122,7 +124,7 @@ class EngineStepping(Engines):
         bound = self._find(optimizer)
         assert bound is not None
         asked = self._clipping
-        if asked is not None and not bound.clipped:
+        if asked is not None and not bound.clipped and bound.partitions.reaches_gradients:
             self.clip_norm([p for group in bound.groups for p in group], asked, 2.0)
         bound.engine.step()
         bound.ended = False

@@ -21,10 +21,14 @@ class DummyOptim(Optimizer):
     """Stands for the `optimizer` section of the DeepSpeed configuration until `prepare` builds what it describes.
 
     Args:
-        params: As for any optimizer of torch.
-        lr: Fills `"auto"` in the section; 0.001 when nobody says it.
-        weight_decay: Fills `"auto"` in the section; 0 when nobody says it.
-        kwargs: Fill other values that are `"auto"`, such as `betas` and `eps`.
+        params: As for any optimizer of torch. What a group says itself, such as its decay, holds for that group.
+        lr: Fills `"auto"` in the section, or what it leaves out; 0.001 when nobody says it.
+        weight_decay: Fills `"auto"` in the section, or what it leaves out; 0 when nobody says it.
+        kwargs: Fill other values likewise, such as `betas` and `eps`.
+
+    Attributes:
+        said: The arguments that were given.
+        said_by_groups: The names of the options that each group says itself.
     """
 
     def __init__(
@@ -36,7 +40,14 @@ class DummyOptim(Optimizer):
     ) -> None:
         said = {"lr": lr, "weight_decay": weight_decay, **kwargs}
         self.said = {key: value for key, value in said.items() if value is not None}
+        self.said_by_groups: list[set[str]] = []
         super().__init__(params, {"lr": 0.001, "weight_decay": 0.0, **self.said})
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; note what it says itself, before the base class fills the defaults in."""
+        self.said_by_groups.append(set(param_group) - {"params"})
+        super().add_param_group(param_group)
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -60,6 +60,11 @@ class Partitions(ABC):
         self._zero = engine.optimizer
 
     @property
+    def reaches_gradients(self) -> bool:
+        """Whether `gradient` can be asked between a backward and its step."""
+        return True
+
+    @property
     def loss_scale(self) -> float:
         """What fp16 gradients are multiplied by until the step."""
         return float(getattr(self._zero, "loss_scale", 1.0))
@@ -191,13 +196,18 @@ class Pieces(Partitions):
         groups = self._zero.fp16_groups
         self._index = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group)}
 
+    @property
+    @override
+    def reaches_gradients(self) -> bool:
+        return not self._zero.swap_optimizer
+
     @override
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         found = self._index.get(id(parameter))
         if found is None:
             return None
         zero = self._zero
-        if zero.swap_optimizer:
+        if not self.reaches_gradients:
             raise StateError(
                 "Gradients of a run with its optimizer on NVMe were asked for",
                 "They go there piece by piece during the backward, until the step is taken",

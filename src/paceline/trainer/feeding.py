@@ -16,7 +16,6 @@ from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.callbacks import length_of
 from paceline.trainer.core import TrainerCore
 from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
-from paceline.trainer.plugins import deepspeed_settings
 from paceline.trainer.schedules import make_schedule
 
 if TYPE_CHECKING:
@@ -138,16 +137,24 @@ class Feeding(TrainerCore):
             return self.optimizer
         model = model or self.model
         groups = optimizers.parameter_groups(model, self.get_decay_parameter_names(model), self.args.weight_decay)
-        if "optimizer" in (deepspeed_settings(self.args) or {}):
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            said = {"lr": self.args.learning_rate, "betas": betas, "eps": self.args.adam_epsilon}
-            self.optimizer = DummyOptim(groups, weight_decay=self.args.weight_decay, **said)  # type: ignore[arg-type]
+        section = self._described("optimizer")
+        if section is not None:
+            asked = section.get("params") or {}
+            adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+            # Only Adam and its like have these.
+            said: dict[str, Any] = {key: value for key, value in adam.items() if key in asked}
+            self.optimizer = DummyOptim(groups, self.args.learning_rate, self.args.weight_decay, **said)
         else:
             cls, said = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)
             if self.optimizer_cls_and_kwargs is None and "warmup_steps" in said and self._planned_steps is not None:
                 said["warmup_steps"] = self.args.get_warmup_steps(self._planned_steps)
             self.optimizer = optimizers.build_optimizer(cls, groups, said, self.args)
         return self.optimizer
+
+    def _described(self, section: str) -> dict[str, Any] | None:
+        """A section of the DeepSpeed configuration, whether the arguments or the launcher named it."""
+        plugin = self.accelerator.deepspeed_plugin
+        return None if plugin is None else plugin.settings.get(section)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
@@ -167,8 +174,8 @@ class Feeding(TrainerCore):
             return self.lr_scheduler
         optimizer = optimizer or self.optimizer
         warmup = self.args.get_warmup_steps(num_training_steps)
-        if "scheduler" in (deepspeed_settings(self.args) or {}):
-            self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, warmup)
+        if self._described("scheduler") is not None:
+            self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, max(1, warmup))
             return self.lr_scheduler
         more: Any = self.args.lr_scheduler_kwargs
         name = "constant" if self.args.optim.startswith("schedule_free") else self.args.lr_scheduler_type

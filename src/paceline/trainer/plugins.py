@@ -214,23 +214,36 @@ def _deepspeed(args: TrainingArguments, problems: list[Problem]) -> DeepSpeedPlu
         return config or None
     settings = deepspeed_settings(args)
     assert settings is not None
+    for key, value in _expected(args).items():
+        said = value_at(settings, key)
+        if said not in (None, AUTO, list(value) if isinstance(value, tuple) else value):
+            what = f"{said} contradicts {value}, which the other arguments make"
+            problems.append(Problem(WHERE, f"deepspeed.{key}", what, "one would silently lose", 'write "auto"'))
+    # The run fills the rest of what is "auto"; this one only the loop would know.
+    return DeepSpeedPlugin(hf_ds_config={**settings, "gradient_clipping": args.max_grad_norm})
+
+
+def _expected(args: TrainingArguments) -> dict[str, Any]:
+    """What the arguments make of values that DeepSpeed's configuration may hold as well."""
     ranks = args.world_size
     micro, accumulation = args.batch_plan(ranks)
-    expected = {
+    expected: dict[str, Any] = {
         "gradient_clipping": args.max_grad_norm,
         "gradient_accumulation_steps": accumulation,
         "train_micro_batch_size_per_gpu": micro,
         "train_batch_size": micro * accumulation * ranks,
+        "optimizer.params.lr": args.learning_rate,
+        "optimizer.params.betas": (args.adam_beta1, args.adam_beta2),
+        "optimizer.params.eps": args.adam_epsilon,
+        "optimizer.params.weight_decay": args.weight_decay,
+        "scheduler.params.warmup_max_lr": args.learning_rate,
     }
-    for key, value in expected.items():
-        said = value_at(settings, key)
-        if said not in (None, AUTO, value):
-            what = f"{said} contradicts {value}, which the other arguments make"
-            problems.append(Problem(WHERE, f"deepspeed.{key}", what, "one would silently lose", 'write "auto"'))
-        elif said == AUTO:
-            # Filled by the run, which knows it; clipping is carried out by the loop.
-            settings[key] = AUTO
-    return DeepSpeedPlugin(hf_ds_config=settings)
+    if args.max_steps > 0:
+        expected["scheduler.params.total_num_steps"] = args.max_steps
+        expected["scheduler.params.warmup_num_steps"] = max(1, args.get_warmup_steps(args.max_steps))
+    if args.bf16 or args.fp16:
+        expected |= {"bf16.enabled": args.bf16, "fp16.enabled": args.fp16}
+    return expected
 
 
 def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConfiguration:

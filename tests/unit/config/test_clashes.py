@@ -273,8 +273,26 @@ DEEPSPEED_CLASHES = [
         "only stage 3 shards parameters",
     ),
     ("  zero_stage: 1\n  zero3_init_flag: true", 4, "zero3_init_flag", "only stage 3 shards parameters"),
+    (
+        "  deepspeed_multinode_launcher: standard\n  deepspeed_hostfile: hosts",
+        4,
+        "deepspeed_hostfile",
+        "deepspeed_multinode_launcher is standard (config.yaml:3)",
+    ),
     ("  zero_stage: 4", 3, "zero_stage", "at least 0 and at most 3"),
-    ("  offload_optimizer_device: nvme", 3, "offload_optimizer_device", "set offload_optimizer_nvme_path"),
+    (
+        "  zero_stage: 3\n  offload_optimizer_device: nvme",
+        4,
+        "offload_optimizer_device",
+        "set offload_optimizer_nvme_path",
+    ),
+    (
+        "  offload_optimizer_device: nvme\n  offload_optimizer_nvme_path: /x",
+        3,
+        "offload_optimizer_device",
+        "only stage 3 keeps optimizer state on a disk",
+    ),
+    ("  zero_stage: 0\n  offload_optimizer_device: cpu", 4, "offload_optimizer_device", "stage 0 leaves the optimizer"),
     (
         "  offload_optimizer_nvme_path: /x",
         3,

@@ -43,11 +43,13 @@ def test_it_is_read_from(tmp_path: Path, kind: str) -> None:
         ("list.json", "holds a list, not a JSON object"),
         ("{", "the JSON text:1 is no JSON"),
         ("binary.json", "cannot be read"),
+        ("twice.json", "twice.json has the key 'stage' twice in one place"),
     ],
 )
 def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> None:
     (tmp_path / "bad.json").write_text("{\n  'stage': 1}")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "twice.json").write_text('{"zero_optimization": {"stage": 2, "stage": 3}}')
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     settings, _, wrong = read_settings(value, tmp_path)
     assert settings is None
@@ -70,6 +72,29 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> 
         ({"amp": {"enabled": True}}, "amp", "is not carried out"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled", "they exclude each other"),
         ({"zero_optimization": None}, "zero_optimization", "the section is missing"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16", "write bf16"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            "zero_optimization.cpu_offload",
+            "offload_optimizer",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}},
+            "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+            "write zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "auto"}},
+            "zero_optimization.offload_optimizer",
+            "'auto' is not allowed",
+        ),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled", "'true' is not allowed"),
+        ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu", "a whole number from 1 on"),
+        ({"train_batch_size": 0}, "train_batch_size", "0 is not allowed"),
+        ({"communication_data_type": "fp8"}, "communication_data_type", "one of fp32, fp16, bf16"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last", "write DataLoader(drop_last=True)"),
+        ({"aio": {"blok_size": 1}}, "aio.blok_size", "did you mean block_size?"),
+        ({"comms_logger": {"enabeld": True}}, "comms_logger.enabeld", "did you mean enabled?"),
     ],
     ids=str,
 )
@@ -77,6 +102,13 @@ def test_wrong_names_are_found(extra: dict[str, Any], key: str, said: str) -> No
     [found] = name_problems(ZERO | extra, "ds.json")
     assert (found.where, found.key) == ("ds.json", key)
     assert said in str(found)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"amp": {"enabled": False}}, {"sequence_parallel_size": 1}, {"scheduler": None}], ids=str
+)
+def test_what_asks_for_nothing_is_let_be(extra: dict[str, Any]) -> None:
+    assert not list(name_problems(ZERO | extra, "ds.json"))
 
 
 def test_all_wrong_names_are_found_at_once() -> None:
@@ -104,7 +136,7 @@ def test_values_that_the_run_owns(settings: dict[str, Any], wanted: list[tuple[s
 
 
 def test_keys_of_stages_and_devices_out_of_use_are_not_shared() -> None:
-    zero = {"stage": 2, "offload_param": {"device": "cpu"}, "stage3_gather_16bit_weights_on_model_save": True}
+    zero: dict[str, Any] = {"stage": 2, "stage3_gather_16bit_weights_on_model_save": True}
     zero["offload_optimizer"] = {"device": "cpu", "nvme_path": "/disk"}
     shared = {one.key.rpartition(".")[2]: one.value for one in shared_values({"zero_optimization": zero})}
     assert shared == {"zero_stage": 2, "offload_optimizer_device": "cpu"}
@@ -154,6 +186,32 @@ def test_every_clash_is_named_with_both_sources(tmp_path: Path) -> None:
         ("config.yaml:6", "mixed_precision"),
     ]
     assert all("ds.json: " in problem.what for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("zero", "key", "said"),
+    [
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param.device", "only stage 3 shards parameters"),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}},
+            "offload_optimizer.device",
+            "only stage 3 keeps optimizer state on a disk",
+        ),
+    ],
+    ids=str,
+)
+def test_a_device_that_the_stage_does_not_use(tmp_path: Path, zero: dict[str, Any], key: str, said: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    [found] = problems(tmp_path, FILE)
+    assert found.where == f"ds.json: zero_optimization.{key}"
+    assert said in str(found)
+
+
+@pytest.mark.parametrize("value", ["abc", "1.0", -1, True])
+def test_a_largest_norm_that_is_no_number(tmp_path: Path, value: object) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO | {"gradient_clipping": value}))
+    [found] = problems(tmp_path, FILE)
+    assert found.where == "ds.json: gradient_clipping"
 
 
 def test_what_both_say_alike_is_no_clash(tmp_path: Path) -> None:

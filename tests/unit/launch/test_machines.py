@@ -151,6 +151,9 @@ def test_when_deepspeed_starts_the_machines() -> None:
     assert resolved().config.spans_machines
     assert resolved(num_machines=None).config.spans_machines
     assert not resolve(flags={"use_deepspeed": True}, env={}, file=None).config.spans_machines
-    assert not resolved("standard").config.spans_machines
+    assert not resolved("standard", deepspeed_hostfile=None, deepspeed_exclusion_filter=None).config.spans_machines
+    with pytest.raises(ConfigError, match="hosts is not used; deepspeed_multinode_launcher is standard") as error:
+        resolved("standard")
+    assert "worker-3 is not used" in str(error.value)
     with pytest.raises(ConfigError, match="worker-3 is not used; there is one machine"):
         resolved(num_machines=None, deepspeed_hostfile=None)

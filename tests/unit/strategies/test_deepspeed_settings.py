@@ -93,6 +93,12 @@ def test_memory_is_pinned_where_a_device_gains_by_it(on_cpu: bool, pins: bool) -
     assert "offload_param" not in found
 
 
+def test_what_only_the_stand_in_says_is_added() -> None:
+    described = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "SGD"}}
+    found = settings(described, DummyOptim(MODEL.parameters(), lr=0.5, momentum=0.9))
+    assert found["optimizer"]["params"] == {"lr": 0.5, "momentum": 0.9}
+
+
 def test_a_stand_in_fills_its_section() -> None:
     described = {
         "zero_optimization": {"stage": 2},
@@ -121,6 +127,18 @@ def test_a_stand_in_fills_its_section() -> None:
             None,
             'sub_group_size: "auto" cannot be filled',
         ),
+        ({"optimizer": {"type": "AdmW"}}, DummyOptim(MODEL.parameters()), "neither DeepSpeed nor torch has it"),
+        ({"optimizer": {"params": {}}}, DummyOptim(MODEL.parameters()), "None is unknown"),
+        (
+            {"optimizer": {"type": "adam", "params": {"learning_rate": 1, "adam_w_mode": True}}},
+            DummyOptim(MODEL.parameters()),
+            "params.learning_rate: adam takes no such argument",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}},
+            DummyOptim(MODEL.parameters()),
+            "write gradient_clipping",
+        ),
     ],
 )
 def test_contradictions_are_named(described: dict[str, Any], optimizer: Any, said: str) -> None:
@@ -137,13 +155,32 @@ def test_all_contradictions_are_named_at_once() -> None:
     assert len(error.value.problems) == 3
 
 
+def test_a_schedule_of_the_same_call_is_looked_at_with_the_rest() -> None:
+    described = {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 9,
+        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 3}},
+    }
+    optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.25)
+    with pytest.raises(ConfigError) as error:
+        settings(described, optimizer, schedule=DummyScheduler(optimizer, total_num_steps=4))
+    assert [p.key for p in error.value.problems] == ["train_batch_size", "scheduler.params.total_num_steps"]
+
+
+def test_sections_that_are_empty_or_auto_follow_the_run() -> None:
+    described = {"zero_optimization": {"stage": 2}, "bf16": "auto", "fp16": None, "scheduler": None}
+    found = settings(described, run={"mixed_precision": "bf16"})
+    assert found["bf16"] == {"enabled": True}
+    assert found.keys().isdisjoint({"fp16", "scheduler"})
+
+
 # The schedule
 
 
 def schedule(parameters: dict[str, Any], **said: Any) -> dict[str, Any]:
     optimizer = torch.optim.SGD(MODEL.parameters(), lr=0.25)
     section = {"type": "WarmupDecayLR", "params": parameters}
-    resolved = resolve_scheduler({"scheduler": section}, DummyScheduler(optimizer, **said))
+    resolved = resolve_scheduler({"scheduler": section}, DummyScheduler(optimizer, **said), optimizer)
     found: dict[str, Any] = resolved["params"]
     return found
 
@@ -152,7 +189,35 @@ def test_a_schedule_is_filled_from_its_stand_in() -> None:
     keys = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type")
     found = schedule(dict.fromkeys(keys, "auto"), total_num_steps=9, warmup_type="linear")
     assert found == dict(zip(keys, (0, 0.25, 1, 9, "linear"), strict=True))
-    assert schedule({"warmup_num_steps": 5}) == {"warmup_num_steps": 5}
+    assert schedule({"warmup_num_steps": 5}) == {"warmup_num_steps": 5, "warmup_max_lr": 0.25}
+
+
+def test_a_schedule_takes_what_its_section_leaves_out() -> None:
+    found = schedule({}, total_num_steps=9, warmup_num_steps=2)
+    assert found == {"total_num_steps": 9, "warmup_num_steps": 2, "warmup_max_lr": 0.25}
+
+
+def test_groups_keep_their_own_rates_in_a_schedule() -> None:
+    groups: list[dict[str, Any]] = [{"params": [MODEL.weight], "lr": 0.5}, {"params": [MODEL.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.25)
+    section = {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}
+    found = resolve_scheduler({"scheduler": section}, DummyScheduler(optimizer), optimizer)
+    assert found["params"]["warmup_max_lr"] == [0.5, 0.25]
+
+
+def test_a_schedule_that_contradicts_its_stand_in_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        schedule({"total_num_steps": 3, "warmup_num_steps": 1, "warmup_max_lr": 0.5}, total_num_steps=9)
+    found = [str(problem) for problem in error.value.problems]
+    assert len(found) == 2, found
+    assert "3 contradicts 9, DummyScheduler(total_num_steps=…)" in found[0]
+    assert "0.5 contradicts 0.25, the optimizer's rate" in found[1]
+
+
+def test_each_schedule_value_without_a_source_has_its_own_hint() -> None:
+    with pytest.raises(ConfigError) as error:
+        schedule({"warmup_type": "auto", "last_batch_iteration": "auto"})
+    assert [f"(optimizer, {p.key.rpartition('.')[2]}=…)" in p.hint for p in error.value.problems] == [True, True]
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:

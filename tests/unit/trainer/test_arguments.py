@@ -217,6 +217,37 @@ def test_both_spellings_of_fsdp_config(config: dict[str, Any], as_file: bool, tm
     assert plugin.activation_checkpointing
 
 
+def test_all_that_a_deepspeed_configuration_contradicts_is_said_at_once() -> None:
+    described = {
+        "zero_optimization": {"stage": 2},
+        "gradient_clipping": 0.3,
+        "train_batch_size": 99,
+        "train_micro_batch_size_per_gpu": 8,
+        "bf16": {"enabled": False},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 0.5, "betas": [0.9, 0.999], "eps": "auto", "weight_decay": 0.7},
+        },
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7, "total_num_steps": 10}},
+    }
+    with pytest.raises(ConfigError) as raised:
+        accelerator_arguments(TrainingArguments(deepspeed=described, max_steps=10, bf16=True), accumulation=1)
+    assert [problem.key.removeprefix("deepspeed.") for problem in raised.value.problems] == [
+        "gradient_clipping",
+        "train_batch_size",
+        "optimizer.params.lr",
+        "optimizer.params.weight_decay",
+        "scheduler.params.warmup_num_steps",
+        "bf16.enabled",
+    ]
+
+
+def test_the_largest_norm_reaches_a_deepspeed_configuration() -> None:
+    made = TrainingArguments(deepspeed={"zero_optimization": {}, "gradient_clipping": "auto"}, max_grad_norm=0.5)
+    plugin = accelerator_arguments(made, accumulation=1)["deepspeed_plugin"]
+    assert plugin.settings["gradient_clipping"] == 0.5
+
+
 def test_a_launcher_that_names_another_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = resolve(flags={"use_fsdp": True, "cpu": True}, env={}, file=None)
     monkeypatch.setenv("PACELINE_CONFIG", launched.to_json())

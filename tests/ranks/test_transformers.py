@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from paceline import Accelerator
+from tests.support.engines import needs_deepspeed
 from tests.support.ranks import run_on_ranks
 
 pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
@@ -60,3 +61,37 @@ def test_saved_weights_load_and_training_agrees(tmp_path: Path) -> None:
     assert ddp == pytest.approx(single, abs=1e-5)
     assert fsdp == pytest.approx(single, abs=1e-5)
     assert "3 LlamaDecoderLayer + the rest (the model's own _no_split_modules)" in told
+
+
+def made_by_a_trainer(folder: str) -> tuple[bool, list[int]]:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from paceline import Trainer, TrainingArguments
+
+    gc.collect()
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    made: list[Any] = []
+
+    def model_init() -> Any:
+        made.append(AutoModelForCausalLM.from_config(config))  # type: ignore[no-untyped-call]
+        return made[0]
+
+    stage = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)} for _ in range(8)]
+    arguments = TrainingArguments(
+        output_dir=folder, deepspeed=stage, use_cpu=True, max_steps=2, save_strategy="no", report_to="none",
+        per_device_train_batch_size=2, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model_init=model_init, args=arguments, train_dataset=rows)
+    sharded = [p.ds_tensor.numel() for p in made[0].parameters()]
+    trainer.train()
+    return trainer.state.global_step == 2, sharded
+
+
+@needs_deepspeed
+def test_a_model_that_the_trainer_makes_is_built_sharded(tmp_path: Path) -> None:
+    for trained, held in run_on_ranks(2, made_by_a_trainer, str(tmp_path)):
+        assert trained
+        assert 32 * 16 // 2 in held

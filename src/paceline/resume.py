@@ -176,7 +176,7 @@ class TrainingState:
             names = self.names()
             slots = _slots(checkpoint, f"{numbered('optimizer', index)}/")
             self.strategy.make_slots(wrapper.optimizer, names, slots, held["numbers"])
-            self.strategy.set_groups(wrapper.optimizer, names, held["groups"])
+            self.strategy.set_groups(wrapper.optimizer, names, from_plain(held["groups"]))
             wrapper.num_steps = int(held["steps"])
 
     def _check_names(self, checkpoint: Checkpoint, parts: Mapping[str, Part], *, strict: bool) -> dict[str, Part]:
@@ -285,11 +285,14 @@ def _slots(checkpoint: Checkpoint, prefix: str) -> dict[str, dict[str, Slot]]:
     return found
 
 
+_SPOKEN = {"custom": "registered objects"}
+
+
 def _pairs(saved: Mapping[str, Any], what: str, mine: Sequence[Any]) -> list[tuple[Any, Any]]:
     held = saved.get(what) or []
     if len(held) != len(mine):
         raise StateError(
-            f"The checkpoint holds {len(held)} {what}, and there are {len(mine)} here",
+            f"The checkpoint holds {len(held)} {_SPOKEN.get(what, what)}, and there are {len(mine)} here",
             "They are matched by the order in which they were prepared or registered",
             "Prepare and register the same objects in the same order before load_state",
         )

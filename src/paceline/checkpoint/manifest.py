@@ -162,7 +162,7 @@ class Manifest:
             for fault in made._faults():
                 raise _damaged(fault)
             return made if version == FORMAT else _from_format_1(made, document["files"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
 
     def _faults(self) -> Iterator[str]:

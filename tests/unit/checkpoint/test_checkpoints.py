@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
     "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
     "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
+    "endless": (edit(lambda d: d["files"]["training.json"].update(size=float("inf"))), r"manifest is damaged"),
     "shape": (edit(lambda d: d["tensors"][WEIGHT].update(shape="4x3")), r"manifest is damaged"),
     "no-list": (edit(lambda d: d.pop("files")), r"manifest is damaged"),
 }
@@ -359,6 +361,34 @@ def test_saves_in_the_background_get_numbers_of_their_own(tmp_path: Path) -> Non
     assert steps == [3, 2, 1]
 
 
+ENDING = """
+import sys
+import torch
+from paceline import Accelerator
+accelerator = Accelerator(cpu=True, strategy="single")
+model = torch.nn.Linear(1000, 1000)
+model = accelerator.prepare(model)
+accelerator.save_state(sys.argv[1], blocking=False)
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_the_end_of_the_program_waits_for_the_save(tmp_path: Path, end: str, code: int) -> None:
+    command = [sys.executable, "-c", ENDING.format(end=end), str(tmp_path / "state")]
+    assert subprocess.run(command, capture_output=True, text=True).returncode == code
+    open_checkpoint(tmp_path / "state").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_failed_save_is_said_at_the_end_of_the_program(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("mine")
+    command = [sys.executable, "-c", ENDING.format(end="pass"), str(tmp_path / "state")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "the last save failed: The checkpoint" in done.stderr
+    assert "state is a file" in done.stderr
+
+
 def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> None:
     run = Run(project)
     run.step()
@@ -458,11 +488,43 @@ def test_files_of_hooks_in_folders_of_their_own_are_checked_too(project: Path) -
 
 def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
     run = Run(project)
-    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: {}["unet"])
+    held: dict[str, int] = {}
+    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: held["unet"])
     with pytest.raises(CheckpointError, match=r"rank 0: KeyError: 'unet'") as caught:
         run.accelerator.save_state()
     assert isinstance(caught.value.__cause__, KeyError)
     assert {path.name for path in (project / "checkpoints").iterdir()} == {"checkpoint_0", "checkpoint_1"}
+
+
+def test_what_is_prepared_is_loaded_when_not_strict(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model: Any = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    with pytest.raises(StateError, match=r"holds 1 optimizers, and there are 0 here.*load with strict=False"):
+        accelerator.load_state(newest(project))
+    with caplog.at_level(logging.WARNING):
+        accelerator.load_state(newest(project), strict=False)
+    assert "holds 1 optimizers, and there are 0 here: the first 0 were loaded" in caplog.text
+    assert torch.equal(model[0].weight.cpu(), open_checkpoint(newest(project)).read("model/0.weight"))
+
+
+def test_another_kind_of_optimizer_is_refused(project: Path) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(12, 3)), 2, shuffle=True))
+    for strict in (True, False):
+        with pytest.raises(StateError, match=r"has betas, eps, and the one here dampening, momentum"):
+            accelerator.load_state(newest(project), strict=strict)
+
+
+def test_a_data_set_of_another_size_is_said(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(14, 3)), 2, shuffle=True))
+    with caplog.at_level(logging.WARNING):
+        accelerator.load_state(newest(project))
+    assert "within an epoch of 12 samples, and the data set has 14 now" in caplog.text
 
 
 def test_arguments_of_accelerate(project: Path) -> None:
@@ -485,7 +547,7 @@ def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="true without project_dir; there is no folder to number in"):
         Accelerator(cpu=True, project_config=numbering)
     with pytest.raises(ConfigError, match=r"iteration: was set to 7 after it was made.*iteration=7"):
-        accelerator.project_configuration.iteration = 7
+        setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too
 
 
 def test_the_folder_around_checkpoints_is_told_from_one(project: Path) -> None:
@@ -540,7 +602,8 @@ def test_types_and_names_survive() -> None:
         "number": np.float32(0.5),
         "__tuple__": [1],
     }
-    for tensors in ({}, None):
+    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in rooms:
         back = from_plain(json.loads(json.dumps(to_plain(state, "custom_0/state", tensors))), tensors)
         assert back.keys() == state.keys()
         assert [float(back[(1, "x")]["a.b"]), float(back[(1, "x")]["a"]["b"])] == [1, 0]

@@ -124,13 +124,8 @@ class _Adoption:
         if not theirs:
             self._lines += ["left: optimizer; the folder has none, so it begins anew"] if mine else []
             return
-        if len(mine) != len(theirs):
-            raise StateError(
-                f"{self._found.folder} holds {len(theirs)} optimizers, and there are {len(mine)} here",
-                "They are matched by the order in which they were prepared",
-                "Prepare the same optimizers in the same order before load_state",
-            )
-        for index, held in enumerate(theirs):
+        self._compare_counts("optimizer", len(mine), len(theirs))
+        for index, held in enumerate(theirs[: len(mine)]):
             self._take_optimizer(index, held)
             self._lines.append(f"took: optimizer {index}, at step {mine[index].num_steps}")
 
@@ -145,13 +140,22 @@ class _Adoption:
                 _fill(f"{name}: {slot}", part, held.slots[name], slot)
         wrapper.num_steps = self._found.step or held.steps
 
-    def _take_each(self, what: str, mine: Sequence[Any], theirs: Sequence[Any]) -> None:
-        if len(mine) != len(theirs) and theirs:
+    def _compare_counts(self, what: str, mine: int, theirs: int) -> None:
+        if mine == theirs:
+            return
+        seen = f"{theirs} {what}s, and there are {mine} here"
+        if self._strict:
             raise StateError(
-                f"{self._found.folder} holds {len(theirs)} {what}s, and there are {len(mine)} here",
+                f"{self._found.folder} holds {seen}",
                 "They are matched by the order in which they were prepared or registered",
-                "Prepare and register the same objects in the same order before load_state",
+                "Prepare and register the same objects in the same order before load_state, or load with strict=False, "
+                "which leaves the others out",
             )
+        self._lines.append(f"left: all but the first {min(mine, theirs)} of {seen}")
+
+    def _take_each(self, what: str, mine: Sequence[Any], theirs: Sequence[Any]) -> None:
+        if theirs:
+            self._compare_counts(what, len(mine), len(theirs))
         if mine and not theirs:
             self._lines.append(f"left: {what}s; the folder has none")
         for index, (item, held) in enumerate(zip(mine, theirs, strict=False)):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import Saver, find_checkpoints, next_number, open_checkpoint
+from paceline.checkpoint import Saver, find_checkpoints, find_foreign, next_number, open_checkpoint
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.preemption import Preempted, Preemption
@@ -67,15 +67,16 @@ class Checkpointing:
             StateError: Some have no `state_dict` and `load_state_dict`; lists them.
         """
         unfit = [
-            f"{type(thing).__name__} (number {index})"
+            f"{f'the class {thing.__name__}' if isinstance(thing, type) else type(thing).__name__} (number {index})"
             for index, thing in enumerate(objects)
-            if not all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+            if isinstance(thing, type)
+            or not all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
         ]
         if unfit:
             raise StateError(
                 f"{', '.join(unfit)} cannot be registered for checkpoints",
                 "Their state is taken by state_dict() and given back by load_state_dict(state)",
-                "Add both methods",
+                "Add both methods, and register objects, not classes",
             )
         self.custom.extend(thing for thing in objects if not any(thing is known for known in self.custom))
 
@@ -134,9 +135,17 @@ class Checkpointing:
         """Let hooks write into the folder, and take over models by emptying the lists that they get."""
         models = list(state.models)
         weights = [state.strategy.gather_state(model) for model in models]
-        for hook in list(self._save_hooks):
-            hook(models, weights, str(folder))
-        return state.without_weights(state.models[len(weights) :])
+        failure = None
+        try:
+            for hook in list(self._save_hooks):
+                hook(models, weights, str(folder))
+        except Exception as error:
+            failure = error
+        # Scripts often write, and take from the lists, on the main process alone.
+        left = min(self._group.all_gather_object(len(weights)))
+        if failure is not None:
+            raise failure
+        return state.without_weights(state.models[left:])
 
     def _where_to_save(self, output_dir: str | os.PathLike[str] | None) -> Path:
         numbered = self._numbered_folder
@@ -251,6 +260,8 @@ class Checkpointing:
                 continue
             _LOG.info("resumed from %s", checkpoint.folder)
             return str(checkpoint.folder)
+        for other in find_foreign(project)[:1]:
+            _LOG.warning("skipped %s: another library wrote it; load_state('%s') takes it over", other.name, other)
         if skipped:
             raise DamagedCheckpointError(
                 f"None of the {skipped} checkpoints in {project} is whole",

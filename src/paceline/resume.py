@@ -160,7 +160,7 @@ class TrainingState:
         # Damage that only one rank sees must reach the others before they wait for it.
         together(self._group, "read", checkpoint.folder, lambda: (checkpoint.training, checkpoint.of_rank(self._rank)))
         training = checkpoint.training
-        self._make_room(checkpoint, training)
+        self._make_room(checkpoint, training, strict=strict)
         parts = self.model_parts()
         self._optimizer_parts(parts)
         known = self._check_names(checkpoint, parts, strict=strict)
@@ -168,15 +168,16 @@ class TrainingState:
         load_parts(checkpoint, {**known, **loose}, self._group)
         self.strategy.state_written()
         tensors = {name: part.values.view(part.shape) for name, part in loose.items()}
-        self._load_training(training, tensors)
-        self._load_own(checkpoint)
+        self._load_training(training, tensors, strict=strict)
+        self._load_own(checkpoint, strict=strict)
 
-    def _make_room(self, checkpoint: Checkpoint, training: Mapping[str, Any]) -> None:
-        for index, (wrapper, held) in enumerate(_pairs(training, "optimizers", self.optimizers)):
+    def _make_room(self, checkpoint: Checkpoint, training: Mapping[str, Any], *, strict: bool) -> None:
+        for index, (wrapper, held) in enumerate(_pairs(training, "optimizers", self.optimizers, strict=strict)):
+            _check_kind(index, from_plain(held["groups"]), wrapper.param_groups)
             names = self.names()
             slots = _slots(checkpoint, f"{numbered('optimizer', index)}/")
             self.strategy.make_slots(wrapper.optimizer, names, slots, held["numbers"])
-            self.strategy.set_groups(wrapper.optimizer, names, held["groups"])
+            self.strategy.set_groups(wrapper.optimizer, names, from_plain(held["groups"]))
             wrapper.num_steps = int(held["steps"])
 
     def _check_names(self, checkpoint: Checkpoint, parts: Mapping[str, Part], *, strict: bool) -> dict[str, Part]:
@@ -204,21 +205,21 @@ class TrainingState:
             if name.partition("_")[0] in ("custom", "scheduler") or name.startswith(("scaler/", "engine/"))
         }
 
-    def _load_training(self, training: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _load_training(self, training: Mapping[str, Any], tensors: Mapping[str, Tensor], *, strict: bool) -> None:
         self.strategy.load_engine_state(from_plain(training.get("engine") or {}, tensors))
         for what, mine in (("schedulers", self.schedulers), ("custom", self.custom)):
-            for item, held in _pairs(training, what, mine):
+            for item, held in _pairs(training, what, mine, strict=strict):
                 item.load_state_dict(from_plain(held, tensors))
         if self.scaler is not None and training.get("scaler"):
             self.scaler.load_state_dict(from_plain(training["scaler"], tensors))
 
-    def _load_own(self, checkpoint: Checkpoint) -> None:
+    def _load_own(self, checkpoint: Checkpoint, *, strict: bool) -> None:
         saved = checkpoint.of_rank(self._rank)
         own = saved or checkpoint.of_rank(0) or {}
         if own.get("loaders", ()) is None:
             _LOG.info("%s holds no positions of loaders: the next pass begins an epoch", checkpoint.folder)
         else:
-            for loader, held in _pairs(own, "loaders", self.loaders):
+            for loader, held in _pairs(own, "loaders", self.loaders, strict=strict):
                 loader.load_state_dict(from_plain(held))
         if saved is not None and saved["generators"]:
             load_generators_state(from_plain(saved["generators"]), self.strategy.around.device)
@@ -285,12 +286,46 @@ def _slots(checkpoint: Checkpoint, prefix: str) -> dict[str, dict[str, Slot]]:
     return found
 
 
-def _pairs(saved: Mapping[str, Any], what: str, mine: Sequence[Any]) -> list[tuple[Any, Any]]:
+_SPOKEN = {"custom": "registered objects"}
+
+
+def _pairs(saved: Mapping[str, Any], what: str, mine: Sequence[Any], *, strict: bool) -> list[tuple[Any, Any]]:
     held = saved.get(what) or []
-    if len(held) != len(mine):
+    seen = f"The checkpoint holds {len(held)} {_SPOKEN.get(what, what)}, and there are {len(mine)} here"
+    if len(held) != len(mine) and strict:
         raise StateError(
-            f"The checkpoint holds {len(held)} {what}, and there are {len(mine)} here",
+            seen,
             "They are matched by the order in which they were prepared or registered",
-            "Prepare and register the same objects in the same order before load_state",
+            "Prepare and register the same objects in the same order before load_state, or load with strict=False, "
+            "which leaves the others out",
         )
-    return list(zip(mine, held, strict=True))
+    if len(held) != len(mine):
+        _LOG.warning("%s: the first %d were loaded", seen, min(len(held), len(mine)))
+    return list(zip(mine, held, strict=False))
+
+
+_OF_SCHEDULES = {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+
+
+def _check_kind(index: int, saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the state of another kind of optimizer: each has numbers that the other does not know.
+
+    Only numbers tell: switches come and go with versions, and engines have some of their own.
+    """
+
+    def numbers(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+        return {
+            key
+            for group in groups
+            for key, value in group.items()
+            if key != "params" and isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool)
+        } - _OF_SCHEDULES
+
+    theirs, ours = numbers(saved) - numbers(mine), numbers(mine) - numbers(saved)
+    if saved and mine and theirs and ours:
+        raise StateError(
+            f"Optimizer {index} of the checkpoint has {named(sorted(theirs))}, and the one here {named(sorted(ours))}",
+            "They are of different kinds, and the state of one means nothing to the other",
+            "Make the optimizer that was saved; for the weights alone, prepare the model without one and load with "
+            "strict=False",
+        )

@@ -11,7 +11,7 @@ from paceline.errors import PacelineError
 from paceline.resume import TrainingState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -76,7 +76,13 @@ class Saving:
         """
         return self._checkpointing.on_load(hook)
 
-    def save_state(self, output_dir: str | os.PathLike[str] | None = None, *, blocking: bool | None = None) -> str:
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        blocking: bool | None = None,
+    ) -> str:
         """Save everything prepared and registered, to go on from exactly here.
 
         Weights, optimizers, schedulers, loss scale, the position of every loader and all random generators. The
@@ -85,7 +91,9 @@ class Saving:
         Collective: every rank must call it.
 
         Args:
-            output_dir: The checkpoint's folder; None with `automatic_checkpoint_naming`, which numbers them.
+            output_dir: The checkpoint's folder; None with `automatic_checkpoint_naming`, which numbers them. A
+                checkpoint that is there is replaced; other things in that folder stay.
+            safe_serialization: Only True: paceline writes no pickle.
             blocking: False returns once the state is copied to host memory, and writes while training goes on;
                 `wait_for_save`, the next save and the end of the program wait for that. None takes
                 `ProjectConfiguration.save_in_background`.
@@ -98,10 +106,18 @@ class Saving:
             CheckpointError: On every rank, when any of them could not write, now or in the save before.
             StateError: Something holds what a checkpoint does not; says where.
         """
+        _require_safe("save_state", safe_serialization)
         self._window.require_no_gradients("save_state")
         return self._checkpointing.save(self._training_state(), output_dir, blocking=blocking)
 
-    def load_state(self, input_dir: str | os.PathLike[str] | None = None, *, strict: bool = True) -> str | None:
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        *,
+        map_location: str | None = None,
+        strict: bool = True,
+    ) -> str | None:
         """Bring back what `save_state` saved, after the same objects were prepared and registered.
 
         The next pass over each prepared loader goes on where it was.
@@ -112,6 +128,9 @@ class Saving:
                 each newer one that is not whole. A folder that Accelerate's `save_state`, the transformers Trainer,
                 DeepSpeed or torch.distributed.checkpoint wrote is taken over as far as it fits, with a line for each
                 thing taken or left.
+            load_kwargs: Only None: Accelerate hands them to its reader of pickles, and there is none here.
+            map_location: `"cpu"`, `"on_device"` or None as for Accelerate; all the same here, since every tensor is
+                read to where it is used.
             strict: Refuse a checkpoint that holds more or fewer tensors; else they are named in a warning.
 
         Returns:
@@ -121,6 +140,7 @@ class Saving:
             CheckpointError: It is not whole, or of another model.
             StateError: Other objects were prepared or registered.
         """
+        _refuse_reading(load_kwargs, map_location)
         return self._checkpointing.load(self._training_state(), input_dir, strict=strict)
 
     def wait_for_save(self) -> None:
@@ -170,12 +190,7 @@ class Saving:
         Raises:
             PacelineError: On every rank, when the files could not be written.
         """
-        if not safe_serialization:
-            raise PacelineError(
-                "save_model(safe_serialization=False)",
-                "Pickled weights run code when they are loaded",
-                "Leave it out: the weights are written as safetensors",
-            )
+        _require_safe("save_model", safe_serialization)
         state = self.get_state_dict(model)
         failure: str | None = None
         if self._parts.group.rank == 0:
@@ -219,4 +234,29 @@ class Saving:
             loaders=self._dataloaders,
             scaler=self.scaler,
             custom=self._checkpointing.custom,
+        )
+
+
+def _require_safe(method: str, safe_serialization: object) -> None:
+    if safe_serialization is not True:
+        raise PacelineError(
+            f"{method}(safe_serialization={safe_serialization!r})",
+            "Only True is possible: pickled weights run code when they are loaded",
+            "Leave it out: the weights are written as safetensors",
+        )
+
+
+def _refuse_reading(load_kwargs: Mapping[str, Any] | None, map_location: object) -> None:
+    """Refuse what would have an effect elsewhere, and none here."""
+    if load_kwargs:
+        raise PacelineError(
+            f"load_state(load_kwargs={dict(load_kwargs)!r})",
+            "They are for a reader of pickles, and paceline has none",
+            "Leave them out",
+        )
+    if map_location not in (None, "cpu", "on_device"):
+        raise PacelineError(
+            f"load_state(map_location={map_location!r})",
+            "Tensors are read to where the prepared objects have them, not elsewhere",
+            "Leave it out, or write 'cpu' or 'on_device', which are the same here",
         )

@@ -139,4 +139,17 @@ def project_settings(
         return ProjectConfiguration(project_dir=folder)
     if folder is not None and project_config.project_dir not in (None, folder):
         _refuse_both("project_dir", "project_config")
-    return project_config
+    made = project_config if folder is None else project_config.changed(project_dir=folder)
+    if made.automatic_checkpoint_naming and made.project_dir is None:
+        raise ConfigError(
+            [
+                Problem(
+                    "ProjectConfiguration(…)",
+                    "automatic_checkpoint_naming",
+                    "true without project_dir",
+                    "there is no folder to number in",
+                    "set project_dir",
+                )
+            ]
+        )
+    return made

@@ -328,3 +328,41 @@ def test_ranks_may_have_disks_of_their_own(layout: Layout, tmp_path: Path) -> No
     for n in range(2):
         # Also where pieces lie on another disk only.
         assert "model.safetensors" in checked_by_a_stranger(tmp_path / f"disk{n}" / "state")
+
+
+def hooks_on_the_main_process(folder: str) -> list[int]:
+    run = Run(DDP)
+    accelerator = run.accelerator
+
+    def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            (Path(output_dir) / "unet").mkdir()
+            torch.save(accelerator.unwrap_model(models[0]).state_dict(), Path(output_dir) / "unet" / "weights.pt")
+            weights.pop()
+
+    def load(models: list[Any], input_dir: str) -> None:
+        held = torch.load(Path(input_dir) / "unet" / "weights.pt", weights_only=True)
+        accelerator.unwrap_model(models.pop()).load_state_dict(held)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    run.train(1)
+    accelerator.save_state(folder)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.train(1)
+    accelerator.load_state(folder)
+    assert all(torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True))
+
+    def fail(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if accelerator.is_main_process:
+            raise KeyError("unet")
+
+    accelerator.register_save_state_pre_hook(fail)
+    with pytest.raises(CheckpointError, match="rank 0: KeyError: 'unet'"):
+        accelerator.save_state(folder)
+    return [len([name for name in open_checkpoint(folder).manifest.tensors if name.startswith("model/")])]
+
+
+def test_a_hook_may_do_its_work_on_the_main_process_alone(tmp_path: Path) -> None:
+    assert run_on_ranks(2, hooks_on_the_main_process, str(tmp_path / "state")) == [[0], [0]]
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

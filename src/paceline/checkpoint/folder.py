@@ -14,12 +14,12 @@ import shutil
 import stat
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint.manifest import MANIFEST, Manifest
 from paceline.environment.logging import get_logger
-from paceline.errors import DamagedCheckpointError
+from paceline.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Found",
+    "around",
+    "check_place",
     "commit",
     "find_checkpoints",
+    "find_foreign",
     "newest_checkpoint",
     "next_number",
     "open_checkpoint",
@@ -149,12 +152,13 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not (path / MANIFEST).exists() and not path.exists():
         path = next((kept for kept in _siblings(path, "replaced") if (kept / MANIFEST).is_file()), path)
     if not path.is_dir():
-        raise DamagedCheckpointError(f"There is no folder {path}", "", "Name a folder that save_state wrote")
+        seen = f"{path} is a file, not a folder" if path.exists() else f"There is no folder {path}"
+        raise DamagedCheckpointError(seen, "", "Name a folder that save_state wrote")
     if not (path / MANIFEST).exists():
         raise DamagedCheckpointError(
             f"{path} has no {MANIFEST}",
             "The manifest is written last, when everything else is there",
-            "Name a folder that save_state wrote to its end",
+            around(path) or "Name a folder that save_state wrote to its end",
         )
     try:
         manifest = Manifest.from_json(_read(path / MANIFEST))
@@ -164,21 +168,33 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
+def around(folder: Path) -> str:
+    """Advice for who named the folder around checkpoints in place of one; empty if it is none."""
+    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
+    return f"It is a folder around checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""
+
+
 def _check_files(folder: Path, manifest: Manifest) -> None:
     wrong = []
     for name, record in manifest.files.items():
         try:
             found = (folder / name).lstat()
-        except FileNotFoundError:
-            wrong.append(f"{name} is missing")
+        except OSError as error:
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            wrong.append(f"{name} is missing" if missing else f"{name[:80]} cannot be looked at: {error.strerror}")
             continue
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(found.st_mode) or _behind_link(folder, name):
             wrong.append(f"{name} is not a plain file")
         elif found.st_size != record.size:
             wrong.append(f"{name} has {found.st_size:,} of {record.size:,} bytes")
     if wrong:
         shown = "; ".join(wrong[:4])
         raise DamagedCheckpointError(f"incomplete: {len(wrong)} of {len(manifest.files)} files ({shown})")
+
+
+def _behind_link(folder: Path, name: str) -> bool:
+    """Whether a folder between a checkpoint and one of its files is a link, which may lead anywhere."""
+    return any((folder / inner).is_symlink() for inner in PurePosixPath(name).parents)
 
 
 def _read(path: Path) -> bytes:
@@ -211,6 +227,14 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
     return sorted(found, key=_age, reverse=True)
 
 
+def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
+    """Training states of other libraries among the numbered checkpoints in a project's folder, newest first."""
+    from paceline.checkpoint.foreign import recognise
+
+    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
+    return [path for _, path in sorted(numbered, reverse=True) if recognise(path) not in (None, "weights")]
+
+
 def _children(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     roots = [root, root / "checkpoints"]
@@ -218,7 +242,11 @@ def _children(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _look(path: Path) -> Found | None:
+    from paceline.checkpoint.foreign import recognise
+
     if _LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
+        return None
+    if recognise(path) is not None:
         return None
     try:
         return Found(path, open_checkpoint(path))
@@ -269,7 +297,8 @@ def partial_name(folder: Path, save_id: str) -> Path:
 def commit(partial: Path, folder: Path, manifest: Manifest) -> None:
     """Make a written folder a checkpoint: its manifest last, then its name.
 
-    A checkpoint that had the name before stays until then, and is removed afterwards.
+    A checkpoint that had the name before stays until then, and is removed afterwards. What else lay in its folder
+    stays there.
     """
     path = partial / MANIFEST
     path.write_text(manifest.as_json(), encoding="utf-8")
@@ -280,6 +309,38 @@ def commit(partial: Path, folder: Path, manifest: Manifest) -> None:
         folder.rename(kept)
     partial.rename(folder)
     sync(folder.parent)
+    if kept.is_dir():
+        _remove_replaced(kept, folder)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a name that a checkpoint could only take by harming what has it.
+
+    Raises:
+        CheckpointError: It is a file, or the folder that this process works in.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file", "A checkpoint is a folder", "Save under another name")
+    if Path.cwd().is_relative_to(folder):
+        raise CheckpointError(
+            f"{folder} is the folder that this process works in, or one around it",
+            "A checkpoint takes the place of the folder of its name when it is whole",
+            "Save into a folder of its own, such as 'checkpoint'",
+        )
+
+
+def _remove_replaced(kept: Path, folder: Path) -> None:
+    """Remove a checkpoint that was replaced, but not what else lay in its folder: that goes on in the new one.
+
+    A kill on the way leaves each thing in one of both; the next save ends the work.
+    """
+    try:
+        own = {PurePosixPath(name).parts[0] for name in Manifest.from_json(_read(kept / MANIFEST)).files}
+    except DamagedCheckpointError:
+        own = set()
+    for path in list(kept.iterdir()):
+        if path.name not in own | {MANIFEST} and not os.path.lexists(folder / path.name):
+            path.rename(folder / path.name)
     shutil.rmtree(kept, ignore_errors=True)
 
 
@@ -316,6 +377,8 @@ def remove_leftovers(folder: Path, *, all_names: bool) -> None:
                 continue
             if matched["kind"] == "replaced" and not path.with_name(matched["name"]).exists():
                 path.rename(path.with_name(matched["name"]))
+            elif matched["kind"] == "replaced" and path.is_dir():
+                _remove_replaced(path, path.with_name(matched["name"]))
             else:
                 shutil.rmtree(path, ignore_errors=True)
 

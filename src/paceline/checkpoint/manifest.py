@@ -24,7 +24,7 @@ __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecor
 MANIFEST = "manifest.json"
 FORMAT = 2
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +162,14 @@ class Manifest:
             for fault in made._faults():
                 raise _damaged(fault)
             return made if version == FORMAT else _from_format_1(made, document["files"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
 
     def _faults(self) -> Iterator[str]:
         """Yield what cannot be true."""
         for name, file in self.files.items():
-            if not _PLAIN_NAME.fullmatch(name) or name == MANIFEST:
-                yield f"It names the file {name!r}, which is no plain name inside the folder"
+            if name == MANIFEST or not all(_PART.fullmatch(part) for part in name.split("/")):
+                yield f"It names the file {name!r}, which does not lie inside the folder"
             if file.size < 0:
                 yield f"It gives {name} {file.size} bytes"
         for name, tensor in self.tensors.items():
@@ -181,7 +181,7 @@ class Manifest:
             yield f"{name} has the dtype {tensor.dtype!r}, which torch does not have"
             return
         file = self.files.get(tensor.file)
-        if file is None:
+        if file is None or "/" in tensor.file:
             yield f"{name} lies in {tensor.file!r}, which it does not list"
             return
         if min(tensor.shape, default=0) < 0 or tensor.offset < 0 or tensor.offset + tensor.nbytes > file.size:

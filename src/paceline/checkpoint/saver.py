@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import threading
 import time
 from dataclasses import replace
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Saver", "State"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class State(Protocol):
     """Something that can be saved."""
@@ -35,7 +39,8 @@ class Saver:
     """Writes checkpoints of one run.
 
     A save that does not block copies the state to host memory, which is kept for the next one, and a thread writes
-    it. A failure of that thread comes up at the next call: of `save`, of `wait`, or at the next step.
+    it. A failure of that thread comes up at the next call: of `save`, of `wait`, or at the next step; if none
+    follows, a line says it at the end of the program, which waits for the thread.
 
     Args:
         group: All ranks.
@@ -49,7 +54,8 @@ class Saver:
         self._second: Group | None = None
         self._stager = Stager()
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failures: list[BaseException] = []
+        self._listens = False
         self._holds_step = False
         self.times: Times | None = None
 
@@ -108,8 +114,11 @@ class Saver:
                 times.blocked = blocked
                 self.times = times
             except BaseException as error:
-                self._failure = error
+                self._failures.append(error)
 
+        if not self._listens:
+            self._listens = True
+            atexit.register(_report, self._failures)
         self._thread = threading.Thread(target=write, name="paceline-save")
         self._holds_step = True
         blocked = time.perf_counter() - begun
@@ -154,11 +163,16 @@ class Saver:
             if self._holds_step:
                 self._holds_step = False
                 self._stager.hold_stream()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        if self._failures:
+            raise self._failures.pop()
 
     def release(self) -> None:
         """Wait for the save in flight, and give the host memory back."""
         self.wait()
         self._stager.release()
+
+
+def _report(failures: list[BaseException]) -> None:
+    """Say at the end of the program what nobody has asked for since."""
+    for failure in failures:
+        _LOG.error("the last save failed: %s", failure)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from paceline.checkpoint.folder import commit, partial_name, remove_leftovers, remove_oldest, sync
+from paceline.checkpoint.folder import check_place, commit, partial_name, remove_leftovers, remove_oldest, sync
 from paceline.checkpoint.manifest import FileRecord
 from paceline.checkpoint.planning import PartLoadPlanner, PartSavePlanner
 from paceline.checkpoint.storage import FolderReader, FolderWriter
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Common", "Content", "Times", "load_parts", "save_checkpoint"]
 
+_CHUNK = 16 * 1024**2
 _SPARE = 16 * 1024**2
 """Bytes left free beside the tensors, for documents and the file system's own."""
 
@@ -122,7 +123,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: On every rank, with the first failure of any; nothing is left of it.
     """
-    folder = Path(folder).absolute()
+    # Of a link, what it leads to is replaced.
+    folder = Path(folder).resolve()
     times, begun = Times(), time.perf_counter()
     save_id = group.broadcast_object(uuid.uuid4().hex)
     partial = partial_name(folder, save_id)
@@ -179,12 +181,22 @@ def _with_common(
 def _finish(partial: Path, folder: Path, manifest: Manifest) -> None:
     """List what else was put into the folder, and make it the checkpoint."""
     listed = dict(manifest.files)
-    for path in sorted(partial.iterdir()):
-        if path.name not in listed and path.is_file() and not path.is_symlink():
-            sync(path)
-            data = path.read_bytes()
-            listed[path.name] = FileRecord(len(data), zlib.crc32(data))
+    for inner, _, names in os.walk(partial):
+        for path in (Path(inner) / name for name in sorted(names)):
+            name = path.relative_to(partial).as_posix()
+            if name not in listed and path.is_file() and not path.is_symlink():
+                sync(path)
+                listed[name] = _record_of(path)
+        sync(Path(inner))
     commit(partial, folder, replace(manifest, files=listed))
+
+
+def _record_of(path: Path) -> FileRecord:
+    size = crc = 0
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK):
+            size, crc = size + len(data), zlib.crc32(data, crc)
+    return FileRecord(size, crc)
 
 
 def _write(parts: Mapping[str, Part], writer: FolderWriter, planner: PartSavePlanner, group: Group) -> None:
@@ -214,6 +226,7 @@ def _open_partial(folder: Path, partial: Path, group: Group, *, numbered: bool) 
     """Make the folder to write into, on every disk."""
 
     def make() -> None:
+        check_place(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, all_names=numbered)
         partial.mkdir()
@@ -255,16 +268,18 @@ def together(group: Group, what: str, folder: Path, work: Callable[[], Any]) -> 
     Collective: every rank must call it.
 
     Raises:
-        CheckpointError: With the first failure.
+        CheckpointError: With the first failure; on the rank that had one of the script's own, its traceback too.
     """
-    failure = None
+    failure, cause = None, None
     try:
         work()
-    except (OSError, PacelineError, ValueError, TypeError) as error:
+    except Exception as error:
+        # Whatever it is, the other ranks wait to hear of it.
         failure = f"rank {group.rank}: {_reason(error)}", isinstance(error, DamagedCheckpointError)
+        cause = None if isinstance(error, PacelineError) else error
     failures = [failed for failed in group.all_gather_object(failure) if failed]
     if failures:
-        raise _failed(what, folder, *failures[0])
+        raise _failed(what, folder, *failures[0]) from cause
 
 
 def _failed(what: str, folder: Path, reason: str, damaged: bool) -> CheckpointError:

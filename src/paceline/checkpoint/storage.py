@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from paceline.checkpoint.checksums import Span, of_spans
 from paceline.checkpoint.dtypes import dtype_named, name_of
 from paceline.checkpoint.layout import FileLayout, Place, TensorShape, index_text, lay_out
 from paceline.checkpoint.manifest import FileRecord, Piece, TensorRecord
+from paceline.checkpoint.many import in_threads
 from paceline.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -172,11 +172,10 @@ class FolderWriter(StorageWriter):
                         _begin_writeback(handles[place.file], offset, len(data))
                 return WriteResult(item.index, len(data), (self._homes[self._rank], crc))
 
-            with ThreadPoolExecutor(self._threads, "paceline-write") as pool:
-                results = list(pool.map(write, [*items[turn:], *items[:turn]]))
-                begun = time.perf_counter()
-                list(pool.map(os.fsync, handles.values()))
-                self.fsync_seconds = time.perf_counter() - begun
+            results = in_threads(self._threads, "paceline-write", write, [*items[turn:], *items[:turn]])
+            begun = time.perf_counter()
+            in_threads(self._threads, "paceline-sync", os.fsync, list(handles.values()))
+            self.fsync_seconds = time.perf_counter() - begun
         finally:
             for handle in handles.values():
                 os.close(handle)
@@ -285,8 +284,7 @@ class FolderReader(StorageReader):
                     target.copy_(values.narrow(0, item.storage_offsets[0], item.lengths[0]))
                     planner.commit_tensor(item, target)
 
-            with ThreadPoolExecutor(self._threads, "paceline-read") as pool, torch.no_grad():
-                list(pool.map(read, plan.items))
+            in_threads(self._threads, "paceline-read", read, plan.items)
         finally:
             for handle in handles.values():
                 os.close(handle)

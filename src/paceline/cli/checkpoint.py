@@ -63,12 +63,20 @@ def list_command(folder: Path, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        click.echo(f"There is no checkpoint in {folder}.")
+        click.echo(f"There is no checkpoint in {folder}{_itself(folder)}.")
         return
     _print_table(rows, ["name", "format", "step", "epoch", "samples", "size", "saved by", "created", "state"])
     for row in rows:
         if row["problem"]:
             click.echo(f"{row['name']}: {row['problem']}")
+
+
+def _itself(folder: Path) -> str:
+    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.manifest import MANIFEST
+
+    is_one = (folder / MANIFEST).exists() or recognise(folder) is not None
+    return f"; it is one itself: paceline checkpoint inspect {folder}" if is_one else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
@@ -277,6 +285,7 @@ def export(
     from paceline.checkpoint.streaming import stream_weights
 
     limit = parse_size(max_shard_size)
+    _refuse_state(out)
     state = open_any(source)
     tensors = state.model(model_index)
     total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
@@ -287,6 +296,16 @@ def export(
         shutil.copyfile(source / "config.json", out / "config.json")
     size = sum(path.stat().st_size for path in files)
     click.echo(f"{len(tensors)} tensors, {_size(size)} in {len(files)} file{'s' if len(files) > 1 else ''} in {out}")
+
+
+def _refuse_state(out: Path) -> None:
+    """Refuse to write weights over those of a checkpoint, which would not be whole any more."""
+    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.manifest import MANIFEST
+    from paceline.errors import UsageError
+
+    if (out / MANIFEST).exists() or recognise(out) not in (None, "weights"):
+        raise UsageError(f"{out} holds a checkpoint", "Its weights would be written over", "Name another folder")
 
 
 # convert

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import click
 
 from paceline.cli.checkpoint import export
 from paceline.cli.examples import examples
+from paceline.errors import UsageError
 
 
 @click.command(
@@ -16,11 +18,26 @@ from paceline.cli.examples import examples
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-def command(checkpoint: Path, out: Path) -> None:
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path), default=Path())
+@click.option("--remove_checkpoint_dir", is_flag=True, help="Remove CHECKPOINT when its weights are written.")
+@click.option("--unsafe_serialization", is_flag=True, hidden=True)
+def command(checkpoint: Path, out: Path, remove_checkpoint_dir: bool, unsafe_serialization: bool) -> None:
     """Merge a sharded checkpoint into safetensors weights in OUT: short for `paceline checkpoint export`.
+
+    OUT is this folder if it is left out.
 
     CHECKPOINT is for example the folder `pytorch_model_fsdp_0` of an Accelerate run under FSDP, or any folder that
     `paceline checkpoint inspect` can read.
     """
+    if unsafe_serialization:
+        raise UsageError(
+            "--unsafe_serialization was given", "Pickled weights run code when they are loaded", "Leave it out"
+        )
+    if remove_checkpoint_dir and out.resolve().is_relative_to(checkpoint.resolve()):
+        raise UsageError(
+            f"--remove_checkpoint_dir would remove {out}", "It lies within the checkpoint", "Name another OUT"
+        )
     export(checkpoint, out)
+    if remove_checkpoint_dir:
+        shutil.rmtree(checkpoint)
+        click.echo(f"removed {checkpoint}")

@@ -40,6 +40,11 @@ The script saves with `save_state` before step --kill_at, and calls nothing else
 loaders take the notes.
 """
 
+_OUTSIDE = (
+    "it found a checkpoint that another run left. Each run has a folder of its own: save into a relative one, or give "
+    "the script {folder} where it takes a folder"
+)
+
 Key = tuple[int, int, int]
 """Rank, optimizer step, and micro-batch of the step."""
 
@@ -83,9 +88,14 @@ def _check(runs: Runs, steps: int, kill_at: int, tolerance: float) -> bool:
     if failure is not None or not straight:
         return _fail("the run without a break failed" if failure else "the run recorded no backward pass", failure)
     ranks = 1 + max(rank for rank, _, _ in straight)
+    found = min(step for _, step, _ in straight)
+    if found:
+        return _fail(f"the run without a break began at step {found}: {_OUTSIDE}", None)
     click.echo(f"ran      {_steps(straight)} steps on {ranks} rank{'s' if ranks > 1 else ''} without a break")
     if runs.start("killed", "before", Recording("", steps, kill_at)) is None:
-        return _fail(f"the run ended before step {kill_at}; there was nothing to kill", None)
+        begun = min((step for _, step, _ in _notes(runs, "killed", "before")), default=steps)
+        why = f": it began at step {begun}: {_OUTSIDE}" if begun else ""
+        return _fail(f"the run ended before step {kill_at}; there was nothing to kill{why}", None)
     click.echo(f"killed   rank {ranks - 1} with SIGKILL before its step {kill_at + 1}")
     failure = runs.start("killed", "after", Recording("", steps))
     before, after = _notes(runs, "killed", "before"), _notes(runs, "killed", "after")

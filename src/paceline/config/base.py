@@ -101,6 +101,20 @@ class Section(BaseModel):
             where = f"{type(self).__name__}(…)"
             raise ConfigError(Problem(where, f.field, f.what, f.why, f.hint) for f in faults)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        section = type(self).__name__
+        raise ConfigError(
+            [
+                Problem(
+                    f"{section}(…)",
+                    name,
+                    f"was set to {value!r} after it was made",
+                    "who reads a configuration relies on it not changing",
+                    f"give the value when it is made: {section}({name}={value!r})",
+                )
+            ]
+        )
+
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
         """Make a section of the values that are good, and say what is wrong with the others.

@@ -79,11 +79,6 @@ class ProjectConfiguration(Section):
 
     def clashes(self) -> Iterator[Fault]:
         """Yield what cannot go together within the section."""
-        if self.automatic_checkpoint_naming and self.project_dir is None:
-            hint = "set project_dir"
-            yield Fault(
-                "automatic_checkpoint_naming", "true without project_dir", "there is no folder to number in", hint
-            )
         unknown = [name for name in self.save_on_signals if name not in signal.Signals.__members__]
         if unknown:
             yield Fault("save_on_signals", f"{unknown} are no signals", hint="write names such as SIGTERM")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from paceline.data.reading import Reading
 
 __all__ = ["PreparedDataLoader"]
+
+_LOG = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
@@ -276,6 +279,7 @@ class PreparedDataLoader(DataLoader[Any]):
             "micro_batches": self._active.micro_batches(),
             "readers": self._reading.readers,
             "ended": at.ended,
+            "size": self._reading.size(),
         }
         if at.stream is not None:
             state["stream"] = encode(at.stream, f"the stream {type(self.dataset).__name__} of a prepared loader")
@@ -312,6 +316,13 @@ class PreparedDataLoader(DataLoader[Any]):
         )
         position = self._reading.recount(position, self._active.micro_batches())
         self._reading.check(position)
+        then, now = state.get("size"), self._reading.size()
+        if position.is_within and None not in (then, now) and then != now:
+            _LOG.warning(
+                "A loader's position lies within an epoch of %d samples, and the data set has %d now: they come in "
+                "another order, so that some of the epoch are seen twice or not at all",
+                then, now,
+            )  # fmt: skip
         here = (self._group.size, self._reading.rows, self._reading.readers)
         if position.ended and (position.ranks, position.rows, position.readers) != here:
             # Counted in another way, the same place might lie before the end.

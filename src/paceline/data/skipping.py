@@ -34,11 +34,12 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     Raises:
         DataError: `num_batches` is negative.
     """
-    if num_batches < 0:
+    count: object = num_batches
+    if not hasattr(count, "__index__") or num_batches < 0:
         raise DataError(
-            f"skip_first_batches was asked to skip {num_batches} batches",
-            "A pass can only begin later, not earlier",
-            "Give a number from 0 on",
+            f"skip_first_batches was asked to skip {num_batches!r} batches",
+            "A pass can only begin whole batches later, not earlier",
+            "Give a whole number from 0 on",
         )
     return SkippedDataLoader(dataloader, num_batches) if num_batches else dataloader
 
@@ -66,8 +67,16 @@ class SkippedDataLoader(DataLoader[Any]):
             return iter(loader)
         if isinstance(loader, PreparedDataLoader):
             loader.begin_at_batch(skipped)
-            return iter(loader)
+            # Where nothing of an epoch is left, a loader would begin the next.
+            return iter(()) if skipped >= _length(loader, skipped) else iter(loader)
         return _rest_of(loader, skipped)
+
+
+def _length(loader: PreparedDataLoader, skipped: int) -> int:
+    try:
+        return len(loader)
+    except TypeError:
+        return skipped + 1
 
 
 class _Rest(Sampler[Any]):
@@ -82,7 +91,11 @@ class _Rest(Sampler[Any]):
 
 
 def _rest_of(loader: DataLoader[Any], skipped: int) -> Iterator[Any]:
-    if isinstance(loader.dataset, IterableDataset) or type(loader).__iter__ is not DataLoader.__iter__:
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or type(loader).__iter__ is not DataLoader.__iter__
+    ):
         return islice(iter(loader), skipped, None)
     batched = loader.batch_sampler is not None
     sampler = _Rest(loader.batch_sampler if batched else loader.sampler, skipped)

@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -20,7 +23,8 @@ from paceline.checkpoint import find_checkpoints, newest_checkpoint, open_checkp
 from paceline.checkpoint.folder import remove_leftovers
 from paceline.checkpoint.layout import TensorShape, lay_out
 from paceline.checkpoint.plain import from_plain, to_plain
-from paceline.errors import CheckpointError, DamagedCheckpointError, StateError
+from paceline.errors import CheckpointError, ConfigError, DamagedCheckpointError, PacelineError, StateError
+from tests.unit.checkpoint.test_foreign import RECORDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,6 +137,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
     "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
     "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
+    "endless": (edit(lambda d: d["files"]["training.json"].update(size=float("inf"))), r"manifest is damaged"),
     "shape": (edit(lambda d: d["tensors"][WEIGHT].update(shape="4x3")), r"manifest is damaged"),
     "no-list": (edit(lambda d: d.pop("files")), r"manifest is damaged"),
 }
@@ -234,6 +239,73 @@ def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path / "unused")
+    run.accelerator._checkpointing._project = ProjectConfiguration()
+    folder = tmp_path / "mine"
+    (folder / "epoch_0").mkdir(parents=True)
+    (folder / "epoch_0" / "deep.txt").write_text("deep")
+    (folder / "tokenizer.json").write_text("{}")
+    for step in (1, 2):
+        run.step()
+        run.accelerator.save_state(folder)
+        assert open_checkpoint(folder).manifest.step == step
+        assert (folder / "tokenizer.json").read_text() == "{}"
+        assert (folder / "epoch_0" / "deep.txt").read_text() == "deep"
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_kill_while_other_things_go_over_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "unused")
+    run.accelerator._checkpointing._project = ProjectConfiguration()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(name)
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "b.txt":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.accelerator.save_state(folder)
+    monkeypatch.undo()
+    assert open_checkpoint(folder).manifest.step == 0
+    run.accelerator.save_state(folder)
+    assert [(folder / name).read_text() for name in ("a.txt", "b.txt")] == ["a.txt", "b.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "unused")
+    run.accelerator._checkpointing._project = ProjectConfiguration()
+    work = tmp_path / "project" / "src"
+    work.mkdir(parents=True)
+    (work / "train.py").write_text("mine")
+    monkeypatch.chdir(work)
+    for name in (".", "..", str(tmp_path)):
+        with pytest.raises(CheckpointError, match="the folder that this process works in, or one around it"):
+            run.accelerator.save_state(name)
+    with pytest.raises(CheckpointError, match=r"train\.py is a file"):
+        run.accelerator.save_state("train.py")
+    assert (work / "train.py").read_text() == "mine"
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    run = Run(tmp_path / "unused")
+    run.accelerator._checkpointing._project = ProjectConfiguration()
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    for _ in range(2):
+        run.accelerator.save_state(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert open_checkpoint(tmp_path / "scratch").manifest.step == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "scratch"}
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MiB."""
@@ -287,6 +359,34 @@ def test_saves_in_the_background_get_numbers_of_their_own(tmp_path: Path) -> Non
     assert names == ["checkpoint_0", "checkpoint_1", "checkpoint_2"]
     steps = [found.checkpoint.manifest.step for found in find_checkpoints(tmp_path) if found.checkpoint]
     assert steps == [3, 2, 1]
+
+
+ENDING = """
+import sys
+import torch
+from paceline import Accelerator
+accelerator = Accelerator(cpu=True, strategy="single")
+model = torch.nn.Linear(1000, 1000)
+model = accelerator.prepare(model)
+accelerator.save_state(sys.argv[1], blocking=False)
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+def test_the_end_of_the_program_waits_for_the_save(tmp_path: Path, end: str, code: int) -> None:
+    command = [sys.executable, "-c", ENDING.format(end=end), str(tmp_path / "state")]
+    assert subprocess.run(command, capture_output=True, text=True).returncode == code
+    open_checkpoint(tmp_path / "state").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_failed_save_is_said_at_the_end_of_the_program(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("mine")
+    command = [sys.executable, "-c", ENDING.format(end="pass"), str(tmp_path / "state")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "the last save failed: The checkpoint" in done.stderr
+    assert "state is a file" in done.stderr
 
 
 def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> None:
@@ -361,14 +461,118 @@ def test_hooks_write_into_the_checkpoint_and_take_models_over(project: Path) -> 
     assert again.optimizer.state[next(iter(again.model.parameters()))]["step"] == 1
 
 
+def test_files_of_hooks_in_folders_of_their_own_are_checked_too(project: Path) -> None:
+    run = Run(project)
+
+    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+        for name in ("unet/inner/weights.bin", "my notes (1).txt", ".hidden"):
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+
+    run.accelerator.register_save_state_pre_hook(save)
+    folder = Path(run.accelerator.save_state())
+    checkpoint = open_checkpoint(folder)
+    assert {"unet/inner/weights.bin", "my notes (1).txt", ".hidden"} < checkpoint.manifest.files.keys()
+    checkpoint.verify()
+    (folder / "unet/inner/weights.bin").write_bytes(b"unet/inner/weights.bun")
+    with pytest.raises(DamagedCheckpointError, match=r"unet/inner/weights\.bin of .* is damaged"):
+        open_checkpoint(folder).verify()
+    (folder / "unet").rename(project / "elsewhere")
+    with pytest.raises(DamagedCheckpointError, match=r"unet/inner/weights\.bin is missing"):
+        open_checkpoint(folder)
+    (folder / "unet").symlink_to(project / "elsewhere")
+    with pytest.raises(DamagedCheckpointError, match=r"unet/inner/weights\.bin is not a plain file"):
+        open_checkpoint(folder)
+
+
+def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
+    run = Run(project)
+    held: dict[str, int] = {}
+    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: held["unet"])
+    with pytest.raises(CheckpointError, match=r"rank 0: KeyError: 'unet'") as caught:
+        run.accelerator.save_state()
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert {path.name for path in (project / "checkpoints").iterdir()} == {"checkpoint_0", "checkpoint_1"}
+
+
+def test_what_is_prepared_is_loaded_when_not_strict(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model: Any = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    with pytest.raises(StateError, match=r"holds 1 optimizers, and there are 0 here.*load with strict=False"):
+        accelerator.load_state(newest(project))
+    with caplog.at_level(logging.WARNING):
+        accelerator.load_state(newest(project), strict=False)
+    assert "holds 1 optimizers, and there are 0 here: the first 0 were loaded" in caplog.text
+    assert torch.equal(model[0].weight.cpu(), open_checkpoint(newest(project)).read("model/0.weight"))
+
+
+def test_another_kind_of_optimizer_is_refused(project: Path) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(12, 3)), 2, shuffle=True))
+    for strict in (True, False):
+        with pytest.raises(StateError, match=r"has betas, eps, and the one here dampening, momentum"):
+            accelerator.load_state(newest(project), strict=strict)
+
+
+def test_a_data_set_of_another_size_is_said(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(14, 3)), 2, shuffle=True))
+    with caplog.at_level(logging.WARNING):
+        accelerator.load_state(newest(project))
+    assert "within an epoch of 12 samples, and the data set has 14 now" in caplog.text
+
+
+def test_arguments_of_accelerate(project: Path) -> None:
+    accelerator = Run(project).accelerator
+    accelerator.save_state(safe_serialization=True)
+    accelerator.load_state(load_kwargs={}, map_location="cpu")
+    with pytest.raises(PacelineError, match=r"save_state\(safe_serialization=False\)"):
+        accelerator.save_state(safe_serialization=False)
+    with pytest.raises(PacelineError, match=r"load_kwargs=\{'weights_only': False\}"):
+        accelerator.load_state(load_kwargs={"weights_only": False})
+    with pytest.raises(PacelineError, match=r"map_location='cuda:1'"):
+        accelerator.load_state(map_location="cuda:1")
+
+
+def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> None:
+    numbering = ProjectConfiguration(automatic_checkpoint_naming=True, save_on_signals=())
+    accelerator = Accelerator(cpu=True, strategy="single", project_dir=tmp_path, project_config=numbering)
+    assert accelerator.project_dir == str(tmp_path)
+    assert accelerator.project_configuration.automatic_checkpoint_naming
+    with pytest.raises(ConfigError, match="true without project_dir; there is no folder to number in"):
+        Accelerator(cpu=True, project_config=numbering)
+    with pytest.raises(ConfigError, match=r"iteration: was set to 7 after it was made.*iteration=7"):
+        setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too
+
+
+def test_the_folder_around_checkpoints_is_told_from_one(project: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"name one of them, such as .*checkpoint_1"):
+        Run(project).accelerator.load_state(project)
+
+
+def test_a_run_of_another_library_is_passed_over_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(RECORDED / "accelerate", tmp_path / "checkpoints" / "checkpoint_4")
+    run = Run(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert run.accelerator.load_state() is None
+    assert "skipped checkpoint_4: another library wrote it; load_state('" in caplog.text
+    assert Path(run.accelerator.save_state()).name == "checkpoint_5"
+    assert Path(run.accelerator.load_state() or "").name == "checkpoint_5"
+
+
 def test_a_folder_beside_automatic_names_is_refused(project: Path) -> None:
     with pytest.raises(CheckpointError, match="the folder would be ignored"):
         Run(project).accelerator.save_state(project / "x")
 
 
 def test_objects_that_cannot_be_registered_are_listed(project: Path) -> None:
-    with pytest.raises(StateError, match=r"int \(number 0\), object \(number 1\)"):
-        Run(project).accelerator.register_for_checkpointing(3, object())
+    with pytest.raises(StateError, match=r"int \(number 0\), object \(number 1\), the class Linear \(number 2\)"):
+        Run(project).accelerator.register_for_checkpointing(3, object(), torch.nn.Linear)
 
 
 def test_states_go_through_json() -> None:
@@ -380,7 +584,7 @@ def test_states_go_through_json() -> None:
     }
     document = json.loads(json.dumps(to_plain(state, "custom_0/state", tensors)))
     back = from_plain(document, tensors)
-    assert back["a"] == [1, 2.5, None, [True, "x"]]
+    assert back["a"] == state["a"]
     assert torch.equal(back[7], torch.tensor([1, 2]))
     assert torch.equal(back["n"]["b"], torch.ones((), dtype=torch.bfloat16))
     inline = from_plain(json.loads(json.dumps(to_plain(state, "loader_0"))))
@@ -388,6 +592,37 @@ def test_states_go_through_json() -> None:
     assert torch.equal(inline["n"]["b"], back["n"]["b"])
     with pytest.raises(StateError, match=r"loader_0\.inner\.0 is a set"):
         to_plain({"inner": [{1, 2}]}, "loader_0")
+
+
+def test_types_and_names_survive() -> None:
+    state: dict[Any, Any] = {
+        (1, "x"): {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+        "array": np.arange(3.0),
+        "size": torch.Size([2, 3]),
+        "number": np.float32(0.5),
+        "__tuple__": [1],
+    }
+    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in rooms:
+        back = from_plain(json.loads(json.dumps(to_plain(state, "custom_0/state", tensors))), tensors)
+        assert back.keys() == state.keys()
+        assert [float(back[(1, "x")]["a.b"]), float(back[(1, "x")]["a"]["b"])] == [1, 0]
+        assert isinstance(back["array"], np.ndarray)
+        assert np.array_equal(back["array"], state["array"])
+        assert (back["size"], back["number"], back["__tuple__"]) == ((2, 3), 0.5, [1])
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.eye(2).to_sparse(), "tensor that is sparse or quantized"),
+        (np.array(["a"]), "array of <U1, which torch does not have"),
+        (np.datetime64("2026-01-01"), "datetime64"),
+    ],
+)
+def test_what_json_and_tensors_do_not_hold_is_named(value: Any, kind: str) -> None:
+    with pytest.raises(StateError, match=rf"custom_0/state\.x is a {kind}"):
+        to_plain({"x": value}, "custom_0/state", {})
 
 
 def test_big_states_are_spread_over_files_that_an_index_lists(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,41 @@ def test_a_folder_that_is_nothing_is_an_error(paceline: Paceline, tmp_path: Path
     answer = paceline("checkpoint", "inspect", str(tmp_path))
     assert answer.code == 1
     assert "no checkpoint of a known format" in answer.err
+
+
+def test_a_checkpoint_is_not_written_over(paceline: Paceline, project: Path) -> None:
+    whole = project / "checkpoints" / "checkpoint_0"
+    answer = paceline("checkpoint", "export", str(whole), str(whole), "--dtype", "bf16")
+    assert answer.code == 2
+    assert f"{whole} holds a checkpoint" in answer.err
+    assert paceline("checkpoint", "verify", str(whole)).code == 0
+
+
+def test_folders_around_and_within_are_told_apart(paceline: Paceline, project: Path) -> None:
+    whole = project / "checkpoints" / "checkpoint_0"
+    assert f"it is one itself: paceline checkpoint inspect {whole}" in paceline("checkpoint", "list", str(whole)).out
+    for words in (["inspect"], ["verify"]):
+        answer = paceline("checkpoint", *words, str(project))
+        assert answer.code == 1
+        assert "name one of them, such as" in answer.out + answer.err
+
+
+def test_numbered_folders_of_other_libraries_are_listed_as_theirs(paceline: Paceline, tmp_path: Path) -> None:
+    shutil.copytree(RECORDED / "accelerate", tmp_path / "checkpoints" / "checkpoint_4")
+    found = json.loads(paceline("checkpoint", "list", str(tmp_path), "--json").out)
+    assert [(row["name"], row["format"], row["state"]) for row in found] == [
+        ("checkpoints/checkpoint_4", "accelerate", "")
+    ]
+
+
+def test_merge_weights_takes_the_flags_of_accelerate(paceline: Paceline, project: Path, tmp_path: Path) -> None:
+    whole = project / "checkpoints" / "checkpoint_0"
+    answer = paceline("merge-weights", str(whole), str(tmp_path / "out"), "--unsafe_serialization")
+    assert answer.code == 2
+    assert "Pickled weights run code" in answer.err
+    answer = paceline("merge-weights", "--remove_checkpoint_dir", str(whole), str(whole / "out"))
+    assert answer.code == 2
+    assert whole.exists()
+    assert paceline("merge-weights", "--remove_checkpoint_dir", str(whole), str(tmp_path / "out")).code == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not whole.exists()

@@ -30,6 +30,19 @@ def test_the_first_pass_begins_later_and_further_ones_are_whole(workers: int) ->
     assert skip_first_batches(loader, 0) is loader
 
 
+@pytest.mark.parametrize("number", [7, 99])
+def test_a_pass_of_which_nothing_is_left_is_empty(number: int) -> None:
+    whole, loader = prepared(shuffled()), prepared(shuffled())
+    ids(whole)
+    assert ids(skip_first_batches(loader, number)) == []
+    assert ids(loader) == ids(whole)
+
+
+def test_anything_that_yields_batches_can_be_skipped_in() -> None:
+    lists: Any = [[1], [2], [3]]
+    assert list(skip_first_batches(lists, 2)) == [[3]]
+
+
 def test_nothing_that_is_skipped_is_read() -> None:
     data = Numbers(1000)
     ids(skip_first_batches(prepared(DataLoader(data, 10)), 95))

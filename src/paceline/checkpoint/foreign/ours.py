@@ -43,7 +43,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> ForeignState:
             state.weights.sources[_short(full)] = source
     state.ties = {_short(alias): _short(name) for alias, name in manifest.ties.items()}
     for index, held in enumerate(training["optimizers"]):
-        optimizer = ForeignOptimizer(numbers=dict(held["numbers"]), groups=list(held["groups"]))
+        optimizer = ForeignOptimizer(numbers=dict(held["numbers"]), groups=from_plain(held["groups"]))
         prefix = f"optimizer_{index}/" if index else "optimizer/"
         for full, source in sources.items():
             if full.startswith(prefix):

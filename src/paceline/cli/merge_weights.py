@@ -19,8 +19,13 @@ from paceline.errors import UsageError
 )
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path), default=Path())
-@click.option("--remove_checkpoint_dir", is_flag=True, help="Remove CHECKPOINT when its weights are written.")
-@click.option("--unsafe_serialization", is_flag=True, hidden=True)
+@click.option(
+    "--remove_checkpoint_dir",
+    "--remove-checkpoint-dir",
+    is_flag=True,
+    help="Remove CHECKPOINT when its weights are written.",
+)
+@click.option("--unsafe_serialization", "--unsafe-serialization", is_flag=True, hidden=True)
 def command(checkpoint: Path, out: Path, remove_checkpoint_dir: bool, unsafe_serialization: bool) -> None:
     """Merge a sharded checkpoint into safetensors weights in OUT: short for `paceline checkpoint export`.
 

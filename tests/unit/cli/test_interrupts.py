@@ -13,6 +13,8 @@ from paceline import cli
 DROPS = """
 import signal, sys
 
+{before}
+
 class Torch:
     def find_spec(self, name, *_):
         if name == "torch":
@@ -35,13 +37,15 @@ def run(source: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_an_interrupt_that_torch_would_drop_ends_the_command() -> None:
-    done = run(DROPS.format(after="None"))
+    # Whoever runs the tests may ignore SIGINT, as a job in the background does, and hand that down.
+    listening = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    done = run(DROPS.format(before=listening, after="None"))
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_a_command_that_ignores_interrupts_goes_on_ignoring_them() -> None:
-    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    done = run(ignoring + DROPS.format(after="signal.SIG_IGN"))
+    ignoring = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    done = run(DROPS.format(before=ignoring, after="signal.SIG_IGN"))
     assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
 
 

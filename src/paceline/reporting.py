@@ -190,7 +190,8 @@ class Reporting:
         """What can be said once everything is prepared."""
         return {
             "description": self.describe(),
-            "engine_settings": self.strategy.settings,
+            # Before a model is there, "auto" has not decided.
+            "engine_settings": self.strategy.settings if self._models else {},
             "parameters": sum(self.strategy.num_elements(model) for model in self._models),
             "samples_per_step": self._samples_of_step(),
             "attention_width": sum(_attention_width(self.strategy.unwrap(model)) for model in self._models),

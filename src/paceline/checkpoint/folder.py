@@ -229,10 +229,8 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
 
 def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
     """Training states of other libraries among the numbered checkpoints in a project's folder, newest first."""
-    from paceline.checkpoint.foreign import recognise
-
     numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
-    return [path for _, path in sorted(numbered, reverse=True) if recognise(path) not in (None, "weights")]
+    return [path for _, path in sorted(numbered, reverse=True) if _is_foreign(path)]
 
 
 def _children(folder: str | os.PathLike[str]) -> list[Path]:
@@ -241,12 +239,17 @@ def _children(folder: str | os.PathLike[str]) -> list[Path]:
     return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()]
 
 
-def _look(path: Path) -> Found | None:
+def _is_foreign(path: Path) -> bool:
+    """Whether it is a training state of another library; weights alone may be what is left of one of ours."""
     from paceline.checkpoint.foreign import recognise
 
+    return recognise(path) not in (None, "weights")
+
+
+def _look(path: Path) -> Found | None:
     if _LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
         return None
-    if recognise(path) is not None:
+    if _is_foreign(path):
         return None
     try:
         return Found(path, open_checkpoint(path))

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from paceline.config.shapes import did_you_mean
 from paceline.errors import ConfigError, Problem
@@ -15,7 +15,7 @@ from paceline.trainer import checks
 from paceline.trainer.command_line import parse_arguments
 from paceline.trainer.fields import AllFields
 from paceline.trainer.launched import Launched
-from paceline.trainer.reading import read_mapping, read_value
+from paceline.trainer.reading import fields_of, read_mapping, read_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,7 +79,8 @@ class TrainingArguments(Launched, AllFields):
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
         """Refuse unknown names before the generated constructor would, with what was probably meant."""
-        unknown = [name for name in values if name not in _hints(cls)]
+        known = fields_of(cls)
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise ConfigError(_with_others(cls, unknown, values, WHERE, args))
         made = super().__new__(cls)
@@ -90,7 +91,7 @@ class TrainingArguments(Launched, AllFields):
     def __post_init__(self) -> None:
         problems: list[Problem] = []
         defaults = {made.name: _default(made) for made in dataclasses.fields(self)}
-        for name, hint in _hints(type(self)).items():
+        for name, hint in fields_of(type(self)).items():
             try:
                 setattr(self, name, read_value(hint, getattr(self, name)))
             except ValueError as error:
@@ -116,7 +117,8 @@ class TrainingArguments(Launched, AllFields):
             found = read_mapping(name)
         except ValueError as error:
             raise ConfigError([Problem(name, "", str(error))]) from error
-        unknown = [key for key in found if key not in _hints(cls)]
+        known = fields_of(cls)
+        unknown = [key for key in found if key not in known]
         if unknown:
             raise ConfigError(_with_others(cls, unknown, {**found, **values}, name))
         made = cls(**{**found, **values})
@@ -160,7 +162,7 @@ class TrainingArguments(Launched, AllFields):
 
     def origins(self) -> dict[str, str]:
         """Where each value that is no default came from: a file, a flag, the script, or what other values say."""
-        made, hints = dataclasses.fields(self), _hints(type(self))
+        made, hints = dataclasses.fields(self), fields_of(type(self))
         changed = {f.name for f in made if getattr(self, f.name) != read_value(hints[f.name], _default(f))}
         return {name: self._origins.get(name, "other arguments") for name in sorted(changed | self._origins.keys())}
 
@@ -222,12 +224,6 @@ class TrainingArguments(Launched, AllFields):
         return max(1, math.ceil(total * value)) if value < 1 else int(value)
 
 
-def _hints(cls: type[Any]) -> Mapping[str, Any]:
-    """The fields of a class and their types."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
-
-
 def _with_others(
     cls: type[Any], unknown: Sequence[str], values: Mapping[str, Any], where: str, positional: Sequence[Any] = ()
 ) -> list[Problem]:
@@ -243,7 +239,7 @@ def _with_others(
 
 
 def _unknown(cls: type[Any], name: str, where: str) -> Problem:
-    hint = _ABSENT.get(name) or did_you_mean(name, _hints(cls))
+    hint = _ABSENT.get(name) or did_you_mean(name, fields_of(cls))
     return Problem(where, name, "unknown name", hint=hint)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from paceline.config.shapes import did_you_mean
 from paceline.errors import ConfigError, Problem
-from paceline.trainer.reading import is_flag, read_mapping, read_value
+from paceline.trainer.reading import fields_of, is_flag, read_mapping, read_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +59,8 @@ def _contradictions(classes: Sequence[type[Any]], read: Mapping[str, Any]) -> It
 
 def _make(cls: type[Any], read: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
     """One object of a class, which is told where its values came from if it wants to know."""
-    own = {name: value for name, value in read.items() if name in _fields(cls)}
+    known = fields_of(cls)
+    own = {name: value for name, value in read.items() if name in known}
     made = cls(**own)
     if hasattr(made, "note_origins"):
         made.note_origins({name: origins[name] for name in own})
@@ -77,13 +78,14 @@ def _parser(classes: Sequence[type[Any]]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of values; flags override it.")
     for cls in classes:
+        hints = fields_of(cls)
         for part, names in _parts(cls):
             about = (part.__doc__ or "").partition("\n")[0]
             title = cls.__name__ if part is cls else f"{cls.__name__}: {about[:1].lower()}{about[1:].rstrip('.')}"
             group = parser.add_argument_group(title)
             for made in dataclasses.fields(cls):
                 if made.init and made.name in names:
-                    _add(group, made, _fields(cls)[made.name])
+                    _add(group, made, hints[made.name])
     return parser
 
 
@@ -129,7 +131,7 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
     except ValueError as error:
         problems.append(Problem(file, "", str(error)))
         return {}
-    known = {name for cls in classes for name in _fields(cls)}
+    known = {name for cls in classes for name in fields_of(cls)}
     for name in found:
         if name not in known:
             problems.append(Problem(file, name, "unknown name", hint=_hint(name, classes)))
@@ -138,7 +140,7 @@ def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem])
 
 def _read(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> list[Any]:
     """The value as its field's type, alone in a list; an empty one if it cannot be that."""
-    hint = next(_fields(cls)[name] for cls in classes if name in _fields(cls))
+    hint = next(fields_of(cls)[name] for cls in classes if name in fields_of(cls))
     try:
         return [read_value(hint, value)]
     except ValueError as error:
@@ -165,9 +167,4 @@ def _unknown_flag(word: str, classes: Sequence[type[Any]]) -> Problem:
 def _hint(name: str, classes: Sequence[type[Any]]) -> str:
     """What to write in place of a name: as a class says of names that other versions have, else the closest."""
     said = [cls.ABSENT[name] for cls in classes if name in getattr(cls, "ABSENT", {})]
-    return said[0] if said else did_you_mean(name, {known: None for cls in classes for known in _fields(cls)})
-
-
-def _fields(cls: type[Any]) -> Mapping[str, Any]:
-    hints = get_type_hints(cls)
-    return {made.name: hints[made.name] for made in dataclasses.fields(cls) if made.init}
+    return said[0] if said else did_you_mean(name, {known: None for cls in classes for known in fields_of(cls)})

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from enum import Enum
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from paceline.config.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
 
-__all__ = ["is_flag", "read_mapping", "read_value"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["fields_of", "is_flag", "read_mapping", "read_value"]
+
+
+def fields_of(cls: type[Any]) -> Mapping[str, Any]:
+    """The fields that a dataclass is made from, and their types."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 def is_flag(hint: Any) -> bool:

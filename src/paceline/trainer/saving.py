@@ -72,10 +72,8 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
 
 def newest_of(output_dir: str) -> Path | None:
     """The checkpoint of most steps, whatever is in it; None if there is none."""
-    found = [
-        (int(m.group(1)), path) for path in Path(output_dir).glob(f"{PREFIX}*") if (m := _NUMBERED.match(path.name))
-    ]
-    return max(found)[1] if found else None
+    ordered = _by_steps(output_dir)
+    return ordered[-1] if ordered else None
 
 
 def holds_weights_alone(folder: Path) -> bool:
@@ -91,9 +89,8 @@ def rotate(output_dir: str, *, limit: int | None, keep: set[str]) -> None:
     """Remove the oldest checkpoints beyond a limit, but never those in `keep`."""
     if limit is None:
         return
-    numbered = [(int(m.group(1)), path) for path in Path(output_dir).iterdir() if (m := _NUMBERED.match(path.name))]
+    ordered = _by_steps(output_dir)
     kept = {Path(folder).name for folder in keep}
-    ordered = [path for _, path in sorted(numbered)]
     spare = len(ordered) - max(limit, len([path for path in ordered if path.name in kept]))
     for path in ordered:
         if spare <= 0:
@@ -101,3 +98,9 @@ def rotate(output_dir: str, *, limit: int | None, keep: set[str]) -> None:
         if path.name not in kept:
             shutil.rmtree(path)
             spare -= 1
+
+
+def _by_steps(output_dir: str) -> list[Path]:
+    """The checkpoints in a folder, by the steps in their names."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if _NUMBERED.match(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))

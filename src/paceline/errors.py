@@ -193,8 +193,16 @@ class UnknownBlockError(PrepareError):
         super().__init__(
             f"No module of the model is of class {', '.join(map(repr, self.asked))}",
             "Sharding units are made of the classes that you name",
-            f"The model's own classes are: {', '.join(self.candidates)}",
+            f"{_close_names(self.asked, self.candidates)}The model's own classes are: {', '.join(self.candidates)}",
         )
+
+
+def _close_names(words: Iterable[str], candidates: Sequence[str]) -> str:
+    """Name the candidates that look most like some words: `Did you mean A, B? `; may be empty."""
+    from difflib import get_close_matches
+
+    close = [match for word in words for match in get_close_matches(word, candidates, n=1, cutoff=0.6)]
+    return f"Did you mean {', '.join(close)}? " if close else ""
 
 
 class ForeignOptimizerError(PrepareError):

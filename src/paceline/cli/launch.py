@@ -100,11 +100,15 @@ def command(
     import_torch()
     from paceline.launch import launch, launch_machines, plan, plan_machines
     from paceline.launch.command import Command
+    from paceline.launch.planning import remarks
     from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun
 
     what = Command(script=script, arguments=arguments, kind=kind)
     if _is_rank(resolved, what, log_dir, dry_run):
         return
+    if not quiet:
+        for remark in remarks(resolved.config, os.environ):
+            click.echo(f"paceline: {remark}", err=True)
     by_mpirun, several = resolved.config.mpirun_config is not None, resolved.config.spans_machines
     if dry_run:
         make = plan_mpirun if by_mpirun else plan_machines if several else plan

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.deepspeed_names import OLD, REFUSED, SECTIONS, TOP
+from paceline.config.document import describe_json_error
 from paceline.config.shapes import did_you_mean
 from paceline.errors import Problem
 
@@ -61,7 +62,7 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any] | None, str, str]:
     try:
         settings = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
-        return None, name, f"{name}:{error.lineno} is no JSON: {error.msg} at column {error.colno}"
+        return None, name, f"{name}:{error.lineno} is not valid JSON: {describe_json_error(error)}"
     except KeyError as error:
         return None, name, f"{name} has the key {error.args[0]!r} twice in one place"
     if not isinstance(settings, dict):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import yaml
 
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.config.shapes import Style
+
+_LONGEST_QUOTE: Final = 80
+_SYNTAX_ADVICE: Final = {
+    "mapping values are not allowed": "check the indentation of this line, or quote a value that holds `: `",
+    "'\\t'": "indent with spaces",
+    "another document": "keep one document: remove the line `---` and what follows, or the part before it",
+    "cannot start any token": "quote the value",
+}
+"""What usually mends a syntax error, by a part of its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +160,43 @@ def _where(path: Path, node: yaml.Node) -> str:
 
 
 def _syntax_problem(path: Path, error: yaml.YAMLError, text: str) -> Problem:
+    if path.suffix == ".json":
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as broken:
+            return Problem(f"{path}:{broken.lineno}", "", f"this is not valid JSON: {describe_json_error(broken)}")
     if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        hint = "indent with spaces" if "\\t" in (error.problem or "") else ""
-        what = error.problem or error.context or "it cannot be read"
-        return Problem(where, "", f"this is not YAML: {what}", error.context or "", hint)
+        return _marked_problem(path, error, text)
     position = getattr(error, "position", 0)
     line = text.count("\n", 0, position) + 1
     what = f"character #x{getattr(error, 'character', 0):04x} is not allowed in YAML"
-    return Problem(f"{path}:{line}", "", what, hint="remove it")
+    return Problem(f"{path}:{line}", "", f"{what}, in {_quoted_line(text, line)}", hint="remove it")
+
+
+def _marked_problem(path: Path, error: yaml.MarkedYAMLError, text: str) -> Problem:
+    """Say where YAML went wrong; what is never closed is reported where it opens, not at the end of the file."""
+    mark = error.problem_mark or error.context_mark
+    what = f"this is not valid YAML: {error.problem or error.context or 'it cannot be read'}"
+    if mark is None:
+        return Problem(str(path), "", what, error.context or "")
+    hint = next((advice for words, advice in _SYNTAX_ADVICE.items() if words in what), "")
+    line = mark.line + 1
+    written = text.splitlines()
+    if mark.line >= len(written):
+        opening = error.context_mark.line + 1 if error.context_mark else line
+        line = min(opening, len(written))
+        hint = "close the bracket or the quotation mark that opens here"
+    return Problem(f"{path}:{line}", "", f"{what}, in {_quoted_line(text, line)}", error.context or "", hint)
+
+
+def describe_json_error(error: json.JSONDecodeError) -> str:
+    """Say what is wrong, in which column, and quote the line."""
+    return f"{error.msg} at column {error.colno}, in {_quoted_line(error.doc, error.lineno)}"
+
+
+def _quoted_line(text: str, line: int) -> str:
+    """The text of a line, in backticks, shortened where it is long."""
+    lines = text.splitlines()
+    found = lines[line - 1].strip() if line <= len(lines) else ""
+    shown = found if len(found) <= _LONGEST_QUOTE else f"{found[:_LONGEST_QUOTE]}…"
+    return f"`{shown}`"

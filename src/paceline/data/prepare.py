@@ -28,6 +28,7 @@ from paceline.data.sharding import (
 from paceline.data.skipping import SkippedDataLoader
 from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
 from paceline.data.stream import StreamReading
+from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from paceline.data.active import ActiveLoaders
 
 __all__ = ["prepare_loader"]
+
+logger = get_logger(__name__)
 
 
 def prepare_loader(
@@ -185,6 +188,7 @@ class _Preparation:
             sharding = JoinedSharding(sharding, self.plays, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
+        _remark_large_batch(sampler.sharding, self.layout)
         reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)
         unbatched = self.loader.batch_sampler is None
         return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
@@ -347,6 +351,18 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
 
 def _is_on_device(dataset: Any) -> bool:
     return isinstance(dataset, TensorDataset) and any(t.device.type != "cpu" for t in dataset.tensors)
+
+
+def _remark_large_batch(sharding: Sharding, layout: Layout) -> None:
+    """Say once that one global batch takes the whole data set, and more, on several ranks."""
+    total, size = sharding.total_batch_size, sharding.size()
+    if layout.size == 1 or total is None or size is None or size >= total:
+        return
+    outcome = "filled up with repeated samples" if layout.padded else "and some ranks get no sample"
+    logger.warning(
+        "A global batch of %d samples (%d ranks x %d) is larger than the data set of %d: each epoch is one batch, %s",
+        total, layout.size, total // layout.size, size, outcome,
+    )  # fmt: skip
 
 
 def _check_not_empty(rounds: int | None, loader: DataLoader[Any], total: int | None) -> None:

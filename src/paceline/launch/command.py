@@ -9,9 +9,10 @@ import importlib.machinery
 import importlib.util
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from paceline.errors import UsageError
 
@@ -21,13 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Command", "check_command"]
 
+_MAIN: Final = "__main__.py"
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
     """A script and its arguments.
 
     Attributes:
-        script: Path of a script, dotted name of a module, or name of a program.
+        script: Path of a script (or of a zip application or folder with a `__main__.py`), dotted name of a module,
+            or name of a program.
         arguments: Handed on as they are.
         kind: Whether `script` is run as `python script`, as `python -m script`, or by itself.
     """
@@ -55,14 +59,44 @@ def check_command(command: Command, env: Mapping[str, str]) -> None:
 
 def _check_script(path: Path) -> None:
     if path.is_file():
-        return
-    if path.is_dir():
-        scripts = sorted(p.name for p in path.glob("*.py"))[:8]
+        _check_archive(path)
+    elif path.is_dir():
+        _check_folder(path)
+    else:
+        _refuse_missing(path)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise where a zip archive, or what is named like one, has nothing to run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not {_MAIN, "__main__.pyc"}.intersection(names):
+            raise UsageError(
+                f"{str(path)!r} is a zip archive without {_MAIN}",
+                f"Python runs the {_MAIN} at the top of an archive",
+                "Build it with `python -m zipapp FOLDER -m module:function`",
+            )
+    elif path.suffix in (".pyz", ".pyzw", ".zip"):
         raise UsageError(
-            f"{str(path)!r} is a folder",
-            "The launcher runs one script",
-            f"Name a script in it ({', '.join(scripts)})" if scripts else "Name a script",
+            f"{str(path)!r} is not a zip archive",
+            "Python would read it as source text",
+            "Build it with `python -m zipapp`, or rename a plain script to .py",
         )
+
+
+def _check_folder(path: Path) -> None:
+    if (path / _MAIN).is_file():
+        return
+    scripts = sorted(p.name for p in path.glob("*.py"))[:8]
+    raise UsageError(
+        f"{str(path)!r} is a folder without {_MAIN}",
+        "Python runs a folder only by that file",
+        f"Name a script in it ({', '.join(scripts)})" if scripts else "Name a script",
+    )
+
+
+def _refuse_missing(path: Path) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise UsageError(

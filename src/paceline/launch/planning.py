@@ -132,6 +132,15 @@ def local_size(config: RunConfig, env: Mapping[str, str]) -> int:
     return max(1, config.num_processes // config.max_machines)
 
 
+def remarks(config: RunConfig, env: Mapping[str, str]) -> list[str]:
+    """What works, and is probably not what was meant."""
+    size, cores = local_size(config, env), core_count()
+    on_cpu = config.use_cpu or count_accelerators()[0] is None
+    if on_cpu and size > cores:
+        return [f"{size} processes share {cores} CPU cores and take turns; --num_processes {cores} is likely as fast"]
+    return []
+
+
 def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and the port where ranks meet; port 0 stands for a free one."""
     if config.max_machines == 1:

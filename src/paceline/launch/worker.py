@@ -26,10 +26,11 @@ import time
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from importlib.machinery import ModuleSpec
     from types import TracebackType
 
 __all__ = ["is_library", "main", "pack", "unpack"]
@@ -181,6 +182,12 @@ def _die_with(parent: int) -> None:
 
 def _run_script(script: str) -> None:
     path = str(Path(script).absolute())
+    # A zip application or a folder; of a plain script no finder makes anything.
+    application = importlib.machinery.PathFinder.find_spec("__main__", [path])
+    if application is not None:
+        sys.path[0] = path
+        _run_spec(application)
+        return
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(path).resolve().parent)
     with io.open_code(path) as source:
@@ -194,22 +201,24 @@ def _run_module(name: str) -> None:
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{name}.__main__")
-    loader = spec.loader if spec is not None else None
-    if spec is None or not isinstance(loader, importlib.machinery.SourceFileLoader):
+    if spec is None or not hasattr(spec.loader, "get_code"):
         sys.exit(f"{sys.executable}: no module named {name!r} that can be run")
-    code = loader.get_code(spec.name)
-    assert code is not None
     sys.argv[0] = spec.origin or name
-    module = _new_main(
-        {
-            "__file__": spec.origin,
-            "__loader__": loader,
-            "__cached__": spec.cached,
-            "__spec__": spec,
-            "__package__": spec.parent,
-        }
-    )
-    exec(code, module.__dict__)
+    _run_spec(spec)
+
+
+def _run_spec(spec: ModuleSpec) -> None:
+    """Run what an import would load, as `__main__`."""
+    loader: Any = spec.loader
+    names = {
+        "__file__": spec.origin,
+        "__loader__": loader,
+        "__cached__": spec.cached,
+        "__spec__": spec,
+        "__package__": spec.parent,
+    }
+    code = loader.get_code(spec.name)
+    exec(code, _new_main(names).__dict__)
 
 
 def _new_main(names: Mapping[str, object]) -> ModuleType:

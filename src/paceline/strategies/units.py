@@ -48,12 +48,14 @@ def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Unit
 
     Raises:
         UnknownBlockError: A class was named that the model does not have.
-        PrepareError: A big model came out as one unit.
+        PrepareError: A big model came out as one unit, or TRANSFORMER_BASED_WRAP found no class to wrap.
     """
     blocks, how = _choose(model, plugin)
     chosen = {id(block) for block in blocks}
     found = [(name, module) for name, module in model.named_modules() if id(module) in chosen and name]
-    if not found and plugin.auto_wrap_policy != "NO_WRAP":
+    if not found and plugin.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
+        _refuse_no_class(model, how)
+    elif not found and plugin.auto_wrap_policy != "NO_WRAP":
         _refuse_one_big_unit(model, how)
     classes = Counter(type(module).__name__ for _, module in found)
     # named_modules() goes from the outside in; an inner unit must be sharded before the one around it.
@@ -142,6 +144,15 @@ def _families(container: nn.Module) -> Iterator[list[nn.Module]]:
 
 def _inside(module: nn.Module, family: list[nn.Module]) -> bool:
     return any(module is inner for block in family for inner in block.modules())
+
+
+def _refuse_no_class(model: nn.Module, how: str) -> None:
+    raise PrepareError(
+        f"fsdp_auto_wrap_policy is TRANSFORMER_BASED_WRAP, and {type(model).__name__} has no class to wrap ({how})",
+        "No class is named, the model has no _no_split_modules, and no block of it is repeated",
+        "Name classes in fsdp_transformer_layer_cls_to_wrap "
+        f"({', '.join(_class_names(model)[1:12]) or 'it has none'}), or set NO_WRAP to shard it as one unit",
+    )
 
 
 def _refuse_one_big_unit(model: nn.Module, how: str) -> None:

@@ -197,6 +197,29 @@ def test_check_reports_all_files_at_once(paceline: Paceline, tmp_path: Path) -> 
     assert "There is no configuration file" in nothing.err
 
 
+def test_check_holds_block_classes_against_the_model(paceline: Paceline, tmp_path: Path) -> None:
+    (tmp_path / "models_to_check.py").write_text(
+        "from torch import nn\n"
+        "class Block(nn.Sequential): pass\n"
+        "def build(): return nn.Sequential(*(Block(nn.Linear(2, 2), nn.ReLU()) for _ in range(2)))\n"
+        "ready = build()\n"
+    )
+    text = "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_transformer_layer_cls_to_wrap: "
+    (tmp_path / "right.yaml").write_text(f"{text}Block\n")
+    (tmp_path / "wrong.yaml").write_text(f"{text}Blok\n")
+    for name in ("models_to_check:build", "models_to_check:ready"):
+        assert "3 units: 2 Block + the rest" in paceline("config", "check", "right.yaml", "--model", name).out
+        wrong = paceline("config", "check", "wrong.yaml", "--model", name)
+        assert wrong.code == 2
+        assert "wrong.yaml:4: fsdp_config.fsdp_transformer_layer_cls_to_wrap" in wrong.out
+        assert "Did you mean Block?" in wrong.out
+    assert paceline("config", "check", "wrong.yaml").code == 0, "without the model nobody can know"
+    for name, said in (("models_to_check:absent", "has no attribute"), ("nowhere", "cannot be found")):
+        answer = paceline("config", "check", "right.yaml", "--model", name)
+        assert answer.code == 2
+        assert said in answer.err
+
+
 def test_an_update_in_place(paceline: Paceline, tmp_path: Path) -> None:
     file = tmp_path / "old.yaml"
     text = (FILES / "0.26_fsdp.yaml").read_text()

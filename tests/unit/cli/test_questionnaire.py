@@ -49,7 +49,7 @@ class Script:
     defaults: dict[str, object] = field(default_factory=dict)
 
     def choose(self, key: str, text: str, choices: list[Choice], default: int) -> object | Back:
-        assert text.endswith((".", "?"))
+        assert text.endswith(("?", ")"))
         self.asked.append(key)
         self.offered[key] = [choice.value for choice in choices]
         self.defaults[key] = choices[default].value
@@ -58,7 +58,7 @@ class Script:
         return wanted
 
     def write(self, key: str, text: str, default: str, check: Callable[[str], str]) -> str | Back:
-        assert text.endswith(".")
+        assert text.endswith(("?", ")"))
         self.asked.append(key)
         self.defaults[key] = default
         typed = str(self.answers.get(key, default))

@@ -35,7 +35,7 @@ def test_arrow_keys_and_going_back(terminal: Terminal, home: Path) -> None:
     terminal.answer("num_processes", "2", ENTER)
     screen = terminal.wait_for("? strategy: ")
     assert "num_processes: 2" in screen, "what was answered can still be seen"
-    assert "the model sharded over the devices (FSDP2)" in screen
+    assert "FSDP2: the model is sharded over the devices" in screen
     assert "single" not in screen, "two processes cannot be a single one"
     terminal.press(ESCAPE)
     terminal.answer("num_processes", "3", ENTER)
@@ -43,8 +43,10 @@ def test_arrow_keys_and_going_back(terminal: Terminal, home: Path) -> None:
     terminal.answer("fsdp_offload_params", LEFT)
     terminal.answer("strategy", DOWN, DOWN, ENTER)
     terminal.answer("fsdp_offload_params", UP, ENTER)
-    terminal.answer("fsdp_auto_wrap_policy", DOWN, ENTER)  # from none around to the first
-    terminal.answer("fsdp_transformer_layer_cls_to_wrap", "Block,Head", ENTER)
+    terminal.answer("fsdp_auto_wrap_policy", DOWN, ENTER)  # below none
+    terminal.answer("fsdp_transformer_layer_cls_to_wrap", ENTER)  # a class is needed
+    terminal.wait_for("needs the name of a class")
+    terminal.press("Block,Head" + ENTER)
     terminal.answer("fsdp_activation_checkpointing", ENTER)
     terminal.answer("fsdp_state_dict_type", ENTER)
     terminal.answer("mixed_precision", ENTER)

@@ -285,11 +285,33 @@ UNREADABLE = [
     (b"# only a comment\n", 1, "", "the file is empty"),
     (b"- a\n- b\n", 1, "", "the file holds a list"),
     (b"\n\njust words\n", 3, "", "the file holds a single value"),
-    (b"debug: true\n\tx: 1\n", 2, "", "this is not YAML: found character '\\t' that cannot start any token"),
-    (b"debug: [\n", 2, "", "this is not YAML: expected the node content, but found '<stream end>'"),
-    (b"debug: true\n  x: 1\n", 2, "", "this is not YAML: mapping values are not allowed here"),
-    (b"a: &x 1\nb: *y\n", 2, "", "this is not YAML: found undefined alias 'y'"),
-    (b"debug: true\n---\ndebug: false\n", 2, "", "this is not YAML: but found another document"),
+    (
+        b"debug: true\n\tx: 1\n",
+        2,
+        "",
+        "this is not valid YAML: found character '\\t' that cannot start any token, in `x: 1`",
+    ),
+    (
+        b"debug: [\n",
+        1,
+        "",
+        "this is not valid YAML: expected the node content, but found '<stream end>', in `debug: [`",
+    ),
+    (
+        b"x: 1\ndebug: 'yes\nuse_cpu: true\n",
+        2,
+        "",
+        "this is not valid YAML: found unexpected end of stream, in `debug: 'yes`",
+    ),
+    (b"debug: true\n  x: 1\n", 2, "", "this is not valid YAML: mapping values are not allowed here, in `x: 1`"),
+    (b"a: &x 1\nb: *y\n", 2, "", "this is not valid YAML: found undefined alias 'y', in `b: *y`"),
+    (
+        b"debug: @yes\n",
+        1,
+        "",
+        "this is not valid YAML: found character '@' that cannot start any token, in `debug: @yes`",
+    ),
+    (b"debug: true\n---\ndebug: false\n", 2, "", "this is not valid YAML: but found another document, in `---`"),
     (b"debug: true\nx: \xff\n", 2, "", "byte 0xff is not UTF-8"),
     (b"debug: true\nx: \x07\n", 2, "", "character #x0007 is not allowed in YAML"),
     (b"debug: true\ndebug: false\n", 2, "debug", "the key is given twice"),
@@ -300,7 +322,7 @@ UNREADABLE = [
         "the key is given twice",
     ),
     (b"timeout: 2024-99-99\n", 1, "timeout", "the text '2024-99-99' is not allowed"),
-    (b"debug: !!python/object:os.system x\n", 1, "", "this is not YAML: could not determine a constructor"),
+    (b"debug: !!python/object:os.system x\n", 1, "", "this is not valid YAML: could not determine a constructor"),
 ]
 
 

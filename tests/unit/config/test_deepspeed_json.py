@@ -39,9 +39,12 @@ def test_it_is_read_from(tmp_path: Path, kind: str) -> None:
     ("value", "said"),
     [
         ("nowhere.json", "there is no file nowhere.json"),
-        ("bad.json", "bad.json:2 is no JSON"),
+        (
+            "bad.json",
+            "bad.json:2 is not valid JSON: Expecting property name enclosed in double quotes at column 3, in `",
+        ),
         ("list.json", "holds a list, not a JSON object"),
-        ("{", "the JSON text:1 is no JSON"),
+        ("{", "the JSON text:1 is not valid JSON"),
         ("binary.json", "cannot be read"),
         ("twice.json", "twice.json has the key 'stage' twice in one place"),
     ],

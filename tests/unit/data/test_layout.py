@@ -130,3 +130,15 @@ def test_one_line_tells_how_data_is_dealt_out() -> None:
     assert loader.describe() == (
         "10,007 samples, shuffled by (seed 7, epoch), global batch 64 = 2 ranks x 32, 157 batches per rank"
     )
+
+
+def test_a_batch_larger_than_the_data_is_remarked_on(caplog: pytest.LogCaptureFixture) -> None:
+    def warnings(samples: int, ranks: int) -> list[str]:
+        caplog.clear()
+        prepared(DataLoader(list(range(samples)), batch_size=4), group=Seat(0, ranks))
+        return [record.getMessage() for record in caplog.records]
+
+    assert warnings(8, 2) == []
+    [warning] = warnings(7, 2)
+    assert warning.startswith("A global batch of 8 samples (2 ranks x 4) is larger than the data set of 7")
+    assert warnings(3, 1) == [], "one rank is never filled up"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import socket
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,9 @@ def test_detection(monkeypatch: pytest.MonkeyPatch) -> None:
         (Command("trian.py"), r"Did you mean 'train\.py'\?"),
         (Command("nothing_like_it.py"), "does not hold it"),
         (Command("no/such/train.py"), "'no/such' does not exist"),
-        (Command("package"), r"'package' is a folder.*\(__init__\.py, part\.py\)"),
+        (Command("package"), r"'package' is a folder without __main__\.py.*\(__init__\.py, part\.py\)"),
+        (Command("empty.zip"), "'empty.zip' is a zip archive without __main__"),
+        (Command("text.pyz"), "'text.pyz' is not a zip archive"),
         (Command("--lr"), "Options of the launcher come before the script"),
         (Command("torchrun"), "To run a module, give -m"),
         (Command("no_such_module", kind="module"), "no module 'no_such_module'"),
@@ -200,9 +203,21 @@ def test_nothing_to_run(command: Command, expected: str, tmp_path: Path, monkeyp
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     (tmp_path / "package" / "part.py").write_text("")
+    (tmp_path / "text.pyz").write_text("print()")
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("part.py", "")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=expected):
         plan(resolved(num_processes=1), command, {"PATH": "/usr/bin"})
+
+
+def test_more_processes_than_cores_are_remarked_on(monkeypatch: pytest.MonkeyPatch, no_devices: None) -> None:
+    monkeypatch.setattr(planning, "core_count", lambda: 2)
+    assert planning.remarks(resolved(num_processes=2).config, {}) == []
+    [remark] = planning.remarks(resolved(num_processes=3).config, {})
+    assert remark.startswith("3 processes share 2 CPU cores")
+    monkeypatch.setattr(planning, "count_accelerators", lambda: ("cuda", 8))
+    assert planning.remarks(resolved(num_processes=8).config, {}) == []
 
 
 def test_a_module_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

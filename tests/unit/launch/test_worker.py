@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import zipapp
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,6 +77,35 @@ def test_a_module_sees_what_python_would_show_it(tmp_path: Path) -> None:
             [sys.executable, "-m", module, "x"], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert (ours.stdout, ours.stderr) == (plain.stdout, "")
+
+
+def test_a_zip_application_sees_what_python_would_show_it(tmp_path: Path) -> None:
+    source = """
+    import json, pickle, sys
+    import beside
+    class Thing: pass
+    if __name__ == "__main__":
+        pickle.dumps(Thing())
+        print(json.dumps([sys.argv, sys.path[0], __name__, __file__, __spec__.name, __package__]))
+        if "fail" in sys.argv:
+            raise RuntimeError("boom")
+    """
+    folder = tmp_path / "application"
+    folder.mkdir()
+    (folder / "beside.py").write_text("")
+    (folder / "__main__.py").write_text(textwrap.dedent(source))
+    zipapp.create_archive(folder, tmp_path / "app.pyz", interpreter="/usr/bin/env python3")
+    for name in ("app.pyz", "application"):
+        plain = subprocess.run([sys.executable, name, "-a"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        launched, account = run(tmp_path, name, "-a")
+        assert account is None
+        expected = json.loads(plain.stdout)
+        # Python shows the path as it was written, a launched rank the whole one.
+        expected[1], expected[3] = str(tmp_path / expected[1]), str(tmp_path / expected[3])
+        assert json.loads(launched.stdout) == expected
+    _, account = run(tmp_path, "app.pyz", "fail")
+    assert account is not None
+    assert account["paceline"]["headline"] == "RuntimeError: boom"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -109,6 +109,14 @@ def test_an_unknown_class_lists_the_others() -> None:
     assert error.value.candidates[0] == "Block", "the largest first"
     assert {"Linear", "Embedding", "LayerNorm"} <= set(error.value.candidates)
     assert not {"ModuleList", "TinyTransformer"} & set(error.value.candidates)
+    assert "Did you mean Block?" in str(error.value)
+
+
+def test_wrapping_by_class_needs_a_class_or_one_that_can_be_found() -> None:
+    assert find(TinyTransformer(layers=2), auto_wrap_policy="TRANSFORMER_BASED_WRAP").names
+    with pytest.raises(PrepareError, match="TRANSFORMER_BASED_WRAP, and Sequential has no class to wrap") as error:
+        find(flat(10**6), auto_wrap_policy="TRANSFORMER_BASED_WRAP")
+    assert "(Linear)" in str(error.value)
 
 
 def test_by_size() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from paceline.cli.config.model_check import check_blocks
 from paceline.config import find_config_file, resolve
 from paceline.config.conversion import deepspeed_problems
 from paceline.errors import ConfigError, Problem, UsageError
@@ -20,9 +21,14 @@ Every problem of every file is reported, with its line. Exit code 0 says that a 
 them, 2 that it would not. Variables of the environment are left out of it. Without FILE, the one that
 `paceline launch` would read is checked.
 
+With --model the settings that name parts of a model, such as fsdp_transformer_layer_cls_to_wrap, are checked
+against it. The model is built without memory for its weights.
+
 \b
     paceline config check
     paceline config check fsdp.yaml ds_config.json
+    paceline config check fsdp.yaml --model my_package.models:build_model
+    paceline config check fsdp.yaml --model ./checkpoints/llama   (a folder with transformers' config.json)
 """
 
 
@@ -36,10 +42,11 @@ class _Verdict:
 
 @click.command(name="check", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--model", metavar="MODEL", help="module:function that returns the model, or a transformers folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
-def command(files: tuple[Path, ...], as_json: bool) -> None:
+def command(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
     """Check the files; the text above is what people read."""
-    verdicts = [_check(file) for file in files or _file_in_force()]
+    verdicts = [_check(file, model) for file in files or _file_in_force()]
     if as_json:
         click.echo(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
     else:
@@ -56,7 +63,7 @@ def _file_in_force() -> tuple[Path]:
     return (found,)
 
 
-def _check(file: Path) -> _Verdict:
+def _check(file: Path, model: str | None) -> _Verdict:
     of_deepspeed = deepspeed_problems(file)
     if of_deepspeed is not None:
         return _Verdict(str(file), tuple(of_deepspeed), summary="a DeepSpeed configuration")
@@ -66,7 +73,10 @@ def _check(file: Path) -> _Verdict:
         return _Verdict(str(file), tuple(error.problems))
     config = resolved.config
     summary = f"strategy {config.strategy}, mixed_precision {config.mixed_precision}"
-    return _Verdict(str(file), (), resolved.notes, summary)
+    if model is None or config.strategy != "fsdp":
+        return _Verdict(str(file), (), resolved.notes, summary)
+    problems, blocks = check_blocks(resolved, model)
+    return _Verdict(str(file), tuple(problems), resolved.notes, f"{summary}; {blocks}")
 
 
 def _print(verdict: _Verdict) -> None:

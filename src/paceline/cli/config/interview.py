@@ -98,18 +98,26 @@ def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Bac
     choices = question.choices(now)
     if choices:
         default = choices.index(suggested) if suggested in choices else 0
-        labels = dict(slot.labels)
-        shown = [Choice(_name(value), labels.get(str(value), ""), value) for value in choices]
-        return dialogue.choose(slot.key, slot.description, shown, default)
+        shown = [Choice(_name(value), _meaning(question, value), value) for value in choices]
+        return dialogue.choose(slot.key, question.text, shown, default)
 
     def meant(text: str) -> object:
         return suggested if text == _name(suggested) else slot.shape.read(text, "text")
 
     def wrong(text: str) -> str:
-        return _explain(now.new_problems(question, meant(text)))
+        value = meant(text)
+        if question.needed and not value:
+            return question.needed
+        return _explain(now.new_problems(question, value))
 
-    typed = dialogue.write(slot.key, slot.description, _name(suggested), wrong)
+    typed = dialogue.write(slot.key, question.text, _name(suggested), wrong)
     return typed if isinstance(typed, Back) else meant(typed)
+
+
+def _meaning(question: Question, value: object) -> str:
+    """What a choice means: in the question's words, else in the schema's."""
+    meanings = {**dict(question.slot.labels), **question.meanings}
+    return meanings.get(_name(value)) or meanings.get(str(value), "")
 
 
 def _name(value: object) -> str:

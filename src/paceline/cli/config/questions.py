@@ -1,6 +1,6 @@
 """Which settings the questionnaire asks for, in which order, and when one matters.
 
-What is asked, the choices and what they mean come from the schema; here stand only the keys.
+The words of the questions stand here, in a user's terms; types, choices and limits come from the schema.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ class Question:
     """One setting to ask for.
 
     Attributes:
-        key: The dotted key; the schema says the rest.
+        key: The dotted key; the schema says its type and its choices.
+        text: The question, as a person would put it.
+        meanings: What each choice means, where its name does not say it.
+        needed: Why an empty answer will not do; empty where it will.
         when: Whether it matters.
         default: What the machine suggests; without it, the schema's default.
         only: The choices worth showing, when the schema has many more.
@@ -98,10 +101,13 @@ class Question:
     """
 
     key: str
+    text: str
     when: When = lambda _: True
     default: Callable[[Situation], object] | None = None
     only: tuple[str, ...] = ()
     along: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    needed: str = ""
 
     @property
     def slot(self) -> Slot:
@@ -122,8 +128,8 @@ class Question:
         if shape.kind == "bool":
             found: list[object] = [True, False]
         elif shape.kind == "choice":
-            found = [choice for choice in shape.choices if not self.only or choice in self.only]
-            found += [None] if shape.nullable else []
+            named = [choice for choice in shape.choices if not self.only or choice in self.only]
+            found = [None, *named] if shape.nullable else named
         else:
             return []
         return [choice for choice in found if not _cannot(self.key, choice, now) and not now.new_problems(self, choice)]
@@ -191,48 +197,204 @@ def _fsdp(name: str) -> str:
     return f"fsdp_config.fsdp_{name}"
 
 
-def _offload(part: str, stage: int) -> tuple[Question, Question]:
+_WHERE: Final = {
+    "none": "on the device",
+    "cpu": "in host memory: saves device memory, costs some speed",
+    "nvme": "on an NVMe disk: for models larger than the host's memory, slower still",
+}
+_YES_NO: Final = {"true": "yes", "false": "no"}
+
+
+def _offload(part: str, what: str, stage: int) -> tuple[Question, Question]:
     device, folder = _deepspeed(f"offload_{part}_device"), _deepspeed(f"offload_{part}_nvme_path")
     return (
-        Question(device, _zero(stage=stage), along={"nvme": {folder: "nvme"}}),
-        Question(folder, _both(_zero(stage=stage), _answered(device, "nvme")), default=lambda _: "/local_nvme"),
+        Question(
+            device,
+            f"Where should {what} be kept between steps?",
+            _zero(stage=stage),
+            along={"nvme": {folder: "nvme"}},
+            meanings=_WHERE,
+        ),
+        Question(
+            folder,
+            f"Which folder on the NVMe disk may hold {what}?",
+            _both(_zero(stage=stage), _answered(device, "nvme")),
+            default=lambda _: "/local_nvme",
+        ),
     )
 
 
-QUESTIONS: Final = (
-    Question("num_machines"),
-    Question("machine_rank", _several_machines, lambda now: int(now.machine.env.get("SLURM_NODEID", "0"))),
-    Question("main_process_ip", _several_machines, lambda now: now.machine.env.get("MASTER_ADDR")),
-    Question("main_process_port", _several_machines, lambda _: 29500),
-    Question("rdzv_backend", _several_machines, _rendezvous),
-    Question("use_cpu", lambda now: now.machine.devices > 0),
+_MACHINES: Final = (
+    Question("num_machines", "How many machines train together? (2:4 for a number that may change while it runs)"),
+    Question(
+        "machine_rank",
+        "Which of the machines is this one? (0 is the first)",
+        _several_machines,
+        lambda now: int(now.machine.env.get("SLURM_NODEID", "0")),
+    ),
+    Question(
+        "main_process_ip",
+        "What is the address of machine 0, as the other machines reach it?",
+        _several_machines,
+        lambda now: now.machine.env.get("MASTER_ADDR"),
+    ),
+    Question(
+        "main_process_port",
+        "Which port on machine 0 is free for the machines to meet at?",
+        _several_machines,
+        lambda _: 29500,
+    ),
+    Question(
+        "rdzv_backend",
+        "May machines come and go during the run?",
+        _several_machines,
+        _rendezvous,
+        meanings={
+            "static": "no: all take part from beginning to end",
+            "c10d": "yes: torch elastic's rendezvous on machine 0",
+        },
+    ),
+)
+
+_PROCESSES: Final = (
+    Question(
+        "use_cpu", "Train on the CPU and leave the GPUs alone?", lambda now: now.machine.devices > 0, meanings=_YES_NO
+    ),
     Question(
         "num_processes",
+        "How many processes in total, over all machines? (one for each GPU is usual)",
         lambda now: _several_machines(now) or now.devices != 1,
         lambda now: now.default_processes,
     ),
-    Question("gpu_ids", _chooses_devices, _device_list),
-    Question("strategy", lambda now: now.processes > 1 or now.devices > 0),
-    Question(_DS_FILE, _strategy("deepspeed")),
-    Question(_deepspeed("zero_stage"), _zero()),
-    *_offload("optimizer", 1),
-    *_offload("param", 3),
-    Question(_deepspeed("zero3_save_16bit_model"), _zero(stage=3)),
-    Question(_deepspeed("gradient_clipping"), _zero()),
-    Question(_deepspeed("deepspeed_multinode_launcher"), _both(_strategy("deepspeed"), _several_machines)),
-    Question(_fsdp("offload_params"), _strategy("fsdp")),
-    Question(_fsdp("auto_wrap_policy"), _strategy("fsdp")),
-    Question(_fsdp("transformer_layer_cls_to_wrap"), _answered(_fsdp("auto_wrap_policy"), "TRANSFORMER_BASED_WRAP")),
-    Question(_fsdp("min_num_params"), _answered(_fsdp("auto_wrap_policy"), "SIZE_BASED_WRAP")),
-    Question(_fsdp("activation_checkpointing"), _strategy("fsdp")),
-    Question(_fsdp("state_dict_type"), _strategy("fsdp")),
-    Question("parallelism_config.parallelism_config_dp_replicate_size", _both(_strategy("fsdp"), _several_machines)),
-    Question("mixed_precision", default=_precision),
-    Question("gradient_accumulation_steps"),
-    Question("dynamo_config.dynamo_backend", lambda now: now.devices > 0, only=("no", "inductor", "cudagraphs")),
+    Question("gpu_ids", "Which GPUs of this machine? (their numbers, such as 0,1)", _chooses_devices, _device_list),
     Question(
-        "dynamo_config.dynamo_use_regional_compilation",
-        lambda now: now.value("dynamo_config.dynamo_backend") not in (None, "no"),
+        "strategy",
+        "How should training be spread over the processes?",
+        lambda now: now.processes > 1 or now.devices > 0,
+        meanings={
+            "auto": "decide when the model is known: the least sharding that fits in memory",
+            "single": "one process, nothing spread",
+            "ddp": "DDP: every device holds the whole model; fastest where it fits",
+            "fsdp": "FSDP2: the model is sharded over the devices; for models too large for one",
+            "deepspeed": "DeepSpeed ZeRO: sharding, with offload to host memory or disk",
+        },
     ),
 )
+
+_DEEPSPEED: Final = (
+    Question(_DS_FILE, "Do you have a DeepSpeed JSON file? (its path, or none)", _strategy("deepspeed")),
+    Question(
+        _deepspeed("zero_stage"),
+        "Which ZeRO stage?",
+        _zero(),
+        meanings={
+            "0": "nothing is sharded",
+            "1": "the optimizer's state is sharded",
+            "2": "gradients too",
+            "3": "parameters too: least memory, most communication",
+        },
+    ),
+    *_offload("optimizer", "the optimizer's state", 1),
+    *_offload("param", "the parameters", 3),
+    Question(
+        _deepspeed("zero3_save_16bit_model"),
+        "When a model is saved, gather its weights into ordinary 16-bit files?",
+        _zero(stage=3),
+        meanings=_YES_NO,
+    ),
+    Question(
+        _deepspeed("gradient_clipping"), "Clip gradients to which norm? (auto: what the script clips to)", _zero()
+    ),
+    Question(
+        _deepspeed("deepspeed_multinode_launcher"),
+        "Which program should start the processes on the other machines?",
+        _both(_strategy("deepspeed"), _several_machines),
+        meanings={"standard": "none: run this command on every machine"},
+    ),
+)
+
+_FSDP: Final = (
+    Question(
+        _fsdp("offload_params"),
+        "Keep parameters and optimizer state in host memory? (saves device memory, costs speed)",
+        _strategy("fsdp"),
+        meanings=_YES_NO,
+    ),
+    Question(
+        _fsdp("auto_wrap_policy"),
+        "Into which blocks should the model be cut for sharding?",
+        _strategy("fsdp"),
+        meanings={
+            "None": "find them: the model's own hint, else its repeated blocks",
+            "TRANSFORMER_BASED_WRAP": "the classes that you name",
+            "SIZE_BASED_WRAP": "by number of parameters",
+            "NO_WRAP": "none: the whole model is one block",
+        },
+    ),
+    Question(
+        _fsdp("transformer_layer_cls_to_wrap"),
+        "What is the class of the repeated block? (for example LlamaDecoderLayer; several with commas)",
+        _answered(_fsdp("auto_wrap_policy"), "TRANSFORMER_BASED_WRAP"),
+        needed="TRANSFORMER_BASED_WRAP needs the name of a class; go back and take none to have the blocks found",
+    ),
+    Question(
+        _fsdp("min_num_params"),
+        "How many parameters must a block have at least?",
+        _answered(_fsdp("auto_wrap_policy"), "SIZE_BASED_WRAP"),
+    ),
+    Question(
+        _fsdp("activation_checkpointing"),
+        "Recompute activations in the backward pass? (saves much memory, costs about a third of the speed)",
+        _strategy("fsdp"),
+        meanings=_YES_NO,
+    ),
+    Question(
+        _fsdp("state_dict_type"),
+        "How should checkpoints be written?",
+        _strategy("fsdp"),
+        meanings={
+            "SHARDED_STATE_DICT": "every rank writes its own shards: fast, any number of ranks can load them",
+            "FULL_STATE_DICT": "whole tensors, gathered first",
+        },
+    ),
+    Question(
+        "parallelism_config.parallelism_config_dp_replicate_size",
+        "How many copies of the sharded model? (1: sharded over all devices; one a machine: less traffic between them)",
+        _both(_strategy("fsdp"), _several_machines),
+    ),
+)
+
+_TRAINING: Final = (
+    Question(
+        "mixed_precision",
+        "Which precision for the forward and backward pass?",
+        default=_precision,
+        meanings={
+            "no": "fp32 throughout",
+            "fp16": "16 bits with loss scaling, for GPUs without bf16",
+            "bf16": "16 bits with the range of fp32: the usual choice on current GPUs",
+            "fp8": "8 bits, on GPUs that have them",
+        },
+    ),
+    Question("gradient_accumulation_steps", "How many batches of each process make one optimizer step?"),
+    Question(
+        "dynamo_config.dynamo_backend",
+        "Compile the model with torch.compile?",
+        lambda now: now.devices > 0,
+        only=("no", "inductor", "cudagraphs"),
+        meanings={
+            "no": "do not compile",
+            "inductor": "torch's own compiler: faster steps after a slow first one",
+            "cudagraphs": "CUDA graphs only: for small models with fixed shapes",
+        },
+    ),
+    Question(
+        "dynamo_config.dynamo_use_regional_compilation",
+        "Compile one repeated block instead of the whole model? (starts much faster)",
+        lambda now: now.value("dynamo_config.dynamo_backend") not in (None, "no"),
+        meanings=_YES_NO,
+    ),
+)
+
+QUESTIONS: Final = (*_MACHINES, *_PROCESSES, *_DEEPSPEED, *_FSDP, *_TRAINING)
 """In the order in which they are asked: later ones may look at earlier answers."""

@@ -135,7 +135,7 @@ def test_one_line_tells_how_data_is_dealt_out() -> None:
 def test_a_batch_larger_than_the_data_is_remarked_on(caplog: pytest.LogCaptureFixture) -> None:
     def warnings(samples: int, ranks: int) -> list[str]:
         caplog.clear()
-        prepared(DataLoader(list(range(samples)), batch_size=4), group=Seat(0, ranks))
+        prepared(DataLoader(Numbers(samples), batch_size=4), group=Seat(0, ranks))
         return [record.getMessage() for record in caplog.records]
 
     assert warnings(8, 2) == []

@@ -78,4 +78,5 @@ def _own_model(name: str) -> Any:
 def _transformers_model(path: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
-    return AutoModel.from_config(AutoConfig.from_pretrained(path))
+    make: Any = AutoModel.from_config
+    return make(AutoConfig.from_pretrained(path))

@@ -13,14 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from paceline.assembly import assemble
 from paceline.checkpointing import Checkpointing
-from paceline.config import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    ProjectConfiguration,
-    TorchDynamoPlugin,
-)
 from paceline.data import ActiveLoaders, PreparedDataLoader
 from paceline.environment.profiling import peak_memory, profile
 from paceline.overview import describe_run
@@ -28,15 +21,6 @@ from paceline.preparing import Preparing
 from paceline.ranks import Ranks
 from paceline.reporting import Reporting
 from paceline.saving import Saving
-from paceline.script_arguments import (
-    Handlers,
-    accumulation_steps,
-    check_rng_types,
-    compile_settings,
-    project_settings,
-    refuse_scaler,
-)
-from paceline.shortage import report_shortage_at_exit
 from paceline.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
@@ -44,7 +28,6 @@ from paceline.stepping import (
     Window,
     steps_taken,
 )
-from paceline.strategies import Strategy
 from paceline.tracking import Trackers, choose_trackers
 
 if TYPE_CHECKING:
@@ -55,15 +38,19 @@ if TYPE_CHECKING:
 
     from paceline.config import (
         AutocastKwargs,
+        DataLoaderConfiguration,
         DeepSpeedPlugin,
         FullyShardedDataParallelPlugin,
+        GradientAccumulationPlugin,
         ParallelismConfig,
         ProfileKwargs,
+        ProjectConfiguration,
+        TorchDynamoPlugin,
     )
     from paceline.precision import LossScaler
     from paceline.recording import ParityRecorder, Recorder
     from paceline.shortage import Holdings
-    from paceline.strategies import DistributedType, Surroundings
+    from paceline.strategies import DistributedType, Strategy, Surroundings
 
 T = TypeVar("T")
 
@@ -122,6 +109,19 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         log_with: object = None,
         rng_types: Sequence[str] | None = None,
     ) -> None:
+        # What builds a run stands on the schema of its configuration, which a mere import must not wait for.
+        from paceline.assembly import assemble
+        from paceline.config import DataLoaderConfiguration, GradientAccumulationPlugin
+        from paceline.script_arguments import (
+            Handlers,
+            accumulation_steps,
+            check_rng_types,
+            compile_settings,
+            project_settings,
+            refuse_scaler,
+        )
+        from paceline.shortage import report_shortage_at_exit
+
         check_rng_types(rng_types)
         accumulation = gradient_accumulation_plugin
         said = {

@@ -8,11 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from paceline.assembly import decide_strategy
 from paceline.data import PreparedDataLoader, prepare_loader, skip_first_batches
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError
 from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_scheduler, unassigned
-from paceline.strategies import Strategy
 from paceline.strategies.dummies import DummyScheduler
 
 if TYPE_CHECKING:
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from paceline.precision import LossScaler
     from paceline.recording import ParityRecorder, Recorder
     from paceline.stepping import Window
-    from paceline.strategies import Surroundings
+    from paceline.strategies import Strategy, Surroundings
 
 __all__ = ["Preparing"]
 
@@ -263,12 +261,12 @@ class Preparing:
             return _build_strategy(self._own_strategy, self._parts.around), "asked for by the script"
         if self._parts.around.config.strategy == "auto" and self._parts.group.size > 1:
             return None, ""
-        return decide_strategy(self._parts, (), ())
+        return _decide(self._parts, (), ())
 
     def _decided(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> Strategy:
         if self._strategy is None:
             known = [*optimizers, *(wrapper.optimizer for wrapper in self._optimizers)]
-            self._strategy, self._reason = decide_strategy(self._parts, models, known)
+            self._strategy, self._reason = _decide(self._parts, models, known)
         return self._strategy
 
     def _knows_model(self, model: object) -> bool:
@@ -297,7 +295,16 @@ def _unique(things: Iterable[object], kind: type[T]) -> list[T]:
     return list({id(thing): thing for thing in things if isinstance(thing, kind)}.values())
 
 
+def _decide(parts: Parts, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> tuple[Strategy, str]:
+    # It stands on the schema, which a mere import must not wait for.
+    from paceline.assembly import decide_strategy
+
+    return decide_strategy(parts, models, optimizers)
+
+
 def _build_strategy(strategy: object, around: Surroundings) -> Strategy:
+    from paceline.strategies import Strategy
+
     made = strategy(around) if callable(strategy) else strategy
     if isinstance(made, Strategy):
         return made

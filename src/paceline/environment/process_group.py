@@ -1,4 +1,4 @@
-"""The process group over which the ranks talk: opened once, closed at exit.
+"""The process group over which the ranks talk: opened once, closed at exit, its threads at rest before Python ends.
 
 The ranks meet in a store under a prefix of their own for every restart. torch's own rendezvous shares the
 keys of all attempts, so that a rank started again can read the address of a dead one.
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
+from paceline.environment.gloo_threads import wait_for_gloo_threads
 from paceline.environment.logging import get_logger
 from paceline.errors import DeviceError, WorldError, first_line, named_ranks
 
@@ -32,6 +33,8 @@ __all__ = ["open_process_group"]
 _MEETING = timedelta(minutes=5)
 _SHORTEST_MEETING = timedelta(minutes=1)
 _REMARK = timedelta(seconds=30)
+# For gloo's threads at the end of the program.
+_AT_THE_END = 30.0
 _LOG = get_logger(__name__)
 
 
@@ -65,7 +68,9 @@ def open_process_group(
         DeviceError: The backend is not available for the device.
     """
     if dist.is_initialized():
-        return _keep_open_group(world, device, backend, timeout)
+        in_force = _keep_open_group(world, device, backend, timeout)
+        _finish_at_exit()
+        return in_force
     if world.size == 1 and not force:
         return None
     chosen = _choose_backend(device, backend)
@@ -86,6 +91,8 @@ def open_process_group(
         )
     group = dist.group.WORLD
     assert group is not None
+    _finish_at_exit()
+    # Exit handlers run last one first: the group is closed before its threads are waited for.
     atexit.register(_close_at_exit, group, os.getpid())
     return _in_force(device)
 
@@ -233,12 +240,32 @@ def _open_store(world: World, patience: timedelta) -> Store:
         ) from error
 
 
+def _finish_at_exit() -> None:
+    """Let gloo's threads finish before Python ends, whoever opened the group, and whoever closes it."""
+    atexit.unregister(_finish)
+    atexit.register(_finish)
+
+
+def _finish() -> None:
+    # A rank that dies of an exception does not wait for other ranks.
+    dying = _is_dying()
+    if not wait_for_gloo_threads(_AT_THE_END, for_peers=not dying) and not dying:
+        _LOG.warning(
+            "a collective that was started and not waited for has not ended %.0f s after the program: some rank did not "
+            "take part in it. Wait for what `async_op=True` returns",
+            _AT_THE_END, main_process_only=False,
+        )  # fmt: skip
+
+
+def _is_dying() -> bool:
+    return getattr(sys, "last_value", None) is not None
+
+
 def _close_at_exit(group: dist.ProcessGroup, owner: int) -> None:
     """Close the group that this process opened.
 
     Closing waits for the other ranks' pending work. A process that dies of an exception leaves them alone, so
     that it dies at once and its launcher sees why.
     """
-    dying = getattr(sys, "last_value", None) is not None
-    if os.getpid() == owner and not dying and dist.is_initialized() and dist.group.WORLD is group:
+    if os.getpid() == owner and not _is_dying() and dist.is_initialized() and dist.group.WORLD is group:
         dist.destroy_process_group()

@@ -350,9 +350,9 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except SystemExit as stop:
-        if not isinstance(stop.code, (int, type(None))):
-            raise  # Python prints what it holds
         ended = _exit_code(stop)
+        if not isinstance(stop.code, (int, type(None))):
+            print(stop.code, file=sys.stderr)
     if "torch.distributed" not in sys.modules:
         sys.exit(ended)
     _end_at_once(ended)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from paceline.config import AutocastKwargs
 from paceline.environment.device import describe_device, supported_precisions
 from paceline.errors import NotBuiltError, PrecisionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from paceline.config import AutocastKwargs
 
 Mode = Literal["no", "bf16", "fp16"]
 
@@ -81,8 +82,12 @@ def policy_for(
         raise NotBuiltError("mixed_precision='fp8'", f"Use one of {', '.join(sorted(known - {'fp8'}))}")
     if mode not in known or mode not in _DTYPES:
         raise PrecisionError(mode, describe_device(device), known - {"fp8"})
+    if handler is None:
+        from paceline.config import AutocastKwargs
+
+        handler = AutocastKwargs()
     checked: Any = mode
-    return PrecisionPolicy(mode=checked, device_type=device.type, handler=handler or AutocastKwargs())
+    return PrecisionPolicy(mode=checked, device_type=device.type, handler=handler)
 
 
 def autocast_forward(model: nn.Module, policy: PrecisionPolicy) -> None:

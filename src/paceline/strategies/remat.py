@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    _CHECKPOINT_PREFIX,
-    checkpoint_wrapper,
-    offload_wrapper,
-)
-
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
+
+# What torch's wrapper puts into the names of its block's parameters.
+_CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str], *, offload: bool = False) -> None:
@@ -26,6 +23,8 @@ def checkpoint_blocks(model: nn.Module, names: Iterable[str], *, offload: bool =
         names: Where the blocks stand in the model.
         offload: Keep each block's input in host memory.
     """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+
     for name in names:
         block = checkpoint_wrapper(model.get_submodule(name))
         parent, _, child = name.rpartition(".")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from paceline.checkpoint.parts import Part
 from paceline.errors import StateError, named
@@ -19,13 +18,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
     from torch.optim import Optimizer
+    from typing_extensions import TypeIs
 
     from paceline.checkpoint.parts import Number, Slot
 
 _IMPLEMENTATION = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """Options that say how an optimizer computes on this device, not what."""
+
+
+def is_dtensor(value: Any) -> TypeIs[DTensor]:
+    """Whether this is a DTensor, without importing what makes them: half a second, for runs that have none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def part_of(tensor: Tensor) -> Part:
@@ -34,8 +41,10 @@ def part_of(tensor: Tensor) -> Part:
     Raises:
         StateError: It is cut otherwise than into runs of rows.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return Part.whole(tensor.detach())
+    from torch.distributed.tensor import Shard
+
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
     if any(placement.is_partial() for placement in tensor.placements) or any(axes):
         raise StateError(
@@ -53,6 +62,8 @@ def part_of(tensor: Tensor) -> Part:
 @lru_cache(maxsize=4096)
 def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
     """Index of the first row that this rank holds. Kept: a save asks for it once a tensor, while training waits."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     return offset[0]
 
@@ -128,7 +139,7 @@ def _room(there: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapp
         return there
     if slot.shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=slot.dtype, requires_grad=False)
-    if isinstance(parameter, DTensor) and slot.shape != ():
+    if is_dtensor(parameter) and slot.shape != ():
         raise StateError(
             f"The saved {key!r} of {name} has shape {slot.shape}, and {name} itself {tuple(parameter.shape)}, sharded",
             "How this optimizer would cut it is known only after it has taken a step",

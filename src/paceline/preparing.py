@@ -316,6 +316,7 @@ class Preparing:
     def _check_step(self, optimizer: AcceleratedOptimizer, number: int) -> Strategy:
         """Look for what would go wrong in silence, before the first steps of each optimizer."""
         if number > 1:
+            self._first_steps.compare_loaders()
             self._first_steps.stop()
             return self.strategy
         if self._window.lacks_backward and self._may_have_gradients(optimizer):
@@ -323,7 +324,7 @@ class Preparing:
         self.strategy.check_first_backward()
         if not self._models:
             check_model_is_prepared(self._optimizers, self._parts.group)
-        self._first_steps.look_at_loaders()
+        self._first_steps.note_loaders()
         self._check_foreign(wrapper.optimizer for wrapper in self._optimizers)
         missing = unassigned(self._models, [w.optimizer for w in self._optimizers], self.strategy)
         if missing:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from paceline.environment.logging import get_logger
-from paceline.errors import PrepareError, SteppingError
+from paceline.errors import PacelineError, PrepareError, SteppingError
 from paceline.stepping import AcceleratedOptimizer
 from paceline.watchdog.places import here
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["FirstSteps"]
 
 _LOG = get_logger(__name__)
+_REMEDY = "Write model, optimizer = accelerator.prepare(model, optimizer)"
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -72,82 +73,63 @@ class FirstSteps:
         self._scaler = scaler
         self._strategy = strategy
         self._judged: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._has_looked_at_loaders = False
-        itself = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, *_: object) -> None:
-            first_steps = itself()
-            if first_steps is not None and not torch.compiler.is_compiling():
-                first_steps._look(optimizer)
-
-        self._stop = weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove)
+        # Plain loaders in use at the first step, and how many batches they had given by then.
+        self._running: list[tuple[weakref.ref[Any], int]] = []
+        _forget_the_dead()
+        self._handle = register_optimizer_step_pre_hook(_Hook(self))
 
     def stop(self) -> None:
         """Look no further: every optimizer of the loop has had its turn."""
-        self._stop()
+        self._handle.remove()
 
     # Optimizers
 
-    def _look(self, optimizer: Optimizer) -> None:
+    def judge(self, optimizer: Optimizer) -> PacelineError | str | None:
+        """What is wrong with a step of an optimizer that this Accelerator has not prepared: an error or a warning."""
         if optimizer in self._judged or _is_called_by_us():
-            return
+            return None
         self._judged.add(optimizer)
-        if not _is_inside_prepared_step():
-            self._judge(optimizer)
-
-    def _judge(self, optimizer: Optimizer) -> None:
-        """Say what is wrong with a step of an optimizer that nobody has prepared.
-
-        Raises:
-            PrepareError: It trains nothing.
-            SteppingError: Its step cannot be right at this moment.
-        """
+        if _is_inside_prepared_step():
+            return None
+        name = f"{type(optimizer).__name__}, which was never passed to prepare,"
         held = [p for group in optimizer.param_groups for p in group["params"]]
         strategy = self._strategy()
-        is_ours = strategy is not None and self._holds_prepared(held, strategy)
-        self._check_moment(optimizer, is_ours=is_ours)
-        if is_ours:
-            _LOG.warning(
-                "%s, stepped at %s, was never passed to prepare: checkpoints do not hold its state, and it knows of no "
-                "window and no skipped step. Write model, optimizer = accelerator.prepare(model, optimizer)",
-                type(optimizer).__name__, _place(),
-            )  # fmt: skip
-        elif self._group.size > 1 and self._trains_alone(held):
-            _LOG.warning(
-                "%s, stepped at %s, trains a model that was never passed to prepare: each of the %d ranks trains a "
-                "copy of its own. Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
-                type(optimizer).__name__, _place(), self._group.size,
-            )  # fmt: skip
-            self.look_at_loaders()
-
-    def _holds_prepared(self, held: Iterable[Any], strategy: Strategy) -> bool:
-        name = type(strategy).__name__.removesuffix("Strategy")
-        if any(strategy.replaced(p) for p in held):
-            raise _unprepared(f"{name} has put others in place of the parameters that it holds, so it trains nothing")
-        known = {id(p) for p in strategy.parameters()}
+        known = set() if strategy is None else {id(p) for p in strategy.parameters()}
         is_ours = any(id(p) in known for p in held)
-        if is_ours and strategy.keeps_gradients:
-            raise _unprepared(f"{name} keeps the gradients to itself, so it trains nothing")
-        return is_ours
+        why = "" if strategy is None else _why_nothing_is_trained(held, strategy, is_ours=is_ours)
+        if why:
+            return PrepareError(f"{name} was stepped", f"{why}, so it trains nothing", _REMEDY)
+        if is_ours or (not self._models and self._window.has_gradients):
+            error = self._mistimed(name, optimizer)
+            if error is not None:
+                return error
+        if is_ours:
+            return (
+                f"{name} was stepped at {_place()}: checkpoints do not hold its state, and it knows of no window and "
+                f"no skipped step. {_REMEDY}"
+            )
+        if self._group.size == 1 or not self._trains_alone(held):
+            return None
+        return (
+            f"{name} was stepped at {_place()}, and neither was its model: each of the {self._group.size} ranks "
+            "trains a copy of its own. Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)"
+        )
 
-    def _check_moment(self, optimizer: Optimizer, *, is_ours: bool) -> None:
-        window = self._window
-        concerns = is_ours or (not self._models and window.has_gradients)
-        if concerns and not window.sync_gradients:
-            raise SteppingError(
-                f"{type(optimizer).__name__}, which was never passed to prepare, was stepped in the middle of a window "
-                f"of {window.num_steps} micro-batches",
+    def _mistimed(self, name: str, optimizer: Optimizer) -> PacelineError | None:
+        window, scaler = self._window, self._scaler
+        if not window.sync_gradients:
+            return SteppingError(
+                f"{name} was stepped in the middle of a window of {window.num_steps} micro-batches",
                 "Only a prepared optimizer waits until the window's gradients are complete",
-                "Write model, optimizer = accelerator.prepare(model, optimizer)",
+                _REMEDY,
             )
-        scaler = self._scaler
-        if concerns and window.has_gradients and scaler is not None and not scaler.is_unscaled(optimizer):
-            raise SteppingError(
-                f"{type(optimizer).__name__}, which was never passed to prepare, was stepped under "
-                "mixed_precision='fp16'",
-                f"Its gradients are multiplied by the loss scale, {scaler.get_scale():g} now",
-                "Write model, optimizer = accelerator.prepare(model, optimizer)",
-            )
+        if scaler is None or not window.has_gradients or scaler.is_unscaled(optimizer):
+            return None
+        return SteppingError(
+            f"{name} was stepped under mixed_precision='fp16'",
+            f"Its gradients are multiplied by the loss scale, {scaler.get_scale():g} now",
+            _REMEDY,
+        )
 
     def _trains_alone(self, held: Sequence[Any]) -> bool:
         """Whether nothing exchanges these parameters' gradients, though the script trains with this Accelerator."""
@@ -158,21 +140,66 @@ class FirstSteps:
 
     # Loaders
 
-    def look_at_loaders(self) -> None:
-        """Warn of a plain loader that several ranks go through as a whole."""
-        if self._has_looked_at_loaders or self._group.size == 1:
-            return
-        self._has_looked_at_loaders = True
-        if self._loaders.current is not None:
-            return
-        found = next((it for it in _plain_iterators()), None)
-        if found is not None:
+    def note_loaders(self) -> None:
+        """Note at the first step which plain loaders there are, where several ranks train and no prepared one runs."""
+        if self._group.size > 1 and self._loaders.current is None:
+            self._running = [(weakref.ref(found), found._num_yielded) for found in _plain_iterators()]
+
+    def compare_loaders(self) -> None:
+        """Warn at the second step of a plain loader that has given batches since, all of them to every rank."""
+        running, self._running = self._running, []
+        iterators = [(reference(), given) for reference, given in running]
+        found = next((it for it, given in iterators if it is not None and it._num_yielded > given), None)
+        if found is not None and self._loaders.current is None:
             _LOG.warning(
-                "A DataLoader over %s was never passed to prepare and is in use at %s: each of the %d ranks goes "
-                "through all of its %d samples, unless this rank's part was chosen before. Write "
+                "A DataLoader over %s, which was never passed to prepare, is in use at %s: each of the %d ranks goes "
+                "through all of its %d samples, unless a part was chosen for each before. Write "
                 "loader = accelerator.prepare(loader)",
                 type(found._dataset).__name__, _place(), self._group.size, len(found._dataset),
             )  # fmt: skip
+
+
+class _Hook:
+    """What every optimizer of the process calls before it steps; it keeps no Accelerator alive."""
+
+    def __init__(self, first_steps: FirstSteps) -> None:
+        self.reference = weakref.ref(first_steps)
+
+    def __call__(self, optimizer: Optimizer, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        found = self._judge(optimizer)
+        if found is None:
+            return
+        # An Accelerator that the script has let go of may still be waiting for the collector.
+        gc.collect()
+        if self.reference() is None:
+            return
+        if isinstance(found, PacelineError):
+            raise found
+        _LOG.warning("%s", found)
+
+    def _judge(self, optimizer: Optimizer) -> PacelineError | str | None:
+        first_steps = self.reference()
+        return None if first_steps is None else first_steps.judge(optimizer)
+
+
+def _forget_the_dead() -> None:
+    """Take off hooks whose Accelerator is gone.
+
+    Not when it goes: the collector may run while torch goes through its hooks.
+    """
+    for key, hook in list(_global_optimizer_pre_hooks.items()):
+        if isinstance(hook, _Hook) and hook.reference() is None:
+            del _global_optimizer_pre_hooks[key]
+
+
+def _why_nothing_is_trained(held: Iterable[Any], strategy: Strategy, *, is_ours: bool) -> str:
+    """Why stepping these parameters changes no prepared model; empty if it does, or if they are of none."""
+    name = type(strategy).__name__.removesuffix("Strategy")
+    if any(strategy.replaced(p) for p in held):
+        return f"{name} has put others in place of the parameters that it holds"
+    return f"{name} keeps the gradients to itself" if is_ours and strategy.keeps_gradients else ""
 
 
 def check_model_is_prepared(optimizers: Iterable[AcceleratedOptimizer], group: Group) -> None:
@@ -186,7 +213,7 @@ def check_model_is_prepared(optimizers: Iterable[AcceleratedOptimizer], group: G
         raise PrepareError(
             "An optimizer was passed to prepare, and no model",
             f"Nothing exchanges its gradients, so each of {group.size} ranks would train a model of its own",
-            "Write model, optimizer = accelerator.prepare(model, optimizer)",
+            _REMEDY,
         )
 
 
@@ -227,14 +254,6 @@ def _is_inside_prepared_step() -> bool:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame is not None
-
-
-def _unprepared(why: str) -> PrepareError:
-    return PrepareError(
-        "An optimizer that was never passed to prepare was stepped",
-        why,
-        "Write model, optimizer = accelerator.prepare(model, optimizer)",
-    )
 
 
 def _place() -> str:

@@ -25,10 +25,14 @@ from paceline.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
     Accumulation,
+    ScheduleLengths,
     Window,
+    say,
+    scalar_loss,
     steps_taken,
 )
 from paceline.tracking import Trackers, choose_trackers
+from paceline.unprepared import FirstSteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +158,9 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         self._optimizers: list[AcceleratedOptimizer] = []
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[PreparedDataLoader] = []
+        self._lengths = ScheduleLengths(self._parts.group.size, lambda: window.num_steps)
+        self._loaders.begin_pass, self._loaders.end_pass = self._lengths.begin_pass, self._lengths.end_pass
+        weakref.finalize(self, say, self._lengths.verdict)
         self._recorder = self._start_recording()
         self._checkpointing = Checkpointing(self.project_configuration, self._parts.group)
         self._arm()
@@ -164,6 +171,14 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
             refuse_scaler(self._parts.handlers, self._strategy.name)
             self.scaler = None
         itself = weakref.ref(self)
+        self._first_steps = FirstSteps(
+            self._parts.group,
+            window,
+            self._loaders,
+            self._models,
+            self.scaler,
+            lambda: None if (it := itself()) is None else it._strategy,
+        )
         report_shortage_at_exit(self, self._parts, lambda: None if (it := itself()) is None else it._holdings())
 
     def _holdings(self) -> Holdings:
@@ -246,6 +261,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         self._checkpointing.close()
         self._arm()
         self._accumulation.forget()
+        self._window.forget()
+        say(self._lengths.verdict)
         if self._strategy is not None:
             self._strategy.close()
         self._strategy, self._reason = self._decide_early()
@@ -299,7 +316,14 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         finally:
             self.strategy.set_gradient_sync(model, True)
 
-    def backward(self, loss: Tensor, *, weight: float | Tensor | None = None, **kwargs: Any) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        weight: float | Tensor | None = None,
+        gradient: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Compute gradients: a true mean over the window, over its micro-batches or over what `weight` counts.
 
         Without `weight`, `loss` is a mean, and the window's gradient is the mean over its micro-batches and ranks.
@@ -307,13 +331,15 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         the sum over all ranks divided by the total weight, however unequally it is spread.
 
         Args:
-            loss: Shape [].
-            weight: A number, or a tensor of shape [] (on the device it costs no wait).
+            loss: One value.
+            weight: A number, or a tensor of one value (on the device it costs no wait).
+            gradient: As in `Tensor.backward`: a weight for each value of a loss that has several.
             kwargs: Passed on to `Tensor.backward`.
 
         Raises:
-            SteppingError: Weighted and unweighted losses in one window.
+            SteppingError: The loss is not one value, or weighted and unweighted losses in one window.
         """
+        loss = scalar_loss(loss, gradient)
         if self._recorder is not None:
             self._recorder.note_loss(loss, weight)
         scale = self._window.scale_of(loss, weight)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from paceline.data import PreparedDataLoader, prepare_loader, skip_first_batches
-from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError
+from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_scheduler, unassigned
 from paceline.strategies.dummies import DummyScheduler
+from paceline.unprepared import check_model_is_prepared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
     from paceline.data import ActiveLoaders
     from paceline.precision import LossScaler
     from paceline.recording import ParityRecorder, Recorder
-    from paceline.stepping import Window
+    from paceline.stepping import ScheduleLengths, Window
     from paceline.strategies import Strategy, Surroundings
+    from paceline.unprepared import FirstSteps
 
 __all__ = ["Preparing"]
 
@@ -42,6 +45,8 @@ class Preparing:
     _loaders: ActiveLoaders
     _window: Window
     _checkpointing: Checkpointing
+    _first_steps: FirstSteps
+    _lengths: ScheduleLengths
     _recorder: Recorder | ParityRecorder | None
     _own_strategy: object
     _strategy: Strategy | None
@@ -140,6 +145,7 @@ class Preparing:
         )
         if saved and prepared not in self._dataloaders:
             self._dataloaders.append(prepared)
+            self._lengths.add_loader(data_loader, prepared)
         return prepared
 
     def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
@@ -164,6 +170,7 @@ class Preparing:
             step_with_optimizer=self.step_scheduler_with_optimizer,
         )
         self._schedulers.append(prepared)
+        self._lengths.add_scheduler(prepared)
         return prepared
 
     def unwrap_model(
@@ -232,6 +239,7 @@ class Preparing:
             for wrapper in self._optimizers:
                 wrapper.optimizer = strategy.successor(wrapper.optimizer)
             done.update((id(m), p) for m, p in zip(models, prepared, strict=True))
+            self._check_dtypes(strategy, self._optimizers)
         if models:
             self._check_foreign(optimizers)
         return done
@@ -249,7 +257,7 @@ class Preparing:
             optimizer,
             window=self._window,
             scaler=self.scaler,
-            first_step=self._check_first_step,
+            check_step=self._check_step,
             before_step=before_step,
         )
         self._optimizers.append(wrapper)
@@ -280,9 +288,41 @@ class Preparing:
             if foreign and self._models:
                 raise ForeignOptimizerError(foreign, len(held))
 
-    def _check_first_step(self) -> Strategy:
-        """Look for what would go wrong in silence, before the first step of each optimizer."""
+    def _may_have_gradients(self, optimizer: AcceleratedOptimizer) -> bool:
+        held = self.strategy.parameters_of(optimizer.optimizer)
+        return self.strategy.keeps_gradients or any(p.grad is not None for p in held)
+
+    def _check_dtypes(self, strategy: Strategy, optimizers: Iterable[AcceleratedOptimizer]) -> None:
+        """Refuse to step fp16 weights where the loss is scaled: their gradients cannot be unscaled without loss."""
+        if self.scaler is None:
+            return
+        names = {id(p): n for model in self._models for n, p in strategy.named_parameters(model)}
+        for optimizer in optimizers:
+            held = strategy.parameters_of(optimizer.optimizer)
+            halves = [p for p in held if p.dtype == torch.float16 and p.requires_grad]
+            if halves:
+                found = named([names.get(id(p), f"one of shape {tuple(p.shape)}") for p in halves])
+                raise PrepareError(
+                    f"{len(halves)} of the optimizer's {len(held)} parameters are fp16 ({found}), under "
+                    "mixed_precision='fp16'",
+                    "Mixed precision computes in fp16 and keeps the weights in fp32: fp16 gradients cannot be "
+                    "unscaled, and small steps would be rounded away",
+                    "Prepare model.float(), or load it with dtype=torch.float32 (torch_dtype in older transformers); "
+                    "weights that are not trained may stay fp16 with requires_grad_(False)",
+                )
+
+    def _check_step(self, optimizer: AcceleratedOptimizer, number: int) -> Strategy:
+        """Look for what would go wrong in silence, before the first steps of each optimizer."""
+        if number > 1:
+            self._first_steps.compare_loaders()
+            self._first_steps.stop()
+            return self.strategy
+        if self._window.lacks_backward and self._may_have_gradients(optimizer):
+            self._window.refuse_foreign_gradients()
         self.strategy.check_first_backward()
+        if not self._models:
+            check_model_is_prepared(self._optimizers, self._parts.group)
+        self._first_steps.note_loaders()
         self._check_foreign(wrapper.optimizer for wrapper in self._optimizers)
         missing = unassigned(self._models, [w.optimizer for w in self._optimizers], self.strategy)
         if missing:

@@ -104,7 +104,7 @@ class PreparedDataLoader(DataLoader[Any]):
         outer = self._pass
         self._between = None
         current, batches = self._begin()
-        with self._active.during(self):
+        with self._active.during(self) as in_use:
             self._pass = current
             progress = current.progress
             in_step = self._group.size == 1 or self._layout.padded or self._layout.drop_last
@@ -113,6 +113,7 @@ class PreparedDataLoader(DataLoader[Any]):
                     if in_step:
                         self._active.before_batch()
                     progress.hand_out()
+                    self._active.draw(in_use)
                     if self._active.watch is not None:
                         self._active.watch(self, batch)
                     yield batch

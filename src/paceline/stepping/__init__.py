@@ -12,7 +12,9 @@ over the gradients puts it right when the window closes. Nothing here reads a nu
 
 from __future__ import annotations
 
+from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned
+from paceline.stepping.schedule_length import ScheduleLengths, say
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
@@ -20,8 +22,11 @@ __all__ = [
     "AcceleratedOptimizer",
     "AcceleratedScheduler",
     "Accumulation",
+    "ScheduleLengths",
     "Window",
     "is_scheduler",
+    "say",
+    "scalar_loss",
     "steps_taken",
     "unassigned",
 ]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AcceleratedOptimizer", "steps_taken", "unassigned"]
 
+# In the second step, every other optimizer of the loop has had its first.
+_CHECKED_STEPS = 2
+
 
 class AcceleratedOptimizer(Optimizer):
     """An optimizer that steps and zeroes at the end of a window only.
@@ -36,17 +39,20 @@ class AcceleratedOptimizer(Optimizer):
         *,
         window: Window,
         scaler: LossScaler | None,
-        first_step: Callable[[], Strategy],
+        check_step: Callable[[AcceleratedOptimizer, int], Strategy],
         before_step: Callable[[], None],
     ) -> None:
         # The base class's constructor would build groups of its own.
         self.optimizer = optimizer
         self.num_steps = 0
+        # The same without those that a checkpoint brought.
+        self.num_steps_here = 0
         self._window = window
         self._scaler = scaler
         self._before_step = before_step
         # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
-        self._first_step = first_step
+        self._check_step = check_step
+        self._checks = 0
         self._strategy: Strategy | None = None
         self.step_was_skipped = False
 
@@ -57,10 +63,12 @@ class AcceleratedOptimizer(Optimizer):
         """
         window = self._window
         if not window.sync_gradients:
+            window.held_back(self)
             return None
         strategy = self._strategy
-        if strategy is None:
-            strategy = self._strategy = self._first_step()
+        if strategy is None or self._checks < _CHECKED_STEPS:
+            self._checks += 1
+            strategy = self._strategy = self._check_step(self, self._checks)
         self._before_step()
         window.settle(strategy)
         result = None
@@ -70,8 +78,10 @@ class AcceleratedOptimizer(Optimizer):
         else:
             self._refuse_closure(closure)
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
-        self.num_steps += not self.step_was_skipped
-        window.stepped()
+        if not self.step_was_skipped:
+            self.num_steps += 1
+            self.num_steps_here += 1
+        window.stepped(self)
         return result
 
     @staticmethod

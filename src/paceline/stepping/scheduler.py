@@ -30,15 +30,27 @@ class AcceleratedScheduler:
         self._window = window
         self._optimizers = tuple(optimizers)
         self._step_with_optimizer = step_with_optimizer
+        self._seen = self._steps()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move on, if the optimizer did: not inside a window, and not after a skipped step."""
-        if self._step_with_optimizer:
-            if not self._window.sync_gradients:
-                return
-            if any(optimizer.step_was_skipped for optimizer in self._optimizers):
-                return
-        self.scheduler.step(*args, **kwargs)
+        """Move on, if the optimizer did: not inside a window, and not after a skipped step.
+
+        What is called with an argument always moves: a metric (`ReduceLROnPlateau`) or an epoch is measured by the
+        script and belongs to no single step. So does a schedule that is called after several optimizer steps, once a
+        pass say, when the last of them was skipped or was followed by an unfinished window.
+        """
+        if args or kwargs or not self._step_with_optimizer or self._follows_a_step():
+            self.scheduler.step(*args, **kwargs)
+
+    def _follows_a_step(self) -> bool:
+        taken = self._steps()
+        since, self._seen = taken - self._seen, taken
+        if since > len(self._optimizers):
+            return True
+        return self._window.sync_gradients and not any(o.step_was_skipped for o in self._optimizers)
+
+    def _steps(self) -> int:
+        return sum(optimizer.num_steps_here for optimizer in self._optimizers)
 
     def get_last_lr(self) -> list[Any]:
         """The learning rates in force, one a group."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from paceline.collectives import Group
     from paceline.config import GradientAccumulationPlugin
     from paceline.data import ActiveLoaders
+    from paceline.stepping.optimizer import AcceleratedOptimizer
     from paceline.strategies import Strategy
 
 __all__ = ["Accumulation", "Window"]
@@ -36,6 +37,9 @@ class Window:
         self._group = group
         self._scales: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         self._ended = True
+        # Optimizers that were to step inside the open window, and those of the window before that were never stepped.
+        self._held: set[AcceleratedOptimizer] = set()
+        self._starved: set[AcceleratedOptimizer] = set()
         self._open()
 
     def _open(self) -> None:
@@ -61,13 +65,13 @@ class Window:
             self._begun = 1
             self.sync_gradients = True
             return True
-        loader = self._loaders.current if self.follows_loader else None
+        if self.follows_loader:
+            self._loaders.begin_micro_batch()
         if self._begun == 0:
-            self._planned = self._plan(None if loader is None else loader.remaining)
+            self._planned = self._plan(self._loaders.remaining if self.follows_loader else None)
         self._begun += 1
         self._backwards_now = 0
-        last = loader is not None and loader.end_of_dataloader
-        self.sync_gradients = self._begun >= self.num_steps or last
+        self.sync_gradients = self._begun >= self.num_steps or (self.follows_loader and self._loaders.loop_ends)
         return self.sync_gradients
 
     def _plan(self, remaining: int | None) -> int:
@@ -102,8 +106,7 @@ class Window:
         key = (value, like.dtype, like.device)
         if key not in self._scales:
             self._scales[key] = torch.full((), value, dtype=like.dtype, device=like.device)
-        scale = self._scales[key]
-        return scale if like.ndim == 0 else scale.expand(like.shape)
+        return self._scales[key]
 
     def _weighted(self, loss: Tensor, weight: float | Tensor) -> Tensor:
         """Divide by the window's total weight over all ranks, or by a guess of it while the window is open.
@@ -128,8 +131,7 @@ class Window:
         else:
             self._weight = self._weight + mine
             self._guessed = True
-        scale = (self._group.size / self._reference).to(loss.dtype)
-        return scale if loss.ndim == 0 else scale.expand(loss.shape)
+        return (self._group.size / self._reference).to(loss.dtype)
 
     def _total(self, weight: Tensor) -> Tensor:
         return self._group.all_reduce(weight.clone(), "sum")
@@ -152,8 +154,13 @@ class Window:
             # A second model's backward in this micro-batch finds the length known.
             self._planned = self._begun
 
-    def stepped(self) -> None:
+    def held_back(self, optimizer: AcceleratedOptimizer) -> None:
+        """Note that an optimizer was to step inside the window."""
+        self._held.add(optimizer)
+
+    def stepped(self, optimizer: AcceleratedOptimizer) -> None:
         """Note that an optimizer took its step: outside of `accumulate` that ends the window."""
+        self._held.discard(optimizer)
         self._spent = True
         self._ended = self._ended or not self._begun
 
@@ -165,6 +172,24 @@ class Window:
         """Note that a micro-batch is over, and with the last one the window."""
         self.settle(strategy)
         self._ended = self.sync_gradients
+        if self._ended and self._held:
+            self._check_held()
+
+    def _check_held(self) -> None:
+        """Refuse two windows in a row that one optimizer ends and that pass over another which has never stepped."""
+        starving = {optimizer for optimizer in self._held if not optimizer.num_steps} if self._spent else set()
+        found = next(iter(starving & self._starved), None)
+        self._held.clear()
+        self._starved = starving
+        if found is not None:
+            raise SteppingError(
+                f"{type(found.optimizer).__name__}.step() was called inside windows of {self._begun} micro-batches "
+                "and never in the last one, in which another optimizer stepped",
+                "Each `with accelerator.accumulate(...)` is one micro-batch of the window, whatever model it names, so "
+                "this optimizer would never step",
+                "Work on all models in one `with accelerator.accumulate(model, other):`, or build an Accelerator for "
+                "each",
+            )
 
     # What the wrapped objects ask
 
@@ -177,6 +202,29 @@ class Window:
     def has_gradients(self) -> bool:
         """Whether there are gradients that no optimizer has used yet."""
         return self._backwards > 0 and not self._spent
+
+    @property
+    def lacks_backward(self) -> bool:
+        """Whether the window had several micro-batches, and none of them came through `backward`."""
+        return self._begun > 1 and not self._backwards
+
+    def refuse_foreign_gradients(self) -> None:
+        """Refuse to step with gradients of several micro-batches that did not come through `backward`.
+
+        Raises:
+            SteppingError: Always.
+        """
+        raise SteppingError(
+            f"optimizer.step() ended a window of {self._begun} micro-batches, in which accelerator.backward() was not "
+            "called",
+            f"loss.backward() adds gradients up, so the step would be {self._begun} times that of their mean",
+            "Call accelerator.backward(loss), with the loss as it is",
+        )
+
+    def forget(self) -> None:
+        """Let go of the optimizers."""
+        self._held.clear()
+        self._starved = set()
 
     def require_no_gradients(self, what: str) -> None:
         """Refuse what would lose gradients that no optimizer has used yet.
@@ -252,5 +300,11 @@ class Accumulation:
 def _as_weight(weight: float | Tensor, device: torch.device) -> Tensor:
     """One fp32 number on the device, made without a copy from the host that would wait for the device."""
     if isinstance(weight, torch.Tensor):
+        if weight.numel() != 1:
+            raise SteppingError(
+                f"backward() got a weight of shape {[*weight.shape]}",
+                "It counts what the loss is a sum over, which is one number",
+                "Pass weight.sum()",
+            )
         return weight.detach().to(device=device, dtype=torch.float32, non_blocking=True).reshape(())
     return torch.full((), float(weight), dtype=torch.float32, device=device)

@@ -51,6 +51,9 @@ class Strategy(ABC):
     prepares_again: bool = True
     """Whether a model that was prepared before can be prepared once more, its optimizer's state kept."""
 
+    keeps_gradients: bool = False
+    """Whether gradients never reach `parameter.grad`, so that only the engine's own optimizers can step."""
+
     def __init__(self, surroundings: Surroundings) -> None:
         self.around = surroundings
         # Samples in a batch of one rank, as far as a prepared loader has said.
@@ -122,6 +125,10 @@ class Strategy(ABC):
     ) -> AbstractContextManager[Any]:
         """Hold `parameters` whole inside; changes made on `modifier_rank` reach all ranks."""
         return nullcontext()
+
+    def replaced(self, parameter: nn.Parameter) -> bool:
+        """Whether a prepared model has another parameter in place of this one."""
+        return False
 
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """The models' parameters that an optimizer updates, whatever its engine has put in its groups."""

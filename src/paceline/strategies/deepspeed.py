@@ -68,6 +68,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
 
     name = "deepspeed"
     prepares_again = False
+    keeps_gradients = True
 
     def __init__(self, surroundings: Surroundings) -> None:
         super().__init__(surroundings)

@@ -160,6 +160,10 @@ class FSDPStrategy(Strategy):
     def adopt(self, optimizer: Optimizer) -> None:
         self._replacements.renew(optimizer)
 
+    @override
+    def replaced(self, parameter: nn.Parameter) -> bool:
+        return self._replacements.has_replaced(parameter)
+
     # One step
 
     @override

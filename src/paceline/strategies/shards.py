@@ -85,6 +85,10 @@ class Replacements:
                 state = optimizer.state.pop(old)
                 optimizer.state[new] = {key: _like(value, new) for key, value in state.items()}
 
+    def has_replaced(self, parameter: nn.Parameter) -> bool:
+        """Whether a shard stands in place of this parameter."""
+        return self._successor(parameter) is not parameter
+
     def _successor(self, parameter: Any) -> Any:
         held, new = self._new.get(id(parameter), (None, parameter))
         return new if held is not None and held() is parameter else parameter

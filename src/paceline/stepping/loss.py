@@ -1,0 +1,60 @@
+"""What `backward` accepts as a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paceline.errors import SteppingError
+
+__all__ = ["scalar_loss"]
+
+
+def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
+    """The number to compute gradients of, shape [].
+
+    PyTorch refuses a loss of several values only where no first gradient is given, and a window of several
+    micro-batches gives one. So the shape is checked here, before any strategy sees the loss.
+
+    Args:
+        loss: Shape [], or one value of any shape.
+        gradient: What `Tensor.backward` takes under this name: a weight for each value of a loss of any shape.
+
+    Raises:
+        SteppingError: It is no real number, and `gradient` does not make it one.
+    """
+    if not isinstance(loss, torch.Tensor):
+        raise SteppingError(
+            f"backward() got a {type(loss).__name__}",
+            "Gradients are computed from a tensor",
+            "Pass the loss itself, such as model(**batch).loss",
+        )
+    if gradient is not None:
+        return _weighted_sum(loss, gradient)
+    if loss.numel() != 1:
+        raise SteppingError(
+            f"backward() got a loss of shape {[*loss.shape]}",
+            "Grad can be implicitly created only for scalar outputs: the mean and the sum of "
+            f"{loss.numel()} values have different gradients",
+            "Pass loss.mean(), or loss.sum() with weight=loss.numel()",
+        )
+    if loss.is_complex():
+        raise SteppingError(
+            f"backward() got a loss of dtype {loss.dtype}",
+            "Grad can be implicitly created only for real scalar outputs",
+            "Pass a real number, such as loss.abs() or loss.real",
+        )
+    return loss if loss.ndim == 0 else loss.reshape(())
+
+
+def _weighted_sum(loss: Tensor, gradient: Tensor) -> Tensor:
+    """A number whose gradient is that of `loss.backward(gradient)`."""
+    if gradient.shape != loss.shape:
+        raise SteppingError(
+            f"backward() got a loss of shape {[*loss.shape]} and a gradient of shape {[*gradient.shape]}",
+            "The gradient weighs each value of the loss",
+            "Give them the same shape",
+        )
+    return (loss * gradient.detach()).sum()

@@ -26,12 +26,15 @@ class BatchCounts:
     """How many samples of the current batch each rank has.
 
     Attributes:
-        rows: Per rank, the rows of its batch.
-        real: Per rank, how many of those are samples; the rest, at the end, is padding.
+        rows: Per rank, the samples in its batch.
+        real: Per rank, how many of those are its own; the rest, at the end, is padding.
+        counted: Whether samples were counted, before they were collated. A loader that collates by itself is counted
+            in whole batches: `rows` is 1 for a rank that has a batch, and `real` is 0 where that is a filler.
     """
 
     rows: tuple[int, ...]
     real: tuple[int, ...]
+    counted: bool = True
 
     def __post_init__(self) -> None:
         fits = len(self.rows) == len(self.real) and all(

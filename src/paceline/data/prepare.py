@@ -182,7 +182,7 @@ class _Preparation:
             return self._stream(settings), own
         sharding = self._sharding(self.group)
         if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
-            sharding = JoinedSharding(sharding, self.plays, self.group)
+            sharding = JoinedSharding(sharding, self.layout, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)

@@ -93,9 +93,10 @@ class Ranks:
         A rank whose batch is not filled up brings all it has, and one whose batch is all filling brings nothing. Where
         a batch is filled up in part, tensors and lists with one row or entry a sample are cut, and anything else there
         is an error that names it; `fill_batches = False` on the prepared loader leaves that batch short instead. Ranks
-        may differ in dimension 0. Values of a rank are kept: a tensor of shape [] gives one number a rank, any
-        other value a list of one entry a rank. A list of dictionaries, or of tensors of which there are as many as
-        samples, is one entry a sample; dictionaries and other tuples and lists of tensors stay what they are.
+        may differ in dimension 0. A value of a rank is kept, unless its batch is all filling: a tensor of shape []
+        gives one number a rank, any other value a list of one entry a rank. A list of dictionaries, or of as many
+        tensors as there are samples, is one entry a sample; dictionaries and other tuples and lists of tensors stay
+        what they are.
         Collective: every rank must call it.
 
         Args:

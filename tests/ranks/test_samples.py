@@ -173,7 +173,12 @@ class Contrastive(nn.Module):
 
     def forward(self, views: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.head(views)
-        return {"loss": F.cross_entropy(logits, labels.repeat(2)), "logits": logits}
+        # A number beside them is a value of the batch.
+        return {
+            "loss": F.cross_entropy(logits, labels.repeat(2)),
+            "logits": logits,
+            "count": logits.new_tensor(len(labels)),
+        }
 
 
 def views(samples: list[int]) -> dict[str, torch.Tensor]:
@@ -268,7 +273,8 @@ def evaluated(name: str, folder: str, samples: int, changes: dict[str, Any]) -> 
         assert [int(t["cls"][0]) for part in kept for t in part] == list(range(samples))
         assert [len(t["cls"]) for part in kept for t in part] == [parts(i) for i in range(samples)]
     if name == "views":
-        assert sum(len(part) for part in output.predictions) == 2 * samples
+        assert sum(len(part[0]) for part in output.predictions) == 2 * samples
+        assert sum(int(part[1].sum()) for part in output.predictions) == samples
     if name == "graphs":
         assert sum(len(part[1]) for part in output.predictions) == sum(parts(i) + 1 for i in range(samples))
     return output.metrics["eval_loss"], trainer.accelerator.num_processes, trainer.accelerator.strategy.name
@@ -314,6 +320,29 @@ def test_the_same_steps_of_a_global_batch_on_every_layout(name: str, tmp_path: P
         for other, others in run_on_ranks(ranks, trained, name, str(tmp_path), changes):
             assert other == pytest.approx(losses, rel=1e-5)
             assert others == pytest.approx(norms, rel=1e-4)
+
+
+class Hungry(PackedTagger):
+    """Has memory for a few tokens only."""
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.training and input_ids.shape[1] > 5:
+            raise MemoryError("out of memory")
+        return super().forward(input_ids, labels)
+
+
+def halved(folder: str, name: str) -> tuple[list[float], int]:
+    trainer = trainer_of(name, folder, 11, {"global_batch_size": 8, "auto_find_batch_size": True})
+    trainer.train()
+    return [e["loss"] for e in trainer.state.log_history if "loss" in e], trainer._batch_plan[0]
+
+
+def test_smaller_micro_batches_hold_whole_samples(tmp_path: Path) -> None:
+    """A packed row is made anew of fewer samples, not cut."""
+    [(losses, micro)] = run_on_ranks(1, halved, str(tmp_path), "packed")
+    [(again, smaller)] = run_on_ranks(1, halved, str(tmp_path), "hungry")
+    assert (micro, smaller) == (4, 1)
+    assert again == pytest.approx(losses, rel=1e-5)
 
 
 # One structure of all batches
@@ -365,6 +394,7 @@ def mask_tuple(samples: list[int]) -> dict[str, Any]:
 
 
 MODELS |= {
+    "hungry": (Hungry, packed),
     "masks": (Segmenter, masks),
     "mask tuple": (Segmenter, mask_tuple),
     "scores": (Segmenter, stacked_scores),

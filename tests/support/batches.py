@@ -5,7 +5,7 @@ Each collator takes the numbers of samples, and `TELLS` reads them back out of w
 
 from __future__ import annotations
 
-from collections import UserDict
+from collections import Counter, UserDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,15 +90,15 @@ def as_views(samples: list[int]) -> Any:
 
 def _distinct(values: torch.Tensor) -> list[int]:
     """The numbers of samples, each of which is there as often as it has parts."""
-    found, counts = values.unique(return_counts=True)
-    assert counts.tolist() == [parts(i) for i in found.tolist()]
-    return [int(n) for n in found]
+    counted = Counter(int(n) for n in values)
+    assert all(count == parts(number) for number, count in counted.items())
+    return sorted(counted)
 
 
 def _views(values: torch.Tensor) -> list[int]:
-    found, counts = values[:, 0].unique(return_counts=True)
-    assert (counts == 2).all()
-    return [int(n) for n in found]
+    counted = Counter(int(n) for n in values[:, 0])
+    assert set(counted.values()) == {2}
+    return sorted(counted)
 
 
 def _each(boxes: Any) -> list[int]:

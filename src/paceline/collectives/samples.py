@@ -72,14 +72,14 @@ def gather_samples(
     The structure stays; of its parts
 
     - a tensor or NumPy array is concatenated along dimension 0, [n of all ranks, ...]; n may differ.
-    - a tensor without dimensions is a value of the rank: one from each rank, [size].
+    - a tensor without dimensions is a value of the rank: one from each rank that brings something.
     - a list of anything but tensors, and the tuple of strings that torch's collate makes, is concatenated. A list of
       mappings is one of these: the targets of single samples.
     - a list of tensors (or of tuples of tensors) that are alike in all but size is one entry per sample where it has as
       many entries as the batch has samples, and structure where every tensor has a row per sample. Where it may be
       both, or is neither, it is an error on several ranks. A tuple of alike mappings is one entry per sample in the
       same case; any other tuple is structure.
-    - any other object becomes a list with one entry per rank.
+    - any other object becomes a list with one entry per rank that brings something.
 
     Collective: every rank must call it.
 
@@ -233,6 +233,11 @@ class _SampleGather:
             size if real == rows else real for size, rows, real in zip(sizes, counts.rows, counts.real, strict=True)
         ]
 
+    def _brings(self, rank: int) -> bool:
+        """Say whether a rank brings anything: not if its batch is all padding."""
+        counts = self.counts
+        return counts is None or counts.real[rank] > 0 or counts.rows[rank] == 0
+
     # The exchange
 
     def _exchange(self, shapes: list[_Shape], objects: list[Any]) -> tuple[list[list[_Shape]], list[list[Any]]]:
@@ -251,20 +256,22 @@ class _SampleGather:
 
     def _joined(self, path: Path, column: list[Any]) -> Any:
         """Put together the objects of all ranks."""
-        if not all(isinstance(value, list | tuple | np.ndarray | torch.Tensor) for value in column):
-            return column
-        if any(isinstance(value, np.ndarray | torch.Tensor) and not value.ndim for value in column):
-            return column
-        kept = self._kept(path, type(column[0]).__name__, [len(value) for value in column])
-        column = [value[:count] for value, count in zip(column, kept, strict=True)]
-        if isinstance(column[0], list | tuple):
-            return type(column[0])(entry for entries in column for entry in entries)
-        arrays = [value for value in column if isinstance(value, np.ndarray)]
-        if not arrays or (self.pickle_tensors and len({value.shape[1:] for value in arrays}) > 1):
-            return column
-        if len({value.shape[1:] for value in arrays}) > 1:
-            raise _differ(path_text(path), [tuple(value.shape) for value in arrays], padded=True)
-        return np.concatenate(arrays)
+        there = [rank for rank in range(self.group.size) if self._brings(rank)]
+        if not all(isinstance(value, list | tuple | np.ndarray | torch.Tensor) for value in column) or any(
+            isinstance(value, np.ndarray | torch.Tensor) and not value.ndim for value in column
+        ):
+            return [column[rank] for rank in there]
+        first = column[0]
+        kept = self._kept(path, type(first).__name__, [len(value) for value in column])
+        values = [column[rank][: kept[rank]] for rank in there]
+        if isinstance(first, list | tuple):
+            return type(first)(entry for entries in values for entry in entries)
+        shapes = {value.shape[1:] for value in values}
+        if not isinstance(first, np.ndarray) or (self.pickle_tensors and len(shapes) > 1):
+            return values
+        if len(shapes) > 1:
+            raise _differ(path_text(path), [tuple(value.shape) for value in values], padded=True)
+        return np.concatenate(values) if values else first[:0]
 
     def _piece(self, path: Path, value: torch.Tensor, seen: list[_Shape]) -> _Piece:
         """Say what this rank sends of a tensor, and what comes of it.
@@ -277,7 +284,8 @@ class _SampleGather:
             told = self.group.all_gather_object((tuple(value.shape), str(value.dtype)))
             raise _differ(where, told, padded=True)
         if not value.dim():
-            return _Piece(value.reshape(1), [1] * self.group.size)
+            kept = [int(self._brings(rank)) for rank in range(self.group.size)]
+            return _Piece(value.reshape(1)[: kept[self.group.rank]], kept)
         kept = self._kept(path, f"tensor {list(value.shape)}", [shape.rows for shape in seen])
         piece = value[: kept[self.group.rank]]
         if value.dim() == 1:

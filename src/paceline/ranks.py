@@ -85,22 +85,41 @@ class Ranks:
         """Concatenate tensors of all ranks along dim 0, in a nested structure. Collective: every rank must call it."""
         return operations.gather(self._group, tensor, debug=self._debug)
 
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Gather so that every sample counts once: what filled up the last batches is dropped.
+    def gather_for_metrics(
+        self, input_data: Any, use_gather_object: bool = False, *, pad_index: float | None = None
+    ) -> Any:
+        """Gather so that every sample counts once: what fills up the last batches is dropped.
 
-        Tensors and lists with one entry a sample are trimmed; values of a rank are all kept: a tensor of shape [] or
-        of another length is concatenated, any other value becomes a list of one entry a rank. Dictionaries and
-        tuples stay what they are. Collective: every rank must call it.
+        A rank whose batch is not filled up brings all it has, and one whose batch is all filling brings nothing. Where
+        a batch is filled up in part, tensors and lists with one row or entry a sample are cut, and anything else there
+        is an error that names it; `fill_batches = False` on the prepared loader leaves that batch short instead. Ranks
+        may differ in dimension 0. A value of a rank is kept, unless its batch is all filling: a tensor of shape []
+        gives one number a rank, any other value a list of one entry a rank. A list of dictionaries, or of as many
+        tensors as there are samples, is one entry a sample; dictionaries and other tuples and lists of tensors stay
+        what they are.
+        Collective: every rank must call it.
+
+        Args:
+            input_data: Tensors and objects, nested.
+            use_gather_object: Pickle tensors too, for shapes that differ: they come as a list of one entry a rank, and
+                every list as one list.
+            pad_index: Pad tensors that differ in dimension 1 with this to the longest.
 
         Raises:
-            CollectiveError: Some ranks have no batch now, so they will not come here.
+            CollectiveError: Some ranks have no batch now, so they will not come here; or something can neither be cut
+                nor joined.
         """
         loader = self._loaders.current
         counts = None if loader is None else loader.counts
         if counts is not None and 0 in counts.rows:
             raise _without_a_batch(counts)
         return operations.gather_samples(
-            self._group, input_data, counts, use_gather_object=use_gather_object, debug=self._debug
+            self._group,
+            input_data,
+            counts,
+            use_gather_object=use_gather_object,
+            pad_index=pad_index,
+            debug=self._debug,
         )
 
     def gather_object(self, value: Any) -> list[Any]:

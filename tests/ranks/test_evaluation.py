@@ -164,28 +164,27 @@ def test_each_sample_counts_once_with_workers() -> None:
     check_once(run_on_ranks(3, evaluate, "tensor", Case(batch_size=512, workers=2)), SAMPLES)
 
 
-def scalars() -> list[Any]:
+def scalars(fill: bool) -> list[Any]:
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(DataLoader(Samples(10), 4))
+    loader.fill_batches = fill
     rank = accelerator.process_index
     found = []
     for batch in loader:
-        loss = torch.tensor(float(rank))
-        per_rank = torch.tensor([10.0 * rank, 1.0, 2.0, 3.0, 4.0, 5.0])
-        found.append(
-            accelerator.gather_for_metrics(
-                {"loss": loss, "other": per_rank, "ids": batch["id"], "epoch": 3, "tag": "x", "none": None}
-            )
-        )
+        values = {"loss": torch.tensor(float(rank)), "ids": batch["id"], "epoch": 3, "tag": "x", "none": None}
+        if not fill:
+            values["other"] = torch.tensor([10.0 * rank, 1.0, 2.0, 3.0, 4.0, 5.0])
+        found.append(accelerator.gather_for_metrics(values))
     return [{key: value.tolist() if torch.is_tensor(value) else value for key, value in one.items()} for one in found]
 
 
-def test_values_of_a_rank_are_all_kept() -> None:
-    for found in run_on_ranks(3, scalars):
+@pytest.mark.parametrize("fill", [True, False])
+def test_values_of_a_rank_are_all_kept(fill: bool) -> None:
+    for found in run_on_ranks(3, scalars, fill):
         assert [n for one in found for n in one["ids"]] == list(range(10))
         for one in found:
             assert one["loss"] == [0.0, 1.0, 2.0]
-            assert len(one["other"]) == 18
+            assert fill or len(one["other"]) == 18
             assert (one["epoch"], one["tag"], one["none"]) == ([3] * 3, ["x"] * 3, [None] * 3)
 
 

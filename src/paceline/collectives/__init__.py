@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from paceline.collectives.entries import Evidence, is_plain_entries, is_unclear, maybe_per_sample, tensors_alike
 from paceline.collectives.fake import FakeGroup, run_fake_ranks
 from paceline.collectives.group import Board, Group, Op, Pending, SoloGroup, TorchGroup
 from paceline.collectives.nested import (
@@ -29,6 +30,7 @@ from paceline.collectives.turns import main_process_first
 __all__ = [
     "BatchCounts",
     "Board",
+    "Evidence",
     "FakeGroup",
     "Group",
     "Op",
@@ -43,14 +45,18 @@ __all__ = [
     "gather",
     "gather_object",
     "gather_samples",
+    "is_plain_entries",
+    "is_unclear",
     "leaves",
     "main_process_first",
     "map_leaves",
     "map_tensors",
+    "maybe_per_sample",
     "pad_across_processes",
     "reduce",
     "run_fake_ranks",
     "send_to_device",
     "slice_tensors",
     "split_between_processes",
+    "tensors_alike",
 ]

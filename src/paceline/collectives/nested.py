@@ -119,14 +119,19 @@ def _rebuild_dataclass(like: Any, children: list[Any]) -> Any:
     return fresh
 
 
-def leaves(data: Any) -> Iterator[tuple[Path, Any]]:
-    """Yield every leaf with the path to it, depth first."""
-    children = maybe_children(data)
+def leaves(data: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[Path, Any]]:
+    """Yield every leaf with the path to it, depth first.
+
+    Args:
+        data: The nested batch.
+        is_leaf: Says of a container whether it is to be taken for a leaf.
+    """
+    children = None if is_leaf is not None and is_leaf(data) else maybe_children(data)
     if children is None:
         yield (), data
         return
     for key, child in children:
-        for path, leaf in leaves(child):
+        for path, leaf in leaves(child, is_leaf):
             yield (key, *path), leaf
 
 

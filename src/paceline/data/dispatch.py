@@ -202,7 +202,7 @@ class ReadFeed(Feed):
         rows = real
         if self._layout.padded:
             filler = next((part for part in parts if part is not None), first)
-            wanted = self._layout.rows
+            wanted = self._layout.rows if self._layout.fill else 0
             parts = [filler if part is None else part for part in parts]
             rows = [n or num_rows(filler) for n in real]
             parts = [complete(p, n, wanted) if n < wanted else p for p, n in zip(parts, rows, strict=True)]

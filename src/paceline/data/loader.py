@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,30 @@ class PreparedDataLoader(DataLoader[Any]):
     @even_batches.setter
     def even_batches(self, even: bool) -> None:
         self._layout.even = even
+
+    @property
+    def fill_batches(self) -> bool:
+        """Whether a rank's own last batch is completed where it is short; counts from the next pass.
+
+        Without it a short batch stays short, of the rank's own samples alone, and all ranks still have as many batches:
+        one that has no sample left is given a batch to take part with, which `gather_for_metrics` drops whole.
+        So nothing has to be cut out of what was collated, whatever its shape.
+        """
+        return self._layout.fill
+
+    @fill_batches.setter
+    def fill_batches(self, fill: bool) -> None:
+        self._layout.fill = fill
+
+    @contextmanager
+    def dealing(self, *, even: bool, fill: bool) -> Iterator[None]:
+        """Deal out the passes that begin inside with `even_batches` and `fill_batches` as given."""
+        layout, before = self._layout, (self._layout.even, self._layout.fill)
+        layout.even, layout.fill = even, fill
+        try:
+            yield
+        finally:
+            layout.even, layout.fill = before
 
     @property
     def total_batch_size(self) -> int | None:

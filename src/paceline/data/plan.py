@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,15 @@ class Layout:
         even: Complete the last global batch with samples from the start, so that all ranks have equally
             many batches of the same size. One rank alone is never completed. May be switched between passes.
         drop_last: Leave out a global batch that is not complete.
+        fill: With `even`, complete the batch of a rank that has some samples of its own left. Else it stays short,
+            and only a rank that has none is given a batch, to take part with. May be switched between passes.
     """
 
     rows: int
     size: int
     even: bool
     drop_last: bool
+    fill: bool = True
 
     @property
     def global_rows(self) -> int:
@@ -94,7 +97,8 @@ class SamplePlan(Plan):
 
     def __init__(self, order: Order, layout: Layout, start: int = 0) -> None:
         self._order = order
-        self._layout = layout
+        # A pass goes on as it began.
+        self._layout = replace(layout)
         self._start = start
         self._samples = len(order)
         self.rounds = layout.rounds(max(0, self._samples - start))
@@ -107,7 +111,7 @@ class SamplePlan(Plan):
         """See `Plan.batch`."""
         first = self._first(index, rank)
         stop = first + self._layout.rows
-        if stop <= self._samples or not self._layout.padded:
+        if stop <= self._samples or not self._fills(first):
             return self._order.take(first, stop)
         keys = self._order.take(first, self._samples)
         for position in range(max(first, self._samples), stop):
@@ -116,13 +120,19 @@ class SamplePlan(Plan):
 
     def counts(self, index: int) -> BatchCounts:
         """See `Plan.counts`."""
-        rows = self._layout.rows
-        real = tuple(min(rows, max(0, self._samples - self._first(index, rank))) for rank in range(self._layout.size))
-        return BatchCounts(rows=(rows,) * self._layout.size if self._layout.padded else real, real=real)
+        most = self._layout.rows
+        firsts = [self._first(index, rank) for rank in range(self._layout.size)]
+        real = tuple(min(most, max(0, self._samples - first)) for first in firsts)
+        rows = tuple(most if self._fills(first) else count for first, count in zip(firsts, real, strict=True))
+        return BatchCounts(rows=rows, real=real)
 
     def samples_after(self, rounds: int) -> int:
         """See `Plan.samples_after`."""
         return min(self._start + rounds * self._layout.global_rows, max(self._samples, self._start))
+
+    def _fills(self, first: int) -> bool:
+        """Say whether a batch that begins at a position is completed where samples run out."""
+        return self._layout.padded and (self._layout.fill or first >= self._samples)
 
     def _first(self, index: int, rank: int) -> int:
         return self._start + index * self._layout.global_rows + rank * self._layout.rows
@@ -147,7 +157,8 @@ class BatchListPlan(Plan):
 
     def __init__(self, batches: Sequence[list[Any]], layout: Layout, *, split: bool, start: int = 0) -> None:
         self._batches = batches
-        self._layout = layout
+        # A pass goes on as it began.
+        self._layout = replace(layout)
         self._split = split
         self._ends = [0, *accumulate(map(len, batches))]
         self._skipped = min(bisect_left(self._ends, start), len(batches))
@@ -192,7 +203,7 @@ class BatchListPlan(Plan):
     def _piece(self, batch: list[Any], rank: int) -> list[Any]:
         share = -(-len(batch) // self._layout.size)
         piece = batch[rank * share : (rank + 1) * share]
-        if self._layout.padded and len(piece) < share:
+        if self._layout.padded and len(piece) < share and (self._layout.fill or not piece):
             filling = self._batches[0]
             # Cycles a first batch that is shorter than what is missing.
             piece = piece + (filling * share)[: share - len(piece)]

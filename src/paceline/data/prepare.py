@@ -185,7 +185,7 @@ class _Preparation:
             return self._stream(settings), own
         sharding = self._sharding(self.group)
         if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
-            sharding = JoinedSharding(sharding, self.plays, self.group)
+            sharding = JoinedSharding(sharding, self.layout, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         _remark_large_batch(sampler.sharding, self.layout)

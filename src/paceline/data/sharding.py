@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from paceline.data.order import (
     sampler_chain,
     size_of,
 )
-from paceline.data.plan import BatchListPlan, Layout, Plan, SamplePlan
+from paceline.data.plan import BatchListPlan, Plan, SamplePlan
 from paceline.data.progress import PlannedProgress, Progress, RecordedProgress, Round, known
 from paceline.data.randomness import PrivateRandomness, mix_seed
 from paceline.errors import DataError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group
     from paceline.data.order import OrderSource
+    from paceline.data.plan import Layout
 
 __all__ = [
     "BatchSharding",
@@ -173,7 +175,7 @@ class BatchSharding(PlannedSharding):
             return None
         if self._split:
             rows = split_rows(rows, self._layout.size)
-        return Layout(rows=rows, size=self._layout.size, even=self._layout.even, drop_last=self._layout.drop_last)
+        return replace(self._layout, rows=rows)
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
@@ -186,7 +188,7 @@ class BatchSharding(PlannedSharding):
     def _as_samples(self) -> Layout:
         """Return the layout in which one batch counts as one sample."""
         size = 1 if self._split else self._layout.size
-        return Layout(rows=1, size=size, even=self._layout.even, drop_last=self._layout.drop_last)
+        return replace(self._layout, rows=1, size=size)
 
     def size(self) -> int | None:
         """See `Sharding.size`; the length of an inner sampler, where there is one."""

@@ -233,7 +233,7 @@ class _Run:
             if batch is _NONE:
                 batch = self._filler
                 rows = 0 if batch is _NONE else num_rows(batch)
-            elif 0 < real < self._layout.rows:
+            elif 0 < real < self._layout.rows and self._layout.fill:
                 rows = self._layout.rows
                 batch = complete(batch, real, rows)
             self._filler = batch

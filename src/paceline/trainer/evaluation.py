@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from paceline.errors import PacelineError
-from paceline.trainer.nested import first_rows, is_structure, leaves_of, like, map_leaves, rows_of
+from paceline.trainer.kept import PADDING, KeptBatches, join_ranks, to_numpy
+from paceline.trainer.nested import map_leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from paceline.trainer.evaluating import Evaluating
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
-
-PADDING = -100
-_DEVICE_BYTES = 256 * 2**20
 
 
 @dataclass
@@ -52,7 +50,7 @@ class EvalPrediction:
 
 
 class EvalLoopOutput(NamedTuple):
-    """Everything that an evaluation found."""
+    """Everything that an evaluation found; `num_samples` is 0 where a loader collates by itself and tells no number."""
 
     predictions: Any
     label_ids: Any
@@ -66,36 +64,6 @@ class PredictionOutput(NamedTuple):
     predictions: Any
     label_ids: Any
     metrics: dict[str, float]
-
-
-@dataclass
-class _Kept:
-    """Predictions of the batches so far: the newest on the device, the others in host memory."""
-
-    every: int | None
-    waiting: list[Any] = field(default_factory=list)
-    stored: list[Any] = field(default_factory=list)
-    bytes_waiting: int = 0
-
-    def add(self, value: Any) -> None:
-        """Keep one batch; move to host memory what has become too much."""
-        self.waiting.append(value)
-        self.bytes_waiting += sum(t.numel() * t.element_size() for t in leaves_of(value) if isinstance(t, torch.Tensor))
-        if self.bytes_waiting > _DEVICE_BYTES or (self.every is not None and len(self.waiting) >= self.every):
-            self.move()
-
-    def move(self) -> None:
-        """Move everything to host memory."""
-        self.stored += [map_leaves(_to_numpy, value) for value in self.waiting]
-        self.waiting.clear()
-        self.bytes_waiting = 0
-
-    def everything(self, *, concatenate: bool) -> Any:
-        """All batches as one structure of arrays, or as a list of structures."""
-        self.move()
-        if not self.stored:
-            return None
-        return _concatenate(self.stored) if concatenate else self.stored
 
 
 class EvaluationLoop:
@@ -129,7 +97,7 @@ class EvaluationLoop:
         self.args = trainer.args
         self.accelerator = trainer.accelerator
         self.metric = trainer.compute_metrics
-        self.kept = _Kept(self.args.eval_accumulation_steps)
+        self.kept = KeptBatches(self.args.eval_accumulation_steps)
         self.loss_sum: Tensor | None = None
         self.weight_sum: Tensor | None = None
         self.num_samples = 0
@@ -144,19 +112,19 @@ class EvaluationLoop:
         begun = time.perf_counter()
         self.model.eval()
         batches = 0
-        with torch.no_grad():
+        # Whole samples are dealt out: nothing is cut out of a batch that was collated, and all ranks have as many
+        # batches, as others may wait for what happens inside the model.
+        with torch.no_grad(), self.loader.dealing(even=True, fill=False):
             for inputs in self.loader:
                 self._batch(inputs)
                 batches += 1
                 self.trainer.fire("on_prediction_step")
-        metrics = self._metrics()
+        kept = None if self._streams else self.kept.everything(concatenate=self.args.eval_do_concat_batches)
+        metrics = self._metrics(kept)
         took = max(time.perf_counter() - begun, 1e-9)
-        metrics |= {
-            "runtime": took,
-            "samples_per_second": self.num_samples / took,
-            "steps_per_second": batches / took,
-        }
-        kept = self.kept.everything(concatenate=self.args.eval_do_concat_batches) if not self._streams else None
+        metrics |= {"runtime": took, "steps_per_second": batches / took}
+        if self.num_samples:
+            metrics["samples_per_second"] = self.num_samples / took
         named = {
             name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}": v for name, v in metrics.items()
         }
@@ -166,13 +134,10 @@ class EvaluationLoop:
     def _batch(self, inputs: Any) -> None:
         counts = self.loader.counts
         rank = self.accelerator.process_index
+        # A rank that has no sample left takes part with a batch of others, which counts for nothing.
         rows, real = counts.rows[rank], counts.real[rank]
-        self.num_samples += sum(counts.real)
-        # What filled up the last batch must not enter the model's own mean. A rank with padding alone still takes
-        # part, for others may wait for it.
-        shorter = 0 < real < rows
-        if shorter:
-            inputs = first_rows(inputs, real, rows)
+        samples = sum(counts.real) if counts.counted else None
+        self.num_samples += samples or 0
         # Before the step: a `compute_loss` of one's own may take the labels out.
         items = self.trainer.count_items(inputs)
         loss, logits, labels = self.trainer.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
@@ -183,11 +148,9 @@ class EvaluationLoop:
         process = self.trainer.preprocess_logits_for_metrics
         if process is not None and logits is not None:
             logits = process(logits, labels)
-        wanted = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, real if shorter else rows)}
+        wanted = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, rows)}
         wanted = {name: value for name, value in wanted.items() if value is not None}
-        if shorter:
-            wanted = map_leaves(lambda value: _refill(value, rows) if rows_of(value) == real else value, wanted)
-        self._keep(self._gather(wanted))
+        self._keep(self._gather(wanted), samples)
 
     def _extras(self, inputs: Any, loss: Tensor | None, rows: int) -> dict[str, Any]:
         asked = self.args.include_for_metrics
@@ -212,28 +175,22 @@ class EvaluationLoop:
         self.weight_sum = weight if self.weight_sum is None else self.weight_sum + weight
 
     def _gather(self, wanted: dict[str, Any]) -> dict[str, Any]:
-        if self.accelerator.num_processes > 1 and not self.args.eval_use_gather_object:
-            wanted = map_leaves(self._pad, wanted)
-        gathered: dict[str, Any] = self.accelerator.gather_for_metrics(wanted, self.args.eval_use_gather_object)
-        return gathered
+        as_objects = self.args.eval_use_gather_object
+        gathered: dict[str, Any] = self.accelerator.gather_for_metrics(wanted, as_objects, pad_index=PADDING)
+        return join_ranks(wanted, gathered) if as_objects else gathered
 
-    def _pad(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() > 1:
-            return self.accelerator.pad_across_processes(value, dim=1, pad_index=PADDING)
-        return value
-
-    def _keep(self, gathered: dict[str, Any]) -> None:
+    def _keep(self, gathered: dict[str, Any], samples: int | None) -> None:
         if not self._streams:
-            self.kept.add(gathered)
+            self.kept.add(gathered, samples)
             return
-        prediction = _as_prediction(map_leaves(_to_numpy, gathered))
+        prediction = _as_prediction(map_leaves(to_numpy, gathered))
         metric: Any = self.metric
         if hasattr(metric, "update"):
             metric.update(prediction)
         else:
             self.streamed = metric(prediction, compute_result=self.loader.end_of_dataloader) or {}
 
-    def _metrics(self) -> dict[str, float]:
+    def _metrics(self, kept: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.loss_sum is not None and self.weight_sum is not None:
             total, weight = self.accelerator.reduce(torch.stack([self.loss_sum, self.weight_sum]), "sum").tolist()
@@ -244,10 +201,8 @@ class EvaluationLoop:
             pass
         elif self._streams:
             found = metric.compute() if hasattr(metric, "compute") else self.streamed
-        elif not self.loss_only:
-            kept = self.kept.everything(concatenate=self.args.eval_do_concat_batches)
-            if kept is not None and "label_ids" in (kept if isinstance(kept, dict) else kept[0]):
-                found = metric(_as_prediction(kept))
+        elif kept is not None and "label_ids" in (kept if isinstance(kept, dict) else kept[0]):
+            found = metric(_as_prediction(kept))
         if not isinstance(found, Mapping):
             what, why = f"compute_metrics returned a {type(found).__name__}", "Metrics are names and numbers"
             raise PacelineError(what, why, "Return a dictionary")
@@ -266,40 +221,6 @@ def _as_prediction(kept: Any) -> EvalPrediction:
     if not isinstance(kept, dict):
         return EvalPrediction(prediction, labels)
     return EvalPrediction(prediction, labels, kept.get("inputs"), kept.get("losses"))
-
-
-def _refill(value: Any, rows: int) -> Any:
-    """Give what was computed on the real rows the size of the whole batch again."""
-    if isinstance(value, torch.Tensor):
-        return torch.cat([value, value.new_zeros((rows - value.shape[0], *value.shape[1:]))])
-    return type(value)([*value, *[value[-1]] * (rows - len(value))])
-
-
-def _to_numpy(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def _concatenate(parts: list[Any]) -> Any:
-    """One structure from those of all batches; what differs in length is padded with -100."""
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return {name: _concatenate([part[name] for part in parts]) for name in first}
-    if isinstance(first, tuple | list) and any(is_structure(part) for part in first):
-        return like(first, [_concatenate(list(column)) for column in zip(*parts, strict=True)])
-    if not isinstance(first, np.ndarray):
-        return [entry for part in parts for entry in (part if isinstance(part, list | tuple) else [part])]
-    if first.ndim > 1 and len({part.shape[1] for part in parts}) > 1:
-        width = max(part.shape[1] for part in parts)
-        parts = [_widen(part, width) for part in parts]
-    return np.concatenate([np.atleast_1d(part) for part in parts])
-
-
-def _widen(part: Any, width: int) -> Any:
-    room = [(0, 0), (0, width - part.shape[1]), *[(0, 0)] * (part.ndim - 2)]
-    return np.pad(part, room, constant_values=PADDING)
 
 
 def _number(value: Any) -> Any:

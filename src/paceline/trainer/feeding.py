@@ -53,6 +53,9 @@ class Feeding(TrainerCore):
 
     def _training_loader(self) -> PreparedDataLoader:
         loader = self._as_prepared(self.get_train_dataloader(), saved=True)
+        if self.args.global_batch_size is not None and self.args.average_tokens_across_devices:
+            # Each sample counts once, so that none is needed to fill up the last batch.
+            loader.fill_batches = False
         self._require_as_many_batches(loader)
         return loader
 

@@ -11,7 +11,6 @@ import torch
 
 from paceline.errors import ConfigError, Problem
 from paceline.trainer.meter import LossMeter
-from paceline.trainer.nested import first_rows
 from paceline.trainer.tokens import TokenCounter
 
 if TYPE_CHECKING:
@@ -185,25 +184,22 @@ class TrainingLoop:
         whole = dropped and self.trainer.state.updates_in_pass >= self.plan.updates_per_pass
         return bool(control.should_epoch_stop or control.should_training_stop or whole)
 
-    def _without_filling(self, inputs: Any) -> tuple[Any, Tensor | None]:
-        """A micro-batch, and the targets by which its loss is weighted, shape []; None weighs all alike.
+    def _count_items(self, inputs: Any) -> Tensor | None:
+        """The targets by which a micro-batch's loss is weighted, shape []; None weighs all alike.
 
-        With a global batch size each sample counts once: what fills up the last batch of a pass, so that all ranks
-        have one, is left out, and a rank that has nothing else takes part with no weight.
+        With a global batch size each sample counts once: the loader leaves the last batch of a pass short, and a rank
+        that has no sample left takes part with no weight.
         """
         trainer = self.trainer
-        if self.args.global_batch_size is None or not self.args.average_tokens_across_devices:
-            return inputs, trainer.count_items(inputs)
-        counts, rank = self.loader.counts, self.accelerator.process_index
-        rows, real = counts.rows[rank], counts.real[rank]
-        if 0 < real < rows:
-            inputs, rows = first_rows(inputs, real, rows), real
         items = trainer.count_items(inputs)
+        if self.loader.fill_batches:
+            return items
+        counts, rank = self.loader.counts, self.accelerator.process_index
         if items is None:
             if trainer.divides_by_items:
-                return inputs, None
-            items = torch.full((), rows, dtype=torch.int64, device=self.accelerator.device)
-        return inputs, items if real else torch.zeros_like(items)
+                return None
+            items = torch.full((), counts.rows[rank], dtype=torch.int64, device=self.accelerator.device)
+        return items if counts.real[rank] else torch.zeros_like(items)
 
     def _micro_batch(self, inputs: Any) -> None:
         trainer, accelerator = self.trainer, self.accelerator
@@ -211,7 +207,7 @@ class TrainingLoop:
             trainer.control.new_step()
             trainer.fire("on_step_begin")
         with accelerator.accumulate(self.model):
-            inputs, items = self._without_filling(inputs)
+            items = self._count_items(inputs)
             if self.tokens is not None:
                 self.tokens.add(inputs)
             self.seen.add_tokens(inputs)

@@ -11,12 +11,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["first_rows", "is_structure", "leaves_of", "like", "map_leaves", "rows_of"]
-
-
-def first_rows(batch: Any, count: int, rows: int) -> Any:
-    """A batch of `rows` rows without those after `count`; leaves that are no rows stay."""
-    return map_leaves(lambda value: value[:count] if rows_of(value) == rows else value, batch)
+__all__ = ["is_structure", "leaves_of", "like", "map_leaves"]
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
@@ -47,10 +42,3 @@ def leaves_of(value: Any) -> Iterator[Any]:
             yield from leaves_of(part)
     else:
         yield value
-
-
-def rows_of(value: Any) -> int:
-    """How many rows a leaf has; -1 if it has none."""
-    if isinstance(value, torch.Tensor):
-        return int(value.shape[0]) if value.dim() else -1
-    return len(value) if isinstance(value, tuple | list) else -1

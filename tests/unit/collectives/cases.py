@@ -381,7 +381,8 @@ def check_samples(group: Group, shared: list[tuple[BatchCounts, list[list[int]]]
         assert list(result) == list(batch)
         seen["ids"] += result["ids"].tolist()
         seen["logits"] += result["nested"].logits[:, 2].tolist()
-        same(result["nested"].loss, torch.full((group.size,), 1.5))
+        brings = sum(1 for rows, real in zip(counts.rows, counts.real, strict=True) if real or not rows)
+        same(result["nested"].loss, torch.full((brings,), 1.5))
         seen["text"] += result["text"]
         seen["info"] += [entry["id"] for entry in result["info"]]
         assert isinstance(result["names"], tuple)
@@ -397,54 +398,145 @@ def uneven_rows_are_exact(group: Group) -> None:
     for rows in (tuple(range(size)), tuple(range(size, 0, -1)), (0,) * size):
         for real in (rows, tuple(max(0, r - 1) for r in rows)):
             ids = torch.arange(rows[rank]) + 10 * rank
-            data = {
-                "ids": ids,
-                "flags": ids > 3,
-                "loss": torch.tensor(float(rank)),
-                "stats": torch.full((7,), rank),
-            }
+            data = {"ids": ids, "flags": ids > 3, "loss": torch.tensor(float(rank))}
             result = gather_samples(group, data, BatchCounts(rows=rows, real=real), debug=True)
             expected = [10 * r + i for r in range(size) for i in range(real[r])]
             assert result["ids"].tolist() == expected
             assert result["flags"].tolist() == [i > 3 for i in expected]
-            same(result["loss"], torch.arange(size).float())
-            same(result["stats"], torch.arange(size).repeat_interleave(7))
+            brings = [r for r in range(size) if real[r] or not rows[r]]
+            same(result["loss"], torch.tensor(brings).float())
 
 
-def values_of_a_rank_are_never_cut(group: Group) -> None:
+def what_is_not_filled_up_is_kept_whole(group: Group) -> None:
     size, rank = group.size, group.rank
-    counts = BatchCounts(rows=(4,) * size, real=(4,) * (size - 1) + (1,))
-    data = {
-        "loss": torch.tensor(float(rank)),
-        "hist": torch.full((3,), rank),
-        "step": rank,
-        "name": f"r{rank}",
-        "none": None,
-        "tags": [f"t{rank}"],
-    }
-    result = gather_samples(group, data, counts)
-    same(result["loss"], torch.arange(size).float())
-    same(result["hist"], torch.arange(size).repeat_interleave(3))
-    assert result["step"] == list(range(size))
-    assert result["name"] == [f"r{r}" for r in range(size)]
-    assert result["none"] == [None] * size
-    assert result["tags"] == [f"t{r}" for r in range(size)]
+    # Nobody has padding, or only the last rank, which has nothing else.
+    for real in ((4,) * size, (4,) * (size - 1) + (0,)):
+        some = sum(1 for r in real if r)
+        data = {
+            "loss": torch.tensor(float(rank)),
+            "hist": torch.full((3,), rank),
+            "nodes": torch.full((rank + 4, 2), rank),
+            "views": torch.full((8, 3), rank),
+            "step": rank,
+            "name": f"r{rank}",
+            "none": None,
+            "tags": [f"t{rank}"],
+            "array": np.full((rank + 1, 2), rank),
+        }
+        result = gather_samples(group, data, BatchCounts(rows=(4,) * size, real=real), debug=True)
+        same(result["loss"], torch.arange(some).float())
+        same(result["hist"], torch.arange(some).repeat_interleave(3))
+        assert result["nodes"][:, 1].tolist() == [r for r in range(some) for _ in range(r + 4)]
+        assert len(result["views"]) == 8 * some
+        assert result["step"] == list(range(some))
+        assert result["name"] == [f"r{r}" for r in range(some)]
+        assert result["none"] == [None] * some
+        assert result["tags"] == [f"t{r}" for r in range(some)]
+        assert result["array"][:, 0].tolist() == [r for r in range(some) for _ in range(r + 1)]
 
 
-def a_value_that_looks_like_rows_on_one_rank_is_kept_whole(group: Group) -> None:
-    rows = tuple(range(3, 3 + group.size))
-    value = torch.full((3,), group.rank)
-    result = gather_samples(group, value, BatchCounts(rows=rows, real=(1,) * group.size))
-    if group.size == 1:
-        same(result, torch.tensor([0]))
-    else:
-        same(result, torch.arange(group.size).repeat_interleave(3))
+def what_cannot_be_cut_is_named(group: Group) -> None:
+    counts = BatchCounts(rows=(4,) * group.size, real=(4,) * (group.size - 1) + (1,))
+    for value in (torch.ones(8, 3), torch.ones(1, 4), ["a"] * 5, np.ones(3)):
+        for use_object in (False, True):
+            with pytest.raises(CollectiveError, match=r"data\['out'\] is a .*with \["):
+                gather_samples(group, {"fits": torch.ones(4), "out": value}, counts, use_object)
+    # One rank's own number of rows that is right by chance.
+    if group.size > 1:
+        with pytest.raises(CollectiveError, match="cannot be cut"):
+            gather_samples(group, torch.ones(4 + group.rank), counts)
+    # The group is still in step.
+    same(gather_samples(group, torch.ones(4), counts), torch.ones(4 * group.size - 3))
+
+
+def shapes_that_do_not_fit_are_named(group: Group) -> None:
+    counts = BatchCounts(rows=(4,) * group.size, real=(4,) * group.size)
+    rank, size = group.rank, group.size
+    packed = torch.full((1, rank + 2), rank)
+    padded = gather_samples(group, packed, counts, pad_index=-100)
+    assert padded.shape == (size, size + 1)
+    assert (padded == -100).sum() == size * (size - 1) // 2
+    if size == 1:
+        return
+    for value, match in (
+        (packed, r"shapes \(1, 2\), \(1, 3\).* pad_index"),
+        (torch.ones(4, 2, rank + 1), r"shapes .*\(4, 2, 1\)"),
+        (torch.ones(4, dtype=torch.int32 if rank else torch.int64), "torch.int32"),
+        (np.ones((4, rank + 1)), r"shapes \(4, 1\), \(4, 2\)"),
+    ):
+        with pytest.raises(CollectiveError, match=match):
+            gather_samples(group, {"x": value}, counts)
+    # A filler of another length is left out before anything has to fit.
+    counts = BatchCounts(rows=(4,) * size, real=(4,) + (0,) * (size - 1))
+    same(gather_samples(group, packed, counts), torch.zeros(1, 2, dtype=torch.int64))
+
+
+def lists_of_tensors_are_told_apart(group: Group) -> None:
+    size, rank = group.size, group.rank
+    counts = BatchCounts(rows=(3,) * size, real=(3,) * (size - 1) + (2,))
+    boxes = [torch.full((i + 1, 4), 10 * rank + i) for i in range(3)]
+    expected = [10 * r + i for r in range(size) for i in range(3)][:-1]
+    for entries in (boxes, [(box, box.sum()) for box in boxes]):
+        result = gather_samples(group, {"boxes": entries}, counts, debug=True)["boxes"]
+        found = [entry[0] if isinstance(entry, tuple) else entry for entry in result]
+        assert [int(box[0, 0]) for box in found] == expected
+        assert [len(box) for box in found] == [value % 10 + 1 for value in expected]
+    # As torchvision's collate makes targets.
+    targets = gather_samples(group, tuple({"box": box} for box in boxes), counts)
+    assert isinstance(targets, tuple)
+    assert [int(target["box"][0, 0]) for target in targets] == expected
+    # Structure: each tensor has a row per sample. Of two kinds, it is structure whatever its length.
+    logits = torch.full((3, 2), rank)
+    result = gather_samples(group, [logits, logits + 1], counts)
+    assert [len(part) for part in result] == [3 * size - 1] * 2
+    result = gather_samples(group, [logits, logits[:, 0], boxes], counts)
+    assert [len(part) for part in result] == [3 * size - 1] * 3
+    result = gather_samples(group, {"deep": [(logits, logits)]}, counts)
+    assert [len(part) for part in result["deep"][0]] == [3 * size - 1] * 2
+    if size == 1:
+        return
+    for value, match in (
+        ([logits] * 3, "is a list of as many entries as the batch has samples, whose tensors have as many rows"),
+        ([torch.tensor(1.0)] * 3, "Stack it to one tensor"),
+        ([torch.ones(5, 2)] * 2, "neither as many entries"),
+        (tuple(torch.ones(5, 2) for _ in range(3)), "Make it a list, if each belongs to one sample"),
+    ):
+        with pytest.raises(CollectiveError, match=match):
+            gather_samples(group, {"x": value}, counts)
+    # Some rank's own may look like structure by chance; the others' tell.
+    counts = BatchCounts(rows=(2,) * size, real=(2,) * size)
+    result = gather_samples(group, [torch.full((rank + 2, 4), rank)] * 2, counts)
+    assert [len(box) for box in result] == [r + 2 for r in range(size) for _ in range(2)]
+
+
+def what_nobody_counted_is_kept_whole(group: Group) -> None:
+    size, rank = group.size, group.rank
+    for real in ((1,) * size, (1,) * (size - 1) + (0,)):
+        some = sum(real)
+        counts = BatchCounts(rows=(1,) * size, real=real, counted=False)
+        data = {
+            "packed": torch.full((1, rank + 1), rank),
+            "nodes": torch.full((rank + 1, 2), rank),
+            "pair": (torch.full((4,), rank), torch.tensor(rank)),
+            "targets": [{"box": torch.full((rank, 4), rank)} for _ in range(rank + 1)],
+            "names": [f"r{rank}"] * 3,
+        }
+        result = gather_samples(group, data, counts, pad_index=-100, debug=True)
+        assert result["packed"][:, 0].tolist() == list(range(some))
+        assert result["nodes"][:, 0].tolist() == [r for r in range(some) for _ in range(r + 1)]
+        assert result["pair"][0].tolist() == [r for r in range(some) for _ in range(4)]
+        assert result["pair"][1].tolist() == list(range(some))
+        assert [len(target["box"]) for target in result["targets"]] == [r for r in range(some) for _ in range(r + 1)]
+        assert result["names"] == [f"r{r}" for r in range(some) for _ in range(3)]
+    if size > 1:
+        with pytest.raises(CollectiveError, match=r"data\['x'\] is a list of tensors, from a loader that collates"):
+            gather_samples(group, {"x": [torch.ones(2)] * 2}, counts)
 
 
 def one_row_is_one_sample(group: Group) -> None:
     counts = BatchCounts(rows=(1,) * group.size, real=(1,) + (0,) * (group.size - 1))
     same(gather_samples(group, torch.tensor([group.rank + 5]), counts), torch.tensor([5]))
-    same(gather_samples(group, torch.tensor(group.rank), counts), torch.arange(group.size))
+    same(gather_samples(group, torch.tensor(group.rank), counts), torch.arange(1))
 
 
 def without_counts_nothing_is_cut(group: Group) -> None:
@@ -465,9 +557,8 @@ def samples_as_objects_may_differ_in_shape(group: Group) -> None:
     assert [tuple(x.shape) for x in logits["x"]] == [(counts.real[r], r + 1) for r in range(size)]
     targets = gather_samples(group, [{"box": torch.ones(rank, 4)} for _ in range(2)], counts)
     assert [len(t["box"]) for t in targets] == [r for r in range(size) for _ in range(2)][:-1]
-    array = gather_samples(group, {"a": np.arange(2) + 2 * rank, "b": np.zeros(3)}, counts)
+    array = gather_samples(group, {"a": np.arange(2) + 2 * rank}, counts)
     assert array["a"].tolist() == list(range(2 * size))[:-1]
-    assert len(array["b"]) == size
 
 
 def gathering_samples_takes_few_exchanges(group: Group) -> None:
@@ -480,9 +571,11 @@ def gathering_samples_takes_few_exchanges(group: Group) -> None:
         "c": torch.tensor([True] * 2),
     }
     gather_samples(counting, data, even)
-    assert counting.calls == ({"all_gather": 1} if size > 1 else {})
+    # Their shapes, in host memory, and the tensors.
+    assert counting.calls == ({"all_gather": 2} if size > 1 else {})
     gather_samples(counting, {**data, "t": ["x", "y"], "n": 3}, even)
-    assert counting.calls == ({"all_gather": 2} if size > 1 else {}) | {"all_gather_object": 1}
+    # With objects the shapes travel along.
+    assert counting.calls == ({"all_gather": 3} if size > 1 else {}) | {"all_gather_object": 1}
     uneven = BatchCounts(rows=tuple(range(size)), real=tuple(range(size)))
     counting.calls.clear()
     gather_samples(counting, [torch.ones(rank), torch.ones(rank, 2)], uneven)
@@ -557,15 +650,10 @@ def debug_names_the_odd_rank(group: Group) -> None:
     assert group.all_gather_object(3) == [3] * group.size
 
 
-def an_odd_uneven_tensor_is_named(group: Group) -> None:
-    if group.size == 1:
-        return
-    rows = tuple(range(2, 2 + group.size))
-    own = rows[group.rank] + (1 if group.rank == 1 else 0)
-    with pytest.raises(CollectiveError, match=r"rank 1 differs"):
-        gather_samples(group, torch.ones(own), BatchCounts(rows=rows, real=rows))
-    with pytest.raises(CollectiveError, match="Counts for 1 ranks"):
-        gather_samples(group, torch.ones(1), BatchCounts(rows=(1,), real=(1,)))
+def counts_of_other_ranks_are_refused(group: Group) -> None:
+    rows = (1,) * (group.size + 1)
+    with pytest.raises(CollectiveError, match=f"Counts for {group.size + 1} ranks"):
+        gather_samples(group, torch.ones(1), BatchCounts(rows=rows, real=rows))
 
 
 CASES: dict[str, Callable[[Group], None]] = {
@@ -578,11 +666,12 @@ CASES: dict[str, Callable[[Group], None]] = {
         large_tensors_travel_alone, gather_refuses_objects, gather_object_joins_lists,
         reduce_leaves_its_input_alone, reduce_none_exchanges_nothing, reduce_takes_one_exchange_per_dtype,
         broadcast_fills_a_nested_batch, pad_makes_sizes_equal, every_sample_is_gathered_once,
-        uneven_rows_are_exact, values_of_a_rank_are_never_cut,
-        a_value_that_looks_like_rows_on_one_rank_is_kept_whole, one_row_is_one_sample,
+        uneven_rows_are_exact, what_is_not_filled_up_is_kept_whole, what_cannot_be_cut_is_named,
+        shapes_that_do_not_fit_are_named, lists_of_tensors_are_told_apart, what_nobody_counted_is_kept_whole,
+        one_row_is_one_sample,
         without_counts_nothing_is_cut, samples_as_objects_may_differ_in_shape,
         gathering_samples_takes_few_exchanges, the_first_goes_first, a_failing_first_fails_the_others,
         a_value_that_cannot_be_pickled_fails_everywhere, debug_names_the_odd_rank,
-        an_odd_uneven_tensor_is_named,
+        counts_of_other_ranks_are_refused,
     )
 }  # fmt: skip

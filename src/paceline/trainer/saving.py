@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from paceline.trainer.trainer import Trainer
 
@@ -85,22 +87,37 @@ def holds_weights_alone(folder: Path) -> bool:
     return bool(said.get("save_only_model"))
 
 
-def rotate(output_dir: str, *, limit: int | None, keep: set[str]) -> None:
-    """Remove the oldest checkpoints beyond a limit, but never those in `keep`."""
+def rotate(newest: Path, *, limit: int | None, keep: Sequence[str]) -> None:
+    """Remove the oldest checkpoints beside `newest` beyond a limit, but never those in `keep`.
+
+    Those of later steps were left by a run that went further before this one went back: they go first.
+    """
     if limit is None:
         return
-    ordered = _by_steps(output_dir)
-    kept = {Path(folder).name for folder in keep}
-    spare = len(ordered) - max(limit, len([path for path in ordered if path.name in kept]))
-    for path in ordered:
-        if spare <= 0:
-            break
-        if path.name not in kept:
-            shutil.rmtree(path)
-            spare -= 1
+    step = _step_of(newest)
+    ordered = sorted(_by_steps(newest.parent), key=lambda path: (_step_of(path) <= step, _step_of(path)))
+    kept = {Path(folder).resolve() for folder in keep}
+    doomed = [path for path in ordered if path.resolve() not in kept]
+    spare = len(ordered) - max(limit, len(ordered) - len(doomed))
+    for path in doomed[: max(0, spare)]:
+        _remove(path)
 
 
-def _by_steps(output_dir: str) -> list[Path]:
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or what a link leads to; it loses its name first, so that none is ever half there."""
+    where = path.resolve()
+    if path.is_symlink():
+        path.unlink()
+    aside = where.with_name(f"{where.name}.partial-{secrets.token_hex(4)}")
+    where.rename(aside)
+    shutil.rmtree(aside)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(PREFIX))
+
+
+def _by_steps(output_dir: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder, by the steps in their names."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if _NUMBERED.match(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=_step_of)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from paceline.strategies import adapters
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
@@ -35,11 +37,14 @@ _NUMBERED = re.compile(rf"{PREFIX}(\d+)$")
 
 
 def save_model_files(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
-    """Write the weights, and what `from_pretrained` and readers want beside them.
+    """Write the weights, and what `from_pretrained` and readers want beside them; of a PEFT model its adapters.
 
     Collective: every rank must call it.
     """
-    trainer.accelerator.save_model(trainer.model_wrapped, folder)
+    if adapters.is_adapted(trainer.model):
+        trainer.accelerator.save_adapter(trainer.model_wrapped, folder)
+    else:
+        trainer.accelerator.save_model(trainer.model_wrapped, folder)
     if trainer.accelerator.is_main_process:
         (Path(folder) / "config.json").unlink(missing_ok=True)
         write_companions(trainer, Path(folder))
@@ -47,7 +52,8 @@ def save_model_files(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
 
 def write_companions(trainer: Trainer, folder: Path) -> None:
     """The model's configuration, the tokenizer, and the arguments as JSON."""
-    for name in ("config", "generation_config"):
+    # Adapters have a configuration of their own, which says where their base is.
+    for name in () if adapters.is_adapted(trainer.model) else ("config", "generation_config"):
         part: Any = getattr(trainer.model, name, None)
         # A checkpoint has the first already, and its manifest says how long it is.
         if hasattr(part, "save_pretrained") and not (folder / f"{name}.json").exists():
@@ -63,10 +69,13 @@ def load_weights(trainer: Trainer, folder: Path) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     main = trainer.accelerator.is_main_process
-    whole: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")) if main else ():
-        whole |= load_file(file)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    whole: dict[str, Any] = {}
+    if main and adapters.is_adapted(model):
+        whole = adapters.read_adapters(model, folder)
+    elif main:
+        for file in sorted(folder.glob("*.safetensors")):
+            whole |= load_file(file)
     ranks = trainer.accelerator.num_processes
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1, strict=False)
     set_model_state_dict(model, whole, options=options)

@@ -12,6 +12,7 @@ from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
 from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError
 from paceline.shortage import find_shortage
+from paceline.strategies import adapters
 from paceline.trainer import best, losses, optimizers, saving
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.batch_size import goes_on_by_itself, halve_micro_batch, note_half
@@ -258,7 +259,8 @@ class Trainer(Scripted):
         Returns:
             The mean loss over its targets, detached, shape [], on the device.
         """
-        if not model.training:
+        # Both: an engine of DeepSpeed that was put into evaluation mode puts only what it wraps there.
+        if not (model.training and self.model.training):
             model.train()
         inputs = self._prepare_inputs(inputs)
         loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -282,6 +284,9 @@ class Trainer(Scripted):
             self.save_model(folder)
         else:
             self.accelerator.save_state(folder)
+            if adapters.is_adapted(self.model):
+                # Beside the training state, which has no form that PEFT reads.
+                self.accelerator.save_adapter(self.model_wrapped, folder)
         if self.accelerator.is_main_process:
             self.state.save_to_json(Path(folder) / saving.STATE_FILE)
             saving.write_companions(self, Path(folder))

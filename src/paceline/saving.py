@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from paceline.checkpoint import save_weights
 from paceline.errors import PacelineError
 from paceline.resume import TrainingState
-from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted
+from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted, write_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -220,7 +221,8 @@ class Saving:
             )
         base = frozen_base(module, strategy.named_parameters(model)) - embedding_names(module)
         state = strategy.gather_state(model, without=base)
-        self._write_on_main(save_directory, lambda: module.save_pretrained(os.fspath(save_directory), state_dict=state))
+        folder = Path(save_directory).expanduser()
+        self._write_on_main(folder, lambda: write_adapters(module, folder, state))
 
     def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[], object]) -> None:
         """Let rank 0 write weights, and all know of a failure."""

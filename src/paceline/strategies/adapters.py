@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["embedding_names", "frozen_base", "is_adapted", "read_adapters"]
+__all__ = ["embedding_names", "frozen_base", "is_adapted", "read_adapters", "write_adapters"]
 
+_WEIGHTS = "adapter_model.safetensors"
 # Modules of a base that PEFT trains whole, or a few rows of.
 _TRAINED_WHOLE = (".modules_to_save.", ".trainable_tokens_", ".token_adapter.")
 
@@ -66,6 +68,15 @@ def embedding_names(module: nn.Module) -> frozenset[str]:
     return frozenset(plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in held)
 
 
+def write_adapters(module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the adapters of a `PeftModel`, whose weights are given whole, as PEFT does."""
+    adapted: Any = module
+    adapted.save_pretrained(str(folder), state_dict=state)
+    for path in folder.rglob(_WEIGHTS):
+        # safetensors lets only the owner read what it writes; the file beside it has the permissions of the umask.
+        shutil.copymode(path.with_name("adapter_config.json"), path)
+
+
 def read_adapters(module: nn.Module, folder: Path) -> dict[str, Tensor]:
     """The weights that `save_pretrained` of a `PeftModel` wrote, under the names that they have in the model.
 
@@ -78,7 +89,7 @@ def read_adapters(module: nn.Module, folder: Path) -> dict[str, Tensor]:
     names = [plain_name(name) for name in module.state_dict()]
     found: dict[str, Tensor] = {}
     for adapter in adapted.peft_config:
-        path = (folder if adapter == "default" else folder / adapter) / "adapter_model.safetensors"
+        path = (folder if adapter == "default" else folder / adapter) / _WEIGHTS
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", f"The model has an adapter {adapter!r}", "Name another folder")
         # PEFT says itself under which name it saves which weight: it is given marks in place of the weights.

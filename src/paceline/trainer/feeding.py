@@ -152,7 +152,7 @@ class Feeding(TrainerCore):
         return self.optimizer
 
     @property
-    def describes_schedule(self) -> bool:
+    def _describes_schedule(self) -> bool:
         """Whether the arguments describe the schedule, and neither the script nor DeepSpeed's configuration."""
         return self._given_optimizers[1] is None and self._described("scheduler") is None
 

@@ -155,7 +155,7 @@ def _move_schedule(trainer: Trainer, step: int) -> None:
         CheckpointError: It is one of the script's or of DeepSpeed's own, which nobody else can count anew.
     """
     schedule = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    if trainer.describes_schedule and isinstance(schedule, LambdaLR):
+    if trainer._describes_schedule and isinstance(schedule, LambdaLR):
         # By its own step, which knows how each optimizer keeps its rate.
         schedule.last_epoch = step - 1
         schedule.step()

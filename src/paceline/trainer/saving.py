@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from paceline.environment.logging import get_logger
+from paceline.errors import named
 from paceline.strategies import adapters
 
 if TYPE_CHECKING:
@@ -24,11 +26,15 @@ __all__ = [
     "STATE_FILE",
     "holds_weights_alone",
     "load_weights",
+    "names_of",
     "newest_of",
     "rotate",
     "save_model_files",
+    "warn_of_later",
     "write_companions",
 ]
+
+logger = get_logger(__name__)
 
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
@@ -85,6 +91,22 @@ def newest_of(output_dir: str) -> Path | None:
     """The checkpoint of most steps, whatever is in it; None if there is none."""
     ordered = _by_steps(output_dir)
     return ordered[-1] if ordered else None
+
+
+def names_of(output_dir: str) -> list[str]:
+    """The names of the checkpoints in a folder, by their steps."""
+    return [path.name for path in _by_steps(output_dir)]
+
+
+def warn_of_later(output_dir: str, resumed_from: str, step: int) -> None:
+    """Say which checkpoints of later steps a run finds that goes on from an earlier one."""
+    later = [path.name for path in _by_steps(output_dir) if _step_of(path) > step]
+    if later:
+        logger.warning(
+            "This run goes on from %s, and %s holds %s of a run that went further: until they are replaced, "
+            "resume_from_checkpoint=True takes them.",
+            resumed_from, output_dir, named(later),
+        )  # fmt: skip
 
 
 def holds_weights_alone(folder: Path) -> bool:

@@ -126,12 +126,12 @@ class TrainerState:
         """Write it as JSON with the fields of transformers, whose `TrainerState` reads it too."""
         shown = {name: value for name, value in self.state_dict().items() if name not in self._PLACE}
         text = json.dumps(shown, indent=2, sort_keys=True)
-        Path(json_path).write_text(text + "\n", encoding="utf-8")
+        Path(json_path).expanduser().write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load_from_json(cls, json_path: str | os.PathLike[str]) -> TrainerState:
         """Read what `save_to_json` wrote."""
-        found = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        found = json.loads(Path(json_path).expanduser().read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in found.items() if name in known})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
-from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError
+from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError, named
 from paceline.shortage import find_shortage
 from paceline.strategies import adapters
 from paceline.trainer import best, losses, optimizers, saving
@@ -81,17 +82,32 @@ class Trainer(Scripted):
         if trial is not None:
             raise NotBuiltError("train(trial=…)", "Let the search build one Trainer for each trial")
         self._ignore_keys = ignore_keys_for_eval
-        asked = resume_from_checkpoint
+        asked = None if str(resume_from_checkpoint).lower() in ("none", "false") else resume_from_checkpoint
+        if asked is None and self.args.save_strategy != "no":
+            self._refuse_used_folder()
         self.is_in_train = True
         try:
             loop = self._prepare_training()
-            self._resume(None if str(asked).lower() in ("none", "false") else asked, loop)
+            self._resume(asked, loop)
             with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
                 self._run(loop)
             return self._conclude(loop)
         finally:
             self.is_in_train = False
             self.accelerator.on_preemption(None)
+
+    def _refuse_used_folder(self) -> None:
+        """Refuse to mix the checkpoints of a new training with those of another. Collective."""
+        # Ranks that a launcher starts again replace what they saved before; so does a further training of this Trainer.
+        own = self._trained or self.args.world.restart_count > 0
+        found = [saving.names_of(self.args.output_dir) if self.is_world_process_zero() and not own else []]
+        names = self.accelerator.broadcast_object_list(found)[0]
+        if names:
+            raise CheckpointError(
+                f"A new training is to save into {self.args.output_dir}, which holds {named(names)} of another",
+                "Some would be replaced, and the others would be taken for its own when it is resumed or cleaned up",
+                "Go on from them with train(resume_from_checkpoint=True), choose another output_dir, or move them away",
+            )
 
     def _prepare_training(self) -> TrainingLoop:
         if self._trained:
@@ -120,6 +136,7 @@ class Trainer(Scripted):
         if asked is None:
             return
         newest = str(asked).lower() == "true"
+        asked = Path(asked).expanduser() if isinstance(asked, str | os.PathLike) else asked
         told = optimizers.settings_of(self.optimizer)
         try:
             # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
@@ -140,6 +157,8 @@ class Trainer(Scripted):
         self._say_what_is_kept(told)
         carry_over(self, loop, self._progress.saved_pace or take_over(self, loop, found), found)
         self._find_best_again(found)
+        if self.is_world_process_zero():
+            saving.warn_of_later(self.args.output_dir, found, self.state.global_step)
         if self.args.ignore_data_skip:
             loop.loader.set_epoch(self.state.passes + 1)
         loop.go_on()
@@ -299,5 +318,5 @@ class Trainer(Scripted):
         Of a schedule-free optimizer these are the averaged weights, as they are evaluated.
         """
         self._switch_optimizer("eval")
-        saving.save_model_files(self, output_dir or self.args.output_dir)
+        saving.save_model_files(self, Path(output_dir or self.args.output_dir).expanduser())
         self._switch_optimizer("train")

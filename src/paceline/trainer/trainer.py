@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,13 +135,13 @@ class Trainer(Scripted):
         if asked is None:
             return
         newest = str(asked).lower() == "true"
-        asked = Path(asked).expanduser() if isinstance(asked, str | os.PathLike) else asked
+        place = None if newest else Path(str(asked)).expanduser()
         told = optimizers.settings_of(self.optimizer)
         try:
             # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
-            found = self.accelerator.load_state(None if newest else str(asked))
+            found = self.accelerator.load_state(place)
         except DamagedCheckpointError as error:
-            weights = saving.newest_of(self.args.output_dir) if newest else Path(str(asked))
+            weights = place or saving.newest_of(self.args.output_dir)
             if weights is None or not saving.holds_weights_alone(weights):
                 raise
             what = f"resume_from_checkpoint: {weights} holds weights alone"

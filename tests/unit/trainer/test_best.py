@@ -84,7 +84,7 @@ def draws(seed: int) -> Iterator[tuple[Course, dict[int, float], int | None]]:
 def test_the_best_is_the_best_of_what_was_saved(seed: int, tmp_path: Path) -> None:
     for number, (course, values, limit) in enumerate(draws(seed)):
         folder = tmp_path / str(number)
-        trainer, _ = trainer_of(folder, course, lambda step, values=values: values[step], save_total_limit=limit)
+        trainer, _ = trainer_of(folder, course, values.__getitem__, save_total_limit=limit)
         train(trainer)
         both = [step for step in sorted(course.saves & course.evaluations) if not math.isnan(values[step])]
         # The first of several that are as good.
@@ -99,7 +99,7 @@ def test_the_best_is_the_best_of_what_was_saved(seed: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights only"])
-@pytest.mark.parametrize("limit", [None, 2, 1])
+@pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize(
     ("values", "best"),
     [((0.5, 0.1, 0.9, 0.3, 0.2), 8), ((0.5, 0.6, 0.1, 0.3, 0.2), 4), ((0.1, 0.6, 0.9, 0.6, 0.2), 4)],

@@ -77,8 +77,9 @@ OTHER_STEPS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("by", ["steps", "epoch"])
-@pytest.mark.parametrize("kind", OTHER_STEPS)
+@pytest.mark.parametrize(
+    ("kind", "by"), [*((kind, "steps") for kind in OTHER_STEPS), ("batch size", "epoch"), ("uneven", "epoch")]
+)
 def test_other_steps_after_a_pass_train_what_is_left(kind: str, by: str, tmp_path: Path) -> None:
     changes, steps = OTHER_STEPS[kind]
     folder = saved(tmp_path, save_strategy=by)
@@ -249,7 +250,8 @@ def test_another_number_of_ranks_after_a_pass(tmp_path: Path) -> None:
 def of_transformers(folder: str) -> None:
     import transformers
 
-    quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "steps", "save_steps": 5}
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    quiet |= {"save_strategy": "steps", "save_steps": 5}
     args = transformers.TrainingArguments(output_dir=folder, per_device_train_batch_size=1, num_train_epochs=2, **quiet)
     transformers.Trainer(Seen(), args, train_dataset=rows()).train()
 

@@ -20,6 +20,7 @@ from paceline.environment.generators import generators_state, load_generators_st
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, StateError, named
 from paceline.stepping import steps_taken
+from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.version import __version__
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class TrainingState:
         """
         from paceline.checkpoint.saving import Common, Content
 
-        parts = self.model_parts()
+        left_out = self._frozen_bases()
+        parts = {name: part for name, part in self.model_parts().items() if name not in left_out}
         groups = self._optimizer_parts(parts)
         documents = {rank_document(self._rank): json.dumps(self._own())}
         common = Common()
@@ -114,6 +116,7 @@ class TrainingState:
             family = numbered("model", index)
             pairs = self.strategy.tied_names(model).items()
             ties.update((f"{family}/{alias}", f"{family}/{name}") for alias, name in pairs)
+        left_out = self._frozen_bases()
         return Manifest(
             id="",
             paceline=__version__,
@@ -125,12 +128,14 @@ class TrainingState:
             world_size=self.strategy.around.group.size,
             strategy=self.strategy.name,
             mixed_precision=self.strategy.around.precision.mode,
-            ties=ties,
+            ties={alias: name for alias, name in ties.items() if name not in left_out},
         )
 
     def _model_config(self) -> dict[str, str]:
         """The description that transformers reads beside a model's weights."""
-        config = getattr(self.strategy.unwrap(self.models[0]), "config", None) if self.models else None
+        model = self.strategy.unwrap(self.models[0]) if self.models else None
+        # Beside adapters it would say that the base model is here.
+        config = None if model is None or is_adapted(model) else getattr(model, "config", None)
         text = getattr(config, "to_json_string", None)
         return {"config.json": str(text())} if callable(text) else {}
 
@@ -182,7 +187,8 @@ class TrainingState:
 
     def _check_names(self, checkpoint: Checkpoint, parts: Mapping[str, Part], *, strict: bool) -> dict[str, Part]:
         held = checkpoint.manifest.tensors
-        missing = [name for name in parts if name not in held]
+        left_out = self._frozen_bases()
+        missing = [name for name in parts if name not in held and name not in left_out]
         ours = [name for name in held if name.partition("/")[0].partition("_")[0] in ("model", "optimizer")]
         unexpected = [name for name in ours if name not in parts]
         sides = [f"missing from it: {named(missing)}"] if missing else []
@@ -258,6 +264,15 @@ class TrainingState:
             for index, model in enumerate(self.models)
             if not any(model is other for other in self.omitted)
             for name, part in self.strategy.model_state(model).items()
+        }
+
+    def _frozen_bases(self) -> set[str]:
+        """Weights that no checkpoint holds: of base models under PEFT's adapters, as they came from elsewhere."""
+        trained = {id(p) for wrapper in self.optimizers for p in self.strategy.parameters_of(wrapper.optimizer)}
+        return {
+            f"{numbered('model', index)}/{name}"
+            for index, model in enumerate(self.models)
+            for name in frozen_base(self.strategy.unwrap(model), self.strategy.named_parameters(model), trained)
         }
 
     def _optimizer_parts(self, parts: dict[str, Part]) -> list[dict[str, Any]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from paceline.checkpoint import save_weights
 from paceline.errors import PacelineError
 from paceline.resume import TrainingState
+from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted, write_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -192,15 +196,45 @@ class Saving:
         """
         _require_safe("save_model", safe_serialization)
         state = self.get_state_dict(model)
+        self._write_on_main(save_directory, lambda: save_weights(state, save_directory, max_shard_size=max_shard_size))
+
+    def save_adapter(self, model: nn.Module, save_directory: str | os.PathLike[str]) -> None:
+        """Write what a PEFT model adds to its base, in files that `PeftModel.from_pretrained` opens.
+
+        Collective: every rank must call it; rank 0 writes, and all go on when the files are whole. Of a base that is
+        frozen nothing is gathered.
+
+        Args:
+            model: A prepared `PeftModel`.
+            save_directory: Made when missing.
+
+        Raises:
+            PacelineError: It is no `PeftModel`; or, on every rank, the files could not be written.
+        """
+        strategy = self._decided([model], [])
+        module: Any = strategy.unwrap(model)
+        if not is_adapted(module):
+            raise PacelineError(
+                f"save_adapter was called with a {type(module).__name__}",
+                "Only a PeftModel has adapters beside its base",
+                "Call save_model",
+            )
+        base = frozen_base(module, strategy.named_parameters(model)) - embedding_names(module)
+        state = strategy.gather_state(model, without=base)
+        folder = Path(save_directory).expanduser()
+        self._write_on_main(folder, lambda: write_adapters(module, folder, state))
+
+    def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[], object]) -> None:
+        """Let rank 0 write weights, and all know of a failure."""
         failure: str | None = None
         if self._parts.group.rank == 0:
             try:
-                save_weights(state, save_directory, max_shard_size=max_shard_size)
-            except (OSError, PacelineError) as error:
+                write()
+            except (OSError, PacelineError, SafetensorError) as error:
                 failure = f"{type(error).__name__}: {error}"
         failure = self._parts.group.broadcast_object(failure)
         if failure is not None:
-            raise PacelineError(f"The weights could not be saved into {os.fspath(save_directory)}", failure)
+            raise PacelineError(f"The weights could not be saved into {os.fspath(folder)}", failure)
 
     def _arm(self) -> None:
         """Save and end on a signal, where checkpoints are named automatically."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from paceline.data.order import Order
 
-__all__ = ["BatchListPlan", "Layout", "Plan", "SamplePlan"]
+__all__ = ["BatchListPlan", "Layout", "Plan", "SamplePlan", "within_batch"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,10 +149,10 @@ class BatchListPlan(Plan):
         batches: The keys of all batches of the epoch.
         layout: `rows` is not used.
         split: Whether the ranks share one batch.
-        start: Position of the first sample that is still to be used; the batch in which it lies is the next.
+        start: Position of the first sample that is still to be used, which begins a batch.
 
     Raises:
-        DataError: A batch before the last cannot be split evenly.
+        DataError: A batch before the last cannot be split evenly, or the position lies within one.
     """
 
     def __init__(self, batches: Sequence[list[Any]], layout: Layout, *, split: bool, start: int = 0) -> None:
@@ -162,6 +162,8 @@ class BatchListPlan(Plan):
         self._split = split
         self._ends = [0, *accumulate(map(len, batches))]
         self._skipped = min(bisect_left(self._ends, start), len(batches))
+        if 0 < start < self._ends[self._skipped]:
+            raise within_batch(start, self._ends[self._skipped])
         left = len(batches) - self._skipped
         self._step = 1 if split else layout.size
         if split:
@@ -208,6 +210,16 @@ class BatchListPlan(Plan):
             # Cycles a first batch that is shorter than what is missing.
             piece = piece + (filling * share)[: share - len(piece)]
         return piece
+
+
+def within_batch(start: int, end: int) -> DataError:
+    """The error of a position within a batch: the batch sampler makes other batches than when it was saved."""
+    return DataError(
+        f"A loader's position lies after {start} samples of its epoch, and the batch sampler makes a batch that ends "
+        f"after {end}",
+        "It makes other batches than when the position was saved, and the samples between would be left out",
+        "Make the same batches, or save at the end of an epoch",
+    )
 
 
 def _check_divisible(batches: Sequence[list[Any]], size: int) -> None:

@@ -19,7 +19,7 @@ from paceline.data.order import (
     sampler_chain,
     size_of,
 )
-from paceline.data.plan import BatchListPlan, Plan, SamplePlan
+from paceline.data.plan import BatchListPlan, Layout, Plan, SamplePlan, within_batch
 from paceline.data.progress import PlannedProgress, Progress, RecordedProgress, Round, known
 from paceline.data.randomness import PrivateRandomness, mix_seed
 from paceline.errors import DataError
@@ -250,8 +250,11 @@ class UnsizedSharding(Sharding):
         """Yield the batches of each round, the last perhaps fewer than there are ranks."""
         per_round = 1 if self._split else self._layout.size
         batches = self._all_batches(seed, epoch)
-        while samples > 0:
-            samples -= len(next(batches, [None] * samples))
+        left = samples
+        while left > 0:
+            left -= len(next(batches, [None] * left))
+        if left < 0:
+            raise within_batch(samples, samples - left)
         while current := list(islice(batches, per_round)):
             if len(current) < per_round and self._layout.drop_last:
                 return

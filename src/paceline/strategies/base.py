@@ -30,7 +30,7 @@ from paceline.strategies.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -316,15 +316,19 @@ class Strategy(ABC):
         """The parameters of a prepared model under the names that they have in the user's own module."""
         return self.unwrap(model).named_parameters()
 
-    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather_state(self, model: nn.Module, *, without: Container[str] = ()) -> dict[str, Tensor]:
         """All weights of a prepared model under their own names, on the CPU of rank 0; {} elsewhere.
 
         They may share memory with a model that is on the CPU and whole.
         Collective: every rank must call it.
+
+        Args:
+            model: A prepared one.
+            without: Names of weights that are not wanted, and need not be gathered.
         """
         if not self.around.world.is_main:
             return {}
-        state = self.unwrap(model).state_dict()
+        state = {name: value for name, value in self.unwrap(model).state_dict().items() if name not in without}
         return {name: value.detach().cpu() for name, value in state.items() if torch.is_tensor(value)}
 
     def describe(self) -> list[str]:

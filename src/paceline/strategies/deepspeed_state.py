@@ -15,7 +15,7 @@ from paceline.strategies.state import saved_buffers
 from paceline.strategies.zero_state import gather_whole, is_cut, value_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -79,11 +79,13 @@ class EngineState(Engines):
 
     @override
     @torch.no_grad()
-    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather_state(self, model: nn.Module, *, without: Container[str] = ()) -> dict[str, Tensor]:
         bound = self._engine_of(model)
         state: dict[str, Tensor] = {}
         cut = {name for name, p in self.unwrap(model).named_parameters() if is_cut(bound, p)}
         for name, part in self.model_state(model).items():
+            if name in without:
+                continue
             whole = (
                 gather_whole(part, self.around.group, self.around.device)
                 if name in cut
@@ -94,8 +96,7 @@ class EngineState(Engines):
         if not state:
             return {}
         self._round(bound, self.unwrap(model), state)
-        for alias, first in self.tied_names(model).items():
-            state[alias] = state[first]
+        state.update((alias, state[first]) for alias, first in self.tied_names(model).items() if first in state)
         return state
 
     def _round(self, bound: Bound | None, inner: nn.Module, state: dict[str, Tensor]) -> None:
@@ -104,4 +105,6 @@ class EngineState(Engines):
             return
         short = self._dtype if self._plugin.zero3_save_16bit_model else None
         for name, parameter in inner.named_parameters():
+            if name not in state:
+                continue
             state[name] = state[name].to(short or bound.dtypes.get(id(parameter), state[name].dtype))

@@ -36,7 +36,7 @@ from paceline.strategies.surroundings import DistributedType
 from paceline.strategies.units import find_units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -254,7 +254,7 @@ class FSDPStrategy(Strategy):
         return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
 
     @override
-    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
+    def gather_state(self, model: nn.Module, *, without: Container[str] = ()) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         first_names: dict[int, str] = {}
         aliases = {
@@ -263,7 +263,7 @@ class FSDPStrategy(Strategy):
         }
         for name, value in model.state_dict().items():
             first = aliases.get(name, name)
-            if not torch.is_tensor(value):
+            if not torch.is_tensor(value) or name in without:
                 continue
             # A tied weight is gathered once, and stays one tensor.
             whole = state[first] if first in state else self._whole(value).detach()

@@ -255,6 +255,8 @@ def _raised(read: Callable[[str], object], text: str) -> Iterator[Problem]:
 
 def settle(args: TrainingArguments) -> None:
     """Set what follows from other arguments; say what has little effect."""
+    if args.output_dir.startswith("~"):
+        args.output_dir = str(Path(args.output_dir).expanduser())
     if args.gradient_checkpointing and args.activation_checkpointing is None:
         args.activation_checkpointing = True
     if args.gradient_checkpointing_kwargs is not None and args.activation_checkpointing_kwargs is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError
-from paceline.trainer import losses, saving
+from paceline.trainer import best, losses, saving
 from paceline.trainer.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.feeding import Feeding
 
@@ -154,12 +153,7 @@ class Evaluating(Feeding):
             known = ", ".join(metrics)
             what = f"metric_for_best_model={name!r}"
             raise PacelineError(what, f"The evaluation gives {known}", "Name one of them")
-        value, best = float(metrics[key]), self.state.best_metric
-        better = best is None or (value > best if self.args.greater_is_better else value < best)
-        if not better or math.isnan(value):
-            return False
-        self.state.best_metric, self.state.best_global_step = value, self.state.global_step
-        return True
+        return best.note_metric(self.state, float(metrics[key]), greater=bool(self.args.greater_is_better))
 
     def _checkpoint_folder(self) -> str:
         return os.fspath(Path(self.args.output_dir) / f"{saving.PREFIX}{self.state.global_step}")

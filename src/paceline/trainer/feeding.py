@@ -154,6 +154,11 @@ class Feeding(TrainerCore):
             self.optimizer = optimizers.build_optimizer(cls, groups, said, self.args)
         return self.optimizer
 
+    @property
+    def _describes_schedule(self) -> bool:
+        """Whether the arguments describe the schedule, and neither the script nor DeepSpeed's configuration."""
+        return self._given_optimizers[1] is None and self._described("scheduler") is None
+
     def _described(self, section: str) -> dict[str, Any] | None:
         """A section of the DeepSpeed configuration, whether the arguments or the launcher named it."""
         plugin = self.accelerator.deepspeed_plugin

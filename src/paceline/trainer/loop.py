@@ -153,7 +153,10 @@ class TrainingLoop:
         if state.updates_in_pass >= self.plan.updates_per_pass:
             # Saved with the last step of a pass, and before what is due at its end.
             self._end_pass()
-        while state.passes < self.plan.num_train_epochs and not trainer.control.should_training_stop:
+        # With max_steps it is the steps that count: passes that a callback cuts short, or another batch size in the
+        # run that is resumed, make more of them than were planned.
+        passes = self.plan.num_train_epochs if self.args.max_steps <= 0 else math.inf
+        while state.passes < passes and not trainer.control.should_training_stop:
             self._one_pass()
         self.meter.read()
 
@@ -174,10 +177,17 @@ class TrainingLoop:
     def _end_pass(self) -> None:
         trainer, state = self.trainer, self.trainer.state
         self.in_batch = False
-        state.passes += 1
-        state.updates_in_pass = 0
+        if self._is_pass_over():
+            state.passes += 1
+            state.updates_in_pass = 0
         trainer.fire("on_epoch_end")
         self.after_step()
+
+    def _is_pass_over(self) -> bool:
+        """Whether the next pass would be another one: not where a training that is stopped could go on within it."""
+        control = self.trainer.control
+        is_whole = self.trainer.state.updates_in_pass >= self.plan.updates_per_pass
+        return is_whole or control.should_epoch_stop or not control.should_training_stop
 
     def _is_over(self) -> bool:
         control, dropped = self.trainer.control, self.args.global_batch_size and self.args.dataloader_drop_last
@@ -259,7 +269,8 @@ class TrainingLoop:
             better = trainer.note_metrics(trainer.evaluate_in_training())
             trainer.control.should_evaluate = False
             if self.args.save_strategy == "best":
-                trainer.control.should_save = better
+                # Besides what a callback asks for.
+                trainer.control.should_save |= better
         if trainer.control.should_save:
             trainer.control.should_save = False
             trainer.save_checkpoint()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from paceline.trainer.resuming import Pace
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -20,6 +22,8 @@ class Progress:
     def __init__(self, trainer: TrainerCore) -> None:
         self._trainer = trainer
         self.loop: TrainingLoop | None = None
+        # Of the run whose state was loaded; None before.
+        self.saved_pace: Pace | None = None
 
     def before_save(self) -> None:
         """Bring together what is spread over ranks. Collective: every rank must call it."""
@@ -43,6 +47,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there."""
         trainer, loop = self._trainer, self.loop
+        self.saved_pace = Pace.saved(state["state"])
         trainer.state.load_state_dict(state["state"])
         for name in ("should_log", "should_evaluate", "should_save"):
             setattr(trainer.control, name, bool(state["control"][name]))

@@ -33,7 +33,8 @@ class TrainerState:
         log_history: Every log entry so far.
         best_metric: The best value so far of the metric that decides.
         best_global_step: When it was reached.
-        best_model_checkpoint: The folder of that checkpoint.
+        best_model_checkpoint: The folder of the best checkpoint that was saved; where nothing was saved at
+            `best_global_step`, it is of another step.
         stateful_callbacks: What callbacks with a `state_dict` keep.
         is_hyper_param_search: Always false: paceline searches for no hyper-parameters. Callbacks of transformers
             look at it, and at the next two.
@@ -41,6 +42,15 @@ class TrainerState:
         trial_params: Always None.
         passes: Passes that were completed or left.
         updates_in_pass: Optimizer steps in the current one.
+        samples_per_step: Samples of an optimizer step over all ranks.
+        updates_per_pass: Optimizer steps of a pass.
+        extra_steps: How many more steps were taken up to here than the passes so far have with this many samples.
+        best_by: The metric that decides, and whether more of it is better.
+        best_saved_metric: Its value at `best_model_checkpoint`.
+        last_metric: What the last evaluation gave for it.
+        last_metric_step: When.
+        last_checkpoint: The checkpoint that was saved last.
+        last_checkpoint_step: When.
     """
 
     epoch: float = 0.0
@@ -65,11 +75,40 @@ class TrainerState:
     trial_params: dict[str, Any] | None = None
     passes: int = 0
     updates_in_pass: int = 0
+    samples_per_step: int = 0
+    updates_per_pass: int = 0
+    extra_steps: int = 0
+    best_by: list[Any] | None = None
+    best_saved_metric: float | None = None
+    last_metric: float | None = None
+    last_metric_step: int | None = None
+    last_checkpoint: str | None = None
+    last_checkpoint_step: int | None = None
 
     # Facts about this process, and settings of this run, are not taken from a checkpoint.
-    _OWN = ("is_local_process_zero", "is_world_process_zero", "max_steps", "num_train_epochs", "train_batch_size")
-    # Where a resume goes on; `trainer_state.json` has the fields that transformers reads, and no others.
-    _PLACE = ("passes", "updates_in_pass")
+    _OWN = (
+        "is_local_process_zero",
+        "is_world_process_zero",
+        "max_steps",
+        "num_train_epochs",
+        "train_batch_size",
+        "samples_per_step",
+        "updates_per_pass",
+    )
+    # What a resume needs; `trainer_state.json` has the fields that transformers reads, and no others.
+    _PLACE = (
+        "passes",
+        "updates_in_pass",
+        "samples_per_step",
+        "updates_per_pass",
+        "extra_steps",
+        "best_by",
+        "best_saved_metric",
+        "last_metric",
+        "last_metric_step",
+        "last_checkpoint",
+        "last_checkpoint_step",
+    )
     _OWN_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,12 +126,12 @@ class TrainerState:
         """Write it as JSON with the fields of transformers, whose `TrainerState` reads it too."""
         shown = {name: value for name, value in self.state_dict().items() if name not in self._PLACE}
         text = json.dumps(shown, indent=2, sort_keys=True)
-        Path(json_path).write_text(text + "\n", encoding="utf-8")
+        Path(json_path).expanduser().write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load_from_json(cls, json_path: str | os.PathLike[str]) -> TrainerState:
         """Read what `save_to_json` wrote."""
-        found = json.loads(Path(json_path).read_text(encoding="utf-8"))
+        found = json.loads(Path(json_path).expanduser().read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in found.items() if name in known})
 

@@ -10,13 +10,15 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
-from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError
+from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError, named
 from paceline.shortage import find_shortage
-from paceline.trainer import losses, optimizers, saving
+from paceline.strategies import adapters
+from paceline.trainer import best, losses, optimizers, saving
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.batch_size import goes_on_by_itself, halve_micro_batch, note_half
 from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
 from paceline.trainer.memory import noisy_embeddings
+from paceline.trainer.resuming import carry_over, pace_of, take_over
 from paceline.trainer.scripted import Scripted
 from paceline.trainer.state import TrainerState
 
@@ -79,17 +81,32 @@ class Trainer(Scripted):
         if trial is not None:
             raise NotBuiltError("train(trial=…)", "Let the search build one Trainer for each trial")
         self._ignore_keys = ignore_keys_for_eval
-        asked = resume_from_checkpoint
+        asked = None if str(resume_from_checkpoint).lower() in ("none", "false") else resume_from_checkpoint
+        if asked is None and self.args.save_strategy != "no":
+            self._refuse_used_folder()
         self.is_in_train = True
         try:
             loop = self._prepare_training()
-            self._resume(None if str(asked).lower() in ("none", "false") else asked, loop)
+            self._resume(asked, loop)
             with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
                 self._run(loop)
             return self._conclude(loop)
         finally:
             self.is_in_train = False
             self.accelerator.on_preemption(None)
+
+    def _refuse_used_folder(self) -> None:
+        """Refuse to mix the checkpoints of a new training with those of another. Collective."""
+        # Ranks that a launcher starts again replace what they saved before; so does a further training of this Trainer.
+        own = self._trained or self.args.world.restart_count > 0
+        found = [saving.names_of(self.args.output_dir) if self.is_world_process_zero() and not own else []]
+        names = self.accelerator.broadcast_object_list(found)[0]
+        if names:
+            raise CheckpointError(
+                f"A new training is to save into {self.args.output_dir}, which holds {named(names)} of another",
+                "Some would be replaced, and the others would be taken for its own when it is resumed or cleaned up",
+                "Go on from them with train(resume_from_checkpoint=True), choose another output_dir, or move them away",
+            )
 
     def _prepare_training(self) -> TrainingLoop:
         if self._trained:
@@ -118,12 +135,13 @@ class Trainer(Scripted):
         if asked is None:
             return
         newest = str(asked).lower() == "true"
+        place = None if newest else Path(str(asked)).expanduser()
         told = optimizers.settings_of(self.optimizer)
         try:
             # Without a folder all ranks agree on the newest whole one, with a line for each that was skipped.
-            found = self.accelerator.load_state(None if newest else str(asked))
+            found = self.accelerator.load_state(place)
         except DamagedCheckpointError as error:
-            weights = saving.newest_of(self.args.output_dir) if newest else Path(str(asked))
+            weights = place or saving.newest_of(self.args.output_dir)
             if weights is None or not saving.holds_weights_alone(weights):
                 raise
             what = f"resume_from_checkpoint: {weights} holds weights alone"
@@ -136,9 +154,19 @@ class Trainer(Scripted):
                 "Name a checkpoint, or leave it out to begin",
             )
         self._say_what_is_kept(told)
+        carry_over(self, loop, self._progress.saved_pace or take_over(self, loop, found), found)
+        self._find_best_again(found)
+        if self.is_world_process_zero():
+            saving.warn_of_later(self.args.output_dir, found, self.state.global_step)
         if self.args.ignore_data_skip:
             loop.loader.set_epoch(self.state.passes + 1)
         loop.go_on()
+
+    def _find_best_again(self, resumed_from: str) -> None:
+        # Of machines with disks of their own, rank 0's is where weights are loaded from and old checkpoints removed.
+        seen = [best.find_best_again(self.state, Path(resumed_from)) if self.is_world_process_zero() else None]
+        best.go_on(self.state, resumed_from, self.accelerator.broadcast_object_list(seen)[0])
+        best.watch_metric(self.state, self.args)
 
     def _say_what_is_kept(self, told: list[dict[str, Any]]) -> None:
         """Warn of settings that a checkpoint brought back, and that the arguments want otherwise by now."""
@@ -202,6 +230,9 @@ class Trainer(Scripted):
         state = self._new_state()
         state.max_steps, state.num_train_epochs = plan.max_steps, plan.num_train_epochs
         state.train_batch_size = self._batch_plan[0]
+        pace = pace_of(plan, self._train_loader, self._batch_plan[1])
+        state.samples_per_step, state.updates_per_pass = pace.samples_per_step, pace.updates_per_pass
+        best.watch_metric(state, self.args)
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(state, name, self.args.interval(name, plan.max_steps))
         return state
@@ -219,14 +250,14 @@ class Trainer(Scripted):
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def _load_best(self, folder: str | None) -> None:
-        best = self.state.best_global_step
-        if folder is None or Path(folder).name != f"{saving.PREFIX}{best}":
-            found = "no evaluation gave a number" if best is None else f"nothing was saved at step {best}, the best"
+        step = self.state.best_global_step
+        if not best.is_best_saved(self.state):
+            found = "no evaluation gave a number" if step is None else f"nothing was saved at step {step}, the best"
             taken = "the last weights stay" if folder is None else f"{folder} was the best that was saved"
             logger.warning("load_best_model_at_end: %s; %s.", found, taken)
         if folder is None:
             return
-        logger.info("Loading the best checkpoint %s (%s).", folder, self.state.best_metric)
+        logger.info("Loading the best checkpoint %s (%s).", folder, self.state.best_saved_metric)
         if self.args.save_only_model:
             saving.load_weights(self, Path(folder))
             return
@@ -246,7 +277,8 @@ class Trainer(Scripted):
         Returns:
             The mean loss over its targets, detached, shape [], on the device.
         """
-        if not model.training:
+        # Both: an engine of DeepSpeed that was put into evaluation mode puts only what it wraps there.
+        if not (model.training and self.model.training):
             model.train()
         inputs = self._prepare_inputs(inputs)
         loss: Tensor = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -264,20 +296,20 @@ class Trainer(Scripted):
         Collective: every rank must call it.
         """
         folder = self._checkpoint_folder()
-        if self.state.best_global_step == self.state.global_step:
-            # Not where the best was measured: nothing need have been saved there.
-            self.state.best_model_checkpoint = folder
+        best.note_checkpoint(self.state, folder, greater=bool(self.args.greater_is_better))
         self._progress.before_save()
         if self.args.save_only_model:
             self.save_model(folder)
         else:
             self.accelerator.save_state(folder)
+            if adapters.is_adapted(self.model):
+                # Beside the training state, which has no form that PEFT reads.
+                self.accelerator.save_adapter(self.model_wrapped, folder)
         if self.accelerator.is_main_process:
             self.state.save_to_json(Path(folder) / saving.STATE_FILE)
             saving.write_companions(self, Path(folder))
-            best = self.state.best_model_checkpoint
-            keep = {folder} | ({best} if best else set())
-            saving.rotate(self.args.output_dir, limit=self.args.save_total_limit, keep=keep)
+            kept = [path for path in (folder, self.state.best_model_checkpoint) if path]
+            saving.rotate(Path(folder), limit=self.args.save_total_limit, keep=kept)
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write the weights so that `from_pretrained` and safetensors read them. Collective.
@@ -285,5 +317,5 @@ class Trainer(Scripted):
         Of a schedule-free optimizer these are the averaged weights, as they are evaluated.
         """
         self._switch_optimizer("eval")
-        saving.save_model_files(self, output_dir or self.args.output_dir)
+        saving.save_model_files(self, Path(output_dir or self.args.output_dir).expanduser())
         self._switch_optimizer("train")

@@ -131,7 +131,47 @@ def test_what_a_resumed_run_repeats_is_there_once(tmp_path: Path) -> None:
         (7, 70),
     ]
     # What lay between the two starts is no training.
-    assert [p.value for p in rate(run, "samples_seen")] == pytest.approx([4.0] * 8)
+    assert [p.value for p in rate(run, "samples_seen")] == pytest.approx([4.0] * 6)
+
+
+def trained(step: int, time: float, **values: Any) -> dict[str, Any]:
+    return line(step, time, optimizer_steps=step, peak_memory_bytes=2**30 * (1 + step), **values)
+
+
+def steps_of(points: list[Point]) -> list[float]:
+    return [point.step for point in points]
+
+
+def test_every_series_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    """The first start went on to step 6 and evaluated there; the second goes on from step 2, and is at step 5."""
+    lines = [trained(at, 1000.0 + at, loss=at, grad_norm=1.0) for at in range(1, 7)]
+    lines.insert(3, trained(3, 1003.1, eval_loss=3.0, eval_runtime=0.1))
+    lines += [trained(6, 1006.1, eval_loss=6.0, eval_runtime=0.1)]
+    lines += [trained(at, 1100.0 + at, loss=at * 10, grad_norm=1.0) for at in range(3, 6)]
+    run = read_run(write(tmp_path, lines, RECORD))
+    rates = Rates.of(run, peak=6e12)
+    assert steps_of(run.series["loss"]) == steps_of(rates.memory) == [1, 2, 3, 4, 5]
+    assert steps_of(rates.samples) == steps_of(rates.tokens) == steps_of(rates.mfu) == [2, 3, 4, 5]
+    assert steps_of(run.series["eval_loss"]) == [3], "what the first start measured later is of another course"
+    assert [p.value for p in run.series["loss"]] == [1, 2, 30, 40, 50]
+
+
+def test_a_second_training_in_one_start_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    lines = [trained(at, 1000.0 + at, loss=1.0) for at in range(1, 7)]
+    lines += [trained(at, 1010.0 + at, loss=2.0) for at in range(1, 4)]
+    run = read_run(write(tmp_path, lines, {**RECORD, "starts": [{"began": 1000.0}]}))
+    rates = Rates.of(run)
+    assert [(p.step, p.value) for p in run.series["loss"]] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert (steps_of(rates.memory), steps_of(rates.samples)) == ([1, 2, 3], [2, 3])
+    assert all(point.value > 0 for point in rates.samples)
+
+
+def test_a_start_that_only_evaluates_changes_no_curve(tmp_path: Path) -> None:
+    lines = [trained(at, 1000.0 + at, loss=1.0, eval_loss=float(at)) for at in range(1, 7)]
+    only = [trained(0, 1101.0, eval_loss=0.5)]
+    run = read_run(write(tmp_path, lines + only, RECORD))
+    assert steps_of(run.series["eval_loss"]) == steps_of(Rates.of(run).memory) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(read_run(write(tmp_path, only, RECORD)).series["eval_loss"]) == [0]
 
 
 def test_rates_leave_evaluations_out(tmp_path: Path) -> None:

@@ -262,6 +262,34 @@ def test_any_batch_sampler_is_resumed_exactly(kind: type[Buckets]) -> None:
     resumed_everywhere(lambda: DataLoader(Numbers(20), batch_sampler=kind([3, 1, 4, 2, 5, 5])))
 
 
+class InOrder(Buckets):
+    """Batches of these sizes, one after the other."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ends = [0, *np.cumsum(self.sizes).tolist()]
+        return iter([list(range(a, b)) for a, b in itertools.pairwise(ends)])
+
+
+class InOrderUnsized(InOrder):
+    """The same without a length."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [InOrder, InOrderUnsized])
+def test_a_position_within_a_batch_of_other_batches_is_refused(kind: type[Buckets]) -> None:
+    loader = prepared(DataLoader(Numbers(20), batch_sampler=kind([3, 1, 4, 2, 5, 5])))
+    batches = iter(loader)
+    next(batches), next(batches)
+    fitting = prepared(DataLoader(Numbers(20), batch_sampler=kind([4, 6, 5, 5])))
+    fitting.load_state_dict(loader.state_dict())
+    assert ids(fitting) == [[*range(4, 10)], [*range(10, 15)], [*range(15, 20)]]
+    other = prepared(DataLoader(Numbers(20), batch_sampler=kind([3, 7, 5, 5])))
+    other.load_state_dict(loader.state_dict())
+    with pytest.raises(DataError, match=r"after 4 samples of its epoch, .* a batch that ends after 10"):
+        ids(other)
+
+
 def test_a_sampler_with_its_own_generator_is_resumed_exactly() -> None:
     def make() -> DataLoader[int]:
         generator = torch.Generator().manual_seed(3)

@@ -190,7 +190,7 @@ def test_callbacks_of_transformers_work(tmp_path: Path) -> None:
     ("values", "best", "loaded", "said"),
     [
         # What is measured every two steps is saved every four.
-        ([1.0, 2.0, 9.0, 3.0], (6, 9.0), "checkpoint-4", "nothing was saved at step 6, the best"),
+        ([1.0, 2.0, 9.0, 3.0], (6, 9.0), "checkpoint-8", "nothing was saved at step 6, the best"),
         ([float("nan"), 2.0, 1.0, 3.0], (8, 3.0), "checkpoint-8", ""),
         ([float("nan")] * 4, (None, None), None, "no evaluation gave a number"),
     ],

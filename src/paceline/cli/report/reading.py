@@ -12,9 +12,9 @@ from paceline.tracking import METRICS_FILE, RECORD_FILE
 from paceline.tracking.values import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-__all__ = ["FACTS", "Entry", "Point", "Run", "read_run"]
+__all__ = ["FACTS", "Entry", "Point", "Run", "each_step_once", "read_run"]
 
 FACTS = ("optimizer_steps", "samples_seen", "tokens_seen", "peak_memory_bytes")
 _NOT_NUMBERS = {"NaN", "Infinity", "-Infinity"}
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> Run:
         raise TrackingError(
             f"{path} holds no log entry", "A report is made of them", "Log something, or wait until the run has"
         )
-    run = Run(folder, list(_entries(lines, _starts(record))), record, broken)
+    run = Run(folder, _last_course(list(_entries(lines, _starts(record)))), record, broken)
     for name in dict.fromkeys(name for entry in run.entries for name in entry.values):
         run.series[name] = _points(run, name)
     return run
@@ -151,16 +151,39 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _points(run: Run, name: str) -> list[Point]:
-    """The points of a series; a start that goes back overrides what an earlier one had from there on."""
-    kept: list[tuple[int, Point]] = []
-    last = 0
-    for entry in run.entries:
-        if name not in entry.values:
+def _last_course(entries: Sequence[Entry]) -> list[Entry]:
+    """The entries of the course that the run is on: a start that goes back leaves what came after that place.
+
+    What a start does that only evaluates is no part of it, unless nothing was trained at all.
+    """
+    trains = {entry.start for entry in entries if _clock(entry)}
+    kept: list[Entry] = []
+    for entry in entries:
+        clock = _clock(entry)
+        if clock == 0 and kept and entry.start not in trains:
             continue
-        point = Point(entry.step, entry.time - run.began, entry.values[name])
-        if kept and entry.start > last:
-            kept = [(start, old) for start, old in kept if old.step < point.step]
-        last = entry.start
-        kept.append((entry.start, point))
-    return [point for _, point in kept]
+        if clock and kept and (entry.start > kept[-1].start or clock < (_clock(kept[-1]) or 0)):
+            kept = [old for old in kept if (_clock(old) or 0) <= clock]
+        kept.append(entry)
+    return kept
+
+
+def _clock(entry: Entry) -> float | None:
+    """How far the training was; None where the log does not say."""
+    return next((entry.facts[name] for name in ("optimizer_steps", "samples_seen") if name in entry.facts), None)
+
+
+def _points(run: Run, name: str) -> list[Point]:
+    """The points of a series, each step once."""
+    found = (entry for entry in run.entries if name in entry.values)
+    return each_step_once(Point(entry.step, entry.time - run.began, entry.values[name]) for entry in found)
+
+
+def each_step_once(points: Iterable[Point]) -> list[Point]:
+    """Points in the order of their steps: one that goes back takes the place of what was there from its step on."""
+    kept: list[Point] = []
+    for point in points:
+        while kept and kept[-1].step >= point.step:
+            kept.pop()
+        kept.append(point)
+    return kept

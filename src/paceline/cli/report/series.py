@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from paceline.cli.report.reading import Point
+from paceline.cli.report.reading import Point, each_step_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,17 +42,17 @@ class Rates:
     @classmethod
     def of(cls, run: Run, *, peak: float | None = None, flops_per_token: float | None = None) -> Rates:
         """Work them out; the arguments override what the run recorded."""
-        tokens = list(rate(run, "tokens_seen"))
-        memory = [
+        tokens = each_step_once(rate(run, "tokens_seen"))
+        memory = each_step_once(
             Point(entry.step, entry.time - run.began, entry.facts["peak_memory_bytes"] / 2**30)
             for entry in run.entries
             if "peak_memory_bytes" in entry.facts
-        ]
+        )
         peak = peak or _positive(run.record.get("peak_flops"))
         counted, how = _operations(run)
         flops = counted if flops_per_token is None else flops_per_token
         ranks = _positive(run.record.get("ranks")) or 1.0
-        samples, lacking = list(rate(run, "samples_seen")), _lacking(tokens, peak, flops)
+        samples, lacking = each_step_once(rate(run, "samples_seen")), _lacking(tokens, peak, flops)
         if lacking or peak is None or flops is None:
             return cls(samples, tokens, memory, [], f"unknown: {lacking}")
         mfu = [p._replace(value=100 * p.value * flops / (peak * ranks)) for p in tokens]
@@ -116,9 +116,10 @@ def rate(run: Run, counter: str) -> Iterator[Point]:
             before, pauses = entry, 0.0
             continue
         grown, took = entry.facts[counter] - before.facts[counter], entry.time - before.time - pauses
-        if grown > 0:
-            if took > 0:
-                yield Point(entry.step, entry.time - run.began, grown / took)
+        if grown > 0 and took > 0:
+            yield Point(entry.step, entry.time - run.began, grown / took)
+        if grown:
+            # A counter that goes back is that of a training that was begun again.
             before, pauses = entry, 0.0
 
 

@@ -1,0 +1,109 @@
+"""What PEFT adds to a model: the adapters are trained and saved, and the base stays where it came from."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from paceline.errors import CheckpointError, named
+from paceline.strategies.remat import plain_name
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+__all__ = ["embedding_names", "frozen_base", "is_adapted", "read_adapters", "write_adapters"]
+
+_WEIGHTS = "adapter_model.safetensors"
+# Modules of a base that PEFT trains whole, or a few rows of.
+_TRAINED_WHOLE = (".modules_to_save.", ".trainable_tokens_", ".token_adapter.")
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module, unwrapped, is a `PeftModel`."""
+    # Nobody has made one where PEFT was not imported.
+    peft: Any = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.PeftModel)
+
+
+def frozen_base(
+    module: nn.Module, named: Iterable[tuple[str, nn.Parameter]], trained: Container[int] = ()
+) -> frozenset[str]:
+    """The names of a `PeftModel`'s weights that are as its base model came; none of any other module.
+
+    Frozen parts of adapters are none of them, such as those of adapters that are not active.
+
+    Args:
+        module: Unwrapped.
+        named: Its parameters by the names of the user's own module.
+        trained: The `id`s of parameters that an optimizer has: who freezes them later has changed them before.
+    """
+    if not is_adapted(module):
+        return frozenset()
+    adapters: Any = module
+    tuner = getattr(adapters.base_model, "prefix", None)
+    if not adapters.active_peft_config.is_prompt_learning and not isinstance(tuner, str):
+        return frozenset()
+    marks = (*_TRAINED_WHOLE, tuner) if isinstance(tuner, str) else _TRAINED_WHOLE
+    return frozenset(
+        name
+        for name, parameter in named
+        if name.startswith("base_model.")
+        and not parameter.requires_grad
+        and id(parameter) not in trained
+        and not any(mark in name for mark in marks)
+    )
+
+
+def embedding_names(module: nn.Module) -> frozenset[str]:
+    """The names of a model's embeddings, in and out, which PEFT saves where an adapter has made them another size."""
+    layers = [getattr(module, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    held = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+    return frozenset(plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in held)
+
+
+def write_adapters(module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the adapters of a `PeftModel`, whose weights are given whole, as PEFT does."""
+    adapted: Any = module
+    adapted.save_pretrained(str(folder), state_dict=state)
+    for path in folder.rglob(_WEIGHTS):
+        # safetensors lets only the owner read what it writes; the file beside it has the permissions of the umask.
+        shutil.copymode(path.with_name("adapter_config.json"), path)
+
+
+def read_adapters(module: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The weights that `save_pretrained` of a `PeftModel` wrote, under the names that they have in the model.
+
+    Raises:
+        CheckpointError: There are none for one of its adapters, or they hold what the model does not have.
+    """
+    from peft import get_peft_model_state_dict
+
+    adapted: Any = module
+    names = [plain_name(name) for name in module.state_dict()]
+    found: dict[str, Tensor] = {}
+    for adapter in adapted.peft_config:
+        path = (folder if adapter == "default" else folder / adapter) / _WEIGHTS
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", f"The model has an adapter {adapter!r}", "Name another folder")
+        # PEFT says itself under which name it saves which weight: it is given marks in place of the weights.
+        marks = {name: torch.empty(0) for name in names}
+        by_mark = {id(mark): name for name, mark in marks.items()}
+        saved_as = get_peft_model_state_dict(adapted, state_dict=marks, adapter_name=adapter)
+        own = {saved: by_mark[id(mark)] for saved, mark in saved_as.items() if id(mark) in by_mark}
+        held = load_file(path)
+        unknown = sorted(set(held) ^ set(own))
+        if unknown:
+            raise CheckpointError(
+                f"{path} does not fit the adapter {adapter!r} of this model",
+                f"Only one of them has {named(unknown)}",
+                "Make the model with the adapter configuration beside the file",
+            )
+        found |= {own[saved]: tensor for saved, tensor in held.items()}
+    return found

@@ -45,10 +45,6 @@ def _import_all() -> None:
     import torch
     import torch.distributed.fsdp
 
-    import paceline.assembly
-    import paceline.strategies.ddp
-    import paceline.strategies.fsdp
-
     torch.set_num_threads(1)
 
 

@@ -251,8 +251,8 @@ def _finish() -> None:
     dying = _is_dying()
     if not wait_for_gloo_threads(_AT_THE_END, for_peers=not dying) and not dying:
         _LOG.warning(
-            "a collective that was started and not waited for has not ended %.0f s after the program: some rank did not "
-            "take part in it. Wait for what `async_op=True` returns",
+            "a collective that was started and not waited for has not ended %.0f s after the program: some rank did "
+            "not take part in it. Wait for what `async_op=True` returns",
             _AT_THE_END, main_process_only=False,
         )  # fmt: skip
 

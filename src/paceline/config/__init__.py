@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from paceline.config.names import Option, options
     from paceline.config.origin import Found, Origin
     from paceline.config.parallelism import ParallelismConfig
-    from paceline.config.resolve import resolve, with_arguments, worker_config
+    from paceline.config.resolution import resolve, with_arguments, worker_config
     from paceline.config.resolved import Recording, Resolved
     from paceline.config.run import RunConfig
 
@@ -60,9 +60,10 @@ _HOME = {
     "in_force": "paceline.config.force",
     "is_accelerates": "paceline.config.locate",
     "options": "paceline.config.names",
-    "resolve": "paceline.config.resolve",
-    "with_arguments": "paceline.config.resolve",
-    "worker_config": "paceline.config.resolve",
+    # Not `paceline.config.resolve`: importing a module of that name would put it in the place of the function.
+    "resolve": "paceline.config.resolution",
+    "with_arguments": "paceline.config.resolution",
+    "worker_config": "paceline.config.resolution",
 }
 
 __all__ = [

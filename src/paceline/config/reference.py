@@ -32,6 +32,7 @@ before any process starts.
 paceline config                      # asks what matters on this machine, and writes the file
 paceline config show --explain       # every value in force, its source, and what it decides
 paceline config check a.yaml b.yaml  # everything that is wrong with files
+paceline config check a.yaml --model my_package.models:build  # block classes too, against the model
 paceline config convert old.yaml     # a file of Accelerate or DeepSpeed, or a line of torchrun
 paceline config schema               # JSON Schema, from which editors complete and check
 ```

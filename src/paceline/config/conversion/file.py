@@ -10,7 +10,7 @@ from paceline.config.document import Item, read_document
 from paceline.config.fsdp1 import Translation, translate
 from paceline.config.layers import GONE, file_layer
 from paceline.config.names import keys_of, places, sections
-from paceline.config.resolve import resolve
+from paceline.config.resolution import resolve
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.config.resolve import resolve
+from paceline.config.resolution import resolve
 from paceline.config.writing import as_yaml
 from paceline.errors import ConfigError, Problem
 

@@ -152,8 +152,9 @@ class _SampleGather:
         shapes, columns = self._exchange([_Shape.of(value) for _, value in travelling], [part for _, part in objects])
         # All ranks refuse the same things here, before any of them waits for a tensor.
         if self.group.size > 1 and self.counts is not None and self.counts.counted:
-            rows_at = {path: [shape.rows for shape in seen] for (path, _), seen in zip(travelling, shapes, strict=True)}
-            _check_tuples(data, self._is_part, rows_at, self.counts.rows)
+            there = [rank for rank in range(self.group.size) if self._brings(rank)]
+            rows_at = {path: [seen[r].rows for r in there] for (path, _), seen in zip(travelling, shapes, strict=True)}
+            _check_tuples(data, self._is_part, rows_at, tuple(self.counts.rows[rank] for rank in there))
         pieces = [self._piece(path, value, seen) for (path, value), seen in zip(travelling, shapes, strict=True)]
         joined = iter([self._joined(path, column) for (path, _), column in zip(objects, columns, strict=True)])
         gathered = iter(self._gather(pieces))
@@ -216,6 +217,8 @@ class _SampleGather:
             return evidence[0].per_sample and not evidence[0].per_row and self.counts.counted
         if not self.counts.counted:
             raise _not_counted(path_text(path), type(value))
+        # A batch that only fills up may be of another size.
+        evidence = [one for rank, one in enumerate(evidence) if self._brings(rank)]
         per_sample = maybe_per_sample(evidence, type(value))
         if per_sample is None:
             raise _cannot_be_told(path_text(path), type(value), either=evidence[0].per_sample)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from paceline import Accelerator, DataLoaderConfiguration, Trainer, TrainingArguments
 from paceline.errors import CollectiveError, PacelineError
@@ -300,6 +300,46 @@ def test_the_same_evaluation_of_other_numbers(samples: int, tmp_path: Path) -> N
     for name in ("detection", "packed"):
         for loss, *_ in run_on_ranks(3, evaluated, name, str(tmp_path), samples, {}):
             assert loss == pytest.approx(right_loss(name, samples), rel=1e-5)
+
+
+class Streamed(IterableDataset[int]):
+    """The same samples as a stream."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(11))
+
+
+class Collated(IterableDataset[Any]):
+    """A stream of batches that are packed already."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (packed(list(range(start, min(11, start + 4)))) for start in range(0, 11, 4))
+
+
+class OwnLoader(Trainer):
+    """Reads batches that nobody can count."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return DataLoader(Collated(), batch_size=None)
+
+
+def evaluated_stream(folder: str, own: bool) -> tuple[float, int]:
+    torch.manual_seed(0)
+    args = TrainingArguments(output_dir=folder, **COMMON)
+    kind = OwnLoader if own else Trainer
+    trainer = kind(PackedTagger(), args, eval_dataset=Streamed(), data_collator=packed)
+    output = trainer.evaluation_loop(
+        trainer.accelerator.prepare(trainer.get_eval_dataloader()), prediction_loss_only=False
+    )
+    return output.metrics["eval_loss"], int((output.label_ids != -100).sum())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["samples", "batches"])
+def test_a_stream_is_evaluated_once(own: bool, tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        for loss, tokens in run_on_ranks(ranks, evaluated_stream, str(tmp_path), own):
+            assert loss == pytest.approx(right_loss("packed", 11), rel=1e-5)
+            assert tokens == sum(map(parts, range(11)))
 
 
 def trained(name: str, folder: str, changes: dict[str, Any]) -> tuple[list[float], list[float]]:

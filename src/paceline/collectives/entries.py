@@ -44,14 +44,14 @@ def is_plain_entries(value: Any) -> bool:
     torch's collate makes.
     """
     if type(value) is tuple:
-        return all(isinstance(entry, str | bytes) for entry in value)
+        return not value or (isinstance(value[0], str | bytes) and all(isinstance(e, str | bytes) for e in value))
     return isinstance(value, list) and not any(map(_holds_tensors, value))
 
 
 def is_unclear(value: Any) -> bool:
     """Say whether a sequence may be one entry a sample or a set of tensors: its entries are all of one kind."""
     if type(value) is tuple:
-        candidate = all(isinstance(entry, Mapping) for entry in value)
+        candidate = bool(value) and all(isinstance(entry, Mapping) for entry in value)
     else:
         candidate = isinstance(value, list) and any(map(_holds_tensors, value))
     return candidate and len(set(map(_kind, value))) == 1

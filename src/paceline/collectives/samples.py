@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["BatchCounts", "gather_samples"]
 
 
+_SEQUENCES = (list, tuple)
+
+
 @dataclass(frozen=True)
 class BatchCounts:
     """How many samples of the current batch each rank has.
@@ -149,8 +152,9 @@ class _SampleGather:
         shapes, columns = self._exchange([_Shape.of(value) for _, value in travelling], [part for _, part in objects])
         # All ranks refuse the same things here, before any of them waits for a tensor.
         if self.group.size > 1 and self.counts is not None and self.counts.counted:
-            rows_at = {path: [shape.rows for shape in seen] for (path, _), seen in zip(travelling, shapes, strict=True)}
-            _check_tuples(data, self._is_part, rows_at, self.counts.rows)
+            there = [rank for rank in range(self.group.size) if self._brings(rank)]
+            rows_at = {path: [seen[r].rows for r in there] for (path, _), seen in zip(travelling, shapes, strict=True)}
+            _check_tuples(data, self._is_part, rows_at, tuple(self.counts.rows[rank] for rank in there))
         pieces = [self._piece(path, value, seen) for (path, value), seen in zip(travelling, shapes, strict=True)]
         joined = iter([self._joined(path, column) for (path, _), column in zip(objects, columns, strict=True)])
         gathered = iter(self._gather(pieces))
@@ -179,20 +183,23 @@ class _SampleGather:
 
     def _is_part(self, value: Any) -> bool:
         """Say whether a container is a list of entries, rather than structure."""
+        if not isinstance(value, _SEQUENCES):
+            return False
         if self.pickle_tensors and isinstance(value, list):
             return True
         return id(value) in self._entries or is_plain_entries(value)
 
     def _is_open(self, value: Any) -> bool:
         """Say whether only all ranks together can tell what a sequence is."""
-        if self.counts is None or id(value) in self._structure or self._is_part(value):
+        if not isinstance(value, _SEQUENCES) or self.counts is None or id(value) in self._structure:
             return False
-        return is_unclear(value)
+        return not self._is_part(value) and is_unclear(value)
 
     def _settle(self, data: Any) -> None:
         """Find out which sequences of tensors are one entry a sample, and which are structure."""
+        if self.counts is None:
+            return
         while places := list(filter(self._is_open_place, leaves(data, lambda v: self._is_part(v) or self._is_open(v)))):
-            assert self.counts is not None
             samples = self.counts.rows[self.group.rank]
             seen = self.group.all_gather_object([Evidence.of(value, samples) for _, value in places])
             for (path, value), evidence in zip(places, zip(*seen, strict=True), strict=True):
@@ -210,6 +217,8 @@ class _SampleGather:
             return evidence[0].per_sample and not evidence[0].per_row and self.counts.counted
         if not self.counts.counted:
             raise _not_counted(path_text(path), type(value))
+        # A batch that only fills up may be of another size.
+        evidence = [one for rank, one in enumerate(evidence) if self._brings(rank)]
         per_sample = maybe_per_sample(evidence, type(value))
         if per_sample is None:
             raise _cannot_be_told(path_text(path), type(value), either=evidence[0].per_sample)
@@ -287,7 +296,8 @@ class _SampleGather:
             kept = [int(self._brings(rank)) for rank in range(self.group.size)]
             return _Piece(value.reshape(1)[: kept[self.group.rank]], kept)
         kept = self._kept(path, f"tensor {list(value.shape)}", [shape.rows for shape in seen])
-        piece = value[: kept[self.group.rank]]
+        own = kept[self.group.rank]
+        piece = value if own == value.shape[0] else value[:own]
         if value.dim() == 1:
             return _Piece(piece, kept)
         widths = [shape.width for shape, count in zip(seen, kept, strict=True) if count]
@@ -295,7 +305,10 @@ class _SampleGather:
             raise _differ(where, [(shape.rows, shape.width, *value.shape[2:]) for shape in seen], padded=False)
         width = max(widths, default=value.shape[1])
         fill = 0 if self.pad_index is None else self.pad_index
-        return _Piece(_sized(piece[:, :width], 1, width, fill), kept)
+        if width < value.shape[1]:
+            # Padding that is longer than every sample.
+            piece = piece[:, :width]
+        return _Piece(_sized(piece, 1, width, fill), kept)
 
     def _gather(self, pieces: list[_Piece]) -> Iterator[torch.Tensor]:
         if not pieces:

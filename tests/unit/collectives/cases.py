@@ -485,6 +485,10 @@ def lists_of_tensors_are_told_apart(group: Group) -> None:
     targets = gather_samples(group, tuple({"box": box} for box in boxes), counts)
     assert isinstance(targets, tuple)
     assert [int(target["box"][0, 0]) for target in targets] == expected
+    # What a rank is given to take part with may hold another number of samples.
+    fewer = BatchCounts(rows=(3,) * size, real=(3,) * (size - 1) + (3 if size == 1 else 0,))
+    entries = boxes if rank < size - 1 or size == 1 else boxes[:2]
+    assert len(gather_samples(group, entries, fewer)) == 3 * max(1, size - 1)
     # Structure: each tensor has a row per sample. Of two kinds, it is structure whatever its length.
     logits = torch.full((3, 2), rank)
     result = gather_samples(group, [logits, logits + 1], counts)

@@ -101,6 +101,37 @@ def test_every_sample_once_in_every_layout(shuffle: bool) -> None:
     assert tried > 500
 
 
+def test_short_batches_are_of_a_ranks_own_samples() -> None:
+    """As many batches on every rank; none is filled up, and one that is given to a rank counts for nothing."""
+    cases = itertools.product([1, 2, 3, 5, 9, 16, 23], [1, 2, 3, 4], [2, 3, 4], [False, True])
+    for samples, batch, size, split in cases:
+        if split and batch % size:
+            continue
+        found: list[int] = []
+        lengths = set()
+        for rank in range(size):
+            loader = prepared(DataLoader(Numbers(samples), batch), Seat(rank, size), split_batches=split)
+            loader.fill_batches = False
+            real, told = walk(loader, rank, 0)
+            found += real
+            lengths.add(len(loader))
+            assert all(count in (0, rows) for c in told for rows, count in zip(c.rows, c.real, strict=True))
+        assert len(found) == len(set(found)) == samples
+        assert len(lengths) == 1
+
+
+def test_a_pass_goes_on_as_it_began() -> None:
+    loader = prepared(DataLoader(Numbers(5), 2), Seat(0, 2))
+    batches = iter(loader)
+    next(batches)
+    loader.fill_batches = False
+    assert next(batches).tolist() == [4, 0]
+    assert ids(loader) == [[0, 1], [4]]
+    with loader.dealing(even=False, fill=True):
+        assert ids(loader) == [[0, 1], [4]]
+    assert (loader.even_batches, loader.fill_batches) == (True, False)
+
+
 def test_the_number_of_ranks_does_not_change_the_order() -> None:
     def in_order(batch: int, size: int) -> list[list[int]]:
         loaders = [prepared(DataLoader(Numbers(96), batch, shuffle=True), Seat(rank, size)) for rank in range(size)]

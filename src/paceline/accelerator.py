@@ -300,7 +300,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         """Open one micro-batch: `with accelerator.accumulate(model):` around forward, backward and step.
 
         Gradients are exchanged, and optimizers and schedulers act, in the last micro-batch of a window only: every
-        `gradient_accumulation_steps`, and at the end of the loader.
+        `gradient_accumulation_steps`, and at the end of the loop over a prepared loader. Where a loop draws from
+        several, the one whose batch comes first ends it, and zipped ones end with the shortest.
 
         Args:
             models: Whose gradients to hold back; all prepared ones when left out.

@@ -8,6 +8,7 @@ have stepped twice.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import weakref
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Subset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from paceline.environment.logging import get_logger
@@ -143,7 +144,8 @@ class FirstSteps:
     def note_loaders(self) -> None:
         """Note at the first step which plain loaders there are, where several ranks train and no prepared one runs."""
         if self._group.size > 1 and self._loaders.current is None:
-            self._running = [(weakref.ref(found), found._num_yielded) for found in _plain_iterators()]
+            found = _plain_iterators(self._group.size)
+            self._running = [(weakref.ref(iterator), iterator._num_yielded) for iterator in found]
 
     def compare_loaders(self) -> None:
         """Warn at the second step of a plain loader that has given batches since, all of them to every rank."""
@@ -226,14 +228,19 @@ def is_spread_by_hand(held: Sequence[Any]) -> bool:
     return any(id(p) in ids for model in wrapped for p in model.parameters())
 
 
-def _plain_iterators() -> Iterable[Any]:
-    """Running iterators of plain loaders that deal out all of a map-style data set, in torch's own orders."""
+def _plain_iterators(ranks: int) -> Iterable[Any]:
+    """Running iterators of plain loaders that deal out all of a map-style data set, in torch's own orders.
+
+    A `Subset` of no more than a rank's share is taken for one that the script has cut out for it.
+    """
     for thing in gc.get_objects():
         if not issubclass(type(thing), _BaseDataLoaderIter):
             continue
         sampler = thing._index_sampler
         order = sampler.sampler if type(sampler) is BatchSampler else sampler
-        if type(order) in (RandomSampler, SequentialSampler):
+        data = thing._dataset
+        is_share = isinstance(data, Subset) and len(data) <= math.ceil(len(data.dataset) / ranks)  # type: ignore[arg-type]
+        if type(order) in (RandomSampler, SequentialSampler) and not is_share:
             yield thing
 
 

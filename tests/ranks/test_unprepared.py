@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from paceline.errors import PacelineError
 from tests.support.engines import make, with_deepspeed
@@ -164,15 +164,18 @@ def unprepared_loader(strategy: str, kind: str) -> list[str]:
     if kind == "sampler":
         size, rank = accelerator.num_processes, accelerator.process_index
         data = loader(sampler=DistributedSampler(data.dataset, num_replicas=size, rank=rank))
+    if kind == "part":
+        part = Subset(data.dataset, range(accelerator.process_index, SAMPLES, accelerator.num_processes))
+        data = DataLoader(part, batch_size=2)
     return outcome(lambda: steps(accelerator, model, optimizer, data))
 
 
-@pytest.mark.parametrize("kind", ["plain", "shuffled", "forgotten", "sampler"])
+@pytest.mark.parametrize("kind", ["plain", "shuffled", "forgotten", "sampler", "part"])
 @pytest.mark.parametrize(("ranks", "strategy"), ENGINES)
 def test_an_unprepared_loader(ranks: int, strategy: str, kind: str) -> None:
     first, *others = run_on_ranks(ranks, unprepared_loader, strategy, kind)
     assert others in ([], [[]])
-    if ranks == 1 or kind == "sampler":
+    if ranks == 1 or kind in ("sampler", "part"):
         assert first == []
         return
     [said] = first

@@ -156,6 +156,8 @@ class ActiveLoaders:
     @property
     def loop_ends(self) -> bool:
         """Whether the micro-batch in work is the last of its loop; may wait for other ranks."""
+        if len(self._leading) == 1:
+            return self._leading[0].at_end
         ending = [entry for entry in self._leading if entry.at_end]
         if len(ending) == len(self._leading):
             return bool(ending)

@@ -38,6 +38,7 @@ class AcceleratedOptimizer(Optimizer):
         scaler: LossScaler | None,
         first_step: Callable[[], Strategy],
         before_step: Callable[[], None],
+        add_group: Callable[[Optimizer, dict[str, Any]], None],
     ) -> None:
         # The base class's constructor would build groups of its own.
         self.optimizer = optimizer
@@ -45,6 +46,7 @@ class AcceleratedOptimizer(Optimizer):
         self._window = window
         self._scaler = scaler
         self._before_step = before_step
+        self._add_group = add_group
         # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
         self._first_step = first_step
         self._strategy: Strategy | None = None
@@ -62,6 +64,7 @@ class AcceleratedOptimizer(Optimizer):
         if strategy is None:
             strategy = self._strategy = self._first_step()
         self._before_step()
+        strategy.complete_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         window.settle(strategy)
         result = None
         if self._scaler is None:
@@ -72,6 +75,7 @@ class AcceleratedOptimizer(Optimizer):
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
         self.num_steps += not self.step_was_skipped
         window.stepped()
+        strategy.stepped()
         return result
 
     @staticmethod
@@ -119,8 +123,14 @@ class AcceleratedOptimizer(Optimizer):
         return self.optimizer.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
+        """Add a group to the optimizer inside.
+
+        Raises:
+            PrepareError: The strategy cannot train its parameters.
+        """
+        self._add_group(self.optimizer, param_group)
+        # The next step is looked at as the first one was.
+        self._strategy = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer inside."""

@@ -28,10 +28,14 @@ class BatchCounts:
     Attributes:
         rows: Per rank, the rows of its batch.
         real: Per rank, how many of those are samples; the rest, at the end, is padding.
+        counted: Whether these are samples. If not, nobody knows how many samples a batch holds, since the loader
+            collates by itself: the units are whole batches, 1 of `rows` everywhere, and 1 of `real` for a batch of
+            the rank's own, 0 for one that only fills its place.
     """
 
     rows: tuple[int, ...]
     real: tuple[int, ...]
+    counted: bool = True
 
     def __post_init__(self) -> None:
         fits = len(self.rows) == len(self.real) and all(

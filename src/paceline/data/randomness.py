@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["PrivateRandomness", "SeededKeys", "kept_randomness", "mix_seed", "seed_batches"]
+__all__ = ["PrivateRandomness", "SeededKeys", "kept_randomness", "mix_seed", "seed_batches", "seed_program"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -44,10 +44,15 @@ class SeededKeys(list[Any]):
 
 def _arrive(keys: list[Any], seed: int) -> list[Any]:
     if get_worker_info() is not None:
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
+        seed_program(seed)
     return keys
+
+
+def seed_program(seed: int) -> None:
+    """Seed the program's own generators: those of `torch` (CPU), `random` and `numpy`."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def seed_batches(batches: Iterable[list[Any]], *parts: int, start: int = 0) -> Iterator[SeededKeys]:
@@ -77,7 +82,10 @@ class PrivateRandomness:
 
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
         self._generators = (torch.default_generator, *generators)
+        # numpy's state is put in place whole: to read and to write it would take a hundred times as long.
+        self._numpy = np.random.MT19937()
         with self._kept():
+            np.random.set_bit_generator(self._numpy)
             for generator in self._generators:
                 generator.manual_seed(seed)
             random.seed(seed)
@@ -107,11 +115,11 @@ class PrivateRandomness:
             self._write(outside)
 
     def _read(self) -> tuple[list[torch.Tensor], Any, Any]:
-        return [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()
+        return [g.get_state() for g in self._generators], random.getstate(), np.random.get_bit_generator()
 
     def _write(self, state: tuple[list[torch.Tensor], Any, Any]) -> None:
         tensors, python, numpy = state
         for generator, tensor in zip(self._generators, tensors, strict=True):
             generator.set_state(tensor)
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_bit_generator(numpy)

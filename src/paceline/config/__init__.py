@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from paceline.config.base import Section
-from paceline.config.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
-from paceline.config.deepspeed import DeepSpeedPlugin
-from paceline.config.dynamo import TorchDynamoPlugin
 from paceline.config.force import in_force
-from paceline.config.fp8 import FP8Config
-from paceline.config.fsdp import FullyShardedDataParallelPlugin
-from paceline.config.kwargs import (
+from paceline.config.resolve import resolve, with_arguments, worker_config
+from paceline.config.resolved import Recording, Resolved
+from paceline.config.schema.base import Section
+from paceline.config.schema.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+from paceline.config.schema.deepspeed import DeepSpeedPlugin
+from paceline.config.schema.dynamo import TorchDynamoPlugin
+from paceline.config.schema.fp8 import FP8Config
+from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
+from paceline.config.schema.kwargs import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
 )
-from paceline.config.locate import default_config_file, find_config_file, is_accelerates
-from paceline.config.megatron import MegatronLMConfig, MpirunConfig
-from paceline.config.names import Option, options
-from paceline.config.origin import Found, Origin
-from paceline.config.parallelism import ParallelismConfig
-from paceline.config.resolve import resolve, with_arguments, worker_config
-from paceline.config.resolved import Recording, Resolved
-from paceline.config.run import RunConfig
+from paceline.config.schema.megatron import MegatronLMConfig, MpirunConfig
+from paceline.config.schema.names import Option, options
+from paceline.config.schema.parallelism import ParallelismConfig
+from paceline.config.schema.run import RunConfig
+from paceline.config.sources.locate import default_config_file, find_config_file, is_accelerates
+from paceline.config.sources.origin import Found, Origin
 
 __all__ = [
     "AutocastKwargs",

@@ -10,8 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from paceline.collectives import Group, SoloGroup
 from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed
-from paceline.data.joined import JoinedSharding
 from paceline.data.loader import PreparedDataLoader
+from paceline.data.merged_ranks import MergedRanksSharding
 from paceline.data.order import order_source, own_generators, size_of
 from paceline.data.plan import Layout
 from paceline.data.prefetch import DevicePrefetcher
@@ -182,7 +182,7 @@ class _Preparation:
             return self._stream(settings), own
         sharding = self._sharding(self.group)
         if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
-            sharding = JoinedSharding(sharding, self.plays, self.group)
+            sharding = MergedRanksSharding(sharding, self.plays, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)

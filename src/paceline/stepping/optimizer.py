@@ -62,7 +62,7 @@ class AcceleratedOptimizer(Optimizer):
         if strategy is None:
             strategy = self._strategy = self._first_step()
         self._before_step()
-        window.settle(strategy)
+        window.finalize_gradients(strategy)
         result = None
         if self._scaler is None:
             result = strategy.step(self.optimizer, closure)

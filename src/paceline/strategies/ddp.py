@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, UnusedParametersError
 from paceline.strategies.base import Strategy
-from paceline.strategies.compiled import compile_model
-from paceline.strategies.surroundings import DistributedType
+from paceline.strategies.compilation import compile_model
+from paceline.strategies.context import DistributedType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paceline.config import DistributedDataParallelKwargs
-    from paceline.strategies.surroundings import Surroundings
+    from paceline.strategies.context import RunContext
 
 _HOOKS: dict[str, Callable[..., Any]] = {
     "fp16": default_hooks.fp16_compress_hook,
@@ -42,7 +42,7 @@ class DDPStrategy(Strategy):
 
     name = "ddp"
 
-    def __init__(self, surroundings: Surroundings) -> None:
+    def __init__(self, surroundings: RunContext) -> None:
         super().__init__(surroundings)
         self._settings = surroundings.config.ddp_config
         self._wrapped: list[NamingDDP] = []
@@ -50,13 +50,13 @@ class DDPStrategy(Strategy):
     @property
     @override
     def distributed_type(self) -> DistributedType:
-        kind = self.around.device.type.upper()
+        kind = self.context.device.type.upper()
         return DistributedType.MULTI_GPU if kind == "CUDA" else DistributedType(f"MULTI_{kind}")
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         self.place_whole(model, place=place)
-        compile_model(model, self.around.config.dynamo_config)
+        compile_model(model, self.context.config.dynamo_config)
         wrapped = NamingDDP(model, **self._arguments(place))
         _register_hook(wrapped, self._settings)
         self._wrapped.append(wrapped)
@@ -64,7 +64,7 @@ class DDPStrategy(Strategy):
 
     def _arguments(self, place: bool) -> dict[str, Any]:
         settings = self._settings
-        device = self.around.device
+        device = self.context.device
         arguments: dict[str, Any] = {
             "device_ids": [device] if place and device.type != "cpu" else None,
             "bucket_cap_mb": settings.bucket_cap_mb,
@@ -106,7 +106,7 @@ class DDPStrategy(Strategy):
 
     @override
     def describe(self) -> list[str]:
-        count = self.around.world.size
+        count = self.context.world.size
         lines = [f"DDP: each of {count} ranks holds the whole model; gradients are averaged in the backward"]
         if self._settings.comm_hook != "no":
             lines.append(f"gradients travel through the {self._settings.comm_hook} hook")

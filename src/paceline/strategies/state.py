@@ -10,9 +10,9 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from paceline.checkpoint.parts import Part
+from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
-from paceline.strategies.remat import plain_name
+from paceline.strategies.activation_checkpointing import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
     from torch.optim import Optimizer
 
-    from paceline.checkpoint.parts import Number, Slot
+    from paceline.checkpoint.format.shards import Number, Slot
 
 _IMPLEMENTATION = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """Options that say how an optimizer computes on this device, not what."""
 
 
-def part_of(tensor: Tensor) -> Part:
+def part_of(tensor: Tensor) -> TensorShard:
     """This rank's part of a tensor, cut into rows by FSDP2 or whole.
 
     Raises:
         StateError: It is cut otherwise than into runs of rows.
     """
     if not isinstance(tensor, DTensor):
-        return Part.whole(tensor.detach())
+        return TensorShard.whole(tensor.detach())
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
     if any(placement.is_partial() for placement in tensor.placements) or any(axes):
         raise StateError(
@@ -47,7 +47,7 @@ def part_of(tensor: Tensor) -> Part:
     with torch.no_grad():
         local = tensor.to_local().detach()
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
-    return Part(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
+    return TensorShard(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
 
 
 @lru_cache(maxsize=4096)
@@ -139,13 +139,15 @@ def _room(there: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapp
     return torch.zeros(slot.shape, dtype=slot.dtype, device=parameter.device if on_device else "cpu")
 
 
-def sort_state(optimizer: Optimizer, name: str, held: Mapping[str, Any]) -> tuple[dict[str, Part], dict[str, Number]]:
+def sort_state(
+    optimizer: Optimizer, name: str, held: Mapping[str, Any]
+) -> tuple[dict[str, TensorShard], dict[str, Number]]:
     """Tell one parameter's tensors from its numbers.
 
     Raises:
         StateError: Something is neither.
     """
-    slots: dict[str, Part] = {}
+    slots: dict[str, TensorShard] = {}
     numbers: dict[str, Number] = {}
     for key, value in held.items():
         if isinstance(value, torch.Tensor):

@@ -12,9 +12,10 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError
-from paceline.trainer import losses, saving
-from paceline.trainer.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
+from paceline.trainer import model_files as saving
 from paceline.trainer.feeding import Feeding
+from paceline.trainer.loops import losses
+from paceline.trainer.loops.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

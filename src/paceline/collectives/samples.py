@@ -215,13 +215,17 @@ class _SampleGather:
         if self.group.size == 1:
             # Whatever is unclear comes back as it is.
             return evidence[0].per_sample and not evidence[0].per_row and self.counts.counted
-        if not self.counts.counted:
-            raise _not_counted(path_text(path), type(value))
         # A batch that only fills up may be of another size.
-        evidence = [one for rank, one in enumerate(evidence) if self._brings(rank)]
-        per_sample = maybe_per_sample(evidence, type(value))
-        if per_sample is None:
+        there = [rank for rank in range(self.group.size) if self._brings(rank)]
+        evidence = [evidence[rank] for rank in there]
+        per_sample = maybe_per_sample(evidence, type(value)) if self.counts.counted else None
+        if per_sample is None and len(there) == 1 and self.counts.real[there[0]] == self.counts.rows[there[0]]:
+            # One rank alone brings something, and all of it, so that it comes as it is either way.
+            return True
+        if per_sample is None and self.counts.counted:
             raise _cannot_be_told(path_text(path), type(value), either=evidence[0].per_sample)
+        if per_sample is None:
+            raise _not_counted(path_text(path), type(value))
         return per_sample
 
     # How much of it

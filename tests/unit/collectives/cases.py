@@ -507,6 +507,11 @@ def lists_of_tensors_are_told_apart(group: Group) -> None:
     ):
         with pytest.raises(CollectiveError, match=match):
             gather_samples(group, {"x": value}, counts)
+    # Where one rank alone brings something, there is nothing to tell.
+    only = (1,) + (0,) * (size - 1)
+    for counted in (True, False):
+        result = gather_samples(group, [torch.full((1, 4), rank)], BatchCounts((1,) * size, only, counted))
+        assert [box.tolist() for box in result] == [[[0] * 4]]
     # Some rank's own may look like structure by chance; the others' tell.
     counts = BatchCounts(rows=(2,) * size, real=(2,) * size)
     result = gather_samples(group, [torch.full((rank + 2, 4), rank)] * 2, counts)
@@ -533,6 +538,7 @@ def what_nobody_counted_is_kept_whole(group: Group) -> None:
         assert [len(target["box"]) for target in result["targets"]] == [r for r in range(some) for _ in range(r + 1)]
         assert result["names"] == [f"r{r}" for r in range(some) for _ in range(3)]
     if size > 1:
+        counts = BatchCounts(rows=(1,) * size, real=(1,) * size, counted=False)
         with pytest.raises(CollectiveError, match=r"data\['x'\] is a list of tensors, from a loader that collates"):
             gather_samples(group, {"x": [torch.ones(2)] * 2}, counts)
 

@@ -31,7 +31,7 @@ def train(strategy: str) -> tuple[Accelerator, Any]:
     return accelerator, model
 
 
-def reduce_and_forget(rank: int, *, wait: bool, late: float = 0.0) -> None:
+def reduce_and_forget(rank: int, *, wait: bool, late: float = 0.0, group: dist.ProcessGroup | None = None) -> None:
     """Let gloo's thread hold the last reference to a tensor, and be busy for a while when it lets go."""
     begun = threading.Event()
 
@@ -45,7 +45,7 @@ def reduce_and_forget(rank: int, *, wait: bool, late: float = 0.0) -> None:
     reference = weakref.ref(tensor, be_busy)
     # Whoever comes later finds the other waiting in its thread.
     time.sleep(late if rank == 1 else 0.0)
-    dist.all_reduce(tensor, async_op=True)
+    dist.all_reduce(tensor, group=group, async_op=True)
     del tensor
     KEPT.append(reference)
     if wait:
@@ -66,6 +66,8 @@ KEPT: list[Any] = []
 
 def main(strategy: str, way: str) -> None:
     atexit.register(lambda: print("an early exit handler ran"))
+    if way == "groups of its own":
+        dist.init_process_group("gloo")
     accelerator, model = train(strategy)
     atexit.register(lambda: print("a late exit handler ran"))
     # Held until the very end, as in a script: its group cannot go before it does.
@@ -77,6 +79,9 @@ def main(strategy: str, way: str) -> None:
             accelerator.gather(torch.zeros(8))
         case "not waited for":
             reduce_and_forget(rank, wait=False, late=0.3)
+        case "groups of its own":
+            # Neither is ever closed.
+            reduce_and_forget(rank, wait=True, group=dist.new_group([0, 1]))
         case _:
             reduce_and_forget(rank, wait=True)
     print("done")

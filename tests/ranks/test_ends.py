@@ -12,7 +12,14 @@ import pytest
 from tests.support.forked import ROOT, run_pairs
 
 SCRIPT = Path(__file__).with_name("end_script.py")
-CODES = {"waited for": 0, "not waited for": 0, "sys.exit(3)": 3, "words": 1, "an exception": 1}
+CODES = {
+    "waited for": 0,
+    "not waited for": 0,
+    "groups of its own": 0,
+    "sys.exit(3)": 3,
+    "words": 1,
+    "an exception": 1,
+}
 STRATEGIES = ("ddp", "fsdp")
 CASES = [("ddp", way) for way in CODES] + [("fsdp", "waited for"), ("fsdp", "an exception")]
 

@@ -45,7 +45,11 @@ def _import_all() -> None:
     import torch
     import torch.distributed.fsdp
 
+    from paceline.strategies import load_strategy
+
     torch.set_num_threads(1)
+    for name in ("ddp", "fsdp"):
+        load_strategy(name)
 
 
 def _become_rank(folder: Path, pair: int, rank: int, port: int) -> None:

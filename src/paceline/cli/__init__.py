@@ -11,7 +11,7 @@ from paceline.cli.interrupts import INTERRUPTED
 from paceline.cli.lazy import LazyGroup
 from paceline.errors import PacelineError, WorkerError
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 _COMMANDS = {
     "launch": ("paceline.cli.launch", "Run a training script on all devices, of one machine or many."),
@@ -62,6 +62,22 @@ _EXAMPLES = (
 @click.version_option(__version__, prog_name="paceline")
 def _paceline() -> None:
     """Run the command line."""
+
+
+def program() -> None:
+    """Be the `paceline` program: `main`, after which the process ends.
+
+    With torch imported, taking the interpreter apart takes a tenth of the import's time, which everybody would wait
+    for after the last line; and a thread that a dead line holds in torch's store would take the process down with it.
+    """
+    try:
+        main()
+    except SystemExit as stop:
+        if "torch" not in sys.modules or not isinstance(stop.code, int):
+            raise
+        from paceline.launch.worker import end_at_once
+
+        end_at_once(stop.code)
 
 
 def main() -> None:

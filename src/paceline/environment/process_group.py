@@ -7,6 +7,7 @@ keys of all attempts, so that a rank started again can read the address of a dea
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import time
@@ -92,7 +93,6 @@ def open_process_group(
     group = dist.group.WORLD
     assert group is not None
     _finish_at_exit()
-    # Exit handlers run last one first: the group is closed before its threads are waited for.
     atexit.register(_close_at_exit, group, os.getpid())
     return _in_force(device)
 
@@ -240,9 +240,12 @@ def _open_store(world: World, patience: timedelta) -> Store:
         ) from error
 
 
+@functools.cache
 def _finish_at_exit() -> None:
-    """Let gloo's threads finish before Python ends, whoever opened the group, and whoever closes it."""
-    atexit.unregister(_finish)
+    """Let gloo's threads finish before Python ends, whoever opened the group, and whoever closes it.
+
+    Registered once, before the first group is: exit handlers run last one first, so this comes after its closing.
+    """
     atexit.register(_finish)
 
 
@@ -251,8 +254,8 @@ def _finish() -> None:
     dying = _is_dying()
     if not wait_for_gloo_threads(_AT_THE_END, for_peers=not dying) and not dying:
         _LOG.warning(
-            "a collective that was started and not waited for has not ended %.0f s after the program: some rank did "
-            "not take part in it. Wait for what `async_op=True` returns",
+            "%.0f s after the program's end, a collective that it started and did not wait for has not ended: some "
+            "rank takes no part in it. Wait for what `async_op=True` returns",
             _AT_THE_END, main_process_only=False,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-__all__ = ["is_library", "main", "pack", "unpack"]
+__all__ = ["end_at_once", "is_library", "main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
@@ -329,8 +329,8 @@ def _words(error: BaseException) -> str:
         return ""
 
 
-def _end_at_once(code: int) -> None:
-    """End a process whose script has come to its end, without taking the interpreter apart.
+def end_at_once(code: int) -> None:
+    """End a process whose work has come to its end, without taking the interpreter apart.
 
     Everything that a program may rely on happens: threads are waited for, exit handlers run, output is flushed. What
     is left out is the time in which threads of torch and gloo still run while Python ends under them: one that asks
@@ -355,4 +355,4 @@ if __name__ == "__main__":
             print(stop.code, file=sys.stderr)
     if "torch.distributed" not in sys.modules:
         sys.exit(ended)
-    _end_at_once(ended)
+    end_at_once(ended)

@@ -1,0 +1,93 @@
+"""What starting costs: whole processes, from the command to its end, as ratios.
+
+    python benchmarks/startup.py
+
+`paceline launch` of a script that prints one line beside torchrun with the same script, and beside `accelerate launch`
+where that is installed; then `from paceline import Accelerator` beside `import torch` alone. The ways take turns, so
+that a busy machine slows all of them; next to the time on the clock stands the processor time of all processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+TORCHRUN = "torchrun"
+TORCH = "import torch"
+
+
+def main() -> None:
+    """Measure, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each way (default 15)")
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "print.py")
+        script.write_text('print("here")\n', encoding="utf-8")
+        for count in (1, 2):
+            print_table(f"launch, {count} process(es)", measure(launches(str(script), count), rounds), TORCHRUN)
+    print_table("import", measure(imports(), rounds), TORCH)
+
+
+def launches(script: str, count: int) -> dict[str, list[str]]:
+    """The commands that run a script on so many processes."""
+    number = str(count)
+    ways = {
+        TORCHRUN: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, script],
+        "paceline launch": ["-m", "paceline", "launch", "--quiet", "--cpu", "--num_processes", number, script],
+    }
+    if find_spec("accelerate"):
+        ways["accelerate launch"] = [
+            *("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+            *("--dynamo_backend", "no", "--num_processes", number, script),
+        ]
+    return ways
+
+
+def imports() -> dict[str, list[str]]:
+    """The commands that import something and end at once."""
+    ways = {TORCH: "import torch", "and Accelerator": "import torch; from paceline import Accelerator"}
+    return {name: ["-c", f"import os; {statement}; os._exit(0)"] for name, statement in ways.items()}
+
+
+def measure(ways: dict[str, list[str]], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds on the clock and of processors that each way took in each round."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, arguments in ways.items():
+            took = seconds_of(arguments)
+            if number:  # the first round fills the caches
+                times[name].append(took)
+    return times
+
+
+def seconds_of(arguments: list[str]) -> tuple[float, float]:
+    """Run python with these arguments; return the seconds on the clock and those of processors."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *arguments], env=env, capture_output=True, check=True)
+    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def print_table(title: str, times: dict[str, list[tuple[float, float]]], base: str) -> None:
+    """Print medians, and the median of each round's ratio to the base."""
+    print(f"\n| {title} | s on the clock | ratio | s of processors | ratio |\n|---|--:|--:|--:|--:|")
+    for name, took in times.items():
+        cells = [name]
+        for index in range(2):
+            ratios = [one[index] / other[index] for one, other in zip(took, times[base], strict=True)]
+            cells += [f"{statistics.median(one[index] for one in took):.3f}", f"{statistics.median(ratios):.3f}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

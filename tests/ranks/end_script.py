@@ -17,7 +17,7 @@ import torch.distributed as dist
 from paceline import Accelerator
 
 # How long the thread is busy: longer than an interpreter takes from its exit handlers to its end.
-BUSY = 0.5
+BUSY = 1.0
 
 
 def train(strategy: str) -> tuple[Accelerator, Any]:

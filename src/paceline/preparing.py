@@ -162,6 +162,8 @@ class Preparing:
         if self._strategy is not None:
             scheduler = self._strategy.adopt_scheduler(scheduler)
         inner = getattr(scheduler, "optimizer", None)
+        if self._strategy is not None and isinstance(inner, Optimizer):
+            inner = self._strategy.successor(inner)
         own = [o for o in self._optimizers if inner is o or inner is o.optimizer]
         prepared = AcceleratedScheduler(
             scheduler,

@@ -207,6 +207,8 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         engine.set_gradient_accumulation_boundary(True)
         self._watch(bound)
         self._engines.append(bound)
+        if stand_in is not None:
+            stand_in.hand_over(bound.optimizer)
         restore_exact(bound, exact, self.around)
         prepared: nn.Module = engine
         return prepared
@@ -295,6 +297,9 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
 
     @override
     def close(self) -> None:
+        for bound in self._engines:
+            if isinstance(bound.given, DummyOptim):
+                bound.given.take_back()
         for engine in (*(bound.engine for bound in self._engines), *self._references):
             let_go(engine)
         self._engines.clear()

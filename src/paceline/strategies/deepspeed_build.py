@@ -244,7 +244,7 @@ def holds(optimizer: Optimizer, model: nn.Module) -> bool:
 def as_groups(stand_in: DummyOptim) -> list[dict[str, Any]]:
     """A stand-in's groups with the options that they say themselves; the configuration decides the others."""
     return [
-        {key: value for key, value in group.items() if key == "params" or key in said}
+        {"params": group["params"], **said}
         for group, said in zip(stand_in.param_groups, stand_in.said_by_groups, strict=True)
     ]
 

@@ -24,6 +24,7 @@ from paceline.trainer.callbacks import (
 from paceline.trainer.collate import label_names_of
 from paceline.trainer.datasets import choose_collator
 from paceline.trainer.memory import checkpoint_activations
+from paceline.trainer.described import find_clashes
 from paceline.trainer.plugins import build_accelerator
 from paceline.trainer.profiling import ProfileCallback
 from paceline.trainer.progress import Progress
@@ -179,6 +180,8 @@ class TrainerCore:
         if self.compute_loss_func is not None and self.args.label_smoothing_factor > 0:
             what, why = "given together with compute_loss_func", "the function decides what the loss is"
             problems.append(Problem("TrainingArguments(…)", "label_smoothing_factor", what, why, "give one of them"))
+        if self.accelerator.deepspeed_plugin is not None:
+            problems += find_clashes(self.args, self.accelerator.deepspeed_plugin.settings)
         if problems:
             raise ConfigError(problems)
 

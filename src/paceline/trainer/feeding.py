@@ -15,6 +15,7 @@ from paceline.trainer import optimizers
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.callbacks import length_of
 from paceline.trainer.core import TrainerCore
+from paceline.trainer.described import adam_arguments
 from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
 from paceline.trainer.schedules import make_schedule
 
@@ -142,10 +143,7 @@ class Feeding(TrainerCore):
         groups = optimizers.parameter_groups(model, self.get_decay_parameter_names(model), self.args.weight_decay)
         section = self._described("optimizer")
         if section is not None:
-            asked = section.get("params") or {}
-            adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-            # Only Adam and its like have these.
-            said: dict[str, Any] = {key: value for key, value in adam.items() if key in asked}
+            said: dict[str, Any] = adam_arguments(section, self.args)
             self.optimizer = DummyOptim(groups, self.args.learning_rate, self.args.weight_decay, **said)
         else:
             cls, said = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "WARMING",
     "build_optimizer",
+    "class_name",
     "decaying_names",
     "differences",
     "known_optimizers",
@@ -94,6 +95,11 @@ _PURPOSES = {"bitsandbytes": "bitsandbytes", "schedulefree": "schedulefree", "to
 def known_optimizers() -> Iterator[str]:
     """The names that `optim` may have."""
     yield from _TABLE
+
+
+def class_name(optim: str) -> str:
+    """The name of the class behind a name of `optim`."""
+    return _TABLE[optim].name
 
 
 def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type[Any], dict[str, Any]]:

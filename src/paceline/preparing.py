@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from paceline.data import PreparedDataLoader, prepare_loader, skip_first_batches
+from paceline.data import PreparedDataLoader, looks_like_batches, prepare_loader, skip_first_batches
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_scheduler, unassigned
 from paceline.strategies.dummies import DummyScheduler
@@ -71,7 +71,8 @@ class Preparing:
         """Make models, optimizers, loaders and schedulers fit the run.
 
         They come back in the order given; one alone comes back by itself. What is none of them, or was prepared
-        before, comes back as it is. An optimizer may be made before or after its model is prepared.
+        before, comes back as it is; on several ranks an iterable of batches that is no `DataLoader` is one of them.
+        An optimizer may be made before or after its model is prepared.
         Collective: every rank must call it.
 
         Args:
@@ -101,6 +102,9 @@ class Preparing:
                 continue
             if is_scheduler(other) or isinstance(other, DummyScheduler):
                 done[id(other)] = self.prepare_scheduler(other)
+            elif self._parts.group.size > 1 and looks_like_batches(other):
+                # As it is, every rank would go through all of it.
+                done[id(other)] = self.prepare_data_loader(other, place[id(other)])
         result = [done.get(id(arg), arg) for arg in args]
         return result[0] if len(result) == 1 else tuple(result)
 
@@ -124,12 +128,13 @@ class Preparing:
         return prepared
 
     def prepare_data_loader(
-        self, data_loader: DataLoader[Any], device_placement: bool | None = None, *, saved: bool = True
+        self, data_loader: Any, device_placement: bool | None = None, *, saved: bool = True
     ) -> PreparedDataLoader:
         """Make a loader yield this rank's share, on the device ahead of need.
 
         Args:
-            data_loader: Any `DataLoader`.
+            data_loader: Any `DataLoader`; another iterable of batches is read as it is, by one rank, or as
+                `dispatch_batches` or `streams_are_sharded` say.
             device_placement: Overrides the constructor's.
             saved: Whether its position belongs to the training state; not for loaders that always begin at their
                 first sample, of which there may be any number.

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 from paceline import Trainer, TrainingArguments
 from paceline.config import resolve
-from paceline.errors import PREEMPTED
+from paceline.errors import PREEMPTED, ConfigError
 from tests.ranks.trainer_script import CHANGES, Asked
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, arguments, farthest, run, tagger, timeless
@@ -241,8 +241,12 @@ SECTIONS = {
 }
 
 
+# The course that this schedule of DeepSpeed's takes.
+LINEAR = {**WHOLE, "lr_scheduler_type": "linear"}
+
+
 def described(folder: str) -> tuple[list[float], list[float], dict[str, Any]]:
-    changes = {**WHOLE, "deepspeed": SECTIONS, "warmup_steps": 4, "max_steps": 16, "eval_strategy": "no"}
+    changes = {**LINEAR, "deepspeed": SECTIONS, "warmup_steps": 4, "max_steps": 16, "eval_strategy": "no"}
     log, trainer = run(changes, folder)
     steps = [entry for entry in log if "loss" in entry]
     settings = trainer.accelerator.strategy.settings
@@ -262,12 +266,55 @@ def test_what_a_deepspeed_configuration_leaves_to_the_arguments(tmp_path: Path) 
     assert losses[-1] < losses[0] - 0.5
 
 
+ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
+TOLD = {
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 1e-3,
+    "max_grad_norm": 0.3,
+    "warmup_steps": 3,
+    "per_device_train_batch_size": 2,
+    "max_steps": 8,
+    "eval_strategy": "no",
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"global_batch_size": None, "gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_arguments_act_where_a_deepspeed_configuration_is_silent(
+    stage: int, more: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    silent = {"zero_optimization": {"stage": stage}, "optimizer": ADAMW}
+    plain, _ = run_on_ranks(2, train, {**TOLD, **more}, str(tmp_path / "ddp"))[0]
+    found, strategy = run_on_ranks(2, train, {**TOLD, **more, "deepspeed": silent}, str(tmp_path / "zero"))[0]
+    assert strategy == "deepspeed"
+    assert len({entry["learning_rate"] for entry in plain if "loss" in entry}) > 5
+    assert farthest(plain, found) < 1e-5
+
+
+def silent_on_precision(folder: str) -> dict[str, Any]:
+    silent = {"zero_optimization": {"stage": 2}, "optimizer": ADAMW}
+    _, trainer = run({**WHOLE, **TOLD, "max_steps": 2, "bf16": True, "deepspeed": silent}, folder)
+    settings: dict[str, Any] = trainer.accelerator.strategy.settings
+    return settings
+
+
+def test_arguments_say_the_precision_where_a_deepspeed_configuration_is_silent(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    settings = run_on_ranks(2, silent_on_precision, str(tmp_path))[0]
+    assert settings["bf16"]["enabled"] is True
+    assert settings["optimizer"]["params"]["betas"] == (0.8, 0.9)
+    assert settings["gradient_clipping"] == 0.3
+    assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (8, 2)
+
+
 def described_by_launcher(folder: str) -> dict[str, Any]:
     """What the engine was told where the launcher named DeepSpeed's JSON, and the arguments none."""
     flags = {"use_deepspeed": True, "cpu": True, "deepspeed_config_file": json.dumps(SECTIONS)}
     os.environ["PACELINE_CONFIG"] = resolve(flags=flags, env={}, file=None).to_json()
     try:
-        _, trainer = run({**WHOLE, "use_cpu": False, "max_steps": 3, "eval_strategy": "no"}, folder)
+        _, trainer = run({**LINEAR, "use_cpu": False, "max_steps": 3, "eval_strategy": "no"}, folder)
     finally:
         del os.environ["PACELINE_CONFIG"]
     settings: dict[str, Any] = trainer.accelerator.strategy.settings
@@ -282,6 +329,27 @@ def test_a_launcher_may_name_the_deepspeed_configuration(tmp_path: Path) -> None
     for settings in run_on_ranks(2, described_by_launcher, str(tmp_path)):
         assert settings["optimizer"]["params"]["lr"] == 1e-2
         assert settings["scheduler"]["params"]["total_num_steps"] == 3
+
+
+def two_descriptions(changes: dict[str, Any], folder: str) -> list[str]:
+    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
+    scheduler = {"type": "WarmupDecayLR", "params": {}}
+    described = {"zero_optimization": {"stage": 2}, "optimizer": optimizer, "scheduler": scheduler}
+    args = TrainingArguments(**arguments(folder, deepspeed=described, **changes))
+    try:
+        Trainer(tagger(), args, train_dataset=Sentences(8, 1))
+    except ConfigError as error:
+        return [problem.key for problem in error.problems]
+    return []
+
+
+def test_an_argument_that_a_deepspeed_section_would_override_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    clashes = {"optim": "sgd", "optim_args": "momentum=0.9", "lr_scheduler_type": "cosine"}
+    found = run_on_ranks(2, two_descriptions, {**clashes, "lr_scheduler_kwargs": {"num_cycles": 1}}, str(tmp_path))
+    assert found == [["optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs"]] * 2
+    agreeing = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "warmup_steps": 2}
+    assert run_on_ranks(2, two_descriptions, agreeing, str(tmp_path)) == [[], []]
 
 
 class Endless(IterableDataset[dict[str, torch.Tensor]]):

@@ -6,6 +6,7 @@ from paceline.data.active import ActiveLoaders
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.prefetch import DevicePrefetcher
 from paceline.data.prepare import prepare_loader
+from paceline.data.ready_batches import looks_like_batches
 from paceline.data.sharding import ShardedBatchSampler
 from paceline.data.skipping import skip_first_batches
 
@@ -14,6 +15,7 @@ __all__ = [
     "DevicePrefetcher",
     "PreparedDataLoader",
     "ShardedBatchSampler",
+    "looks_like_batches",
     "prepare_loader",
     "skip_first_batches",
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.collectives import BatchCounts
 from paceline.collectives.nested import map_tensors, slice_tensors
+from paceline.data.epochs import set_dataset_epoch, takes_epoch
 from paceline.data.progress import Progress, RecordedProgress, Round, known
 from paceline.data.randomness import SeededKeys, kept_randomness, mix_seed
 from paceline.data.reading import Position, Reading, batch_text
@@ -16,7 +17,6 @@ from paceline.data.rows import complete, num_rows
 from paceline.data.sharding import ShardedBatchSampler, split_rows
 from paceline.data.stateful import keeper_of
 from paceline.data.stream import reach, say_rereading
-from paceline.data.worker_split import set_dataset_epoch
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class PlannedFeed(Feed):
         self, reader: DataLoader[Any], sampler: ShardedBatchSampler, sharding: PlannedSharding, ranks: int
     ) -> None:
         self._reader = reader
+        self._tells_workers = reader.persistent_workers and takes_epoch(reader.dataset)
         self._sampler = sampler
         self._sharding = sharding
         self._ranks = ranks
@@ -117,7 +118,7 @@ class PlannedFeed(Feed):
         """See `Feed.shares`."""
         plan = self._sharding.plan(seed, position.epoch, position.samples)
         set_dataset_epoch(self._reader.dataset, position.epoch)
-        self._sampler.follow(self._in_turn(plan, mix_seed(seed, position.epoch), position.batches))
+        self._sampler.follow(self._in_turn(plan, seed, position))
         batches = iter(self._reader)
         for index in range(plan.rounds):
             counts = plan.counts(index)
@@ -129,11 +130,16 @@ class PlannedFeed(Feed):
         """See `Feed.samples_before`."""
         return self._sharding.plan(seed, epoch, 0).samples_after(rounds)
 
-    def _in_turn(self, plan: Plan, seed: int, start: int) -> Iterator[list[Any]]:
+    def _in_turn(self, plan: Plan, seed: int, position: Position) -> Iterator[list[Any]]:
+        mixed, start = mix_seed(seed, position.epoch), position.batches
+        epoch = position.epoch if self._tells_workers else None
         for index in range(plan.rounds):
             for rank in range(self._ranks):
-                if keys := plan.batch(index, rank):
-                    yield SeededKeys(keys, mix_seed(seed, rank, start + index)) if self._reader.num_workers else keys
+                keys = plan.batch(index, rank)
+                if keys and self._reader.num_workers:
+                    keys = SeededKeys(keys, mix_seed(mixed, rank, start + index), epoch)
+                if keys:
+                    yield keys
 
     def describe(self, seed: int) -> str:
         """See `Feed.describe`."""

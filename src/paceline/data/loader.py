@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from paceline.data.encoding import decode, encode
+from paceline.data.epochs import WorkerCopies
 from paceline.data.randomness import mix_seed
 from paceline.data.reading import Position
 from paceline.errors import DataError
@@ -89,6 +90,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._group = group
         self._active = active
         self._layout = layout
+        self._copies = WorkerCopies(self.dataset) if self.persistent_workers else None
         self._prefetcher = prefetcher
         self._next = Position()
         self._between: Position | None = None
@@ -126,6 +128,8 @@ class PreparedDataLoader(DataLoader[Any]):
                 current.running = False
 
     def _begin(self) -> tuple[Pass, Iterator[Any]]:
+        if self._copies is not None:
+            self._copies.check()
         following = Position(self._next.epoch + 1)
         # The end of a stream with a state is reached once more: some go on from there in their next pass.
         done = self._next.ended and not self._reading.keeps_state

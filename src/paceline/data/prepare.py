@@ -10,12 +10,14 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from paceline.collectives import Group, SoloGroup
 from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed
+from paceline.data.epochs import takes_epoch
 from paceline.data.joined import JoinedSharding
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.order import order_source, own_generators, size_of
 from paceline.data.plan import Layout
 from paceline.data.prefetch import DevicePrefetcher
 from paceline.data.reading import MapReading, Reading
+from paceline.data.ready_batches import ReadyBatches, as_loader
 from paceline.data.sharding import (
     BatchSharding,
     PlannedSharding,
@@ -32,6 +34,8 @@ from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from paceline.config import DataLoaderConfiguration
     from paceline.data.active import ActiveLoaders
 
@@ -41,7 +45,7 @@ logger = get_logger(__name__)
 
 
 def prepare_loader(
-    loader: DataLoader[Any],
+    loader: Any,
     *,
     group: Group,
     device: torch.device | None,
@@ -57,8 +61,9 @@ def prepare_loader(
     Collective: every rank must call it.
 
     Args:
-        loader: The user's own. A subclass with an `__iter__` of its own is iterated as it is, which works for
-            one rank and with `dispatch_batches=True`.
+        loader: The user's own. A subclass with an `__iter__` of its own, and any other iterable of batches, is
+            iterated as it is: by one rank, by rank 0 with `dispatch_batches=True`, or by each rank for itself with
+            `streams_are_sharded=True`.
         group: The ranks that share the data.
         device: Where batches go; None leaves them where the loader puts them.
         config: The settings.
@@ -76,7 +81,7 @@ def prepare_loader(
             "Which batches a rank gets is decided by prepare, so that there was nothing to skip yet",
             "Prepare the loader first, then skip its first batches",
         )
-    return _Preparation(loader, group, device, config, plays).build(active)
+    return _Preparation(as_loader(loader), group, device, config, plays).build(active)
 
 
 class _Preparation:
@@ -156,12 +161,33 @@ class _Preparation:
             "timeout": loader.timeout,
             "worker_init_fn": loader.worker_init_fn,
             "multiprocessing_context": loader.multiprocessing_context,
-            "persistent_workers": loader.persistent_workers,
+            "persistent_workers": self._may_keep_workers(),
             "in_order": getattr(loader, "in_order", True),
         }
         if loader.num_workers:
             settings["prefetch_factor"] = loader.prefetch_factor
         return settings
+
+    def _may_keep_workers(self) -> bool:
+        """Whether workers live on between passes: not where nothing would tell their copies which epoch it is."""
+        loader = self.loader
+        if not loader.persistent_workers or not takes_epoch(loader.dataset):
+            return bool(loader.persistent_workers)
+        name = type(loader.dataset).__name__
+        if self.foreign:
+            raise DataError(
+                f"The loader {self._kind} has an __iter__ of its own and persistent workers, and the data "
+                f"set {name} takes set_epoch",
+                "The copies that its workers hold cannot be told which epoch it is",
+                "Write persistent_workers=False",
+            )
+        if self._is_single() and not self.iterable:
+            logger.warning(
+                "The workers that read the data set %s one sample at a time are started anew for each pass: it takes "
+                "set_epoch, and their copies would not be told. persistent_workers=False says the same", name,
+            )  # fmt: skip
+            return False
+        return True
 
     def _prefetcher(self) -> DevicePrefetcher | None:
         if self.device is None or self.device.type == "cpu":
@@ -189,7 +215,13 @@ class _Preparation:
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         _remark_large_batch(sampler.sharding, self.layout)
-        reading = MapReading(sampler, self.loader.dataset, self.group, workers=self.loader.num_workers)
+        reading = MapReading(
+            sampler,
+            self.loader.dataset,
+            self.group,
+            workers=settings["num_workers"],
+            persistent=settings["persistent_workers"],
+        )
         unbatched = self.loader.batch_sampler is None
         return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
 
@@ -200,7 +232,7 @@ class _Preparation:
             what = f"A stream is read by {self.loader.num_workers} workers"
             hint = "Set num_workers to 0 or 1 for this check: it compares samples and losses, not the speed"
         elif self.foreign:
-            what = f"The loader {type(self.loader).__name__} has an __iter__ of its own"
+            what = f"The loader {self._kind} has an __iter__ of its own"
         elif not self.iterable and size_of(self._batches()) is None:
             what, hint = f"{type(self._batches()).__name__} has no length", "Give it a __len__ for this check"
         if what:
@@ -289,18 +321,38 @@ class _Preparation:
         )
 
     def _foreign(self) -> Reading:
-        kind = type(self.loader).__name__
-        if self.group.size > 1:
+        kind, size = self._kind, self.group.size
+        if size > 1 and not self.config.streams_are_sharded:
             raise DataError(
                 f"The loader {kind} has an __iter__ of its own",
-                f"What it yields cannot be shared out among {self.group.size} ranks without reading it",
-                "Pass DataLoaderConfiguration(dispatch_batches=True), so that rank 0 reads, or prepare "
-                "a plain DataLoader",
+                f"What it yields cannot be shared out among {size} ranks without reading it",
+                "Say dispatch_batches=True, so that rank 0 reads for all, or streams_are_sharded=True, if it yields "
+                "only this rank's own samples (DataLoaderConfiguration, accelerator_config of the Trainer); or "
+                "prepare a plain DataLoader",
             )
         layout = self._layout(self.loader.batch_size, drop_last=False)
-        return StreamReading(
-            self.loader, layout, self.group, f"read as {kind} yields it", length=lambda: len(self.loader)
-        )
+        note = f"read as {kind} yields it" + (f", by each of {size} ranks its own" if size > 1 else "")
+        return StreamReading(self.loader, layout, self.group, note, length=self._length())
+
+    @property
+    def _kind(self) -> str:
+        """What the user calls the loader."""
+        own = self.loader
+        return type(own.batches if isinstance(own, ReadyBatches) else own).__name__
+
+    def _length(self) -> Callable[[], int]:
+        """Tells this rank's batches; all ranks go on until the longest ends, if it is filled up."""
+        loader = self.loader
+        if self.group.size == 1 or not self.config.even_batches:
+            return lambda: len(loader)
+        lengths = self.group.all_gather_object(_length_of(loader))
+
+        def longest() -> int:
+            if None in lengths:
+                raise TypeError("this loader does not tell how many batches it yields")
+            return max(length for length in lengths if length is not None)
+
+        return longest
 
     def _dispatched(self, settings: dict[str, Any]) -> Reading:
         rows = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
@@ -347,6 +399,13 @@ def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
     # torchdata's loader adds only saving and loading of its position, which the prepared loader does itself.
     own = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
     return own is not DataLoader and not own.__module__.startswith("torchdata.")
+
+
+def _length_of(loader: DataLoader[Any]) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _is_on_device(dataset: Any) -> bool:

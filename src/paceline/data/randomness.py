@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from paceline.data.epochs import tell_worker
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -31,28 +33,34 @@ class SeededKeys(list[Any]):
 
     A worker gets them through a queue. There they arrive as a plain list, and the worker's random numbers (of
     `torch`, `random` and `numpy`) then start at the seed: what `__getitem__` draws depends on the batch, not on which
-    worker reads it or what that worker has read before.
+    worker reads it or what that worker has read before. With an `epoch` the worker's copy of the data set is told.
     """
 
-    def __init__(self, keys: Iterable[Any], seed: int) -> None:
+    def __init__(self, keys: Iterable[Any], seed: int, epoch: int | None = None) -> None:
         super().__init__(keys)
         self.seed = seed
+        self.epoch = epoch
 
-    def __reduce__(self) -> tuple[Callable[..., list[Any]], tuple[list[Any], int]]:
-        return _arrive, (list(self), self.seed)
+    def __reduce__(self) -> tuple[Callable[..., list[Any]], tuple[list[Any], int, int | None]]:
+        return _arrive, (list(self), self.seed, self.epoch)
 
 
-def _arrive(keys: list[Any], seed: int) -> list[Any]:
-    if get_worker_info() is not None:
+def _arrive(keys: list[Any], seed: int, epoch: int | None) -> list[Any]:
+    info = get_worker_info()
+    if info is not None:
+        if epoch is not None:
+            tell_worker(info.dataset, epoch)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
     return keys
 
 
-def seed_batches(batches: Iterable[list[Any]], *parts: int, start: int = 0) -> Iterator[SeededKeys]:
+def seed_batches(
+    batches: Iterable[list[Any]], *parts: int, start: int = 0, epoch: int | None = None
+) -> Iterator[SeededKeys]:
     """Give each batch of keys a seed of its own, out of `parts` and its number, which counts from `start`."""
-    return (SeededKeys(keys, mix_seed(*parts, number)) for number, keys in enumerate(batches, start))
+    return (SeededKeys(keys, mix_seed(*parts, number), epoch) for number, keys in enumerate(batches, start))
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.data.epochs import set_dataset_epoch, takes_epoch
 from paceline.data.randomness import seed_batches
 from paceline.data.sharding import PlannedSharding
-from paceline.data.worker_split import set_dataset_epoch
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -180,10 +180,14 @@ class MapReading(Reading):
         dataset: Told the epoch, if it wants to know.
         group: The ranks.
         workers: How many processes read; what they draw then depends on the batch only.
+        persistent: Whether they live on between passes, with their copies of the data set.
     """
 
-    def __init__(self, sampler: ShardedBatchSampler, dataset: Any, group: Group, *, workers: int = 0) -> None:
+    def __init__(
+        self, sampler: ShardedBatchSampler, dataset: Any, group: Group, *, workers: int = 0, persistent: bool = False
+    ) -> None:
         super().__init__(group)
+        self._tells_workers = persistent and takes_epoch(dataset)
         self._seeds_batches = workers > 0
         self.sampler = sampler
         self._dataset = dataset
@@ -205,7 +209,9 @@ class MapReading(Reading):
         set_dataset_epoch(self._dataset, position.epoch)
         batches, progress = begun
         if self._seeds_batches:
-            batches = seed_batches(batches, seed, position.epoch, self._group.rank, start=position.batches)
+            told = position.epoch if self._tells_workers else None
+            parts = (seed, position.epoch, self._group.rank)
+            batches = seed_batches(batches, *parts, start=position.batches, epoch=told)
         self.sampler.follow(batches)
         return read(), progress
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.collectives import BatchCounts
+from paceline.data.epochs import set_dataset_epoch
 from paceline.data.progress import Progress, RecordedProgress, Round
 from paceline.data.randomness import kept_randomness
 from paceline.data.reading import Reading, batch_text
 from paceline.data.rows import complete, num_rows
 from paceline.data.stateful import StatefulShard, keeper_of
-from paceline.data.worker_split import StreamShard, set_dataset_epoch
+from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError
 
 if TYPE_CHECKING:

@@ -8,13 +8,14 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
+from paceline.data.epochs import set_dataset_epoch
 from paceline.data.randomness import PrivateRandomness, mix_seed
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["StreamShard", "set_dataset_epoch"]
+__all__ = ["StreamShard"]
 
 _END: Any = object()
 
@@ -46,13 +47,6 @@ def _advance(items: Iterator[Any], info: Any) -> Any:
         return next(items, _END)
     finally:
         torch_worker._worker_info = real
-
-
-def set_dataset_epoch(dataset: Any, epoch: int) -> None:
-    """Call the data set's `set_epoch`, if it has one."""
-    set_epoch = getattr(dataset, "set_epoch", None)
-    if callable(set_epoch):
-        set_epoch(epoch)
 
 
 class StreamShard(IterableDataset[Any]):

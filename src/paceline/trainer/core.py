@@ -23,8 +23,8 @@ from paceline.trainer.callbacks import (
 )
 from paceline.trainer.collate import label_names_of
 from paceline.trainer.datasets import choose_collator
-from paceline.trainer.memory import checkpoint_activations
 from paceline.trainer.described import find_clashes
+from paceline.trainer.memory import checkpoint_activations
 from paceline.trainer.plugins import build_accelerator
 from paceline.trainer.profiling import ProfileCallback
 from paceline.trainer.progress import Progress

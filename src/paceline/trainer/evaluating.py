@@ -49,7 +49,7 @@ class Evaluating(Feeding):
             for name, part in dataset.items():
                 metrics |= self.evaluate(part if given else name, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        loader = self._as_prepared(self.get_eval_dataloader(eval_dataset))
+        loader = self.get_eval_dataloader(eval_dataset)
         output = self.evaluation_loop(loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys)
         self.log(output.metrics)
         self.fire("on_evaluate", metrics=output.metrics)
@@ -67,7 +67,7 @@ class Evaluating(Feeding):
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
         """Predict for every sample of a data set, in its order. Collective: every rank must call it."""
-        loader = self._as_prepared(self.get_test_dataloader(test_dataset))
+        loader = self.get_test_dataloader(test_dataset)
         output = self.evaluation_loop(
             loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, prediction_loss_only=False
         )
@@ -82,7 +82,8 @@ class Evaluating(Feeding):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """One pass over a prepared loader without gradients; `evaluate` and `predict` are made of it."""
+        """One pass over a loader without gradients; `evaluate` and `predict` are made of it. Collective."""
+        dataloader = self._as_prepared(dataloader)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         if prediction_loss_only is None and self.compute_metrics is None:
             loss_only = True

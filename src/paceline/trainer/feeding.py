@@ -15,8 +15,8 @@ from paceline.trainer import optimizers
 from paceline.trainer.arguments import TrainingArguments
 from paceline.trainer.callbacks import length_of
 from paceline.trainer.core import TrainerCore
-from paceline.trainer.described import adam_arguments
 from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
+from paceline.trainer.described import adam_arguments
 from paceline.trainer.schedules import make_schedule
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Feeding(TrainerCore):
         self._require_as_many_batches(loader)
         return loader
 
-    def _as_prepared(self, loader: DataLoader[Any], *, saved: bool = False) -> PreparedDataLoader:
-        """A loader that a subclass made need not be prepared yet; again is nothing. Collective."""
+    def _as_prepared(self, loader: Any, *, saved: bool = False) -> PreparedDataLoader:
+        """What a subclass made need not be prepared yet, nor be a `DataLoader`; again is nothing. Collective."""
         return self.accelerator.prepare_data_loader(loader, saved=saved)
 
     def _require_as_many_batches(self, loader: PreparedDataLoader) -> None:
@@ -125,7 +125,7 @@ class Feeding(TrainerCore):
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Samples of a loader over all ranks."""
         total = getattr(dataloader, "total_dataset_length", None)
-        return int(total) if total else len(dataloader.dataset)  # type: ignore[arg-type]
+        return int(total) if total else len(getattr(dataloader, "dataset", dataloader))  # type: ignore[arg-type]
 
     # Optimizer and schedule
 

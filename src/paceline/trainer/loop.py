@@ -112,6 +112,9 @@ class TrainingLoop:
         self.tokens = TokenCounter.for_run(trainer)
         # Sizes are known to the host, so that throughput in tokens costs no wait.
         self.seen = TokenCounter.for_throughput(trainer)
+        # Samples over all ranks, where batches vary in size; else they follow from the steps.
+        self.samples = 0
+        self._counts_samples = getattr(loader, "total_batch_size", None) is None
         self.grad_norm: Tensor | None = None
         self.learning_rate = 0.0
         self._opens_window = True
@@ -221,6 +224,8 @@ class TrainingLoop:
             if self.tokens is not None:
                 self.tokens.add(inputs)
             self.seen.add_tokens(inputs)
+            if self._counts_samples:
+                self.samples += sum(self.loader.counts.real)
             self.meter.add(trainer.training_step(self.model, inputs, items), items)
             if accelerator.sync_gradients:
                 self.in_batch = False
@@ -294,11 +299,12 @@ class TrainingLoop:
         """Times, rates and the mean loss of this call."""
         took = max(time.perf_counter() - self.begun, 1e-9)
         steps = self.trainer.state.global_step - self.began_at
+        samples = self.samples if self._counts_samples else steps * self.trainer.state.samples_per_step
         memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
         return {
             **memory,
             "train_runtime": took,
-            "train_samples_per_second": steps * self.plan.batch_size / took,
+            "train_samples_per_second": samples / took,
             "train_steps_per_second": steps / took,
             "total_flos": 0.0,
             "train_loss": self.meter.mean_of_all(),

@@ -33,7 +33,14 @@ __all__ = ["accelerator_arguments", "build_accelerator", "deepspeed_settings"]
 
 WHERE = "TrainingArguments(…)"
 _DDP_FIELDS = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
-_LOADER_KEYS = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler", "non_blocking")
+_LOADER_KEYS = (
+    "split_batches",
+    "dispatch_batches",
+    "even_batches",
+    "use_seedable_sampler",
+    "non_blocking",
+    "streams_are_sharded",
+)
 _ACCELERATOR_KEYS = (*_LOADER_KEYS, "gradient_accumulation_kwargs", "use_configured_state")
 _FSDP_WORDS: dict[str, dict[str, Any]] = {
     "full_shard": {},

@@ -148,11 +148,25 @@ class PlannedFeed(Feed):
 
 
 class ReadFeed(Feed):
-    """Global batches of what a loader yields: a batch per rank, or one batch cut into parts (`split`)."""
+    """Global batches of what a loader yields: a batch per rank, or one batch cut into parts (`split`).
+
+    Args:
+        reader: Yields batches.
+        layout: How they are dealt out.
+        split: Whether each is cut into parts.
+        length: How many it yields, where it says so itself.
+    """
 
     rereads = True
 
-    def __init__(self, reader: DataLoader[Any], layout: Layout, *, split: bool) -> None:
+    def __init__(self, reader: DataLoader[Any], layout: Layout, *, split: bool, length: int | None = None) -> None:
+        if length is not None:
+            size = layout.size
+            whole = (length, 0) if split else divmod(length, size)
+            every = layout.padded and whole[1] > 0
+            self.batches = tuple(
+                whole[0] + (not layout.drop_last and (every or rank < whole[1])) for rank in range(size)
+            )
         self._reader = reader
         self._layout = layout
         self._split = split

@@ -378,7 +378,7 @@ class _Preparation:
     def _feed(self, settings: dict[str, Any], layout: Layout) -> Feed:
         """Build what rank 0 reads from."""
         if self.foreign:
-            return ReadFeed(self.loader, layout, split=self.split)
+            return ReadFeed(self.loader, layout, split=self.split, length=_length_of(self.loader))
         if self.iterable:
             shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers)
             return ReadFeed(self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Columns", "PaddingCollator", "columns_of", "default_collator", "label_names_of"]
+__all__ = ["Columns", "PaddingCollator", "columns_in", "columns_of", "default_collator", "label_names_of"]
 
 
 def default_collator(samples: Sequence[Any]) -> Any:
@@ -84,6 +84,13 @@ class Columns:
             if first and not samples[0]:
                 raise DataError(nothing_left(first, self.kept), REMOVED, KEEP)
         return self.collator(samples)
+
+
+def columns_in(batch: Any) -> str:
+    """What a batch holds, for a message."""
+    if isinstance(batch, Mapping):
+        return ", ".join(map(str, batch)) or "nothing"
+    return f"{len(batch)} parts without names" if isinstance(batch, list | tuple) else f"one {type(batch).__name__}"
 
 
 def columns_of(model: nn.Module, label_names: Sequence[str]) -> frozenset[str] | None:

@@ -90,7 +90,8 @@ class TrainerCore:
         self._call = losses.ModelCall(self.model)
         # Whether the model divides a sum by `num_items_in_batch` itself.
         self.divides_by_items = self._call.counts_items
-        self.label_names = self.args.label_names or label_names_of(self.model)
+        named = self.args.label_names
+        self.label_names = label_names_of(self.model) if named is None else named
         self.is_in_train = False
         self.tokens_seen = 0
         self._ignore_keys: list[str] | None = None
@@ -177,6 +178,9 @@ class TrainerCore:
                 problems.append(
                     Problem("TrainingArguments(…)", name, "given beside one made already", why, "leave it out")
                 )
+        if self.compute_metrics is not None and self.args.prediction_loss_only:
+            what, why = "given together with compute_metrics", "it keeps nothing that could be measured"
+            problems.append(Problem("TrainingArguments(…)", "prediction_loss_only", what, why, "give one of them"))
         if self.compute_loss_func is not None and self.args.label_smoothing_factor > 0:
             what, why = "given together with compute_loss_func", "the function decides what the loss is"
             problems.append(Problem("TrainingArguments(…)", "label_smoothing_factor", what, why, "give one of them"))

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from paceline.environment.logging import get_logger
-from paceline.errors import PacelineError
+from paceline.errors import DataError, PacelineError
 from paceline.trainer import best, losses, saving
+from paceline.trainer.collate import columns_in, label_names_of
+from paceline.trainer.core import TrainerCore
 from paceline.trainer.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.feeding import Feeding
 
@@ -28,6 +30,9 @@ logger = get_logger(__name__)
 
 class Evaluating(Feeding):
     """Evaluates and predicts."""
+
+    # Whether an evaluation is going on, for which there must be labels.
+    _measures = False
 
     # Evaluation
 
@@ -85,14 +90,22 @@ class Evaluating(Feeding):
         """One pass over a loader without gradients; `evaluate` and `predict` are made of it. Collective."""
         dataloader = self._as_prepared(dataloader)
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        if prediction_loss_only is None and self.compute_metrics is None:
+        # Who says it asks for predictions or for the loss: an evaluation leaves it to the arguments, and measures.
+        self._measures = prediction_loss_only is None
+        if self._measures and self.compute_metrics is None:
             loss_only = True
         self.callback_handler.things["eval_dataloader"] = dataloader
         self._switch_optimizer("eval")
         try:
             model = self._model_for_evaluation()
             loop = EvaluationLoop(
-                self, model, dataloader, prefix=metric_key_prefix, loss_only=loss_only, ignore_keys=ignore_keys
+                self,
+                model,
+                dataloader,
+                prefix=metric_key_prefix,
+                loss_only=loss_only,
+                ignore_keys=ignore_keys,
+                measures=self._measures,
             )
             return loop.run()
         finally:
@@ -119,12 +132,10 @@ class Evaluating(Feeding):
         """Forward of one batch without gradients: (loss, predictions, labels), each None where there is none."""
         inputs = self._prepare_inputs(inputs)
         own = self.compute_loss_func is not None
-        if hasattr(inputs, "get"):
-            found = [inputs.get(name) for name in self.label_names]
-            labels: Any = None if any(label is None for label in found) else tuple(found)
-            labels = labels[0] if labels is not None and len(labels) == 1 else labels
-        else:
-            labels = losses.find_labels(inputs, last_is_target=True)
+        if not self.label_names:
+            # No labels are needed for a loss of one's own.
+            own = own or type(self).compute_loss is not TrainerCore.compute_loss
+        labels = self._labels_of(inputs)
         if labels is not None or own:
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         else:
@@ -139,6 +150,36 @@ class Evaluating(Feeding):
         ignored = frozenset(default if ignore_keys is None else ignore_keys)
         has_loss = losses.maybe_loss(outputs) is not None
         return loss, losses.predictions_of(outputs, ignored, has_loss=has_loss), labels
+
+    def _labels_of(self, inputs: Any) -> Any:
+        """The labels in a batch, a tuple where there are several; None where it has none.
+
+        Raises:
+            DataError: The arguments name labels, and the batch has others.
+        """
+        if not hasattr(inputs, "get"):
+            return losses.find_labels(inputs, last_is_target=True)
+        found = [inputs.get(name) for name in self.label_names]
+        if found and all(label is not None for label in found):
+            return found[0] if len(found) == 1 else tuple(found)
+        # What is only predicted for need have no labels.
+        others = any(label is not None for label in (*found, *map(inputs.get, label_names_of(self.model))))
+        if self.args.label_names and (self._measures or others):
+            raise DataError(
+                f"label_names={self.label_names}, and a batch has {columns_in(inputs)}",
+                "Neither the loss nor compute_metrics would get the labels that are named",
+                "Name what the batches hold once they are collated, where `label` is called labels, or leave it out",
+            )
+        return None
+
+    def doubt_labels(self, inputs: Any) -> None:
+        """Say at the first batch of a training that evaluations will fail, unless their batches have other parts."""
+        missing = [name for name in self.label_names if hasattr(inputs, "get") and inputs.get(name) is None]
+        if missing:
+            logger.warning(
+                "label_names names %s, and the first training batch has %s: an evaluation whose batches have the same "
+                "will fail.", ", ".join(missing), columns_in(inputs),
+            )  # fmt: skip
 
     def note_metrics(self, metrics: Mapping[str, float]) -> bool:
         """Remember the metric that decides, if it is the best so far; say whether it is.

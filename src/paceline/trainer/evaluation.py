@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from paceline.errors import PacelineError
+from paceline.environment.logging import get_logger
+from paceline.errors import DataError, PacelineError
+from paceline.trainer.collate import columns_in
 from paceline.trainer.kept import PADDING, KeptBatches, join_ranks, to_numpy
 from paceline.trainer.nested import map_leaves
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from paceline.trainer.evaluating import Evaluating
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -76,6 +80,7 @@ class EvaluationLoop:
         prefix: Before the names of metrics.
         loss_only: Keep no predictions.
         ignore_keys: Outputs of the model that are no predictions.
+        measures: Whether it is for the metrics: then they must be called.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class EvaluationLoop:
         prefix: str,
         loss_only: bool,
         ignore_keys: list[str] | None,
+        measures: bool,
     ) -> None:
         self.trainer = trainer
         self.model = model
@@ -94,6 +100,7 @@ class EvaluationLoop:
         self.prefix = prefix
         self.loss_only = loss_only
         self.ignore_keys = ignore_keys
+        self.measures = measures
         self.args = trainer.args
         self.accelerator = trainer.accelerator
         self.metric = trainer.compute_metrics
@@ -101,6 +108,7 @@ class EvaluationLoop:
         self.loss_sum: Tensor | None = None
         self.weight_sum: Tensor | None = None
         self.num_samples = 0
+        self.said = False
         self.streamed: dict[str, float] = {}
 
     @property
@@ -145,12 +153,30 @@ class EvaluationLoop:
             self._add_loss(loss, items, real)
         if self.loss_only:
             return
+        if labels is None and self.metric is not None:
+            self._cannot_measure(inputs)
         process = self.trainer.preprocess_logits_for_metrics
         if process is not None and logits is not None:
             logits = process(logits, labels)
         wanted = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, rows)}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         self._keep(self._gather(wanted), samples)
+
+    def _cannot_measure(self, inputs: Any) -> None:
+        """Raise in an evaluation that has no labels; say it once where predictions alone were asked for."""
+        names = self.trainer.label_names
+        saw = f"compute_metrics was given, and a batch has {columns_in(inputs)}"
+        if not self.measures:
+            if not self.said:
+                logger.warning("%s: it is not called, for label_names is %s.", saw, names)
+            self.said = True
+            return
+        raise DataError(
+            saw,
+            f"It is called with labels, and label_names is {names}",
+            "Write label_names with what holds them (where there are several, all must be there), let the "
+            "data_collator bring them, or leave compute_metrics out",
+        )
 
     def _extras(self, inputs: Any, loss: Tensor | None, rows: int) -> dict[str, Any]:
         asked = self.args.include_for_metrics

@@ -140,7 +140,9 @@ class DataFields:
     dataloader_multiprocessing_context: str | None = _says(None, "How readers are started: fork, spawn, forkserver.")
     dataloader_in_order: bool = _says(True, "Hand out batches in order, even if a later one is ready.")
     remove_unused_columns: bool = _says(True, "Drop columns that the model's forward does not take.")
-    label_names: list[str] | None = _says(None, "Names of the inputs that are labels; none looks at the model.")
+    label_names: list[str] | None = _says(
+        None, "Names of the inputs that are labels; none looks at the model, [] says that there are none."
+    )
     train_sampling_strategy: Sampling = _says("random", "Order of the training samples.")
     length_column_name: str = _says("length", "Column that says how long a sample is, for group_by_length.")
     seed: int = _says(42, "Seed of all generators.")

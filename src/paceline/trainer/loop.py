@@ -114,6 +114,8 @@ class TrainingLoop:
         self.seen = TokenCounter.for_throughput(trainer)
         # Samples over all ranks, where batches vary in size; else they follow from the steps.
         self.samples = 0
+        # Whether the first batch may still show that an evaluation will find no labels.
+        self._doubts_labels = bool(self.args.label_names) and trainer.eval_dataset is not None
         self._counts_samples = getattr(loader, "total_batch_size", None) is None
         self.grad_norm: Tensor | None = None
         self.learning_rate = 0.0
@@ -219,6 +221,9 @@ class TrainingLoop:
         if self._opens_window:
             trainer.control.new_step()
             trainer.fire("on_step_begin")
+        if self._doubts_labels:
+            self._doubts_labels = False
+            trainer.doubt_labels(inputs)
         with accelerator.accumulate(self.model):
             items = self._count_items(inputs)
             if self.tokens is not None:

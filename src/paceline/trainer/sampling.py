@@ -73,7 +73,9 @@ def lengths_of(dataset: Any, column: str, input_name: str) -> list[int]:
         lengths = [size[axis] for size in sizes]
     else:
         raise DataError(
-            _ASKED, f"Samples have neither {column!r} nor {input_name!r}", f"{_REMEDY} and name it in length_column_name"
+            _ASKED,
+            f"Samples have neither {column!r} nor {input_name!r}",
+            f"{_REMEDY} and name it in length_column_name",
         )
     if len(lengths) > 1 and len(set(lengths)) == 1:
         logger.warning(

@@ -246,6 +246,11 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         """What was detected and decided, as lines of text for the start of a log."""
         return describe_run(self._parts, self._strategy, self._reason, self._dataloaders, self._window.num_steps)
 
+    @property
+    def strategy_reason(self) -> str:
+        """Which strategy is in force and why, in one line; empty while `auto` waits for a model."""
+        return self._reason
+
     def peak_memory(self) -> int:
         """The most bytes this rank has held: of the device, or of the process on a CPU."""
         return peak_memory(self.device)

@@ -21,6 +21,7 @@ from paceline.trainer.memory import noisy_embeddings
 from paceline.trainer.resuming import carry_over, pace_of, take_over
 from paceline.trainer.scripted import Scripted
 from paceline.trainer.state import TrainerState
+from paceline.trainer.summary import summarize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,7 @@ class Trainer(Scripted):
         try:
             loop = self._prepare_training()
             self._resume(asked, loop)
+            self._say_what_begins(loop)
             with noisy_embeddings(self.model, self.args.neftune_noise_alpha):
                 self._run(loop)
             return self._conclude(loop)
@@ -130,6 +132,12 @@ class Trainer(Scripted):
         if self.args.save_strategy != "no" and not self.args.save_only_model:
             self.accelerator.on_preemption(self.save_checkpoint)
         return loop
+
+    def _say_what_begins(self, loop: TrainingLoop) -> None:
+        """Print what is about to be done, on the main process, unless only warnings were asked for."""
+        if self.args.log_level not in ("warning", "error", "critical"):
+            text = summarize(self, loop)
+            self.accelerator.print(text, flush=True)
 
     def _resume(self, asked: str | bool | None, loop: TrainingLoop) -> None:
         if asked is None:

@@ -47,7 +47,7 @@ def _parameters(model: nn.Module) -> str:
         count = getattr(parameter, "ds_numel", parameter.numel())
         total += count
         trained += count if parameter.requires_grad else 0
-    share = "" if trained == total else f" ({trained / max(1, total):.3g} of all)"
+    share = "" if trained == total else f" ({100 * trained / total:.3g} %)"
     return f"{trained:,} trained of {total:,}{share}"
 
 
@@ -63,9 +63,9 @@ def _passes(trainer: Trainer, loop: TrainingLoop) -> Iterator[str]:
         yield "over data of unknown length"
         return
     args = trainer.args
-    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps / plan.updates_per_pass
-    yield f"{epochs:.4g} epochs of {_count(plan.updates_per_pass, 'step')}"
-    yield "an unknown number of samples" if samples is None else f"{samples:,} samples each"
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * plan.epoch_of_update
+    yield f"{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {_count(plan.updates_per_pass, 'step')}"
+    yield "an unknown number of samples" if samples is None else f"{_count(samples, 'sample')} an epoch"
 
 
 def _batch(trainer: Trainer, loader: Any) -> str:

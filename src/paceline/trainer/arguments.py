@@ -6,11 +6,12 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from paceline.config.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.trainer import checks
 from paceline.trainer.command_line import parse_arguments
 from paceline.trainer.fields import AllFields
@@ -222,6 +223,31 @@ class TrainingArguments(Launched, AllFields):
         if value is None:
             value = self.logging_steps
         return max(1, math.ceil(total * value)) if value < 1 else int(value)
+
+
+class _OwnReaders:
+    """A field that the Trainer of transformers reads before any other that differs here: it is told what it got."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, holder: Any, owner: type[Any]) -> Any:
+        if holder is None:
+            return None
+        if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
+            raise PrepareError(
+                f"The Trainer of transformers got paceline's {type(holder).__name__}",
+                "It reads fields of its own class, and uses nothing of paceline",
+                "Write from paceline import Trainer, which takes the same arguments",
+            )
+        return holder.__dict__[self._name]
+
+    def __set__(self, holder: Any, value: Any) -> None:
+        holder.__dict__[self._name] = value
+
+
+# Set here: the dataclass has taken its default from the field of that name.
+TrainingArguments.accelerator_config = _OwnReaders("accelerator_config")  # type: ignore[assignment]
 
 
 def _with_others(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,24 @@ logger = get_logger(__name__)
 _DONE_AT = {"on_log": "should_log", "on_evaluate": "should_evaluate", "on_save": "should_save"}
 
 
+def _own_arguments(args: Any) -> TrainingArguments:
+    """Arguments of this package; those of another are named as such.
+
+    Raises:
+        PrepareError: They are of another class.
+    """
+    if isinstance(args, TrainingArguments):
+        return args
+    module, kind = type(args).__module__, type(args).__name__
+    origins = [made.__module__.partition(".")[0] for made in type(args).__mro__]
+    saw = f"Trainer got {module}.{kind} as args"
+    if "transformers" in origins:
+        hint = "Write from paceline import TrainingArguments: its fields have the same names"
+        raise PrepareError(saw, "That is read by the Trainer of transformers, and this one has fields of its own", hint)
+    hint = "Write TrainingArguments(**args)" if isinstance(args, Mapping) else "Write TrainingArguments(output_dir=…)"
+    raise PrepareError(saw, "It holds nothing that a training could be told", hint)
+
+
 class TrainerCore:
     """What a Trainer is made of: the constructor, how it calls the model, and whom it tells.
 
@@ -67,7 +86,7 @@ class TrainerCore:
         optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
-        self.args = args or TrainingArguments()
+        self.args = TrainingArguments() if args is None else _own_arguments(args)
         set_seed(self.args.seed, deterministic=self.args.full_determinism)
         self.model_init = model_init
         self.compute_loss_func = compute_loss_func

@@ -387,6 +387,7 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         """The parameters as a list, their gradients final and unscaled."""
         self._window.require_end(what)
         listed: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        self.strategy.complete_gradients(listed)
         self._window.settle(self.strategy)
         if self.scaler is not None:
             asked = {id(p) for p in listed}
@@ -401,6 +402,7 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
             return
         chosen = self._optimizers if optimizer is None else optimizer
         for one in [chosen] if isinstance(chosen, Optimizer) else chosen:
+            self.strategy.complete_gradients(p for group in one.param_groups for p in group["params"])
             self.scaler.unscale_(one.optimizer if isinstance(one, AcceleratedOptimizer) else one)
 
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:

@@ -266,9 +266,16 @@ class Preparing:
             scaler=self.scaler,
             check_step=self._check_step,
             before_step=before_step,
+            add_group=self._add_group,
         )
         self._optimizers.append(wrapper)
         return wrapper
+
+    def _add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        if self._strategy is None:
+            optimizer.add_param_group(group)
+        else:
+            self._strategy.add_group(optimizer, group)
 
     def _decide_early(self) -> tuple[Strategy | None, str]:
         """The strategy and why, where that does not depend on the model."""

@@ -41,6 +41,7 @@ class AcceleratedOptimizer(Optimizer):
         scaler: LossScaler | None,
         check_step: Callable[[AcceleratedOptimizer, int], Strategy],
         before_step: Callable[[], None],
+        add_group: Callable[[Optimizer, dict[str, Any]], None],
     ) -> None:
         # The base class's constructor would build groups of its own.
         self.optimizer = optimizer
@@ -50,6 +51,7 @@ class AcceleratedOptimizer(Optimizer):
         self._window = window
         self._scaler = scaler
         self._before_step = before_step
+        self._add_group = add_group
         # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
         self._check_step = check_step
         self._checks = 0
@@ -70,6 +72,7 @@ class AcceleratedOptimizer(Optimizer):
             self._checks += 1
             strategy = self._strategy = self._check_step(self, self._checks)
         self._before_step()
+        strategy.complete_gradients(p for group in self.optimizer.param_groups for p in group["params"])
         window.settle(strategy)
         result = None
         if self._scaler is None:
@@ -82,6 +85,7 @@ class AcceleratedOptimizer(Optimizer):
             self.num_steps += 1
             self.num_steps_here += 1
         window.stepped(self)
+        strategy.stepped()
         return result
 
     @staticmethod
@@ -129,8 +133,14 @@ class AcceleratedOptimizer(Optimizer):
         return self.optimizer.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer inside."""
-        self.optimizer.add_param_group(param_group)
+        """Add a group to the optimizer inside.
+
+        Raises:
+            PrepareError: The strategy cannot train its parameters.
+        """
+        self._add_group(self.optimizer, param_group)
+        # The next step is looked at as the first one was.
+        self._strategy = None
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer inside."""

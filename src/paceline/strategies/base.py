@@ -112,6 +112,15 @@ class Strategy(ABC):
     def adopt(self, optimizer: Optimizer) -> None:  # noqa: B027 - doing nothing is right for most
         """Point an optimizer at the parameters that this strategy has put in place of its own."""
 
+    def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        """Let a prepared optimizer update further parameters.
+
+        Raises:
+            PrepareError: The engine cannot train them.
+        """
+        optimizer.add_param_group(group)
+        self._parameters = None
+
     def unwrap(self, model: nn.Module) -> nn.Module:
         """The user's own module behind a prepared one."""
         return model
@@ -203,6 +212,12 @@ class Strategy(ABC):
     def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
         """Drop the gradients of an optimizer's parameters."""
         optimizer.zero_grad(set_to_none=set_to_none)
+
+    def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027
+        """Before anything acts on the gradients of `parameters`: make those final that the engine left on this rank."""
+
+    def stepped(self) -> None:  # noqa: B027
+        """Note that an optimizer has taken or skipped its step."""
 
     def check_first_backward(self) -> None:  # noqa: B027
         """Look at the gradients of the first window, once; raise for what would go wrong silently."""

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from paceline.errors import PrepareError, UnusedParametersError
+from paceline.collectives import TorchGroup
+from paceline.errors import PrepareError, SteppingError
 from paceline.strategies.base import Strategy
 from paceline.strategies.compiled import compile_model
+from paceline.strategies.ddp_module import NamingDDP
+from paceline.strategies.replicas import ReplicaCheck
 from paceline.strategies.surroundings import DistributedType
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
+    from paceline.checkpoint.parts import Part
+    from paceline.collectives import Group
     from paceline.config import DistributedDataParallelKwargs
     from paceline.strategies.surroundings import Surroundings
 
@@ -46,6 +53,8 @@ class DDPStrategy(Strategy):
         super().__init__(surroundings)
         self._settings = surroundings.config.ddp_config
         self._wrapped: list[NamingDDP] = []
+        self._replicas = ReplicaCheck()
+        self._second: Group | None = None
 
     @property
     @override
@@ -57,8 +66,9 @@ class DDPStrategy(Strategy):
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         self.place_whole(model, place=place)
         compile_model(model, self.around.config.dynamo_config)
-        wrapped = NamingDDP(model, **self._arguments(place))
+        wrapped = NamingDDP(model, self._open_group, **self._arguments(place))
         _register_hook(wrapped, self._settings)
+        wrapped.num_hooks = len(wrapped._comm_hooks)
         self._wrapped.append(wrapped)
         return wrapped
 
@@ -86,23 +96,69 @@ class DDPStrategy(Strategy):
             model.require_backward_grad_sync = enabled
 
     @override
-    def check_first_backward(self) -> None:
-        """Name the parameters that got no gradient: DDP would train on with unaveraged ones until the next forward.
+    def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
+        before = [wrapped.begin_backward() for wrapped in self._wrapped]
+        try:
+            super().backward(loss, scale, **kwargs)
+        except RuntimeError as error:
+            self._translate(error)
+            raise
+        for wrapped, versions in zip(self._wrapped, before, strict=True):
+            wrapped.end_backward(versions)
 
-        Raises:
-            UnusedParametersError: With their names.
-        """
-        if self._settings.find_unused_parameters or self._settings.static_graph:
+    def _translate(self, error: RuntimeError) -> None:
+        """Say in our words that a parameter's gradient came twice, and of which parameter."""
+        found = re.search(r"Parameter at index (\d+)(?: with name (\S+))? has been marked as ready twice", str(error))
+        if found is None:
             return
-        for wrapped in self._wrapped:
-            trained = [(n, p) for n, p in wrapped.module.named_parameters() if p.requires_grad]
-            unused = [name for name, parameter in trained if parameter.grad is None]
-            if unused and len(unused) < len(trained):
-                raise UnusedParametersError(unused)
+        index = int(found[1])
+        name = found[2] or ", or ".join(dict.fromkeys(wrapped.name_of(index) for wrapped in self._wrapped))
+        raise SteppingError(
+            f"The gradient of {name} was computed twice for one forward of the prepared model",
+            "DDP averages a gradient as soon as it is there: between the forward and its backward another backward "
+            "reached the parameter, through unwrap_model(model) or in a checkpoint with use_reentrant=True",
+            "Add the losses up and call backward() once, or pass use_reentrant=False to the checkpoint",
+        ) from error
 
     @override
-    def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-        return Join([model for model in models if isinstance(model, DistributedDataParallel)])
+    def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        open_ones = [wrapped for wrapped in self._wrapped if not wrapped.is_complete]
+        if not open_ones:
+            return
+        asked = {id(p) for p in parameters}
+        for wrapped in open_ones:
+            if wrapped.holds_any(asked):
+                wrapped.complete()
+
+    @override
+    def stepped(self) -> None:
+        if all(wrapped.keeps_replicas_alike for wrapped in self._wrapped):
+            self._replicas.stepped(lambda: [p for wrapped in self._wrapped for p in wrapped.trained])
+
+    @override
+    def model_state(self, model: nn.Module) -> dict[str, Part]:
+        # One rank's weights are saved for all.
+        self._replicas.look()
+        return super().model_state(model)
+
+    @override
+    def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        super().add_group(optimizer, group)
+        for wrapped in self._wrapped:
+            wrapped.look_again()
+
+    def _open_group(self) -> Group:
+        if self._second is None:
+            self._second = TorchGroup(self.around.device, dist.new_group())
+        return self._second
+
+    @override
+    @contextmanager
+    def join(self, models: Sequence[nn.Module]) -> Iterator[None]:
+        with Join([model for model in models if isinstance(model, DistributedDataParallel)]):
+            yield
+        # Ranks may have taken different numbers of steps.
+        self._replicas.restart()
 
     @override
     def describe(self) -> list[str]:
@@ -118,33 +174,6 @@ class DDPStrategy(Strategy):
         if self._settings.comm_hook in ("fp16", "bf16"):
             table["reduce"] = self._settings.comm_hook
         return table
-
-
-class NamingDDP(DistributedDataParallel):
-    """DDP whose complaint about missing gradients names the parameters instead of counting them."""
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Call the module.
-
-        Raises:
-            UnusedParametersError: Parameters got no gradient in the step before.
-        """
-        try:
-            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            unused = self._unused(str(error))
-            if not unused:
-                raise
-            raise UnusedParametersError(unused) from error
-
-    def _unused(self, message: str) -> list[str]:
-        if "Expected to have finished reduction" not in message:
-            return []
-        found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", message)
-        if found is None:
-            return [name for name, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
-        names = [name for name, p in self.module.named_parameters() if p.requires_grad]
-        return [names[int(index)] for index in re.findall(r"\d+", found[1])]
 
 
 def _register_hook(wrapped: DistributedDataParallel, settings: DistributedDataParallelKwargs) -> None:

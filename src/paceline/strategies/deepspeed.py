@@ -18,7 +18,14 @@ from typing_extensions import override
 
 from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
-from paceline.errors import ForeignOptimizerError, MissingExtraError, PrecisionError, PrepareError
+from paceline.errors import (
+    ForeignOptimizerError,
+    MissingExtraError,
+    PrecisionError,
+    PrepareError,
+    SteppingError,
+    named,
+)
 from paceline.precision import autocast_forward
 from paceline.strategies.base import check_trainable, short_dtype
 from paceline.strategies.compiled import compile_model
@@ -224,10 +231,15 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
     def _watch(self, bound: Bound) -> None:
         """Note which engines a loss may come from, and hand 16-bit models 16-bit inputs."""
         dtype = self._dtype
+        trained = list(bound.model.parameters()) if self._stage > 0 else []
+        flags = [p.requires_grad for p in trained]
 
         def before(_module: nn.Module, inputs: Any, keywords: Any) -> Any:
             if torch.is_grad_enabled():
                 bound.pending = True
+                now = [p.requires_grad for p in trained]
+                if now != flags:
+                    _refuse_change(bound, flags, now)
             return None if dtype is None else (cast_inputs(inputs, dtype), cast_inputs(keywords, dtype))
 
         bound.model.register_forward_pre_hook(before, with_kwargs=True)
@@ -259,6 +271,16 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         bound = self._find(optimizer)
         return super().parameters_of(optimizer) if bound is None else [p for group in bound.groups for p in group]
+
+    @override
+    def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        if self._find(optimizer) is not None:
+            raise PrepareError(
+                "add_param_group() was called after the optimizer was prepared",
+                "DeepSpeed's engine cuts what it finds in the groups when it is built, and never looks at them again",
+                "Put all parameters into the optimizer before prepare(), with lr=0 for what is to learn later",
+            )
+        super().add_group(optimizer, group)
 
     @override
     def successor(self, optimizer: Optimizer) -> Optimizer:
@@ -363,3 +385,20 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
         return table
+
+
+def _refuse_change(bound: Bound, before: Sequence[bool], now: Sequence[bool]) -> None:
+    """Refuse to train what was frozen, or the other way: the engine has its own list of what it trains."""
+    if not any(now):
+        # Frozen as a whole, as a discriminator while its generator learns: no step of it is asked for.
+        return
+    names = [name for name, _ in bound.model.named_parameters()]
+    changed = [name for name, was, is_now in zip(names, before, now, strict=True) if was != is_now]
+    raise SteppingError(
+        f"{named(changed)} of {type(bound.model).__name__} {'was' if len(changed) == 1 else 'were'} frozen or unfrozen "
+        "after prepare()",
+        "ZeRO cuts what required a gradient when its engine was built: it would not train what is unfrozen later, and "
+        "would go on moving what is frozen later",
+        "Freeze before prepare(), or give the parameters a group of their own with lr=0 for as long as they rest; "
+        "with zero_stage 0, strategy='ddp' or 'fsdp' they may be frozen and unfrozen at any time",
+    )

@@ -164,6 +164,21 @@ class FSDPStrategy(Strategy):
     def replaced(self, parameter: nn.Parameter) -> bool:
         return self._replacements.has_replaced(parameter)
 
+    @override
+    def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        given = group["params"]
+        listed = [self._replacements.successor(p) for p in ([given] if isinstance(given, torch.Tensor) else given)]
+        whole = {id(p): p for p in listed if p.requires_grad and not isinstance(p, DTensor)}
+        if whole:
+            names = [name for model in self._models for name, p in self.named_parameters(model) if id(p) in whole]
+            raise PrepareError(
+                f"add_param_group() brought {named(names or [str(tuple(p.shape)) for p in whole.values()])}, "
+                "which came into the model after prepare()",
+                "FSDP2 shards what it finds when it prepares a model: gradients of later parameters stay on each rank",
+                "Build the model whole before prepare(), and freeze what is to learn later with requires_grad_(False)",
+            )
+        super().add_group(optimizer, {**group, "params": listed})
+
     # One step
 
     @override

@@ -78,18 +78,19 @@ class Replacements:
     def renew(self, optimizer: Optimizer) -> None:
         """Point an optimizer at the shards, and shard the state that it already has."""
         for group in optimizer.param_groups:
-            group["params"] = [self._successor(p) for p in group["params"]]
+            group["params"] = [self.successor(p) for p in group["params"]]
         for old in list(optimizer.state):
-            new = self._successor(old)
+            new = self.successor(old)
             if new is not old:
                 state = optimizer.state.pop(old)
                 optimizer.state[new] = {key: _like(value, new) for key, value in state.items()}
 
     def has_replaced(self, parameter: nn.Parameter) -> bool:
         """Whether a shard stands in place of this parameter."""
-        return self._successor(parameter) is not parameter
+        return self.successor(parameter) is not parameter
 
-    def _successor(self, parameter: Any) -> Any:
+    def successor(self, parameter: Any) -> Any:
+        """What stands where a whole parameter stood; any other is its own successor."""
         held, new = self._new.get(id(parameter), (None, parameter))
         return new if held is not None and held() is parameter else parameter
 

@@ -1,0 +1,349 @@
+"""A model under DDP that knows which gradients DDP's reducer has averaged, and averages the others itself.
+
+The reducer averages what the first backward after a forward of the wrapper brings, of the parameters that required a
+gradient when it was built. Whatever else autograd adds to a gradient stays on its rank without a word: a second
+backward through the same forward, a forward around the wrapper, parameters unfrozen or added later. As the averaged
+part is the same on all ranks, the mean over the ranks of what came together is right in each of these cases.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from paceline.environment.logging import get_logger
+from paceline.errors import PrepareError, SteppingError, UnusedParametersError, named
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from paceline.collectives import Group
+
+    Versions = list[tuple[int, int] | None]
+
+_LOG = get_logger(__name__)
+_flag_of = attrgetter("requires_grad")
+# Gradients are averaged in pieces of this size, so that a big model needs no second copy of all of them.
+_PIECE_BYTES = 256 * 2**20
+
+
+class _Awaits(Enum):
+    """What the next backward belongs to."""
+
+    NOTHING = "no forward of the wrapper"
+    EXCHANGE = "a forward whose gradients the reducer averages"
+    NO_EXCHANGE = "a forward whose gradients stay on this rank for now"
+
+
+class _Backwards:
+    """What the backwards since the last forward of the wrapper have done.
+
+    It is the hook on one of the reducer's parameters, and knows nothing of the model: autograd holds hooks where the
+    garbage collector does not see them.
+    """
+
+    def __init__(self) -> None:
+        self.awaits = _Awaits.NOTHING
+        # Whether gradients may hold something that only this rank has.
+        self.is_local = False
+
+    def __call__(self, _parameter: Tensor) -> None:
+        if self.awaits is _Awaits.EXCHANGE:
+            # The reducer waits for all of its parameters, so this one speaks for all.
+            self.awaits = _Awaits.NOTHING
+            self.is_local = False
+        else:
+            self.is_local = True
+
+
+class NamingDDP(DistributedDataParallel):
+    """DDP whose gradients are the same on all ranks whatever led to them, and whose complaints name parameters.
+
+    Args:
+        module: The user's own.
+        open_group: Gives a group of the same ranks for exchanges that DDP does not know of. A rank that makes one
+            alone waits there, and mixes nothing up with DDP's own.
+        arguments: DDP's.
+    """
+
+    def __init__(self, module: nn.Module, open_group: Callable[[], Group], **arguments: Any) -> None:
+        super().__init__(module, **arguments)
+        self._open_group = open_group
+        self._backwards = _Backwards()
+        self._sentinel: Any = None
+        self._told = False
+        # Hooks that this library has registered; the script may add one.
+        self.num_hooks = 0
+        self._note_parameters()
+
+    @override
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Call the module.
+
+        Raises:
+            UnusedParametersError: Parameters got no gradient in the step before.
+            PrepareError: What requires a gradient has changed, under static_graph or not on all ranks alike.
+        """
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        flags = list(map(_flag_of, self._parameters_known))
+        if flags != self._flags and any(flags):
+            self._rebuild()
+        if not any(flags):
+            # Frozen as a whole, as a discriminator while its generator learns: there is nothing to wait for.
+            return self._call(False, inputs, kwargs)
+        # The graph that static_graph keeps is that of the first backward, which must end in an exchange; one more
+        # exchange within a window changes no mean.
+        exchanges = self.require_backward_grad_sync or self._keeps_graph_next
+        try:
+            output = self._call(exchanges, inputs, kwargs)
+        except RuntimeError as error:
+            unused = self._named_in(str(error))
+            if unused is None:
+                raise
+            raise UnusedParametersError(unused) from error
+        self._backwards.awaits = _Awaits.EXCHANGE if exchanges else _Awaits.NO_EXCHANGE
+        return output
+
+    @property
+    def _keeps_graph_next(self) -> bool:
+        return self.static_graph and not self._static_graph_delay_allreduce_enqueued
+
+    def _call(self, exchanges: bool, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """DDP's own forward, with or without an exchange of gradients to come."""
+        before, self.require_backward_grad_sync = self.require_backward_grad_sync, exchanges
+        try:
+            return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            self.require_backward_grad_sync = before
+
+    # The parameters that the reducer knows
+
+    def _note_parameters(self) -> None:
+        ignored = set(self.parameters_to_ignore)
+        known = [(name, p) for name, p in self.module.named_parameters() if name not in ignored]
+        self._names_known = [name for name, _ in known]
+        self._parameters_known = [p for _, p in known]
+        self._flags = list(map(_flag_of, self._parameters_known))
+        self.trained = [(name, p) for name, p in known if p.requires_grad]
+        if self._sentinel is not None:
+            self._sentinel.remove()
+        self._sentinel = None
+        if not self._uses_change:
+            self._sentinel = self.trained[0][1].register_post_accumulate_grad_hook(self._backwards)
+
+    @property
+    def _uses_change(self) -> bool:
+        """Whether a backward may leave parameters out, so that no single one speaks for all."""
+        return bool(self.find_unused_parameters or self.static_graph)
+
+    def look_again(self) -> None:
+        """Note that parameters may have been added to the module: the next forward builds the reducer anew."""
+        self._flags = []
+
+    def _rebuild(self) -> None:
+        """Build the reducer for what requires a gradient now. Collective: every rank must call it."""
+        before = {id(p): name for name, p in zip(self._names_known, self._parameters_known, strict=True)}
+        trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
+        self._check_alike(trained)
+        if self.static_graph:
+            was = {name for name, _ in self.trained}
+            changed = sorted(was.symmetric_difference(trained))
+            raise PrepareError(
+                f"{named(changed)} was frozen or unfrozen after the model was prepared with static_graph=True",
+                "static_graph promises DDP that every step trains the same parameters",
+                "Leave static_graph out, or freeze before prepare()",
+            )
+        new = [p for p in self.module.parameters() if id(p) not in before]
+        with torch.no_grad():
+            for parameter in new:
+                self._open_group().broadcast(parameter)
+        hooks = list(self._comm_hooks)
+        self._comm_hooks.clear()
+        # What DDP does to a wrapper that comes out of a pickle: it builds the reducer, and nothing else.
+        self.__setstate__(self.__getstate__())  # type: ignore[no-untyped-call]
+        for hook, state in hooks:
+            if isinstance(state, PowerSGDState):
+                _forget(state)
+            self.register_comm_hook(state, hook)
+        self._note_parameters()
+
+    def _check_alike(self, trained: list[str]) -> None:
+        everywhere = self._open_group().all_gather_object(trained)
+        odd = [rank for rank, names in enumerate(everywhere) if names != everywhere[0]]
+        if odd:
+            differing = set(everywhere[0]).symmetric_difference(everywhere[odd[0]])
+            raise PrepareError(
+                f"{named(sorted(differing))} requires a gradient on rank 0 and not on rank {odd[0]}, or the other way",
+                "A gradient can only be averaged if every rank computes it",
+                "Freeze and unfreeze the same parameters on all ranks",
+            )
+
+    # Which gradients were averaged
+
+    def begin_backward(self) -> Versions | None:
+        """Look at the gradients, where nothing else will tell what the coming backward adds to."""
+        awaits = self._backwards.awaits
+        told = awaits is _Awaits.NO_EXCHANGE or (awaits is _Awaits.EXCHANGE and self._sentinel is not None)
+        return None if told else self._versions()
+
+    def end_backward(self, before: Versions | None) -> None:
+        """Note what the backward has added to, and average what DDP did not.
+
+        Args:
+            before: What `begin_backward` gave.
+        """
+        backwards = self._backwards
+        if before is None:
+            if backwards.awaits is _Awaits.NO_EXCHANGE:
+                backwards.awaits, backwards.is_local = _Awaits.NOTHING, True
+        elif before == self._versions():
+            # It was the backward of another model.
+            return
+        elif backwards.awaits is not _Awaits.EXCHANGE:
+            backwards.is_local = True
+            if self.require_backward_grad_sync:
+                self._average()
+        elif self._is_reduced():
+            backwards.awaits, backwards.is_local = _Awaits.NOTHING, False
+
+    def _versions(self) -> Versions:
+        """Each gradient's identity and how often it was written."""
+        grads = [p.grad for p in self._parameters_known]
+        return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+    def _is_reduced(self) -> bool:
+        """Whether the reducer waits for no parameter."""
+        try:
+            self.reducer._check_reducer_finalized()
+        except RuntimeError:
+            return False
+        return True
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every gradient is the mean over the ranks, or stays on its rank because the script wants it so."""
+        if not self.require_backward_grad_sync:
+            return True
+        return not self._backwards.is_local and self._is_reduced()
+
+    def complete(self) -> None:
+        """Make every gradient the mean over the ranks. Collective: every rank must call it.
+
+        Raises:
+            UnusedParametersError: DDP waits for the gradients of some parameters.
+        """
+        try:
+            self.reducer._check_reducer_finalized()
+        except RuntimeError as error:
+            unused = self._named_in(str(error))
+            if unused is None:
+                raise
+            raise UnusedParametersError(unused) from error
+        if self._backwards.is_local:
+            self._average()
+
+    def holds_any(self, parameters: set[int]) -> bool:
+        """Whether any of some parameters, by `id`, is one of this model's."""
+        return any(id(p) in parameters for p in self._parameters_known)
+
+    @property
+    def keeps_replicas_alike(self) -> bool:
+        """Whether every step is the same on all ranks: gradients are exchanged, and not by a hook of the script's."""
+        hooks = len(self._comm_hooks)
+        return self.require_backward_grad_sync and not self._join_config.enable and hooks <= self.num_hooks
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Average all gradients over the ranks; one that another rank has and this one has not counts as zero."""
+        if self._join_config.enable:
+            raise SteppingError(
+                f"Gradients of {type(self.module).__name__} were computed outside of DDP's exchange "
+                "under join_uneven_inputs",
+                "Ranks that have run out of batches follow DDP's own exchanges only",
+                "Call the prepared model itself, and backward() once for each forward",
+            )
+        self._tell()
+        group = self._open_group()
+        parameters = self._parameters_known
+        present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=group.device)
+        anywhere = group.all_reduce(present, "max").tolist()
+        gradients = []
+        for name, parameter, is_there in zip(self._names_known, parameters, anywhere, strict=True):
+            if not is_there:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:
+                raise SteppingError(
+                    f"The sparse gradient of {name} was computed outside of DDP's exchange",
+                    "Only dense gradients can be averaged afterwards",
+                    "Call the prepared model itself, and backward() once for each forward",
+                )
+            gradients.append(parameter.grad)
+        for piece in _pieces(gradients):
+            flat = group.all_reduce(torch.cat([grad.reshape(-1) for grad in piece]), "mean")
+            for grad, mean in zip(piece, torch.split(flat, [grad.numel() for grad in piece]), strict=True):
+                grad.copy_(mean.view(grad.shape))
+        self._backwards.is_local = False
+
+    def _tell(self) -> None:
+        if self._told:
+            return
+        self._told = True
+        _LOG.warning(
+            "Gradients of %s came from outside of DDP's own exchange: a second backward through one forward, or a "
+            "forward around the prepared model such as unwrap_model(model).encode(x). They are averaged over the ranks "
+            "after each such backward, which is right and cannot overlap with it. To save that, call the prepared "
+            "model, and add losses up for one backward().",
+            type(self.module).__name__,
+        )
+
+    # Which parameters DDP speaks of
+
+    def _named_in(self, message: str) -> list[str] | None:
+        """The parameters without a gradient of which DDP complains; None for any other complaint."""
+        if "Expected to have finished reduction" not in message:
+            return None
+        found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", message)
+        if found is None:
+            return [name for name, p in self.trained if p.grad is None]
+        return [self.trained[int(index)][0] for index in re.findall(r"\d+", found[1])]
+
+    def name_of(self, index: int) -> str:
+        """The name of the parameter that the reducer knows by its index."""
+        return self.trained[index][0] if index < len(self.trained) else f"parameter {index}"
+
+
+def _forget(state: PowerSGDState) -> None:
+    """Start a compression anew: what it has gathered lies as the buckets did."""
+    state.iter = 0
+    for held in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        held.clear()
+
+
+def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into runs of one dtype and device, of a bounded size."""
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in by_kind.values():
+        piece: list[Tensor] = []
+        size = 0
+        for tensor in same:
+            piece.append(tensor)
+            size += tensor.nbytes
+            if size >= _PIECE_BYTES:
+                yield piece
+                piece, size = [], 0
+        if piece:
+            yield piece

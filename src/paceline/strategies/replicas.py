@@ -1,0 +1,106 @@
+"""A second net under replicated training: now and then, do all ranks hold the same weights?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from paceline.errors import SteppingError, named
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    Named = Sequence[tuple[str, nn.Parameter]]
+
+_EVERY = 128
+_SAMPLES = 8
+# Machines of different makes round differently; gradients that were not shared move weights by more in a step or two.
+_TOLERANCE = 1e-4
+
+
+class ReplicaCheck:
+    """Compares a few numbers of each weight over the ranks: after steps 1, 2, 4 ... 64, 128 and every 128 from there.
+
+    The comparison is started after a step and looked at when the next one is started, so nobody waits for it, neither
+    on the host nor on the device.
+    """
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._open: tuple[int, list[str], list[int], Tensor, Any, torch.Event | None] | None = None
+
+    def restart(self) -> None:
+        """Count from the beginning: ranks may have taken different numbers of steps."""
+        self._steps = 0
+        self._open = None
+
+    def stepped(self, parameters: Callable[[], Named]) -> None:
+        """Note that a step was taken. Collective in the steps at which it compares: every rank must call it.
+
+        Raises:
+            SteppingError: The ranks' weights differed at the comparison before; it names them.
+        """
+        self._steps += 1
+        if self._steps % _EVERY and (self._steps > _EVERY or self._steps & (self._steps - 1)):
+            return
+        self.look()
+        self._start(parameters())
+
+    @torch.no_grad()
+    def _start(self, parameters: Named) -> None:
+        parts = [_sample(p) for _, p in parameters]
+        values = torch.nan_to_num(torch.cat(parts), nan=1e30, posinf=1e31, neginf=-1e31)
+        extremes = torch.cat([values, -values])
+        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        event = None
+        if extremes.device.type != "cpu":
+            # The stream waits, not the host; the numbers are in host memory long before anybody looks.
+            work.wait()
+            extremes = torch.empty_like(extremes, device="cpu", pin_memory=True).copy_(extremes, non_blocking=True)
+            event = torch.Event(device=values.device)
+            event.record()
+        names = [name for name, _ in parameters]
+        self._open = (self._steps, names, [len(part) for part in parts], extremes, work, event)
+
+    def look(self) -> None:
+        """Look at the comparison that was started last.
+
+        Raises:
+            SteppingError: The ranks' weights differed; it names them.
+        """
+        if self._open is None:
+            return
+        step, names, lengths, extremes, work, event = self._open
+        self._open = None
+        if event is None:
+            work.wait()
+        else:
+            event.synchronize()
+        largest, smallest = extremes[: len(extremes) // 2], -extremes[len(extremes) // 2 :]
+        apart = []
+        for name, high, low in zip(names, torch.split(largest, lengths), torch.split(smallest, lengths), strict=True):
+            spread = (high - low).max()
+            if spread > _TOLERANCE * torch.maximum(high.abs(), low.abs()).max():
+                apart.append(f"{name} (by {float(spread):.3g})")
+        if apart:
+            raise SteppingError(
+                f"After {step} steps the ranks hold different weights: {named(apart, 4)}",
+                "Something moved them that the ranks do not share: a backward that DDP does not see (a second "
+                "loss.backward(), or one around the prepared model), weights changed by hand, or an optimizer that "
+                "draws random numbers",
+                "Call the prepared model and accelerator.backward(loss), and change weights alike on all ranks",
+            )
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """A few elements from the middle, as real numbers of at least fp32: the first rows of a table are often padding."""
+    values = parameter.detach()
+    values = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
+    middle = max(0, (len(values) - _SAMPLES) // 2)
+    part = values[middle : middle + _SAMPLES]
+    return part if part.dtype == torch.float64 else part.float()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from paceline.config import FullyShardedDataParallelPlugin
-from paceline.errors import PrepareError, named
+from paceline.errors import PrepareError, SteppingError, named
 from paceline.precision import autocast_forward
 from paceline.strategies.base import Strategy, multiply, refuse_join, short_dtype
 from paceline.strategies.compiled import compile_model
@@ -68,6 +68,9 @@ class FSDPStrategy(Strategy):
         self._replacements = Replacements()
         self._units: dict[int, tuple[FSDPModule, ...]] = {}
         self._told: list[str] = []
+        # Models whose gradients are held back just now, and whether any were since the last step.
+        self._held_back: set[int] = set()
+        self._whole_gradients = False
 
     # What becomes of models and optimizers
 
@@ -183,8 +186,30 @@ class FSDPStrategy(Strategy):
 
     @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
+        if enabled:
+            self._held_back.discard(id(model))
+        else:
+            self._held_back.add(id(model))
         for unit in self._units.get(id(model), ()):
             unit.set_requires_gradient_sync(enabled, recurse=False)
+
+    @override
+    def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
+        self._whole_gradients = self._whole_gradients or bool(self._held_back)
+        super().backward(loss, scale, **kwargs)
+
+    @override
+    def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        if not self._whole_gradients:
+            return
+        self._whole_gradients = False
+        if all(p.grad is None for p in parameters):
+            raise SteppingError(
+                "A step was asked for whose only backward ran under no_sync()",
+                "FSDP2 keeps such gradients whole and outside of parameter.grad until a backward exchanges them, so "
+                "the step would train nothing",
+                "Run the last backward before a step outside of no_sync()",
+            )
 
     @override
     @torch.no_grad()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from paceline.config.deepspeed_names import OLD, REFUSED, SECTIONS, TOP
+from paceline.config.deepspeed_names import ARGUMENTS, OLD, REFUSED, REMOVED, REMOVED_FROM_ZERO, SECTIONS, TOP
 from paceline.config.document import describe_json_error
 from paceline.config.shapes import did_you_mean
 from paceline.errors import Problem
@@ -22,7 +22,7 @@ from paceline.errors import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["AUTO", "Shared", "name_problems", "read_settings", "shared_values", "value_at", "walk"]
+__all__ = ["AUTO", "Shared", "name_problems", "read_settings", "shared_values", "value_at", "walk", "without_removed"]
 
 AUTO: Final = "auto"
 FILE_KEY: Final = "deepspeed_config.deepspeed_config_file"
@@ -83,10 +83,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def name_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
     """Yield the keys that DeepSpeed does not know, those that cannot be carried out, and values of a wrong kind."""
     for key, value in settings.items():
-        if key not in TOP:
-            yield Problem(name, key, "unknown key", hint=did_you_mean(key, dict.fromkeys(TOP)))
-        elif key in REFUSED and not _is_off(value):
-            yield Problem(name, key, "is not carried out", REFUSED[key], "remove the key")
+        if key in REMOVED:
+            if not _is_off(value):
+                yield Problem(name, key, "is not carried out", REMOVED[key], "remove the key")
+        elif key not in TOP:
+            yield _unknown(name, key, key, TOP)
+    for path, why in REFUSED.items():
+        if not _is_off(value_at(settings, path)):
+            yield Problem(name, path, "is not carried out", why, "remove the key")
     yield from _section_problems(settings, name)
     for path, other in OLD.items():
         if value_at(settings, path):
@@ -100,8 +104,32 @@ def name_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
 def _is_off(value: Any) -> bool:
     """Whether a key that would do nothing asks for nothing."""
     if isinstance(value, dict):
-        return value.get("enabled") is False
+        return not value or value.get("enabled") is False
     return value in (None, False) or (type(value) is int and value == 1)
+
+
+def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without keys of older releases, which DeepSpeed refuses even where they ask for nothing."""
+    return {key: value for key, value in settings.items() if key not in REMOVED}
+
+
+def _unknown(name: str, path: str, key: str, known: frozenset[str]) -> Problem:
+    """The problem of a key that is not read where it stands."""
+    elsewhere = [place for place, keys in (*ARGUMENTS.items(), *SECTIONS.items()) if key in keys]
+    if key in TOP:
+        elsewhere.insert(0, "the top level")
+    if not elsewhere:
+        return Problem(name, path, "unknown key", hint=did_you_mean(key, dict.fromkeys(known)))
+    parent = path.removesuffix(key).removesuffix(".")
+    # What lies below the section at hand is nearest.
+    place = next((p for p in elsewhere if parent and p.startswith(f"{parent}.")), elsewhere[0])
+    return Problem(
+        name,
+        path,
+        "is not read here",
+        f"it is read in {place}" if place != "the top level" else "it is read at the top level",
+        f"move it {'there' if place != 'the top level' else 'out of the section'}",
+    )
 
 
 def _section_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
@@ -113,8 +141,10 @@ def _section_problems(settings: Mapping[str, Any], name: str) -> Iterator[Proble
             yield Problem(name, path, f"{section!r} is not allowed", "it holds keys and values")
             continue
         for key in section:
-            if key not in known:
-                yield Problem(name, f"{path}.{key}", "unknown key", hint=did_you_mean(key, dict.fromkeys(known)))
+            if path == "zero_optimization" and key in REMOVED_FROM_ZERO:
+                yield Problem(name, f"{path}.{key}", "is not carried out", "DeepSpeed 0.19 has removed it", "remove it")
+            elif key not in known:
+                yield _unknown(name, f"{path}.{key}", key, known)
 
 
 def _value_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
@@ -128,6 +158,10 @@ def _value_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]
             yield Problem(name, path, f"{value!r} is not allowed", 'it must be true, false or "auto"')
     if all(value_at(settings, f"{kind}.enabled") is True for kind in _PRECISIONS):
         yield Problem(name, "bf16.enabled", "true together with fp16.enabled", "they exclude each other", "keep one")
+    if settings.get("gradient_allreduce_op", "mean") not in (None, "mean"):
+        why = "a gradient is the mean over the ranks, whatever their number"
+        hint = "remove it, and add losses up in the script: backward(loss_sum, weight=count)"
+        yield Problem(name, "gradient_allreduce_op", f"{settings['gradient_allreduce_op']!r} is not allowed", why, hint)
     kind = value_at(settings, "communication_data_type")
     if kind not in (None, *_COMMUNICATED):
         yield Problem(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OLD", "OPTIMIZERS", "REFUSED", "SCHEDULES", "SECTIONS", "TOP"]
+__all__ = ["ARGUMENTS", "OLD", "OPTIMIZERS", "REFUSED", "REMOVED", "REMOVED_FROM_ZERO", "SCHEDULES", "SECTIONS", "TOP"]
 
 
 def _names(text: str) -> frozenset[str]:
@@ -16,16 +16,15 @@ def _names(text: str) -> frozenset[str]:
 
 TOP: Final = _names(
     """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
-    communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency
-    data_parallel_size data_types dataloader_drop_last disable_allgather disable_python_gc dump_state
-    elasticity expert_parallel flops_profiler fp16 fp32_allreduce gradient_accumulation_steps
-    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine keep_in_fp32_modules
-    log_level managed_gradient_accumulation memory_breakdown nebula optimizer pipeline
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger
+    communication_data_type compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt
+    disable_allgather disable_python_gc dump_state expert_parallel flops_profiler fp16
+    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
+    hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
     prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size
-    sparse_attention sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast
-    train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
-    wall_clock_breakdown wandb weight_quantization zenflow zero_allow_untested_optimizer
+    steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
     zero_force_ds_cpu_optimizer zero_optimization
 """
 )
@@ -73,28 +72,57 @@ SECTIONS: Final[Mapping[str, frozenset[str]]] = {
 """
     ),
     "aio": _names("block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds"),
-    "data_types": frozenset({"grad_accum_dtype"}),
+    "data_types": _names("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
+    "zero_optimization.leaf_module": _names("classes names name_suffixes"),
+    "timers": frozenset({"throughput"}),
+    "timers.throughput": _names("enabled synchronized"),
     "comms_logger": _names("enabled prof_all prof_ops verbose debug"),
     "flops_profiler": _names("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
     "tensorboard": _names("enabled output_path job_name"),
     "csv_monitor": _names("enabled output_path job_name"),
     "wandb": _names("enabled group team project"),
+    "comet": _names(
+        "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
+    ),
 }
 REFUSED: Final = {
-    "amp": "apex is not used; write bf16 or fp16",
     "torch_autocast": "paceline opens autocast itself; write bf16 or fp16",
     "tensor_parallel": "this release shards by ZeRO only",
     "sequence_parallel_size": "this release shards by ZeRO only",
     "expert_parallel": "this release shards by ZeRO only",
-    "elasticity": "paceline owns the batch size",
     "managed_gradient_accumulation": "paceline owns gradient accumulation",
     "dataloader_drop_last": "paceline owns the loaders; write DataLoader(drop_last=True)",
+    "data_efficiency": "it acts in DeepSpeed's own loader, and paceline owns the loaders",
     "checkpoint": "paceline writes checkpoints itself",
-    "nebula": "paceline writes checkpoints itself",
+    "datastates_ckpt": "paceline writes checkpoints itself",
     "pipeline": "this release has no pipeline parallelism",
     "autotuning": "it belongs to DeepSpeed's own command",
+    "hybrid_engine": "it is for generating with another engine between steps, which nothing here asks for",
+    "weight_quantization": "it is for inference",
+    "compile.deepcompile": "it acts in engine.compile(); use --dynamo_backend, which compiles the model's blocks",
+    "zero_optimization.zenflow": "its optimizer steps at moments of its own, and paceline says when a step is",
+    "zero_optimization.offload_optimizer.super_offload": "its optimizer steps during the backward, before the clip",
 }
-"""Keys that would do nothing here, with the reason."""
+"""Keys that would do nothing here, or act against what paceline does, with the reason."""
+
+_GONE: Final = "DeepSpeed 0.19 has removed it"
+REMOVED: Final = {
+    "amp": f"{_GONE}; write bf16 or fp16",
+    "compression_training": _GONE,
+    "curriculum_learning": f"{_GONE}; order the samples in the script's own sampler",
+    "data_parallel_size": "DeepSpeed takes it from the ranks",
+    "eigenvalue": _GONE,
+    "elasticity": f"{_GONE}, and paceline owns the batch size",
+    "fp32_allreduce": f'{_GONE}; write "communication_data_type": "fp32"',
+    "graph_harvesting": _GONE,
+    "nebula": f"{_GONE}, and paceline writes checkpoints itself",
+    "progressive_layer_drop": _GONE,
+    "quantize_training": _GONE,
+    "sparse_attention": f"{_GONE}; choose the model's attention, for example attn_implementation",
+    "sparse_gradients": f"{_GONE}; nn.Embedding(sparse=True) needs no key",
+}
+"""Keys of older releases, which are left out where they ask for nothing."""
+REMOVED_FROM_ZERO: Final = _names("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param")
 
 _GATHERS: Final = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 OLD: Final = {
@@ -109,6 +137,22 @@ OLD: Final = {
 
 OPTIMIZERS: Final = _names("adagrad adam adamw lamb lion muadam muadamw musgd muon")
 """Optimizers that DeepSpeed makes itself, whatever their case; other types are classes of torch.optim."""
+
+ARGUMENTS: Final[Mapping[str, frozenset[str]]] = {
+    "optimizer.params": _names(
+        """
+    lr betas eps weight_decay momentum torch_adam adam_w_mode bias_correction amsgrad fp32_optimizer_states
+    max_coeff min_coeff freeze_step cuda_aware comm_backend_name nesterov dampening muon_lr adam_lr
+"""
+    ),
+    "scheduler.params": _names(
+        """
+    warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps last_batch_iteration
+    warmup_min_ratio cos_min_ratio
+"""
+    ),
+}
+"""What the makers of optimizers and schedules take, to find a key that stands a level too high."""
 
 _WARMUP: Final = _names("warmup_num_steps warmup_type last_batch_iteration")
 SCHEDULES: Final[Mapping[str, frozenset[str]]] = {

@@ -201,7 +201,6 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         check_disk(self._settings)
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
-        configure_checkpointing(self._settings)
         stand_in = optimizer if isinstance(optimizer, DummyOptim) else None
         compile_model(model, self.around.config.dynamo_config)
         engine = self._initialize(
@@ -210,6 +209,8 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
             model_parameters=None if stand_in is None else as_groups(stand_in),
             config=engine_settings(self._settings, self._stage, self.around.group.size, stand_in=stand_in is not None),
         )
+        # The ranks' groups of DeepSpeed's own are there now, which it looks for.
+        configure_checkpointing(self._settings)
         bound = Bound(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)
         engine.set_gradient_accumulation_boundary(True)
         self._watch(bound)

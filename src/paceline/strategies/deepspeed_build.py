@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.config.deepspeed_json import AUTO, value_at
+from paceline.config.deepspeed_json import AUTO, value_at, without_removed
 from paceline.errors import PrepareError, named
 from paceline.strategies.dummies import DummyOptim
 
@@ -59,7 +59,7 @@ def name_ranks() -> None:
 
 def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *, stand_in: bool) -> dict[str, Any]:
     """What the engine is told: paceline's own part of the work is switched off in it."""
-    told = copy.deepcopy(dict(settings))
+    told = copy.deepcopy(without_removed(settings))
     told["train_batch_size"] = told["train_micro_batch_size_per_gpu"] * world_size
     told["gradient_accumulation_steps"] = 1
     if value_at(told, "zero_optimization.offload_optimizer.device") != "nvme":
@@ -89,9 +89,9 @@ def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
     section = plugin.zero_section().items()
     zero = {key: value for key, value in section if value != AUTO and key != "offload_optimizer"} | {"stage": 3}
     told: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    exact = plugin.settings.get("keep_in_fp32_modules")
+    exact = value_at(plugin.settings, "data_types.keep_in_fp32_modules")
     if exact is not None:
-        told["keep_in_fp32_modules"] = exact
+        told["data_types"] = {"keep_in_fp32_modules": exact}
     if precision in DTYPES:
         told[precision] = {"enabled": True}
     return told

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     Named = Sequence[tuple[str, nn.Parameter]]
 
-_EVERY = 128
+_EVERY = 256
 _SAMPLES = 8
 # Machines of different makes round differently; gradients that were not shared move weights by more in a step or two.
 _TOLERANCE = 1e-4
 
 
 class ReplicaCheck:
-    """Compares a few numbers of each weight over the ranks: after steps 1, 2, 4 ... 64, 128 and every 128 from there.
+    """Compares a few numbers of each weight over the ranks: after steps 1, 2, 4 ... 128, 256 and every 256 from there.
 
     The comparison is started after a step and looked at when the next one is started, so nobody waits for it, neither
     on the host nor on the device.

@@ -37,7 +37,10 @@ def test_the_trainer_of_transformers_is_told_whose_arguments_it_got(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [({"max_steps": 1}, r"TrainingArguments\(\*\*args\)"), ("out", r"builtins.str as args.*TrainingArguments\(output_")],
+    [
+        ({"max_steps": 1}, r"TrainingArguments\(\*\*args\)"),
+        ("out", r"builtins.str as args.*TrainingArguments\(output_"),
+    ],
 )
 def test_what_are_no_arguments(args: Any, words: str) -> None:
     with pytest.raises(PrepareError, match=words):

@@ -13,6 +13,7 @@ import builtins
 import contextlib
 import errno
 import faulthandler
+import functools
 import importlib.machinery
 import importlib.util
 import io
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str]) -> None:
     _write_whole_lines()
     if "PACELINE_CONFIG" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         sys.meta_path.insert(0, _NoticeDistributed())
+    if "PACELINE_CONFIG" in os.environ and os.environ.get("RANK", "0") == "0":
+        sys.meta_path.insert(0, _NoticeAccelerate())
     kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         _become(rest)
@@ -155,6 +158,52 @@ class _NoticeDistributed:
         # The thread takes no part in the script's imports, so the module may be half there.
         is_open: Callable[[], bool] | None = getattr(sys.modules.get(self._module), "is_initialized", None)
         return is_open is not None and is_open()
+
+
+class _NoticeAccelerate:
+    """Says what of the configuration is not used, when the script builds an Accelerator of Accelerate's.
+
+    The Trainer of transformers builds one before it trains. Until the script imports it nothing of this runs.
+    """
+
+    _module = "accelerate.accelerator"
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Leave finding modules to others, and look at the one that is waited for once it is loaded."""
+        if name != self._module or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader: Any = None if spec is None else spec.loader
+        load = getattr(loader, "exec_module", None)
+        if load is not None:
+
+            def load_and_watch(module: ModuleType) -> None:
+                load(module)
+                self._watch(getattr(module, "Accelerator", None))
+
+            loader.exec_module = load_and_watch
+        return spec
+
+    def _watch(self, kind: Any) -> None:
+        """Put a note in front of the constructor until it is called first."""
+        build = getattr(kind, "__init__", None)
+        if not isinstance(kind, type) or build is None:
+            return
+
+        @functools.wraps(build)
+        def note_and_build(own: Any, *args: Any, **kwargs: Any) -> None:
+            kind.__init__ = build  # type: ignore[misc]
+            self._say()
+            build(own, *args, **kwargs)
+
+        kind.__init__ = note_and_build  # type: ignore[misc]
+
+    def _say(self) -> None:
+        from paceline.launch.unused import say_unused
+
+        by = ", which the Trainer of transformers builds," if "transformers.trainer" in sys.modules else ""
+        say_unused(f"Accelerate's own Accelerator{by}", os.environ)
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:

@@ -83,15 +83,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def name_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
     """Yield the keys that DeepSpeed does not know, those that cannot be carried out, and values of a wrong kind."""
     for key, value in settings.items():
-        if key in REMOVED:
-            if not _is_off(value):
-                yield Problem(name, key, "is not carried out", REMOVED[key], "remove the key")
-        elif key not in TOP:
+        reason = REMOVED.get(key) or REFUSED.get(key)
+        if reason is None and key not in TOP:
             yield _unknown(name, key, key, TOP)
-    for path, why in REFUSED.items():
-        if not _is_off(value_at(settings, path)):
-            yield Problem(name, path, "is not carried out", why, "remove the key")
+        elif reason is not None and not _is_off(value):
+            yield Problem(name, key, "is not carried out", reason, "remove the key")
     yield from _section_problems(settings, name)
+    for path, reason in REFUSED.items():
+        if "." in path and not _is_off(value_at(settings, path)):
+            yield Problem(name, path, "is not carried out", reason, "remove the key")
     for path, other in OLD.items():
         if value_at(settings, path):
             yield Problem(name, path, "is another spelling that is not read", hint=f"write {other}")
@@ -114,22 +114,16 @@ def without_removed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unknown(name: str, path: str, key: str, known: frozenset[str]) -> Problem:
-    """The problem of a key that is not read where it stands."""
-    elsewhere = [place for place, keys in (*ARGUMENTS.items(), *SECTIONS.items()) if key in keys]
+    """The problem of a key that is not read where it stands, with the place where it is read, if there is one."""
+    places = [place for place, keys in (*ARGUMENTS.items(), *SECTIONS.items()) if key in keys]
+    if places:
+        # What lies below the section at hand is nearest.
+        section = path.removesuffix(key)
+        place = next((place for place in places if section and place.startswith(section)), places[0])
+        return Problem(name, path, "is not read here", f"it is read in {place}", "move it there")
     if key in TOP:
-        elsewhere.insert(0, "the top level")
-    if not elsewhere:
-        return Problem(name, path, "unknown key", hint=did_you_mean(key, dict.fromkeys(known)))
-    parent = path.removesuffix(key).removesuffix(".")
-    # What lies below the section at hand is nearest.
-    place = next((p for p in elsewhere if parent and p.startswith(f"{parent}.")), elsewhere[0])
-    return Problem(
-        name,
-        path,
-        "is not read here",
-        f"it is read in {place}" if place != "the top level" else "it is read at the top level",
-        f"move it {'there' if place != 'the top level' else 'out of the section'}",
-    )
+        return Problem(name, path, "is not read here", "it is read at the top level", "move it out of the section")
+    return Problem(name, path, "unknown key", hint=did_you_mean(key, dict.fromkeys(known)))
 
 
 def _section_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]:
@@ -162,6 +156,12 @@ def _value_problems(settings: Mapping[str, Any], name: str) -> Iterator[Problem]
         why = "a gradient is the mean over the ranks, whatever their number"
         hint = "remove it, and add losses up in the script: backward(loss_sum, weight=count)"
         yield Problem(name, "gradient_allreduce_op", f"{settings['gradient_allreduce_op']!r} is not allowed", why, hint)
+    checkpointing = settings.get("activation_checkpointing")
+    if isinstance(checkpointing, dict) and checkpointing.get("contiguous_memory_optimization"):
+        needed = [key for key in ("partition_activations", "number_checkpoints") if not checkpointing.get(key)]
+        path = "activation_checkpointing.contiguous_memory_optimization"
+        if needed:
+            yield Problem(name, path, "true without " + " and ".join(needed), "DeepSpeed needs both", "set them")
     kind = value_at(settings, "communication_data_type")
     if kind not in (None, *_COMMUNICATED):
         yield Problem(

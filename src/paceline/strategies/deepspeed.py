@@ -30,10 +30,13 @@ from paceline.precision import autocast_forward
 from paceline.strategies.base import check_trainable, short_dtype
 from paceline.strategies.compiled import compile_model
 from paceline.strategies.deepspeed_build import (
+    as_bytes,
     as_groups,
     cast_inputs,
     check_compiler,
     check_disk,
+    check_dtypes,
+    check_monitors,
     configure_checkpointing,
     early_settings,
     engine_settings,
@@ -185,6 +188,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
                 "DeepSpeed places what it shards",
                 "Leave device_placement out",
             )
+        check_dtypes(model)
         groups = [list(group["params"]) for group in optimizer.param_groups]
         dtypes = {id(p): self._dtype_of(p) for p in model.parameters()}
         exact = exact_values(model, self._dtype, is_main=self.around.world.is_main)
@@ -199,16 +203,19 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         self._settings = resolve_settings(self._plugin, self.around.config, known)
         check_compiler(self._settings, optimizer)
         check_disk(self._settings)
+        check_monitors(self._settings)
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
         stand_in = optimizer if isinstance(optimizer, DummyOptim) else None
         compile_model(model, self.around.config.dynamo_config)
-        engine = self._initialize(
-            model=model,
-            optimizer=optimizer if stand_in is None else None,
-            model_parameters=None if stand_in is None else as_groups(stand_in),
-            config=engine_settings(self._settings, self._stage, self.around.group.size, stand_in=stand_in is not None),
-        )
+        told = engine_settings(self._settings, self._stage, self.around.group.size, stand_in=stand_in is not None)
+        with as_bytes(model, self._stage, self.around.group):
+            engine = self._initialize(
+                model=model,
+                optimizer=optimizer if stand_in is None else None,
+                model_parameters=None if stand_in is None else as_groups(stand_in),
+                config=told,
+            )
         # The ranks' groups of DeepSpeed's own are there now, which it looks for.
         configure_checkpointing(self._settings)
         bound = Bound(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)

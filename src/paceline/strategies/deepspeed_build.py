@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import logging
 import os
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,16 +20,18 @@ from paceline.errors import PrepareError, named
 from paceline.strategies.dummies import DummyOptim
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from paceline.collectives import Group
     from paceline.config import DeepSpeedPlugin
     from paceline.strategies.surroundings import Surroundings
     from paceline.strategies.zero_engine import Bound
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 _COMPILED = {"adam", "adamw", "lamb", "lion"}
 
 
@@ -155,6 +159,23 @@ def _check_architectures(operation: str) -> None:
         )
 
 
+def check_monitors(settings: Mapping[str, Any]) -> None:
+    """Name the packages that monitors need and that are missing: only rank 0 would try to import them.
+
+    Raises:
+        PrepareError: Some are.
+    """
+    asked = [kind for kind in _MONITORS if value_at(settings, f"{kind}.enabled") is True]
+    missing = [kind for kind in asked if importlib.util.find_spec(_MONITORS[kind]) is None]
+    if missing:
+        packages = " ".join(_MONITORS[kind] for kind in missing)
+        raise PrepareError(
+            f"{named(missing)} is enabled in the DeepSpeed configuration",
+            f"The package {packages} is not installed",
+            f"Run: pip install {packages}; or remove the section",
+        )
+
+
 def configure_checkpointing(settings: Mapping[str, Any]) -> None:
     """Pass the section on to `deepspeed.checkpointing`, which models call by themselves."""
     import deepspeed
@@ -173,6 +194,48 @@ def configure_checkpointing(settings: Mapping[str, Any]) -> None:
 
 
 # Model, optimizer and schedule
+
+
+@contextmanager
+def as_bytes(model: nn.Module, stage: int, group: Group) -> Iterator[None]:
+    """Let the engine send rank 0's values as bytes, for which a tensor must have a dimension and lie row by row.
+
+    Stage 3 gets parameters without dimensions with one, and is told their true shape afterwards. For the other stages
+    their values are sent here, and the engine leaves out what has the mark of those that differ from rank to rank.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    scalars = [p for p in model.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+    for parameter in scalars:
+        if stage == 3:
+            parameter.data = parameter.data.view(1)
+        else:
+            group.broadcast(parameter.detach())
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+    yield
+    for parameter in scalars:
+        if stage == 3:
+            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
+        else:
+            del parameter.ds_optim_param  # type: ignore[attr-defined]
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Refuse what no engine of DeepSpeed can hold.
+
+    Raises:
+        PrepareError: Parameters are complex numbers; it names them.
+    """
+    complex_ones = [name for name, p in model.named_parameters() if p.is_complex()]
+    if complex_ones:
+        raise PrepareError(
+            f"{named(complex_ones)} of {type(model).__name__} {'holds' if len(complex_ones) == 1 else 'hold'} complex "
+            "numbers",
+            "DeepSpeed casts every parameter to one real dtype and lays them side by side",
+            "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
+            "with strategy='ddp'",
+        )
 
 
 def mark_leaves(model: nn.Module, asked: Sequence[str]) -> None:

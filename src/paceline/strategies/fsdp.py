@@ -78,6 +78,7 @@ class FSDPStrategy(Strategy):
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         plugin = self._plugin
         self._check_values(model)
+        check_shardable(model)
         units = find_units(model, plugin)
         ignored = self._ignored_modules(model)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -348,6 +349,32 @@ class FSDPStrategy(Strategy):
         if self._mixed.reduce_dtype is not None:
             table["reduce"] = short_dtype(self._mixed.reduce_dtype)
         return table
+
+
+def check_shardable(model: nn.Module) -> None:
+    """Refuse parameters that cannot be cut into rows.
+
+    Raises:
+        PrepareError: They have no dimension, or are complex beside real ones; it names them.
+    """
+    named_parameters = list(model.named_parameters())
+    scalars = [name for name, p in named_parameters if p.ndim == 0]
+    if scalars:
+        raise PrepareError(
+            f"{named(scalars)} of {type(model).__name__} {'has' if len(scalars) == 1 else 'have'} no dimension",
+            "FSDP2 cuts every parameter along its first dimension",
+            "Give it one, nn.Parameter(torch.tensor([2.65])), which changes nothing in most formulas; or train with "
+            "strategy='ddp'",
+        )
+    complex_ones = [name for name, p in named_parameters if p.is_complex()]
+    if complex_ones:
+        raise PrepareError(
+            f"{named(complex_ones)} of {type(model).__name__} {'holds' if len(complex_ones) == 1 else 'hold'} complex "
+            "numbers",
+            "FSDP2 gathers the parameters of a unit in one real dtype",
+            "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
+            "with strategy='ddp'",
+        )
 
 
 class _Norm:

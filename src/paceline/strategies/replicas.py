@@ -52,6 +52,7 @@ class ReplicaCheck:
 
     @torch.no_grad()
     def _start(self, parameters: Named) -> None:
+        parameters = [(name, p) for name, p in parameters if p.numel()]
         parts = [_sample(p) for _, p in parameters]
         values = torch.nan_to_num(torch.cat(parts), nan=1e30, posinf=1e31, neginf=-1e31)
         extremes = torch.cat([values, -values])

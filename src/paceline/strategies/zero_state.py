@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,11 @@ def _collect(bound: Bound, name: str, parameter: nn.Parameter, place: Place, sta
     for key, value in held.items():
         if key == "step":
             continue
-        if isinstance(value, torch.Tensor) and value.numel() == place.flat.numel() and value.ndim:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.numel() == place.flat.numel()
+            and value.ndim >= min(place.flat.ndim, 1)
+        ):
             slots[key] = Part(shape, place.start, place.cut(value))
         elif isinstance(value, (int, float, bool)) or value is None:
             numbers[key] = value
@@ -112,10 +117,17 @@ def make_slots(
             place, name = bound.partitions.place(parameter), names[id(parameter)]
             if place is not None:
                 _, tensors, counts = wanted.setdefault(id(place.flat), (place, {}, {}))
-                tensors.update(slots.get(name, {}))
+                tensors.update(_with_dimension(parameter, slots.get(name, {})))
                 counts.update(numbers.get(name, {}))
     for place, tensors, counts in wanted.values():
         _make_room(bound, place, tensors, counts)
+
+
+def _with_dimension(parameter: nn.Parameter, slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """The slots of a parameter; what is as large as one without dimensions is no single number for it."""
+    if getattr(parameter, "ds_shape", parameter.shape) != ():
+        return dict(slots)
+    return {key: replace(slot, shape=(1,)) if key != "step" else slot for key, slot in slots.items()}
 
 
 def _make_room(bound: Bound, place: Place, tensors: dict[str, Slot], counts: dict[str, Number]) -> None:

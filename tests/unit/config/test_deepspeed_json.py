@@ -115,7 +115,7 @@ def test_what_asks_for_nothing_is_let_be(extra: dict[str, Any]) -> None:
 
 
 def test_all_wrong_names_are_found_at_once() -> None:
-    found = list(name_problems({"a": 1, "zero_optimization": {"b": 2}, "amp": {}}, "ds.json"))
+    found = list(name_problems({"a": 1, "zero_optimization": {"b": 2}, "amp": {"enabled": True}}, "ds.json"))
     assert [problem.key for problem in found] == ["a", "amp", "zero_optimization.b"]
 
 

@@ -16,7 +16,7 @@ from tests.support.ranks import run_on_ranks
 
 pytestmark = [needs_deepspeed, pytest.mark.filterwarnings("error:.*lr_scheduler.step")]
 
-ADAM = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
+ADAM: Any = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
 STEPS = 5
 
 
@@ -61,7 +61,7 @@ def train(strategy: str, stage: int, kind: str, order: str) -> tuple[list[float]
     more: Any = {"deepspeed_plugin": plugin} if strategy == "deepspeed" else {"strategy": strategy}
     accelerator = Accelerator(cpu=True, **more)
     model: Any = TinyTransformer()
-    made = DummyOptim if strategy == "deepspeed" else torch.optim.AdamW
+    made: Any = DummyOptim if strategy == "deepspeed" else torch.optim.AdamW
     optimizer: Any = made(model.parameters(), lr=0.01, **ADAM)
     schedule: Any
     match order:

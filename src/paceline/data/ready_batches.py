@@ -25,7 +25,7 @@ class _Batches(IterableDataset[Any]):
         self._begun = False
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self.batches)
+        iterator: Iterator[Any] = iter(self.batches)
         if iterator is self.batches and self._begun:
             raise DataError(
                 f"A second pass over a {type(self.batches).__name__} was begun",

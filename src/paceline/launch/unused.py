@@ -44,9 +44,9 @@ def say_unused(who: str, env: Mapping[str, str]) -> None:
     found = [*_unused(Resolved.from_json(env["PACELINE_CONFIG"]))]
     if found:
         print(
-            f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. Write `from "
-            "paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the same names; or "
-            "start it with `accelerate launch`.",
+            f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. Write "
+            "`from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the same names; "
+            "or start it with `accelerate launch`.",
             file=sys.stderr,
             flush=True,
         )
@@ -68,7 +68,8 @@ def _unused(resolved: Resolved) -> Iterator[str]:
         if slot.field in _SECTIONS and isinstance(value, Section):
             yield from _of_section(resolved, slot.key, value)
         elif slot.field in _VALUES and _is_said(resolved.origin(slot.key), RunConfig, slot.field, value):
-            if slot.field != "use_cpu" or _has_device():
+            is_obvious = slot.field == "use_cpu" and not _has_device()
+            if not is_obvious:
                 yield f"{slot.key} {value} ({resolved.origin(slot.key).where})"
 
 

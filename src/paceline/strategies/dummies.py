@@ -53,7 +53,7 @@ class DummyOptim(Optimizer):
         super().__init__(params, {"lr": 0.001, "weight_decay": 0.0, **self.said})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """Its own groups, and those of the optimizer that was built, once there is one."""
         return self._own_groups if self._built is None else self._built.param_groups
 

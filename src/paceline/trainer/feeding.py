@@ -125,7 +125,7 @@ class Feeding(TrainerCore):
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Samples of a loader over all ranks."""
         total = getattr(dataloader, "total_dataset_length", None)
-        return int(total) if total else len(getattr(dataloader, "dataset", dataloader))  # type: ignore[arg-type]
+        return int(total) if total else len(getattr(dataloader, "dataset", dataloader))
 
     # Optimizer and schedule
 

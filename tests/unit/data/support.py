@@ -6,7 +6,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from paceline.collectives import Group, SoloGroup
 from paceline.config import DataLoaderConfiguration
@@ -96,7 +96,7 @@ class ShardedStream(IterableDataset[int]):
 
 
 def prepared(
-    loader: DataLoader[Any],
+    loader: Any,
     group: Group | None = None,
     active: ActiveLoaders | None = None,
     device: torch.device | None = None,

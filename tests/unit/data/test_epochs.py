@@ -161,6 +161,6 @@ class OwnLoop(DataLoader[Any]):
 
 
 def test_workers_of_a_loader_with_its_own_iteration_cannot_be_told() -> None:
-    with pytest.raises(DataError, match="cannot be told which epoch it is. Write persistent_workers=False"):
+    with pytest.raises(DataError, match=r"cannot be told which epoch it is\. Write persistent_workers=False"):
         prepared(OwnLoop(OfEpoch(), 2, num_workers=1, persistent_workers=True))
     assert seen(prepared(OwnLoop(OfEpoch(), 2, num_workers=1))) == [[0], [1], [2]]

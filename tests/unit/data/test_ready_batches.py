@@ -90,7 +90,7 @@ def test_its_position_is_saved() -> None:
 
 
 def test_several_ranks_need_to_be_told_whose_it_is() -> None:
-    with pytest.raises(DataError, match="The loader OfAnotherLibrary has an __iter__ of its own.*streams_are_sharded"):
+    with pytest.raises(DataError, match=r"The loader OfAnotherLibrary has an __iter__ of its own.*streams_are_sharded"):
         prepared(OfAnotherLibrary(4), Seat(0, 2))
 
 
@@ -111,9 +111,29 @@ def test_what_yields_no_batches_is_refused(thing: Any, words: str) -> None:
 
 def test_what_looks_like_batches() -> None:
     tensor = torch.ones(2)
-    for thing in ([tensor], [{"x": tensor}], iter([tensor]), OfAnotherLibrary(2), Numbers(2), (x for x in [tensor])):
+    batches: tuple[Any, ...] = (
+        [tensor],
+        [{"x": tensor}],
+        iter([tensor]),
+        OfAnotherLibrary(2),
+        Numbers(2),
+        (x for x in [tensor]),
+    )
+    for thing in batches:
         assert looks_like_batches(thing), thing
     model = nn.Linear(2, 2)
-    others = (None, 3, "text", {"x": tensor}, [], [1, 2], list(model.parameters()), model, tensor, Numbers, object())
+    others: tuple[Any, ...] = (
+        None,
+        3,
+        "text",
+        {"x": tensor},
+        [],
+        [1, 2],
+        list(model.parameters()),
+        model,
+        tensor,
+        Numbers,
+        object(),
+    )
     for thing in others:
         assert not looks_like_batches(thing), thing

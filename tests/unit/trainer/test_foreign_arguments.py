@@ -23,7 +23,7 @@ def test_arguments_of_transformers_are_named_as_such(tmp_path: Path) -> None:
     theirs = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     inherited = type("OwnArguments", (transformers.TrainingArguments,), {})(output_dir=str(tmp_path), use_cpu=True)
     for args in (theirs, inherited):
-        with pytest.raises(PrepareError, match="read by the Trainer of transformers.* from paceline import Training"):
+        with pytest.raises(PrepareError, match=r"read by the Trainer of transformers.* from paceline import Training"):
             Trainer(tagger(), args, train_dataset=Sentences(8, 1))
 
 

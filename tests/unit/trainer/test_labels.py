@@ -97,7 +97,8 @@ def test_metrics_are_called_where_the_labels_are_there(data: Any, changes: Any, 
 
 
 def test_a_prediction_needs_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for changes in ({}, {"label_names": ["labels"]}):
+    both: tuple[dict[str, Any], ...] = ({}, {"label_names": ["labels"]})
+    for changes in both:
         trainer, called = made(tmp_path, BOTH, **changes)
         assert trainer.predict(rows("x", count=9)).predictions.shape == (9, 3)
         assert not called
@@ -110,7 +111,9 @@ def test_a_prediction_needs_no_labels(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_a_loss_without_labels_is_still_measured(tmp_path: Path) -> None:
     class Own(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
             outputs = model(inputs["x"])
             loss = outputs["logits"].square().mean()
             return (loss, outputs) if return_outputs else loss

@@ -38,6 +38,7 @@ __all__ = [
     "next_number",
     "open_checkpoint",
     "partial_name",
+    "real_folder",
     "remove_leftovers",
     "remove_oldest",
 ]
@@ -140,19 +141,41 @@ class Found:
     problem: str = ""
 
 
+def real_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder that a name leads to: absolute, with `~`, `..` and links followed as far as they exist.
+
+    Raises:
+        DamagedCheckpointError: Links lead in a circle.
+    """
+    named = Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup
+    try:
+        return named.resolve()
+    except (OSError, RuntimeError) as error:
+        # Python before 3.13 raises RuntimeError for a loop.
+        raise DamagedCheckpointError(
+            f"{named} cannot be followed",
+            "It is a link that leads back to itself, or lies behind one",
+            "Remove the link, or name the folder itself",
+        ) from error
+
+
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint, checking its manifest and the names, kinds and sizes of its files.
 
-    A checkpoint that was being replaced when its process was killed is found under its old content.
+    A link to a checkpoint is what it leads to. A checkpoint that was being replaced when its process was killed is
+    found under its old content.
 
     Raises:
         DamagedCheckpointError: There is none, or it is not whole.
     """
-    path = Path(folder)
+    # Followed once: a link such as `latest` may be moved on while the files are read.
+    path, named = real_folder(folder), Path(folder)
     if not (path / MANIFEST).exists() and not path.exists():
         path = next((kept for kept in _siblings(path, "replaced") if (kept / MANIFEST).is_file()), path)
     if not path.is_dir():
         seen = f"{path} is a file, not a folder" if path.exists() else f"There is no folder {path}"
+        if named.is_symlink():
+            seen += f", and {named} is a link to it"
         raise DamagedCheckpointError(seen, "", "Name a folder that save_state wrote")
     if not (path / MANIFEST).exists():
         raise DamagedCheckpointError(
@@ -183,7 +206,9 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
             wrong.append(f"{name} is missing" if missing else f"{name[:80]} cannot be looked at: {error.strerror}")
             continue
-        if not stat.S_ISREG(found.st_mode) or _behind_link(folder, name):
+        if stat.S_ISLNK(found.st_mode) or _behind_link(folder, name):
+            wrong.append(f"{name} is a link or behind one: only the folder itself may be; cp -rL copies what they are")
+        elif not stat.S_ISREG(found.st_mode):
             wrong.append(f"{name} is not a plain file")
         elif found.st_size != record.size:
             wrong.append(f"{name} has {found.st_size:,} of {record.size:,} bytes")
@@ -194,7 +219,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
 
 def _behind_link(folder: Path, name: str) -> bool:
     """Whether a folder between a checkpoint and one of its files is a link, which may lead anywhere."""
-    return any((folder / inner).is_symlink() for inner in PurePosixPath(name).parents)
+    return any((folder / inner).is_symlink() for inner in PurePosixPath(name).parents if inner.name)
 
 
 def _read(path: Path) -> bytes:
@@ -236,7 +261,8 @@ def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
 def _children(folder: str | os.PathLike[str]) -> list[Path]:
     root = Path(folder)
     roots = [root, root / "checkpoints"]
-    return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir()]
+    # Also links that lead nowhere: the disk that one led to may be missing today only.
+    return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir() or path.is_symlink()]
 
 
 def _is_foreign(path: Path) -> bool:
@@ -382,19 +408,48 @@ def remove_leftovers(folder: Path, *, all_names: bool) -> None:
                 path.rename(path.with_name(matched["name"]))
             elif matched["kind"] == "replaced" and path.is_dir():
                 _remove_replaced(path, path.with_name(matched["name"]))
+            elif path.is_symlink():
+                path.unlink(missing_ok=True)
             else:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_oldest(folder: Path, keep: int) -> list[Path]:
-    """Remove numbered checkpoints of a folder beyond the newest `keep`; return which.
+def remove_oldest(folder: Path, keep: int) -> None:
+    """Remove numbered checkpoints of a folder beyond the newest `keep`.
 
-    Each loses its name first, so that none is ever half there under it.
+    Of a link only the link goes: what it leads to lies elsewhere, and may be used there. A checkpoint that another
+    link in the folder or in the one around it leads to, such as `best`, stays as long as that does.
     """
-    numbered = sorted((number_of(path), path) for path in folder.iterdir() if number_of(path) is not None)
-    doomed = [path for _, path in numbered[: max(0, len(numbered) - keep)]]
+    numbered = sorted(((number, path) for path in folder.iterdir() if (number := number_of(path)) is not None))
+    places = list(dict.fromkeys(_place(path) for _, path in reversed(numbered)))
+    doomed = [path for _, path in numbered if _place(path) in places[keep:]]
+    links = [path for place in (folder, folder.parent) for path in place.iterdir() if path.is_symlink()]
+    pins = {_place(path): path for path in links if path not in doomed}
     for path in doomed:
-        aside = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
-        path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    return doomed
+        pin = next((link for place, link in pins.items() if place.is_relative_to(_place(path))), None)
+        if pin is not None and not path.is_symlink():
+            _LOG.info("%s stays beyond total_limit: %s leads to it", path.name, pin)
+            continue
+        try:
+            _remove(path)
+        except OSError as error:
+            _LOG.warning("%s stays beyond total_limit: %s", path.name, error)
+
+
+def _place(path: Path) -> Path:
+    """What a checkpoint's name leads to; itself where that cannot be told."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, which loses its name first, so that it is never half there under it."""
+    if path.is_symlink():
+        _LOG.info("%s led to %s, which stays", path.name, _place(path))
+        path.unlink()
+        return
+    aside = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

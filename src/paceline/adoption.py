@@ -12,6 +12,7 @@ import torch
 from paceline.checkpoint.foreign import open_foreign
 from paceline.environment.generators import load_generators_state
 from paceline.errors import CheckpointError, PacelineError, StateError, named, named_ranks
+from paceline.registered import LiveTensors
 from paceline.resume import numbered
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ class _Adoption:
         self._take_optimizers()
         self._state.strategy.state_written()
         self._take_each("scheduler", self._state.schedulers, self._found.schedulers)
-        self._take_each("custom object", self._state.custom, self._found.custom)
+        live = LiveTensors(self._state.custom) if self._found.custom else None
+        custom = [held if live is None else live.fitted(i, held) for i, held in enumerate(self._found.custom)]
+        self._take_each("custom object", self._state.custom, custom)
         self._take_scaler()
         self._take_generators()
         if self._state.loaders:

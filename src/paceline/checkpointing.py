@@ -122,7 +122,8 @@ class Checkpointing:
             _LOG.info("%s is written at once: hooks that write files of their own are registered", folder)
             now = True
         self._saver.save(
-            folder,
+            # A save in the background must not depend on where the script works meanwhile.
+            folder.absolute(),
             state,
             blocking=now,
             prepare=hook,
@@ -156,7 +157,7 @@ class Checkpointing:
                     "Checkpoints are numbered only with ProjectConfiguration(automatic_checkpoint_naming=True)",
                     "Pass a folder, or give the Accelerator such a project_config",
                 )
-            return Path(output_dir)
+            return _named(output_dir)
         if output_dir is not None:
             raise CheckpointError(
                 f"save_state({os.fspath(output_dir)!r}) was called with automatic_checkpoint_naming",
@@ -189,11 +190,11 @@ class Checkpointing:
         """Load a state; see `Accelerator.load_state`."""
         self.wait()
         if input_dir is not None:
-            if self._is_foreign(Path(input_dir)):
-                return self._adopt(state, Path(input_dir), strict=strict)
-            checkpoint = self._open(Path(input_dir))
-            self._load(state, checkpoint, strict=strict)
-            return str(checkpoint.folder)
+            folder = _named(input_dir)
+            if self._is_foreign(folder):
+                return self._adopt(state, folder, strict=strict)
+            self._load(state, self._open(folder), strict=strict)
+            return str(folder)
         return self._load_newest(state, self._project_folder(), strict=strict)
 
     def _load(self, state: TrainingState, checkpoint: Checkpoint, *, strict: bool) -> None:
@@ -258,8 +259,8 @@ class Checkpointing:
                 skipped += 1
                 _LOG.warning("skipped %s: %s", path.name, error)
                 continue
-            _LOG.info("resumed from %s", checkpoint.folder)
-            return str(checkpoint.folder)
+            _LOG.info("resumed from %s", project / path)
+            return str(project / path)
         for other in find_foreign(project)[:1]:
             _LOG.warning("skipped %s: another library wrote it; load_state('%s') takes it over", other.name, other)
         if skipped:
@@ -294,3 +295,8 @@ class Checkpointing:
 
             self._preemption = Preemption(self._group, self._project.save_on_signals, act)
         return self._preemption
+
+
+def _named(folder: str | os.PathLike[str]) -> Path:
+    """A folder as the script names it, with `~` for the user's own."""
+    return Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup

@@ -95,7 +95,7 @@ class Preparing:
         for loader in _unique(args, DataLoader):
             done[id(loader)] = self.prepare_data_loader(loader, place[id(loader)])
         models = [m for m in _unique(args, nn.Module) if not self._knows_model(m)]
-        optimizers = [o for o in _unique(args, Optimizer) if not isinstance(o, AcceleratedOptimizer)]
+        optimizers = [o for o in _unique(args, Optimizer) if not self._knows(o, self._optimizers)]
         done |= self._prepare_trained(models, optimizers, place, _unique(args, DummyScheduler))
         for other in args:
             if id(other) in done or isinstance(other, (nn.Module, Optimizer)):
@@ -122,7 +122,7 @@ class Preparing:
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """Prepare one optimizer, before or after the model whose parameters it holds."""
-        if isinstance(optimizer, AcceleratedOptimizer):
+        if isinstance(optimizer, AcceleratedOptimizer) and self._knows(optimizer, self._optimizers):
             return optimizer
         prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
         return prepared
@@ -163,13 +163,17 @@ class Preparing:
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Make a scheduler move once for each step that its optimizer takes."""
         if isinstance(scheduler, AcceleratedScheduler):
-            return scheduler
+            if self._knows(scheduler, self._schedulers):
+                return scheduler
+            # It was forgotten by free_memory, or belongs to another Accelerator.
+            scheduler = scheduler.scheduler
         if self._strategy is not None:
             scheduler = self._strategy.adopt_scheduler(scheduler)
         inner = getattr(scheduler, "optimizer", None)
+        inner = inner.optimizer if isinstance(inner, AcceleratedOptimizer) else inner
         if self._strategy is not None and isinstance(inner, Optimizer):
             inner = self._strategy.successor(inner)
-        own = [o for o in self._optimizers if inner is o or inner is o.optimizer]
+        own = [o for o in self._optimizers if inner is o.optimizer]
         prepared = AcceleratedScheduler(
             scheduler,
             window=self._window,
@@ -260,14 +264,18 @@ class Preparing:
         before_step = self._checkpointing.before_step
         if self._recorder is not None:
             before_step = self._recorder.watching(before_step, len(self._optimizers))
+        # One that is wrapped already was forgotten by free_memory, or belongs to another Accelerator.
+        before = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
         wrapper = AcceleratedOptimizer(
-            optimizer,
+            optimizer if before is None else before.optimizer,
             window=self._window,
             scaler=self.scaler,
             check_step=self._check_step,
             before_step=before_step,
             add_group=self._add_group,
         )
+        if before is not None:
+            wrapper.num_steps = before.num_steps
         self._optimizers.append(wrapper)
         return wrapper
 
@@ -292,7 +300,12 @@ class Preparing:
         return self._strategy
 
     def _knows_model(self, model: object) -> bool:
-        return any(model is known for known in self._models)
+        return self._knows(model, self._models)
+
+    @staticmethod
+    def _knows(thing: object, prepared: Sequence[object]) -> bool:
+        """Whether something was prepared here and not forgotten since."""
+        return any(thing is known for known in prepared)
 
     def _check_foreign(self, optimizers: Iterable[Optimizer]) -> None:
         known = {id(p) for model in self._models for p in model.parameters()}

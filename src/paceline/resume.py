@@ -19,6 +19,7 @@ from paceline.checkpoint.folder import TRAINING
 from paceline.environment.generators import generators_state, load_generators_state
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, StateError, named
+from paceline.registered import LiveTensors, give_back, is_sharded, refuse_placeholders, split_sharded, state_name
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.version import __version__
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from paceline.checkpoint.saving import Content
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
+    from paceline.registered import Room
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import Strategy
 
@@ -82,13 +84,30 @@ class TrainingState:
         parts = {name: part for name, part in self.model_parts().items() if name not in left_out}
         groups = self._optimizer_parts(parts)
         documents = {rank_document(self._rank): json.dumps(self._own())}
+        tensors: dict[str, Tensor] = {}
+        training = self._training(groups, tensors)
+        self._check_custom(tensors, parts)
+        sharded, whole = split_sharded(tensors)
+        training["sharded"] = sorted(sharded)
+        parts |= sharded
         common = Common()
         if self._rank == 0:
-            tensors: dict[str, Tensor] = {}
-            texts = {TRAINING: json.dumps(self._training(groups, tensors)), **self._model_config()}
-            common = Common({name: Part.whole(tensor) for name, tensor in tensors.items()}, texts)
+            common = Common(whole, {TRAINING: json.dumps(training), **self._model_config()})
         content = Content(parts=parts, documents=documents, common=common, facts=self._facts())
         return content, self._steady(parts)
+
+    def _check_custom(self, tensors: Mapping[str, Tensor], parts: Mapping[str, Part]) -> None:
+        """Refuse copies of parameters that hold nothing, because the engine had released them."""
+        if not any(tensor.numel() == 0 for tensor in tensors.values()):
+            return
+        released, count = [], 0
+        for model in self.models:
+            named_parameters = dict(self.strategy.named_parameters(model))
+            count += len(named_parameters)
+            empty = [name for name, parameter in named_parameters.items() if parameter.numel() == 0]
+            held = self.strategy.model_state(model) if empty else {}
+            released += [name for name in empty if name in held and held[name].numel]
+        refuse_placeholders(tensors, released, count)
 
     def _training(self, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
         def plain(states: Sequence[Any], what: str) -> list[Any]:
@@ -100,7 +119,7 @@ class TrainingState:
             "scaler": None if self.scaler is None else to_plain(self.scaler.state_dict(), "scaler/state", tensors),
             "engine": to_plain(self.strategy.engine_state(), "engine/state", tensors),
             "engine_settings": self.strategy.settings,
-            "custom": plain(self.custom, "custom"),
+            "custom": [to_plain(item.state_dict(), state_name(i), tensors) for i, item in enumerate(self.custom)],
         }
 
     def _own(self) -> dict[str, Any]:
@@ -169,11 +188,12 @@ class TrainingState:
         parts = self.model_parts()
         self._optimizer_parts(parts)
         known = self._check_names(checkpoint, parts, strict=strict)
-        loose = self._loose(checkpoint)
-        load_parts(checkpoint, {**known, **loose}, self._group)
+        live = LiveTensors(self.custom)
+        rooms = self._rooms(checkpoint, live)
+        self._tell_unsharded(training, live)
+        load_parts(checkpoint, {**known, **{name: room.part for name, room in rooms.items()}}, self._group)
         self.strategy.state_written()
-        tensors = {name: part.values.view(part.shape) for name, part in loose.items()}
-        self._load_training(training, tensors, strict=strict)
+        self._load_training(training, {name: room.tensor() for name, room in rooms.items()}, live, strict=strict)
         self._load_own(checkpoint, strict=strict)
 
     def _make_room(self, checkpoint: Checkpoint, training: Mapping[str, Any], *, strict: bool) -> None:
@@ -203,19 +223,32 @@ class TrainingState:
             _LOG.warning("%s holds other tensors than this run; %s", checkpoint.folder, "; ".join(sides))
         return {name: part for name, part in parts.items() if name in held}
 
-    def _loose(self, checkpoint: Checkpoint) -> dict[str, Part]:
+    def _rooms(self, checkpoint: Checkpoint, live: LiveTensors) -> dict[str, Room]:
         """Room for the tensors of schedulers and of the script's own objects."""
         return {
-            name: Part(record.shape, 0, torch.empty(record.numel, dtype=dtype_named(record.dtype)))
+            name: live.room(name, record.shape, dtype_named(record.dtype))
             for name, record in checkpoint.manifest.tensors.items()
             if name.partition("_")[0] in ("custom", "scheduler") or name.startswith(("scaler/", "engine/"))
         }
 
-    def _load_training(self, training: Mapping[str, Any], tensors: Mapping[str, Tensor], *, strict: bool) -> None:
+    def _tell_unsharded(self, training: Mapping[str, Any], live: LiveTensors) -> None:
+        """Say which tensors were sharded and come back whole, where the object could have them sharded again."""
+        whole = [name for name in training.get("sharded", ()) if name not in live]
+        if whole and any(is_sharded(p) for model in self.models for p in model.parameters()):
+            _LOG.warning(
+                "%s was saved sharded and comes back whole: the registered object holds nothing there yet. Give it "
+                "its tensors before load_state (an average of parameters: from the prepared model)",
+                named(whole),
+            )
+
+    def _load_training(
+        self, training: Mapping[str, Any], tensors: Mapping[str, Tensor], live: LiveTensors, *, strict: bool
+    ) -> None:
         self.strategy.load_engine_state(from_plain(training.get("engine") or {}, tensors))
-        for what, mine in (("schedulers", self.schedulers), ("custom", self.custom)):
-            for item, held in _pairs(training, what, mine, strict=strict):
-                item.load_state_dict(from_plain(held, tensors))
+        for scheduler, held in _pairs(training, "schedulers", self.schedulers, strict=strict):
+            scheduler.load_state_dict(from_plain(held, tensors))
+        for index, (item, held) in enumerate(_pairs(training, "custom", self.custom, strict=strict)):
+            give_back(index, item, from_plain(held, tensors), tensors, live)
         if self.scaler is not None and training.get("scaler"):
             self.scaler.load_state_dict(from_plain(training["scaler"], tensors))
 

@@ -196,7 +196,8 @@ class Saving:
         """
         _require_safe("save_model", safe_serialization)
         state = self.get_state_dict(model)
-        self._write_on_main(save_directory, lambda: save_weights(state, save_directory, max_shard_size=max_shard_size))
+        folder = Path(save_directory).expanduser()
+        self._write_on_main(folder, lambda: save_weights(state, folder, max_shard_size=max_shard_size))
 
     def save_adapter(self, model: nn.Module, save_directory: str | os.PathLike[str]) -> None:
         """Write what a PEFT model adds to its base, in files that `PeftModel.from_pretrained` opens.

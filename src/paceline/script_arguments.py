@@ -134,7 +134,7 @@ def project_settings(
     project_dir: str | os.PathLike[str] | None, project_config: ProjectConfiguration | None
 ) -> ProjectConfiguration:
     """Where a run keeps its files, however it was given."""
-    folder = None if project_dir is None else os.fspath(project_dir)
+    folder = None if project_dir is None else os.path.expanduser(os.fspath(project_dir))  # noqa: PTH111
     if project_config is None:
         return ProjectConfiguration(project_dir=folder)
     if folder is not None and project_config.project_dir not in (None, folder):

@@ -49,6 +49,7 @@ _LOG = get_logger(__name__)
 _NUMBERED = re.compile(r"checkpoint[_-](\d+)")
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
 _LARGEST_MANIFEST = 2 * 1024**3
+_NO_LINKS = "The folder itself may be a link, but no file in it: cp -rL makes a copy with the files themselves"
 
 
 @dataclass(frozen=True)
@@ -207,14 +208,15 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
             wrong.append(f"{name} is missing" if missing else f"{name[:80]} cannot be looked at: {error.strerror}")
             continue
         if stat.S_ISLNK(found.st_mode) or _behind_link(folder, name):
-            wrong.append(f"{name} is a link or behind one: only the folder itself may be; cp -rL copies what they are")
+            wrong.append(f"{name} is a link or lies behind one")
         elif not stat.S_ISREG(found.st_mode):
             wrong.append(f"{name} is not a plain file")
         elif found.st_size != record.size:
             wrong.append(f"{name} has {found.st_size:,} of {record.size:,} bytes")
     if wrong:
         shown = "; ".join(wrong[:4])
-        raise DamagedCheckpointError(f"incomplete: {len(wrong)} of {len(manifest.files)} files ({shown})")
+        advice = _NO_LINKS if any("is a link" in text for text in wrong) else ""
+        raise DamagedCheckpointError(f"incomplete: {len(wrong)} of {len(manifest.files)} files ({shown})", "", advice)
 
 
 def _behind_link(folder: Path, name: str) -> bool:
@@ -231,6 +233,8 @@ def _read(path: Path) -> bytes:
                 raise DamagedCheckpointError(f"{path} is larger than any such file can be")
             return file.read()
     except OSError as error:
+        if path.is_symlink():
+            raise DamagedCheckpointError(f"{path} is a link", "", _NO_LINKS) from error
         raise DamagedCheckpointError(f"{path} cannot be read", error.strerror or str(error), "") from error
 
 
@@ -420,7 +424,7 @@ def remove_oldest(folder: Path, keep: int) -> None:
     Of a link only the link goes: what it leads to lies elsewhere, and may be used there. A checkpoint that another
     link in the folder or in the one around it leads to, such as `best`, stays as long as that does.
     """
-    numbered = sorted(((number, path) for path in folder.iterdir() if (number := number_of(path)) is not None))
+    numbered = sorted((number, path) for path in folder.iterdir() if (number := number_of(path)) is not None)
     places = list(dict.fromkeys(_place(path) for _, path in reversed(numbered)))
     doomed = [path for _, path in numbered if _place(path) in places[keep:]]
     links = [path for place in (folder, folder.parent) for path in place.iterdir() if path.is_symlink()]

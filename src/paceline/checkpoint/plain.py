@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import sys
+from dataclasses import is_dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paceline.checkpoint.dtypes import dtype_named, name_of
+from paceline.checkpoint.dtypes import CODES, dtype_named, name_of
 from paceline.errors import StateError
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ _BYTES = "__bytes__"
 _ITEMS = "__items__"
 _TUPLE = "__tuple__"
 _ARRAY = "__array__"
-_MARKS = {_TENSOR, _BYTES, _ITEMS, _TUPLE, _ARRAY}
+_COMPLEX = "__complex__"
+_MARKS = {_TENSOR, _BYTES, _ITEMS, _TUPLE, _ARRAY, _COMPLEX}
 
 
 def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -> Any:
@@ -40,8 +44,10 @@ def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic) and isinstance(value.item(), (bool, int, float, str)):
-        return value.item()
+    if isinstance(value, np.generic) and isinstance(value.item(), (bool, int, float, str, complex)):
+        return to_plain(value.item(), owner)
+    if isinstance(value, complex):
+        return {_COMPLEX: [value.real, value.imag]}
     if isinstance(value, np.ndarray):
         return {_ARRAY: to_plain(_as_tensor(value, owner), owner, tensors)}
     if isinstance(value, torch.Tensor):
@@ -51,14 +57,19 @@ def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -
         return items if isinstance(value, list) else {_TUPLE: items}
     if isinstance(value, dict):
         return _plain_dict(value, owner, tensors)
+    if is_dataclass(value):
+        advice = "Let state_dict() give dataclasses.asdict(…) of it, and load_state_dict() make it again"
+        raise _unfit(owner, f"dataclass, {type(value).__name__}", advice)
     raise _unfit(owner, type(value).__name__)
 
 
-def _unfit(owner: str, kind: str) -> StateError:
+def _unfit(
+    owner: str, kind: str, advice: str = "Leave it out of state_dict(), or put what it stands for in its place"
+) -> StateError:
     return StateError(
         f"{owner} is a {kind}",
         "A checkpoint holds numbers, texts, tensors and lists and dictionaries of them: loading it runs no code",
-        "Leave it out of state_dict(), or put what it stands for in its place",
+        advice,
     )
 
 
@@ -71,13 +82,37 @@ def _as_tensor(array: np.ndarray[Any, Any], owner: str) -> Tensor:
 
 def _plain_tensor(tensor: Tensor, owner: str, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise _unfit(owner, "tensor that is sparse or quantized")
+        raise _unfit(owner, "tensor that is sparse, nested or quantized")
+    if tensor.is_meta:
+        raise _unfit(owner, "tensor on the meta device, which has no values")
+    if _is_opaque(tensor, sharded=tensors is not None):
+        advice = "Give a DTensor, which each rank saves its part of, or a whole tensor in its place"
+        raise _unfit(owner, type(tensor).__name__, advice)
+    if tensor.is_complex() or tensor.is_neg():
+        # What is conjugated or negated only when it is read.
+        tensor = tensor.resolve_conj().resolve_neg()
     if tensors is None:
         return _inline(tensor)
+    if tensor.dtype is torch.complex128:
+        # safetensors knows complex numbers of 64 bits only.
+        return {_COMPLEX: _plain_tensor(torch.view_as_real(tensor), owner, tensors)}
+    if name_of(tensor.dtype) not in CODES:
+        raise _unfit(owner, f"tensor of {tensor.dtype}, which safetensors files cannot hold")
     # `{"a.b": …}` and `{"a": {"b": …}}` would have one name.
     name = next(name for n in count() if (name := f"{owner}~{n}" if n else owner) not in tensors)
     tensors[name] = tensor
     return {_TENSOR: name}
+
+
+def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
+    """Whether a tensor is of a class whose values are not all in memory of its own; `sharded` lets DTensors pass."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    if sharded and module is not None and isinstance(tensor, module.DTensor):
+        return False
+    is_plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return is_traceable_wrapper_subclass(tensor) or not is_plain
 
 
 def _inline(tensor: Tensor) -> dict[str, Any]:
@@ -106,9 +141,15 @@ def from_plain(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
             return raw.view(dtype_named(value["dtype"])).reshape(value["shape"])
         if set(value) == {_TUPLE}:
             return tuple(from_plain(item, tensors) for item in value[_TUPLE])
+        if set(value) == {_COMPLEX}:
+            return _complex(from_plain(value[_COMPLEX], tensors))
         if set(value) == {_ARRAY}:
             return from_plain(value[_ARRAY], tensors).numpy()
         if set(value) == {_ITEMS}:
             return {from_plain(key): from_plain(item, tensors) for key, item in value[_ITEMS]}
         return {key: from_plain(item, tensors) for key, item in value.items()}
     return value
+
+
+def _complex(parts: Any) -> Any:
+    return torch.view_as_complex(parts) if isinstance(parts, torch.Tensor) else complex(*parts)

@@ -17,7 +17,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from paceline.checkpoint.folder import check_place, commit, partial_name, remove_leftovers, remove_oldest, sync
+from paceline.checkpoint.folder import (
+    check_place,
+    commit,
+    partial_name,
+    real_folder,
+    remove_leftovers,
+    remove_oldest,
+    sync,
+)
 from paceline.checkpoint.manifest import FileRecord
 from paceline.checkpoint.planning import PartLoadPlanner, PartSavePlanner
 from paceline.checkpoint.storage import FolderReader, FolderWriter
@@ -123,9 +131,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: On every rank, with the first failure of any; nothing is left of it.
     """
-    # Of a link, what it leads to is replaced.
-    folder = Path(folder).resolve()
     times, begun = Times(), time.perf_counter()
+    folder = _followed(Path(folder), group)
     save_id = group.broadcast_object(uuid.uuid4().hex)
     partial = partial_name(folder, save_id)
     disks = _open_partial(folder, partial, group, numbered=numbered)
@@ -166,6 +173,13 @@ def save_checkpoint(
         remove_oldest(folder.parent, keep)
     times.committed = time.perf_counter() - begun
     return times
+
+
+def _followed(folder: Path, group: Group) -> Path:
+    """What the name leads to on this rank's disk: of a link, that is replaced."""
+    found: list[Path] = []
+    together(group, "written", folder, lambda: found.append(real_folder(folder)))
+    return found[0]
 
 
 def _with_common(

@@ -144,8 +144,13 @@ def check_room(folder: Path, needed: int) -> None:
 
 def _commit(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
     # The metadata says who may read it: transformers asks for this key.
     save_file(tensors, partial, metadata={"format": "pt"})
+    # safetensors makes files that only their owner may read; the others in the folder go by the umask.
+    partial.chmod(mode)
     into_place(partial, path)
 
 

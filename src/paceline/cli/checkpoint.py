@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.examples import examples
+from paceline.cli.paths import PathType
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ Folders of Accelerate, of the transformers Trainer, of DeepSpeed (all ZeRO stage
 torch.distributed.checkpoint are read as well as paceline's own. Nothing in them is run: a pickled file that names
 anything but tensors and plain values is refused.
 """
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_FOLDER = PathType(exists=True, file_okay=False, path_type=Path)
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -253,7 +254,7 @@ def _verify(folder: Path) -> str:
     ),
 )
 @click.argument("checkpoint", type=_FOLDER)
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=PathType(file_okay=False, path_type=Path))
 @click.option(
     "--max_shard_size",
     "--max-shard-size",
@@ -320,11 +321,11 @@ def _refuse_state(out: Path) -> None:
     ),
 )
 @click.argument("source", type=_FOLDER)
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=PathType(file_okay=False, path_type=Path))
 @click.option("--to", "to", required=True, type=click.Choice(["paceline", "accelerate", "fsdp", "deepspeed"]))
 @click.option(
     "--parameters",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=PathType(exists=True, dir_okay=False, path_type=Path),
     help="Names of the optimizer's parameters, one a line, group by group; for formats that number them.",
 )
 def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -> None:

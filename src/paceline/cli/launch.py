@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.interrupts import import_torch
+from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.slurm import slurm_options, take_slurm_flags
 from paceline.cli.sources import resolve_sources
@@ -55,11 +56,11 @@ def _both_or_none(ctx: click.Context, param: click.Parameter, value: str) -> boo
 )
 @click.argument("script", shell_complete=complete_files)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
+@click.option("--config_file", type=PathType(path_type=Path), help="YAML or JSON file to read.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as in `python -m`.")
 @click.option("--no_python", is_flag=True, help="SCRIPT is a program to run as it is.")
 @click.option("--dry_run", is_flag=True, help="Print the processes and their variables; start nothing.")
-@click.option("--log_dir", type=click.Path(path_type=Path), help="Write each rank's output into files here.")
+@click.option("--log_dir", type=PathType(path_type=Path), help="Write each rank's output into files here.")
 @click.option(
     *("-t", "--tee"),
     metavar="STREAMS",

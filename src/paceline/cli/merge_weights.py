@@ -9,6 +9,7 @@ import click
 
 from paceline.cli.checkpoint import export
 from paceline.cli.examples import examples
+from paceline.cli.paths import PathType
 from paceline.errors import UsageError
 
 
@@ -17,8 +18,8 @@ from paceline.errors import UsageError
     epilog=examples("paceline merge-weights runs/a/pytorch_model_fsdp_0 model"),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path), default=Path())
+@click.argument("checkpoint", type=PathType(exists=True, file_okay=False, path_type=Path))
+@click.argument("out", type=PathType(file_okay=False, path_type=Path), default=Path())
 @click.option(
     "--remove_checkpoint_dir",
     "--remove-checkpoint-dir",
@@ -44,5 +45,8 @@ def command(checkpoint: Path, out: Path, remove_checkpoint_dir: bool, unsafe_ser
         )
     export(checkpoint, out)
     if remove_checkpoint_dir:
-        shutil.rmtree(checkpoint)
+        # Of a link, what it leads to is the checkpoint.
+        shutil.rmtree(checkpoint.resolve())
+        if checkpoint.is_symlink():
+            checkpoint.unlink()
         click.echo(f"removed {checkpoint}")

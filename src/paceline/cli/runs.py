@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from paceline.cli.interrupts import import_torch
+from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import complete_files
 from paceline.errors import WorkerError
 
@@ -31,14 +32,14 @@ F = TypeVar("F", bound="Callable[..., Any]")
 def script_argument(function: F) -> F:
     """Add SCRIPT and its ARGUMENTS to a command."""
     function = click.argument("arguments", nargs=-1, type=click.UNPROCESSED)(function)
-    script = click.Path(exists=True, dir_okay=False, path_type=Path)
+    script = PathType(exists=True, dir_okay=False, path_type=Path)
     return click.argument("script", type=script, shell_complete=complete_files)(function)
 
 
 def run_options(function: F) -> F:
     """Add what a command that runs a script may be told of its runs: --link, --config_file, --keep."""
-    folder = click.Path(file_okay=False, path_type=Path)
-    file, link = click.Path(path_type=Path), click.Path(exists=True, path_type=Path)
+    folder = PathType(file_okay=False, path_type=Path)
+    file, link = PathType(path_type=Path), PathType(exists=True, path_type=Path)
     function = click.option("--keep", type=folder, help="Keep the runs and their output here.")(function)
     function = click.option("--config_file", type=file, help="YAML or JSON file to read.")(function)
     return click.option("--link", multiple=True, type=link, help="Make this visible to the runs.")(function)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.interrupts import import_torch
+from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.errors import UsageError, WorkerError
@@ -42,9 +43,9 @@ _MODULE = "paceline.cli.selftest.ranks"
 
 
 @click.command(name="test", cls=SchemaCommand, help=_HELP, context_settings=SETTINGS, params=schema_options())
-@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
+@click.option("--config_file", type=PathType(path_type=Path), help="YAML or JSON file to read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Keep what the ranks wrote here.")
+@click.option("--keep", type=PathType(file_okay=False, path_type=Path), help="Keep what the ranks wrote here.")
 def command(config_file: Path | None, as_json: bool, keep: Path | None, **values: Any) -> None:
     """Try the installation out; the text above is what people read."""
     resolved = resolve_sources(given_flags(values), config_file)

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from paceline.config.base import Fault, Section
+from paceline.config.readers import FilePath
 
 
 class DataLoaderConfiguration(Section):
@@ -63,8 +64,8 @@ class GradientAccumulationPlugin(Section):
 class ProjectConfiguration(Section):
     """Where a run keeps its files."""
 
-    project_dir: str | None = Field(None, description="Folder of checkpoints.")
-    logging_dir: str | None = Field(None, description="Folder of trackers; None is the project's folder.")
+    project_dir: FilePath | None = Field(None, description="Folder of checkpoints.")
+    logging_dir: FilePath | None = Field(None, description="Folder of trackers; None is the project's folder.")
     automatic_checkpoint_naming: bool = Field(False, description="Number checkpoints under project_dir/checkpoints.")
     total_limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Checkpoints kept; None keeps all.")
     iteration: Annotated[int, Field(ge=0)] = Field(0, description="Number of the next checkpoint.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from paceline.config.base import Fault, Key, Section
-from paceline.config.readers import Names
+from paceline.config.readers import FilePath, Names
 
 Offload = Literal["none", "cpu", "nvme"]
 Count = Annotated[int, Field(ge=1)]
@@ -29,8 +29,8 @@ class DeepSpeedPlugin(Section):
     )
     offload_optimizer_device: Offload = Field("none", description="Where optimizer state is kept.")
     offload_param_device: Offload = Field("none", description="Where parameters are kept under stage 3.")
-    offload_optimizer_nvme_path: str | None = Field(None, description="Folder on NVMe for optimizer state.")
-    offload_param_nvme_path: str | None = Field(None, description="Folder on NVMe for parameters.")
+    offload_optimizer_nvme_path: FilePath | None = Field(None, description="Folder on NVMe for optimizer state.")
+    offload_param_nvme_path: FilePath | None = Field(None, description="Folder on NVMe for parameters.")
     gradient_accumulation_steps: Annotated[Count | Literal["auto"], Key(has_flag=False)] = Field(
         "auto", description="Micro-batches of one optimizer step; auto takes the top-level setting."
     )
@@ -45,7 +45,7 @@ class DeepSpeedPlugin(Section):
         (), description="Mixture-of-experts classes that stage 3 gathers as a whole."
     )
     deepspeed_multinode_launcher: Launcher = Field("pdsh", description="Program that starts the other machines.")
-    deepspeed_hostfile: str | None = Field(None, description="Host file of the multi-node launcher.")
+    deepspeed_hostfile: FilePath | None = Field(None, description="Host file of the multi-node launcher.")
     deepspeed_exclusion_filter: str | None = Field(None, description="Hosts left out by the multi-node launcher.")
     deepspeed_inclusion_filter: str | None = Field(None, description="Hosts used by the multi-node launcher.")
 

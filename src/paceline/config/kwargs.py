@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from paceline.config.base import Key, Section
-from paceline.config.readers import Names
+from paceline.config.readers import FilePath, Names
 
 CommHook = Literal["no", "fp16", "bf16", "power_sgd", "batched_power_sgd"]
 
@@ -91,4 +91,4 @@ class ProfileKwargs(Section):
     with_stack: bool = Field(False, description="Record source lines.")
     with_flops: bool = Field(False, description="Estimate floating-point operations.")
     with_modules: bool = Field(False, description="Record the module hierarchy.")
-    output_trace_dir: str | None = Field(None, description="Folder for Chrome traces, one file per rank.")
+    output_trace_dir: FilePath | None = Field(None, description="Folder for Chrome traces, one file per rank.")

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from paceline.config.base import Section
+from paceline.config.readers import FilePath
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -16,7 +17,7 @@ class MpirunConfig(Section):
 
     key_prefix: ClassVar[str] = "mpirun_"
 
-    hostfile: str | None = Field(None, description="Host file of mpirun.")
+    hostfile: FilePath | None = Field(None, description="Host file of mpirun.")
     ccl: int | str | None = Field(None, description="oneCCL worker threads of each process.")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 
 def as_names(value: Any) -> Any:
@@ -36,3 +37,6 @@ _DTYPES = {
 
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
 """Names; a file may write them as a list or with commas between."""
+
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; `~` is the user's own folder, as in a shell."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from paceline.config import AutocastKwargs
+    from torch.utils.hooks import RemovableHandle
 
 Mode = Literal["no", "bf16", "fp16"]
 
@@ -96,10 +97,13 @@ def autocast_forward(model: nn.Module, policy: PrecisionPolicy) -> None:
     Two hooks on the module do it, so `model.forward` stays the user's own, and so do the types of what it
     returns: copying every output to fp32 would cost 8 GB for the logits of one large-vocabulary batch.
     """
+    # A model that was prepared before may be prepared for another precision.
+    for hook in list(model._forward_pre_hooks.values()):
+        before = getattr(hook, "__self__", None)
+        if isinstance(before, _Regions):
+            before.remove()
     if policy.uses_autocast:
-        regions = _Regions(policy)
-        model.register_forward_pre_hook(regions.enter, prepend=True)
-        model.register_forward_hook(regions.leave, always_call=True)
+        _Regions(policy).watch(model)
 
 
 class _Regions:
@@ -109,6 +113,17 @@ class _Regions:
         self._policy = policy
         self._made: list[AbstractContextManager[Any]] = []
         self._depth = 0
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Open a region around each call of `model`."""
+        enter = model.register_forward_pre_hook(self.enter, prepend=True)
+        self._handles += [enter, model.register_forward_hook(self.leave, always_call=True)]
+
+    def remove(self) -> None:
+        """Open none any more."""
+        for handle in self._handles:
+            handle.remove()
 
     def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         if self._depth == len(self._made):

@@ -64,6 +64,8 @@ class DDPStrategy(Strategy):
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
+        if isinstance(model, DistributedDataParallel):
+            model = _inside(model)
         self.place_whole(model, place=place)
         compile_model(model, self.around.config.dynamo_config)
         wrapped = NamingDDP(model, self._open_group, **self._arguments(place))
@@ -174,6 +176,21 @@ class DDPStrategy(Strategy):
         if self._settings.comm_hook in ("fp16", "bf16"):
             table["reduce"] = self._settings.comm_hook
         return table
+
+
+def _inside(wrapped: DistributedDataParallel) -> nn.Module:
+    """The module of a model that was prepared before; around the wrapper itself, a second would average again.
+
+    Raises:
+        PrepareError: The script has wrapped it.
+    """
+    if isinstance(wrapped, NamingDDP):
+        return wrapped.module
+    raise PrepareError(
+        f"{type(wrapped.module).__name__} is wrapped in {type(wrapped).__name__} already",
+        "prepare wraps it, with the settings of this run",
+        "Hand over the module itself, and its settings as DistributedDataParallelKwargs",
+    )
 
 
 def _register_hook(wrapped: DistributedDataParallel, settings: DistributedDataParallelKwargs) -> None:

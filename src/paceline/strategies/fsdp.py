@@ -77,6 +77,9 @@ class FSDPStrategy(Strategy):
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         plugin = self._plugin
+        self._check_sharded(model)
+        if isinstance(model, FSDPModule):
+            return self._take_over(model)
         self._check_values(model)
         check_shardable(model)
         units = find_units(model, plugin)
@@ -89,25 +92,25 @@ class FSDPStrategy(Strategy):
             checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
         placed: set[nn.Module] = set()
         parts = [*(model.get_submodule(name) for name in units.names), model]
-        shards = [self._shard(part, ownership, ignored, placed) for part in parts]
+        for part in parts:
+            if not isinstance(part, FSDPModule):
+                self._shard(part, ownership, ignored, placed)
         ownership.check_ties(names)
         self._replacements.record(ownership)
-        self._units[id(model)] = tuple(shards)
+        self._units[id(model)] = _units_in(model)
         autocast_forward(model, self.around.precision)
         compile_model(model, self.around.config.dynamo_config)
         self._tell(units)
         return model
 
-    def _shard(
-        self, module: nn.Module, ownership: Ownership, ignored: list[nn.Module], placed: set[nn.Module]
-    ) -> FSDPModule:
+    def _shard(self, module: nn.Module, ownership: Ownership, ignored: list[nn.Module], placed: set[nn.Module]) -> None:
         """Shard what is in `module` and in no unit inside it; `placed` holds the modules done before."""
         own = [p for p in module.parameters() if not isinstance(p, DTensor)]
         inner = [m for m in module.modules() if m not in placed]
         buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
         materialize(own, buffers, ownership, self.around.device, self.around.group)
         placed.update(inner)
-        return fully_shard(
+        fully_shard(
             module,
             mesh=self._mesh,
             reshard_after_forward=self._plugin.reshard_after_forward,
@@ -116,6 +119,56 @@ class FSDPStrategy(Strategy):
             # Asked for only now: materializing may have replaced parameters.
             ignored_params={p for left_out in ignored for p in left_out.parameters()} or None,
         )
+
+    def _take_over(self, model: nn.Module) -> nn.Module:
+        """Go on with a model that is sharded: prepared before, or sharded by the script itself."""
+        left = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if left:
+            raise PrepareError(
+                f"{named(left)} of {type(model).__name__}, which is sharded, are trainable and not sharded themselves",
+                "FSDP does not average the gradients of ignored parameters, so the ranks would part",
+                "Freeze them with requires_grad_(False), or hand over the model before it is sharded",
+            )
+        units = self._units[id(model)] = _units_in(model)
+        for unit in units:
+            # A run may have been left inside an accumulation window.
+            unit.set_requires_gradient_sync(True, recurse=False)
+        autocast_forward(model, self.around.precision)
+        compile_model(model, self.around.config.dynamo_config)
+        self._told.append(f"FSDP2: {len(units)} units that were sharded before")
+        return model
+
+    def _check_sharded(self, model: nn.Module) -> None:
+        """Refuse a model whose modules were sharded otherwise than this run would do it.
+
+        Raises:
+            PrepareError: Over other ranks, without values, in another precision, or in other memory; says which.
+        """
+        sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        where = "cpu" if self._plugin.cpu_offload else self.around.device.type
+        for name, parameter in sharded:
+            mesh = parameter.device_mesh
+            if mesh.size() != self.around.group.size or mesh.device_type != self.around.device.type:
+                raise _sharded_otherwise(
+                    name,
+                    f"over {mesh.size()} ranks ({mesh.device_type})",
+                    f"this run trains on {self.around.group.size} ({self.around.device.type})",
+                )
+            if parameter.is_meta:
+                raise _sharded_otherwise(name, "on the meta device", "nobody has values for it")
+            if parameter.to_local().device.type != where:
+                raise _sharded_otherwise(
+                    name,
+                    f"in memory of {parameter.to_local().device.type}",
+                    f"fsdp_offload_params={self._plugin.cpu_offload} asks for {where}",
+                )
+        for unit in _units_in(model):
+            dtype = unit._get_fsdp_state()._mp_policy.param_dtype
+            if dtype not in (None, self._mixed.param_dtype):
+                computes = short_dtype(self._mixed.param_dtype or torch.float32)
+                raise _sharded_otherwise(
+                    type(unit).__name__, f"to compute in {short_dtype(dtype)}", f"this run computes in {computes}"
+                )
 
     def _check_values(self, model: nn.Module) -> None:
         """Say that values are missing, where the ranks were not to get them from rank 0."""
@@ -156,7 +209,7 @@ class FSDPStrategy(Strategy):
 
     @override
     def prepare_evaluation(self, model: nn.Module, *, place: bool = True) -> nn.Module:
-        if any(p.is_meta for p in model.parameters()):
+        if isinstance(model, FSDPModule) or any(p.is_meta for p in model.parameters()):
             return self.prepare_model(model, place=place)
         return super().prepare_evaluation(model, place=place)
 
@@ -375,6 +428,18 @@ def check_shardable(model: nn.Module) -> None:
             "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
+
+
+def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:
+    return tuple(module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _sharded_otherwise(what: str, how: str, wanted: str) -> PrepareError:
+    return PrepareError(
+        f"{what} is sharded already, {how}",
+        f"A module is sharded once, and {wanted}",
+        "Build the model anew and prepare that, or give this run the same settings",
+    )
 
 
 class _Norm:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from paceline.errors import PrepareError, UnknownBlockError
 
@@ -57,7 +58,7 @@ def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Unit
         _refuse_no_class(model, how)
     elif not found and plugin.auto_wrap_policy != "NO_WRAP":
         _refuse_one_big_unit(model, how)
-    classes = Counter(type(module).__name__ for _, module in found)
+    classes = Counter(class_name(module) for _, module in found)
     # named_modules() goes from the outside in; an inner unit must be sharded before the one around it.
     return Units(tuple(name for name, _ in reversed(found)), tuple(classes.items()), how)
 
@@ -82,9 +83,18 @@ def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
     present = _class_names(model)
     unknown = [name for name in names if name not in present]
     if unknown:
-        raise UnknownBlockError(unknown, [name for name in present if name != type(model).__name__])
+        raise UnknownBlockError(unknown, [name for name in present if name != class_name(model)])
     wanted = set(names)
-    return [module for module in model.modules() if type(module).__name__ in wanted]
+    return [module for module in model.modules() if class_name(module) in wanted]
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class; of one that is sharded, that which it had before."""
+    kind = type(module)
+    if issubclass(kind, FSDPModule) and len(kind.__bases__) > 1:
+        # fully_shard makes `FSDPBlock(FSDPModule, Block)` of it.
+        kind = kind.__bases__[1]
+    return kind.__name__
 
 
 def _class_names(model: nn.Module) -> list[str]:
@@ -93,7 +103,7 @@ def _class_names(model: nn.Module) -> list[str]:
     for module in model.modules():
         if not isinstance(module, _CONTAINERS):
             size = sum(p.numel() for p in module.parameters())
-            sizes[type(module).__name__] = max(size, sizes.get(type(module).__name__, 0))
+            sizes[class_name(module)] = max(size, sizes.get(class_name(module), 0))
     return sorted(sizes, key=lambda name: -sizes[name])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from paceline.cli.lazy import LazyGroup
+from paceline.cli.paths import PathType
 
 _COMMANDS = {
     "default": ("paceline.cli.config.default", "Write a file of defaults without asking anything."),
@@ -46,7 +47,7 @@ goes back.
 @click.option(
     "--config_file",
     "--config-file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=PathType(path_type=Path, dir_okay=False),
     help="File to write; without it, default_config.yaml in PACELINE_HOME or the user's cache.",
 )
 @click.pass_context

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from paceline.cli.config.model_check import check_blocks
+from paceline.cli.paths import PathType
 from paceline.config import find_config_file, resolve
 from paceline.config.conversion import deepspeed_problems
 from paceline.errors import ConfigError, Problem, UsageError
@@ -41,7 +42,7 @@ class _Verdict:
 
 
 @click.command(name="check", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=PathType(path_type=Path))
 @click.option("--model", metavar="MODEL", help="module:function that returns the model, or a transformers folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paceline.cli.config.targets import refuse_to_replace
+from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import complete_files
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
 from paceline.config.writing import replace_file
@@ -50,7 +51,7 @@ class _ConvertCommand(click.Command):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("source", nargs=-1, required=True, shell_complete=complete_files)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.")
+@click.option("-o", "--output", type=PathType(path_type=Path), help="File to write.")
 @click.option("--partial", is_flag=True, help="Write what can be converted, even if some keys cannot.")
 @click.option("-f", "--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
 def command(source: tuple[str, ...], output: Path | None, partial: bool, force: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from paceline.cli.config.targets import refuse_to_replace, target_file, write_file
+from paceline.cli.paths import PathType
 from paceline.config.names import places
 from paceline.config.writing import as_yaml, yaml_value
 
@@ -50,7 +51,7 @@ def _more() -> list[str]:
     help=places()["mixed_precision"].description,
 )
 @click.option(
-    "--config_file", "--config-file", type=click.Path(path_type=Path), help="File to write instead of the default one."
+    "--config_file", "--config-file", type=PathType(path_type=Path), help="File to write instead of the default one."
 )
 @click.option("-f", "--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
 def command(mixed_precision: str, config_file: Path | None, force: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.config.deepspeed_dict import left_open, printable_settings
@@ -36,7 +37,7 @@ Under DeepSpeed its own JSON follows, as far as the configuration decides it.
 
 
 @click.command(name="show", cls=SchemaCommand, help=_HELP, context_settings=SETTINGS, params=schema_options())
-@click.option("--config_file", type=click.Path(path_type=Path), help="YAML or JSON file to read.")
+@click.option("--config_file", type=PathType(path_type=Path), help="YAML or JSON file to read.")
 @click.option("--explain", is_flag=True, help="List every value, defaults too, with what it decides.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: every value, its source, and DeepSpeed's JSON.")
 def command(config_file: Path | None, explain: bool, as_json: bool, **values: Any) -> None:

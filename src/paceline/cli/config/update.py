@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from paceline.cli.paths import PathType
 from paceline.config import find_config_file
 from paceline.config.conversion import convert_file, deepspeed_problems
 from paceline.config.writing import replace_file
@@ -25,8 +26,8 @@ that `paceline launch` would read is updated.
 
 
 @click.command(name="update", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("file", type=click.Path(path_type=Path), required=False)
-@click.option("--config_file", "--config-file", type=click.Path(path_type=Path), help="The same as FILE.")
+@click.argument("file", type=PathType(path_type=Path), required=False)
+@click.option("--config_file", "--config-file", type=PathType(path_type=Path), help="The same as FILE.")
 @click.option("--dry_run", "--dry-run", is_flag=True, help="Say what would change; write nothing.")
 def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
     """Update the file; the text above is what people read."""

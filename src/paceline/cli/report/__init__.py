@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from paceline.cli.paths import PathType
 from paceline.cli.report.page import build_page
 from paceline.cli.report.reading import read_run
 from paceline.cli.report.series import Rates
@@ -28,8 +29,8 @@ them is not known, the page says so; give it here.
 
 
 @click.command(name="report", help=_HELP)
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="The page; RUN_DIR/report.html if not.")
+@click.argument("run_dir", type=PathType(path_type=Path))
+@click.option("--output", type=PathType(dir_okay=False, path_type=Path), help="The page; RUN_DIR/report.html if not.")
 @click.option("--peak_tflops", "--peak-tflops", type=float, help="Most that one device reaches, in 10^12 operations/s.")
 @click.option("--flops_per_token", "--flops-per-token", type=float, help="Operations of a training step for a token.")
 def command(run_dir: Path, output: Path | None, peak_tflops: float | None, flops_per_token: float | None) -> None:

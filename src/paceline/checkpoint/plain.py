@@ -111,8 +111,8 @@ def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     if sharded and module is not None and isinstance(tensor, module.DTensor):
         return False
-    is_plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return is_traceable_wrapper_subclass(tensor) or not is_plain
+    has_own_dispatch = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return has_own_dispatch or bool(is_traceable_wrapper_subclass(tensor))
 
 
 def _inline(tensor: Tensor) -> dict[str, Any]:

@@ -44,9 +44,9 @@ def say_unused(who: str, env: Mapping[str, str]) -> None:
     found = [*_unused(Resolved.from_json(env["PACELINE_CONFIG"]))]
     if found:
         print(
-            f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. Write "
-            "`from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the same names; "
-            "or start it with `accelerate launch`.",
+            f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. "
+            "Write `from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the same "
+            "names; or start it with `accelerate launch`.",
             file=sys.stderr,
             flush=True,
         )

@@ -15,8 +15,9 @@ from paceline.errors import NotBuiltError, PrecisionError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from paceline.config import AutocastKwargs
     from torch.utils.hooks import RemovableHandle
+
+    from paceline.config import AutocastKwargs
 
 Mode = Literal["no", "bf16", "fp16"]
 

@@ -185,7 +185,8 @@ def _inside(wrapped: DistributedDataParallel) -> nn.Module:
         PrepareError: The script has wrapped it.
     """
     if isinstance(wrapped, NamingDDP):
-        return wrapped.module
+        module: nn.Module = wrapped.module
+        return module
     raise PrepareError(
         f"{type(wrapped.module).__name__} is wrapped in {type(wrapped).__name__} already",
         "prepare wraps it, with the settings of this run",

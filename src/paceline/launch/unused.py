@@ -45,8 +45,8 @@ def say_unused(who: str, env: Mapping[str, str]) -> None:
     if found:
         print(
             f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. "
-            "Write `from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the same "
-            "names; or start it with `accelerate launch`.",
+            "Write `from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the "
+            "same names; or start it with `accelerate launch`.",
             file=sys.stderr,
             flush=True,
         )

@@ -188,6 +188,20 @@ class FakeGroup(Group):
         received: T = unseal(sealed[self.rank], source)
         return received
 
+    def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
+        """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
+        self.check_source(source)
+        given = [part.clone() for part in self.check_scattered(parts)] if self.rank == source else None
+        label = f"scatter(source={source})"
+        exchange = self.room.arrive(self.rank, label, (given, into.clone()))
+
+        def finish() -> torch.Tensor:
+            brought = self.room.collect(exchange)
+            _alike([*brought[source][0], *(place for _, place in brought)], label)
+            return into.copy_(brought[source][0][self.rank])
+
+        return Pending(finish)
+
     def barrier(self) -> None:
         """See `Group.barrier`. Collective: every rank must call it."""
         self._swap("barrier", None)

@@ -151,6 +151,15 @@ class Group(ABC):
         """
 
     @abstractmethod
+    def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
+        """Start to give each rank its own entry of the `parts` of rank `source`; `wait` returns `into` filled with it.
+
+        All parts and every `into` are contiguous tensors of bytes in host memory, of one size. The other ranks hand
+        in None for the parts. Leave the tensors alone until `wait` has returned.
+        Collective: every rank must call it, and call `wait`.
+        """
+
+    @abstractmethod
     def barrier(self) -> None:
         """Return when every rank has arrived; the host waits, on an accelerator too.
 
@@ -228,6 +237,12 @@ class SoloGroup(Group):
         self.check_source(source)
         value: T = self.check_scattered(values)[0]
         return value
+
+    def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
+        """Copy the only part."""
+        self.check_source(source)
+        into.copy_(self.check_scattered(parts)[0])
+        return Pending(lambda: into)
 
     def barrier(self) -> None:
         """Return at once."""
@@ -334,6 +349,25 @@ class TorchGroup(Group):
             dist.scatter_object_list(box, list(given), group=self.process_group, group_src=source)
         received: T = unseal(box[0], source)
         return received
+
+    def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
+        """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
+        self.check_source(source)
+        given = list(self.check_scattered(parts)) if self.rank == source else None
+        carried = into
+        if self._host.type != "cpu":
+            carried = into.to(self._host)
+            given = None if given is None else [part.to(self._host) for part in given]
+        with self._translated("scatter"):
+            work = dist.scatter(carried, given, group=self.process_group, group_src=source, async_op=True)
+
+        def finish() -> torch.Tensor:
+            if work is not None:
+                with self._translated("scatter"):
+                    work.wait()
+            return into if carried is into else into.copy_(carried)
+
+        return Pending(finish)
 
     def barrier(self) -> None:
         """See `Group.barrier`. Collective: every rank must call it."""

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from paceline.collectives import Group, SoloGroup
-from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed
+from paceline.data.counting import CountingCollate
+from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed, SplitBatches
 from paceline.data.epochs import takes_epoch
 from paceline.data.joined import JoinedSharding
 from paceline.data.loader import PreparedDataLoader
@@ -29,7 +30,7 @@ from paceline.data.sharding import (
 )
 from paceline.data.skipping import SkippedDataLoader
 from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
-from paceline.data.stream import StreamReading
+from paceline.data.stream import StreamReading, StreamSource
 from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 
@@ -231,6 +232,9 @@ class _Preparation:
         if self.iterable and self.loader.num_workers > 1:
             what = f"A stream is read by {self.loader.num_workers} workers"
             hint = "Set num_workers to 0 or 1 for this check: it compares samples and losses, not the speed"
+        elif self.iterable and self.loader.batch_size is None:
+            what = f"The stream {type(self.loader.dataset).__name__} makes its batches itself (batch_size=None)"
+            hint = "Give the loader a batch_size for this check"
         elif self.foreign:
             what = f"The loader {self._kind} has an __iter__ of its own"
         elif not self.iterable and size_of(self._batches()) is None:
@@ -279,19 +283,24 @@ class _Preparation:
         if self.plays > 1:
             # What several readers would take in turns, one takes in a row.
             layout = self.layout = replace(layout, rows=self.rows or 0, size=1)
-        dataset, note = self._split_stream()
-        reader = self._reader(settings, dataset, batch_size=layout.rows or None)
-        return self._with_generator(StreamReading(reader, layout, self.group, note), reader)
+        dataset, note = self._split_stream(layout.rows)
+        reader = self._reader(settings, dataset, layout.rows)
+        return self._with_generator(StreamReading(StreamSource(reader, layout.rows), layout, self.group, note), reader)
 
-    def _reader(self, settings: dict[str, Any], dataset: Any, *, batch_size: int | None) -> DataLoader[Any]:
-        own = {"dataset": dataset, "batch_size": batch_size, "generator": torch.Generator()}
-        if batch_size is not None:
+    def _reader(self, settings: dict[str, Any], dataset: Any, rows: int) -> DataLoader[Any]:
+        """Build what reads a stream; it counts the samples of its batches unless the data set makes them itself."""
+        own = {"dataset": dataset, "batch_size": rows or None, "generator": torch.Generator()}
+        if rows:
             own["drop_last"] = self.loader.drop_last
+            own["collate_fn"] = self._counting(rows)
         if is_torchdata_loader(self.loader) or self.config.use_stateful_dataloader:
             kind = torchdata_loader()
             own["snapshot_every_n_steps"] = getattr(self.loader, "snapshot_every_n_steps", 1)
             return kind(**{**settings, **own})
         return DataLoader(**{**settings, **own})
+
+    def _counting(self, rows: int) -> CountingCollate:
+        return CountingCollate(self.loader.collate_fn, rows, shared=self.loader.num_workers > 0)
 
     def _with_generator(self, reading: Reading, reader: DataLoader[Any]) -> Reading:
         """Let the loader seed the workers of an inner reader."""
@@ -299,24 +308,25 @@ class _Preparation:
             reading.generator = reader.generator
         return reading
 
-    def _split_stream(self) -> tuple[Any, str]:
+    def _split_stream(self, rows: int) -> tuple[Any, str]:
         """Decide how ranks share a stream."""
-        dataset, workers = self.loader.dataset, self.loader.num_workers
+        dataset, workers, block = self.loader.dataset, self.loader.num_workers, max(1, rows)
         rank, size = self.group.rank, self.group.size
         if size == 1 and workers <= 1:
-            return shard_of(dataset, 0, 1, workers), "stream read by one reader"
+            return shard_of(dataset, 0, 1, workers, block=block), "stream read by one reader"
         readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
         if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
-            return shard_of(dataset, 0, 1, workers), f"stream already split over {size} ranks"
+            return shard_of(dataset, 0, 1, workers, block=block), f"stream already split over {size} ranks"
         shards = next((n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0)
         shard = getattr(dataset, "shard", None)
         if callable(shard) and shards:
             if shards >= size:
                 part = shard(num_shards=size, index=rank) if size > 1 else dataset
-                return shard_of(part, 0, 1, workers), f"stream of {shards} shards split over {readers}, read once"
+                split = shard_of(part, 0, 1, workers, block=block)
+                return split, f"stream of {shards} shards split over {readers}, read once"
             note = f"stream of {shards} shards, too few for {size} ranks, split item by item"
-            return shard_of(dataset, rank, size, workers, by_items=True), note
-        return shard_of(dataset, rank, size, workers), (
+            return shard_of(dataset, rank, size, workers, by_items=True, block=block), note
+        return shard_of(dataset, rank, size, workers, block=block), (
             f"stream split over {readers}, by the data set itself if it asks for num_workers, else by items"
         )
 
@@ -330,9 +340,9 @@ class _Preparation:
                 "only this rank's own samples (DataLoaderConfiguration, accelerator_config of the Trainer); or "
                 "prepare a plain DataLoader",
             )
-        layout = self._layout(self.loader.batch_size, drop_last=False)
+        layout = self._uncounted(drop_last=False)
         note = f"read as {kind} yields it" + (f", by each of {size} ranks its own" if size > 1 else "")
-        return StreamReading(self.loader, layout, self.group, note, length=self._length())
+        return StreamReading(StreamSource(self.loader, 0), layout, self.group, note, length=self._length())
 
     @property
     def _kind(self) -> str:
@@ -354,12 +364,16 @@ class _Preparation:
 
         return longest
 
+    def _uncounted(self, *, drop_last: bool) -> Layout:
+        """Lay out batches that a loader makes itself: nobody knows how many samples are in one."""
+        rows = self.loader.batch_size
+        layout = self._layout(None, drop_last=drop_last)
+        # What the user said is still what the loader says.
+        self.rows = rows
+        return layout
+
     def _dispatched(self, settings: dict[str, Any]) -> Reading:
-        rows = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
-        if self._is_single() and not self.iterable:
-            self.split, rows = False, 1
-        drop_last = bool(self.loader.drop_last or getattr(self._batches(), "drop_last", False))
-        layout = self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
+        layout = self._dispatched_layout()
         feed, failure = None, None
         if self.group.rank == 0:
             try:
@@ -375,16 +389,36 @@ class _Preparation:
         _check_not_empty(reading.num_rounds(), self.loader, reading.total_batch_size)
         return reading
 
+    def _dispatched_layout(self) -> Layout:
+        drop_last = bool(self.loader.drop_last or getattr(self._batches(), "drop_last", False))
+        if self.foreign or (self.iterable and self.loader.batch_size is None):
+            if self.split:
+                raise DataError(
+                    f"split_batches=True and {self._maker()}, which makes its batches itself",
+                    "Which part of a batch belongs to which sample is known only before the batch is made",
+                    "Use split_batches=False: each rank then gets whole batches in turn, so make them smaller",
+                )
+            return self._uncounted(drop_last=drop_last)
+        rows = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
+        if self._is_single() and not self.iterable:
+            self.split, rows = False, 1
+        return self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
+
+    def _maker(self) -> str:
+        if self.foreign:
+            return f"a loader {self._kind} with an __iter__ of its own"
+        return f"a stream {type(self.loader.dataset).__name__} with batch_size=None"
+
     def _feed(self, settings: dict[str, Any], layout: Layout) -> Feed:
         """Build what rank 0 reads from."""
         if self.foreign:
-            return ReadFeed(self.loader, layout, split=self.split, length=_length_of(self.loader))
+            return ReadFeed(StreamSource(self.loader, 0), layout, length=_length_of(self.loader))
         if self.iterable:
-            shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers)
-            return ReadFeed(self._reader(settings, shard, batch_size=self.loader.batch_size), layout, split=self.split)
+            shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers, block=max(1, layout.rows))
+            return ReadFeed(StreamSource(self._reader(settings, shard, layout.rows), layout.rows), layout)
         sharding = self._sharding(SoloGroup())
         if not isinstance(sharding, PlannedSharding):
-            return ReadFeed(self.loader, layout, split=self.split)
+            return ReadFeed(self._unsized(settings), layout)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         own = (
             {"sampler": sampler, "batch_size": None}
@@ -393,6 +427,19 @@ class _Preparation:
         )
         reader = DataLoader(**settings, **own, generator=torch.Generator())
         return PlannedFeed(reader, sampler, sharding, self.group.size)
+
+    def _unsized(self, settings: dict[str, Any]) -> StreamSource:
+        """Read the batches of a sampler without a length, as it makes them."""
+        batches = self._batches()
+        if self._is_single():
+            return StreamSource(self.loader, 0)
+        if self.split:
+            batches = SplitBatches(batches, self.group.size)
+        own: dict[str, Any] = {"batch_sampler": batches, "collate_fn": self._counting(0)}
+        if self.loader.batch_sampler is None:
+            # The data set is asked for a whole batch, and returns what nobody can count.
+            own = {"sampler": batches, "batch_size": None}
+        return StreamSource(DataLoader(**{**settings, **own}, generator=torch.Generator()), 0)
 
 
 def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:

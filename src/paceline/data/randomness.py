@@ -16,7 +16,7 @@ from paceline.data.epochs import tell_worker
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["PrivateRandomness", "SeededKeys", "kept_randomness", "mix_seed", "seed_batches"]
+__all__ = ["PrivateRandomness", "SeededKeys", "kept_randomness", "mix_seed", "seed_batches", "seed_program"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -26,6 +26,10 @@ def mix_seed(*parts: int) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+# numpy's stubs leave out the two functions that change its global bit generator.
+_NUMPY: Any = np.random
 
 
 class SeededKeys(list[Any]):
@@ -50,10 +54,15 @@ def _arrive(keys: list[Any], seed: int, epoch: int | None) -> list[Any]:
     if info is not None:
         if epoch is not None:
             tell_worker(info.dataset, epoch)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
+        seed_program(seed)
     return keys
+
+
+def seed_program(seed: int) -> None:
+    """Seed the program's own generators: those of `torch` (CPU), `random` and `numpy`."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
 
 
 def seed_batches(
@@ -85,7 +94,10 @@ class PrivateRandomness:
 
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
         self._generators = (torch.default_generator, *generators)
+        # numpy's state is put in place whole: to read and to write it would take a hundred times as long.
+        self._numpy = np.random.MT19937()
         with self._kept():
+            _NUMPY.set_bit_generator(self._numpy)
             for generator in self._generators:
                 generator.manual_seed(seed)
             random.seed(seed)
@@ -115,11 +127,11 @@ class PrivateRandomness:
             self._write(outside)
 
     def _read(self) -> tuple[list[torch.Tensor], Any, Any]:
-        return [g.get_state() for g in self._generators], random.getstate(), np.random.get_state()
+        return [g.get_state() for g in self._generators], random.getstate(), _NUMPY.get_bit_generator()
 
     def _write(self, state: tuple[list[torch.Tensor], Any, Any]) -> None:
         tensors, python, numpy = state
         for generator, tensor in zip(self._generators, tensors, strict=True):
             generator.set_state(tensor)
         random.setstate(python)
-        np.random.set_state(numpy)
+        _NUMPY.set_bit_generator(numpy)

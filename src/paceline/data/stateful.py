@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch.utils.data import DataLoader
 
@@ -48,22 +49,28 @@ class StatefulShard(StreamShard):
     anew: the state is loaded after `set_epoch`, so that neither undoes the other.
     """
 
-    def __init__(self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False) -> None:
-        super().__init__(dataset, rank, size, num_workers, by_items=by_items)
+    def __init__(
+        self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False, block: int = 1
+    ) -> None:
+        super().__init__(dataset, rank, size, num_workers, by_items=by_items, block=block)
         self._waiting: dict[str, Any] | None = None
-        self._opened = False
+        self._loaded_state: Any = None
+        self._is_open = False
         self._finished = False
         self._loaded = False
+        self._counts_items = _loses_its_place(dataset)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the pass is: before the next item that would be handed out."""
         if self._waiting is not None:
             return self._waiting
-        if not self._opened:
+        if not self._is_open:
             return {"dataset": None, "number": 0, "finished": False}
+        place = {"number": self._next_number, "finished": self._finished}
+        if self._counts_items and self._loaded_state is not None:
+            return {"dataset": self._loaded_state, "items": self._items, **place}
         # Copied: what a data set returns may go on changing.
-        state = copy.deepcopy(self.dataset.state_dict())
-        return {"dataset": state, "number": self._next_number, "finished": self._finished}
+        return {"dataset": copy.deepcopy(self.dataset.state_dict()), **place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next iteration begin there."""
@@ -71,32 +78,48 @@ class StatefulShard(StreamShard):
 
     def __iter__(self) -> Iterator[Any]:
         # Before the first item is taken the state must be that of a new pass, not the end of the one before.
-        self._opened = self._finished = False
+        self._is_open = self._finished = False
         waiting = self._waiting
         if waiting is None or not waiting["finished"]:
-            return self._items()
+            return super().__iter__()
         # At once: a reader that knows that it had come to the end asks for no item.
+        block, self._block = self._block, 1
         if next(super().__iter__(), _NONE) is not _NONE:
             # This data set had gone back to its start already; others stop there once more.
             self.dataset.load_state_dict(waiting["dataset"])
+        self._block = block
         self._finished = True
         return iter(())
 
-    def _items(self) -> Iterator[Any]:
-        yield from super().__iter__()
+    def _blocks(self) -> Iterator[Iterable[Any]]:
+        yield from super()._blocks()
         self._finished = True
 
-    def _restore(self) -> int:
+    def _restore(self) -> tuple[int, int]:
         waiting, self._waiting = self._waiting, None
-        self._opened = True
-        state = None if waiting is None else waiting["dataset"]
-        if state is not None:
-            self.dataset.load_state_dict(state)
+        self._is_open = True
+        self._loaded_state = None if waiting is None else waiting["dataset"]
+        self._items = 0 if waiting is None else int(waiting.get("items", 0))
+        if self._loaded_state is not None:
+            self.dataset.load_state_dict(copy.deepcopy(self._loaded_state))
             self._loaded = True
         elif self._loaded and hasattr(self.dataset, "_starting_state_dict"):
             # Data sets of `datasets` begin every pass over the epoch of a loaded state there.
             self.dataset.load_state_dict(None)
-        return 0 if waiting is None else int(waiting["number"])
+        return (0 if waiting is None else int(waiting["number"])), self._items
+
+
+def _loses_its_place(dataset: Any) -> bool:
+    """Say whether it is a data set of a release of `datasets` whose state is wrong once a state was loaded.
+
+    In 5.0 it stays at the start of the epoch (datasets#8308), and before that it leaves out samples of tables that are
+    cut anew. The place is then that of the state that was loaded, and how many items came since.
+    """
+    if not hasattr(dataset, "_ex_iterable"):
+        return False
+    release = str(getattr(sys.modules.get("datasets"), "__version__", ""))
+    numbers = [int(part) for part in release.split(".")[:2] if part.isdigit()]
+    return numbers < [5, 1]
 
 
 class StreamKeeper:
@@ -141,11 +164,13 @@ def keeper_of(reader: DataLoader[Any]) -> StreamKeeper | None:
     return None
 
 
-def shard_of(dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False) -> StreamShard:
+def shard_of(
+    dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False, block: int = 1
+) -> StreamShard:
     """Make one rank's part of a stream, with a state if the stream has one that loses nothing."""
     stateful = isinstance(dataset, Stateful) and not _has_shuffle_buffer(dataset)
     kind = StatefulShard if stateful else StreamShard
-    return kind(dataset, rank, size, num_workers, by_items=by_items)
+    return kind(dataset, rank, size, num_workers, by_items=by_items, block=block)
 
 
 def _has_shuffle_buffer(dataset: Any) -> bool:

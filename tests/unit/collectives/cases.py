@@ -83,6 +83,10 @@ class CountingGroup(Group):
         self.calls["scatter_object"] += 1
         return self.inner.scatter_object(values, source)
 
+    def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
+        self.calls["start_scatter"] += 1
+        return self.inner.start_scatter(parts, into, source)
+
     def barrier(self) -> None:
         self.calls["barrier"] += 1
         self.inner.barrier()
@@ -207,6 +211,17 @@ def a_wrong_scatter_fails_everywhere(group: Group) -> None:
         group.scatter_object([0] * (group.size + 1) if group.rank == 0 else None)
     with pytest.raises(CollectiveError, match="no values"):
         group.scatter_object(None)
+
+
+def started_scatters_may_overlap(group: Group) -> None:
+    last = group.size - 1
+    mine = [torch.zeros(3, dtype=torch.uint8) for _ in range(2)]
+    given = [[torch.full((3,), 10 * n + r, dtype=torch.uint8) for r in range(group.size)] for n in range(2)]
+    first = group.start_scatter(given[0] if group.rank == last else None, mine[0], last)
+    second = group.start_scatter(given[1] if group.rank == 0 else None, mine[1])
+    assert second.wait() is mine[1]
+    same(mine[1], torch.full((3,), 10 + group.rank, dtype=torch.uint8))
+    same(first.wait(), torch.full((3,), group.rank, dtype=torch.uint8))
 
 
 def gather_keeps_the_structure(group: Group) -> None:
@@ -672,7 +687,7 @@ CASES: dict[str, Callable[[Group], None]] = {
         all_gather_stacks_every_dtype, all_gather_takes_odd_shapes, started_gathers_may_overlap,
         all_gather_does_not_alias, all_reduce_works_in_place, all_reduce_of_integers, all_reduce_of_bool,
         all_reduce_takes_odd_tensors, all_reduce_refuses, broadcast_overwrites_in_place, objects_travel,
-        a_wrong_scatter_fails_everywhere, gather_keeps_the_structure, gather_takes_one_exchange,
+        a_wrong_scatter_fails_everywhere, started_scatters_may_overlap, gather_keeps_the_structure, gather_takes_one_exchange,
         large_tensors_travel_alone, gather_refuses_objects, gather_object_joins_lists,
         reduce_leaves_its_input_alone, reduce_none_exchanges_nothing, reduce_takes_one_exchange_per_dtype,
         broadcast_fills_a_nested_batch, pad_makes_sizes_equal, every_sample_is_gathered_once,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -55,6 +56,7 @@ class DDPStrategy(Strategy):
         self._wrapped: list[NamingDDP] = []
         self._replicas = ReplicaCheck()
         self._second: Group | None = None
+        self._close_second: weakref.finalize[..., DDPStrategy] | None = None
 
     @property
     @override
@@ -151,8 +153,18 @@ class DDPStrategy(Strategy):
 
     def _open_group(self) -> Group:
         if self._second is None:
-            self._second = TorchGroup(self.around.device, dist.new_group())
+            opened = dist.new_group()
+            self._second = TorchGroup(self.around.device, opened)
+            # A group has threads of its own, which would outlive every Accelerator of a long program.
+            self._close_second = weakref.finalize(self, _close_group, opened)
+            self._close_second.atexit = False
         return self._second
+
+    @override
+    def close(self) -> None:
+        if self._close_second is not None:
+            self._close_second()
+        self._second = self._close_second = None
 
     @override
     @contextmanager
@@ -176,6 +188,12 @@ class DDPStrategy(Strategy):
         if self._settings.comm_hook in ("fp16", "bf16"):
             table["reduce"] = self._settings.comm_hook
         return table
+
+
+def _close_group(group: dist.ProcessGroup | None) -> None:
+    """Close a group, unless the end of the default group has closed it already."""
+    with suppress(ValueError, AssertionError):
+        dist.destroy_process_group(group)
 
 
 def _inside(wrapped: DistributedDataParallel) -> nn.Module:

@@ -41,8 +41,8 @@ def main() -> None:
     prefetcher = DevicePrefetcher(device, non_blocking=True)
     ways: dict[str, Callable[[], Iterable[Tensor]]] = {
         "on the device already": lambda: repeated(there, args.steps),
-        "prefetcher, pinned": lambda: prefetcher.over(repeated(pinned, args.steps)),
-        "prefetcher, pageable": lambda: prefetcher.over(repeated(pageable, args.steps)),
+        "prefetcher, pinned": lambda: prefetcher.iterate(repeated(pinned, args.steps)),
+        "prefetcher, pageable": lambda: prefetcher.iterate(repeated(pageable, args.steps)),
         "compute stream, pinned, non_blocking": lambda: moved(repeated(pinned, args.steps), device, True),
         "compute stream, pinned": lambda: moved(repeated(pinned, args.steps), device, False),
         "compute stream, pageable": lambda: moved(repeated(pageable, args.steps), device, False),

@@ -9,14 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOME = {
-    "Accelerator": "paceline.accelerator",
+    "Accelerator": "paceline.accelerator.accelerator",
     "AutocastKwargs": "paceline.config",
     "DataLoaderConfiguration": "paceline.config",
     "DeepSpeedPlugin": "paceline.config",
     "DistributedDataParallelKwargs": "paceline.config",
     "DistributedType": "paceline.strategies",
-    "DummyOptim": "paceline.strategies.dummies",
-    "DummyScheduler": "paceline.strategies.dummies",
+    "DummyOptim": "paceline.strategies.placeholders",
+    "DummyScheduler": "paceline.strategies.placeholders",
     "EarlyStoppingCallback": "paceline.trainer",
     "FullyShardedDataParallelPlugin": "paceline.config",
     "GradScalerKwargs": "paceline.config",
@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from paceline.accelerator import Accelerator
+    from paceline.accelerator.accelerator import Accelerator
     from paceline.config import (
         AutocastKwargs,
         DataLoaderConfiguration,
@@ -94,7 +94,7 @@ if TYPE_CHECKING:
     from paceline.errors import PacelineError
     from paceline.launch import debug_launcher, notebook_launcher
     from paceline.strategies import DistributedType
-    from paceline.strategies.dummies import DummyOptim, DummyScheduler
+    from paceline.strategies.placeholders import DummyOptim, DummyScheduler
     from paceline.trainer import (
         EarlyStoppingCallback,
         Trainer,

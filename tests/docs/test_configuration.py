@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from paceline.config.names import places
 from paceline.config.reference import reference_page
+from paceline.config.schema.names import places
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 RENEW = "RENEW_SNAPSHOTS"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from paceline.checkpoint import Part
-from paceline.checkpoint.staging import Stager
+from paceline.checkpoint import TensorShard
+from paceline.checkpoint.io.staging import Stager
 from tests.ranks.test_checkpoint import in_the_background, load_and_go_on, save_and_go_on
 from tests.support.engines import needs_deepspeed
 from tests.support.ranks import run_on_ranks
@@ -56,14 +56,16 @@ def test_training_goes_on_while_a_state_is_written(layout: Layout, tmp_path: Pat
         assert again == pytest.approx(losses, abs=1e-5)
 
 
-def copy_and_overwrite(steady: bool, hold: bool) -> tuple[float, bool]:
+def copy_and_overwrite(updated_by_step: bool, hold: bool) -> tuple[float, bool]:
     """Overwrite a tensor at once after its copy was begun; what the copy holds, and whether the host waited."""
     values: Any = torch.ones(ELEMENTS, device="cuda")
     stager = Stager()
-    stager.stage({"a": Part.whole(values)}, steady={"a"} if steady else set()).clear()  # memory is made and pinned
+    stager.stage(
+        {"a": TensorShard.whole(values)}, updated_by_step={"a"} if updated_by_step else set()
+    ).clear()  # memory is made and pinned
     stager.wait()
     torch.cuda.synchronize()
-    staged = stager.stage({"a": Part.whole(values)}, steady={"a"} if steady else set())
+    staged = stager.stage({"a": TensorShard.whole(values)}, updated_by_step={"a"} if updated_by_step else set())
     assert stager._copied is not None
     waited = stager._copied.query()  # type: ignore[no-untyped-call]
     if hold:

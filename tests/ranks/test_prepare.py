@@ -341,11 +341,11 @@ def test_the_norm_of_a_subset_is_global_under_zero(strategy: str, norm_type: flo
 
 
 def automatic(free: int | None) -> tuple[str, str]:
-    from paceline import assembly
+    from paceline.accelerator import assembly
 
     original = assembly._free_bytes
     if free is not None:
-        assembly._free_bytes = lambda parts: free
+        assembly._free_bytes = lambda components: free
     try:
         accelerator = Accelerator(cpu=True)
         model: Any = TinyTransformer(width=64)
@@ -372,10 +372,10 @@ def test_auto_keeps_what_was_said_about_fsdp() -> None:
 
 def automatic_with_a_hint() -> str:
     """What the script says about FSDP holds when `auto` takes it."""
-    from paceline import assembly
+    from paceline.accelerator import assembly
 
     original = assembly._free_bytes
-    assembly._free_bytes = lambda parts: 1_000_000
+    assembly._free_bytes = lambda components: 1_000_000
     os.environ["PACELINE_FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"] = "Block"
     try:
         accelerator = Accelerator(cpu=True)

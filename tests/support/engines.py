@@ -66,7 +66,7 @@ def whole_gradients(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
 def _whole(strategy: Any, parameter: nn.Parameter) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    from paceline.checkpoint.parts import Part
+    from paceline.checkpoint.format.shards import TensorShard
     from tests.support.state import gather
 
     for bound in getattr(strategy, "_engines", ()):
@@ -74,7 +74,7 @@ def _whole(strategy: Any, parameter: nn.Parameter) -> Tensor:
         if place is not None:
             run = bound.partitions.gradient(parameter)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            return gather(Part(shape, place.start, place.flat.new_zeros(0) if run is None else run))
+            return gather(TensorShard(shape, place.start, place.flat.new_zeros(0) if run is None else run))
     gradient = parameter.grad
     assert gradient is not None
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()

@@ -141,7 +141,7 @@ def _give_back() -> None:
     """
     if psutil.Process().memory_info().vms < 4 * 2**30:
         return
-    from paceline.strategies.zero_engine import let_go
+    from paceline.strategies.deepspeed.engine import let_go
 
     for thing in gc.get_objects():
         if type(thing).__name__ == "DeepSpeedEngine":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from paceline.checkpoint.parts import Slot
+from paceline.checkpoint.format.shards import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline import Accelerator
-    from paceline.checkpoint.parts import Part
+    from paceline.checkpoint.format.shards import TensorShard
 
 
 @dataclass
@@ -66,7 +66,7 @@ def put_state(accelerator: Accelerator, whole: Whole) -> None:
     strategy.state_written()
 
 
-def write(parts: Mapping[str, Part], values: Mapping[str, Tensor]) -> None:
+def write(parts: Mapping[str, TensorShard], values: Mapping[str, Tensor]) -> None:
     assert parts.keys() == values.keys(), parts.keys() ^ values.keys()
     for name, part in parts.items():
         assert part.shape == tuple(values[name].shape), name
@@ -74,7 +74,7 @@ def write(parts: Mapping[str, Part], values: Mapping[str, Tensor]) -> None:
             part.write(part.start, values[name].reshape(-1)[part.start : part.stop])
 
 
-def gather(part: Part) -> Tensor:
+def gather(part: TensorShard) -> Tensor:
     """Put one tensor together from the runs of all ranks, which must cover it and agree where they overlap."""
     mine = (part.start, part.flat().detach().cpu().clone())
     runs: list[Any] = [mine]

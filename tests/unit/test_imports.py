@@ -60,7 +60,7 @@ def test_the_accelerator_loads_no_optional_package() -> None:
     loaded = modules_after("from paceline import Accelerator")
     assert "torch" in loaded
     assert not UNASKED & loaded
-    assert "paceline.strategies.fsdp" not in loaded, "a strategy is imported when it is chosen"
+    assert "paceline.strategies.fsdp.strategy" not in loaded, "a strategy is imported when it is chosen"
     assert "paceline.cli" not in loaded
 
 
@@ -97,7 +97,7 @@ def test_an_accelerator_on_one_cpu_needs_none_of_torchs_heavy_parts() -> None:
 
 
 def test_a_constant_of_the_configuration_does_not_load_the_schema() -> None:
-    assert "pydantic" not in modules_after("from paceline.config.shapes import did_you_mean")
+    assert "pydantic" not in modules_after("from paceline.config.schema.shapes import did_you_mean")
 
 
 def call_of(arguments: list[str]) -> str:

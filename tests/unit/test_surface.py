@@ -22,7 +22,7 @@ import paceline
 from paceline import Accelerator
 from paceline.cli.launch import command
 from paceline.config import Section, options
-from paceline.config.names import keys_of, sections
+from paceline.config.schema.names import keys_of, sections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,6 +1,5 @@
 """Weights and whole training states on disk."""
 
-from paceline.checkpoint.alone import write_checkpoint
 from paceline.checkpoint.folder import (
     Checkpoint,
     Found,
@@ -11,19 +10,20 @@ from paceline.checkpoint.folder import (
     open_checkpoint,
     rank_document,
 )
-from paceline.checkpoint.manifest import Manifest
-from paceline.checkpoint.parts import Part, Slot
-from paceline.checkpoint.plain import from_plain, to_plain
+from paceline.checkpoint.format.json_state import from_plain, to_plain
+from paceline.checkpoint.format.manifest import Manifest
+from paceline.checkpoint.format.shards import Slot, TensorShard
+from paceline.checkpoint.io.weights import parse_size, save_weights
 from paceline.checkpoint.saver import Saver
-from paceline.checkpoint.weights import parse_size, save_weights
+from paceline.checkpoint.single_process import write_checkpoint
 
 __all__ = [
     "Checkpoint",
     "Found",
     "Manifest",
-    "Part",
     "Saver",
     "Slot",
+    "TensorShard",
     "find_checkpoints",
     "find_foreign",
     "from_plain",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint.manifest import MANIFEST, Manifest
+from paceline.checkpoint.format.manifest import MANIFEST, Manifest
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Checkpoint",
     "Found",
-    "around",
     "check_place",
     "commit",
     "find_checkpoints",
@@ -37,6 +36,7 @@ __all__ = [
     "newest_checkpoint",
     "next_number",
     "open_checkpoint",
+    "parent_folder_hint",
     "partial_name",
     "real_folder",
     "remove_leftovers",
@@ -122,7 +122,7 @@ class Checkpoint:
         Raises:
             DamagedCheckpointError: Something is not what was written.
         """
-        from paceline.checkpoint.verification import verify
+        from paceline.checkpoint.io.verification import verify
 
         verify(self.folder, self.manifest, progress or (lambda _: None))
 
@@ -182,7 +182,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise DamagedCheckpointError(
             f"{path} has no {MANIFEST}",
             "The manifest is written last, when everything else is there",
-            around(path) or "Name a folder that save_state wrote to its end",
+            parent_folder_hint(path) or "Name a folder that save_state wrote to its end",
         )
     try:
         manifest = Manifest.from_json(_read(path / MANIFEST))
@@ -192,7 +192,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, manifest)
 
 
-def around(folder: Path) -> str:
+def parent_folder_hint(folder: Path) -> str:
     """Advice for who named the folder around checkpoints in place of one; empty if it is none."""
     numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
     return f"It is a folder around checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""

@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from paceline.checkpoint.staging import Stager
+from paceline.checkpoint.io.staging import Stager
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from paceline.checkpoint.saving import Content, Times
+    from paceline.checkpoint.writing import Content, SaveTimings
     from paceline.collectives import Group
 
 __all__ = ["Saver", "State"]
@@ -57,7 +57,7 @@ class Saver:
         self._failures: list[BaseException] = []
         self._listens = False
         self._holds_step = False
-        self.times: Times | None = None
+        self.times: SaveTimings | None = None
 
     @property
     def in_flight(self) -> bool:
@@ -90,27 +90,29 @@ class Saver:
         Raises:
             CheckpointError: This save failed, or the one before, on any rank.
         """
-        from paceline.checkpoint.saving import save_checkpoint, together
+        from paceline.checkpoint.writing import run_on_all_ranks, save_checkpoint
 
         begun = time.perf_counter()
         self.wait()
         if blocking:
 
-            def bring(partial: Path) -> Content:
+            def collect_content(partial: Path) -> Content:
                 return (state if prepare is None else prepare(state, partial)).take()[0]
 
-            self.times = save_checkpoint(folder, bring, self._group, keep=keep, numbered=numbered)
+            self.times = save_checkpoint(folder, collect_content, self._group, keep=keep, numbered=numbered)
             self.times.blocked = time.perf_counter() - begun
             return
         group = self._group
         staged: list[Content] = []
-        together(group, "taken", Path(folder), lambda: staged.append(self._stage(*state.take())))
+        run_on_all_ranks(group, "taken", Path(folder), lambda: staged.append(self._stage(*state.take())))
         (copied,) = staged
 
         def write() -> None:
             try:
                 self._stager.wait()
-                times = save_checkpoint(folder, lambda _: copied, group, keep=keep, numbered=numbered, hurry=False)
+                times = save_checkpoint(
+                    folder, lambda _: copied, group, keep=keep, numbered=numbered, is_blocking=False
+                )
                 times.blocked = blocked
                 self.times = times
             except BaseException as error:
@@ -124,11 +126,11 @@ class Saver:
         blocked = time.perf_counter() - begun
         self._thread.start()
 
-    def _stage(self, content: Content, steady: set[str]) -> Content:
+    def _stage(self, content: Content, updated_by_step: set[str]) -> Content:
         common = content.common
-        copies = self._stager.stage({**content.parts, **common.tensors}, steady=steady)
+        copies = self._stager.stage({**content.shards, **common.tensors}, updated_by_step=updated_by_step)
         kept = replace(common, tensors={name: copies.pop(name) for name in common.tensors})
-        return replace(content, parts=copies, common=kept)
+        return replace(content, shards=copies, common=kept)
 
     @property
     def _group(self) -> Group:

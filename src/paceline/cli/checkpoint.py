@@ -74,7 +74,7 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 def _itself(folder: Path) -> str:
     from paceline.checkpoint.foreign import recognise
-    from paceline.checkpoint.manifest import MANIFEST
+    from paceline.checkpoint.format.manifest import MANIFEST
 
     is_one = (folder / MANIFEST).exists() or recognise(folder) is not None
     return f"; it is one itself: paceline checkpoint inspect {folder}" if is_one else ""
@@ -283,7 +283,7 @@ def export(
 
     from paceline.checkpoint import parse_size
     from paceline.checkpoint.foreign import open_any
-    from paceline.checkpoint.streaming import stream_weights
+    from paceline.checkpoint.io.streaming import stream_weights
 
     limit = parse_size(max_shard_size)
     _refuse_state(out)
@@ -302,7 +302,7 @@ def export(
 def _refuse_state(out: Path) -> None:
     """Refuse to write weights over those of a checkpoint, which would not be whole any more."""
     from paceline.checkpoint.foreign import recognise
-    from paceline.checkpoint.manifest import MANIFEST
+    from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError
 
     if (out / MANIFEST).exists() or recognise(out) not in (None, "weights"):

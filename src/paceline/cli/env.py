@@ -7,8 +7,8 @@ import os
 
 import click
 
+from paceline.accelerator.environment_report import environment_report
 from paceline.cli.examples import examples
-from paceline.environment.report import environment_report
 
 
 @click.command(

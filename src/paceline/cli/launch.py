@@ -128,7 +128,7 @@ def command(
 
 def _is_rank(resolved: Resolved, what: Command, log_dir: Path | None, dry_run: bool) -> bool:
     """Where a scheduler started a task for each rank, become that rank, or print it and say that it was one."""
-    from paceline.launch.schedulers import detect_cluster
+    from paceline.launch.clusters import detect_cluster
     from paceline.launch.schedulers.batch import refuse_part_of_an_allocation
     from paceline.launch.schedulers.task import plan_task, run_task
 

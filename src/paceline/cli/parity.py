@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.comparison import BASES, Training, compare, explain
-from paceline.cli.runs import Runs, run_options, runs_of, script_argument
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
+from paceline.cli.script_runs import Runs, run_options, runs_of, script_argument
 from paceline.cli.sources import resolve_sources
 from paceline.cli.variants import alone
 from paceline.config import Recording

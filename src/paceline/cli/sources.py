@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from paceline.cli.interrupts import import_torch
 from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
-from paceline.config.layers import unread_variables
-from paceline.launch.schedulers import check_against, detect_cluster
+from paceline.config.sources.layers import unread_variables
+from paceline.launch.clusters import check_against, detect_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,57 +9,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paceline.config.base import Section
-    from paceline.config.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
-    from paceline.config.deepspeed import DeepSpeedPlugin
-    from paceline.config.dynamo import TorchDynamoPlugin
     from paceline.config.force import in_force
-    from paceline.config.fp8 import FP8Config
-    from paceline.config.fsdp import FullyShardedDataParallelPlugin
-    from paceline.config.kwargs import (
+    from paceline.config.resolution import resolve, with_arguments, worker_config
+    from paceline.config.resolved import Recording, Resolved
+    from paceline.config.schema.base import Section
+    from paceline.config.schema.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+    from paceline.config.schema.deepspeed import DeepSpeedPlugin
+    from paceline.config.schema.dynamo import TorchDynamoPlugin
+    from paceline.config.schema.fp8 import FP8Config
+    from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
+    from paceline.config.schema.kwargs import (
         AutocastKwargs,
         DistributedDataParallelKwargs,
         GradScalerKwargs,
         InitProcessGroupKwargs,
         ProfileKwargs,
     )
-    from paceline.config.locate import default_config_file, find_config_file, is_accelerates
-    from paceline.config.megatron import MegatronLMConfig, MpirunConfig
-    from paceline.config.names import Option, options
-    from paceline.config.origin import Found, Origin
-    from paceline.config.parallelism import ParallelismConfig
-    from paceline.config.resolution import resolve, with_arguments, worker_config
-    from paceline.config.resolved import Recording, Resolved
-    from paceline.config.run import RunConfig
+    from paceline.config.schema.megatron import MegatronLMConfig, MpirunConfig
+    from paceline.config.schema.names import Option, options
+    from paceline.config.schema.parallelism import ParallelismConfig
+    from paceline.config.schema.run import RunConfig
+    from paceline.config.sources.locate import default_config_file, find_config_file, is_accelerates
+    from paceline.config.sources.origin import Found, Origin
 
 _HOME = {
-    "AutocastKwargs": "paceline.config.kwargs",
-    "DataLoaderConfiguration": "paceline.config.data",
-    "DeepSpeedPlugin": "paceline.config.deepspeed",
-    "DistributedDataParallelKwargs": "paceline.config.kwargs",
-    "FP8Config": "paceline.config.fp8",
-    "Found": "paceline.config.origin",
-    "FullyShardedDataParallelPlugin": "paceline.config.fsdp",
-    "GradScalerKwargs": "paceline.config.kwargs",
-    "GradientAccumulationPlugin": "paceline.config.data",
-    "InitProcessGroupKwargs": "paceline.config.kwargs",
-    "MegatronLMConfig": "paceline.config.megatron",
-    "MpirunConfig": "paceline.config.megatron",
-    "Option": "paceline.config.names",
-    "Origin": "paceline.config.origin",
-    "ParallelismConfig": "paceline.config.parallelism",
-    "ProfileKwargs": "paceline.config.kwargs",
-    "ProjectConfiguration": "paceline.config.data",
+    "AutocastKwargs": "paceline.config.schema.kwargs",
+    "DataLoaderConfiguration": "paceline.config.schema.data",
+    "DeepSpeedPlugin": "paceline.config.schema.deepspeed",
+    "DistributedDataParallelKwargs": "paceline.config.schema.kwargs",
+    "FP8Config": "paceline.config.schema.fp8",
+    "Found": "paceline.config.sources.origin",
+    "FullyShardedDataParallelPlugin": "paceline.config.schema.fsdp",
+    "GradScalerKwargs": "paceline.config.schema.kwargs",
+    "GradientAccumulationPlugin": "paceline.config.schema.data",
+    "InitProcessGroupKwargs": "paceline.config.schema.kwargs",
+    "MegatronLMConfig": "paceline.config.schema.megatron",
+    "MpirunConfig": "paceline.config.schema.megatron",
+    "Option": "paceline.config.schema.names",
+    "Origin": "paceline.config.sources.origin",
+    "ParallelismConfig": "paceline.config.schema.parallelism",
+    "ProfileKwargs": "paceline.config.schema.kwargs",
+    "ProjectConfiguration": "paceline.config.schema.data",
     "Recording": "paceline.config.resolved",
     "Resolved": "paceline.config.resolved",
-    "RunConfig": "paceline.config.run",
-    "Section": "paceline.config.base",
-    "TorchDynamoPlugin": "paceline.config.dynamo",
-    "default_config_file": "paceline.config.locate",
-    "find_config_file": "paceline.config.locate",
+    "RunConfig": "paceline.config.schema.run",
+    "Section": "paceline.config.schema.base",
+    "TorchDynamoPlugin": "paceline.config.schema.dynamo",
+    "default_config_file": "paceline.config.sources.locate",
+    "find_config_file": "paceline.config.sources.locate",
     "in_force": "paceline.config.force",
-    "is_accelerates": "paceline.config.locate",
-    "options": "paceline.config.names",
+    "is_accelerates": "paceline.config.sources.locate",
+    "options": "paceline.config.schema.names",
     # Not `paceline.config.resolve`: importing a module of that name would put it in the place of the function.
     "resolve": "paceline.config.resolution",
     "with_arguments": "paceline.config.resolution",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from paceline.config.base import Section, slots
-from paceline.config.fsdp1 import FsdpVersion1
-from paceline.config.layers import PREFIX, RESERVED
-from paceline.config.names import options, sections
-from paceline.config.run import RunConfig
-from paceline.config.writing import yaml_value
+from paceline.config.schema.base import Section, slots
+from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.schema.names import options, sections
+from paceline.config.schema.run import RunConfig
+from paceline.config.sources.layers import PREFIX, RESERVED
+from paceline.config.sources.writing import yaml_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from paceline.config.base import Slot
+    from paceline.config.schema.base import Slot
 
 __all__ = ["reference_page"]
 

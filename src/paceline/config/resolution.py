@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from paceline.config.base import Fault, Section, slots, slots_by_field
-from paceline.config.checks import Facts, find_problems
-from paceline.config.deepspeed import DeepSpeedPlugin
-from paceline.config.deepspeed_json import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
+from paceline.config.checks import CheckContext, find_problems
+from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
 from paceline.config.force import handed_over
-from paceline.config.fsdp import FullyShardedDataParallelPlugin
-from paceline.config.fsdp1 import translate
-from paceline.config.layers import (
+from paceline.config.resolved import Resolved, values_of
+from paceline.config.schema.base import Fault, Section, slots, slots_by_field
+from paceline.config.schema.deepspeed import DeepSpeedPlugin
+from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
+from paceline.config.schema.fsdp1 import translate
+from paceline.config.schema.names import sections
+from paceline.config.schema.parallelism import ParallelismConfig
+from paceline.config.schema.run import RunConfig
+from paceline.config.schema.shapes import did_you_mean
+from paceline.config.sources.layers import (
     Layer,
     detected_layer,
     environment_layer,
@@ -20,19 +25,14 @@ from paceline.config.layers import (
     flag_layer,
     merge,
 )
-from paceline.config.names import sections
-from paceline.config.origin import Origin
-from paceline.config.parallelism import ParallelismConfig
-from paceline.config.resolved import Resolved, values_of
-from paceline.config.run import RunConfig
-from paceline.config.shapes import did_you_mean
+from paceline.config.sources.origin import Origin
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from paceline.config.origin import Raw
+    from paceline.config.sources.origin import Raw
 
 _STRATEGY_OF = {"NO": "single", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}
 _UNBUILT = ("XLA", "MEGATRON_LM")
@@ -96,7 +96,7 @@ def resolve(
         notes += translation_notes
     problems += draft.problems
     broken = frozenset(draft.broken | {problem.key for problem in rivals})
-    problems += find_problems(Facts(config, {**given, **draft.origins}, broken))
+    problems += find_problems(CheckContext(config, {**given, **draft.origins}, broken))
     if problems:
         raise ConfigError(problems)
     return Resolved(config, draft.origins, tuple(notes))
@@ -136,8 +136,8 @@ def with_arguments(resolved: Resolved, arguments: Mapping[str, object]) -> Resol
     if not resolved.origin("strategy").is_explicit:
         _follow_section(draft, arguments)
     config = _finish(draft)
-    facts = Facts(config, draft.origins, frozenset(draft.broken))
-    problems = draft.problems or find_problems(facts)
+    context = CheckContext(config, draft.origins, frozenset(draft.broken))
+    problems = draft.problems or find_problems(context)
     if problems:
         raise ConfigError(problems)
     return replace(resolved, config=config, origins=draft.origins)

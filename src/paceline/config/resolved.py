@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from paceline.config.base import Section, slots
-from paceline.config.names import sections
-from paceline.config.origin import DEFAULT, Origin
-from paceline.config.run import RunConfig
+from paceline.config.schema.base import Section, slots
+from paceline.config.schema.names import sections
+from paceline.config.schema.run import RunConfig
+from paceline.config.sources.origin import DEFAULT, Origin
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import IterableDataset
 
 from paceline.collectives import BatchCounts
-from paceline.data.ahead import Chunk, ChunkProgress, ReadAhead
+from paceline.data.batch_packing import HEAD, Parcel, read_head, unpack
 from paceline.data.epochs import set_dataset_epoch, takes_epoch
-from paceline.data.parcels import HEAD, Parcel, read_head, unpack
 from paceline.data.randomness import PrivateRandomness, SeededKeys, mix_seed, seed_program
+from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.data.reading import Position, Reading, batch_text
 from paceline.errors import DataError
 

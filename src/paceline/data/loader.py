@@ -143,7 +143,7 @@ class PreparedDataLoader(DataLoader[Any]):
                 self._next = Position(start.epoch + 1)
                 batches, progress = begun
                 if self._prefetcher is not None:
-                    batches = self._prefetcher.over(batches)
+                    batches = self._prefetcher.iterate(batches)
                 return Pass(start, progress), batches
             if not start.batches and not start.samples:
                 break

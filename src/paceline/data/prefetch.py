@@ -38,7 +38,7 @@ class DevicePrefetcher:
         self._non_blocking = non_blocking
         self._stream = None if device.type == "cpu" else _maybe_stream(device)
 
-    def over(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches on the device."""
         if self._device.type == "cpu":
             return batches

@@ -12,8 +12,8 @@ from paceline.collectives import Group, SoloGroup
 from paceline.data.counting import CountingCollate
 from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed, SplitBatches
 from paceline.data.epochs import takes_epoch
-from paceline.data.joined import JoinedSharding
 from paceline.data.loader import PreparedDataLoader
+from paceline.data.merged_ranks import MergedRanksSharding
 from paceline.data.order import order_source, own_generators, size_of
 from paceline.data.plan import Layout
 from paceline.data.prefetch import DevicePrefetcher
@@ -212,7 +212,7 @@ class _Preparation:
             return self._stream(settings), own
         sharding = self._sharding(self.group)
         if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
-            sharding = JoinedSharding(sharding, self.layout, self.group)
+            sharding = MergedRanksSharding(sharding, self.layout, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
         _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
         _remark_large_batch(sampler.sharding, self.layout)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from paceline.collectives import BatchCounts
-from paceline.data.ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.data.counting import CountedBatch, CountingCollate
 from paceline.data.epochs import set_dataset_epoch
 from paceline.data.progress import Progress
 from paceline.data.randomness import PrivateRandomness, kept_randomness, mix_seed
+from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.data.reading import Reading, batch_text
 from paceline.data.stateful import StatefulShard, keeper_of
 from paceline.data.worker_split import StreamShard, way_to_skip

@@ -16,11 +16,11 @@ from torch.distributed.elastic.multiprocessing import SignalException, start_pro
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from paceline.errors import UsageError, WorkerError
-from paceline.launch.rendezvous.together import Together
+from paceline.launch.rendezvous.multi_node import MultiNodeRounds
 from paceline.launch.rounds import Alone, Round, Rounds
 from paceline.launch.stacks import keep_stacks
 from paceline.launch.streams import RankStreams, quiet_elastic
-from paceline.launch.supervision import Outcome, Signals, Times, supervise
+from paceline.launch.supervision import Outcome, Signals, Timeouts, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,12 +70,12 @@ def launch(
     """
     config = resolved.config
     numa = NumaOptions(affinity_mode=AffinityMode.NODE) if config.enable_cpu_affinity else None
-    times = Times(shutdown_timeout, grace_period, config.monitor_interval)
+    times = Timeouts(shutdown_timeout, grace_period, config.monitor_interval)
     rounds: Rounds
     with quiet_elastic(), Signals() as signals:
         if config.max_machines > 1:
             signals.catch()
-            rounds = Together(resolved, command, env, signals.received)
+            rounds = MultiNodeRounds(resolved, command, env, signals.received)
         else:
             rounds = Alone(resolved, command, env)
         try:
@@ -116,7 +116,7 @@ def _tell(verdict: Verdict, failures: int, allowed: int) -> None:
 
 
 def _run_once(
-    current: Round, env: Mapping[str, str], streams: RankStreams, numa: NumaOptions | None, times: Times
+    current: Round, env: Mapping[str, str], streams: RankStreams, numa: NumaOptions | None, times: Timeouts
 ) -> Outcome:
     """Start every rank, wait for the end of all; no process of theirs is left if one failed."""
     planned = current.plan
@@ -138,7 +138,7 @@ def _run_once(
         except SignalException as early:
             return Outcome(signal=int(early.sigval))
         signals.catch()
-        return supervise(context, streams, signals, times, current.elsewhere)
+        return supervise(context, streams, signals, times, current.remote_request)
 
 
 def _make_folder(log_dir: Path) -> None:

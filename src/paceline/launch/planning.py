@@ -12,10 +12,10 @@ from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.launch.clusters.detection import detect_cluster
 from paceline.launch.command import check_command
 from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
-from paceline.launch.rendezvous.network import why_taken
-from paceline.launch.schedulers.detection import detect_cluster
+from paceline.launch.network import why_taken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

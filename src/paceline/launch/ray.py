@@ -62,7 +62,7 @@ def ray_trainer(
 
 
 def _resolve(num_workers: int, use_gpu: bool, settings: Mapping[str, object], config_file: Path | None) -> Resolved:
-    from paceline.launch.schedulers.cluster import Cluster, check_against
+    from paceline.launch.clusters.cluster import Cluster, check_against
 
     values = {"num_processes": Found(num_workers, "ray_trainer(num_workers=…)")}
     if not use_gpu:

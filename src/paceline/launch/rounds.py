@@ -1,6 +1,6 @@
 """The rounds of a launch: ranks start together, end together, and what follows is one verdict.
 
-`Alone` is one machine; `Together` (in `together.py`) agrees with the launchers of the others.
+`Alone` is one machine; `MultiNodeRounds` (in `together.py`) agrees with the launchers of the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from paceline.config import Resolved
     from paceline.launch.command import Command
     from paceline.launch.planning import Plan
-    from paceline.launch.supervision import Elsewhere, Outcome
+    from paceline.launch.supervision import Outcome, RemoteRequest
 
 __all__ = ["Alone", "Round", "Rounds"]
 
@@ -40,14 +40,14 @@ class Round:
         port: Where the ranks meet.
         run_id: The same on all ranks and in all rounds.
         number: How often ranks were started before.
-        elsewhere: What happens on other machines meanwhile.
+        remote_request: What happens on other machines meanwhile.
     """
 
     plan: Plan
     port: int
     run_id: str
     number: int
-    elsewhere: Callable[[], Elsewhere]
+    remote_request: Callable[[], RemoteRequest]
 
 
 class Rounds(Protocol):

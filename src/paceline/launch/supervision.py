@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from paceline.launch.streams import RankStreams
 
-__all__ = ["Elsewhere", "Outcome", "Signals", "Times", "supervise"]
+__all__ = ["Outcome", "RemoteRequest", "Signals", "Timeouts", "supervise"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -38,11 +38,11 @@ _SETTLE = 3.0
 # Signals after which a run may save its state before it ends.
 _POLITE = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _KILL_PATIENCE = 3
-Elsewhere = Literal["", "end", "save"]
+RemoteRequest = Literal["", "end", "save"]
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class Timeouts:
     """Seconds.
 
     Attributes:
@@ -155,7 +155,7 @@ class _Ranks:
         )
 
 
-def _nothing() -> Elsewhere:
+def _nothing() -> RemoteRequest:
     return ""
 
 
@@ -163,8 +163,8 @@ def supervise(
     context: PContext,
     streams: RankStreams,
     signals: Signals,
-    times: Times,
-    elsewhere: Callable[[], Elsewhere] = _nothing,
+    times: Timeouts,
+    remote_request: Callable[[], RemoteRequest] = _nothing,
 ) -> Outcome:
     """Wait until all ranks have ended, ending the others once one has failed or a signal has come.
 
@@ -173,7 +173,7 @@ def supervise(
         streams: Where their output goes.
         signals: That came to the launcher.
         times: How long to wait for what.
-        elsewhere: What happened on other machines: "end" ends the ranks, "save" lets them save their state first.
+        remote_request: What happened on other machines: "end" ends the ranks, "save" lets them save their state first.
     """
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
@@ -190,14 +190,14 @@ def supervise(
             ranks.poll()
         return True
 
-    wait_for(lambda: bool(signals.received or ranks.failed() or not ranks.running() or elsewhere()))
+    wait_for(lambda: bool(signals.received or ranks.failed() or not ranks.running() or remote_request()))
     if not signals.received and ranks.failed():
         wait_for(lambda: bool(signals.received or _has_cause(ranks)), _SETTLE)
     hint = memory.hint()
     stopped_at = time.time()
     stopped = ranks.running()
     asked = signals.received[0] if signals.received else None
-    if asked is None and not ranks.failed() and elsewhere() == "save":
+    if asked is None and not ranks.failed() and remote_request() == "save":
         asked = signal.SIGTERM
     patience = times.patience
     if stopped:
@@ -213,7 +213,7 @@ def supervise(
     ranks.poll()
     if signals.received or stopped or ranks.failed():
         _kill_sessions({process.pid for process in processes.values()})
-    if signals.received and not _made_room(ranks):
+    if signals.received and not _saved_where_memory_ends(ranks):
         return Outcome(signal=signals.received[0])
     ends = [_judge(ranks.end(rank), rank in stopped, stopped_at, hint) for rank in processes]
     return Outcome(ends=tuple(ends))
@@ -224,7 +224,7 @@ def _make_room(ranks: _Ranks) -> bool:
     return all(ranks.processes[rank].returncode == PREEMPTED for rank in ranks.failed())
 
 
-def _made_room(ranks: _Ranks) -> bool:
+def _saved_where_memory_ends(ranks: _Ranks) -> bool:
     return all(process.returncode == PREEMPTED for process in ranks.processes.values())
 
 

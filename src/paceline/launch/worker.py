@@ -39,7 +39,7 @@ __all__ = ["end_at_once", "is_library", "main", "pack", "unpack"]
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
 _OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "calling.py")}
-_FACADE = "paceline.accelerator"
+_FACADE = "paceline.accelerator.accelerator"
 # Seconds between two looks for a process group that the script opens itself.
 _PAUSE = 2.0
 # What a shell gives for a program that is there and cannot be run.
@@ -150,9 +150,9 @@ class _NoticeDistributed:
             if _FACADE in sys.modules:  # an Accelerator watches by itself, under the limit that it was given
                 return
             time.sleep(_PAUSE)
-        from paceline.watchdog.unasked import watch_unasked
+        from paceline.launch.bare_watchdog import start_bare_watchdog
 
-        watch_unasked(os.environ)
+        start_bare_watchdog(os.environ)
 
     def _is_open(self) -> bool:
         # The thread takes no part in the script's imports, so the module may be half there.
@@ -200,7 +200,7 @@ class _NoticeAccelerate:
         kind.__init__ = note_and_build  # type: ignore[misc]
 
     def _say(self) -> None:
-        from paceline.launch.unused import say_unused
+        from paceline.launch.unused_settings import say_unused
 
         by = ", which the Trainer of transformers builds," if "transformers.trainer" in sys.modules else ""
         say_unused(f"Accelerate's own Accelerator{by}", os.environ)

@@ -2,7 +2,7 @@
 
 from paceline.planner.choice import Choice, choose_strategy
 from paceline.planner.footprint import Footprint, measure
-from paceline.planner.remedies import Run, asked_bytes, describe_shortage, remedies
+from paceline.planner.remedies import Run, asked_bytes, describe_out_of_memory, remedies
 from paceline.planner.usage import Usage, measure_usage, process_memory
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Usage",
     "asked_bytes",
     "choose_strategy",
-    "describe_shortage",
+    "describe_out_of_memory",
     "measure",
     "measure_usage",
     "process_memory",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from paceline.planner.usage import Usage
 
-__all__ = ["Run", "asked_bytes", "describe_shortage", "remedies"]
+__all__ = ["Run", "asked_bytes", "describe_out_of_memory", "remedies"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "bytes": 1}
 
@@ -43,7 +43,7 @@ def asked_bytes(message: str) -> int | None:
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
-def describe_shortage(usage: Usage, run: Run, asked: int | None, *, rank: int, device: str) -> str:
+def describe_out_of_memory(usage: Usage, run: Run, asked: int | None, *, rank: int, device: str) -> str:
     """Say who holds the memory, what the largest pieces are, and what would help.
 
     Args:

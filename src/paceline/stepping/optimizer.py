@@ -73,7 +73,7 @@ class AcceleratedOptimizer(Optimizer):
             strategy = self._strategy = self._check_step(self, self._checks)
         self._before_step()
         strategy.complete_gradients(p for group in self.optimizer.param_groups for p in group["params"])
-        window.settle(strategy)
+        window.finalize_gradients(strategy)
         result = None
         if self._scaler is None:
             result = strategy.step(self.optimizer, closure)

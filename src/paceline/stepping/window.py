@@ -56,7 +56,7 @@ class Window:
 
     # The way through a window
 
-    def advance(self) -> bool:
+    def begin_micro_batch(self) -> bool:
         """Begin the next micro-batch; return whether it is the last of its window."""
         if self._ended or (self.sync_gradients and self._begun):
             self._open()
@@ -136,7 +136,7 @@ class Window:
     def _total(self, weight: Tensor) -> Tensor:
         return self._group.all_reduce(weight.clone(), "sum")
 
-    def settle(self, strategy: Strategy) -> None:
+    def finalize_gradients(self, strategy: Strategy) -> None:
         """Replace the guessed divisor of a closing window by the true one, before anything reads the gradients.
 
         Collective when losses are weighted: every rank must call it.
@@ -168,9 +168,9 @@ class Window:
         """Note that the gradients gathered so far are gone."""
         self._spent = True
 
-    def leave(self, strategy: Strategy) -> None:
+    def end_micro_batch(self, strategy: Strategy) -> None:
         """Note that a micro-batch is over, and with the last one the window."""
-        self.settle(strategy)
+        self.finalize_gradients(strategy)
         self._ended = self.sync_gradients
         if self._ended and self._held:
             self._check_held()
@@ -273,7 +273,7 @@ class Accumulation:
         self._strategy = None
         self._held.clear()
 
-    def over(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
+    def for_models(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
         """Aim at these models."""
         self._models = models
         self._strategy = strategy
@@ -282,7 +282,7 @@ class Accumulation:
     def __enter__(self) -> None:
         strategy = self._strategy
         assert strategy is not None
-        if self._window.advance():
+        if self._window.begin_micro_batch():
             for model in self._held.values():
                 strategy.set_gradient_sync(model, True)
             self._held.clear()
@@ -294,7 +294,7 @@ class Accumulation:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._strategy is not None:
-            self._window.leave(self._strategy)
+            self._window.end_micro_batch(self._strategy)
 
 
 def _as_weight(weight: float | Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from paceline.errors import CheckpointError, named
-from paceline.strategies.remat import plain_name
+from paceline.strategies.activation_checkpointing import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable

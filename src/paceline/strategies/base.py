@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from paceline.checkpoint.parts import OptimizerState, Part
+from paceline.checkpoint.format.shards import OptimizerState, TensorShard
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.strategies.dummies import DummyOptim, DummyScheduler
-from paceline.strategies.remat import plain_name
+from paceline.strategies.activation_checkpointing import plain_name
+from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.state import (
     check_groups,
     make_slots_of,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from paceline.checkpoint.parts import Number, Slot
-    from paceline.strategies.surroundings import DistributedType, Surroundings
+    from paceline.checkpoint.format.shards import Number, Slot
+    from paceline.strategies.context import DistributedType, RunContext
 
 
 class Strategy(ABC):
@@ -54,8 +54,8 @@ class Strategy(ABC):
     keeps_gradients: bool = False
     """Whether gradients never reach `parameter.grad`, so that only the engine's own optimizers can step."""
 
-    def __init__(self, surroundings: Surroundings) -> None:
-        self.around = surroundings
+    def __init__(self, surroundings: RunContext) -> None:
+        self.context = surroundings
         # Samples in a batch of one rank, as far as a prepared loader has said.
         self.micro_batch: int | None = None
         # Stand-ins for schedules, handed over in the same call as the models.
@@ -91,7 +91,7 @@ class Strategy(ABC):
         for optimizer in optimizers:
             if isinstance(optimizer, DummyOptim):
                 raise self._refuse_stand_in("DummyOptim", "optimizer")
-            self.adopt(optimizer)
+            self.rebind_optimizer(optimizer)
         return prepared
 
     @abstractmethod
@@ -106,10 +106,10 @@ class Strategy(ABC):
     def place_whole(self, model: nn.Module, *, place: bool = True) -> None:
         """Move a model that no rank holds a part of, and let it compute in the run's precision."""
         if place:
-            model.to(self.around.device)
-        autocast_forward(model, self.around.precision)
+            model.to(self.context.device)
+        autocast_forward(model, self.context.precision)
 
-    def adopt(self, optimizer: Optimizer) -> None:  # noqa: B027 - doing nothing is right for most
+    def rebind_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027 - doing nothing is right for most
         """Point an optimizer at the parameters that this strategy has put in place of its own."""
 
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -143,11 +143,11 @@ class Strategy(ABC):
         """The models' parameters that an optimizer updates, whatever its engine has put in its groups."""
         return [p for group in optimizer.param_groups for p in group["params"]]
 
-    def successor(self, optimizer: Optimizer) -> Optimizer:
+    def resolve_placeholder_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer that acts in place of one handed to `prepare`: itself, unless it was a stand-in."""
         return optimizer
 
-    def adopt_scheduler(self, scheduler: Any) -> Any:
+    def resolve_placeholder_scheduler(self, scheduler: Any) -> Any:
         """The learning-rate scheduler to step: the one given, unless it is a stand-in for a described one.
 
         Raises:
@@ -228,13 +228,13 @@ class Strategy(ABC):
 
     # State, in and out
 
-    def model_state(self, model: nn.Module) -> dict[str, Part]:
+    def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
         """This rank's part of every parameter and saved buffer, each once, by its name in the user's own module.
 
         The parts are live memory: who writes into them calls `state_written` afterwards.
         """
         parts = {name: part_of(parameter) for name, parameter in self.named_parameters(model)}
-        return parts | {name: Part.whole(buffer) for name, buffer in saved_buffers(self.unwrap(model))}
+        return parts | {name: TensorShard.whole(buffer) for name, buffer in saved_buffers(self.unwrap(model))}
 
     def num_elements(self, model: nn.Module) -> int:
         """Numbers in a prepared model's parameters, over all ranks."""
@@ -341,7 +341,7 @@ class Strategy(ABC):
             model: A prepared one.
             without: Names of weights that are not wanted, and need not be gathered.
         """
-        if not self.around.world.is_main:
+        if not self.context.world.is_main:
             return {}
         state = {name: value for name, value in self.unwrap(model).state_dict().items() if name not in without}
         return {name: value.detach().cpu() for name, value in state.items() if torch.is_tensor(value)}
@@ -354,7 +354,7 @@ class Strategy(ABC):
         """Which dtype is used where: stored, compute, reduce, optimizer, saved."""
         first = next((p for p in self.parameters() if p.requires_grad), None)
         stored = short_dtype(first.dtype) if first is not None else "fp32"
-        policy = self.around.precision
+        policy = self.context.precision
         compute = short_dtype(policy.compute_dtype) if policy.uses_autocast else stored
         return {"stored": stored, "compute": compute, "reduce": stored, "optimizer": stored, "saved": stored}
 

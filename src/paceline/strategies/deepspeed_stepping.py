@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, SteppingError
 from paceline.strategies.base import multiply, refuse_join
-from paceline.strategies.deepspeed_engines import Engines
-from paceline.strategies.zero_gradients import clip_norm, clip_value, runs_of
+from paceline.strategies.deepspeed.engines import Engines
+from paceline.strategies.deepspeed.gradients import clip_norm, clip_value, runs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from paceline.strategies.zero_engine import Bound
+    from paceline.strategies.deepspeed.engine import ZeroEngine
 
 
 class EngineStepping(Engines):
@@ -27,10 +27,10 @@ class EngineStepping(Engines):
 
     @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
-        bound = self._engine_of(model)
-        if bound is not None:
-            bound.ends = enabled
-            bound.engine.set_gradient_accumulation_boundary(enabled)
+        zero = self._engine_of(model)
+        if zero is not None:
+            zero.ends = enabled
+            zero.engine.set_gradient_accumulation_boundary(enabled)
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
@@ -42,24 +42,24 @@ class EngineStepping(Engines):
                 "DeepSpeed's engine computes the gradients of one number and takes only retain_graph",
                 "Pass a loss of shape [], or use another strategy",
             )
-        bound = self._source()
-        if bound.ended:
+        zero = self._source()
+        if zero.ended:
             raise SteppingError(
-                f"backward() was called again on {type(bound.model).__name__} after the backward that ended its window",
+                f"backward() was called again on {type(zero.model).__name__} after the backward that ended its window",
                 "DeepSpeed's engine would forget the gradients of the first one",
                 "Add the losses up and call backward() once, or train under accumulate() without sync_each_batch",
             )
-        bound.pending, bound.clipped, bound.ended = False, False, bound.ends
-        bound.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+        zero.pending, zero.clipped, zero.ended = False, False, zero.ends
+        zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
 
-    def _source(self) -> Bound:
+    def _source(self) -> ZeroEngine:
         """The engine that this loss comes from: the one whose forward ran since its last backward."""
         if len(self._engines) == 1:
             return self._engines[0]
-        pending = [bound for bound in self._engines if bound.pending]
+        pending = [zero for zero in self._engines if zero.pending]
         if len(pending) == 1:
             return pending[0]
-        names = ", ".join(type(bound.model).__name__ for bound in pending) or "none"
+        names = ", ".join(type(zero.model).__name__ for zero in pending) or "none"
         raise SteppingError(
             f"backward() was called after the forward of several trained models: {names}",
             "Each has its own DeepSpeed engine, which must run the backward of its own loss",
@@ -70,7 +70,7 @@ class EngineStepping(Engines):
     @override
     @torch.no_grad()
     def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
-        for _, runs in runs_of(self._engines, parameters, self.around.device):
+        for _, runs in runs_of(self._engines, parameters, self.context.device):
             multiply(runs, factor)
 
     @override
@@ -78,14 +78,14 @@ class EngineStepping(Engines):
         self._check_clip(max_norm)
         if max_norm != float("inf"):
             self._settings["gradient_clipping"] = max_norm
-        found = runs_of(self._engines, parameters, self.around.device)
-        for bound, _ in found:
-            bound.clipped = True
-        return clip_norm(found, max_norm, norm_type, self.around.group, self.around.device)
+        found = runs_of(self._engines, parameters, self.context.device)
+        for zero, _ in found:
+            zero.clipped = True
+        return clip_norm(found, max_norm, norm_type, self.context.group, self.context.device)
 
     @override
     def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
-        clip_value(runs_of(self._engines, parameters, self.around.device), value)
+        clip_value(runs_of(self._engines, parameters, self.context.device), value)
 
     def _check_clip(self, max_norm: float) -> None:
         """One owner for the largest norm: the script, or the configuration."""
@@ -121,26 +121,26 @@ class EngineStepping(Engines):
                 "Its engine computes the gradients before the step and cannot compute them again inside",
                 "Use an optimizer that needs no closure, or strategy='ddp'",
             )
-        bound = self._find(optimizer)
-        assert bound is not None
+        zero = self._find(optimizer)
+        assert zero is not None
         asked = self._clipping
-        if asked is not None and not bound.clipped and bound.partitions.reaches_gradients:
-            self.clip_norm([p for group in bound.groups for p in group], asked, 2.0)
-        bound.engine.step()
-        bound.ended = False
+        if asked is not None and not zero.clipped and zero.partitions.reaches_gradients:
+            self.clip_norm([p for group in zero.groups for p in group], asked, 2.0)
+        zero.engine.step()
+        zero.ended = False
         return None
 
     @override
     def step_was_skipped(self, optimizer: Optimizer) -> bool:
-        bound = self._find(optimizer)
-        return bound is not None and bool(getattr(bound.engine.optimizer, "overflow", False))
+        zero = self._find(optimizer)
+        return zero is not None and bool(getattr(zero.engine.optimizer, "overflow", False))
 
     @override
     def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
-        bound = self._find(optimizer)
-        assert bound is not None
-        bound.partitions.drop_gradients()
-        bound.ended = False
+        zero = self._find(optimizer)
+        assert zero is not None
+        zero.partitions.drop_gradients()
+        zero.ended = False
 
     @override
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:

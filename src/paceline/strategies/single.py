@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from paceline.strategies.base import Strategy
-from paceline.strategies.compiled import compile_model
-from paceline.strategies.surroundings import DistributedType
+from paceline.strategies.compilation import compile_model
+from paceline.strategies.context import DistributedType
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,5 +27,5 @@ class SingleStrategy(Strategy):
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         self.place_whole(model, place=place)
-        compile_model(model, self.around.config.dynamo_config)
+        compile_model(model, self.context.config.dynamo_config)
         return model

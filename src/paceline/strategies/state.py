@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint.parts import Part
+from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
-from paceline.strategies.remat import plain_name
+from paceline.strategies.activation_checkpointing import plain_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import TypeIs
 
-    from paceline.checkpoint.parts import Number, Slot
+    from paceline.checkpoint.format.shards import Number, Slot
 
 _IMPLEMENTATION = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """Options that say how an optimizer computes on this device, not what."""
@@ -35,14 +35,14 @@ def is_dtensor(value: Any) -> TypeIs[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def part_of(tensor: Tensor) -> Part:
+def part_of(tensor: Tensor) -> TensorShard:
     """This rank's part of a tensor, cut into rows by FSDP2 or whole.
 
     Raises:
         StateError: It is cut otherwise than into runs of rows.
     """
     if not is_dtensor(tensor):
-        return Part.whole(tensor.detach())
+        return TensorShard.whole(tensor.detach())
     from torch.distributed.tensor import Shard
 
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
@@ -56,7 +56,7 @@ def part_of(tensor: Tensor) -> Part:
     with torch.no_grad():
         local = tensor.to_local().detach()
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
-    return Part(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
+    return TensorShard(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
 
 
 @lru_cache(maxsize=4096)
@@ -150,13 +150,15 @@ def _room(there: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapp
     return torch.zeros(slot.shape, dtype=slot.dtype, device=parameter.device if on_device else "cpu")
 
 
-def sort_state(optimizer: Optimizer, name: str, held: Mapping[str, Any]) -> tuple[dict[str, Part], dict[str, Number]]:
+def sort_state(
+    optimizer: Optimizer, name: str, held: Mapping[str, Any]
+) -> tuple[dict[str, TensorShard], dict[str, Number]]:
     """Tell one parameter's tensors from its numbers.
 
     Raises:
         StateError: Something is neither.
     """
-    slots: dict[str, Part] = {}
+    slots: dict[str, TensorShard] = {}
     numbers: dict[str, Number] = {}
     for key, value in held.items():
         if isinstance(value, torch.Tensor):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.callbacks import (
+from paceline.trainer.arguments.arguments import TrainingArguments
+from paceline.trainer.callbacks.base import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
 )
-from paceline.trainer.evaluation import EvalPrediction, PredictionOutput
-from paceline.trainer.loop import TrainOutput
+from paceline.trainer.loops.evaluation import EvalPrediction, PredictionOutput
+from paceline.trainer.loops.training import TrainOutput
 from paceline.trainer.state import TrainerControl, TrainerState
 from paceline.trainer.trainer import Trainer
 

@@ -13,24 +13,24 @@ from torch import nn
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
 from paceline.errors import ConfigError, PacelineError, PrepareError, Problem
-from paceline.trainer import losses
-from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.batch_size import agree_on_micro_batch, noted_micro_batch
-from paceline.trainer.callbacks import (
+from paceline.trainer.arguments.accelerator import build_accelerator
+from paceline.trainer.arguments.arguments import TrainingArguments
+from paceline.trainer.batches.collate import label_names_of
+from paceline.trainer.batches.loaders import choose_collator
+from paceline.trainer.callbacks.base import (
     CallbackHandler,
     DefaultFlowCallback,
     PrinterCallback,
     ProgressCallback,
 )
-from paceline.trainer.collate import label_names_of
-from paceline.trainer.datasets import choose_collator
-from paceline.trainer.described import find_clashes
-from paceline.trainer.memory import checkpoint_activations
-from paceline.trainer.plugins import build_accelerator
-from paceline.trainer.profiling import ProfileCallback
-from paceline.trainer.progress import Progress
+from paceline.trainer.callbacks.profiling import ProfileCallback
+from paceline.trainer.callbacks.tracking import TrackingCallback
+from paceline.trainer.loops import losses
+from paceline.trainer.loops.auto_batch_size import agree_on_micro_batch, noted_micro_batch
+from paceline.trainer.loops.progress import Progress
+from paceline.trainer.model_changes import checkpoint_activations
+from paceline.trainer.optim.deepspeed_clashes import find_clashes
 from paceline.trainer.state import TrainerControl, TrainerState
-from paceline.trainer.tracked import TrackingCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,11 +11,13 @@ from torch import nn
 
 from paceline.environment.logging import get_logger
 from paceline.errors import DataError, PacelineError
-from paceline.trainer import best, losses, saving
-from paceline.trainer.collate import columns_in, label_names_of
+from paceline.trainer import model_files as saving
+from paceline.trainer.batches.collate import columns_in, label_names_of
+from paceline.trainer.callbacks import best_checkpoint as best
 from paceline.trainer.core import TrainerCore
-from paceline.trainer.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.feeding import Feeding
+from paceline.trainer.loops import losses
+from paceline.trainer.loops.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paceline.config.shapes import did_you_mean
+from paceline.config.schema.shapes import did_you_mean
 from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, PrepareError, Problem
-from paceline.strategies.dummies import DummyOptim, DummyScheduler
-from paceline.trainer import optimizers
-from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.callbacks import length_of
+from paceline.strategies.placeholders import DummyOptim, DummyScheduler
+from paceline.trainer.arguments.arguments import TrainingArguments
+from paceline.trainer.batches.loaders import drop_columns, make_loader, train_sampler
+from paceline.trainer.callbacks.base import length_of
 from paceline.trainer.core import TrainerCore
-from paceline.trainer.datasets import drop_columns, make_loader, train_sampler
-from paceline.trainer.described import adam_arguments
-from paceline.trainer.schedules import make_schedule
+from paceline.trainer.optim import optimizers
+from paceline.trainer.optim.deepspeed_clashes import adam_arguments
+from paceline.trainer.optim.schedules import make_schedule
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import NotBuiltError
-from paceline.trainer import results, saving
+from paceline.trainer import model_files as saving
+from paceline.trainer import result_files as results
 from paceline.trainer.evaluating import Evaluating
 
 if TYPE_CHECKING:

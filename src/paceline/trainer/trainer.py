@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from paceline.accelerator.oom_report import find_out_of_memory
 from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
 from paceline.errors import CheckpointError, DamagedCheckpointError, NotBuiltError, named
-from paceline.shortage import find_shortage
 from paceline.strategies import adapters
-from paceline.trainer import best, losses, optimizers, saving
-from paceline.trainer.arguments import TrainingArguments
-from paceline.trainer.batch_size import goes_on_by_itself, halve_micro_batch, note_half
-from paceline.trainer.loop import Plan, TrainingLoop, TrainOutput, plan_training
-from paceline.trainer.memory import noisy_embeddings
-from paceline.trainer.resuming import carry_over, pace_of, take_over
+from paceline.trainer import model_files as saving
+from paceline.trainer.arguments.arguments import TrainingArguments
+from paceline.trainer.callbacks import best_checkpoint as best
+from paceline.trainer.loops import losses
+from paceline.trainer.loops.auto_batch_size import can_retry_in_process, halve_micro_batch, record_halved_batch
+from paceline.trainer.loops.resuming import carry_over, pace_of, take_over
+from paceline.trainer.loops.start_summary import summarize
+from paceline.trainer.loops.training import Plan, TrainingLoop, TrainOutput, plan_training
+from paceline.trainer.model_changes import noisy_embeddings
+from paceline.trainer.optim import optimizers
 from paceline.trainer.scripted import Scripted
 from paceline.trainer.state import TrainerState
-from paceline.trainer.summary import summarize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +171,7 @@ class Trainer(Scripted):
             saving.warn_of_later(self.args.output_dir, found, self.state.global_step)
         if self.args.ignore_data_skip:
             loop.loader.set_epoch(self.state.passes + 1)
-        loop.go_on()
+        loop.resume()
 
     def _find_best_again(self, resumed_from: str) -> None:
         # Of machines with disks of their own, rank 0's is where weights are loaded from and old checkpoints removed.
@@ -190,16 +193,16 @@ class Trainer(Scripted):
         """Train; with `auto_find_batch_size`, use smaller micro-batches when memory runs out."""
         if not self.args.auto_find_batch_size:
             return loop.run()
-        by_itself, begun = goes_on_by_itself(self), False
+        by_itself, begun = can_retry_in_process(self), False
         while True:
             try:
-                return loop.run() if not begun else loop.run_on()
+                return loop.run() if not begun else loop.run_until_done()
             except (MemoryError, RuntimeError) as error:
                 # A smaller batch helps neither an evaluation nor an optimizer, and the latter may be half done.
-                if find_shortage(error) is None or not loop.in_batch or self._batch_plan[0] == 1:
+                if find_out_of_memory(error) is None or not loop.in_batch or self._batch_plan[0] == 1:
                     raise
                 if not by_itself:
-                    note_half(self)
+                    record_halved_batch(self)
                     raise
             begun = True
             halve_micro_batch(self, loop)
@@ -209,13 +212,13 @@ class Trainer(Scripted):
         optimizer, scheduler = self.optimizer.optimizer, self.lr_scheduler
         before = self.accelerator
         self.create_accelerator_and_postprocess()
-        self.accelerator.adopt_trackers(before)
+        self.accelerator.transfer_trackers(before)
         self._train_loader = loop.loader = self._training_loader()
         loop.loader.load_state_dict(loop.position)
         self.optimizer, self.lr_scheduler = optimizer, getattr(scheduler, "scheduler", scheduler)
         self._prepare_model()
         self._show_callbacks(train_dataloader=loop.loader)
-        loop.adopt(self.accelerator, self.model_wrapped)
+        loop.attach(self.accelerator, self.model_wrapped)
 
     def _prepare_model(self) -> None:
         self.scheduler_follows_metric = isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import named_ranks
-from paceline.watchdog.places import Place
+from paceline.watchdog.locations import CodeLocation
 from paceline.watchdog.recorder import Operation
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Standing:
     rank: int
     host: str = ""
     pid: int = 0
-    place: Place | None = None
+    place: CodeLocation | None = None
     operations: tuple[Operation, ...] = ()
     fate: str = ""
     raised: bool = False
@@ -60,7 +60,7 @@ class Standing:
         """From what `to_data` gave."""
         place = data["place"]
         operations = tuple(Operation(**operation) for operation in data["operations"])
-        return cls(**{**data, "place": place and Place(**place), "operations": operations})
+        return cls(**{**data, "place": place and CodeLocation(**place), "operations": operations})
 
 
 def verdict(standings: Iterable[Standing], size: int, *, seconds: float) -> str:
@@ -124,9 +124,9 @@ def _absence(
     known: Mapping[int, Standing], stuck: Operation, inside: Sequence[int], missing: Sequence[int], seconds: float
 ) -> str:
     what = _what(known, stuck, inside)
-    elsewhere = _collective_calls(known, missing)
-    if elsewhere and len(missing) == len([rank for rank in missing if rank in known]):
-        call = elsewhere[0]
+    remote_request = _collective_calls(known, missing)
+    if remote_request and len(missing) == len([rank for rank in missing if rank in known]):
+        call = remote_request[0]
         return (
             f"{call} is not called by every rank: {named_ranks(missing, 'is', 'are')} in it, and "
             f"{named_ranks(inside, 'is', 'are')} in {what}"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from paceline.environment.accounts import Accounts, stacks_folder
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
-from paceline.watchdog.places import all_stacks, here, main_stack, place_in_traceback
+from paceline.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
 from paceline.watchdog.recorder import Status, current_status, flight_record, is_device_busy, recent_operations
 from paceline.watchdog.verdict import Standing, verdict
 
@@ -226,7 +226,7 @@ class Watch:
     # What is said
 
     def _standing(self, error: BaseException | None = None) -> Standing:
-        place = None if self._is_at_end else here() if error is None else place_in_traceback(error.__traceback__)
+        place = None if self._is_at_end else here() if error is None else location_in_traceback(error.__traceback__)
         fate = "" if error is None else f"failed ({type(error).__name__})"
         return Standing(
             rank=self._world.rank,

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from paceline import Accelerator, ProjectConfiguration
 from paceline.checkpoint import find_checkpoints, newest_checkpoint, open_checkpoint
 from paceline.checkpoint.folder import remove_leftovers
-from paceline.checkpoint.layout import TensorShape, lay_out
-from paceline.checkpoint.plain import from_plain, to_plain
+from paceline.checkpoint.format.json_state import from_plain, to_plain
+from paceline.checkpoint.format.layout import TensorShape, lay_out
 from paceline.errors import CheckpointError, ConfigError, DamagedCheckpointError, PacelineError, StateError
 from tests.unit.checkpoint.test_foreign import RECORDED
 

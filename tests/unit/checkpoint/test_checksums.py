@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paceline.checkpoint import open_checkpoint
-from paceline.checkpoint.checksums import Span, combine, of_spans
+from paceline.checkpoint.format.checksums import Span, combine, of_spans
 from paceline.errors import DamagedCheckpointError
 from tests.unit.checkpoint.test_checkpoints import Run, flip_in
 

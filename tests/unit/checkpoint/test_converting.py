@@ -14,7 +14,7 @@ from torch import Tensor
 from paceline.checkpoint import open_checkpoint
 from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Source, Tensors, open_any, open_foreign
 from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
-from paceline.checkpoint.parts import Slot
+from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
 from tests.data.foreign.make import Net, groups_of
 from tests.unit.checkpoint.test_foreign import DECAY, NO_DECAY, RECORDED, same

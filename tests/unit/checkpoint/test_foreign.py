@@ -18,7 +18,7 @@ from torch import Tensor
 
 from paceline.checkpoint.foreign import ForeignState, Source, Tensors, open_foreign, recognise
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
-from paceline.checkpoint.parts import Slot
+from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
 
 RECORDED = Path(__file__).parents[2] / "data" / "foreign"

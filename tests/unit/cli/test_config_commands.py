@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from paceline.config.names import places
+from paceline.config.schema.names import places
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Paceline

@@ -17,8 +17,8 @@ from paceline.cli.config.interview import _confirm, interview
 from paceline.cli.config.machine import Machine
 from paceline.cli.config.questions import QUESTIONS, Situation
 from paceline.config import resolve
-from paceline.config.names import places
-from paceline.config.writing import as_yaml
+from paceline.config.schema.names import places
+from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:

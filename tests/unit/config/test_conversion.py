@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from paceline.config import resolve
-from paceline.config.base import slots
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
-from paceline.config.document import read_document
-from paceline.config.fsdp1 import FsdpVersion1
+from paceline.config.schema.base import slots
+from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.sources.document import read_document
 from paceline.errors import ConfigError
 
 FILES = Path(__file__).parents[2] / "data" / "accelerate"

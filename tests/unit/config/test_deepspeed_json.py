@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paceline.config.deepspeed_json import Shared, name_problems, read_settings, shared_values, value_at, walk
+from paceline.config.deepspeed_file.settings import Shared, name_problems, read_settings, shared_values, value_at, walk
 from tests.unit.config.files import problems, read
 
 if TYPE_CHECKING:

@@ -26,13 +26,13 @@ class Moves:
 
 def test_batches_on_the_cpu_are_not_touched() -> None:
     batches = iter([{"x": torch.ones(2)}, "text"])
-    assert DevicePrefetcher(torch.device("cpu"), non_blocking=True).over(batches) is batches
+    assert DevicePrefetcher(torch.device("cpu"), non_blocking=True).iterate(batches) is batches
 
 
 def test_a_device_without_streams_gets_plain_copies() -> None:
     # The meta device has no streams, and holds no numbers.
     prefetcher = DevicePrefetcher(torch.device("meta"), non_blocking=False)
-    found = list(prefetcher.over(iter([{"x": torch.ones(2), "name": "a"}, Moves(torch.ones(3))])))
+    found = list(prefetcher.iterate(iter([{"x": torch.ones(2), "name": "a"}, Moves(torch.ones(3))])))
     assert found[0]["x"].device.type == "meta"
     assert found[0]["name"] == "a"
     assert found[1].tensor.device.type == "meta"
@@ -53,7 +53,7 @@ def test_batches_arrive_whole_while_earlier_ones_are_still_being_used(rows: int,
     assert device is not None
     slow = torch.ones(4096, 4096, device=device)
     sums = []
-    for batch in DevicePrefetcher(device, non_blocking=True).over(filled(24, rows, pin)):
+    for batch in DevicePrefetcher(device, non_blocking=True).iterate(filled(24, rows, pin)):
         assert batch["x"].device.type == device.type
         # Long work first: the batch is read on the device when the host has long let go of it.
         for _ in range(20):
@@ -78,7 +78,7 @@ def test_the_next_batch_is_fetched_before_this_one_is_handed_out() -> None:
             yield torch.tensor([value])
 
     seen = []
-    for batch in DevicePrefetcher(device, non_blocking=False).over(source()):
+    for batch in DevicePrefetcher(device, non_blocking=False).iterate(source()):
         seen.append((batch.item(), len(fetched)))
     assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
 
@@ -89,5 +89,5 @@ def test_objects_that_move_themselves_arrive_too() -> None:
     device = torch.accelerator.current_accelerator()
     assert device is not None
     batches = iter([{"a": Moves(torch.ones(3)), "b": torch.ones(2)} for _ in range(3)])
-    for batch in DevicePrefetcher(device, non_blocking=True).over(batches):
+    for batch in DevicePrefetcher(device, non_blocking=True).iterate(batches):
         assert batch["a"].tensor.device.type == batch["b"].device.type == device.type

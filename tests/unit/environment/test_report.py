@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import paceline
-from paceline.environment.report import environment_report
+from paceline.accelerator.environment_report import environment_report
 
 if TYPE_CHECKING:
     from pathlib import Path

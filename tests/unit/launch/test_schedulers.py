@@ -7,8 +7,8 @@ import yaml
 
 from paceline.config import resolve
 from paceline.errors import ConfigError, UsageError, WorldError
+from paceline.launch.clusters import Cluster, check_against, detect_cluster
 from paceline.launch.command import Command
-from paceline.launch.schedulers import Cluster, check_against, detect_cluster
 from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, refuse_part_of_an_allocation
 from paceline.launch.schedulers.task import plan_task
 

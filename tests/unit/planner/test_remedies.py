@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from paceline.planner import Run, Usage, asked_bytes, describe_shortage, measure_usage, remedies
+from paceline.planner import Run, Usage, asked_bytes, describe_out_of_memory, measure_usage, remedies
 from paceline.planner.usage import _blocks, _Held
 
 GIB = 2**30
@@ -54,7 +54,7 @@ def test_a_limit_below_what_is_free_counts() -> None:
 
 
 def test_the_report_says_whose_it_is() -> None:
-    text = describe_shortage(FULL, Run(micro_batch=8), 3 * GIB, rank=2, device="H100 (cuda:2)")
+    text = describe_out_of_memory(FULL, Run(micro_batch=8), 3 * GIB, rank=2, device="H100 (cuda:2)")
     lines = text.splitlines()
     assert lines[0] == (
         "memory of rank 2 on H100 (cuda:2): 78.00 GiB in use, 1.00 GiB of 79.00 GiB free, and 3.00 GiB more "

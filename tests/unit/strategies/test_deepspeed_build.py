@@ -7,7 +7,7 @@ import torch
 
 from paceline import DeepSpeedPlugin
 from paceline.errors import PrepareError
-from paceline.strategies.deepspeed_build import check_disk, early_settings, engine_settings
+from paceline.strategies.deepspeed.build import check_disk, early_settings, engine_settings
 
 
 def test_an_architecture_that_deepspeed_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:

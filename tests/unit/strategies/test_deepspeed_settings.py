@@ -12,7 +12,7 @@ from torch import nn
 from paceline import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from paceline.config import RunConfig
 from paceline.errors import ConfigError
-from paceline.strategies.deepspeed_settings import Known, hidden_size_of, resolve_scheduler, resolve_settings
+from paceline.strategies.deepspeed.settings import Known, hidden_size_of, resolve_scheduler, resolve_settings
 
 MODEL = nn.Linear(2, 2)
 

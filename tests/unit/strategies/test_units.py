@@ -8,7 +8,7 @@ from torch import nn
 
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, UnknownBlockError
-from paceline.strategies.units import Units, find_units
+from paceline.strategies.blocks import Units, find_units
 from tests.support.models import Block, TinyTransformer
 
 

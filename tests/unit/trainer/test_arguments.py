@@ -12,7 +12,7 @@ import pytest
 from paceline import TrainingArguments
 from paceline.config import resolve
 from paceline.errors import ConfigError
-from paceline.trainer.plugins import accelerator_arguments, build_accelerator
+from paceline.trainer.arguments.accelerator import accelerator_arguments, build_accelerator
 from tests.support.ranks import run_on_ranks
 
 

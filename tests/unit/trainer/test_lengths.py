@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paceline.errors import DataError
-from paceline.trainer.sampling import LengthGroupedSampler, lengths_of
+from paceline.trainer.batches.sampling import LengthGroupedSampler, lengths_of
 
 LENGTHS = [3, 1, 7, 2]
 

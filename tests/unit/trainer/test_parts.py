@@ -11,10 +11,10 @@ from torch import nn
 
 from paceline import TrainingArguments
 from paceline.errors import ConfigError, MissingExtraError
-from paceline.trainer.collate import Columns, columns_of, default_collator
-from paceline.trainer.optimizers import decaying_names, optimizer_class, parameter_groups
-from paceline.trainer.sampling import LengthGroupedSampler
-from paceline.trainer.schedules import SCHEDULES, make_schedule
+from paceline.trainer.batches.collate import Columns, columns_of, default_collator
+from paceline.trainer.batches.sampling import LengthGroupedSampler
+from paceline.trainer.optim.optimizers import decaying_names, optimizer_class, parameter_groups
+from paceline.trainer.optim.schedules import SCHEDULES, make_schedule
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Tagger, run
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from paceline import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from paceline.errors import CheckpointError, ConfigError, DataError, NotBuiltError, PacelineError, PrepareError
-from paceline.trainer.optimizers import optimizer_class
+from paceline.trainer.optim.optimizers import optimizer_class
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, arguments, run, tagger
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from paceline import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from paceline.errors import ConfigError, PacelineError, PrepareError
-from paceline.trainer.callbacks import EVENTS
+from paceline.trainer.callbacks.base import EVENTS
 from tests.support.trainer import Sentences, Tagger, accuracy, arguments, run, tagger
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from paceline.watchdog.places import Place, all_stacks, here, place_in_traceback
+from paceline.watchdog.locations import CodeLocation, all_stacks, here, location_in_traceback
 from paceline.watchdog.recorder import Operation, _read
 from paceline.watchdog.verdict import Standing, verdict
 
@@ -17,7 +17,7 @@ def operation(number: int, name: str = "all_reduce", what: str = "float32 (4,)",
 
 
 def standing(rank: int, line: int, *operations: Operation, call: str = "", collective: bool = False) -> Standing:
-    place = Place(where=f"train.py:{line}", function="main", code="…", call=call, is_collective=collective)
+    place = CodeLocation(where=f"train.py:{line}", function="main", code="…", call=call, is_collective=collective)
     return Standing(rank=rank, place=place, operations=operations)
 
 
@@ -119,10 +119,10 @@ def test_where_a_thread_is() -> None:
     with pytest.raises(json.JSONDecodeError) as failure:
         json.loads("{")
     trace = failure.value.__traceback__
-    found = place_in_traceback(trace)
+    found = location_in_traceback(trace)
     assert found is not None
     assert (found.function, found.call) == ("test_where_a_thread_is", "loads")
-    assert place_in_traceback(None) is None
+    assert location_in_traceback(None) is None
     assert sys.exc_info() == (None, None, None)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from paceline.checkpoint.folder import TRAINING, around, open_checkpoint
+from paceline.checkpoint.conversion import from_checkpoint
+from paceline.checkpoint.folder import TRAINING, open_checkpoint, parent_folder_hint
 from paceline.checkpoint.foreign.accelerate import is_accelerate, read_accelerate
 from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
-from paceline.checkpoint.foreign.ours import from_checkpoint
-from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.checkpoint.foreign.weights import is_weights, read_weights
-from paceline.checkpoint.manifest import MANIFEST
+from paceline.checkpoint.format.manifest import MANIFEST
+from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
             f"{path} is no checkpoint of a known format",
             "Known are folders of Accelerate, of the transformers Trainer, of DeepSpeed, of "
             "torch.distributed.checkpoint, and safetensors files",
-            around(path) or "Name the folder that holds the files themselves",
+            parent_folder_hint(path) or "Name the folder that holds the files themselves",
         )
     if kind == "accelerate":
         return read_accelerate(path, parameters)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from paceline.checkpoint.dtypes import CODES, dtype_named
 from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_optimizer
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
 from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
 from paceline.checkpoint.foreign.pickles import load_pickled
-from paceline.checkpoint.foreign.state import ForeignState, Source
-from paceline.checkpoint.parts import Slot
+from paceline.checkpoint.format.dtypes import CODES, dtype_named
+from paceline.checkpoint.format.shards import Slot
+from paceline.checkpoint.portable_state import ForeignState, Source
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:

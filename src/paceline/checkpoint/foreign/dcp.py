@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from typing_extensions import override
 
 from paceline.checkpoint.foreign.pickles import load_pickled_stream
-from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Source, Tensors
-from paceline.checkpoint.parts import Slot
+from paceline.checkpoint.format.shards import Slot
+from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class _Unpickler(pickle.Unpickler):
     @override
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name in _CLASSES.get(module_name, ()):
-            homes = {"torch.distributed.checkpoint.metadata": metadata, "torch.serialization": torch.serialization}
-            return getattr(homes.get(module_name, filesystem), global_name)
+            modules = {"torch.distributed.checkpoint.metadata": metadata, "torch.serialization": torch.serialization}
+            return getattr(modules.get(module_name, filesystem), global_name)
         if module_name.startswith("pathlib") and global_name in ("PosixPath", "WindowsPath"):
             return pathlib.PurePath
         if (module_name, global_name) == ("torch", "Size"):

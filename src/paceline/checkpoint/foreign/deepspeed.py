@@ -16,7 +16,7 @@ import torch
 
 from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
-from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint.foreign.state import ForeignOptimizer, Source, Tensors
+from paceline.checkpoint.portable_state import ForeignOptimizer, Source, Tensors
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:

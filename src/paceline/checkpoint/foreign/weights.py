@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paceline.checkpoint.foreign.accelerate import read_weight_files
-from paceline.checkpoint.foreign.state import ForeignState, Tensors
+from paceline.checkpoint.portable_state import ForeignState, Tensors
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,9 +20,9 @@ from torch.serialization import (
 )
 from typing_extensions import override
 
-from paceline.checkpoint.foreign.ours import write_paceline
-from paceline.checkpoint.foreign.state import ForeignOptimizer, ForeignState, Tensors
-from paceline.checkpoint.streaming import stream_weights
+from paceline.checkpoint.conversion import write_paceline
+from paceline.checkpoint.io.streaming import stream_weights
+from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Tensors
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _numbered(pattern: str, index: int) -> str:
 # Plain torch, as Accelerate lays it out
 
 
-def write_accelerate(state: ForeignState, out: Path, told: Callable[[int], None]) -> list[str]:
+def write_accelerate(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `Accelerator.load_state` reads without FSDP: safetensors, and torch's optimizer states.
 
     Returns:
@@ -70,13 +70,13 @@ def write_accelerate(state: ForeignState, out: Path, told: Callable[[int], None]
     out.mkdir(parents=True, exist_ok=True)
     models = _models(state)
     if models:
-        stream_weights(models[0], out, max_file_bytes=2**62, progress=told)
+        stream_weights(models[0], out, max_file_bytes=2**62, progress=on_progress)
     for index, tensors in enumerate(models[1:], start=1):
-        (path,) = stream_weights(tensors, out / f"model_{index}.partial", max_file_bytes=2**62, progress=told)
+        (path,) = stream_weights(tensors, out / f"model_{index}.partial", max_file_bytes=2**62, progress=on_progress)
         path.replace(out / f"model_{index}.safetensors")
         path.parent.rmdir()
     for index, optimizer in enumerate(state.optimizers):
-        _save_lazily(_torch_optimizer(optimizer), out / _numbered("optimizer{}.bin", index), told)
+        _save_lazily(_torch_optimizer(optimizer), out / _numbered("optimizer{}.bin", index), on_progress)
     _write_rest(state, out)
     return []
 
@@ -104,7 +104,7 @@ class _Later:
     name: str
 
 
-def _save_lazily(value: Any, path: Path, told: Callable[[int], None]) -> None:
+def _save_lazily(value: Any, path: Path, on_progress: Callable[[int], None]) -> None:
     """Do what `torch.save` does, without all tensors in memory: first the file with room for them, then each."""
     with FakeTensorMode():
         promised = _replace(value, lambda later: _empty(later))
@@ -119,7 +119,7 @@ def _save_lazily(value: Any, path: Path, told: Callable[[int], None]) -> None:
         room = torch.load(path, weights_only=True, mmap=True)
     for place, later in _pairs(room, value):
         place.copy_(later.tensors[later.name])
-        told(place.numel() * place.element_size())
+        on_progress(place.numel() * place.element_size())
 
 
 def _empty(later: _Later) -> Tensor:
@@ -183,9 +183,9 @@ def _their_generators(held: dict[str, Any], step: int) -> dict[str, Any]:
 class _LazyPlanner(DefaultSavePlanner):
     """Reads each tensor when it is its turn to be written."""
 
-    def __init__(self, told: Callable[[int], None]) -> None:
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
         super().__init__()
-        self._told = told
+        self._on_progress = on_progress
 
     @override
     def resolve_data(self, write_item: WriteItem) -> Any:
@@ -194,13 +194,13 @@ class _LazyPlanner(DefaultSavePlanner):
         if later is None:
             return held
         tensor = later.tensors[later.name]
-        self._told(tensor.numel() * tensor.element_size())
+        self._on_progress(tensor.numel() * tensor.element_size())
         return tensor
 
     later: dict[str, _Later]
 
 
-def write_fsdp(state: ForeignState, out: Path, told: Callable[[int], None]) -> list[str]:
+def write_fsdp(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `Accelerator.load_state` reads under FSDP with SHARDED_STATE_DICT: folders of DCP.
 
     Returns:
@@ -210,21 +210,21 @@ def write_fsdp(state: ForeignState, out: Path, told: Callable[[int], None]) -> l
     for index, tensors in enumerate(_models(state)):
         names = {**{name: name for name in tensors}, **({} if index else state.ties)}
         _save_dcp({"model": {alias: _Later(tensors, name) for alias, name in names.items()}},
-                  out / f"pytorch_model_fsdp_{index}", told)  # fmt: skip
+                  out / f"pytorch_model_fsdp_{index}", on_progress)  # fmt: skip
     for index, optimizer in enumerate(state.optimizers):
         states = {
             name: {slot: _Later(tensors, slot) for slot in tensors} | optimizer.numbers.get(name, {})
             for name, tensors in optimizer.slots.items()
         }
         whole = {"state": states, "param_groups": optimizer.groups}
-        _save_dcp({"optimizer": whole}, out / f"optimizer_{index}", told)
+        _save_dcp({"optimizer": whole}, out / f"optimizer_{index}", on_progress)
     _write_rest(state, out)
     return []
 
 
-def _save_dcp(value: dict[str, Any], folder: Path, told: Callable[[int], None]) -> None:
+def _save_dcp(value: dict[str, Any], folder: Path, on_progress: Callable[[int], None]) -> None:
     """Write one folder from this process alone; torch's own `save` would warn that there is only one."""
-    planner, writer = _LazyPlanner(told), FileSystemWriter(folder, single_file_per_rank=True)
+    planner, writer = _LazyPlanner(on_progress), FileSystemWriter(folder, single_file_per_rank=True)
     writer.reset(folder)
     promised = _replace(value, lambda later: _on_meta(later))
     planner.set_up_planner(promised, writer.storage_meta(), is_coordinator=True)
@@ -271,7 +271,7 @@ _DEEPSPEED_VERSION = "0.19.8"
 """The release whose `ds_to_universal` this layout was compared with."""
 
 
-def write_deepspeed(state: ForeignState, out: Path, told: Callable[[int], None]) -> list[str]:
+def write_deepspeed(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `engine.load_checkpoint` reads with `checkpoint.load_universal`, at every ZeRO stage from 1 on.
 
     DeepSpeed's own tool writes one layout for stages 1 and 2 and another for stage 3; what is common to both readers
@@ -300,13 +300,13 @@ def write_deepspeed(state: ForeignState, out: Path, told: Callable[[int], None])
     for name in tensors:
         place = folder / "zero" / name
         place.mkdir(exist_ok=True)
-        _write_slot(tensors[name].float(), place / "fp32.pt", told)
+        _write_slot(tensors[name].float(), place / "fp32.pt", on_progress)
         held = optimizer.slots.get(name, Tensors())
         for slot in held:
             if slot == "step":
                 torch.save(held[slot], place / "step.pt")
             else:
-                _write_slot(held[slot], place / f"{slot}.pt", told)
+                _write_slot(held[slot], place / f"{slot}.pt", on_progress)
     torch.save(_global_state(optimizer), folder / "zero" / "optimizer_state.pt")
     facts = _facts(state, tensors, optimizer)
     buffers = {name: tensors[name] for name in facts["buffer_names"]}
@@ -316,10 +316,10 @@ def write_deepspeed(state: ForeignState, out: Path, told: Callable[[int], None])
     return _not_in_deepspeed(state, optimizer)
 
 
-def _write_slot(tensor: Tensor, path: Path, told: Callable[[int], None]) -> None:
+def _write_slot(tensor: Tensor, path: Path, on_progress: Callable[[int], None]) -> None:
     # A view would bring all of the memory that it is a view of.
     torch.save({"param": tensor.clone(), "cat_dim": 0}, path)
-    told(tensor.numel() * tensor.element_size())
+    on_progress(tensor.numel() * tensor.element_size())
 
 
 def _global_state(optimizer: ForeignOptimizer) -> dict[str, Any]:

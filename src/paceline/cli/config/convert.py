@@ -12,7 +12,7 @@ from paceline.cli.config.targets import refuse_to_replace
 from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import complete_files
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
-from paceline.config.writing import replace_file
+from paceline.config.sources.writing import replace_file
 from paceline.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

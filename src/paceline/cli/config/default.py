@@ -9,8 +9,8 @@ import click
 
 from paceline.cli.config.targets import refuse_to_replace, target_file, write_file
 from paceline.cli.paths import PathType
-from paceline.config.names import places
-from paceline.config.writing import as_yaml, yaml_value
+from paceline.config.schema.names import places
+from paceline.config.sources.writing import as_yaml, yaml_value
 
 _SUGGESTED = (
     "strategy",

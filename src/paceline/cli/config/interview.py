@@ -13,7 +13,7 @@ from paceline.cli.config.machine import look_around
 from paceline.cli.config.questions import QUESTIONS, Question, Situation
 from paceline.cli.config.targets import target_file, write_file
 from paceline.cli.interrupts import INTERRUPTED
-from paceline.config.writing import as_yaml
+from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError
 
 if TYPE_CHECKING:

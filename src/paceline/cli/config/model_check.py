@@ -33,7 +33,7 @@ def check_blocks(resolved: Resolved, name: str) -> tuple[list[Problem], str]:
         UsageError: There is no such model, or it cannot be built.
     """
     from paceline.config import FullyShardedDataParallelPlugin
-    from paceline.strategies.units import find_units
+    from paceline.strategies.blocks import find_units
 
     plugin = resolved.config.fsdp_config or FullyShardedDataParallelPlugin()
     try:

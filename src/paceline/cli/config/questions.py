@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config import Origin, Resolved, resolve
-from paceline.config.names import places
+from paceline.config.schema.names import places
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from paceline.cli.config.machine import Machine
-    from paceline.config.base import Slot
+    from paceline.config.schema.base import Slot
 
 __all__ = ["QUESTIONS", "Question", "Situation"]
 

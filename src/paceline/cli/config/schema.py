@@ -6,7 +6,7 @@ import json
 
 import click
 
-from paceline.config.schema import json_schema
+from paceline.config.json_schema import json_schema
 
 _HELP = """Print the JSON Schema of the configuration file, from which editors complete, explain and check.
 

@@ -11,10 +11,10 @@ import click
 from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
-from paceline.config.deepspeed_dict import left_open, printable_settings
-from paceline.config.deepspeed_json import FILE_KEY
-from paceline.config.names import places
-from paceline.config.writing import yaml_value
+from paceline.config.deepspeed_file.settings import FILE_KEY
+from paceline.config.deepspeed_file.values import left_open, printable_settings
+from paceline.config.schema.names import places
+from paceline.config.sources.writing import yaml_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paceline.config import default_config_file
-from paceline.config.writing import replace_file
+from paceline.config.sources.writing import replace_file
 from paceline.errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import click
 from paceline.cli.paths import PathType
 from paceline.config import find_config_file
 from paceline.config.conversion import convert_file, deepspeed_problems
-from paceline.config.writing import replace_file
+from paceline.config.sources.writing import replace_file
 from paceline.errors import ConfigError, UsageError
 
 _HELP = """Rewrite FILE with today's keys: renamed keys, FSDP version 1, settings of very old versions.

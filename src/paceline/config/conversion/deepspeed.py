@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.result import Conversion, Fate
-from paceline.config.deepspeed_dict import left_open
-from paceline.config.deepspeed_json import AUTO, FILE_KEY, name_problems, read_settings, shared_values, walk
-from paceline.config.document import read_document
+from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, name_problems, read_settings, shared_values, walk
+from paceline.config.deepspeed_file.values import left_open
+from paceline.config.sources.document import read_document
 from paceline.errors import Problem
 
 if TYPE_CHECKING:

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.deepspeed import convert_deepspeed, is_deepspeed
 from paceline.config.conversion.result import Conversion
-from paceline.config.document import Item, read_document
-from paceline.config.fsdp1 import Translation, translate
-from paceline.config.layers import GONE, file_layer
-from paceline.config.names import keys_of, places, sections
 from paceline.config.resolution import resolve
+from paceline.config.schema.fsdp1 import Translation, translate
+from paceline.config.schema.names import keys_of, places, sections
+from paceline.config.sources.document import Item, read_document
+from paceline.config.sources.layers import GONE, file_layer
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from paceline.config.layers import Layer
+    from paceline.config.sources.layers import Layer
 
 __all__ = ["convert_file"]
 

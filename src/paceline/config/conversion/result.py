@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.config.resolution import resolve
-from paceline.config.writing import as_yaml
+from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

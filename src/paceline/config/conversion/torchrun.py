@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.result import Conversion
-from paceline.config.shapes import did_you_mean
+from paceline.config.schema.shapes import did_you_mean
 from paceline.errors import Problem
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from torch._C._distributed_c10d import Store
 
-    from paceline.config.rendezvous import RendezvousOptions
-    from paceline.launch.supervision import Elsewhere
+    from paceline.config.schema.rendezvous import RendezvousOptions
+    from paceline.launch.supervision import RemoteRequest
 
 __all__ = ["Heartbeat"]
 
@@ -93,7 +93,7 @@ class Heartbeat:
         """Whether another machine wants to take part."""
         return self._joiners
 
-    def elsewhere(self) -> Elsewhere:
+    def remote_request(self) -> RemoteRequest:
         """What other machines mean for the ranks of this one."""
         if self._stopped or self.cut_off or self.lost:
             return "end"

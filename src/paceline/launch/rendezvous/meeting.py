@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
 from paceline.errors import WorkerError, WorldError, first_line
-from paceline.launch.rendezvous.network import (
+from paceline.launch.network import (
     address_towards,
     interface_of,
     is_loopback,
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from paceline.config import RunConfig
-    from paceline.config.rendezvous import RendezvousOptions
+    from paceline.config.schema.rendezvous import RendezvousOptions
 
-__all__ = ["Clock", "Place", "open_place"]
+__all__ = ["Clock", "MeetingStore", "open_meeting_store"]
 
 _LOG = logging.getLogger(__name__)
 _STORE_PATIENCE = timedelta(seconds=20)
@@ -79,7 +79,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MeetingStore:
     """The store at which machines meet, as one of them sees it.
 
     Attributes:
@@ -126,7 +126,9 @@ def _shown(name: str, resolved: str) -> str:
     return name if name == resolved else f"{name} resolved to {resolved}"
 
 
-def open_place(config: RunConfig, name: str, port: int, options: RendezvousOptions, clock: Clock) -> Place:
+def open_meeting_store(
+    config: RunConfig, name: str, port: int, options: RendezvousOptions, clock: Clock
+) -> MeetingStore:
     """Listen where machines meet, or come there.
 
     Raises:
@@ -136,10 +138,10 @@ def open_place(config: RunConfig, name: str, port: int, options: RendezvousOptio
     if _listens(config, resolved, port, options):
         store = _listen(name, port)
         address = resolved if interface_of(resolved) else address_towards(resolved) or resolved
-        return Place(store, name, resolved, port, True, address)
+        return MeetingStore(store, name, resolved, port, True, address)
     _wait_for_listener(config, name, resolved, port, clock)
     store = _connect(config, name, resolved, port)
-    return Place(store, name, resolved, port, False, address_towards(resolved) or resolved)
+    return MeetingStore(store, name, resolved, port, False, address_towards(resolved) or resolved)
 
 
 def _resolve(config: RunConfig, name: str, clock: Clock) -> str:

@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from paceline.errors import WorldError, first_line
-from paceline.launch.rendezvous.facts import Facts
+from paceline.launch.rendezvous.machine_info import MachineInfo
 from paceline.launch.rendezvous.store_client import CutOffError, patiently
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousInfo
 
     from paceline.config import RunConfig
-    from paceline.config.rendezvous import RendezvousOptions
-    from paceline.launch.rendezvous.meeting import Clock, Place
+    from paceline.config.schema.rendezvous import RendezvousOptions
+    from paceline.launch.rendezvous.meeting import Clock, MeetingStore
     from paceline.launch.rendezvous.store_client import StoreClient
 
 __all__ = ["Elastic", "Fixed"]
@@ -44,7 +44,7 @@ _LATEST = 10.0
 class Fixed:
     """Every machine has its number, and all of them take part in every round."""
 
-    def __init__(self, client: StoreClient, facts: Facts, place: Place) -> None:
+    def __init__(self, client: StoreClient, facts: MachineInfo, place: MeetingStore) -> None:
         self._client, self._facts, self._place = client, facts, place
         self._number = -1
 
@@ -55,9 +55,9 @@ class Fixed:
             clock.say("waiting for machine 0")
             meanwhile()
             time.sleep(_POLL)
-        host = Facts.from_json(self._client.get("host"))
+        host = MachineInfo.from_json(self._client.get("host"))
         mine, count = self._facts.machine_rank, int(host.num_machines.rpartition(":")[2])
-        seat = Facts.from_json(self._client.claim(f"seat/{mine}", self._facts.to_json()))
+        seat = MachineInfo.from_json(self._client.claim(f"seat/{mine}", self._facts.to_json()))
         if seat.token != self._facts.token:
             raise WorldError(
                 f"{seat} and {self._facts} both say that they are machine {mine}",
@@ -95,7 +95,7 @@ class Elastic:
     """Machines come and go between a least and a greatest number."""
 
     def __init__(
-        self, client: StoreClient, config: RunConfig, options: RendezvousOptions, facts: Facts, store: Store
+        self, client: StoreClient, config: RunConfig, options: RendezvousOptions, facts: MachineInfo, store: Store
     ) -> None:
         self._client, self._facts = client, facts
         self._least, self._most = config.min_machines, config.max_machines

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from torch._C._distributed_c10d import Store
 
-    from paceline.launch.rendezvous.facts import Facts
+    from paceline.launch.rendezvous.machine_info import MachineInfo
 
 __all__ = ["why_not_connected"]
 
 _PATIENCE = timedelta(seconds=10)
 
 
-def why_not_connected(store: Store, index: int, machines: Sequence[Facts], meanwhile: Callable[[], None]) -> str:
+def why_not_connected(store: Store, index: int, machines: Sequence[MachineInfo], meanwhile: Callable[[], None]) -> str:
     """Sum one number over all machines, straight between them; return why that fails, or nothing.
 
     Collective: every machine must call it.
@@ -46,7 +46,7 @@ def why_not_connected(store: Store, index: int, machines: Sequence[Facts], meanw
     return ""
 
 
-def _sum(store: Store, index: int, machines: Sequence[Facts]) -> int:
+def _sum(store: Store, index: int, machines: Sequence[MachineInfo]) -> int:
     gloo: Any = ProcessGroupGloo  # torch's stubs leave out what it is made with
     options = gloo._Options()
     options._devices = [gloo.create_device(hostname=machines[index].address)]

@@ -19,8 +19,8 @@ import paceline.launch.worker as worker_module
 from paceline.environment.world import DEFAULT_PORT
 from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
+from paceline.launch.network import why_taken
 from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.rendezvous.network import why_taken
 from paceline.launch.starters import raise_for_end, run_starter
 from paceline.launch.verdict import MADE_ROOM
 from paceline.launch.worker import pack

@@ -8,17 +8,17 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from paceline.launch.clusters.cluster import check_against
 from paceline.launch.command import check_command
 from paceline.launch.planning import command_line, engine_variables, thread_variables
-from paceline.launch.schedulers.cluster import check_against
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from paceline.config import Resolved
     from paceline.environment.world import World
+    from paceline.launch.clusters.cluster import Cluster
     from paceline.launch.command import Command
-    from paceline.launch.schedulers.cluster import Cluster
 
 __all__ = ["TaskPlan", "plan_task", "run_task"]
 

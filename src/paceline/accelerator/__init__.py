@@ -1,0 +1,1 @@
+"""The facade: `Accelerator`, and the parts that it is composed of."""

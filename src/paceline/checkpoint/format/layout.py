@@ -1,0 +1,125 @@
+"""Where each whole tensor lies in which safetensors file: known before a byte is written.
+
+So every rank can write its own runs straight to their place, and the files are the same whatever the number of ranks.
+The format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING
+
+from paceline.checkpoint.format.dtypes import CODES, SIZES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["FileLayout", "FileOffset", "TensorShape", "lay_out"]
+
+# Ranks that write into one file at once wait for each other in the kernel, so big states are spread over several.
+FILE_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    """What a whole tensor looks like; `dtype` as torch calls it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return prod(self.shape) * SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class FileOffset:
+    """A tensor's file, and the offset of its first byte in it."""
+
+    file: str
+    offset: int
+
+
+@dataclass(slots=True)
+class FileLayout:
+    """One file: its header, its size, and what of it lies where.
+
+    Attributes:
+        name: In the checkpoint's folder.
+        header: Its first bytes.
+        size: In bytes.
+        entries: Tensors by their names in the file, in order.
+    """
+
+    name: str
+    header: bytes = b""
+    size: int = 0
+    entries: dict[str, TensorShape] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes behind the header."""
+        return self.size - len(self.header)
+
+    def add(self, name: str, entry: TensorShape) -> None:
+        """Put a tensor behind those that are in it."""
+        self.entries[name] = entry
+        self.size += entry.nbytes
+
+    def close(self) -> dict[str, int]:
+        """Make the header; return the offset of each entry in the file."""
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        begin, begins = 0, {}
+        for name, entry in self.entries.items():
+            begins[name] = begin
+            end = begin + entry.nbytes
+            table[name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.size += len(self.header)
+        return {name: len(self.header) + start for name, start in begins.items()}
+
+
+def lay_out(
+    tensors: Mapping[str, TensorShape], file_bytes: int = FILE_BYTES
+) -> tuple[list[FileLayout], dict[str, FileOffset]]:
+    """Lay tensors out in files, each family (what stands before the first `/`) in files of its own.
+
+    Returns:
+        The files, and the place of each tensor.
+    """
+    families: dict[str, list[FileLayout]] = {}
+    for full, shape in tensors.items():
+        family, _, name = full.partition("/")
+        files = families.setdefault(family, [FileLayout("")])
+        if files[-1].entries and files[-1].data_bytes + shape.nbytes > file_bytes:
+            files.append(FileLayout(""))
+        files[-1].add(name, shape)
+    places: dict[str, FileOffset] = {}
+    for family, files in families.items():
+        for file, name in zip(files, file_names(family, len(files)), strict=True):
+            file.name = name
+            places.update((f"{family}/{entry}", FileOffset(name, offset)) for entry, offset in file.close().items())
+    return [file for files in families.values() for file in files], places
+
+
+def file_names(family: str, count: int) -> Iterable[str]:
+    """The names that readers of safetensors look for: numbered only where there are several files."""
+    if count == 1:
+        return [f"{family}.safetensors"]
+    return [f"{family}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+
+
+def index_text(file_layouts: Iterable[FileLayout]) -> str:
+    """The text of an index over several files of one family."""
+    layouts = list(file_layouts)
+    table = {
+        "metadata": {"total_size": sum(file.data_bytes for file in layouts)},
+        "weight_map": {name: file.name for file in layouts for name in file.entries},
+    }
+    return json.dumps(table, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,180 @@
+"""A model's weights as safetensors files, in the layout that transformers' `from_pretrained` reads.
+
+One file `model.safetensors`, or `model-00001-of-0000N.safetensors` with `model.safetensors.index.json` beside them
+(https://huggingface.co/docs/safetensors). Files are written under another name and renamed when whole, so that a kill
+never leaves half a file under a real name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import save_file
+
+from paceline.errors import PacelineError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def save_weights(
+    state: Mapping[str, Tensor], folder: str | os.PathLike[str], *, max_shard_size: str | int = "10GB"
+) -> list[Path]:
+    """Write weights into `folder`, replacing those of an earlier save.
+
+    Args:
+        state: CPU tensors by name. Names that share memory (tied weights) are written once.
+        folder: Made when missing.
+        max_shard_size: Bytes, or a text such as `"5GB"`, that no file exceeds unless one tensor alone does.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PacelineError: A tensor is on the meta device, or the disk has too little room.
+        UsageError: `max_shard_size` cannot be read.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unique = _without_aliases(state)
+    shards = _split(unique, parse_size(max_shard_size))
+    check_free_space(folder, sum(_size(tensor) for tensor in unique.values()))
+    names = _names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        _commit(folder / name, {key: tensor.contiguous() for key, tensor in shard.items()})
+    if len(shards) > 1:
+        _write_index(folder, names, shards)
+    remove_others(folder, names)
+    return [folder / name for name in names]
+
+
+def parse_size(size: str | int) -> int:
+    """Read `"5GB"`, `"512 MiB"` or a number of bytes.
+
+    Raises:
+        UsageError: It is neither, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size) if isinstance(size, str) else None
+    factor = _UNITS.get(found[2].upper()) if found else None
+    number = size if isinstance(size, int) else int(float(found[1]) * factor) if found and factor else 0
+    if number <= 0:
+        raise UsageError(
+            f"max_shard_size={size!r}",
+            "It must be a positive number of bytes or a text with a unit",
+            f"Write for example '5GB'; units are {', '.join(_UNITS)}",
+        )
+    return number
+
+
+def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the first of several names for the same memory: safetensors refuses to write it twice."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            raise PacelineError(
+                f"The weight {name} is on the meta device",
+                "It has no values that could be saved",
+                "Load or initialise the model before saving it",
+            )
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if tensor.numel() == 0 or key not in seen:
+            seen.add(key)
+            unique[name] = tensor.detach()
+    return _own_memory(unique)
+
+
+def _own_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that are views into memory larger than themselves or shared with another."""
+    users: dict[int, int] = {}
+    for tensor in state.values():
+        storage = tensor.untyped_storage().data_ptr()
+        users[storage] = users.get(storage, 0) + 1
+    return {
+        name: tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _split(state: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in state.items():
+        if shards[-1] and filled + _size(tensor) > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += _size(tensor)
+    return shards
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return [WEIGHTS_NAME]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise a PacelineError if the disk has less room than `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PacelineError(
+            f"Saving needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            "The files would be cut short",
+            "Free some space or save elsewhere; nothing was written",
+        )
+
+
+def _commit(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch()
+    mode = partial.stat().st_mode
+    # The metadata says who may read it: transformers asks for this key.
+    save_file(tensors, partial, metadata={"format": "pt"})
+    # safetensors makes files that only their owner may read; the others in the folder go by the umask.
+    partial.chmod(mode)
+    into_place(partial, path)
+
+
+def _write_index(folder: Path, names: list[str], shards: list[dict[str, Tensor]]) -> None:
+    index = {
+        "metadata": {"total_size": sum(_size(t) for shard in shards for t in shard.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    partial = folder / f"{INDEX_NAME}.partial"
+    partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    into_place(partial, folder / INDEX_NAME)
+
+
+def into_place(partial: Path, path: Path) -> None:
+    """Give a written file its own name, once it is on the disk."""
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def remove_others(folder: Path, names: list[str]) -> None:
+    """Remove what an earlier save with another number of files left: a reader would mix them up."""
+    for path in folder.iterdir():
+        stale_shard = _SHARD.fullmatch(path.name) or path.name == WEIGHTS_NAME
+        stale_index = path.name == INDEX_NAME and len(names) == 1
+        if (stale_shard and path.name not in names) or stale_index:
+            path.unlink()

@@ -1,0 +1,145 @@
+"""A training state out of another library's folder, whatever its format: whole tensors, read when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from paceline.checkpoint.format.shards import Slot
+from paceline.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from paceline.checkpoint.format.shards import Number
+
+_MODEL = re.compile(r"model_\d+/")
+
+__all__ = ["ForeignOptimizer", "ForeignState", "Source", "Tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one whole tensor comes from.
+
+    Attributes:
+        slot: What it looks like.
+        read: Puts it together; memory is used for one tensor at a time.
+    """
+
+    slot: Slot
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Source:
+        """A tensor that is there already, or mapped from a file."""
+        return cls(Slot(tuple(tensor.shape), tensor.dtype), lambda: tensor)
+
+    @classmethod
+    def of_pieces(cls, shape: Sequence[int], pieces: Sequence[Tensor]) -> Source:
+        """A tensor whose elements, row by row, are those of `pieces` one after another."""
+        dtype = pieces[0].dtype if pieces else torch.float32
+        return cls(Slot(tuple(shape), dtype), lambda: torch.cat([p.reshape(-1) for p in pieces]).view(tuple(shape)))
+
+
+class Tensors(Mapping[str, "Tensor"]):
+    """Tensors by name; each is read anew when it is asked for, so that only those in use take memory."""
+
+    def __init__(self, sources: Mapping[str, Source] | None = None) -> None:
+        self.sources = dict(sources or {})
+
+    @override
+    def __getitem__(self, name: str) -> Tensor:
+        return self.sources[name].read()
+
+    @override
+    def __contains__(self, name: object) -> bool:
+        # A mapping would read the tensor to know.
+        return name in self.sources
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def slot(self, name: str) -> Slot:
+        """Shape and dtype of a tensor, without reading it."""
+        return self.sources[name].slot
+
+
+@dataclass(slots=True)
+class ForeignOptimizer:
+    """One optimizer's state by parameter name; the same three fields as `OptimizerState`, with whole tensors."""
+
+    slots: dict[str, Tensors] = field(default_factory=dict)
+    numbers: dict[str, dict[str, Number]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Steps that it has taken: the most that any parameter says."""
+        counts = [float(tensors["step"]) for tensors in self.slots.values() if "step" in tensors]
+        counts += [float(numbers.get("step") or 0) for numbers in self.numbers.values()]
+        return int(max(counts, default=0))
+
+
+@dataclass(slots=True, kw_only=True)
+class ForeignState:
+    """What was found in a folder that another library wrote.
+
+    Attributes:
+        kind: The format's name.
+        folder: Where it is.
+        weights: Parameters and buffers by their names in the user's module; those of a second model begin with
+            `model_1/`. Of tied weights, the names are in `ties`.
+        ties: Further names of tensors in `weights`, with the name under which it has them.
+        optimizers: In the order in which they were prepared.
+        schedulers: Their state dicts.
+        scaler: The state dict of a loss scaler.
+        generators: Of each rank that wrote some, as `generators_state` gives them.
+        custom: State dicts of registered objects.
+        step: Optimizer steps taken.
+        epoch: As far as the folder says.
+        notes: Sentences about what was left behind, and why.
+    """
+
+    kind: str
+    folder: Path
+    weights: Tensors = field(default_factory=Tensors)
+    ties: dict[str, str] = field(default_factory=dict)
+    optimizers: list[ForeignOptimizer] = field(default_factory=list)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    scaler: dict[str, Any] | None = None
+    generators: dict[int, dict[str, Any]] = field(default_factory=dict)
+    custom: list[Any] = field(default_factory=list)
+    step: int = 0
+    epoch: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def model(self, index: int) -> Tensors:
+        """The weights of one model, by the names in that model.
+
+        Raises:
+            CheckpointError: There is no such model.
+        """
+        prefix = f"model_{index}/" if index else ""
+        names = [name for name in self.weights if (name.startswith(prefix) if index else not _MODEL.match(name))]
+        if not names:
+            raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Count models from 0")
+        return Tensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
+
+    def settle_step(self) -> None:
+        """Take the count of steps from the optimizers where the folder itself has none."""
+        if not self.step:
+            self.step = max((optimizer.steps for optimizer in self.optimizers), default=0)

@@ -1,0 +1,1 @@
+"""DeepSpeed's JSON: its keys, its values, and which of them the run decides."""

@@ -1,0 +1,104 @@
+"""The JSON Schema of the configuration file, from which editors complete and check."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from paceline.config.schema.base import slots
+from paceline.config.schema.names import sections
+from paceline.config.schema.run import RunConfig
+from paceline.config.sources.layers import GONE
+
+if TYPE_CHECKING:
+    from paceline.config.schema.base import Section, Slot
+
+__all__ = ["json_schema"]
+
+_DIALECT: Final = "http://json-schema.org/draft-07/schema#"
+_QUOTED: Final = {"type": "string", "pattern": "^([Tt]rue|[Ff]alse|[Yy]es|[Nn]o|[Oo]n|[Oo]ff)$"}
+_LEGACY: Final = {"fp16": "mixed_precision: fp16", "dynamo_backend": "dynamo_config: {dynamo_backend: …}"}
+"""Keys of very old files, and what is written now."""
+
+
+def json_schema() -> dict[str, Any]:
+    """Describe every key of the file, its old spellings as deprecated; written for draft 7, which editors read."""
+    properties: dict[str, Any] = {}
+    for slot, schema in _fields(RunConfig):
+        if slot.field in sections():
+            properties[slot.key] = _section(slot)
+        else:
+            properties.update(_spellings(slot, schema))
+    for name, now in _LEGACY.items():
+        properties[name] = {"description": f"Old; write {now}.", "deprecated": True}
+    for name, why in GONE.items():
+        properties[name] = {"description": f"Old; remove it: {why}.", "deprecated": True}
+    return {
+        "$schema": _DIALECT,
+        "title": "paceline configuration",
+        "description": (RunConfig.__doc__ or "").partition("\n")[0],
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _section(slot: Slot) -> dict[str, Any]:
+    current, *old = sections()[slot.field]
+    properties: dict[str, Any] = {}
+    for inner, schema in _fields(current):
+        properties.update(_spellings(inner, schema, current.key_prefix))
+    for model in old:
+        for inner in slots(model):
+            said = {"description": inner.description, "deprecated": True}
+            names = (inner.key, *inner.aliases)
+            properties.update(dict.fromkeys((*names, *(n.removeprefix(model.key_prefix) for n in names)), said))
+    return {
+        "description": slot.description,
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _fields(model: type[Section]) -> list[tuple[Slot, dict[str, Any]]]:
+    described = model.model_json_schema()["properties"]
+    return [(slot, described[slot.field]) for slot in slots(model)]
+
+
+def _spellings(slot: Slot, schema: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Describe a key, and the names that files may carry instead."""
+    if "properties" in schema or "$ref" in schema:
+        return {slot.key: schema}
+    described = _described(slot, schema)
+    others = dict.fromkeys((*slot.aliases, *(n.removeprefix(prefix) for n in (slot.key, *slot.aliases))))
+    old = {**described, "description": f"Other spelling of {slot.key}. {slot.description}", "deprecated": True}
+    return {slot.key: described, **{name: old for name in others if name != slot.key}}
+
+
+def _described(slot: Slot, schema: dict[str, Any]) -> dict[str, Any]:
+    """What the file accepts: a little more than the Python field, since texts are read as what they mean."""
+    parts = [part for part in schema.get("anyOf", [_only_type(schema)]) if part != {"type": "null"}]
+    if slot.more_choices:
+        parts.append({"enum": [int(choice) for choice in slot.more_choices]})
+    if slot.shape.types & {tuple, list}:
+        parts.append({"type": "string"})
+    if bool in slot.shape.types:
+        parts.append(_QUOTED)
+    words = [choice for choice in slot.shape.choices if isinstance(choice, str)]
+    if words:
+        parts.append({"type": "string", "pattern": f"^({'|'.join(map(_in_any_case, words))})$"})
+    said: dict[str, Any] = {"description": slot.description, "default": schema.get("default")}
+    if slot.labels:
+        said["description"] += " " + "; ".join(f"{name}: {text}" for name, text in slot.labels) + "."
+    parts.append({"type": "null"})
+    return {**said, "anyOf": parts}
+
+
+def _in_any_case(word: str) -> str:
+    """Write a pattern for a word in capital or small letters: JSON Schema has no flag for that."""
+    return "".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else re.escape(c) for c in word)
+
+
+def _only_type(schema: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in schema.items() if name not in ("description", "default", "title")}

@@ -1,0 +1,1 @@
+"""The configuration's sections: frozen models, validated when they are built."""

@@ -1,0 +1,65 @@
+"""The `dynamo_config` section: `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from paceline.config.schema.base import Fault, Key, Section
+
+Backend = Literal[
+    "no",
+    "eager",
+    "aot_eager",
+    "inductor",
+    "aot_ts_nvfuser",
+    "nvprims_nvfuser",
+    "cudagraphs",
+    "ofi",
+    "fx2trt",
+    "onnxrt",
+    "tensorrt",
+    "aot_torchxla_trace_once",
+    "torchxla_trace_once",
+    "ipex",
+    "tvm",
+    "hpu_backend",
+    "neuron",
+]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+class TorchDynamoPlugin(Section):
+    """How prepared models are compiled."""
+
+    key_prefix: ClassVar[str] = "dynamo_"
+
+    backend: Backend = Field("no", description="Compiler behind torch.compile; no compiles nothing.")
+    mode: Mode = Field("default", description="What torch.compile optimises for.")
+    fullgraph: Annotated[bool, Key("dynamo_use_fullgraph", ("dynamo_fullgraph",))] = Field(
+        False, description="Refuse models that break into several graphs."
+    )
+    dynamic: Annotated[bool | None, Key("dynamo_use_dynamic", ("dynamo_dynamic",))] = Field(
+        None, description="Compile for varying shapes; None lets torch find out."
+    )
+    options: Annotated[dict[str, Any] | None, Key(has_flag=False)] = Field(None, description="Options of the backend.")
+    disable: bool = Field(False, description="Make torch.compile do nothing, for debugging.")
+    use_regional_compilation: bool = Field(
+        False, description="Compile the model's repeated block once instead of the whole model."
+    )
+
+    def clashes(self) -> Iterator[Fault]:
+        """Yield settings that nothing reads because nothing is compiled."""
+        if self.backend != "no":
+            return
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if value and value != info.default:
+                yield Fault(
+                    field,
+                    f"{value!r} is not used",
+                    "dynamo_backend is no, so nothing is compiled",
+                    "set dynamo_backend to inductor or remove the key",
+                )

@@ -1,0 +1,52 @@
+"""The `fp8_config` section."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from paceline.config.schema.base import Key, Section
+from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
+
+
+def _as_bools(value: Any) -> Any:
+    parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        return parts
+    return tuple(_as_bool(part) for part in parts)
+
+
+def _as_bool(part: Any) -> Any:
+    word = str(part).strip().casefold()
+    return word in TRUE_WORDS if word in TRUE_WORDS | FALSE_WORDS else part
+
+
+class FP8Config(Section):
+    """How 8-bit matrix products are scaled."""
+
+    key_prefix: ClassVar[str] = "fp8_"
+
+    backend: Literal["AUTO", "AO", "TE", "MSAMP", "NO"] = Field(
+        "AUTO", description="Library: torchao, Transformer Engine or MS-AMP."
+    )
+    use_autocast_during_eval: bool = Field(False, description="Whether evaluation runs in fp8 too.")
+    margin: Annotated[int, Field(ge=0)] = Field(0, description="Margin of the scaling factor.")
+    interval: Annotated[int, Field(ge=1)] = Field(1, description="Steps between two scaling factors.")
+    fp8_format: Literal["HYBRID", "E4M3", "E5M2"] = Field("HYBRID", description="Bits of exponent and mantissa.")
+    amax_history_len: Annotated[int, Field(ge=1), Key("fp8_amax_history_len", ("fp8_amax_history_length",))] = Field(
+        1024, description="Steps over which the largest value is remembered."
+    )
+    amax_compute_algo: Annotated[
+        Literal["most_recent", "max"], Key("fp8_amax_compute_algo", ("fp8_amax_compute_algorithm",))
+    ] = Field("most_recent", description="How the largest value is taken from its history.")
+    override_linear_precision: Annotated[tuple[bool, bool, bool], BeforeValidator(_as_bools)] = Field(
+        (False, False, False),
+        description="Whether forward, data and weight gradients stay in high precision.",
+    )
+    opt_level: Annotated[Literal["O1", "O2"], Key("fp8_opt_level", ("fp8_optimization_level",))] = Field(
+        "O2", description="What MS-AMP keeps in 8 bits."
+    )
+    enable_fsdp_float8_all_gather: bool = Field(True, description="Gather sharded parameters in 8 bits (torchao).")
+    pad_inner_dim: bool = Field(True, description="Pad matrices to multiples of 16 (torchao).")
+    use_mxfp8_block_scaling: bool = Field(False, description="Scale in blocks of 32 (Transformer Engine).")

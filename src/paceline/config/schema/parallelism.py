@@ -1,0 +1,70 @@
+"""The `parallelism_config` section: the sizes of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from paceline.config.schema.base import Fault, Section
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class ParallelismConfig(Section):
+    """Into how many groups the ranks are divided, and for what."""
+
+    key_prefix: ClassVar[str] = "parallelism_config_"
+
+    dp_replicate_size: Size = Field(1, description="Copies of the sharded model.")
+    dp_shard_size: Size = Field(1, description="Ranks over which one copy is sharded.")
+    tp_size: Size = Field(1, description="Ranks that share each layer's matrices.")
+    cp_size: Size = Field(1, description="Ranks that share each sequence by ring attention.")
+    cp_backend: Literal["torch"] = Field("torch", description="Implementation of context parallelism.")
+    cp_comm_strategy: Literal["allgather", "alltoall"] = Field(
+        "allgather", description="How keys and values travel between the ranks of a sequence."
+    )
+    sp_size: Size = Field(1, description="Ranks that share each sequence by Ulysses attention.")
+    sp_backend: Literal["deepspeed"] = Field("deepspeed", description="Implementation of sequence parallelism.")
+    sp_seq_length: Size | None = Field(None, description="Length of all sequences when it never varies.")
+    sp_seq_length_is_variable: bool = Field(True, description="Whether sequences vary in length between batches.")
+    sp_attn_implementation: str = Field("sdpa", description="Attention kernel under sequence parallelism.")
+
+    @property
+    def total_size(self) -> int:
+        """The number of ranks that the mesh has."""
+        return prod((self.dp_replicate_size, self.dp_shard_size, self.tp_size, self.cp_size, self.sp_size))
+
+    def clashes(self) -> Iterator[Fault]:
+        """Yield what cannot go together within the section."""
+        if self.cp_size > 1 and self.sp_size > 1:
+            yield Fault(
+                "sp_size",
+                f"{self.sp_size} beside cp_size {self.cp_size}",
+                "both divide the sequence",
+                "set one of them to 1",
+            )
+        if self.sp_attn_implementation in ("eager", "flex_attention"):
+            yield Fault(
+                "sp_attn_implementation",
+                f"{self.sp_attn_implementation!r} cannot be used",
+                "Ulysses attention needs a fused kernel",
+                "write sdpa or flash_attention_2",
+            )
+        for part in ("cp", "sp"):
+            yield from self._unused(part)
+
+    def _unused(self, part: str) -> Iterator[Fault]:
+        if getattr(self, f"{part}_size") > 1:
+            return
+        for field, info in type(self).model_fields.items():
+            value = getattr(self, field)
+            if field.startswith(f"{part}_") and field != f"{part}_size" and value != info.default:
+                yield Fault(
+                    field,
+                    f"{value!r} is not used",
+                    f"{part}_size is 1",
+                    f"set {self.key_prefix}{part}_size or remove the key",
+                )

@@ -1,0 +1,176 @@
+"""The whole configuration file as one model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from paceline.config.schema.base import Key, Section
+from paceline.config.schema.deepspeed import DeepSpeedPlugin
+from paceline.config.schema.dynamo import TorchDynamoPlugin
+from paceline.config.schema.fp8 import FP8Config
+from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
+from paceline.config.schema.kwargs import DistributedDataParallelKwargs
+from paceline.config.schema.megatron import MegatronLMConfig, MpirunConfig
+from paceline.config.schema.parallelism import ParallelismConfig
+from paceline.config.schema.readers import Names
+
+DistributedType = Literal[
+    "NO",
+    "MULTI_CPU",
+    "MULTI_GPU",
+    "MULTI_NPU",
+    "MULTI_MLU",
+    "MULTI_SDAA",
+    "MULTI_MUSA",
+    "MULTI_XPU",
+    "MULTI_HPU",
+    "MULTI_NEURON",
+    "DEEPSPEED",
+    "FSDP",
+    "XLA",
+    "MEGATRON_LM",
+]
+StrategyName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+_STRATEGIES = (
+    ("auto", "the least sharding that fits the memory"),
+    ("single", "one process"),
+    ("ddp", "a whole model on each device"),
+    ("fsdp", "the model sharded over the devices (FSDP2)"),
+    ("deepspeed", "DeepSpeed's ZeRO, with offload"),
+)
+Precision = Literal["no", "fp16", "bf16", "fp8"]
+_PRECISIONS = (
+    ("no", "fp32 throughout"),
+    ("fp16", "16 bits with a scaled loss"),
+    ("bf16", "16 bits with the range of fp32"),
+    ("fp8", "8 bits, on devices that have them"),
+)
+Count = Annotated[int, Field(ge=1)]
+
+
+def _as_device_list(value: Any) -> Any:
+    """Write device numbers as one comma-separated string without blanks."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(str(part) for part in value)
+    return value
+
+
+def _device_list(value: str | None) -> str | None:
+    if value is None:
+        return None
+    ids = [part.strip() for part in value.split(",")]
+    if not all(ids):
+        raise ValueError("it must be `all` or device numbers with commas between, for example 0,1,3")
+    if len(set(ids)) != len(ids):
+        raise ValueError("a device is listed twice")
+    return ",".join(ids)
+
+
+_LOOSE_LIST = WithJsonSchema(
+    {"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": "integer"}}]}
+)
+DeviceList = Annotated[str | None, BeforeValidator(_as_device_list), AfterValidator(_device_list), _LOOSE_LIST]
+
+
+def _machines(value: int | str) -> int | str:
+    """Check a number of machines, or a range of them; a range of one number is that number."""
+    low, _, high = str(value).partition(":")
+    if not low.isdecimal() or (":" in str(value) and not high.isdecimal()):
+        raise ValueError("it must be a number of machines, or MIN:MAX such as 2:4")
+    least, most = int(low), int(high or low)
+    if least < 1 or most < least:
+        raise ValueError("it must be at least 1, and in MIN:MAX the first must not be the greater one")
+    return most if least == most else f"{least}:{most}"
+
+
+Machines = Annotated[int | str, AfterValidator(_machines)]
+
+
+class RunConfig(Section):
+    """Everything that decides how one training run is carried out."""
+
+    compute_environment: Annotated[Literal["LOCAL_MACHINE"], Key(has_flag=False)] = Field(
+        "LOCAL_MACHINE", description="Where the run happens."
+    )
+    distributed_type: DistributedType | None = Field(
+        None, description="Accelerate's name for the strategy; paceline's own key is strategy."
+    )
+    strategy: Annotated[StrategyName, Key(labels=_STRATEGIES)] = Field(
+        "auto", description="How the model is spread over ranks; auto takes the least sharding that fits."
+    )
+    mixed_precision: Annotated[Precision, Key(labels=_PRECISIONS)] = Field(
+        "no", description="Precision of matrix products in forward and backward."
+    )
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
+    num_processes: Count | None = Field(None, description="Processes over all machines; none: one per device.")
+    num_machines: Machines = Field(1, description="Machines that take part, or MIN:MAX under rdzv_backend c10d.")
+    machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Which machine this is, from 0.")
+    main_process_ip: str | None = Field(None, description="Address of machine 0.")
+    main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="Port where ranks meet; 0 or none: a free one, between several machines 29500."
+    )
+    rdzv_backend: str = Field("static", description="How machines meet: static, or c10d, where they may come and go.")
+    rdzv_conf: str | None = Field(None, description="Options of the rendezvous, key=value with commas between.")
+    same_network: bool = Field(True, description="Whether ranks talk over the network that leads to machine 0.")
+    preflight: bool = Field(True, description="Compare and connect the machines before the ranks start.")
+    gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or numbers like 0,1,3.")
+    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even if there are devices.")
+    debug: bool = Field(False, description="Compare shapes between ranks before each collective.")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Seconds that a collective may wait; none is torch's default."
+    )
+    hang_timeout: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Seconds that a collective may stand still before the run ends with an account of where every rank "
+        "is; none: nine tenths of what a collective may take; 0: never.",
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How often failed workers are started again.")
+    monitor_interval: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="Seconds between two looks at the workers."
+    )
+    num_cpu_threads_per_process: Count | None = Field(
+        None, description="Value of OMP_NUM_THREADS for each worker; none: the cores shared out."
+    )
+    enable_cpu_affinity: bool = Field(False, description="Pin each process to the cores near its device.")
+    main_training_function: str = Field("main", description="Function that a TPU process would call.")
+    downcast_bf16: bool = Field(False, description="Whether a TPU would compute fp32 in bf16.")
+    tpu_name: str | None = Field(None, description="Name of the TPU.")
+    tpu_zone: str | None = Field(None, description="Zone of the TPU.")
+    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(False, description="Start on a TPU pod.")
+    tpu_use_sudo: bool = Field(False, description="Run commands on the TPU as root.")
+    tpu_vm: Annotated[Names, Key(flag="vm")] = Field((), description="Machines of the TPU pod.")
+    tpu_env: Annotated[Names, Key(flag="env")] = Field((), description="Variables set on the TPU pod.")
+    commands: Annotated[Names, Key(has_flag=False)] = Field((), description="Commands run on the TPU pod.")
+    command_file: Annotated[str | None, Key(has_flag=False)] = Field(None, description="File of those commands.")
+    ddp_config: DistributedDataParallelKwargs = Field(
+        default_factory=DistributedDataParallelKwargs, description="How DDP averages gradients."
+    )
+    fsdp_config: FullyShardedDataParallelPlugin | None = Field(None, description="How FSDP shards.")
+    deepspeed_config: DeepSpeedPlugin | None = Field(None, description="How DeepSpeed shards and offloads.")
+    parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the mesh.")
+    fp8_config: FP8Config | None = Field(None, description="How 8-bit matrix products are scaled.")
+    dynamo_config: TorchDynamoPlugin = Field(default_factory=TorchDynamoPlugin, description="How models are compiled.")
+    mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts processes.")
+    megatron_lm_config: MegatronLMConfig | None = Field(None, description="How Megatron-LM would divide the model.")
+
+    @property
+    def min_machines(self) -> int:
+        """How many machines must take part."""
+        return int(str(self.num_machines).partition(":")[0])
+
+    @property
+    def max_machines(self) -> int:
+        """How many machines can take part."""
+        return int(str(self.num_machines).rpartition(":")[2])
+
+    @property
+    def spans_machines(self) -> bool:
+        """Whether DeepSpeed's launcher has to start the ranks: there are several machines, or a host file."""
+        plugin = self.deepspeed_config
+        if plugin is None or plugin.deepspeed_multinode_launcher == "standard":
+            return False
+        return self.max_machines > 1 or plugin.deepspeed_hostfile is not None

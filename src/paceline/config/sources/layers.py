@@ -1,0 +1,226 @@
+"""The sources of the configuration, each read into dotted keys and raw values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from paceline.config.schema.names import (
+    PARADIGMS,
+    PARALLELISM_SWITCH,
+    flag_hint,
+    flag_names,
+    key_hint,
+    keys_of,
+    sections,
+)
+from paceline.config.schema.shapes import Shape
+from paceline.config.sources.document import Item, read_document
+from paceline.config.sources.origin import Found, Kind, Origin, Raw
+from paceline.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from paceline.config.schema.shapes import Style
+
+PREFIX: Final = "PACELINE_"
+RESERVED: Final = frozenset({"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"})
+"""Variables that are not settings of a run."""
+
+_ACCELERATES: Final = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
+
+GONE: Final = {"ipex_config": "torch itself holds what that package added"}
+"""Keys that old files carry and that decide nothing any more."""
+
+_BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
+_SAGEMAKER: Final = "amazon_sagemaker"
+
+
+@dataclass(slots=True)
+class Layer:
+    """What one source says.
+
+    Attributes:
+        raws: Dotted key to raw value.
+        problems: What the source says that nobody understands.
+        notes: What was read in another way than it was written.
+        switch: Where `--use_parallelism_config` was given.
+    """
+
+    raws: dict[str, Raw] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    switch: Origin | None = None
+
+    def put(self, key: str, raw: Raw) -> None:
+        """Set a key; a second value for it under another name is a problem."""
+        old = self.raws.setdefault(key, raw)
+        if old is not raw:
+            why = f"{old.origin.where} sets it too, to {old}"
+            self.problems.append(Problem(raw.origin.where, key, f"{raw} is a second value", why, "keep one"))
+
+
+def flag_layer(flags: Mapping[str, object]) -> Layer:
+    """Read the flags that were really typed; a value of None was not."""
+    given = ((name.lstrip("-").replace("-", "_"), value) for name, value in flags.items() if value is not None)
+    return _named_layer(((name, f"--{name}", value) for name, value in given), "flag")
+
+
+def environment_layer(env: Mapping[str, str]) -> Layer:
+    """Read the PACELINE_ variables; an empty one counts as not set."""
+    given = ((name, value) for name, value in sorted(env.items()) if name.startswith(PREFIX))
+    return _named_layer(
+        ((name.removeprefix(PREFIX).lower(), name, value) for name, value in given if value and name not in RESERVED),
+        "environment",
+    )
+
+
+def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
+    """Yield a note for each variable of Accelerate's that says what one of ours would, and that nothing reads."""
+    for name in sorted(env):
+        if name.startswith(_ACCELERATES):
+            word = name.removeprefix("ACCELERATE_").lower()
+            known = [n for n in (word, word.removeprefix("deepspeed_")) if n in flag_names() or n in PARADIGMS]
+            if known and env[name]:
+                yield f"{name}: Accelerate's variable is not read; write {PREFIX}{known[0].upper()}"
+
+
+def detected_layer(detected: Mapping[str, object]) -> Layer:
+    """Read what was found out about the machine, keyed by dotted key; a `Found` names who says so."""
+    layer = Layer()
+    for key, value in detected.items():
+        found = value if isinstance(value, Found) else Found(value, "detected on this machine")
+        if found.value is not None:
+            layer.raws[key] = Raw(found.value, Origin("detected", found.where))
+    return layer
+
+
+def file_layer(path: Path) -> Layer:
+    """Read a configuration file."""
+    layer = Layer()
+    items, problems = read_document(path)
+    layer.problems.extend(problems)
+    for item in items:
+        if item.name == "compute_environment" and str(item.text).casefold() == _SAGEMAKER:
+            return Layer(problems=[*problems, _sagemaker_problem(item)])
+    for item in items:
+        _read_top(layer, item)
+    return layer
+
+
+def merge(layers: Iterable[Layer]) -> dict[str, Raw]:
+    """Take each key from the first layer that has it."""
+    merged: dict[str, Raw] = {}
+    for layer in layers:
+        for key, raw in layer.raws.items():
+            merged.setdefault(key, raw)
+    return merged
+
+
+def _named_layer(given: Iterable[tuple[str, str, object]], kind: Kind) -> Layer:
+    layer = Layer()
+    paradigms: list[tuple[str, Origin]] = []
+    for name, where, value in given:
+        origin = Origin(kind, where)
+        style: Style = "text" if isinstance(value, str) else "native"
+        if name in PARADIGMS or name == PARALLELISM_SWITCH:
+            answer = _BOOL.read(value, "text")
+            if not isinstance(answer, bool):
+                why, what = "it must be true or false", f"{value!r} is not allowed"
+                layer.problems.append(Problem(where, name, what, why))
+            elif answer and name == PARALLELISM_SWITCH:
+                layer.switch = origin
+            elif answer:
+                paradigms.append((name, origin))
+        elif name in flag_names():
+            layer.put(flag_names()[name], Raw(value, origin, style))
+        else:
+            hint = flag_hint(name)
+            shown = hint if kind == "flag" or not hint else _as_variable(hint)
+            what = "unknown flag" if kind == "flag" else "unknown variable"
+            layer.problems.append(Problem(where, "", what, hint=shown))
+    _put_paradigm(layer, paradigms)
+    return layer
+
+
+def _as_variable(hint: str) -> str:
+    head, _, name = hint.rstrip("?").rpartition(" ")
+    return f"{head} {PREFIX}{name.upper()}?"
+
+
+def _put_paradigm(layer: Layer, paradigms: list[tuple[str, Origin]]) -> None:
+    for name, origin in paradigms[:1]:
+        layer.put("distributed_type", Raw(PARADIGMS[name], origin))
+    for _, origin in paradigms[1:]:
+        what = f"given together with {paradigms[0][1].where}"
+        why = "each of them chooses the strategy"
+        layer.problems.append(Problem(origin.where, "distributed_type", what, why, "keep one"))
+
+
+def _sagemaker_problem(item: Item) -> Problem:
+    return Problem(
+        item.where,
+        item.name,
+        f"{item.text} is not carried out in this release",
+        "paceline only starts processes on machines that it runs on",
+        "write compute_environment: LOCAL_MACHINE, and start the script from your own SageMaker job",
+    )
+
+
+def _read_top(layer: Layer, item: Item) -> None:
+    if item.name in sections():
+        _read_section(layer, item)
+        return
+    if item.name in ("fp16", "dynamo_backend"):
+        _read_legacy(layer, item)
+        return
+    if item.name in GONE:
+        layer.notes.append(f"{item.where}: {item.name} (old): left out, {GONE[item.name]}")
+        return
+    slot = keys_of("").get(item.name)
+    if slot is None:
+        hint = key_hint(item.name, "")
+        layer.problems.append(Problem(item.where, item.name, "unknown key", hint=hint))
+    elif item.value is not None:
+        layer.put(slot.key, _raw(item))
+
+
+def _read_section(layer: Layer, item: Item) -> None:
+    if item.value is None or item.value == "" or item.value == []:
+        return
+    if item.items is None:
+        what = f"{item.value!r} is not allowed"
+        hint = f"indent the section's keys under {item.name}:"
+        layer.problems.append(Problem(item.where, item.name, what, "a section holds keys and values", hint))
+        return
+    names = keys_of(item.name)
+    for child in item.items:
+        slot = names.get(child.name)
+        if slot is None:
+            hint = key_hint(child.name, item.name)
+            layer.problems.append(Problem(child.where, f"{item.name}.{child.name}", "unknown key", hint=hint))
+        elif child.value is not None:
+            layer.put(f"{item.name}.{slot.key}", _raw(child))
+
+
+def _read_legacy(layer: Layer, item: Item) -> None:
+    if item.value is None:
+        return
+    raw = _raw(item)
+    if item.name == "dynamo_backend":
+        layer.put("dynamo_config.dynamo_backend", raw)
+        layer.notes.append(f"{item.where}: dynamo_backend (old): became dynamo_config.dynamo_backend {raw}")
+        return
+    answer = _BOOL.read(item.value, raw.style)
+    if not isinstance(answer, bool):
+        what = f"{raw} is not allowed"
+        layer.problems.append(Problem(item.where, "fp16", what, "it must be true or false"))
+    elif answer:
+        layer.put("mixed_precision", Raw("fp16", raw.origin, text="fp16"))
+        layer.notes.append(f"{item.where}: fp16 true (old): became mixed_precision fp16")
+
+
+def _raw(item: Item) -> Raw:
+    return Raw(item.value, Origin("file", item.where), item.style, item.text)

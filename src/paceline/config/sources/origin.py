@@ -1,0 +1,61 @@
+"""Where a value came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from paceline.config.schema.shapes import Style
+
+Kind = Literal["argument", "flag", "environment", "file", "detected", "default"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The source of one value.
+
+    Attributes:
+        kind: What sort of source it was.
+        where: The place in it: `--zero_stage`, `PACELINE_DEBUG`, `config.yaml:12`.
+    """
+
+    kind: Kind
+    where: str
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether somebody asked for the value, rather than it being detected or a default."""
+        return self.kind not in ("detected", "default")
+
+
+DEFAULT = Origin("default", "default")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A value that was detected, where something can be named that says so.
+
+    Attributes:
+        value: The value.
+        where: Who says so, such as `Slurm (SLURM_NODEID)`.
+    """
+
+    value: object
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A value as a source gave it, before it is checked."""
+
+    value: object
+    origin: Origin
+    style: Style = "native"
+    text: str | None = None
+
+    def __str__(self) -> str:
+        """The value as its writer would recognise it."""
+        if self.text is not None:
+            return self.text
+        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)

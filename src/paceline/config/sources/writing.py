@@ -1,0 +1,76 @@
+"""Writing a configuration as YAML that explains itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from paceline.config.schema.names import places, sections
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = ["as_yaml", "replace_file", "yaml_value"]
+
+
+def as_yaml(values: Mapping[str, object], header: Sequence[str] = ()) -> str:
+    """Write values as a configuration file, each under a comment that says what it decides.
+
+    Args:
+        values: Dotted key to value; sections come after the top level, keys in the order of the schema.
+        header: Lines of comment for the top.
+    """
+    lines = [f"# {line}".rstrip() for line in header]
+    for section in ("", *sections()):
+        body = list(_section(values, section))
+        if body and section:
+            lines += ["", f"{section}:"]
+        elif body and lines:
+            lines.append("")
+        lines += body
+    return "\n".join(lines) + "\n"
+
+
+def _section(values: Mapping[str, object], section: str) -> Iterator[str]:
+    indent = "  " if section else ""
+    for dotted, slot in places().items():
+        if dotted.rpartition(".")[0] == section and dotted in values:
+            if slot.description:
+                yield f"{indent}# {slot.description}"
+            yield f"{indent}{slot.key}: {yaml_value(values[dotted])}"
+
+
+def yaml_value(value: object) -> str:
+    """Write one value on one line of YAML."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def replace_file(path: Path, text: str) -> Path | None:
+    """Write a file whole or not at all; what stood there before is kept beside it, and its path returned."""
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = path.with_name(f"{path.name}.bak") if path.exists() else None
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp lets nobody else read; a configuration is no secret unless its owner made it one.
+        Path(name).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        if kept is not None:
+            shutil.copy2(path, kept)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+    return kept

@@ -1,0 +1,21 @@
+"""Watching a launched script that has opened its process group itself, without an Accelerator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paceline.config import Resolved
+from paceline.environment.accounts import Accounts
+from paceline.environment.world import World
+from paceline.watchdog.watch import start_watch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["start_bare_watchdog"]
+
+
+def start_bare_watchdog(env: Mapping[str, str]) -> None:
+    """Watch this process as an Accelerator would, by the launcher's variables."""
+    config = Resolved.from_json(env["PACELINE_CONFIG"]).config
+    start_watch(World.read(env), Accounts.read(env), config.hang_timeout)

@@ -1,0 +1,58 @@
+"""Reading the variables of the scheduler that started this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from paceline.config import Found
+from paceline.environment.world import World, WorldSource
+from paceline.launch.clusters.cluster import Cluster
+from paceline.launch.clusters.kubernetes import read_kubernetes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["detect_cluster"]
+
+# Whose variable says which rank this is, how many there are, on which machine, of how many.
+_VARIABLES: Final[Mapping[WorldSource, tuple[str, str, str, str]]] = {
+    "slurm": ("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_STEP_NUM_NODES"),
+    "openmpi": ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "pmi": ("MPI", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
+}
+
+
+def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
+    """Return what a scheduler says about this process; None when none started it as one of several.
+
+    Under Slurm, one task on each of several machines is a launcher there, several tasks on a machine are ranks.
+    Under MPI every task is a rank. In a pod of a PyTorchJob or TrainJob the launcher starts the pod's ranks.
+
+    Raises:
+        WorldError: Variables are missing, are no numbers, or contradict each other; it names them.
+    """
+    found = read_kubernetes(env)
+    if found is not None or any(env.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return found
+    world = World.read(env)
+    if world.size == 1 or world.source not in _VARIABLES:
+        return None
+    scheduler, size, machine, machines = _VARIABLES[world.source]
+    values = {
+        "num_machines": Found(world.num_nodes, f"{scheduler} ({machines})"),
+        "machine_rank": Found(world.node_rank, f"{scheduler} ({machine})"),
+        **_meeting_place(env, scheduler, world),
+    }
+    if world.source == "slurm" and world.size == world.num_nodes:
+        return Cluster(scheduler=scheduler, task="machine", values=values)
+    values["num_processes"] = Found(world.size, f"{scheduler} ({size})")
+    return Cluster(scheduler=scheduler, task="rank", values=values, world=world)
+
+
+def _meeting_place(env: Mapping[str, str], scheduler: str, world: World) -> dict[str, Found]:
+    address = "MASTER_ADDR" if env.get("MASTER_ADDR") else f"{scheduler} (the job's first machine)"
+    port = "MASTER_PORT" if env.get("MASTER_PORT") else f"{scheduler} (from the job's number)"
+    return {
+        "main_process_ip": Found(world.main_address, address),
+        "main_process_port": Found(world.main_port, port),
+    }

@@ -1,0 +1,158 @@
+"""What one machine tells the others about itself before they train together, and what must agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import socket
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from paceline.config.resolved import values_of
+from paceline.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from paceline.config import RunConfig
+    from paceline.launch.command import Command
+
+__all__ = ["MachineInfo", "clocks_apart", "disagreements", "own_machine_info"]
+
+_OWN: Final = frozenset(
+    {
+        "compute_environment",
+        "enable_cpu_affinity",
+        "gpu_ids",
+        "machine_rank",
+        "main_process_ip",
+        "monitor_interval",
+        "num_cpu_threads_per_process",
+        "preflight",
+    }
+)
+"""Settings that may differ from machine to machine."""
+
+_CLOCKS_APART = 2.0
+_SHOWN = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineInfo:
+    """One machine, as it presents itself.
+
+    Attributes:
+        token: Its launcher's own; another launcher on the same machine has another.
+        host: Its name.
+        address: Its address in the network of machine 0.
+        machine_rank: Which machine it says it is.
+        num_machines: How many it was told take part.
+        processes: How many ranks it will start.
+        versions: By package.
+        config: Dotted key to value, as text, of all that must be the same everywhere.
+        script: What it runs, and a digest of the file if there is one.
+        problems: Why it cannot start; empty when it can.
+    """
+
+    token: str
+    host: str
+    address: str
+    machine_rank: int
+    num_machines: str
+    processes: int
+    versions: Mapping[str, str]
+    config: Mapping[str, str]
+    script: Sequence[str] = ()
+    problems: Sequence[str] = field(default_factory=tuple)
+
+    def __str__(self) -> str:
+        return self.host
+
+    def to_json(self) -> str:
+        """Write it as one line, which `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> MachineInfo:
+        """Read what `to_json` wrote; fields of another release are left out."""
+        data: dict[str, Any] = json.loads(text)
+        return cls(**{name: value for name, value in data.items() if name in cls.__slots__})
+
+
+def own_machine_info(
+    config: RunConfig, command: Command, address: str, *, processes: int, counted: bool, problems: Sequence[str] = ()
+) -> MachineInfo:
+    """Collect the facts of this machine.
+
+    Args:
+        config: What this machine was told.
+        command: What it runs.
+        address: Its address among the others.
+        processes: How many ranks it will start.
+        counted: That number was found out here, so that another machine may have another one.
+        problems: Why it cannot start.
+    """
+    own = _OWN | {"num_processes"} if counted else _OWN
+    return MachineInfo(
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        address=address,
+        machine_rank=config.machine_rank,
+        num_machines=str(config.num_machines),
+        processes=processes,
+        versions={"paceline": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        config={key: str(value) for key, value in values_of(config) if key not in own},
+        script=_script(command),
+        problems=tuple(problems),
+    )
+
+
+def _script(command: Command) -> tuple[str, ...]:
+    path = Path(command.script)
+    if command.kind != "script" or not path.is_file():
+        return (command.script,)
+    return (path.name, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
+
+
+def disagreements(machines: Sequence[MachineInfo]) -> list[str]:
+    """Say everything in which machines differ that must be alike; the first is what the others are held against."""
+    return [line for other in machines[1:] for line in _between(machines[0], other)]
+
+
+def _between(one: MachineInfo, other: MachineInfo) -> Iterator[str]:
+    for name in sorted({*one.versions, *other.versions}):
+        here, there = one.versions.get(name, "none"), other.versions.get(name, "none")
+        if here != there:
+            yield f"{name} is {here} on {one} and {there} on {other}"
+    differing = [
+        key
+        for key in sorted({*one.config, *other.config})
+        if one.config.get(key, "not set") != other.config.get(key, "not set")
+    ]
+    for key in differing[:_SHOWN]:
+        here, there = one.config.get(key, "not set"), other.config.get(key, "not set")
+        yield f"{key} is {here} on {one} and {there} on {other}"
+    if differing[_SHOWN:]:
+        yield f"{len(differing) - _SHOWN} more settings differ between {one} and {other}"
+    if tuple(one.script) != tuple(other.script):
+        yield _scripts(one, other)
+
+
+def _scripts(one: MachineInfo, other: MachineInfo) -> str:
+    if one.script[0] != other.script[0]:
+        return f"{one} runs {one.script[0]} and {other} runs {other.script[0]}"
+    return f"{one.script[0]} on {other} is another file than on {one}"
+
+
+def clocks_apart(machines: Sequence[MachineInfo], times: Sequence[float]) -> list[str]:
+    """Name the machines whose clock differs from the first one's by more than reading them can take."""
+    return [
+        f"the clock of {machine} is {abs(gap):.0f} s {'ahead of' if gap > 0 else 'behind'} that of {machines[0]}"
+        for machine, time in zip(machines, times, strict=True)
+        if abs(gap := time - times[0]) > _CLOCKS_APART
+    ]

@@ -1,0 +1,1 @@
+"""DeepSpeed: its engines own backward, step and state."""

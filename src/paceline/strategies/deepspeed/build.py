@@ -1,0 +1,336 @@
+"""What DeepSpeed is told and asked before an engine is built, and what of the model must outlive its building."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import logging
+import os
+import re
+import shutil
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.config.deepspeed_file.settings import AUTO, value_at, without_removed
+from paceline.errors import PrepareError, named
+from paceline.strategies.placeholders import DummyOptim
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from paceline.collectives import Group
+    from paceline.config import DeepSpeedPlugin
+    from paceline.strategies.context import RunContext
+    from paceline.strategies.deepspeed.engine import ZeroEngine
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+_COMPILED = {"adam", "adamw", "lamb", "lion"}
+
+
+# The package
+
+
+def prepare_package() -> None:
+    """Keep DeepSpeed from compiling what nobody asked for, and from logging its configuration."""
+    import deepspeed
+
+    # On a CPU its first use compiles shared-memory collectives with g++, for two minutes; gloo's do.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    if logger.level in (logging.NOTSET, logging.INFO):
+        logger.setLevel(logging.WARNING)
+
+
+def name_ranks() -> None:
+    """Give DeepSpeed the variables that it reads in the middle of training, in a process that nobody launched.
+
+    The only variables that paceline writes: DeepSpeed has no other way in.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+# Its configuration
+
+
+def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *, stand_in: bool) -> dict[str, Any]:
+    """What the engine is told: paceline's own part of the work is switched off in it."""
+    told = copy.deepcopy(without_removed(settings))
+    told["train_batch_size"] = told["train_micro_batch_size_per_gpu"] * world_size
+    told["gradient_accumulation_steps"] = 1
+    if value_at(told, "zero_optimization.offload_optimizer.device") != "nvme":
+        # Gradients that go to a disk during the backward are out of paceline's reach: there the engine clips.
+        told["gradient_clipping"] = 0.0
+    told.pop("scheduler", None)
+    if not stand_in:
+        told.pop("optimizer", None)
+    if stage == 0:
+        # fp32 parameters under autocast, as under DDP.
+        told.pop("bf16", None)
+        told.pop("fp16", None)
+    zero = told.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    accumulates = told.get("data_types", {}).get("grad_accum_dtype")
+    if stage in (1, 2) and not zero.get("offload_optimizer") and accumulates is None:
+        # The norm is computed where it is asked for, by clip_grad_norm_.
+        zero.setdefault("compute_grad_norm", False)
+    # The throughput timer waits for the device in every step.
+    told.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    return told
+
+
+def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
+    """What is known before a model is there, for building it sharded."""
+    # What is "auto" follows from the model, and building one asks for nothing of the optimizer.
+    section = plugin.zero_section().items()
+    zero = {key: value for key, value in section if value != AUTO and key != "offload_optimizer"} | {"stage": 3}
+    told: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    exact = value_at(plugin.settings, "data_types.keep_in_fp32_modules")
+    if exact is not None:
+        told["data_types"] = {"keep_in_fp32_modules": exact}
+    if precision in DTYPES:
+        told[precision] = {"enabled": True}
+    return told
+
+
+def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Say what is missing before DeepSpeed builds an operation of its own.
+
+    Raises:
+        PrepareError: The configuration asks for DeepSpeed's own optimizer and there is no compiler.
+    """
+    section = settings.get("optimizer") if isinstance(optimizer, DummyOptim) else None
+    if section is None or section["params"].get("torch_adam"):
+        return
+    kind = section["type"]
+    offloads = value_at(settings, "zero_optimization.offload_optimizer.device") in ("cpu", "nvme")
+    if kind.lower() not in _COMPILED and not (kind.lower() == "adagrad" and offloads):
+        return
+    _check_architectures(kind)
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        raise PrepareError(
+            f"The DeepSpeed configuration asks for its own {kind}, and {' and '.join(missing)} is not on PATH",
+            "DeepSpeed compiles that optimizer when it is first used",
+            'Install them, write "torch_adam": true into optimizer.params, or pass an optimizer of torch',
+        )
+
+
+def check_disk(settings: Mapping[str, Any]) -> None:
+    """Say what is missing before DeepSpeed builds the operation that reads and writes NVMe.
+
+    Raises:
+        PrepareError: The configuration offloads to NVMe, and this machine cannot compile for it.
+    """
+    zero = settings["zero_optimization"]
+    parts = [part for part in ("optimizer", "param") if zero.get(f"offload_{part}", {}).get("device") == "nvme"]
+    if not parts:
+        return
+    _check_architectures("async_io")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with warnings.catch_warnings():
+        # The check compiles with distutils, which warns about itself.
+        warnings.simplefilter("ignore")
+        fits = AsyncIOBuilder().is_compatible(verbose=False)
+    if not fits:
+        raise PrepareError(
+            f"offload_{parts[0]}_device is nvme",
+            "DeepSpeed compiles its operation async_io for that, and the headers or the library libaio are missing",
+            "Install libaio-dev (Debian) or libaio-devel (Fedora), or offload to cpu",
+        )
+
+
+def _check_architectures(operation: str) -> None:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if torch.cuda.is_available() and re.search(r"\d[a-z]", listed):
+        raise PrepareError(
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, and DeepSpeed has to compile its {operation}",
+            "DeepSpeed reads plain numbers there, and fails on an architecture with a letter",
+            f"Set TORCH_CUDA_ARCH_LIST={re.sub('[a-z]', '', listed)!r} for this run, or unset it",
+        )
+
+
+def check_monitors(settings: Mapping[str, Any]) -> None:
+    """Name the packages that monitors need and that are missing: only rank 0 would try to import them.
+
+    Raises:
+        PrepareError: Some are.
+    """
+    asked = [kind for kind in _MONITORS if value_at(settings, f"{kind}.enabled") is True]
+    missing = [kind for kind in asked if importlib.util.find_spec(_MONITORS[kind]) is None]
+    if missing:
+        packages = " ".join(_MONITORS[kind] for kind in missing)
+        raise PrepareError(
+            f"{named(missing)} is enabled in the DeepSpeed configuration",
+            f"The package {packages} is not installed",
+            f"Run: pip install {packages}; or remove the section",
+        )
+
+
+def configure_checkpointing(settings: Mapping[str, Any]) -> None:
+    """Pass the section on to `deepspeed.checkpointing`, which models call by themselves."""
+    import deepspeed
+
+    section = settings.get("activation_checkpointing")
+    if section:
+        deepspeed.checkpointing.configure(
+            None,
+            partition_activations=section.get("partition_activations"),
+            contiguous_checkpointing=section.get("contiguous_memory_optimization"),
+            num_checkpoints=section.get("number_checkpoints"),
+            checkpoint_in_cpu=section.get("cpu_checkpointing"),
+            synchronize=section.get("synchronize_checkpoint_boundary"),
+            profile=section.get("profile"),
+        )
+
+
+# Model, optimizer and schedule
+
+
+@contextmanager
+def as_bytes(model: nn.Module, stage: int, group: Group) -> Iterator[None]:
+    """Let the engine send rank 0's values as bytes, for which a tensor must have a dimension and lie row by row.
+
+    Stage 3 gets parameters without dimensions with one, and is told their true shape afterwards. For the other stages
+    their values are sent here, and the engine leaves out what has the mark of those that differ from rank to rank.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    scalars = [p for p in model.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+    for parameter in scalars:
+        if stage == 3:
+            parameter.data = parameter.data.view(1)
+        else:
+            group.broadcast(parameter.detach())
+            parameter.ds_optim_param = True  # type: ignore[attr-defined]
+    yield
+    for parameter in scalars:
+        if stage == 3:
+            parameter.ds_shape = torch.Size(())  # type: ignore[attr-defined]
+        else:
+            del parameter.ds_optim_param  # type: ignore[attr-defined]
+
+
+def check_dtypes(model: nn.Module) -> None:
+    """Refuse what no engine of DeepSpeed can hold.
+
+    Raises:
+        PrepareError: Parameters are complex numbers; it names them.
+    """
+    complex_ones = [name for name, p in model.named_parameters() if p.is_complex()]
+    if complex_ones:
+        raise PrepareError(
+            f"{named(complex_ones)} of {type(model).__name__} {'holds' if len(complex_ones) == 1 else 'hold'} complex "
+            "numbers",
+            "DeepSpeed casts every parameter to one real dtype and lays them side by side",
+            "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
+            "with strategy='ddp'",
+        )
+
+
+def mark_leaves(model: nn.Module, asked: Sequence[str]) -> None:
+    """Gather mixture-of-experts blocks as a whole: ranks take different ways through them."""
+    found = {type(module).__name__: type(module) for module in model.modules()}
+    missing = [name for name in asked if name not in found]
+    if missing:
+        raise PrepareError(
+            f"deepspeed_moe_layer_cls_names names {named(missing)}",
+            f"{type(model).__name__} has no module of that class",
+            f"Its classes are {named(sorted(found), 20)}",
+        )
+    from deepspeed.utils import set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [found[name] for name in asked])
+
+
+def exact_values(model: nn.Module, dtype: torch.dtype | None, *, is_main: bool) -> dict[int, Tensor] | None:
+    """Rank 0's fp32 values, which the engine is about to round to 16 bits; None where nothing is rounded."""
+    if dtype is None or any(hasattr(p, "ds_id") for p in model.parameters()):
+        return None
+    if not is_main:
+        return {}
+    return {id(p): p.detach().cpu() for p in model.parameters() if p.dtype == torch.float32}
+
+
+@torch.no_grad()
+def restore_exact(zero: ZeroEngine, exact: Mapping[int, Tensor] | None, context: RunContext) -> None:
+    """Start the optimizer's fp32 values from the model's own, which the engine took from their rounding.
+
+    One parameter at a time is whole on the device.
+    """
+    if exact is None:
+        return
+    device = context.device
+    for parameter in zero.model.parameters():
+        if zero.dtypes[id(parameter)] != torch.float32 or zero.partitions.slice_of(parameter) is None:
+            continue
+        part = zero.partitions.value(parameter)
+        known = exact.get(id(parameter))
+        whole = torch.empty(part.numel, device=device) if known is None else known.reshape(-1).to(device)
+        context.group.broadcast(whole)
+        part.values.copy_(whole[part.start : part.stop])
+    zero.partitions.put_away()
+
+
+def cast_inputs(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors of nested inputs in `dtype`; everything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(cast_inputs(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: cast_inputs(item, dtype) for key, item in value.items()}
+    return value
+
+
+def parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def holds(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer updates any parameter of a model."""
+    own = {id(p) for p in model.parameters()}
+    return any(id(p) in own for p in parameters_in(optimizer))
+
+
+def as_groups(stand_in: DummyOptim) -> list[dict[str, Any]]:
+    """A stand-in's groups with the options that they say themselves; the configuration decides the others."""
+    return [
+        {"params": group["params"], **said}
+        for group, said in zip(stand_in.param_groups, stand_in.said_by_groups, strict=True)
+    ]
+
+
+def make_scheduler(section: Mapping[str, Any], optimizer: Optimizer) -> Any:
+    """The scheduler that a section describes: one of DeepSpeed's, or of torch's."""
+    from deepspeed.runtime import lr_schedules
+
+    kind = section["type"]
+    made = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
+    if made is None:
+        raise PrepareError(
+            f"scheduler.type={kind!r} in the DeepSpeed configuration",
+            "Neither DeepSpeed nor torch has such a scheduler",
+            f"Choose one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
+        )
+    parameters = section.get("params") or {}
+    taken = list(inspect.signature(made).parameters)[1:]
+    unknown = [name for name in parameters if name not in taken]
+    if unknown:
+        raise PrepareError(
+            f"scheduler.params in the DeepSpeed configuration has {named(unknown)}",
+            f"{kind} takes no such argument",
+            f"It takes {named(taken, 20)}",
+        )
+    return made(optimizer, **parameters)

@@ -1,0 +1,342 @@
+"""Where a DeepSpeed engine keeps the gradients, values and optimizer states of each parameter.
+
+ZeRO lays the parameters of a group out one after another, cuts that line into as many partitions as there are ranks
+(stages 1 and 2), or cuts every parameter by itself (stage 3). Both leave a rank one run of each parameter, whose
+fp32 value, gradient and moments lie at one place of a flat tensor: a `PartitionSlice`. At stage 0 nothing is cut.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from paceline.checkpoint.format.shards import TensorShard
+from paceline.errors import StateError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionSlice:
+    """Where a rank keeps its run of one parameter.
+
+    Attributes:
+        flat: The flat tensor that the optimizer updates, a key of its state.
+        offset: Of the run's first element in `flat`.
+        start: Of the run's first element in the parameter laid out row by row.
+        numel: Elements of the run; it may have none.
+        group: Index of the optimizer's parameter group.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    numel: int
+    group: int
+
+    def cut(self, flat: Tensor) -> Tensor:
+        """This run of a tensor that lies as `flat` does."""
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+
+class Partitions(ABC):
+    """How one engine's parameters are spread over the ranks.
+
+    Attributes:
+        cut: Whether ranks hold different runs, so that what is summed over runs must be summed over ranks.
+    """
+
+    cut = True
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._zero = engine.optimizer
+
+    @property
+    def reaches_gradients(self) -> bool:
+        """Whether `gradient` can be asked between a backward and its step."""
+        return True
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 gradients are multiplied by until the step."""
+        return float(getattr(self._zero, "loss_scale", 1.0))
+
+    @abstractmethod
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's run of the averaged gradient, in live memory; None where there is none."""
+
+    @abstractmethod
+    def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
+        """Where the optimizer keeps this rank's run; None for a parameter that it does not update."""
+
+    @abstractmethod
+    def value(self, parameter: nn.Parameter) -> TensorShard:
+        """This rank's run of the parameter, in the most exact copy that there is."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Carry the optimizer's fp32 values to the copies that the forward uses. Collective."""
+
+    def put_away(self) -> None:
+        """Write back what `slice_of` brought into memory from a disk and somebody changed."""
+        return
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Forget the gradients gathered since the last step."""
+
+
+class Unpartitioned(Partitions):
+    """Stage 0: every rank holds everything."""
+
+    cut = False
+
+    @override
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad
+
+    @override
+    def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
+        if not parameter.requires_grad:
+            return None
+        groups = self._zero.param_groups
+        group = next((i for i, g in enumerate(groups) if any(p is parameter for p in g["params"])), None)
+        return None if group is None else PartitionSlice(parameter, 0, 0, parameter.numel(), group)
+
+    @override
+    def value(self, parameter: nn.Parameter) -> TensorShard:
+        return TensorShard.whole(parameter)
+
+    @override
+    def publish(self) -> None:
+        pass
+
+    @override
+    def drop_gradients(self) -> None:
+        self._engine.zero_grad()
+
+
+class FlatPartitions(Partitions):
+    """Stages 1 and 2: a group's parameters in one line, cut into partitions that know no parameter's borders."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        groups = self._zero.bit16_groups
+        self._group_of = {id(p): index for index, group in enumerate(groups) for p in group}
+        flats: Any = getattr(self._zero, "single_partition_of_fp32_groups", None)
+        self._flats: list[Tensor] = self._zero.fp32_groups_flat_partition if flats is None else flats
+
+    @override
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return None
+        gradients = mapping.offload_gradient_dict if mapping.use_offload else mapping.gradient_dict
+        held = gradients.get(mapping.param_group_index)
+        if held is None:
+            return None
+        found: Tensor = held[parameter._index_in_param_group]  # type: ignore[attr-defined]
+        run = mapping.lp_fragment_address
+        if found.numel() == run.numel:
+            return found
+        # The optimizer of stage 1 with fp32 accumulation keeps whole gradients.
+        return found.reshape(-1).narrow(0, run.start, run.numel)
+
+    @override
+    def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
+        group = self._group_of.get(id(parameter))
+        if group is None:
+            return None
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        flat = self._flats[group]
+        if mapping is None:
+            return PartitionSlice(flat, 0, 0, 0, group)
+        fp32, run = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return PartitionSlice(flat, fp32.start, run.start, run.numel, group)
+
+    @override
+    def value(self, parameter: nn.Parameter) -> TensorShard:
+        slice_of = self.slice_of(parameter)
+        if slice_of is None:
+            return TensorShard.whole(parameter)
+        return TensorShard(tuple(parameter.shape), slice_of.start, slice_of.cut(slice_of.flat.detach()))
+
+    @override
+    def publish(self) -> None:
+        self._zero.update_lp_params()
+
+    @override
+    def drop_gradients(self) -> None:
+        zero = self._zero
+        zero.zero_grad(set_to_none=True)
+        zero.micro_step_id = -1
+        for index in list(zero.averaged_gradients):
+            zero.averaged_gradients[index] = None
+        for index in list(getattr(zero, "all_grad_tensors", ())):
+            zero.all_grad_tensors[index] = None
+
+
+class ParameterPartitions(Partitions):
+    """Stage 3: every parameter is cut by itself, into equal pieces of which the last is filled up.
+
+    With the optimizer on NVMe, a sub-group's fp32 values and states are in memory only while a step is taken.
+    `slice_of` brings a copy of them into the same tensors, where the next step drops it.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        groups = self._zero.fp16_groups
+        self._index = {id(p): (i, j) for i, group in enumerate(groups) for j, p in enumerate(group)}
+
+    @property
+    @override
+    def reaches_gradients(self) -> bool:
+        return not self._zero.swap_optimizer
+
+    @override
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        found = self._index.get(id(parameter))
+        if found is None:
+            return None
+        zero = self._zero
+        if not self.reaches_gradients:
+            raise StateError(
+                "Gradients of a run with its optimizer on NVMe were asked for",
+                "They go there piece by piece during the backward, until the step is taken",
+                "Leave clipping to DeepSpeed (gradient_clipping in its configuration), or offload the optimizer to cpu",
+            )
+        if zero.offload_optimizer:
+            slice_of = self.slice_of(parameter)
+            gradient = None if slice_of is None else slice_of.flat.grad
+            return None if slice_of is None or gradient is None else slice_of.cut(gradient)
+        group, index = found
+        held = zero.averaged_gradients.get(group)
+        if held is None:
+            return None
+        run: Tensor = held[index].view(-1)
+        return run.narrow(0, 0, min(self._run(parameter)[1], run.numel()))
+
+    @override
+    def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
+        if id(parameter) not in self._index:
+            return None
+        zero = self._zero
+        sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+        self._bring_in(sub_group)
+        start, numel = self._run(parameter)
+        flat = zero.fp32_partitioned_groups_flat[sub_group]
+        return PartitionSlice(flat, offset, start, numel, zero.sub_group_to_group_id[sub_group])
+
+    def _bring_in(self, sub_group: int) -> None:
+        zero = self._zero
+        if not zero._swappable_optimizer_subgroup(sub_group) or self._in_memory(sub_group):
+            return
+        if zero.optimizer_swapper.__class__.__name__ == "PipelinedOptimizerSwapper":
+            raise StateError(
+                "The state of a run with its optimizer on NVMe was asked for",
+                "With pipeline_read or pipeline_write it is in memory only while a step is taken",
+                "Leave both out of offload_optimizer",
+            )
+        zero._optimizer_states_and_gradient_swap_in(sub_group)
+        info = zero.optimizer_swapper._get_param_swap_info(zero.fp32_partitioned_groups_flat[sub_group])
+        tensors = info.get_compute_tensors()
+        copies = [tensor.detach().clone() for tensor in tensors]
+        zero._release_swap_buffers(sub_group)
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.data = copy
+
+    def _in_memory(self, sub_group: int) -> bool:
+        return bool(self._zero.fp32_partitioned_groups_flat[sub_group].numel())
+
+    @override
+    def put_away(self) -> None:
+        zero = self._zero
+        for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            if not zero._swappable_optimizer_subgroup(sub_group) or not self._in_memory(sub_group):
+                continue
+            # DeepSpeed writes from buffers of its own, as it would after a step.
+            swapper = zero.optimizer_swapper
+            info = swapper._get_param_swap_info(flat)
+            tensors = info.get_compute_tensors()
+            copies = [tensor.detach() for tensor in tensors]
+            size = swapper._io_aligned_numel(info.numel())
+            info.swap_buffers = swapper.swap_buffer_manager.allocate(size, len(tensors), flat.dtype)
+            info.set_swap_buffers(info.swap_buffers, size)
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.data.copy_(copy)
+            zero._optimizer_states_and_gradient_swap_out(sub_group)
+
+    @override
+    def value(self, parameter: nn.Parameter) -> TensorShard:
+        shape = tuple(parameter.ds_shape)  # type: ignore[attr-defined]
+        slice_of = self.slice_of(parameter)
+        if slice_of is not None:
+            return TensorShard(shape, slice_of.start, slice_of.cut(slice_of.flat.detach()))
+        return piece_of(parameter)
+
+    @staticmethod
+    def _run(parameter: nn.Parameter) -> tuple[int, int]:
+        piece = piece_of(parameter)
+        return piece.start, piece.values.numel()
+
+    @override
+    @torch.no_grad()
+    def publish(self) -> None:
+        zero = self._zero
+        # What is gathered right now would outlive the new values.
+        zero._partition_all_parameters()
+        for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            # What is not in memory was not changed.
+            if flat.numel():
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self.put_away()
+        # Small parameters stay gathered between steps, so their whole copies are renewed too.
+        persistent = zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+        zero.invalidate_secondary_tensor()
+
+    @override
+    def drop_gradients(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+        if not self._zero.offload_optimizer:
+            self._zero.averaged_gradients = {}
+
+
+def piece_of(parameter: nn.Parameter) -> TensorShard:
+    """This rank's piece of a parameter that stage 3 has cut, without the filling of the last piece."""
+    held: Any = parameter
+    piece, size = held.ds_tensor, held.partition_numel()
+    import deepspeed.comm as ds_comm
+
+    start = min(size * ds_comm.get_rank(group=held.ds_process_group), held.ds_numel)
+    numel = min(size, held.ds_numel - start)
+    return TensorShard(tuple(held.ds_shape), start, piece.detach().view(-1).narrow(0, 0, numel))
+
+
+def partitions_of(engine: Any, stage: int) -> Partitions:
+    """The layout of an engine that has an optimizer."""
+    if stage == 0:
+        return Unpartitioned(engine)
+    return ParameterPartitions(engine) if stage == 3 else FlatPartitions(engine)
+
+
+def norm_of(gradients: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of several runs as one vector, to the power that makes it add up over ranks (`inf`: the largest).
+
+    Shape [], fp32, on `device`.
+    """
+    filled = [gradient for gradient in gradients if gradient.numel()]
+    if not filled:
+        return torch.zeros((), device=device)
+    norms = torch.stack(torch._foreach_norm(filled, norm_type, dtype=torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type).to(device)
+    return norm if norm_type == float("inf") else norm.pow(norm_type)

@@ -1,0 +1,1 @@
+"""FSDP2: parameters, gradients and optimizer state sharded over the ranks."""

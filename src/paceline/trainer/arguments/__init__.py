@@ -1,0 +1,1 @@
+"""`TrainingArguments`: its fields, its checks, and what it makes of them."""

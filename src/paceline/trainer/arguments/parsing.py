@@ -1,0 +1,131 @@
+"""Reads the values of arguments: from Python, from text on a command line, from YAML and JSON files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["fields_of", "is_flag", "read_mapping", "read_value"]
+
+
+def fields_of(cls: type[Any]) -> Mapping[str, Any]:
+    """The fields that a dataclass is made from, and their types."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def is_flag(hint: Any) -> bool:
+    """Whether a field is a yes or no."""
+    return bool in _parts(hint)
+
+
+def read_value(hint: Any, value: Any) -> Any:
+    """A value as its field's type: text of numbers is understood, as YAML reads `1e-4` as text.
+
+    Raises:
+        ValueError: It cannot be that type; says what is allowed.
+    """
+    if isinstance(value, Enum):
+        value = value.value
+    parts = _parts(hint)
+    if value is None:
+        if NoneType in parts:
+            return None
+        raise ValueError("null is not allowed")
+    for part in parts:
+        if get_origin(part) is Literal:
+            return _choice(get_args(part), value)
+        if part is bool:
+            return _boolean(value)
+        if part is int:
+            return _integer(value)
+        if part is float:
+            return _number(value)
+        if get_origin(part) is list:
+            return _listed(value)
+    if parts[0] is str and isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    is_union = get_origin(hint) not in (None, list, dict, Literal)
+    return get_args(hint) if is_union else (hint,)
+
+
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if value is False and "no" in choices:  # YAML reads `no` as false
+        return "no"
+    if value in choices:
+        return value
+    hint = did_you_mean(str(value), [str(choice) for choice in choices])
+    allowed = ", ".join(map(str, choices))
+    raise ValueError(f"{value!r} is not one of {allowed}" + (f"; {hint}" if hint else ""))
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in TRUE_WORDS | FALSE_WORDS:
+        return str(value).lower() in TRUE_WORDS
+    raise ValueError(f"{value!r} is neither true nor false")
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    number = _number(value)
+    if number != int(number):
+        raise ValueError(f"{value!r} is not a whole number")
+    return int(number)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number")
+    if isinstance(value, int):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a number") from None
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        return [word for word in value.replace(",", " ").split() if word]
+    return list(value) if isinstance(value, tuple | set) else value
+
+
+def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
+    """A mapping given as it is, as JSON text, or as the path of a JSON or YAML file.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else.
+    """
+    if isinstance(value, dict):
+        return dict(value)
+    text, name = value, "the text"
+    if not value.lstrip().startswith("{"):
+        path = Path(value).expanduser()
+        if not path.is_file():
+            raise ValueError(f"there is no file {value}")
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    try:
+        found = json.loads(text) if name.endswith((".json", "the text")) else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} holds a {type(found).__name__}, not names and values")
+    return found

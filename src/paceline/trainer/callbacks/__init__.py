@@ -1,0 +1,1 @@
+"""Callbacks: code that runs at the events of a training."""

@@ -197,12 +197,15 @@ def refused(case: str, settings: dict[str, Any], strategy: str) -> str:
     ("case", "settings", "strategy", "words"),
     [
         ("kept back", PLAIN, "fsdp", "A step was asked for whose only backward ran under no_sync()"),
-        ("forward between", PLAIN, "ddp", "The gradient of trunk.0.bias was computed twice for one forward"),
+        # Which of the trunk's two comes first is autograd's choice.
+        ("forward between", PLAIN, "ddp", "The gradient of trunk.0."),
+        ("forward between", PLAIN, "ddp", "was computed twice for one forward of the prepared model"),
         ("around first", STATIC, "ddp", "got no gradient: trunk.0.weight, trunk.0.bias"),
     ],
 )
 def test_what_cannot_be_averaged_is_named(case: str, settings: dict[str, Any], strategy: str, words: str) -> None:
-    assert all(words in message for message in run_on_ranks(2, refused, case, settings, strategy))
+    for message in run_on_ranks(2, refused, case, settings, strategy):
+        assert words in message
 
 
 # Freezing, unfreezing and adding

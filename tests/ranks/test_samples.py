@@ -464,3 +464,24 @@ def test_lists_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
     for name in ("scores", "mask tuple"):
         for text in run_on_ranks(2, refused_by_predict, name, str(tmp_path), 4):
             assert "data['label_ids'] is a" in text
+
+
+def columns_gathered(batch: int) -> list[list[float]]:
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(DataLoader(Numbered(5), batch, collate_fn=as_rows))
+    told = []
+    for x in loader:
+        first, second = accelerator.gather_for_metrics((x[:, 0], x[:, 1]))
+        told += torch.stack([first, second], 1).tolist()
+    return told
+
+
+def as_rows(samples: list[int]) -> torch.Tensor:
+    return torch.tensor([[float(i), i + 0.5] for i in samples])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_column_of_one_row_is_gathered_like_any(batch: int) -> None:
+    # predictions[:, 0] of a batch of one sample keeps the stride of the whole.
+    for told in run_on_ranks(2, columns_gathered, batch):
+        assert sorted(told) == [[float(i), i + 0.5] for i in range(5)]

@@ -161,8 +161,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         self._lengths = ScheduleLengths(self._components.group.size, lambda: window.num_steps)
         self._loaders.begin_pass, self._loaders.end_pass = self._lengths.begin_pass, self._lengths.end_pass
         weakref.finalize(self, say, self._lengths.verdict)
-        self._recorder = self._start_recording()
         self._checkpointing = Checkpointing(self.project_configuration, self._components.group)
+        self._recorder = self._start_recording()
         self._arm()
         self._own_strategy = None if isinstance(strategy, str) else strategy
         self._strategy: Strategy | None
@@ -203,7 +203,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         if recording.parity:
             recorder = ParityRecorder(recording, group, self, self._models, self._optimizers)
         else:
-            recorder = Recorder(recording, group, lambda: steps_taken(self._optimizers))
+            finish_save = self._checkpointing.wait
+            recorder = Recorder(recording, group, lambda: steps_taken(self._optimizers), finish_save)
         self._loaders.watch = recorder.note_batch
         return recorder
 

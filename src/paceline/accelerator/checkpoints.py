@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from paceline.checkpoint import save_weights
+from paceline.checkpoint.folder import real_folder
 from paceline.errors import PacelineError
 from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted, write_adapters
 from paceline.training_state.state import TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -196,8 +197,7 @@ class Saving:
         """
         _require_safe("save_model", safe_serialization)
         state = self.get_state_dict(model)
-        folder = Path(save_directory).expanduser()
-        self._write_on_main(folder, lambda: save_weights(state, folder, max_shard_size=max_shard_size))
+        self._write_on_main(save_directory, lambda folder: save_weights(state, folder, max_shard_size=max_shard_size))
 
     def save_adapter(self, model: nn.Module, save_directory: str | os.PathLike[str]) -> None:
         """Write what a PEFT model adds to its base, in files that `PeftModel.from_pretrained` opens.
@@ -222,15 +222,14 @@ class Saving:
             )
         base = frozen_base(module, strategy.named_parameters(model)) - embedding_names(module)
         state = strategy.gather_state(model, without=base)
-        folder = Path(save_directory).expanduser()
-        self._write_on_main(folder, lambda: write_adapters(module, folder, state))
+        self._write_on_main(save_directory, lambda folder: write_adapters(module, folder, state))
 
-    def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[], object]) -> None:
-        """Let rank 0 write weights, and all know of a failure."""
+    def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+        """Let rank 0 write weights into what a name leads to, and all know of a failure."""
         failure: str | None = None
         if self._components.group.rank == 0:
             try:
-                write()
+                write(real_folder(folder))
             except (OSError, PacelineError, SafetensorError) as error:
                 failure = f"{type(error).__name__}: {error}"
         failure = self._components.group.broadcast_object(failure)

@@ -26,6 +26,7 @@ from paceline.collectives.operations import (
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
 from paceline.collectives.turns import main_process_first
+from paceline.collectives.wire import as_bytes
 
 __all__ = [
     "BatchCounts",
@@ -38,6 +39,7 @@ __all__ = [
     "Reduction",
     "SoloGroup",
     "TorchGroup",
+    "as_bytes",
     "broadcast",
     "broadcast_object_list",
     "concatenate",

@@ -35,11 +35,16 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
     Bytes travel on every backend; gloo, for one, refuses int16, complex and float8.
     """
-    return tensor.detach().view(-1).view(torch.uint8)
+    # Not view(-1): what has one element or none counts as contiguous whatever its stride, as `x[:, 0]` of one row does,
+    # and keeps that stride, which a view of another item size refuses.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def from_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """View bytes, [..., n], as `dtype`, [..., n / itemsize], sharing their memory."""
+    if not data.numel():
+        # A view of no bytes would still be refused for its stride.
+        return data.new_empty((*data.shape[:-1], data.shape[-1] // dtype.itemsize), dtype=dtype)
     return data.view(dtype)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from paceline.collectives import as_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -88,7 +90,7 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
     if not plain or not tensor.numel():
         return tensor.__reduce_ex__(5)  # type: ignore[no-any-return, no-untyped-call]
     data = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    memory: Any = data.view(-1).view(torch.uint8).numpy()
+    memory: Any = as_bytes(data).numpy()
     buffer = pickle.PickleBuffer(memory)
     return _tensor, (buffer, data.dtype, tuple(data.shape))
 

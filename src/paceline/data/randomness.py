@@ -28,8 +28,9 @@ def mix_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-# numpy's stubs leave out the two functions that change its global bit generator.
-_NUMPY: Any = np.random
+# numpy's stubs leave out the two functions that change its global bit generator. `numpy.random` is imported when it
+# is first used.
+_NUMPY: Any = np
 
 
 class SeededKeys(list[Any]):
@@ -97,7 +98,7 @@ class PrivateRandomness:
         # numpy's state is put in place whole: to read and to write it would take a hundred times as long.
         self._numpy = np.random.MT19937()
         with self._kept():
-            _NUMPY.set_bit_generator(self._numpy)
+            _NUMPY.random.set_bit_generator(self._numpy)
             for generator in self._generators:
                 generator.manual_seed(seed)
             random.seed(seed)
@@ -127,11 +128,11 @@ class PrivateRandomness:
             self._write(outside)
 
     def _read(self) -> tuple[list[torch.Tensor], Any, Any]:
-        return [g.get_state() for g in self._generators], random.getstate(), _NUMPY.get_bit_generator()
+        return [g.get_state() for g in self._generators], random.getstate(), _NUMPY.random.get_bit_generator()
 
     def _write(self, state: tuple[list[torch.Tensor], Any, Any]) -> None:
         tensors, python, numpy = state
         for generator, tensor in zip(self._generators, tensors, strict=True):
             generator.set_state(tensor)
         random.setstate(python)
-        _NUMPY.set_bit_generator(numpy)
+        _NUMPY.random.set_bit_generator(numpy)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from paceline.errors import PrepareError, UnknownBlockError
 
@@ -91,7 +91,9 @@ def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 def class_name(module: nn.Module) -> str:
     """The name of a module's class; of one that is sharded, that which it had before."""
     kind = type(module)
-    if issubclass(kind, FSDPModule) and len(kind.__bases__) > 1:
+    # Nothing is sharded where FSDP2 was never imported, which takes half a second.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and issubclass(kind, fsdp.FSDPModule) and len(kind.__bases__) > 1:
         # fully_shard makes `FSDPBlock(FSDPModule, Block)` of it.
         kind = kind.__bases__[1]
     return kind.__name__

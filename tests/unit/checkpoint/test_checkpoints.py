@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -612,10 +613,21 @@ def test_types_and_names_survive() -> None:
         assert (back["size"], back["number"], back["__tuple__"]) == ((2, 3), 0.5, [1])
 
 
+@dataclasses.dataclass
+class Nested:
+    """What a script may keep its settings in."""
+
+    decay: float
+
+
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (torch.eye(2).to_sparse(), "tensor that is sparse or quantized"),
+        (torch.eye(2).to_sparse(), "tensor that is sparse, nested or quantized"),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "NestedTensor"),
+        (torch.ones(2, device="meta"), "tensor on the meta device"),
+        (Nested(0.5), r"dataclass, Nested\..*dataclasses\.asdict"),
+        (b"raw", "bytes"),
         (np.array(["a"]), "array of <U1, which torch does not have"),
         (np.datetime64("2026-01-01"), "datetime64"),
     ],
@@ -623,6 +635,57 @@ def test_types_and_names_survive() -> None:
 def test_what_json_and_tensors_do_not_hold_is_named(value: Any, kind: str) -> None:
     with pytest.raises(StateError, match=rf"custom_0/state\.x is a {kind}"):
         to_plain({"x": value}, "custom_0/state", {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(True),
+        torch.tensor(2.5, dtype=torch.float64),
+        torch.arange(4.0).view(2, 2).t(),
+        torch.ones(3, 0),
+        torch.tensor([1 + 2j, 3 - 1j]),
+        torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        torch.tensor([1 + 2j, 3 - 1j]).conj().imag,
+        torch.tensor(1 + 2j, dtype=torch.complex128),
+        torch.tensor([3], dtype=torch.uint16),
+        torch.nn.Parameter(torch.ones(2)),
+    ],
+    ids=lambda value: f"{str(value.dtype)[6:]}-{list(value.shape)}",
+)
+def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
+    for tensors in ({}, None):
+        back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
+        assert back.dtype == value.dtype
+        assert back.shape == value.shape
+        assert torch.equal(back.resolve_neg(), value.detach().resolve_conj().resolve_neg())
+        if tensors:
+            assert all(not tensor.is_conj() and not tensor.is_neg() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array(2.5),
+        np.arange(6).reshape(2, 3)[:, ::-1],
+        np.array([True, False]),
+        np.array([1 + 2j]),
+        np.zeros((0, 2), np.float16),
+    ],
+    ids=lambda value: f"{value.dtype}-{value.shape}",
+)
+def test_arrays_of_every_kind_come_back(value: Any) -> None:
+    for tensors in ({}, None):
+        back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
+        assert isinstance(back, np.ndarray)
+        assert (back.dtype, back.shape) == (value.dtype, value.shape)
+        assert np.array_equal(back, value)
+
+
+def test_numbers_of_every_kind_come_back() -> None:
+    state = [1 + 2j, np.complex64(1 - 1j), np.bool_(True), np.int64(7), float("inf"), 2**80, {"__complex__": [1, 2]}]
+    assert from_plain(json.loads(json.dumps(to_plain(state, "custom_0/state", {})))) == state
+    assert np.isnan(from_plain(json.loads(json.dumps(to_plain([float("nan")], "custom_0/state"))))[0])
 
 
 def test_big_states_are_spread_over_files_that_an_index_lists(tmp_path: Path) -> None:

@@ -184,3 +184,27 @@ def test_merge_weights_takes_the_flags_of_accelerate(paceline: Paceline, project
     assert paceline("merge-weights", "--remove_checkpoint_dir", str(whole), str(tmp_path / "out")).code == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not whole.exists()
+
+
+def test_folders_behind_links_and_in_the_home(
+    paceline: Paceline, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    (home / "run").symlink_to(project)
+    (home / "latest").symlink_to("run/checkpoints/checkpoint_0")
+    (project / "checkpoints" / "checkpoint_5").symlink_to("gone")
+    found = json.loads(paceline("checkpoint", "list", "~/run", "--json").out)
+    assert [row["state"] for row in found] == ["not whole", "not whole", "whole"]
+    assert "checkpoint_5 is a link to it" in found[0]["problem"]
+    assert paceline("checkpoint", "inspect", "~/latest").code == 0
+    assert paceline("checkpoint", "verify", "~/latest").code == 0
+    assert paceline("checkpoint", "export", "~/latest", "~/weights").code == 0
+    assert (home / "weights" / "model.safetensors").is_file()
+    assert paceline("checkpoint", "convert", "~/latest", "~/converted", "--to", "accelerate").code == 0
+    assert (home / "converted").is_dir()
+    assert paceline("merge-weights", "~/latest", "~/merged", "--remove-checkpoint-dir").code == 0
+    assert not (home / "latest").is_symlink()
+    assert not (project / "checkpoints" / "checkpoint_0").exists()
+    assert not Path("~").exists()

@@ -46,15 +46,20 @@ while step < 100:
         optimizer.zero_grad()
         step += 1
         if step % 4 == 0:
-            accelerator.save_state()
+            accelerator.save_state(blocking="background" not in sys.argv)
 """
 
 
-def check(folder: Path, *words: str, flags: tuple[str, ...] = ("--num_processes", "1")) -> tuple[int, list[str]]:
+STEPS = ("--steps", "9", "--kill_at", "6")
+
+
+def check(
+    folder: Path, *words: str, flags: tuple[str, ...] = ("--num_processes", "1"), steps: tuple[str, ...] = STEPS
+) -> tuple[int, list[str]]:
     """Check the script in a process of its own, since torch elastic leaves files open; code and lines."""
     (folder / "train.py").write_text(SCRIPT)
     home = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
-    program = [sys.executable, "-m", "paceline", "verify-resume", "--cpu", *flags, "--steps", "9", "--kill_at", "6"]
+    program = [sys.executable, "-m", "paceline", "verify-resume", "--cpu", *flags, *steps]
     done = subprocess.run(
         [*program, "train.py", *words], cwd=folder, env=home, capture_output=True, text=True, check=False
     )
@@ -66,6 +71,13 @@ def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     assert code == 0, lines
     assert "resumed  from the checkpoint of step 4, went on to step 9" in lines
     assert lines[-1].startswith("PASS     11 batches and losses")
+
+
+def test_steps_that_are_faster_than_a_save_in_the_background(tmp_path: Path) -> None:
+    # The kill comes one step after the only save has begun.
+    code, lines = check(tmp_path, "background", steps=("--steps", "7", "--kill_at", "5"))
+    assert code == 0, lines
+    assert "resumed  from the checkpoint of step 4, went on to step 7" in lines
 
 
 @pytest.mark.parametrize(
@@ -85,8 +97,9 @@ def test_a_script_that_does_not_fails_with_the_first_differences(word: str, says
 
 
 @pytest.mark.slow
-def test_two_ranks_under_fsdp(tmp_path: Path) -> None:
-    code, lines = check(tmp_path, flags=("--num_processes", "2", "--use_fsdp"))
+@pytest.mark.parametrize("words", [(), ("background",)], ids=["blocking", "background"])
+def test_two_ranks_under_fsdp(words: tuple[str, ...], tmp_path: Path) -> None:
+    code, lines = check(tmp_path, *words, flags=("--num_processes", "2", "--use_fsdp"))
     assert code == 0, lines
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from paceline.config.deepspeed_file.keys import REMOVED, REMOVED_FROM_ZERO, SECTIONS
 from paceline.config.deepspeed_file.settings import Shared, name_problems, read_settings, shared_values, value_at, walk
 from tests.unit.config.files import problems, read
 
@@ -112,6 +113,92 @@ def test_wrong_names_are_found(extra: dict[str, Any], key: str, said: str) -> No
 )
 def test_what_asks_for_nothing_is_let_be(extra: dict[str, Any]) -> None:
     assert not list(name_problems(ZERO | extra, "ds.json"))
+
+
+# One that asks for something, of every block that DeepSpeed documents or documented.
+NOT_CARRIED_OUT: dict[str, Any] = {
+    "amp": {"enabled": True, "opt_level": "O1"},
+    "autotuning": {"enabled": True, "fast": True},
+    "checkpoint": {"tag_validation": "Warn", "parallel_write": {"pipeline_stage": True}},
+    "compression_training": {"weight_quantization": {"shared_parameters": {"enabled": True}}},
+    "curriculum_learning": {"enabled": True, "curriculum_type": "seqlen"},
+    "data_efficiency": {"enabled": True, "seed": 1234},
+    "datastates_ckpt": {"host_cache_size": 16},
+    "eigenvalue": {"enabled": True, "verbose": True},
+    "elasticity": {"enabled": True, "max_train_batch_size": 2000},
+    "expert_parallel": {"enabled": True},
+    "fp32_allreduce": True,
+    "graph_harvesting": True,
+    "hybrid_engine": {"enabled": True, "max_out_tokens": 512},
+    "nebula": {"enabled": True},
+    "pipeline": {"stages": 2},
+    "progressive_layer_drop": {"enabled": True, "theta": 0.5},
+    "quantize_training": {"enabled": True},
+    "sequence_parallel_size": 2,
+    "sparse_attention": {"mode": "fixed", "block": 16},
+    "sparse_gradients": True,
+    "tensor_parallel": {"autotp_size": 2},
+    "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+    "weight_quantization": {"quantize": True},
+}
+
+
+@pytest.mark.parametrize("key", NOT_CARRIED_OUT)
+def test_a_block_that_is_not_carried_out_says_why_and_what_to_do(key: str) -> None:
+    [found] = name_problems(ZERO | {key: NOT_CARRIED_OUT[key]}, "ds.json")
+    assert (found.key, found.what, found.hint) == (key, "is not carried out", "remove the key")
+    assert len(found.why) > 10
+
+
+@pytest.mark.parametrize(
+    ("extra", "key", "place"),
+    [
+        ({"optimizer": {"type": "AdamW", "torch_adam": True}}, "optimizer.torch_adam", "optimizer.params"),
+        ({"optimizer": {"type": "AdamW", "lr": 0.1}}, "optimizer.lr", "optimizer.params"),
+        ({"scheduler": {"type": "WarmupLR", "warmup_num_steps": 3}}, "scheduler.warmup_num_steps", "scheduler.params"),
+        ({"stage": 2}, "stage", "zero_optimization"),
+        ({"offload_optimizer": {"device": "cpu"}}, "offload_optimizer", "zero_optimization"),
+        ({"loss_scale": 0}, "loss_scale", "fp16"),
+        ({"partition_activations": True}, "partition_activations", "activation_checkpointing"),
+        ({"grad_accum_dtype": "fp32"}, "grad_accum_dtype", "data_types"),
+        (
+            {"zero_optimization": {"stage": 2, "gradient_clipping": 1.0}},
+            "zero_optimization.gradient_clipping",
+            "the top level",
+        ),
+    ],
+    ids=str,
+)
+def test_a_key_at_the_wrong_level_is_told_its_place(extra: dict[str, Any], key: str, place: str) -> None:
+    [found] = name_problems(ZERO | extra, "ds.json")
+    assert (found.key, found.what) == (key, "is not read here")
+    assert found.why.startswith("it is read ")
+    assert found.why.endswith(place)
+
+
+def test_every_name_that_deepspeed_reads_is_known() -> None:
+    """A release of DeepSpeed with further keys shows here first."""
+    pytest.importorskip("deepspeed", reason="pip install 'paceline[deepspeed]'")
+    from deepspeed.monitor import config as monitors
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config
+
+    sections = {
+        "zero_optimization": zero.DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
+        "fp16": precision_config.DeepSpeedFP16Config,
+        "bf16": precision_config.DeepSpeedBF16Config,
+        "tensorboard": monitors.TensorBoardConfig,
+        "csv_monitor": monitors.CSVConfig,
+        "wandb": monitors.WandbConfig,
+        "comet": monitors.CometConfig,
+    }
+    for name, model in sections.items():
+        read = {info.alias or field for field, info in model.model_fields.items()}
+        assert read <= SECTIONS[name] | REMOVED_FROM_ZERO, name
+    assert set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(REMOVED)
 
 
 def test_all_wrong_names_are_found_at_once() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.accelerator.recording.dropout import watch_dropout
-from paceline.collectives import leaves
+from paceline.collectives import as_bytes, leaves
 from paceline.environment.seeding import set_seed
 from paceline.stepping import steps_taken
 
@@ -187,5 +187,5 @@ def _contents(batch: Any) -> Mapping[str, Any]:
 
 
 def _checksum(tensor: Tensor, crc: int = 0) -> int:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = as_bytes(tensor.detach().cpu().contiguous()).numpy().tobytes()
     return zlib.crc32(raw, crc)

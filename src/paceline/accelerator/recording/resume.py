@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.collectives import leaves
+from paceline.collectives import as_bytes, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,12 +34,16 @@ class Recorder:
         recording: Where to write, and when to stop or be killed.
         group: All ranks.
         steps: Tells how many optimizer steps were taken.
+        finish_save: Waits for a save in flight.
     """
 
-    def __init__(self, recording: Recording, group: Group, steps: Callable[[], int]) -> None:
+    def __init__(
+        self, recording: Recording, group: Group, steps: Callable[[], int], finish_save: Callable[[], None]
+    ) -> None:
         self._recording = recording
         self._group = group
         self._steps = steps
+        self._finish_save = finish_save
         self._batch: dict[str, Any] = {}
         self._last = (-1, 0)
         folder = Path(recording.folder)
@@ -68,6 +72,8 @@ class Recorder:
         if step >= self._recording.stop_at:
             raise SystemExit(0)
         if step == self._recording.kill_at and self._group.rank == self._group.size - 1:
+            # Short steps may be over before the only checkpoint is whole: that would say nothing of the script.
+            self._finish_save()
             os.kill(os.getpid(), signal.SIGKILL)
         micro = self._last[1] + 1 if self._last[0] == step else 0
         self._last = step, micro
@@ -81,7 +87,7 @@ def _digest(batch: Any) -> str:
     crc = 0
     for _, value in leaves(batch):
         if isinstance(value, torch.Tensor):
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            raw = as_bytes(value.detach().cpu().contiguous()).numpy().tobytes()
         else:
             raw = repr(value).encode()
         crc = zlib.crc32(raw, crc)

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from paceline.checkpoint.format.dtypes import CODES, dtype_named, name_of
+from paceline.collectives import as_bytes
 from paceline.errors import StateError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -
     if isinstance(value, np.ndarray):
         return {_ARRAY: to_plain(_as_tensor(value, owner), owner, tensors)}
     if isinstance(value, torch.Tensor):
-        return _plain_tensor(value.detach(), owner, tensors)
+        return _plain_tensor(value, owner, tensors)
     if isinstance(value, (list, tuple)):
         items = [to_plain(item, f"{owner}.{index}", tensors) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
@@ -81,13 +82,15 @@ def _as_tensor(array: np.ndarray[Any, Any], owner: str) -> Tensor:
 
 
 def _plain_tensor(tensor: Tensor, owner: str, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    # First: a class of its own may not even answer what its layout is.
+    if _is_opaque(tensor, sharded=tensors is not None):
+        advice = "Give a DTensor, which each rank saves its part of, or a whole tensor in its place"
+        raise _unfit(owner, type(tensor).__name__, advice)
+    tensor = tensor.detach()
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise _unfit(owner, "tensor that is sparse, nested or quantized")
     if tensor.is_meta:
         raise _unfit(owner, "tensor on the meta device, which has no values")
-    if _is_opaque(tensor, sharded=tensors is not None):
-        advice = "Give a DTensor, which each rank saves its part of, or a whole tensor in its place"
-        raise _unfit(owner, type(tensor).__name__, advice)
     if tensor.is_complex() or tensor.is_neg():
         # What is conjugated or negated only when it is read.
         tensor = tensor.resolve_conj().resolve_neg()
@@ -116,7 +119,7 @@ def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
 
 
 def _inline(tensor: Tensor) -> dict[str, Any]:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = as_bytes(tensor.detach().cpu().contiguous()).numpy().tobytes()
     return {_BYTES: base64.b64encode(raw).decode(), "dtype": name_of(tensor.dtype), "shape": list(tensor.shape)}
 
 
@@ -137,7 +140,9 @@ def from_plain(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
         if _BYTES in value:
-            raw = torch.frombuffer(bytearray(base64.b64decode(value[_BYTES])), dtype=torch.uint8)
+            content = bytearray(base64.b64decode(value[_BYTES]))
+            # torch.frombuffer refuses an empty buffer, which a tensor without elements has.
+            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
             return raw.view(dtype_named(value["dtype"])).reshape(value["shape"])
         if set(value) == {_TUPLE}:
             return tuple(from_plain(item, tensors) for item in value[_TUPLE])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.checkpoint.io.planning import PIECE_BYTES
+from paceline.collectives import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ class HostBuffers:
     @contextmanager
     def on_host(self, values: Tensor) -> Iterator[memoryview]:
         """Lend the bytes of a tensor [n]: its own memory if that is on the host, else a copy."""
-        raw = values.contiguous().view(torch.uint8)
+        raw = as_bytes(values.contiguous())
         if values.device.type == "cpu":
             yield bytes_of(raw)
             return

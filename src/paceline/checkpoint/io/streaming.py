@@ -10,6 +10,7 @@ from paceline.checkpoint.format.dtypes import name_of
 from paceline.checkpoint.format.layout import TensorShape, index_text, lay_out
 from paceline.checkpoint.io.buffers import bytes_of
 from paceline.checkpoint.io.weights import check_free_space, into_place, remove_others
+from paceline.collectives import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,4 +80,4 @@ def _write(file: FileLayout, folder: Path, tensors: Tensors, progress: Callable[
 
 def _raw(tensor: Tensor, entry: TensorShape) -> memoryview:
     dtype: torch.dtype = getattr(torch, entry.dtype)
-    return bytes_of(tensor.to(dtype).contiguous().reshape(-1).view(torch.uint8))
+    return bytes_of(as_bytes(tensor.to(dtype).contiguous()))

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from paceline.collectives import TorchGroup
-from paceline.errors import PrepareError, SteppingError
+from paceline.errors import PrepareError, SteppingError, named
 from paceline.strategies.base import Strategy
 from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
@@ -68,6 +68,13 @@ class DDPStrategy(Strategy):
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
             model = _inside(model)
+        sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
+        if sharded:
+            raise PrepareError(
+                f"{named(sharded)} of {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} sharded already",
+                "DDP keeps every parameter whole on every rank",
+                "Train with strategy='fsdp', or build the model anew and prepare that",
+            )
         self.place_whole(model, place=place)
         compile_model(model, self.context.config.dynamo_config)
         wrapped = NamingDDP(model, self._open_group, **self._arguments(place))

@@ -63,6 +63,7 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -
     settings = decided_settings(plugin, config)
     problems: list[Problem] = []
     _batch_sizes(settings, config, known, problems)
+    problems += _scaling(settings)
     _optimizer(settings, known.optimizer, problems)
     if known.schedule is not None and known.schedule.lr_scheduler_callable is None and "scheduler" in settings:
         problems += _schedule(settings["scheduler"], known.schedule, known.optimizer)[1]
@@ -94,6 +95,20 @@ def _batch_sizes(settings: dict[str, Any], config: RunConfig, known: Known, prob
         what = f"{given} contradicts the run"
         why = f"{known.world_size} ranks x {accumulation} micro-batches x {said} samples make {total}"
         problems.append(Problem(_WHERE, "train_batch_size", what, why, 'write "auto"'))
+
+
+def _scaling(settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Scales of gradients that DeepSpeed cannot bring together with its reduce-scatter."""
+    zero = settings["zero_optimization"]
+    if zero["stage"] < 2 or not zero.get("reduce_scatter", True):
+        return
+    why = f"with stage {zero['stage']} DeepSpeed averages by reduce-scatter, which scales after the sum alone"
+    hint = 'remove the key, or write "reduce_scatter": false into zero_optimization'
+    if settings.get("prescale_gradients"):
+        yield Problem(_WHERE, "prescale_gradients", "true", why, hint)
+    factor = settings.get("gradient_predivide_factor")
+    if factor not in (None, AUTO, 1):
+        yield Problem(_WHERE, "gradient_predivide_factor", f"{factor}", why, hint)
 
 
 def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Problem]) -> None:

@@ -133,6 +133,7 @@ class FSDPStrategy(Strategy):
         for unit in units:
             # A run may have been left inside an accumulation window.
             unit.set_requires_gradient_sync(True, recurse=False)
+            _drop_whole_gradients(unit)
         autocast_forward(model, self.context.precision)
         compile_model(model, self.context.config.dynamo_config)
         self._told.append(f"FSDP2: {len(units)} units that were sharded before")
@@ -435,6 +436,16 @@ def check_shardable(model: nn.Module) -> None:
 
 def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:
     return tuple(module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def _drop_whole_gradients(unit: FSDPModule) -> None:
+    """Forget gradients that were held back and never exchanged, which no zero_grad() of the script reaches."""
+    for group in unit._get_fsdp_state()._fsdp_param_groups:
+        for held in group.fsdp_params:
+            held.unsharded_accumulated_grad = None
+            whole = getattr(held, "_unsharded_param", None)
+            if whole is not None:
+                whole.grad = None
 
 
 def _sharded_otherwise(what: str, how: str, wanted: str) -> PrepareError:

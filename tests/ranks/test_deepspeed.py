@@ -212,7 +212,7 @@ def test_values_that_contradict_the_run_are_named_all_at_once() -> None:
         assert len(found) == 3, text
         assert "the prepared loader gives each rank batches of 2" in text
         assert "2 ranks x 1 micro-batches x 5 samples make 10" in text
-        assert "AdamW is described beside the script's AdamW" in text
+        assert "AdamW is described, and the script has an optimizer AdamW" in text
 
 
 def test_values_that_contradict_the_script_are_named_all_at_once() -> None:
@@ -316,7 +316,7 @@ def stand_in_refused(strategy: str, case: str) -> str:
 def test_other_strategies_refuse_stand_ins(strategy: str, case: str) -> None:
     ranks = 1 if strategy == "single" else 2
     for message in run_on_ranks(ranks, stand_in_refused, strategy, case):
-        assert f"stands for the {case} section of a DeepSpeed configuration" in message
+        assert f"is a placeholder for the {case} section of a DeepSpeed configuration" in message
         assert f"the strategy is {strategy}" in message
 
 

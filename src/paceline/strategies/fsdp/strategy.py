@@ -56,11 +56,6 @@ class FSDPStrategy(Strategy):
     name = "fsdp"
     prepares_again = False
 
-    @property
-    @override
-    def distributed_type(self) -> DistributedType:
-        return DistributedType.FSDP
-
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
         self._plugin = context.config.fsdp_config or FullyShardedDataParallelPlugin()
@@ -72,6 +67,11 @@ class FSDPStrategy(Strategy):
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
         self._has_unsharded_gradients = False
+
+    @property
+    @override
+    def distributed_type(self) -> DistributedType:
+        return DistributedType.FSDP
 
     # Models and optimizers
 

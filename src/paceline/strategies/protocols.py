@@ -1,7 +1,7 @@
 """The narrow views of a strategy: the training state, the gradients, the optimizers, and what a summary shows.
 
-The methods of each do what plain PyTorch does. `Strategy` derives from all of them, and code that
-needs one view only takes that one as its parameter type.
+By default their methods do what plain PyTorch does. `Strategy` derives from all of them, and code that needs only one
+view takes that one as its parameter type.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class TrainingStateAccess(ABC):
 
         Raises:
             StateError: A tensor is sharded over another dimension than the first.
+            SteppingError: Ranks that should have the same weights were found to differ.
         """
         shards = {name: local_shard(parameter) for name, parameter in self.named_parameters(model)}
         return shards | {name: TensorShard.whole(buffer) for name, buffer in saved_buffers(self.unwrap(model))}

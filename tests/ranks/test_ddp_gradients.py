@@ -202,7 +202,8 @@ def refused(case: str, settings: dict[str, Any], strategy: str) -> str:
     ],
 )
 def test_what_cannot_be_averaged_is_named(case: str, settings: dict[str, Any], strategy: str, words: str) -> None:
-    assert all(words in message for message in run_on_ranks(2, refused, case, settings, strategy))
+    messages = run_on_ranks(2, refused, case, settings, strategy)
+    assert all(words in message for message in messages), messages
 
 
 # Freezing, unfreezing and adding

@@ -212,7 +212,7 @@ def test_values_that_contradict_the_run_are_named_all_at_once() -> None:
         assert len(found) == 3, text
         assert "the prepared loader gives each rank batches of 2" in text
         assert "2 ranks x 1 micro-batches x 5 samples make 10" in text
-        assert "AdamW is described beside the script's AdamW" in text
+        assert "AdamW is described, and the script has an optimizer AdamW" in text
 
 
 def test_values_that_contradict_the_script_are_named_all_at_once() -> None:
@@ -241,7 +241,9 @@ WARMUP_DECAY: dict[str, Any] = {
 }
 
 
-def stood_in(stage: int, scheduler: dict[str, Any], own: bool) -> tuple[list[float], list[float], dict[str, Any]]:
+def train_with_placeholders(
+    stage: int, scheduler: dict[str, Any], own: bool
+) -> tuple[list[float], list[float], dict[str, Any]]:
     described = {"zero_optimization": {"stage": stage}, "optimizer": OPTIMIZER, **scheduler}
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))
     model: Any = TinyTransformer()
@@ -260,7 +262,7 @@ def stood_in(stage: int, scheduler: dict[str, Any], own: bool) -> tuple[list[flo
 
 @pytest.mark.parametrize("stage", range(4))
 def test_a_described_optimizer_and_schedule(stage: int) -> None:
-    results = run_on_ranks(2, stood_in, stage, {"scheduler": WARMUP_DECAY}, False)
+    results = run_on_ranks(2, train_with_placeholders, stage, {"scheduler": WARMUP_DECAY}, False)
     for losses, rates, settings in results:
         assert losses[-1] < losses[0]
         # Up to 0.01 in 4 steps, down to 0 at step 10.
@@ -274,7 +276,7 @@ def test_a_described_optimizer_and_schedule(stage: int) -> None:
     assert results[0][:2] == results[1][:2]
 
 
-def groups_stood_in(stage: int) -> list[tuple[float, float]]:
+def groups_of_placeholder(stage: int) -> list[tuple[float, float]]:
     described = {"zero_optimization": {"stage": stage}, "optimizer": OPTIMIZER, "scheduler": WARMUP_DECAY}
     accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=described))
     model: Any = TinyTransformer()
@@ -290,18 +292,18 @@ def groups_stood_in(stage: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_groups_of_a_stand_in_keep_what_they_say(stage: int) -> None:
-    for (decay, rate), (own_decay, own_rate) in run_on_ranks(2, groups_stood_in, stage):
+def test_groups_of_a_placeholder_keep_their_options(stage: int) -> None:
+    for (decay, rate), (own_decay, own_rate) in run_on_ranks(2, groups_of_placeholder, stage):
         assert (decay, own_decay) == (0.1, 0.0)
         assert rate == pytest.approx(2 * own_rate)
 
 
 def test_a_schedule_made_by_the_script() -> None:
-    for _, rates, _ in run_on_ranks(2, stood_in, 2, {}, True):
+    for _, rates, _ in run_on_ranks(2, train_with_placeholders, 2, {}, True):
         assert rates == pytest.approx([0.01, 0.005, 0.005, 0.0025, 0.0025, 0.00125])
 
 
-def stand_in_refused(strategy: str, case: str) -> str:
+def placeholder_refused(strategy: str, case: str) -> str:
     accelerator = make(strategy)
     model: Any = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -313,19 +315,22 @@ def stand_in_refused(strategy: str, case: str) -> str:
 
 @pytest.mark.parametrize("case", ["optimizer", "scheduler"])
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
-def test_other_strategies_refuse_stand_ins(strategy: str, case: str) -> None:
+def test_other_strategies_refuse_placeholders(strategy: str, case: str) -> None:
     ranks = 1 if strategy == "single" else 2
-    for message in run_on_ranks(ranks, stand_in_refused, strategy, case):
-        assert f"stands for the {case} section of a DeepSpeed configuration" in message
-        assert f"the strategy is {strategy}" in message
+    for message in run_on_ranks(ranks, placeholder_refused, strategy, case):
+        assert f"is a placeholder for the {case} section of a DeepSpeed configuration" in message
+        assert f"under strategy={strategy!r}" in message
 
 
 @pytest.mark.parametrize(
     ("case", "words"),
-    [("optimizer", "a DummyOptim was prepared for it"), ("scheduler", "scheduler section of the DeepSpeed")],
+    [
+        ("optimizer", "a DummyOptim was prepared for it"),
+        ("scheduler", "DeepSpeed configuration has no scheduler section"),
+    ],
 )
-def test_a_stand_in_needs_its_section(case: str, words: str) -> None:
-    assert words in run_on_ranks(2, stand_in_refused, "zero2", case)[0]
+def test_a_placeholder_needs_its_section(case: str, words: str) -> None:
+    assert words in run_on_ranks(2, placeholder_refused, "zero2", case)[0]
 
 
 def unscheduled() -> str:

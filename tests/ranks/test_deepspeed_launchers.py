@@ -42,9 +42,10 @@ SCRIPT = """
     accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf"))
     optimizer.step()
-    world = accelerator._parts.around.world
+    world = accelerator.strategy.context.world
+    stage = accelerator.strategy.settings["zero_optimization"]["stage"]
     note = {"ranks": [world.rank, world.size], "local": world.local_rank, "arguments": sys.argv[1:],
-            "norm": round(float(norm), 4), "zero": accelerator.strategy._plugin.zero_stage, "pid": os.getpid()}
+            "norm": round(float(norm), 4), "zero": stage, "pid": os.getpid()}
     Path(f"note-{world.rank}.part").write_text(json.dumps(note))
     Path(f"note-{world.rank}.part").rename(f"note-{world.rank}")
     if sys.argv[1:] == ["fail"] and world.rank == 1:

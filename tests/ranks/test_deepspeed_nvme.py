@@ -173,8 +173,9 @@ def refusal(part: str, folder: str) -> str:
         if AsyncIOBuilder().is_compatible(verbose=False):
             return ""
     accelerator = make("zero3", deepspeed_plugin=plugin_of([part], Path(folder), described=False))
-    told = accelerator.strategy._plugin.zero_section()  # type: ignore[attr-defined]
-    assert told[f"offload_{part}"] == {"device": "nvme", "nvme_path": folder}
+    plugin = accelerator.strategy.context.config.deepspeed_config
+    assert plugin is not None
+    assert plugin.zero_section()[f"offload_{part}"] == {"device": "nvme", "nvme_path": folder}
     model: Any = make_model()
     with pytest.raises(PrepareError) as error:
         accelerator.prepare(model, torch.optim.AdamW(model.parameters(), **OPTIONS))

@@ -144,16 +144,16 @@ def prepared_again() -> tuple[list[float], list[float]]:
     plugin = DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, "optimizer": section})
     accelerator = Accelerator(cpu=True, deepspeed_plugin=plugin)
     module: Any = TinyTransformer()
-    stand_in: Any = DummyOptim(module.parameters(), lr=0.01, **ADAM)
-    schedule = warmup(stand_in)
-    accelerator.prepare(module, stand_in, schedule)
+    placeholder: Any = DummyOptim(module.parameters(), lr=0.01, **ADAM)
+    schedule = warmup(placeholder)
+    accelerator.prepare(module, placeholder, schedule)
     accelerator.free_memory()
     own = {id(p) for p in module.parameters()}
-    assert all(id(p) in own for p in stand_in.param_groups[0]["params"])
-    return losses_of(accelerator, *accelerator.prepare(module, stand_in, schedule))
+    assert all(id(p) in own for p in placeholder.param_groups[0]["params"])
+    return losses_of(accelerator, *accelerator.prepare(module, placeholder, schedule))
 
 
-def test_a_stand_in_may_be_prepared_again() -> None:
+def test_a_placeholder_may_be_prepared_again() -> None:
     [(_, rates)] = run_on_ranks(1, train, "single", 0, "warmup", "together")
     for _, moved in run_on_ranks(2, prepared_again):
         assert moved == pytest.approx(rates)

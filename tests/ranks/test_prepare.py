@@ -298,8 +298,8 @@ def sharded_by(settings: dict[str, Any]) -> tuple[str, list[float]]:
 @pytest.mark.parametrize(
     ("settings", "units"),
     [
-        ({}, "4 units: 3 Block + the rest (found as repeated blocks)"),
-        ({"transformer_cls_names_to_wrap": "Block"}, "4 units: 3 Block + the rest (class Block as named)"),
+        ({}, "4 units: 3 Block + the rest (repeated blocks)"),
+        ({"transformer_cls_names_to_wrap": "Block"}, "4 units: 3 Block + the rest (class Block as configured)"),
         ({"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 800}, "3 Linear + 3 Sequential"),
         ({"auto_wrap_policy": "NO_WRAP"}, "1 unit: the whole model"),
     ],
@@ -367,7 +367,7 @@ def test_auto_takes_the_least_sharding_that_fits() -> None:
 
 
 def test_auto_keeps_what_was_said_about_fsdp() -> None:
-    assert "class Block as named" in run_on_ranks(2, automatic_with_a_hint)[0]
+    assert "class Block as configured" in run_on_ranks(2, automatic_with_a_hint)[0]
 
 
 def automatic_with_a_hint() -> str:

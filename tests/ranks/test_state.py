@@ -176,7 +176,7 @@ def test_a_lost_moment_is_noticed(saved: tuple[Whole, list[float]], layout: Layo
 def other_groups(layout: Layout, state: Whole) -> str:
     run = Run(layout)
     state.groups[0]["params"] = state.groups[0]["params"][1:]
-    with pytest.raises(StateError, match="here only: tokens") as caught:
+    with pytest.raises(StateError, match="only in this run: tokens") as caught:
         put_state(run.accelerator, state)
     return str(caught.value)
 

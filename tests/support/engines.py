@@ -69,12 +69,12 @@ def _whole(strategy: Any, parameter: nn.Parameter) -> Tensor:
     from paceline.checkpoint.format.shards import TensorShard
     from tests.support.state import gather
 
-    for bound in getattr(strategy, "_engines", ()):
-        place = bound.partitions.place(parameter)
-        if place is not None:
-            run = bound.partitions.gradient(parameter)
+    for zero in getattr(strategy, "engines", ()):
+        slice_of = zero.partitions.slice_of(parameter)
+        if slice_of is not None:
+            shard = zero.partitions.gradient(parameter)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            return gather(TensorShard(shape, place.start, place.flat.new_zeros(0) if run is None else run))
+            return gather(TensorShard(shape, slice_of.start, slice_of.flat.new_zeros(0) if shard is None else shard))
     gradient = parameter.grad
     assert gradient is not None
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()

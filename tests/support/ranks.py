@@ -135,17 +135,17 @@ def _serve(connection: Connection, rank: int, size: int, port: int, device: str)
 
 
 def _give_back() -> None:
-    """Let go of engines of DeepSpeed that a test left behind.
+    """Destroy DeepSpeed engines that a test left behind.
 
     Each reserves buckets of some GiB that nobody touches; with a few of them the kernel lets a process start no worker.
     """
     if psutil.Process().memory_info().vms < 4 * 2**30:
         return
-    from paceline.strategies.deepspeed.engine import let_go
+    from paceline.strategies.deepspeed.engine import destroy_engine
 
     for thing in gc.get_objects():
         if type(thing).__name__ == "DeepSpeedEngine":
-            let_go(thing)
+            destroy_engine(thing)
     gc.collect()
 
 

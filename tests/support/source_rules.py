@@ -56,6 +56,7 @@ PUBLIC_MODULES = (
     "trainer/callbacks/base.py",
     "tracking/base.py",
     "strategies/base.py",
+    "strategies/protocols.py",
     "errors.py",
     "environment/logging.py",
     "environment/seeding.py",

@@ -243,9 +243,9 @@ class Preparing:
             where = [self.device_placement if flag is None else flag for flag in flags]
             # Optimizers prepared before their model still hold what it was made of.
             known = [wrapper.optimizer for wrapper in self._optimizers]
-            strategy.micro_batch = self._micro_batch()
-            strategy.schedules = schedules
-            prepared = strategy.prepare(models, known, place=where)
+            prepared = strategy.prepare_training(
+                models, known, place=where, micro_batch=self._micro_batch(), schedules=schedules
+            )
             self._models.extend(prepared)
             for wrapper in self._optimizers:
                 wrapper.optimizer = strategy.resolve_placeholder_optimizer(wrapper.optimizer)

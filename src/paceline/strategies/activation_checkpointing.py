@@ -1,4 +1,4 @@
-"""Activation checkpointing: keep a block's input, compute its inside again in the backward pass."""
+"""Activation checkpointing: a block keeps only its input and is recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# What torch's wrapper puts into the names of its block's parameters.
+# torch's wrapper adds this to the names of its block's parameters.
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
 def checkpoint_blocks(model: nn.Module, names: Iterable[str], *, offload: bool = False) -> None:
-    """Checkpoint each named block in place; must come before the blocks are sharded.
+    """Checkpoint the activations of each named block in place, before the blocks are sharded.
 
-    Names in a state dict stay as they were; those of `named_parameters` go through `plain_name`.
+    Names in the state dict stay the same; `plain_name` restores those of `named_parameters`.
 
     Args:
-        model: Whose blocks.
-        names: Where the blocks stand in the model.
-        offload: Keep each block's input in host memory.
+        model: Contains the blocks.
+        names: The blocks' names in the model.
+        offload: Whether to keep each block's input in host memory.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
     for name in names:
         block = checkpoint_wrapper(model.get_submodule(name))
         parent, _, child = name.rpartition(".")
-        holder = model.get_submodule(parent)
-        setattr(holder, child, offload_wrapper(block) if offload else block)
+        setattr(model.get_submodule(parent), child, offload_wrapper(block) if offload else block)
 
 
 def plain_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What PEFT adds to a model: the adapters are trained and saved, and the base stays where it came from."""
+"""PEFT adapters: which weights of a `PeftModel` belong to its base, and how its adapters are saved and loaded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["embedding_names", "frozen_base", "is_adapted", "read_adapters", "write_adapters"]
 
 _WEIGHTS = "adapter_model.safetensors"
-# Modules of a base that PEFT trains whole, or a few rows of.
+# Modules of a base model that PEFT trains as a whole, or a few rows of.
 _TRAINED_WHOLE = (".modules_to_save.", ".trainable_tokens_", ".token_adapter.")
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module, unwrapped, is a `PeftModel`."""
-    # Nobody has made one where PEFT was not imported.
+    """Whether an unwrapped module is a `PeftModel`."""
+    # There is none unless the script has imported PEFT.
     peft: Any = sys.modules.get("peft")
     return peft is not None and isinstance(module, peft.PeftModel)
 
@@ -35,14 +35,14 @@ def is_adapted(module: nn.Module) -> bool:
 def frozen_base(
     module: nn.Module, named: Iterable[tuple[str, nn.Parameter]], trained: Container[int] = ()
 ) -> frozenset[str]:
-    """The names of a `PeftModel`'s weights that are as its base model came; none of any other module.
+    """The names of a `PeftModel`'s weights that are unchanged from its base model; empty for any other module.
 
-    Frozen parts of adapters are none of them, such as those of adapters that are not active.
+    Weights of adapters are not among them, even if they are frozen because the adapter is not active.
 
     Args:
-        module: Unwrapped.
-        named: Its parameters by the names of the user's own module.
-        trained: The `id`s of parameters that an optimizer has: who freezes them later has changed them before.
+        module: An unwrapped module.
+        named: Its parameters by their names in the user's own module.
+        trained: The `id`s of parameters that an optimizer has: they may have been trained before they were frozen.
     """
     if not is_adapted(module):
         return frozenset()
@@ -62,48 +62,50 @@ def frozen_base(
 
 
 def embedding_names(module: nn.Module) -> frozenset[str]:
-    """The names of a model's embeddings, in and out, which PEFT saves where an adapter has made them another size."""
+    """The names of a model's input and output embeddings, which PEFT saves if an adapter has resized them."""
     layers = [getattr(module, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
-    held = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
-    return frozenset(plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in held)
+    weights = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+    return frozenset(
+        plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in weights
+    )
 
 
 def write_adapters(module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write the adapters of a `PeftModel`, whose weights are given whole, as PEFT does."""
+    """Write the adapters of a `PeftModel` as PEFT does, from a state dict of unsharded weights."""
     adapted: Any = module
     adapted.save_pretrained(str(folder), state_dict=state)
     for path in folder.rglob(_WEIGHTS):
-        # safetensors lets only the owner read what it writes; the file beside it has the permissions of the umask.
+        # safetensors lets only the owner read its files; adapter_config.json has the permissions of the umask.
         shutil.copymode(path.with_name("adapter_config.json"), path)
 
 
 def read_adapters(module: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """The weights that `save_pretrained` of a `PeftModel` wrote, under the names that they have in the model.
+    """Read the weights that `save_pretrained` of a `PeftModel` wrote, by their names in the model.
 
     Raises:
-        CheckpointError: There are none for one of its adapters, or they hold what the model does not have.
+        CheckpointError: The file of an adapter is missing, or its weights do not match the model.
     """
     from peft import get_peft_model_state_dict
 
     adapted: Any = module
     names = [plain_name(name) for name in module.state_dict()]
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for adapter in adapted.peft_config:
         path = (folder if adapter == "default" else folder / adapter) / _WEIGHTS
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing", f"The model has an adapter {adapter!r}", "Name another folder")
-        # PEFT says itself under which name it saves which weight: it is given marks in place of the weights.
+            raise CheckpointError(f"{path} is missing", f"The model has an adapter {adapter!r}", "Pass another folder")
+        # Empty tensors in place of the weights show under which name PEFT saves which weight.
         marks = {name: torch.empty(0) for name in names}
         by_mark = {id(mark): name for name, mark in marks.items()}
         saved_as = get_peft_model_state_dict(adapted, state_dict=marks, adapter_name=adapter)
         own = {saved: by_mark[id(mark)] for saved, mark in saved_as.items() if id(mark) in by_mark}
-        held = load_file(path)
-        unknown = sorted(set(held) ^ set(own))
+        saved_state = load_file(path)
+        unknown = sorted(set(saved_state) ^ set(own))
         if unknown:
             raise CheckpointError(
-                f"{path} does not fit the adapter {adapter!r} of this model",
+                f"{path} does not match the adapter {adapter!r} of this model",
                 f"Only one of them has {named(unknown)}",
-                "Make the model with the adapter configuration beside the file",
+                "Build the model with the adapter_config.json in that folder",
             )
-        found |= {own[saved]: tensor for saved, tensor in held.items()}
-    return found
+        state |= {own[saved]: tensor for saved, tensor in saved_state.items()}
+    return state

@@ -1,4 +1,4 @@
-"""Which modules are sharded and gathered as one unit, and how they were found."""
+"""Finds the modules that are sharded and gathered as one unit."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
     from paceline.config import FullyShardedDataParallelPlugin
 
-# A model above this with a single unit would be gathered whole in every forward: no memory saved at all.
+# A bigger model with a single unit would be gathered whole in every forward, which saves no memory.
 BIG_MODEL_BYTES = 1_000_000_000
 
-# Modules that only hold others: they are never called, so their parameters would never be gathered.
+# Modules that only contain others: they are never called, so their parameters would never be gathered.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """The blocks of a model, inner ones before outer ones; what is in none belongs to the root.
+    """The blocks of a model, inner ones before outer ones; everything outside of them belongs to the root.
 
     Attributes:
-        names: Where each block stands in the model.
-        classes: How many blocks of each class.
-        how: How they were found, as half a sentence.
+        names: The blocks' names in the model.
+        classes: Pairs of class name and number of blocks.
+        how: How they were chosen, for the summary.
     """
 
     names: tuple[str, ...]
@@ -45,38 +45,38 @@ class Units:
 
 
 def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Units:
-    """Find the blocks of `model` by class name, by its own hint, by size or by repeated structure.
+    """Find the blocks of `model` by class name, by its `_no_split_modules`, by size or by repeated structure.
 
     Raises:
-        UnknownBlockError: A class was named that the model does not have.
-        PrepareError: A big model came out as one unit, or TRANSFORMER_BASED_WRAP found no class to wrap.
+        UnknownBlockError: The model has no class with a configured name.
+        PrepareError: A big model has a single unit, or TRANSFORMER_BASED_WRAP has no class to wrap.
     """
     blocks, how = _choose(model, plugin)
     chosen = {id(block) for block in blocks}
-    found = [(name, module) for name, module in model.named_modules() if id(module) in chosen and name]
-    if not found and plugin.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
+    units = [(name, module) for name, module in model.named_modules() if id(module) in chosen and name]
+    if not units and plugin.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
         _refuse_no_class(model, how)
-    elif not found and plugin.auto_wrap_policy != "NO_WRAP":
+    elif not units and plugin.auto_wrap_policy != "NO_WRAP":
         _refuse_one_big_unit(model, how)
-    classes = Counter(class_name(module) for _, module in found)
-    # named_modules() goes from the outside in; an inner unit must be sharded before the one around it.
-    return Units(tuple(name for name, _ in reversed(found)), tuple(classes.items()), how)
+    classes = Counter(class_name(module) for _, module in units)
+    # named_modules() lists outer modules first; an inner unit must be sharded before the one that contains it.
+    return Units(tuple(name for name, _ in reversed(units)), tuple(classes.items()), how)
 
 
 def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[list[nn.Module], str]:
     if plugin.auto_wrap_policy == "NO_WRAP":
-        return [], "no wrapping was asked for"
+        return [], "NO_WRAP"
     if plugin.auto_wrap_policy == "SIZE_BASED_WRAP":
-        least = plugin.min_num_params
-        return list(_by_size(model, least)), f"at least {least:,} parameters each"
+        minimum = plugin.min_num_params
+        return list(_by_size(model, minimum)), f"at least {minimum:,} parameters each"
     if plugin.transformer_cls_names_to_wrap:
         names = plugin.transformer_cls_names_to_wrap
-        return _by_class(model, names), f"class {', '.join(names)} as named"
+        return _by_class(model, names), f"class {', '.join(names)} as configured"
     hint = [name for name in getattr(model, "_no_split_modules", None) or () if name in _class_names(model)]
     if hint:
         return _by_class(model, hint), "the model's own _no_split_modules"
     repeated = _by_structure(model)
-    return repeated, "found as repeated blocks" if repeated else "no block of it is repeated"
+    return repeated, "repeated blocks" if repeated else "no repeated blocks"
 
 
 def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -89,7 +89,7 @@ def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def class_name(module: nn.Module) -> str:
-    """The name of a module's class; of one that is sharded, that which it had before."""
+    """The name of a module's class, without the prefix that sharding adds."""
     kind = type(module)
     # Nothing is sharded where FSDP2 was never imported, which takes half a second.
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -100,7 +100,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def _class_names(model: nn.Module) -> list[str]:
-    """The class names in the model, those with most parameters first."""
+    """The class names in the model, the one with most parameters first."""
     sizes: dict[str, int] = {}
     for module in model.modules():
         if not isinstance(module, _CONTAINERS):
@@ -109,23 +109,23 @@ def _class_names(model: nn.Module) -> list[str]:
     return sorted(sizes, key=lambda name: -sizes[name])
 
 
-def _by_size(model: nn.Module, least: int) -> Iterator[nn.Module]:
-    """Yield the smallest modules that hold `least` parameters not held by a smaller one yielded before.
+def _by_size(model: nn.Module, minimum: int) -> Iterator[nn.Module]:
+    """Yield the smallest modules with at least `minimum` parameters that are in no module yielded before.
 
-    A module that holds one half of a tie is left to the unit around both halves.
+    A module with one of two tied weights is left to the unit that contains both.
     """
     taken: set[int] = set()
     for module in reversed(list(model.modules())):
-        if module is model or isinstance(module, _CONTAINERS) or _cuts_a_tie(model, module):
+        if module is model or isinstance(module, _CONTAINERS) or _splits_tied_weights(model, module):
             continue
         own = {id(p): p for p in module.parameters() if id(p) not in taken}
-        if own and sum(p.numel() for p in own.values()) >= least:
+        if own and sum(p.numel() for p in own.values()) >= minimum:
             taken.update(own)
             yield module
 
 
-def _cuts_a_tie(model: nn.Module, module: nn.Module) -> bool:
-    """Whether a parameter of `module` is also held by a module outside it."""
+def _splits_tied_weights(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a module outside of `module` shares a parameter with it."""
     own = {id(p) for p in module.parameters()}
     inside = set(module.modules())
     return any(
@@ -134,7 +134,7 @@ def _cuts_a_tie(model: nn.Module, module: nn.Module) -> bool:
 
 
 def _by_structure(model: nn.Module) -> list[nn.Module]:
-    """Take the largest family of like siblings: modules of one class in one ModuleList, else one Sequential."""
+    """Take the outermost families of siblings of one class in a ModuleList, else in a Sequential."""
     for container in (nn.ModuleList, nn.Sequential):
         families = [
             family for module in model.modules() if isinstance(module, container) for family in _families(module)
@@ -148,7 +148,7 @@ def _by_structure(model: nn.Module) -> list[nn.Module]:
 def _families(container: nn.Module) -> Iterator[list[nn.Module]]:
     by_class: dict[type, list[nn.Module]] = {}
     for child in container.children():
-        # A bare Linear is a layer, not a block: gathering layers one by one costs more than it saves.
+        # A bare Linear is no block: gathering layers one by one costs more than it saves.
         if any(True for _ in child.children()) and any(True for _ in child.parameters()):
             by_class.setdefault(type(child), []).append(child)
     yield from (family for family in by_class.values() if len(family) > 1)
@@ -161,7 +161,7 @@ def _inside(module: nn.Module, family: list[nn.Module]) -> bool:
 def _refuse_no_class(model: nn.Module, how: str) -> None:
     raise PrepareError(
         f"fsdp_auto_wrap_policy is TRANSFORMER_BASED_WRAP, and {type(model).__name__} has no class to wrap ({how})",
-        "No class is named, the model has no _no_split_modules, and no block of it is repeated",
+        "No class is configured, and the model has neither _no_split_modules nor repeated blocks",
         "Name classes in fsdp_transformer_layer_cls_to_wrap "
         f"({', '.join(_class_names(model)[1:12]) or 'it has none'}), or set NO_WRAP to shard it as one unit",
     )
@@ -172,7 +172,7 @@ def _refuse_one_big_unit(model: nn.Module, how: str) -> None:
     if size > BIG_MODEL_BYTES:
         raise PrepareError(
             f"{type(model).__name__} has {size / 1e9:.1f} GB of parameters and no block to shard on its own ({how})",
-            "As one unit it would be gathered whole in every forward, so nothing would be saved",
+            "As one unit it would be gathered whole in every forward, which saves no memory",
             "Name the class of its repeated blocks in fsdp_transformer_layer_cls_to_wrap; its classes are "
             f"{', '.join(_class_names(model)[1:12])}",
         )

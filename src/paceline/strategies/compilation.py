@@ -1,4 +1,4 @@
-"""torch.compile, block by block where a model repeats itself."""
+"""torch.compile for a whole model or for its repeated blocks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def compile_model(model: nn.Module, settings: TorchDynamoPlugin) -> None:
-    """Compile `model` in place, or only its repeated blocks when regional compilation is asked for.
+    """Compile `model` in place, or only its repeated blocks if regional compilation is enabled.
 
-    In place means that the module, its class and its parameter names stay what they were.
+    The module, its class and its parameter names stay the same.
     """
     if settings.backend == "no" or settings.disable:
         return
-    for part in _parts(model, settings):
-        part.compile(
+    for module in _modules_to_compile(model, settings):
+        module.compile(
             backend=settings.backend,
-            # torch takes either a mode or options, never both.
+            # torch accepts either a mode or options, not both.
             mode=settings.mode if settings.mode != "default" and not settings.options else None,
             fullgraph=settings.fullgraph,
             dynamic=settings.dynamic,
@@ -31,7 +31,7 @@ def compile_model(model: nn.Module, settings: TorchDynamoPlugin) -> None:
         )
 
 
-def _parts(model: nn.Module, settings: TorchDynamoPlugin) -> list[nn.Module]:
+def _modules_to_compile(model: nn.Module, settings: TorchDynamoPlugin) -> list[nn.Module]:
     if not settings.use_regional_compilation:
         return [model]
     blocks = find_units(model, FullyShardedDataParallelPlugin()).names

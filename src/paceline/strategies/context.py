@@ -1,4 +1,4 @@
-"""What a strategy is told about the run, and what its kind is called in configuration files."""
+"""The run as a strategy sees it, and the names of distributed types in configuration files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DistributedType(str, enum.Enum):
-    """How a run is distributed, under the names that configuration files use."""
+    """How a run is distributed, by the names in configuration files."""
 
     NO = "NO"
     MULTI_CPU = "MULTI_CPU"
@@ -32,14 +32,14 @@ class DistributedType(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """All that a strategy may know of the run around it.
+    """Everything that a strategy knows of its run.
 
     Attributes:
-        world: Which rank this is, among how many.
-        device: Where this rank computes.
+        world: This process's rank, and the number of ranks.
+        device: The device of this rank.
         group: All ranks that share the global batch.
-        precision: The number format of the forward.
-        config: The run's configuration, complete and checked.
+        precision: The dtype of the forward, and autocast.
+        config: The resolved configuration.
     """
 
     world: World

@@ -1,4 +1,4 @@
-"""Stand-ins for an optimizer and a scheduler that the DeepSpeed configuration describes."""
+"""Placeholders for an optimizer and a scheduler that the DeepSpeed configuration describes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 __all__ = ["DummyOptim", "DummyScheduler"]
 
-_LATER = "DummyScheduler(optimizer, lr_scheduler_callable=…), which makes it on the optimizer that is built"
+_LATER = "DummyScheduler(optimizer, lr_scheduler_callable=…), which builds it on the real optimizer"
 
 
 class DummyOptim(Optimizer):
-    """Stands for the `optimizer` section of the DeepSpeed configuration until `prepare` builds what it describes.
+    """A placeholder for the `optimizer` section of the DeepSpeed configuration, from which `prepare` builds one.
+
+    A torch scheduler may be created on it: what the scheduler has set is passed to the optimizer that is built, whose
+    groups it changes from then on.
 
     Args:
-        params: As for any optimizer of torch. What a group says itself, such as its decay, holds for that group.
-        lr: Fills `"auto"` in the section, or what it leaves out; 0.001 when nobody says it.
-        weight_decay: Fills `"auto"` in the section, or what it leaves out; 0 when nobody says it.
-        kwargs: Fill other values likewise, such as `betas` and `eps`.
-
-    A schedule of torch may be made on it: what the schedule sets is handed to the optimizer that is built, and the
-    groups are that one's from then on.
+        params: As for any torch optimizer. Options of a group, such as its weight decay, apply to that group.
+        lr: Learning rate where the section says `"auto"` or nothing; 0.001 by default.
+        weight_decay: Weight decay where the section says `"auto"` or nothing; 0 by default.
+        kwargs: Further options for the section, such as `betas` and `eps`.
 
     Attributes:
-        said: The arguments that were given.
-        said_by_groups: The options that each group says itself.
+        explicit: The options that were passed.
+        explicit_by_group: The options that were passed with each group.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class DummyOptim(Optimizer):
         weight_decay: float | None = None,
         **kwargs: Any,
     ) -> None:
-        said = {"lr": lr, "weight_decay": weight_decay, **kwargs}
-        self.said = {key: value for key, value in said.items() if value is not None}
-        self.said_by_groups: list[dict[str, Any]] = []
+        options = {"lr": lr, "weight_decay": weight_decay, **kwargs}
+        self.explicit = {key: value for key, value in options.items() if value is not None}
+        self.explicit_by_group: list[dict[str, Any]] = []
         self._built: Optimizer | None = None
         self._own_groups: list[dict[str, Any]] = []
-        # The groups as they were made, before a schedule set anything in them.
-        self._at_first: list[dict[str, Any]] = []
-        super().__init__(params, {"lr": 0.001, "weight_decay": 0.0, **self.said})
+        # The groups as they were created, before a scheduler set anything in them.
+        self._initial_groups: list[dict[str, Any]] = []
+        super().__init__(params, {"lr": 0.001, "weight_decay": 0.0, **self.explicit})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Its own groups, and those of the optimizer that was built, once there is one."""
+        """The groups of the optimizer that was built, or its own until there is one."""
         return self._own_groups if self._built is None else self._built.param_groups
 
     @param_groups.setter
@@ -63,31 +63,34 @@ class DummyOptim(Optimizer):
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; note what it says itself, before the base class fills the defaults in."""
-        self.said_by_groups.append({key: value for key, value in param_group.items() if key != "params"})
+        """Add a group, and note its explicit options before the base class fills in the defaults."""
+        self.explicit_by_group.append({key: value for key, value in param_group.items() if key != "params"})
         super().add_param_group(param_group)
-        self._at_first.append(dict(self._own_groups[-1]))
+        self._initial_groups.append(dict(self._own_groups[-1]))
 
-    def hand_over(self, built: Optimizer) -> None:
-        """Give what a schedule has set to the optimizer that was built, which the schedule moves from here on.
+    def attach(self, built: Optimizer) -> None:
+        """Become a view of the optimizer that was built, and pass on what a scheduler has set.
+
+        Args:
+            built: The optimizer that the engine steps, with the same groups.
 
         Raises:
-            PrepareError: The schedule was made from another learning rate than the configuration asks for.
+            PrepareError: The scheduler was created with another learning rate than the configuration has.
         """
         changes = [
-            {key: value for key, value in group.items() if key != "params" and _differs(key, value, at_first)}
-            for group, at_first in zip(self._own_groups, self._at_first, strict=True)
+            {key: value for key, value in group.items() if key != "params" and _differs(key, value, initial)}
+            for group, initial in zip(self._own_groups, self._initial_groups, strict=True)
         ]
         if any(changes):
             self._check_schedule(changes, built)
             for new, changed in zip(built.param_groups, changes, strict=True):
                 new.update(changed)
         self._built = built
-        # The engine steps what was built; torch would tell the schedule that nobody steps this one.
+        # Without it torch would warn that the scheduler steps before this optimizer, which is never stepped itself.
         self._opt_called = True
 
-    def take_back(self) -> None:
-        """Stand for nothing that was built any more, so that it may be prepared again."""
+    def detach(self) -> None:
+        """Forget the optimizer that was built, so that this placeholder can be prepared again."""
         built, self._built = self._built, None
         if built is not None:
             for own, new in zip(self._own_groups, built.param_groups, strict=False):
@@ -96,47 +99,47 @@ class DummyOptim(Optimizer):
     def _check_schedule(self, changes: Sequence[dict[str, Any]], built: Optimizer) -> None:
         if len(changes) != len(built.param_groups):
             raise PrepareError(
-                f"A schedule was made on a DummyOptim of {len(changes)} groups, and DeepSpeed made "
+                f"A scheduler was created on a DummyOptim with {len(changes)} groups, and DeepSpeed made "
                 f"{len(built.param_groups)} of them",
-                "The schedule sets one learning rate for each group that it has seen",
-                f"Hand it over as {_LATER}",
+                "The scheduler sets one learning rate for each of the groups that it was created with",
+                f"Pass it as {_LATER}",
             )
-        for changed, at_first, new in zip(changes, self._at_first, built.param_groups, strict=True):
-            if changed.get("initial_lr") == at_first["lr"] != new["lr"]:
+        for changed, initial, new in zip(changes, self._initial_groups, built.param_groups, strict=True):
+            if changed.get("initial_lr") == initial["lr"] != new["lr"]:
                 raise PrepareError(
-                    f"A schedule was made on a DummyOptim with lr={at_first['lr']:g}, and the DeepSpeed configuration "
-                    f"says optimizer.params.lr {new['lr']:g}",
-                    "The schedule would set learning rates that are shares of another one",
-                    f"Write DummyOptim(parameters, lr={new['lr']:g}), or hand the schedule over as {_LATER}",
+                    f"A scheduler was created on a DummyOptim with lr={initial['lr']:g}, and the DeepSpeed "
+                    f"configuration says optimizer.params.lr {new['lr']:g}",
+                    "The scheduler would scale the wrong learning rate",
+                    f"Write DummyOptim(parameters, lr={new['lr']:g}), or pass the scheduler as {_LATER}",
                 )
 
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Refuse: there is nothing to step yet.
+        """Refuse: a placeholder cannot be stepped.
 
         Raises:
             PrepareError: Always.
         """
         raise PrepareError(
             "DummyOptim.step() was called",
-            "It only stands for the optimizer that the DeepSpeed configuration describes",
+            "It is only a placeholder for the optimizer that the DeepSpeed configuration describes",
             "Use what accelerator.prepare(model, optimizer) returned, under strategy='deepspeed'",
         )
 
 
-def _differs(key: str, value: Any, at_first: dict[str, Any]) -> bool:
-    return key not in at_first or bool(at_first[key] != value)
+def _differs(key: str, value: Any, initial: dict[str, Any]) -> bool:
+    return key not in initial or bool(initial[key] != value)
 
 
 class DummyScheduler:
-    """Stands for the `scheduler` section of the DeepSpeed configuration until `prepare` builds what it describes.
+    """A placeholder for the `scheduler` section of the DeepSpeed configuration, from which `prepare` builds one.
 
     Args:
-        optimizer: A `DummyOptim`, or an optimizer of torch.
-        total_num_steps: Optimizer steps of the whole training; fills `"auto"`.
-        warmup_num_steps: Optimizer steps of the warm-up; fills `"auto"`.
-        lr_scheduler_callable: Given the optimizer, makes the scheduler; takes the place of the section.
-        kwargs: Fill other values that are `"auto"`.
+        optimizer: A `DummyOptim`, or a torch optimizer.
+        total_num_steps: Optimizer steps of the whole training, where the section says `"auto"`.
+        warmup_num_steps: Optimizer steps of the warm-up, where the section says `"auto"`.
+        lr_scheduler_callable: Builds the scheduler from the optimizer; takes the place of the section.
+        kwargs: Further values for the section, where it says `"auto"`.
     """
 
     def __init__(

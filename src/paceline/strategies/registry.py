@@ -1,4 +1,4 @@
-"""The one table from a strategy's name to its class, loaded on first use."""
+"""The table from a strategy's name to its class, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _TABLE = {
 
 
 def strategy_names() -> tuple[str, ...]:
-    """The names of the strategies that this release carries out."""
+    """The names of all strategies."""
     return tuple(_TABLE)
 
 
 def load_strategy(name: str) -> type[Strategy]:
-    """The class of the strategy with this name; imports its engine.
+    """Import the class of the strategy with this name, and its engine.
 
     Raises:
         MissingExtraError: The strategy's engine is not installed.
-        PrepareError: No such strategy.
+        PrepareError: There is no such strategy.
     """
     try:
         module, cls = _TABLE[name]

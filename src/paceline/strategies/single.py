@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SingleStrategy(Strategy):
-    """Leaves the model as it is, on the device."""
+    """Moves the model to the device, and changes nothing else."""
 
     name = "single"
 

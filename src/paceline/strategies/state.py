@@ -1,9 +1,10 @@
-"""What the strategies share when a training state goes in or out."""
+"""Functions for reading and allocating a training state that several strategies share."""
 
 from __future__ import annotations
 
 import sys
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +31,16 @@ _IMPLEMENTATION = frozenset({"fused", "foreach", "capturable", "differentiable"}
 
 
 def is_dtensor(value: Any) -> TypeIs[DTensor]:
-    """Whether this is a DTensor, without importing what makes them: half a second, for runs that have none."""
+    """Whether this is a DTensor. Its module takes half a second to import, so it is only looked up."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
-def part_of(tensor: Tensor) -> TensorShard:
-    """This rank's part of a tensor, cut into rows by FSDP2 or whole.
+def local_shard(tensor: Tensor) -> TensorShard:
+    """This rank's shard of a tensor, sharded by rows under FSDP2 or whole.
 
     Raises:
-        StateError: It is cut otherwise than into runs of rows.
+        StateError: It is sharded over another dimension than the first.
     """
     if not is_dtensor(tensor):
         return TensorShard.whole(tensor.detach())
@@ -48,11 +49,11 @@ def part_of(tensor: Tensor) -> TensorShard:
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
     if any(placement.is_partial() for placement in tensor.placements) or any(axes):
         raise StateError(
-            f"A tensor of shape {tuple(tensor.shape)} is placed {tuple(tensor.placements)}",
-            "Only rows can be cut apart in a saved state",
+            f"A tensor of shape {tuple(tensor.shape)} has the placements {tuple(tensor.placements)}",
+            "A checkpoint can only hold tensors that are sharded by rows",
             "Shard over the first dimension",
         )
-    # A save asks for this once a tensor, while training waits: without gradients, no graph is built for it.
+    # A save does this once a tensor while training waits; under no_grad no graph is built.
     with torch.no_grad():
         local = tensor.to_local().detach()
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
@@ -61,7 +62,7 @@ def part_of(tensor: Tensor) -> TensorShard:
 
 @lru_cache(maxsize=4096)
 def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> int:
-    """Index of the first row that this rank holds. Kept: a save asks for it once a tensor, while training waits."""
+    """Index of this rank's first row. Cached: a save needs it once a tensor while training waits."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -69,7 +70,7 @@ def _first_row(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement,
 
 
 def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers that belong to a model's state, each once, by name."""
+    """The persistent buffers of a model, each once, by name."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -79,7 +80,7 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's options, as far as JSON can hold them; a rate kept in a tensor becomes a number."""
+    """A parameter group's options that JSON can hold; a learning rate in a tensor becomes a number."""
     values = {key: value.item() if _is_scalar(value) else value for key, value in group.items() if key != "params"}
     return {key: value for key, value in values.items() if key not in _IMPLEMENTATION and _is_plain(value)}
 
@@ -94,81 +95,85 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Put saved options into a group, in the types in which it keeps them."""
+def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Restore a group's saved options, in the types that the group uses now."""
     for key, value in saved.items():
         if key == "params" or key in _IMPLEMENTATION:
             continue
-        held = group.get(key)
-        if isinstance(held, torch.Tensor):
-            held.fill_(value)
+        current = group.get(key)
+        if isinstance(current, torch.Tensor):
+            current.fill_(value)
         else:
-            group[key] = tuple(value) if isinstance(held, tuple) and isinstance(value, list) else value
+            group[key] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
 
 
-def check_groups(mine: Sequence[Sequence[str]], saved: Sequence[Mapping[str, Any]]) -> None:
+def check_groups(groups: Sequence[Sequence[str]], saved: Sequence[Mapping[str, Any]]) -> None:
     """Make sure that a saved optimizer had the same parameters in the same groups.
 
     Raises:
-        StateError: It had not; names both sides.
+        StateError: It had others; names the differences.
     """
-    theirs = [list(group["params"]) for group in saved]
-    if [list(group) for group in mine] == theirs:
+    current = [list(group) for group in groups]
+    checkpoint = [list(group["params"]) for group in saved]
+    if current == checkpoint:
         return
-    here, there = ({name for group in groups for name in group} for groups in (mine, theirs))
-    only = [("saved", there - here), ("here", here - there)]
-    differing = [f"{side} only: {named(sorted(names))}" for side, names in only if names]
-    sizes = [len(group) for group in theirs], [len(group) for group in mine]
+    current_names = set(chain.from_iterable(current))
+    checkpoint_names = set(chain.from_iterable(checkpoint))
+    only = [("the checkpoint", checkpoint_names - current_names), ("this run", current_names - checkpoint_names)]
+    differing = [f"only in {side}: {named(sorted(names))}" for side, names in only if names]
     raise StateError(
-        f"The saved optimizer has groups of {sizes[0]} parameters, this one of {sizes[1]}",
-        "; ".join(differing) or "The same parameters stand in other groups or in another order",
-        "Build the optimizer from the same groups",
+        f"The checkpoint's optimizer has groups of {[len(group) for group in checkpoint]} parameters, this run's has "
+        f"{[len(group) for group in current]}",
+        "; ".join(differing) or "The same parameters are in other groups or in another order",
+        "Build the optimizer from the same parameter groups",
     )
 
 
-def make_slots_of(
+def allocate_slots(
     optimizer: Optimizer, parameter: nn.Parameter, group: Mapping[str, Any], slots: Mapping[str, Slot], name: str
 ) -> dict[str, Any]:
-    """Room for one parameter's state: zeros that lie as the parameter does, or what is there already."""
-    before = optimizer.state.get(parameter, {})
-    return {key: _room(before.get(key), key, slot, parameter, group, name) for key, slot in slots.items()}
+    """Tensors for one parameter's state: zeros sharded like the parameter, or what is there already."""
+    current = optimizer.state.get(parameter, {})
+    return {key: _allocate(current.get(key), key, slot, parameter, group, name) for key, slot in slots.items()}
 
 
-def _room(there: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapping[str, Any], name: str) -> Tensor:
-    if isinstance(there, torch.Tensor) and tuple(there.shape) == slot.shape:
-        return there
+def _allocate(
+    current: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapping[str, Any], name: str
+) -> Tensor:
+    if isinstance(current, torch.Tensor) and tuple(current.shape) == slot.shape:
+        return current
     if slot.shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=slot.dtype, requires_grad=False)
     if is_dtensor(parameter) and slot.shape != ():
         raise StateError(
             f"The saved {key!r} of {name} has shape {slot.shape}, and {name} itself {tuple(parameter.shape)}, sharded",
-            "How this optimizer would cut it is known only after it has taken a step",
+            "How this optimizer shards such a tensor is only known after its first step",
             "Take one step before loading, or load under strategy='ddp'",
         )
-    # torch keeps counts of steps on the host, except for optimizers that run wholly on the device.
+    # torch keeps step counts on the host, except for optimizers that run wholly on the device.
     on_device = bool(group.get("fused") or group.get("capturable")) or slot.shape != ()
     return torch.zeros(slot.shape, dtype=slot.dtype, device=parameter.device if on_device else "cpu")
 
 
-def sort_state(
-    optimizer: Optimizer, name: str, held: Mapping[str, Any]
+def split_state(
+    optimizer: Optimizer, name: str, state: Mapping[str, Any]
 ) -> tuple[dict[str, TensorShard], dict[str, Number]]:
-    """Tell one parameter's tensors from its numbers.
+    """Split one parameter's state into tensors and numbers.
 
     Raises:
         StateError: Something is neither.
     """
     slots: dict[str, TensorShard] = {}
     numbers: dict[str, Number] = {}
-    for key, value in held.items():
+    for key, value in state.items():
         if isinstance(value, torch.Tensor):
-            slots[key] = part_of(value)
+            slots[key] = local_shard(value)
         elif value is None or isinstance(value, (bool, int, float)):
             numbers[key] = value
         else:
             raise StateError(
-                f"{type(optimizer).__name__} keeps {key!r} of {name} as {type(value).__name__}",
-                "Only tensors and numbers can be saved and cut anew",
-                "Use an optimizer that keeps tensors, as Adam and SGD do",
+                f"{type(optimizer).__name__} stores {key!r} of {name} as {type(value).__name__}",
+                "Only tensors and numbers can be saved and resharded",
+                "Use an optimizer that stores tensors, such as Adam or SGD",
             )
     return slots, numbers

@@ -24,7 +24,7 @@ def test_the_engine_clips_only_what_is_out_of_reach(device: str, told: float) ->
         "gradient_clipping": 0.5,
         "zero_optimization": {"offload_optimizer": {"device": device}},
     }
-    assert engine_settings(settings, 3, 2, stand_in=False)["gradient_clipping"] == told
+    assert engine_settings(settings, 3, 2, builds_optimizer=False)["gradient_clipping"] == told
 
 
 def test_a_model_is_built_as_the_configuration_says() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from paceline import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from paceline.config import RunConfig
 from paceline.errors import ConfigError
-from paceline.strategies.deepspeed.settings import Known, hidden_size_of, resolve_scheduler, resolve_settings
+from paceline.strategies.deepspeed.settings import AutoValues, hidden_size_of, resolve_scheduler, resolve_settings
 
 MODEL = nn.Linear(2, 2)
 
@@ -29,7 +29,7 @@ def settings(
     # As it comes out of resolving: the stage of the JSON is the plugin's.
     stage = 3 if described is None else described["zero_optimization"]["stage"]
     made = DeepSpeedPlugin(hf_ds_config=described, zero_stage=stage, **(plugin or {}))
-    return resolve_settings(made, RunConfig(**(run or {})), Known(**given))
+    return resolve_settings(made, RunConfig(**(run or {})), AutoValues(**given))
 
 
 def test_without_a_json_the_run_says_all() -> None:
@@ -93,19 +93,19 @@ def test_memory_is_pinned_where_a_device_gains_by_it(on_cpu: bool, pins: bool) -
     assert "offload_param" not in found
 
 
-def test_what_only_the_stand_in_says_is_added() -> None:
+def test_what_only_the_placeholder_sets_is_added() -> None:
     described = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "SGD"}}
     found = settings(described, DummyOptim(MODEL.parameters(), lr=0.5, momentum=0.9))
     assert found["optimizer"]["params"] == {"lr": 0.5, "momentum": 0.9}
 
 
-def test_a_stand_in_fills_its_section() -> None:
+def test_a_placeholder_completes_its_section() -> None:
     described = {
         "zero_optimization": {"stage": 2},
         "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
     }
-    stand_in = DummyOptim(MODEL.parameters(), lr=0.5, betas=(0.8, 0.9))
-    found = settings(described, stand_in)["optimizer"]["params"]
+    placeholder = DummyOptim(MODEL.parameters(), lr=0.5, betas=(0.8, 0.9))
+    found = settings(described, placeholder)["optimizer"]["params"]
     assert found == {"lr": 0.5, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.0}
     assert described["optimizer"]["params"]["lr"] == "auto", "what the user wrote stays"  # type: ignore[index]
 
@@ -115,7 +115,7 @@ def test_a_stand_in_fills_its_section() -> None:
     [
         ({"train_micro_batch_size_per_gpu": 3}, None, "3 contradicts the run; the prepared loader gives"),
         ({"train_batch_size": 9}, None, "9 contradicts the run; 2 ranks x 1 micro-batches x 4 samples make 8"),
-        ({"optimizer": {"type": "Adam"}}, None, "Adam is described beside the script's AdamW"),
+        ({"optimizer": {"type": "Adam"}}, None, "Adam is described, and the script has an optimizer AdamW"),
         ({}, DummyOptim(MODEL.parameters()), "optimizer: is missing"),
         (
             {"optimizer": {"type": "Adam", "params": {"lr": 0.1}}},
@@ -125,14 +125,14 @@ def test_a_stand_in_fills_its_section() -> None:
         (
             {"zero_optimization": {"stage": 2, "sub_group_size": "auto"}},
             None,
-            'sub_group_size: "auto" cannot be filled',
+            'sub_group_size: cannot resolve "auto"',
         ),
         ({"optimizer": {"type": "AdmW"}}, DummyOptim(MODEL.parameters()), "neither DeepSpeed nor torch has it"),
         ({"optimizer": {"params": {}}}, DummyOptim(MODEL.parameters()), "None is unknown"),
         (
             {"optimizer": {"type": "adam", "params": {"learning_rate": 1, "adam_w_mode": True}}},
             DummyOptim(MODEL.parameters()),
-            "params.learning_rate: adam takes no such argument",
+            "params.learning_rate: adam has no such argument",
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1}}},
@@ -185,7 +185,7 @@ def schedule(parameters: dict[str, Any], **said: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_schedule_is_filled_from_its_stand_in() -> None:
+def test_a_schedule_is_resolved_from_its_placeholder() -> None:
     keys = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type")
     found = schedule(dict.fromkeys(keys, "auto"), total_num_steps=9, warmup_type="linear")
     assert found == dict(zip(keys, (0, 0.25, 1, 9, "linear"), strict=True))
@@ -205,7 +205,7 @@ def test_groups_keep_their_own_rates_in_a_schedule() -> None:
     assert found["params"]["warmup_max_lr"] == [0.5, 0.25]
 
 
-def test_a_schedule_that_contradicts_its_stand_in_is_refused() -> None:
+def test_a_schedule_that_contradicts_its_placeholder_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         schedule({"total_num_steps": 3, "warmup_num_steps": 1, "warmup_max_lr": 0.5}, total_num_steps=9)
     found = [str(problem) for problem in error.value.problems]

@@ -50,7 +50,7 @@ def test_repeated_blocks_are_found() -> None:
     units = find(TinyTransformer(layers=3))
     assert units.names == ("blocks.2", "blocks.1", "blocks.0")
     assert units.classes == (("Block", 3),)
-    assert str(units) == "4 units: 3 Block + the rest (found as repeated blocks)"
+    assert str(units) == "4 units: 3 Block + the rest (repeated blocks)"
 
 
 def test_repeated_blocks_are_found_in_every_stack() -> None:
@@ -74,7 +74,7 @@ def test_layers_and_blocks_without_parameters_are_no_units() -> None:
     assert find(layers).names == ()
     empty = nn.ModuleList(nn.Sequential(nn.ReLU(), nn.Flatten()) for _ in range(5))
     assert find(nn.ModuleDict({"a": empty, "b": nn.Linear(2, 2)})).names == ()
-    assert str(find(layers)) == "1 unit: the whole model (no block of it is repeated)"
+    assert str(find(layers)) == "1 unit: the whole model (no repeated blocks)"
 
 
 def test_classes_that_were_named() -> None:
@@ -99,7 +99,7 @@ def test_the_models_own_hint_comes_before_structure() -> None:
 def test_a_hint_that_fits_nothing_is_left_alone() -> None:
     model = TinyTransformer(layers=2)
     model._no_split_modules = ["AClassOfAnotherModel"]  # type: ignore[assignment]
-    assert find(model).how == "found as repeated blocks"
+    assert find(model).how == "repeated blocks"
 
 
 def test_an_unknown_class_lists_the_others() -> None:
@@ -140,7 +140,7 @@ def test_by_size_never_cuts_a_tie() -> None:
 
 def test_no_wrapping() -> None:
     units = find(TinyTransformer(), auto_wrap_policy="NO_WRAP")
-    assert (units.names, units.how) == ((), "no wrapping was asked for")
+    assert (units.names, units.how) == ((), "NO_WRAP")
 
 
 def flat(bytes_: int) -> nn.Module:

@@ -1,1 +1,1 @@
-"""DDP: every rank holds the whole model, and gradients are averaged over the ranks."""
+"""DDP: every rank has the whole model, and gradients are averaged over the ranks."""

@@ -1,9 +1,9 @@
-"""A model under DDP that knows which gradients DDP's reducer has averaged, and averages the others itself.
+"""DDP that tracks which gradients its reducer has averaged, and averages the others itself.
 
-The reducer averages what the first backward after a forward of the wrapper brings, of the parameters that required a
-gradient when it was built. Whatever else autograd adds to a gradient stays on its rank without a word: a second
-backward through the same forward, a forward around the wrapper, parameters unfrozen or added later. As the averaged
-part is the same on all ranks, the mean over the ranks of what came together is right in each of these cases.
+The reducer averages the gradients of the first backward after a forward of the wrapper, for parameters that required a
+gradient when it was built. Whatever else autograd accumulates silently stays on its rank: a second backward through
+the same forward, a forward that bypasses the wrapper, parameters unfrozen or added later. As the averaged part is the
+same on all ranks, the mean over the ranks of the accumulated gradient is right in each of these cases.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 _LOG = get_logger(__name__)
 _flag_of = attrgetter("requires_grad")
-# Gradients are averaged in pieces of this size, so that a big model needs no second copy of all of them.
-_PIECE_BYTES = 256 * 2**20
+# Gradients are averaged in chunks of this size, so that a big model needs no second copy of all of them.
+_CHUNK_BYTES = 256 * 2**20
 
 
-class _Awaits(Enum):
+class _NextBackward(Enum):
     """What the next backward belongs to."""
 
     NOTHING = "no forward of the wrapper"
@@ -45,34 +45,34 @@ class _Awaits(Enum):
 
 
 class _Backwards:
-    """What the backwards since the last forward of the wrapper have done.
+    """Tracks the backwards since the last forward of the wrapper.
 
-    It is the hook on one of the reducer's parameters, and knows nothing of the model: autograd holds hooks where the
-    garbage collector does not see them.
+    It is itself the hook on one of the reducer's parameters, without a reference to the model: autograd stores hooks
+    where the garbage collector does not see them.
     """
 
     def __init__(self) -> None:
-        self.awaits = _Awaits.NOTHING
-        # Whether gradients may hold something that only this rank has.
+        self.awaits = _NextBackward.NOTHING
+        # Whether gradients may contain something that only this rank has.
         self.is_local = False
 
     def __call__(self, _parameter: Tensor) -> None:
-        if self.awaits is _Awaits.EXCHANGE:
-            # The reducer waits for all of its parameters, so this one speaks for all.
-            self.awaits = _Awaits.NOTHING
+        if self.awaits is _NextBackward.EXCHANGE:
+            # The reducer waits for all of its parameters, so this one stands for all.
+            self.awaits = _NextBackward.NOTHING
             self.is_local = False
         else:
             self.is_local = True
 
 
 class NamingDDP(DistributedDataParallel):
-    """DDP whose gradients are the same on all ranks whatever led to them, and whose complaints name parameters.
+    """DDP whose gradients are the same on all ranks in every case, and whose errors name parameters.
 
     Args:
-        module: The user's own.
-        open_group: Gives a group of the same ranks for exchanges that DDP does not know of. A rank that makes one
-            alone waits there, and mixes nothing up with DDP's own.
-        arguments: DDP's.
+        module: The user's own module.
+        open_group: Returns a group of the same ranks for collectives outside of DDP. A rank that starts one without the
+            others waits there, and does not disturb DDP's own.
+        arguments: Of `DistributedDataParallel`.
     """
 
     def __init__(self, module: nn.Module, open_group: Callable[[], Group], **arguments: Any) -> None:
@@ -80,8 +80,8 @@ class NamingDDP(DistributedDataParallel):
         self._open_group = open_group
         self._backwards = _Backwards()
         self._sentinel: Any = None
-        self._told = False
-        # Hooks that this library has registered; the script may add one.
+        self._has_warned = False
+        # Communication hooks that this library has registered; the script may add one.
         self.num_hooks = 0
         self._note_parameters()
 
@@ -90,8 +90,8 @@ class NamingDDP(DistributedDataParallel):
         """Call the module.
 
         Raises:
-            UnusedParametersError: Parameters got no gradient in the step before.
-            PrepareError: What requires a gradient has changed, under static_graph or not on all ranks alike.
+            UnusedParametersError: Parameters got no gradient in the previous step.
+            PrepareError: `requires_grad` has changed under static_graph, or differently on different ranks.
         """
         if not torch.is_grad_enabled():
             return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
@@ -99,10 +99,10 @@ class NamingDDP(DistributedDataParallel):
         if flags != self._flags and any(flags):
             self._rebuild()
         if not any(flags):
-            # Frozen as a whole, as a discriminator while its generator learns: there is nothing to wait for.
+            # Frozen as a whole, as a discriminator is while its generator learns: there is nothing to wait for.
             return self._call(False, inputs, kwargs)
-        # The graph that static_graph keeps is that of the first backward, which must end in an exchange; one more
-        # exchange within a window changes no mean.
+        # static_graph keeps the graph of the first backward, which must average gradients; averaging once more
+        # within a window changes no mean.
         exchanges = self.require_backward_grad_sync or self._keeps_graph_next
         try:
             output = self._call(exchanges, inputs, kwargs)
@@ -111,7 +111,7 @@ class NamingDDP(DistributedDataParallel):
             if unused is None:
                 raise
             raise UnusedParametersError(unused) from error
-        self._backwards.awaits = _Awaits.EXCHANGE if exchanges else _Awaits.NO_EXCHANGE
+        self._backwards.awaits = _NextBackward.EXCHANGE if exchanges else _NextBackward.NO_EXCHANGE
         return output
 
     @property
@@ -119,7 +119,7 @@ class NamingDDP(DistributedDataParallel):
         return self.static_graph and not self._static_graph_delay_allreduce_enqueued
 
     def _call(self, exchanges: bool, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """DDP's own forward, with or without an exchange of gradients to come."""
+        """DDP's own forward, with or without averaging in the backward that follows."""
         before, self.require_backward_grad_sync = self.require_backward_grad_sync, exchanges
         try:
             return super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
@@ -143,15 +143,15 @@ class NamingDDP(DistributedDataParallel):
 
     @property
     def _uses_change(self) -> bool:
-        """Whether a backward may leave parameters out, so that no single one speaks for all."""
+        """Whether a backward may skip parameters, so that no single one stands for all."""
         return bool(self.find_unused_parameters or self.static_graph)
 
-    def look_again(self) -> None:
-        """Note that parameters may have been added to the module: the next forward builds the reducer anew."""
+    def invalidate_reducer(self) -> None:
+        """Have the next forward rebuild the reducer, since parameters may have been added to the module."""
         self._flags = []
 
     def _rebuild(self) -> None:
-        """Build the reducer for what requires a gradient now. Collective: every rank must call it."""
+        """Rebuild the reducer for the parameters that require a gradient now. Collective: every rank must call it."""
         before = {id(p): name for name, p in zip(self._names_known, self._parameters_known, strict=True)}
         trained = [name for name, p in self.module.named_parameters() if p.requires_grad]
         self._check_alike(trained)
@@ -160,7 +160,7 @@ class NamingDDP(DistributedDataParallel):
             changed = sorted(was.symmetric_difference(trained))
             raise PrepareError(
                 f"{named(changed)} was frozen or unfrozen after the model was prepared with static_graph=True",
-                "static_graph promises DDP that every step trains the same parameters",
+                "static_graph tells DDP that every step trains the same parameters",
                 "Leave static_graph out, or freeze before prepare()",
             )
         new = [p for p in self.module.parameters() if id(p) not in before]
@@ -169,21 +169,21 @@ class NamingDDP(DistributedDataParallel):
                 self._open_group().broadcast(parameter)
         hooks = list(self._comm_hooks)
         self._comm_hooks.clear()
-        # What DDP does to a wrapper that comes out of a pickle: it builds the reducer, and nothing else.
+        # As DDP does after unpickling: it builds the reducer, and nothing else.
         self.__setstate__(self.__getstate__())  # type: ignore[no-untyped-call]
         for hook, state in hooks:
             if isinstance(state, PowerSGDState):
-                _forget(state)
+                _reset(state)
             self.register_comm_hook(state, hook)
         self._note_parameters()
 
     def _check_alike(self, trained: list[str]) -> None:
-        everywhere = self._open_group().all_gather_object(trained)
-        odd = [rank for rank, names in enumerate(everywhere) if names != everywhere[0]]
+        all_trained = self._open_group().all_gather_object(trained)
+        odd = [rank for rank, names in enumerate(all_trained) if names != all_trained[0]]
         if odd:
-            differing = set(everywhere[0]).symmetric_difference(everywhere[odd[0]])
+            differing = set(all_trained[0]).symmetric_difference(all_trained[odd[0]])
             raise PrepareError(
-                f"{named(sorted(differing))} requires a gradient on rank 0 and not on rank {odd[0]}, or the other way",
+                f"{named(sorted(differing))} requires a gradient on rank 0 and not on rank {odd[0]}, or vice versa",
                 "A gradient can only be averaged if every rank computes it",
                 "Freeze and unfreeze the same parameters on all ranks",
             )
@@ -191,38 +191,44 @@ class NamingDDP(DistributedDataParallel):
     # Which gradients were averaged
 
     def begin_backward(self) -> Versions | None:
-        """Look at the gradients, where nothing else will tell what the coming backward adds to."""
+        """Record the gradients' versions, if nothing else shows which of them the next backward changes.
+
+        Returns:
+            What `end_backward` must be given; None if the hook is enough.
+        """
         awaits = self._backwards.awaits
-        told = awaits is _Awaits.NO_EXCHANGE or (awaits is _Awaits.EXCHANGE and self._sentinel is not None)
-        return None if told else self._versions()
+        hook_is_enough = awaits is _NextBackward.NO_EXCHANGE or (
+            awaits is _NextBackward.EXCHANGE and self._sentinel is not None
+        )
+        return None if hook_is_enough else self._versions()
 
     def end_backward(self, before: Versions | None) -> None:
-        """Note what the backward has added to, and average what DDP did not.
+        """Note which gradients the backward has changed, and average those that DDP did not.
 
         Args:
-            before: What `begin_backward` gave.
+            before: What `begin_backward` returned.
         """
         backwards = self._backwards
         if before is None:
-            if backwards.awaits is _Awaits.NO_EXCHANGE:
-                backwards.awaits, backwards.is_local = _Awaits.NOTHING, True
+            if backwards.awaits is _NextBackward.NO_EXCHANGE:
+                backwards.awaits, backwards.is_local = _NextBackward.NOTHING, True
         elif before == self._versions():
             # It was the backward of another model.
             return
-        elif backwards.awaits is not _Awaits.EXCHANGE:
+        elif backwards.awaits is not _NextBackward.EXCHANGE:
             backwards.is_local = True
             if self.require_backward_grad_sync:
                 self._average()
         elif self._is_reduced():
-            backwards.awaits, backwards.is_local = _Awaits.NOTHING, False
+            backwards.awaits, backwards.is_local = _NextBackward.NOTHING, False
 
     def _versions(self) -> Versions:
-        """Each gradient's identity and how often it was written."""
+        """Each gradient's identity, and its version counter."""
         grads = [p.grad for p in self._parameters_known]
         return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
     def _is_reduced(self) -> bool:
-        """Whether the reducer waits for no parameter."""
+        """Whether the reducer is not waiting for a parameter."""
         try:
             self.reducer._check_reducer_finalized()
         except RuntimeError:
@@ -231,7 +237,7 @@ class NamingDDP(DistributedDataParallel):
 
     @property
     def is_complete(self) -> bool:
-        """Whether every gradient is the mean over the ranks, or stays on its rank because the script wants it so."""
+        """Whether every gradient is the mean over the ranks, or local on purpose, as under `no_sync`."""
         if not self.require_backward_grad_sync:
             return True
         return not self._backwards.is_local and self._is_reduced()
@@ -240,7 +246,7 @@ class NamingDDP(DistributedDataParallel):
         """Make every gradient the mean over the ranks. Collective: every rank must call it.
 
         Raises:
-            UnusedParametersError: DDP waits for the gradients of some parameters.
+            UnusedParametersError: DDP is waiting for the gradients of some parameters.
         """
         try:
             self.reducer._check_reducer_finalized()
@@ -252,27 +258,26 @@ class NamingDDP(DistributedDataParallel):
         if self._backwards.is_local:
             self._average()
 
-    def holds_any(self, parameters: set[int]) -> bool:
-        """Whether any of some parameters, by `id`, is one of this model's."""
+    def has_any(self, parameters: set[int]) -> bool:
+        """Whether any parameter of this model is among those with these `id`s."""
         return any(id(p) in parameters for p in self._parameters_known)
 
     @property
     def keeps_replicas_alike(self) -> bool:
-        """Whether every step is the same on all ranks: gradients are exchanged, and not by a hook of the script's."""
+        """Whether every step is the same on all ranks: gradients are averaged, and not by a hook of the script."""
         hooks = len(self._comm_hooks)
         return self.require_backward_grad_sync and not self._join_config.enable and hooks <= self.num_hooks
 
     @torch.no_grad()
     def _average(self) -> None:
-        """Average all gradients over the ranks; one that another rank has and this one has not counts as zero."""
+        """Average all gradients over the ranks; one that only other ranks have counts as zero here."""
         if self._join_config.enable:
             raise SteppingError(
-                f"Gradients of {type(self.module).__name__} were computed outside of DDP's exchange "
-                "under join_uneven_inputs",
-                "Ranks that have run out of batches follow DDP's own exchanges only",
+                f"Gradients of {type(self.module).__name__} were computed outside of DDP under join_uneven_inputs",
+                "Ranks that have run out of batches follow only DDP's own collectives",
                 "Call the prepared model itself, and backward() once for each forward",
             )
-        self._tell()
+        self._warn_once()
         group = self._open_group()
         parameters = self._parameters_known
         present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=group.device)
@@ -285,65 +290,65 @@ class NamingDDP(DistributedDataParallel):
                 parameter.grad = torch.zeros_like(parameter)
             elif parameter.grad.is_sparse:
                 raise SteppingError(
-                    f"The sparse gradient of {name} was computed outside of DDP's exchange",
-                    "Only dense gradients can be averaged afterwards",
+                    f"The sparse gradient of {name} was computed outside of DDP",
+                    "Only dense gradients can be averaged after the backward",
                     "Call the prepared model itself, and backward() once for each forward",
                 )
             gradients.append(parameter.grad)
-        for piece in _pieces(gradients):
-            flat = group.all_reduce(torch.cat([grad.reshape(-1) for grad in piece]), "mean")
-            for grad, mean in zip(piece, torch.split(flat, [grad.numel() for grad in piece]), strict=True):
+        for chunk in _chunks(gradients):
+            flat = group.all_reduce(torch.cat([grad.reshape(-1) for grad in chunk]), "mean")
+            for grad, mean in zip(chunk, torch.split(flat, [grad.numel() for grad in chunk]), strict=True):
                 grad.copy_(mean.view(grad.shape))
         self._backwards.is_local = False
 
-    def _tell(self) -> None:
-        if self._told:
+    def _warn_once(self) -> None:
+        if self._has_warned:
             return
-        self._told = True
+        self._has_warned = True
         _LOG.warning(
-            "Gradients of %s came from outside of DDP's own exchange: a second backward through one forward, or a "
-            "forward around the prepared model such as unwrap_model(model).encode(x). They are averaged over the ranks "
-            "after each such backward, which is right and cannot overlap with it. To save that, call the prepared "
-            "model, and add losses up for one backward().",
+            "Gradients of %s were computed outside of DDP: by a second backward through one forward, or a forward "
+            "that bypasses the prepared model, such as unwrap_model(model).encode(x). They are averaged over the ranks "
+            "after each such backward, which is correct but slower. To avoid it, call the prepared model, and add "
+            "losses up for one backward().",
             type(self.module).__name__,
         )
 
-    # Which parameters DDP speaks of
+    # Parameter names in DDP's errors
 
     def _named_in(self, message: str) -> list[str] | None:
-        """The parameters without a gradient of which DDP complains; None for any other complaint."""
+        """The parameters without a gradient that an error of DDP is about; None for any other error."""
         if "Expected to have finished reduction" not in message:
             return None
-        found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", message)
-        if found is None:
+        match = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", message)
+        if match is None:
             return [name for name, p in self.trained if p.grad is None]
-        return [self.trained[int(index)][0] for index in re.findall(r"\d+", found[1])]
+        return [self.trained[int(index)][0] for index in re.findall(r"\d+", match[1])]
 
     def name_of(self, index: int) -> str:
-        """The name of the parameter that the reducer knows by its index."""
+        """The name of the parameter with this index in the reducer."""
         return self.trained[index][0] if index < len(self.trained) else f"parameter {index}"
 
 
-def _forget(state: PowerSGDState) -> None:
-    """Start a compression anew: what it has gathered lies as the buckets did."""
+def _reset(state: PowerSGDState) -> None:
+    """Restart a compression, whose buffers are laid out like the old buckets."""
     state.iter = 0
-    for held in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
-        held.clear()
+    for buffers in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        buffers.clear()
 
 
-def _pieces(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs of one dtype and device, of a bounded size."""
+def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Split a list into chunks of one dtype and device, of a bounded size."""
     by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for same in by_kind.values():
-        piece: list[Tensor] = []
+        chunk: list[Tensor] = []
         size = 0
         for tensor in same:
-            piece.append(tensor)
+            chunk.append(tensor)
             size += tensor.nbytes
-            if size >= _PIECE_BYTES:
-                yield piece
-                piece, size = [], 0
-        if piece:
-            yield piece
+            if size >= _CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk

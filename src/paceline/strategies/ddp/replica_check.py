@@ -1,4 +1,4 @@
-"""A second net under replicated training: now and then, do all ranks hold the same weights?"""
+"""Checks now and then that all ranks of replicated training have the same weights."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ if TYPE_CHECKING:
 
 _EVERY = 256
 _SAMPLES = 8
-# Machines of different makes round differently; gradients that were not shared move weights by more in a step or two.
+# Different hardware rounds differently; gradients that were not averaged move weights by more in a step or two.
 _TOLERANCE = 1e-4
 
 
 class ReplicaCheck:
-    """Compares a few numbers of each weight over the ranks: after steps 1, 2, 4 ... 128, 256 and every 256 from there.
+    """Compares a few elements of each weight over the ranks, after steps 1, 2, 4 ... 128, 256, 512, 768 ...
 
-    The comparison is started after a step and looked at when the next one is started, so nobody waits for it, neither
-    on the host nor on the device.
+    A comparison is started after a step and checked when the next one is started, so neither the host nor the device
+    waits for it.
     """
 
     def __init__(self) -> None:
         self._steps = 0
-        self._open: tuple[int, list[str], list[int], Tensor, Any, torch.Event | None] | None = None
+        self._pending: tuple[int, list[str], list[int], Tensor, Any, torch.Event | None] | None = None
 
     def restart(self) -> None:
-        """Count from the beginning: ranks may have taken different numbers of steps."""
+        """Start counting steps again, as ranks may have taken different numbers of them."""
         self._steps = 0
-        self._open = None
+        self._pending = None
 
     def stepped(self, parameters: Callable[[], Named]) -> None:
-        """Note that a step was taken. Collective in the steps at which it compares: every rank must call it.
+        """Count a step, and compare when it is due. Collective: every rank must call it.
 
         Raises:
-            SteppingError: The ranks' weights differed at the comparison before; it names them.
+            SteppingError: The ranks' weights differed at the previous comparison; it names them.
         """
         self._steps += 1
         if self._steps % _EVERY and (self._steps > _EVERY or self._steps & (self._steps - 1)):
             return
-        self.look()
+        self.check()
         self._start(parameters())
 
     @torch.no_grad()
@@ -60,46 +60,46 @@ class ReplicaCheck:
         assert work is not None
         event = None
         if extremes.device.type != "cpu":
-            # The stream waits, not the host; the numbers are in host memory long before anybody looks.
+            # The stream waits, not the host; the result is in host memory long before the next check.
             work.wait()
             extremes = torch.empty_like(extremes, device="cpu", pin_memory=True).copy_(extremes, non_blocking=True)
             event = torch.Event(device=values.device)
             event.record()
         names = [name for name, _ in parameters]
-        self._open = (self._steps, names, [len(part) for part in parts], extremes, work, event)
+        self._pending = (self._steps, names, [len(part) for part in parts], extremes, work, event)
 
-    def look(self) -> None:
-        """Look at the comparison that was started last.
+    def check(self) -> None:
+        """Check the result of the comparison that was started last.
 
         Raises:
             SteppingError: The ranks' weights differed; it names them.
         """
-        if self._open is None:
+        if self._pending is None:
             return
-        step, names, lengths, extremes, work, event = self._open
-        self._open = None
+        step, names, lengths, extremes, work, event = self._pending
+        self._pending = None
         if event is None:
             work.wait()
         else:
             event.synchronize()
         largest, smallest = extremes[: len(extremes) // 2], -extremes[len(extremes) // 2 :]
-        apart = []
+        differing = []
         for name, high, low in zip(names, torch.split(largest, lengths), torch.split(smallest, lengths), strict=True):
             spread = (high - low).max()
             if spread > _TOLERANCE * torch.maximum(high.abs(), low.abs()).max():
-                apart.append(f"{name} (by {float(spread):.3g})")
-        if apart:
+                differing.append(f"{name} (by {float(spread):.3g})")
+        if differing:
             raise SteppingError(
-                f"After {step} steps the ranks hold different weights: {named(apart, 4)}",
-                "Something moved them that the ranks do not share: a backward that DDP does not see (a second "
-                "loss.backward(), or one around the prepared model), weights changed by hand, or an optimizer that "
-                "draws random numbers",
+                f"After {step} steps the ranks have different weights: {named(differing, 4)}",
+                "Something changed them on some ranks only: a backward that DDP does not see (a second "
+                "loss.backward(), or one that bypasses the prepared model), weights changed by hand, or an optimizer "
+                "that draws random numbers",
                 "Call the prepared model and accelerator.backward(loss), and change weights alike on all ranks",
             )
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """A few elements from the middle, as real numbers of at least fp32: the first rows of a table are often padding."""
+    """A few elements from the middle, as real numbers of at least fp32; an embedding's first rows are often padding."""
     values = parameter.detach()
     values = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
     middle = max(0, (len(values) - _SAMPLES) // 2)

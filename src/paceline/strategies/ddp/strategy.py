@@ -1,4 +1,4 @@
-"""Every rank holds the whole model; gradients are averaged while the backward runs."""
+"""Every rank has the whole model; gradients are averaged during the backward."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class DDPStrategy(Strategy):
 
     name = "ddp"
 
-    def __init__(self, surroundings: RunContext) -> None:
-        super().__init__(surroundings)
-        self._settings = surroundings.config.ddp_config
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self._settings = context.config.ddp_config
         self._wrapped: list[NamingDDP] = []
         self._replicas = ReplicaCheck()
-        self._second: Group | None = None
-        self._close_second: weakref.finalize[..., DDPStrategy] | None = None
+        self._own_group: Group | None = None
+        self._close_own_group: weakref.finalize[..., DDPStrategy] | None = None
 
     @property
     @override
@@ -67,13 +67,13 @@ class DDPStrategy(Strategy):
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         if isinstance(model, DistributedDataParallel):
-            model = _inside(model)
+            model = _unwrap_own(model)
         sharded = [name for name, p in model.named_parameters() if hasattr(p, "placements")]
         if sharded:
             raise PrepareError(
                 f"{named(sharded)} of {type(model).__name__} {'is' if len(sharded) == 1 else 'are'} sharded already",
                 "DDP keeps every parameter whole on every rank",
-                "Train with strategy='fsdp', or build the model anew and prepare that",
+                "Train with strategy='fsdp', or rebuild the model and prepare that",
             )
         self.place_whole(model, place=place)
         compile_model(model, self.context.config.dynamo_config)
@@ -93,7 +93,7 @@ class DDPStrategy(Strategy):
             "gradient_as_bucket_view": settings.gradient_as_bucket_view,
             "static_graph": settings.static_graph,
         }
-        # torch 2.13 warns about this argument whatever its value, and True is what it does without it.
+        # torch 2.13 warns about this argument whatever its value; the default is True.
         return arguments if settings.broadcast_buffers else arguments | {"broadcast_buffers": False}
 
     @override
@@ -102,7 +102,7 @@ class DDPStrategy(Strategy):
 
     @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
-        # What DDP.no_sync() sets, without a context manager a step.
+        # As DDP.no_sync() does, without a context manager in every step.
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = enabled
 
@@ -118,27 +118,31 @@ class DDPStrategy(Strategy):
             wrapped.end_backward(versions)
 
     def _translate(self, error: RuntimeError) -> None:
-        """Say in our words that a parameter's gradient came twice, and of which parameter."""
-        found = re.search(r"Parameter at index (\d+)(?: with name (\S+))? has been marked as ready twice", str(error))
-        if found is None:
+        """Name the parameter whose gradient was computed twice.
+
+        Raises:
+            SteppingError: DDP's error is about that.
+        """
+        match = re.search(r"Parameter at index (\d+)(?: with name (\S+))? has been marked as ready twice", str(error))
+        if match is None:
             return
-        index = int(found[1])
-        name = found[2] or ", or ".join(dict.fromkeys(wrapped.name_of(index) for wrapped in self._wrapped))
+        index = int(match[1])
+        name = match[2] or ", or ".join(dict.fromkeys(wrapped.name_of(index) for wrapped in self._wrapped))
         raise SteppingError(
             f"The gradient of {name} was computed twice for one forward of the prepared model",
-            "DDP averages a gradient as soon as it is there: between the forward and its backward another backward "
-            "reached the parameter, through unwrap_model(model) or in a checkpoint with use_reentrant=True",
+            "DDP averages a gradient as soon as it is computed, and another backward reached the parameter between the "
+            "forward and its backward, through unwrap_model(model) or in a checkpoint with use_reentrant=True",
             "Add the losses up and call backward() once, or pass use_reentrant=False to the checkpoint",
         ) from error
 
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        open_ones = [wrapped for wrapped in self._wrapped if not wrapped.is_complete]
-        if not open_ones:
+        incomplete = [wrapped for wrapped in self._wrapped if not wrapped.is_complete]
+        if not incomplete:
             return
-        asked = {id(p) for p in parameters}
-        for wrapped in open_ones:
-            if wrapped.holds_any(asked):
+        requested = {id(p) for p in parameters}
+        for wrapped in incomplete:
+            if wrapped.has_any(requested):
                 wrapped.complete()
 
     @override
@@ -148,30 +152,30 @@ class DDPStrategy(Strategy):
 
     @override
     def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
-        # One rank's weights are saved for all.
-        self._replicas.look()
+        # Only one rank's weights are saved.
+        self._replicas.check()
         return super().model_state(model)
 
     @override
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         super().add_group(optimizer, group)
         for wrapped in self._wrapped:
-            wrapped.look_again()
+            wrapped.invalidate_reducer()
 
     def _open_group(self) -> Group:
-        if self._second is None:
+        if self._own_group is None:
             opened = dist.new_group()
-            self._second = TorchGroup(self.context.device, opened)
-            # A group has threads of its own, which would outlive every Accelerator of a long program.
-            self._close_second = weakref.finalize(self, _close_group, opened)
-            self._close_second.atexit = False
-        return self._second
+            self._own_group = TorchGroup(self.context.device, opened)
+            # A group has its own threads, which would outlive the Accelerator in a long program.
+            self._close_own_group = weakref.finalize(self, _close_group, opened)
+            self._close_own_group.atexit = False
+        return self._own_group
 
     @override
     def close(self) -> None:
-        if self._close_second is not None:
-            self._close_second()
-        self._second = self._close_second = None
+        if self._close_own_group is not None:
+            self._close_own_group()
+        self._own_group = self._close_own_group = None
 
     @override
     @contextmanager
@@ -186,7 +190,7 @@ class DDPStrategy(Strategy):
         count = self.context.world.size
         lines = [f"DDP: each of {count} ranks holds the whole model; gradients are averaged in the backward"]
         if self._settings.comm_hook != "no":
-            lines.append(f"gradients travel through the {self._settings.comm_hook} hook")
+            lines.append(f"gradients are compressed by the communication hook {self._settings.comm_hook}")
         return lines
 
     @override
@@ -203,11 +207,11 @@ def _close_group(group: dist.ProcessGroup | None) -> None:
         dist.destroy_process_group(group)
 
 
-def _inside(wrapped: DistributedDataParallel) -> nn.Module:
-    """The module of a model that was prepared before; around the wrapper itself, a second would average again.
+def _unwrap_own(wrapped: DistributedDataParallel) -> nn.Module:
+    """The module of a model that was prepared before: a wrapper around its wrapper would average again.
 
     Raises:
-        PrepareError: The script has wrapped it.
+        PrepareError: The script has wrapped the model itself.
     """
     if isinstance(wrapped, NamingDDP):
         module: nn.Module = wrapped.module
@@ -215,12 +219,12 @@ def _inside(wrapped: DistributedDataParallel) -> nn.Module:
     raise PrepareError(
         f"{type(wrapped.module).__name__} is wrapped in {type(wrapped).__name__} already",
         "prepare wraps it, with the settings of this run",
-        "Hand over the module itself, and its settings as DistributedDataParallelKwargs",
+        "Pass the module itself, and DDP's settings as DistributedDataParallelKwargs",
     )
 
 
 def _register_hook(wrapped: DistributedDataParallel, settings: DistributedDataParallelKwargs) -> None:
-    """Register the communication hook, itself wrapped in a compressing one where asked."""
+    """Register the communication hook, with a compressing wrapper around it if one is configured."""
     if settings.comm_hook == "no" and settings.comm_wrapper == "no":
         return
     hook = _HOOKS.get(settings.comm_hook, _PLAIN_HOOK)
@@ -234,6 +238,6 @@ def _register_hook(wrapped: DistributedDataParallel, settings: DistributedDataPa
     except TypeError as error:
         raise PrepareError(
             f"comm_hook={settings.comm_hook!r}, comm_wrapper={settings.comm_wrapper!r}",
-            f"This backend cannot carry it: {error}",
-            "Use fp16 or power_sgd here, or no hook",
+            f"This backend does not support it: {error}",
+            "Use fp16 or power_sgd, or no hook",
         ) from error

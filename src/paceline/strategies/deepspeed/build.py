@@ -1,4 +1,4 @@
-"""What DeepSpeed is told and asked before an engine is built, and what of the model must outlive its building."""
+"""Prepares everything that a DeepSpeed engine is built from: package, configuration, model, optimizer, schedule."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _COMPILED = {"adam", "adamw", "lamb", "lion"}
 
 
 def prepare_package() -> None:
-    """Keep DeepSpeed from compiling what nobody asked for, and from logging its configuration."""
+    """Keep DeepSpeed from compiling an unneeded operation, and from logging its configuration."""
     import deepspeed
 
-    # On a CPU its first use compiles shared-memory collectives with g++, for two minutes; gloo's do.
+    # On a CPU its first use compiles shared-memory collectives with g++, for two minutes; gloo's are enough.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     if logger.level in (logging.NOTSET, logging.INFO):
@@ -50,9 +50,9 @@ def prepare_package() -> None:
 
 
 def name_ranks() -> None:
-    """Give DeepSpeed the variables that it reads in the middle of training, in a process that nobody launched.
+    """Set the variables that DeepSpeed reads in the middle of training, in a process without a launcher.
 
-    The only variables that paceline writes: DeepSpeed has no other way in.
+    These are the only variables that paceline writes: DeepSpeed takes its ranks from nowhere else.
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -61,51 +61,53 @@ def name_ranks() -> None:
 # Its configuration
 
 
-def engine_settings(settings: Mapping[str, Any], stage: int, world_size: int, *, stand_in: bool) -> dict[str, Any]:
-    """What the engine is told: paceline's own part of the work is switched off in it."""
-    told = copy.deepcopy(without_removed(settings))
-    told["train_batch_size"] = told["train_micro_batch_size_per_gpu"] * world_size
-    told["gradient_accumulation_steps"] = 1
-    if value_at(told, "zero_optimization.offload_optimizer.device") != "nvme":
-        # Gradients that go to a disk during the backward are out of paceline's reach: there the engine clips.
-        told["gradient_clipping"] = 0.0
-    told.pop("scheduler", None)
-    if not stand_in:
-        told.pop("optimizer", None)
+def engine_settings(
+    settings: Mapping[str, Any], stage: int, world_size: int, *, builds_optimizer: bool
+) -> dict[str, Any]:
+    """The configuration for the engine itself, in which paceline's part of the work is switched off."""
+    config = copy.deepcopy(without_removed(settings))
+    config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * world_size
+    config["gradient_accumulation_steps"] = 1
+    if value_at(config, "zero_optimization.offload_optimizer.device") != "nvme":
+        # The backward writes gradients to NVMe, where only the engine can clip them.
+        config["gradient_clipping"] = 0.0
+    config.pop("scheduler", None)
+    if not builds_optimizer:
+        config.pop("optimizer", None)
     if stage == 0:
         # fp32 parameters under autocast, as under DDP.
-        told.pop("bf16", None)
-        told.pop("fp16", None)
-    zero = told.setdefault("zero_optimization", {})
+        config.pop("bf16", None)
+        config.pop("fp16", None)
+    zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    accumulates = told.get("data_types", {}).get("grad_accum_dtype")
+    accumulates = config.get("data_types", {}).get("grad_accum_dtype")
     if stage in (1, 2) and not zero.get("offload_optimizer") and accumulates is None:
-        # The norm is computed where it is asked for, by clip_grad_norm_.
+        # clip_grad_norm_ computes the norm itself.
         zero.setdefault("compute_grad_norm", False)
     # The throughput timer waits for the device in every step.
-    told.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
-    return told
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+    return config
 
 
 def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
-    """What is known before a model is there, for building it sharded."""
-    # What is "auto" follows from the model, and building one asks for nothing of the optimizer.
+    """The configuration that is known before there is a model, for building it sharded."""
+    # "auto" follows from the model, and building one needs nothing of the optimizer.
     section = plugin.zero_section().items()
     zero = {key: value for key, value in section if value != AUTO and key != "offload_optimizer"} | {"stage": 3}
-    told: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     exact = value_at(plugin.settings, "data_types.keep_in_fp32_modules")
     if exact is not None:
-        told["data_types"] = {"keep_in_fp32_modules": exact}
+        config["data_types"] = {"keep_in_fp32_modules": exact}
     if precision in DTYPES:
-        told[precision] = {"enabled": True}
-    return told
+        config[precision] = {"enabled": True}
+    return config
 
 
 def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Say what is missing before DeepSpeed builds an operation of its own.
+    """Check for a compiler before DeepSpeed compiles an optimizer.
 
     Raises:
-        PrepareError: The configuration asks for DeepSpeed's own optimizer and there is no compiler.
+        PrepareError: The configuration describes DeepSpeed's own optimizer and there is no compiler.
     """
     section = settings.get("optimizer") if isinstance(optimizer, DummyOptim) else None
     if section is None or section["params"].get("torch_adam"):
@@ -118,14 +120,14 @@ def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         raise PrepareError(
-            f"The DeepSpeed configuration asks for its own {kind}, and {' and '.join(missing)} is not on PATH",
+            f"The DeepSpeed configuration describes DeepSpeed's own {kind}, and {' and '.join(missing)} is not on PATH",
             "DeepSpeed compiles that optimizer when it is first used",
             'Install them, write "torch_adam": true into optimizer.params, or pass an optimizer of torch',
         )
 
 
 def check_disk(settings: Mapping[str, Any]) -> None:
-    """Say what is missing before DeepSpeed builds the operation that reads and writes NVMe.
+    """Check for libaio before DeepSpeed compiles the operation that reads and writes NVMe.
 
     Raises:
         PrepareError: The configuration offloads to NVMe, and this machine cannot compile for it.
@@ -153,20 +155,20 @@ def _check_architectures(operation: str) -> None:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if torch.cuda.is_available() and re.search(r"\d[a-z]", listed):
         raise PrepareError(
-            f"TORCH_CUDA_ARCH_LIST is {listed!r}, and DeepSpeed has to compile its {operation}",
-            "DeepSpeed reads plain numbers there, and fails on an architecture with a letter",
+            f"TORCH_CUDA_ARCH_LIST is {listed!r}, and DeepSpeed must compile {operation}",
+            "DeepSpeed parses plain numbers there, and fails on an architecture with a letter",
             f"Set TORCH_CUDA_ARCH_LIST={re.sub('[a-z]', '', listed)!r} for this run, or unset it",
         )
 
 
 def check_monitors(settings: Mapping[str, Any]) -> None:
-    """Name the packages that monitors need and that are missing: only rank 0 would try to import them.
+    """Check on every rank for the packages of enabled monitors, which only rank 0 would import.
 
     Raises:
-        PrepareError: Some are.
+        PrepareError: Some are missing.
     """
-    asked = [kind for kind in _MONITORS if value_at(settings, f"{kind}.enabled") is True]
-    missing = [kind for kind in asked if importlib.util.find_spec(_MONITORS[kind]) is None]
+    enabled = [kind for kind in _MONITORS if value_at(settings, f"{kind}.enabled") is True]
+    missing = [kind for kind in enabled if importlib.util.find_spec(_MONITORS[kind]) is None]
     if missing:
         packages = " ".join(_MONITORS[kind] for kind in missing)
         raise PrepareError(
@@ -177,7 +179,7 @@ def check_monitors(settings: Mapping[str, Any]) -> None:
 
 
 def configure_checkpointing(settings: Mapping[str, Any]) -> None:
-    """Pass the section on to `deepspeed.checkpointing`, which models call by themselves."""
+    """Pass the `activation_checkpointing` section on to `deepspeed.checkpointing`, which models call directly."""
     import deepspeed
 
     section = settings.get("activation_checkpointing")
@@ -198,10 +200,10 @@ def configure_checkpointing(settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def as_bytes(model: nn.Module, stage: int, group: Group) -> Iterator[None]:
-    """Let the engine send rank 0's values as bytes, for which a tensor must have a dimension and lie row by row.
+    """Let the engine broadcast rank 0's values as bytes, for which tensors need a dimension and contiguous memory.
 
-    Stage 3 gets parameters without dimensions with one, and is told their true shape afterwards. For the other stages
-    their values are sent here, and the engine leaves out what has the mark of those that differ from rank to rank.
+    For stage 3, parameters of shape [] get a dimension while the engine is built. For the other stages their values
+    are broadcast here, under a mark that makes the engine skip them.
     """
     for parameter in model.parameters():
         if not parameter.is_contiguous():
@@ -222,39 +224,42 @@ def as_bytes(model: nn.Module, stage: int, group: Group) -> Iterator[None]:
 
 
 def check_dtypes(model: nn.Module) -> None:
-    """Refuse what no engine of DeepSpeed can hold.
+    """Refuse dtypes that DeepSpeed cannot train.
 
     Raises:
-        PrepareError: Parameters are complex numbers; it names them.
+        PrepareError: Parameters are complex; it names them.
     """
     complex_ones = [name for name, p in model.named_parameters() if p.is_complex()]
     if complex_ones:
         raise PrepareError(
-            f"{named(complex_ones)} of {type(model).__name__} {'holds' if len(complex_ones) == 1 else 'hold'} complex "
-            "numbers",
-            "DeepSpeed casts every parameter to one real dtype and lays them side by side",
-            "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
+            f"{named(complex_ones)} of {type(model).__name__} {'is' if len(complex_ones) == 1 else 'are'} complex",
+            "DeepSpeed casts all parameters to one real dtype and flattens them into one tensor",
+            "Make the parameter real, of shape [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
 
 
-def mark_leaves(model: nn.Module, asked: Sequence[str]) -> None:
-    """Gather mixture-of-experts blocks as a whole: ranks take different ways through them."""
-    found = {type(module).__name__: type(module) for module in model.modules()}
-    missing = [name for name in asked if name not in found]
+def mark_leaves(model: nn.Module, names: Sequence[str]) -> None:
+    """Have mixture-of-experts blocks gathered as a whole, since ranks route through different experts.
+
+    Raises:
+        PrepareError: The model has no module of such a class.
+    """
+    classes = {type(module).__name__: type(module) for module in model.modules()}
+    missing = [name for name in names if name not in classes]
     if missing:
         raise PrepareError(
             f"deepspeed_moe_layer_cls_names names {named(missing)}",
             f"{type(model).__name__} has no module of that class",
-            f"Its classes are {named(sorted(found), 20)}",
+            f"Its classes are {named(sorted(classes), 20)}",
         )
     from deepspeed.utils import set_z3_leaf_modules
 
-    set_z3_leaf_modules(model, [found[name] for name in asked])
+    set_z3_leaf_modules(model, [classes[name] for name in names])
 
 
 def exact_values(model: nn.Module, dtype: torch.dtype | None, *, is_main: bool) -> dict[int, Tensor] | None:
-    """Rank 0's fp32 values, which the engine is about to round to 16 bits; None where nothing is rounded."""
+    """Rank 0's fp32 values, which the engine will round to 16 bits; None if nothing is rounded, {} on other ranks."""
     if dtype is None or any(hasattr(p, "ds_id") for p in model.parameters()):
         return None
     if not is_main:
@@ -264,9 +269,9 @@ def exact_values(model: nn.Module, dtype: torch.dtype | None, *, is_main: bool) 
 
 @torch.no_grad()
 def restore_exact(zero: ZeroEngine, exact: Mapping[int, Tensor] | None, context: RunContext) -> None:
-    """Start the optimizer's fp32 values from the model's own, which the engine took from their rounding.
+    """Set the optimizer's fp32 values to the model's own, since the engine has initialized them from rounded ones.
 
-    One parameter at a time is whole on the device.
+    One parameter at a time is whole on the device. Collective: every rank must call it.
     """
     if exact is None:
         return
@@ -274,16 +279,16 @@ def restore_exact(zero: ZeroEngine, exact: Mapping[int, Tensor] | None, context:
     for parameter in zero.model.parameters():
         if zero.dtypes[id(parameter)] != torch.float32 or zero.partitions.slice_of(parameter) is None:
             continue
-        part = zero.partitions.value(parameter)
+        shard = zero.partitions.value(parameter)
         known = exact.get(id(parameter))
-        whole = torch.empty(part.numel, device=device) if known is None else known.reshape(-1).to(device)
+        whole = torch.empty(shard.numel, device=device) if known is None else known.reshape(-1).to(device)
         context.group.broadcast(whole)
-        part.values.copy_(whole[part.start : part.stop])
-    zero.partitions.put_away()
+        shard.values.copy_(whole[shard.start : shard.stop])
+    zero.partitions.write_back()
 
 
 def cast_inputs(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors of nested inputs in `dtype`; everything else as it is."""
+    """Cast floating-point tensors in nested inputs to `dtype`; leave everything else unchanged."""
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -298,39 +303,43 @@ def parameters_in(optimizer: Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def holds(optimizer: Optimizer, model: nn.Module) -> bool:
+def updates_any_of(optimizer: Optimizer, model: nn.Module) -> bool:
     """Whether an optimizer updates any parameter of a model."""
     own = {id(p) for p in model.parameters()}
     return any(id(p) in own for p in parameters_in(optimizer))
 
 
-def as_groups(stand_in: DummyOptim) -> list[dict[str, Any]]:
-    """A stand-in's groups with the options that they say themselves; the configuration decides the others."""
+def as_groups(placeholder: DummyOptim) -> list[dict[str, Any]]:
+    """A placeholder's groups with their explicit options; the configuration decides the others."""
     return [
-        {"params": group["params"], **said}
-        for group, said in zip(stand_in.param_groups, stand_in.said_by_groups, strict=True)
+        {"params": group["params"], **explicit}
+        for group, explicit in zip(placeholder.param_groups, placeholder.explicit_by_group, strict=True)
     ]
 
 
 def make_scheduler(section: Mapping[str, Any], optimizer: Optimizer) -> Any:
-    """The scheduler that a section describes: one of DeepSpeed's, or of torch's."""
+    """Build the scheduler that a section describes, one of DeepSpeed's or of torch's.
+
+    Raises:
+        PrepareError: Its class or one of its arguments is unknown.
+    """
     from deepspeed.runtime import lr_schedules
 
     kind = section["type"]
-    made = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
-    if made is None:
+    scheduler_class = getattr(lr_schedules, kind, None) or getattr(torch.optim.lr_scheduler, kind, None)
+    if scheduler_class is None:
         raise PrepareError(
             f"scheduler.type={kind!r} in the DeepSpeed configuration",
             "Neither DeepSpeed nor torch has such a scheduler",
             f"Choose one of {', '.join(lr_schedules.VALID_LR_SCHEDULES)}",
         )
     parameters = section.get("params") or {}
-    taken = list(inspect.signature(made).parameters)[1:]
-    unknown = [name for name in parameters if name not in taken]
+    accepted = list(inspect.signature(scheduler_class).parameters)[1:]
+    unknown = [name for name in parameters if name not in accepted]
     if unknown:
         raise PrepareError(
             f"scheduler.params in the DeepSpeed configuration has {named(unknown)}",
-            f"{kind} takes no such argument",
-            f"It takes {named(taken, 20)}",
+            f"{kind} has no such argument",
+            f"It takes {named(accepted, 20)}",
         )
-    return made(optimizer, **parameters)
+    return scheduler_class(optimizer, **parameters)

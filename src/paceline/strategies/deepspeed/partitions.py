@@ -1,8 +1,8 @@
 """Where a DeepSpeed engine keeps the gradients, values and optimizer states of each parameter.
 
-ZeRO lays the parameters of a group out one after another, cuts that line into as many partitions as there are ranks
-(stages 1 and 2), or cuts every parameter by itself (stage 3). Both leave a rank one run of each parameter, whose
-fp32 value, gradient and moments lie at one place of a flat tensor: a `PartitionSlice`. At stage 0 nothing is cut.
+ZeRO concatenates the parameters of a group and splits that flat tensor into one partition a rank (stages 1 and 2), or
+splits every parameter on its own (stage 3). Both leave a rank one contiguous range of each parameter, whose fp32
+value, gradient and moments are a slice of a flat tensor: a `PartitionSlice`. At stage 0 nothing is sharded.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PartitionSlice:
-    """Where a rank keeps its run of one parameter.
+    """Where a rank stores its shard of one parameter.
 
     Attributes:
         flat: The flat tensor that the optimizer updates, a key of its state.
-        offset: Of the run's first element in `flat`.
-        start: Of the run's first element in the parameter laid out row by row.
-        numel: Elements of the run; it may have none.
+        offset: Index of the shard's first element in `flat`.
+        start: Index of the shard's first element in the flattened parameter.
+        numel: Elements of the shard; there may be none.
         group: Index of the optimizer's parameter group.
     """
 
@@ -42,18 +42,18 @@ class PartitionSlice:
     group: int
 
     def cut(self, flat: Tensor) -> Tensor:
-        """This run of a tensor that lies as `flat` does."""
+        """This shard of a tensor that is laid out like `flat`."""
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
 class Partitions(ABC):
-    """How one engine's parameters are spread over the ranks.
+    """How one engine's parameters are partitioned over the ranks.
 
     Attributes:
-        cut: Whether ranks hold different runs, so that what is summed over runs must be summed over ranks.
+        is_sharded: Whether ranks have different shards, so that a sum over shards must be summed over ranks, too.
     """
 
-    cut = True
+    is_sharded = True
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -61,43 +61,43 @@ class Partitions(ABC):
 
     @property
     def reaches_gradients(self) -> bool:
-        """Whether `gradient` can be asked between a backward and its step."""
+        """Whether `gradient` works between a backward and its step."""
         return True
 
     @property
     def loss_scale(self) -> float:
-        """What fp16 gradients are multiplied by until the step."""
+        """The factor in fp16 gradients until the step."""
         return float(getattr(self._zero, "loss_scale", 1.0))
 
     @abstractmethod
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's run of the averaged gradient, in live memory; None where there is none."""
+        """This rank's shard of the averaged gradient, in live memory; None if there is none."""
 
     @abstractmethod
     def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
-        """Where the optimizer keeps this rank's run; None for a parameter that it does not update."""
+        """Where the optimizer stores this rank's shard; None for a parameter that it does not update."""
 
     @abstractmethod
     def value(self, parameter: nn.Parameter) -> TensorShard:
-        """This rank's run of the parameter, in the most exact copy that there is."""
+        """This rank's shard of the parameter, from the most exact copy that there is."""
 
     @abstractmethod
     def publish(self) -> None:
-        """Carry the optimizer's fp32 values to the copies that the forward uses. Collective."""
+        """Copy the optimizer's fp32 values to the parameters that the forward uses. Collective."""
 
-    def put_away(self) -> None:
-        """Write back what `slice_of` brought into memory from a disk and somebody changed."""
+    def write_back(self) -> None:
+        """Write what `slice_of` read from NVMe, and the caller may have changed, back to it."""
         return
 
     @abstractmethod
     def drop_gradients(self) -> None:
-        """Forget the gradients gathered since the last step."""
+        """Drop the gradients accumulated since the last step."""
 
 
 class Unpartitioned(Partitions):
-    """Stage 0: every rank holds everything."""
+    """Stage 0: every rank has everything."""
 
-    cut = False
+    is_sharded = False
 
     @override
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
@@ -125,7 +125,7 @@ class Unpartitioned(Partitions):
 
 
 class FlatPartitions(Partitions):
-    """Stages 1 and 2: a group's parameters in one line, cut into partitions that know no parameter's borders."""
+    """Stages 1 and 2: a group's parameters in one flat tensor, partitioned regardless of where a parameter ends."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -140,15 +140,15 @@ class FlatPartitions(Partitions):
         if mapping is None:
             return None
         gradients = mapping.offload_gradient_dict if mapping.use_offload else mapping.gradient_dict
-        held = gradients.get(mapping.param_group_index)
-        if held is None:
+        in_group = gradients.get(mapping.param_group_index)
+        if in_group is None:
             return None
-        found: Tensor = held[parameter._index_in_param_group]  # type: ignore[attr-defined]
-        run = mapping.lp_fragment_address
-        if found.numel() == run.numel:
-            return found
+        gradient: Tensor = in_group[parameter._index_in_param_group]  # type: ignore[attr-defined]
+        fragment = mapping.lp_fragment_address
+        if gradient.numel() == fragment.numel:
+            return gradient
         # The optimizer of stage 1 with fp32 accumulation keeps whole gradients.
-        return found.reshape(-1).narrow(0, run.start, run.numel)
+        return gradient.reshape(-1).narrow(0, fragment.start, fragment.numel)
 
     @override
     def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
@@ -159,8 +159,8 @@ class FlatPartitions(Partitions):
         flat = self._flats[group]
         if mapping is None:
             return PartitionSlice(flat, 0, 0, 0, group)
-        fp32, run = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return PartitionSlice(flat, fp32.start, run.start, run.numel, group)
+        fp32, fragment = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return PartitionSlice(flat, fp32.start, fragment.start, fragment.numel, group)
 
     @override
     def value(self, parameter: nn.Parameter) -> TensorShard:
@@ -185,10 +185,10 @@ class FlatPartitions(Partitions):
 
 
 class ParameterPartitions(Partitions):
-    """Stage 3: every parameter is cut by itself, into equal pieces of which the last is filled up.
+    """Stage 3: every parameter is partitioned on its own, into equal pieces of which the last is padded.
 
-    With the optimizer on NVMe, a sub-group's fp32 values and states are in memory only while a step is taken.
-    `slice_of` brings a copy of them into the same tensors, where the next step drops it.
+    With the optimizer on NVMe, a sub-group's fp32 values and states are in memory only during a step. `slice_of`
+    reads a copy of them into the same tensors, where the next step drops it.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -203,26 +203,26 @@ class ParameterPartitions(Partitions):
 
     @override
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        found = self._index.get(id(parameter))
-        if found is None:
+        position = self._index.get(id(parameter))
+        if position is None:
             return None
         zero = self._zero
         if not self.reaches_gradients:
             raise StateError(
-                "Gradients of a run with its optimizer on NVMe were asked for",
-                "They go there piece by piece during the backward, until the step is taken",
+                "Gradients of a run with its optimizer on NVMe were requested",
+                "The backward writes them to NVMe, and only the step reads them back",
                 "Leave clipping to DeepSpeed (gradient_clipping in its configuration), or offload the optimizer to cpu",
             )
         if zero.offload_optimizer:
             slice_of = self.slice_of(parameter)
             gradient = None if slice_of is None else slice_of.flat.grad
             return None if slice_of is None or gradient is None else slice_of.cut(gradient)
-        group, index = found
-        held = zero.averaged_gradients.get(group)
-        if held is None:
+        group, index = position
+        in_group = zero.averaged_gradients.get(group)
+        if in_group is None:
             return None
-        run: Tensor = held[index].view(-1)
-        return run.narrow(0, 0, min(self._run(parameter)[1], run.numel()))
+        piece: Tensor = in_group[index].view(-1)
+        return piece.narrow(0, 0, min(self._range_of(parameter)[1], piece.numel()))
 
     @override
     def slice_of(self, parameter: nn.Parameter) -> PartitionSlice | None:
@@ -230,20 +230,20 @@ class ParameterPartitions(Partitions):
             return None
         zero = self._zero
         sub_group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-        self._bring_in(sub_group)
-        start, numel = self._run(parameter)
+        self._swap_in(sub_group)
+        start, numel = self._range_of(parameter)
         flat = zero.fp32_partitioned_groups_flat[sub_group]
         return PartitionSlice(flat, offset, start, numel, zero.sub_group_to_group_id[sub_group])
 
-    def _bring_in(self, sub_group: int) -> None:
+    def _swap_in(self, sub_group: int) -> None:
         zero = self._zero
         if not zero._swappable_optimizer_subgroup(sub_group) or self._in_memory(sub_group):
             return
         if zero.optimizer_swapper.__class__.__name__ == "PipelinedOptimizerSwapper":
             raise StateError(
-                "The state of a run with its optimizer on NVMe was asked for",
-                "With pipeline_read or pipeline_write it is in memory only while a step is taken",
-                "Leave both out of offload_optimizer",
+                "The state of a run with its optimizer on NVMe was requested",
+                "With pipeline_read or pipeline_write it is in memory only during a step",
+                "Remove both from offload_optimizer",
             )
         zero._optimizer_states_and_gradient_swap_in(sub_group)
         info = zero.optimizer_swapper._get_param_swap_info(zero.fp32_partitioned_groups_flat[sub_group])
@@ -257,7 +257,7 @@ class ParameterPartitions(Partitions):
         return bool(self._zero.fp32_partitioned_groups_flat[sub_group].numel())
 
     @override
-    def put_away(self) -> None:
+    def write_back(self) -> None:
         zero = self._zero
         for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
             if not zero._swappable_optimizer_subgroup(sub_group) or not self._in_memory(sub_group):
@@ -283,7 +283,7 @@ class ParameterPartitions(Partitions):
         return piece_of(parameter)
 
     @staticmethod
-    def _run(parameter: nn.Parameter) -> tuple[int, int]:
+    def _range_of(parameter: nn.Parameter) -> tuple[int, int]:
         piece = piece_of(parameter)
         return piece.start, piece.values.numel()
 
@@ -291,14 +291,14 @@ class ParameterPartitions(Partitions):
     @torch.no_grad()
     def publish(self) -> None:
         zero = self._zero
-        # What is gathered right now would outlive the new values.
+        # Copies that are gathered right now would hide the new values.
         zero._partition_all_parameters()
         for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
             # What is not in memory was not changed.
             if flat.numel():
                 zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        self.put_away()
-        # Small parameters stay gathered between steps, so their whole copies are renewed too.
+        self.write_back()
+        # Small parameters stay gathered between steps, so their whole copies must be renewed, too.
         persistent = zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
@@ -312,14 +312,14 @@ class ParameterPartitions(Partitions):
 
 
 def piece_of(parameter: nn.Parameter) -> TensorShard:
-    """This rank's piece of a parameter that stage 3 has cut, without the filling of the last piece."""
-    held: Any = parameter
-    piece, size = held.ds_tensor, held.partition_numel()
+    """This rank's piece of a parameter that stage 3 has partitioned, without the padding of the last piece."""
+    partitioned: Any = parameter
+    piece, size = partitioned.ds_tensor, partitioned.partition_numel()
     import deepspeed.comm as ds_comm
 
-    start = min(size * ds_comm.get_rank(group=held.ds_process_group), held.ds_numel)
-    numel = min(size, held.ds_numel - start)
-    return TensorShard(tuple(held.ds_shape), start, piece.detach().view(-1).narrow(0, 0, numel))
+    start = min(size * ds_comm.get_rank(group=partitioned.ds_process_group), partitioned.ds_numel)
+    numel = min(size, partitioned.ds_numel - start)
+    return TensorShard(tuple(partitioned.ds_shape), start, piece.detach().view(-1).narrow(0, 0, numel))
 
 
 def partitions_of(engine: Any, stage: int) -> Partitions:
@@ -330,7 +330,7 @@ def partitions_of(engine: Any, stage: int) -> Partitions:
 
 
 def norm_of(gradients: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of several runs as one vector, to the power that makes it add up over ranks (`inf`: the largest).
+    """The norm of several shards as one vector, to the power that makes it add up over ranks (`inf`: the largest).
 
     Shape [], fp32, on `device`.
     """

@@ -1,6 +1,6 @@
-"""From the configuration to DeepSpeed's dictionary: every `"auto"` filled from the run, every clash named.
+"""Resolves the DeepSpeed configuration: fills every `"auto"` from the run, and reports every contradiction.
 
-What the dictionary says is the truth about the run; what the engine must not do itself is taken out of it later.
+The result describes the run as it is; `engine_settings` later takes out what the engine must not do itself.
 """
 
 from __future__ import annotations
@@ -26,24 +26,27 @@ if TYPE_CHECKING:
 
     from paceline.config import DeepSpeedPlugin, RunConfig
 
-__all__ = ["Known", "hidden_size_of", "resolve_scheduler", "resolve_settings"]
+__all__ = ["AutoValues", "hidden_size_of", "resolve_scheduler", "resolve_settings"]
 
 _WHERE = "DeepSpeed configuration"
+_CONFLICT = "the two conflict; one would be ignored"
 _ADAM = ("adam", "adamw")
 _ADAM_MORE = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_states", "set_grad_none"}
+# The defaults of torch's Adam.
+_ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Known:
-    """What only the run knows.
+class AutoValues:
+    """What the run knows, for the values that are `"auto"`.
 
     Attributes:
         world_size: Ranks that share the global batch.
-        micro_batch: Samples in a batch of one rank, where a prepared loader said it.
-        hidden_size: Width of the model, from which DeepSpeed's buckets are sized; None where it says none.
-        optimizer: What the script handed to `prepare`.
-        schedule: The stand-in for its schedule, where the script handed that over in the same call.
-        on_cpu: Whether the run computes on a CPU, which pins no memory.
+        micro_batch: Samples in one rank's batch; None if no prepared loader has a batch size.
+        hidden_size: Width of the model, from which DeepSpeed's buckets are sized; None if its config has none.
+        optimizer: What the script passed to `prepare`.
+        schedule: The placeholder of its schedule, if the script passed it in the same call.
+        on_cpu: Whether the run computes on a CPU, where memory is not pinned.
     """
 
     world_size: int
@@ -54,23 +57,23 @@ class Known:
     schedule: DummyScheduler | None = None
 
 
-def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -> dict[str, Any]:
+def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, auto: AutoValues) -> dict[str, Any]:
     """DeepSpeed's configuration, complete.
 
     Raises:
-        ConfigError: Values that contradict the run, and `"auto"` that nothing can fill; all at once.
+        ConfigError: Values that contradict the run, and `"auto"` that cannot be resolved; all at once.
     """
     settings = decided_settings(plugin, config)
     problems: list[Problem] = []
-    _batch_sizes(settings, config, known, problems)
+    _batch_sizes(settings, config, auto, problems)
     problems += _scaling(settings)
-    _optimizer(settings, known.optimizer, problems)
-    if known.schedule is not None and known.schedule.lr_scheduler_callable is None and "scheduler" in settings:
-        problems += _schedule(settings["scheduler"], known.schedule, known.optimizer)[1]
-    _buckets(settings["zero_optimization"], known.hidden_size)
-    _memory(settings["zero_optimization"], known)
+    _optimizer(settings, auto.optimizer, problems)
+    if auto.schedule is not None and auto.schedule.lr_scheduler_callable is None and "scheduler" in settings:
+        problems += _schedule(settings["scheduler"], auto.schedule, auto.optimizer)[1]
+    _buckets(settings["zero_optimization"], auto.hidden_size)
+    _memory(settings["zero_optimization"], auto)
     problems += [
-        Problem(_WHERE, path, '"auto" cannot be filled', "paceline does not know this value", "write a value")
+        Problem(_WHERE, path, 'cannot resolve "auto"', "paceline has no value for this key", "write a value")
         for path, value in walk(settings)
         if value == AUTO and not path.startswith("scheduler.")
     ]
@@ -79,21 +82,22 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, known: Known) -
     return settings
 
 
-def _batch_sizes(settings: dict[str, Any], config: RunConfig, known: Known, problems: list[Problem]) -> None:
+def _batch_sizes(settings: dict[str, Any], config: RunConfig, auto: AutoValues, problems: list[Problem]) -> None:
     accumulation = config.gradient_accumulation_steps
     key = "train_micro_batch_size_per_gpu"
-    said = settings.get(key, AUTO)
-    if said == AUTO:
-        settings[key] = said = known.micro_batch or 1
-    elif known.micro_batch not in (None, said):
-        why = f"the prepared loader gives each rank batches of {known.micro_batch}"
-        problems.append(Problem(_WHERE, key, f"{said} contradicts the run", why, 'write "auto", or change the loader'))
-    total = said * accumulation * known.world_size
+    micro_batch = settings.get(key, AUTO)
+    if micro_batch == AUTO:
+        settings[key] = micro_batch = auto.micro_batch or 1
+    elif auto.micro_batch not in (None, micro_batch):
+        what = f"{micro_batch} contradicts the run"
+        why = f"the prepared loader gives each rank batches of {auto.micro_batch}"
+        problems.append(Problem(_WHERE, key, what, why, 'write "auto", or change the loader'))
+    total = micro_batch * accumulation * auto.world_size
     given = settings.get("train_batch_size", AUTO)
     settings["train_batch_size"] = total
     if given not in (AUTO, total):
         what = f"{given} contradicts the run"
-        why = f"{known.world_size} ranks x {accumulation} micro-batches x {said} samples make {total}"
+        why = f"{auto.world_size} ranks x {accumulation} micro-batches x {micro_batch} samples make {total}"
         problems.append(Problem(_WHERE, "train_batch_size", what, why, 'write "auto"'))
 
 
@@ -115,43 +119,40 @@ def _optimizer(settings: dict[str, Any], optimizer: Optimizer, problems: list[Pr
     section = settings.get("optimizer")
     if not isinstance(optimizer, DummyOptim):
         if section is not None:
-            what = f"{section.get('type')} is described beside the script's {type(optimizer).__name__}"
+            what = f"{section.get('type')} is described, and the script has an optimizer {type(optimizer).__name__}"
             hint = "prepare a DummyOptim in its place, or remove the section"
-            problems.append(Problem(_WHERE, "optimizer", what, "one of the two would silently lose", hint))
+            problems.append(Problem(_WHERE, "optimizer", what, _CONFLICT, hint))
         return
     if section is None:
-        hint = "add the section, or pass an optimizer of torch"
+        hint = "add the section, or pass a torch optimizer"
         problems.append(Problem(_WHERE, "optimizer", "is missing", "a DummyOptim was prepared for it", hint))
         return
     parameters = section["params"] = dict(section.get("params") or {})
-    # What the section leaves out and the script says would otherwise silently lose to the optimizer's default.
-    parameters.update({key: value for key, value in optimizer.said.items() if key not in parameters})
+    # What the script passes and the section leaves out would otherwise be replaced by the optimizer's default.
+    parameters.update({key: value for key, value in optimizer.explicit.items() if key not in parameters})
     for key, value in list(parameters.items()):
-        if value == AUTO and key in optimizer.defaults:
-            parameters[key] = optimizer.defaults[key]
-        elif value != AUTO and key in optimizer.said and not _same(value, optimizer.said[key]):
-            what = f"{value} contradicts DummyOptim({key}={optimizer.said[key]})"
+        if value == AUTO:
+            parameters[key] = optimizer.defaults.get(key, _ADAM_DEFAULTS.get(key, AUTO))
+        elif key in optimizer.explicit and not _same(value, optimizer.explicit[key]):
+            what = f"{value} contradicts DummyOptim({key}={optimizer.explicit[key]})"
             hint = 'write "auto", or leave the argument out'
-            problems.append(Problem(_WHERE, f"optimizer.params.{key}", what, "one would silently lose", hint))
-        elif value == AUTO and key in ("betas", "eps"):
-            # What torch's Adam takes when nobody says it.
-            parameters[key] = [0.9, 0.999] if key == "betas" else 1e-8
-    problems += _described(section)
+            problems.append(Problem(_WHERE, f"optimizer.params.{key}", what, _CONFLICT, hint))
+    problems += _unknown_optimizer(section)
 
 
-def _described(section: Mapping[str, Any]) -> Iterator[Problem]:
-    """What no optimizer of DeepSpeed's or torch's can be made from."""
+def _unknown_optimizer(section: Mapping[str, Any]) -> Iterator[Problem]:
+    """Report a class that neither DeepSpeed nor torch has, and arguments that the class does not have."""
     kind = section.get("type")
-    made = getattr(torch.optim, "AdamW" if str(kind).lower() in _ADAM else str(kind), None)
-    if not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and made is None):
+    torch_class = getattr(torch.optim, "AdamW" if str(kind).lower() in _ADAM else str(kind), None)
+    if not isinstance(kind, str) or (kind.lower() not in OPTIMIZERS and torch_class is None):
         hint = f"write a class of torch.optim, or one of {', '.join(sorted(OPTIMIZERS))}"
         yield Problem(_WHERE, "optimizer.type", f"{kind!r} is unknown", "neither DeepSpeed nor torch has it", hint)
-    elif made is not None:
-        taken = {*inspect.signature(made).parameters} | (_ADAM_MORE if kind.lower() in _ADAM else set())
+    elif torch_class is not None:
+        accepted = {*inspect.signature(torch_class).parameters} | (_ADAM_MORE if kind.lower() in _ADAM else set())
         for key in section.get("params") or {}:
-            if key not in taken:
-                hint = "write gradient_clipping" if key == "max_grad_norm" else did_you_mean(key, taken)
-                yield Problem(_WHERE, f"optimizer.params.{key}", f"{kind} takes no such argument", hint=hint)
+            if key not in accepted:
+                hint = "write gradient_clipping" if key == "max_grad_norm" else did_you_mean(key, accepted)
+                yield Problem(_WHERE, f"optimizer.params.{key}", f"{kind} has no such argument", hint=hint)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -170,83 +171,83 @@ def _buckets(zero: dict[str, Any], hidden: int | None) -> None:
         if zero.get(key) == AUTO:
             zero[key] = size
             if hidden is None:
-                # DeepSpeed's own default holds.
+                # Leaves DeepSpeed's own default.
                 del zero[key]
 
 
-def _memory(zero: dict[str, Any], known: Known) -> None:
+def _memory(zero: dict[str, Any], auto: AutoValues) -> None:
     for part in ("offload_optimizer", "offload_param"):
         section = zero.get(part)
         if section:
-            # A CPU run has no device that pinned memory would serve.
-            section["pin_memory"] = bool(section.get("pin_memory", not known.on_cpu)) and not known.on_cpu
+            # Pinned memory only speeds up copies to an accelerator.
+            section["pin_memory"] = bool(section.get("pin_memory", not auto.on_cpu)) and not auto.on_cpu
 
 
-def resolve_scheduler(settings: Mapping[str, Any], stand_in: DummyScheduler, given: Optimizer) -> dict[str, Any]:
-    """The `scheduler` section with every `"auto"` filled from the stand-in.
+def resolve_scheduler(settings: Mapping[str, Any], placeholder: DummyScheduler, given: Optimizer) -> dict[str, Any]:
+    """The `scheduler` section with every `"auto"` resolved from the placeholder.
 
     Args:
         settings: DeepSpeed's configuration.
-        stand_in: It holds the optimizer in force.
-        given: The optimizer that the script handed to `prepare`.
+        placeholder: Its `optimizer` is the one that is stepped.
+        given: The optimizer that the script passed to `prepare`.
 
     Raises:
-        ConfigError: Some cannot be filled, or contradict the stand-in.
+        ConfigError: Some cannot be resolved, or contradict the placeholder.
     """
-    section, problems = _schedule(value_at(settings, "scheduler"), stand_in, given)
+    section, problems = _schedule(value_at(settings, "scheduler"), placeholder, given)
     if problems:
         raise ConfigError(problems)
     return section
 
 
 def _schedule(
-    section: Mapping[str, Any], stand_in: DummyScheduler, given: Optimizer
+    section: Mapping[str, Any], placeholder: DummyScheduler, given: Optimizer
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """The section as the stand-in fills it, and what the two cannot agree on."""
+    """The section as the placeholder completes it, and their contradictions."""
     parameters = dict(section.get("params") or {})
-    said = _said_of_schedule(stand_in, given)
-    takes = SCHEDULES.get(section.get("type", ""), frozenset(stand_in.kwargs))
-    parameters |= {key: value for key, value in said.items() if key in takes and key not in parameters}
-    known = {
+    explicit = _explicit_values(placeholder, given)
+    accepted = SCHEDULES.get(section.get("type", ""), frozenset(placeholder.kwargs))
+    parameters |= {key: value for key, value in explicit.items() if key in accepted and key not in parameters}
+    values = {
         "warmup_min_lr": 0,
-        "warmup_max_lr": _rates(stand_in.optimizer),
-        "warmup_num_steps": max(1, stand_in.warmup_num_steps),
-        **said,
+        "warmup_max_lr": _rates(placeholder.optimizer),
+        "warmup_num_steps": max(1, placeholder.warmup_num_steps),
+        **explicit,
     }
     problems = []
     for key, value in parameters.items():
         path = f"scheduler.params.{key}"
-        if value == AUTO and known.get(key) is not None:
-            parameters[key] = known[key]
+        if value == AUTO and values.get(key) is not None:
+            parameters[key] = values[key]
         elif value == AUTO:
             hint = f"pass DummyScheduler(optimizer, {key}=…), or write a value"
-            problems.append(Problem(_WHERE, path, '"auto" cannot be filled', "", hint))
-        elif key in said and not _same(value, said[key]):
+            problems.append(Problem(_WHERE, path, 'cannot resolve "auto"', "", hint))
+        elif key in explicit and not _same(value, explicit[key]):
             source = "the optimizer's rate" if key == "warmup_max_lr" else f"DummyScheduler({key}=…)"
-            what = f"{value} contradicts {said[key]}, {source}"
-            problems.append(Problem(_WHERE, path, what, "one would silently lose", 'write "auto"'))
+            what = f"{value} contradicts {explicit[key]}, {source}"
+            problems.append(Problem(_WHERE, path, what, _CONFLICT, 'write "auto"'))
     return {**section, "params": parameters}, problems
 
 
-def _said_of_schedule(stand_in: DummyScheduler, given: Optimizer) -> dict[str, Any]:
-    """What the script says of a schedule: the arguments of its stand-in, and the rate of its optimizer."""
-    said = {
-        "warmup_num_steps": stand_in.warmup_num_steps or None,
-        "total_num_steps": stand_in.total_num_steps,
-        "warmup_max_lr": None if isinstance(given, DummyOptim) and "lr" not in given.said else _rates(given),
-        **stand_in.kwargs,
+def _explicit_values(placeholder: DummyScheduler, given: Optimizer) -> dict[str, Any]:
+    """What the script sets of a schedule: the arguments of the placeholder, and the optimizer's learning rate."""
+    explicit = {
+        "warmup_num_steps": placeholder.warmup_num_steps or None,
+        "total_num_steps": placeholder.total_num_steps,
+        "warmup_max_lr": None if isinstance(given, DummyOptim) and "lr" not in given.explicit else _rates(given),
+        **placeholder.kwargs,
     }
-    return {key: value for key, value in said.items() if value is not None}
+    return {key: value for key, value in explicit.items() if value is not None}
 
 
 def _rates(optimizer: Optimizer) -> Any:
-    """The optimizer's rate, or one for each group where they differ."""
+    """The optimizer's learning rate, or a list with one for each group if they differ."""
     rates = [group["lr"] for group in optimizer.param_groups]
     return rates[0] if len(set(rates)) == 1 else rates
 
 
 def hidden_size_of(model: nn.Module) -> int | None:
-    """The width that a model's `config` tells, as models of transformers do; None without one."""
+    """The width in a model's `config`, which models of transformers have; None without one."""
     config = getattr(model, "config", None)
     for source in (config, getattr(config, "text_config", None)):
         size = getattr(source, "hidden_size", None)

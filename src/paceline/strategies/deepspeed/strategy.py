@@ -1,9 +1,8 @@
-"""DeepSpeed's engine shards optimizer states, gradients and parameters (ZeRO), and may keep them in host memory.
+"""DeepSpeed's engine shards optimizer states, gradients and parameters (ZeRO), and can offload them to host memory.
 
-The engine owns backward and step; what a step *is* stays paceline's: the window, true means, clipping, skipped steps
-and the scheduler are the same as under every other strategy. So the engine is told that a window has one
-micro-batch and that nothing is to be clipped, and this class says where a window ends and clips by itself.
-A step (`deepspeed_stepping`) and the training state (`deepspeed_state`) are parts of the class in files of their own.
+The engine owns backward and step, but a step means the same as under every other strategy: window, true means,
+clipping, skipped steps and the scheduler are paceline's. So the engine is configured for windows of one micro-batch
+and without clipping, and this class sets where a window ends and clips.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from paceline.checkpoint.format.shards import OptimizerState, TensorShard
 from paceline.config import DeepSpeedPlugin
 from paceline.environment.device import describe_device
 from paceline.errors import (
@@ -23,14 +23,17 @@ from paceline.errors import (
     MissingExtraError,
     PrecisionError,
     PrepareError,
+    StateError,
     SteppingError,
     named,
 )
 from paceline.precision import autocast_forward
-from paceline.strategies.base import check_trainable, short_dtype
+from paceline.strategies.base import Strategy, check_trainable, refuse_join, short_dtype
 from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
+from paceline.strategies.deepspeed import state as zero_state
 from paceline.strategies.deepspeed.build import (
+    DTYPES,
     as_bytes,
     as_groups,
     cast_inputs,
@@ -42,21 +45,23 @@ from paceline.strategies.deepspeed.build import (
     early_settings,
     engine_settings,
     exact_values,
-    holds,
     make_scheduler,
     mark_leaves,
     name_ranks,
     parameters_in,
     prepare_package,
     restore_exact,
+    updates_any_of,
 )
-from paceline.strategies.deepspeed.engine import ZeroEngine, let_go
+from paceline.strategies.deepspeed.engine import EngineRegistry, ZeroEngine
+from paceline.strategies.deepspeed.gradients import clip_norm, clip_value, local_gradients
 from paceline.strategies.deepspeed.partitions import partitions_of, piece_of
-from paceline.strategies.deepspeed.settings import Known, hidden_size_of, resolve_scheduler, resolve_settings
+from paceline.strategies.deepspeed.settings import AutoValues, hidden_size_of, resolve_scheduler, resolve_settings
+from paceline.strategies.deepspeed.state import gather_whole, is_sharded, value_of
 from paceline.strategies.deepspeed.transformers import announce
-from paceline.strategies.deepspeed_state import EngineState
-from paceline.strategies.deepspeed_stepping import EngineStepping
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
+from paceline.strategies.protocols import multiply
+from paceline.strategies.state import saved_buffers
 
 try:
     import deepspeed
@@ -65,30 +70,37 @@ except ImportError as error:
     raise MissingExtraError("deepspeed", "deepspeed", "strategy='deepspeed'") from error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
+    from paceline.checkpoint.format.shards import Number, Slot
     from paceline.strategies.context import RunContext
 
 
-class DeepSpeedStrategy(EngineStepping, EngineState):
-    """ZeRO: stage 1 shards the optimizer's states, 2 gradients as well, 3 parameters as well."""
+class DeepSpeedStrategy(Strategy):
+    """ZeRO: stage 1 shards the optimizer's states, 2 gradients as well, 3 parameters as well.
+
+    Attributes:
+        engines: The engines of the prepared models.
+    """
 
     name = "deepspeed"
     prepares_again = False
     keeps_gradients = True
 
-    def __init__(self, surroundings: RunContext) -> None:
-        super().__init__(surroundings)
-        self._plugin = surroundings.config.deepspeed_config or DeepSpeedPlugin()
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self.engines = EngineRegistry()
+        self._plugin = context.config.deepspeed_config or DeepSpeedPlugin()
         self._stage = self._plugin.zero_stage
-        self._engines = []
-        self._references: list[Any] = []
-        self._settings = {}
+        # The script's own max_norm, once it has clipped.
+        self._script_max_norm: float | None = None
+        # Whether the schedule that the configuration describes was prepared.
         self._scheduled = False
-        self._check_surroundings()
+        self._check_context()
         prepare_package()
         name_ranks()
         self._early = early_settings(self._plugin, self.context.precision.mode)
@@ -107,18 +119,26 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
     @property
     @override
     def settings(self) -> dict[str, Any]:
-        """DeepSpeed's configuration with every `auto` filled in, as the user would write it.
+        """DeepSpeed's configuration with every `"auto"` resolved, as the user would write it.
 
-        Empty until a model was prepared.
+        Empty until a model is prepared.
         """
-        return copy.deepcopy(self._settings)
+        settings = copy.deepcopy(self.engines.settings)
+        if settings and self._script_max_norm is not None:
+            settings["gradient_clipping"] = self._script_max_norm
+        return settings
+
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype of the parameters in the forward, where that is not fp32."""
+        return DTYPES.get(self.context.precision.mode) if self._stage > 0 else None
 
     @property
     def _shards_while_building(self) -> bool:
         flag = self._plugin.zero3_init_flag
         return self._stage == 3 and (flag is None or flag)
 
-    def _check_surroundings(self) -> None:
+    def _check_context(self) -> None:
         device = self.context.device
         engine = get_accelerator().device_name()
         if engine != device.type:
@@ -137,40 +157,63 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
                     "Use zero_stage 1, 2 or 3, mixed_precision='bf16', or strategy='ddp'",
                 )
 
-    # What becomes of models and optimizers
+    # Models and optimizers
 
     @override
     def prepare(
         self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], *, place: Sequence[bool]
     ) -> list[nn.Module]:
-        taken = {id(zero.given) for zero in self._engines}
+        return self.prepare_training(models, optimizers, place=place)
+
+    @override
+    def prepare_training(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer],
+        *,
+        place: Sequence[bool],
+        micro_batch: int | None = None,
+        schedules: Sequence[DummyScheduler] = (),
+    ) -> list[nn.Module]:
+        taken = {id(zero.given_optimizer) for zero in self.engines}
         free = [optimizer for optimizer in optimizers if id(optimizer) not in taken]
         prepared: list[nn.Module] = []
         for model, move in zip(models, place, strict=True):
             check_trainable(model)
             optimizer = self._optimizer_for(model, free)
             free = [other for other in free if other is not optimizer]
-            prepared.append(self._build(model, optimizer, move=move))
+            auto = AutoValues(
+                world_size=self.context.group.size,
+                micro_batch=micro_batch,
+                hidden_size=hidden_size_of(model),
+                optimizer=optimizer,
+                schedule=next((s for s in schedules if s.optimizer is optimizer), None),
+                on_cpu=self.context.device.type == "cpu",
+            )
+            prepared.append(self._build(model, optimizer, auto, move=move))
             self._models.append(model)
             self._parameters = None
-        # An optimizer may wait for its model; one whose model has an engine already comes too late.
-        late = next((optimizer for optimizer in free if any(holds(optimizer, b.model) for b in self._engines)), None)
-        if late is not None:
-            raise PrepareError(
-                f"{type(late).__name__} was prepared after its model",
-                "DeepSpeed's engine is built from a model and its optimizer together",
-                "Pass both to one call: prepare(model, optimizer)",
-            )
+        self._refuse_late(free)
         return prepared
+
+    def _refuse_late(self, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse an optimizer whose model has an engine already; others may wait for their model."""
+        for optimizer in optimizers:
+            if any(updates_any_of(optimizer, zero.model) for zero in self.engines):
+                raise PrepareError(
+                    f"{type(optimizer).__name__} was prepared after its model",
+                    "DeepSpeed's engine is built from a model and its optimizer in one step",
+                    "Pass both to one call: prepare(model, optimizer)",
+                )
 
     def _optimizer_for(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer:
         own = {id(p) for p in model.parameters()}
-        matching = [optimizer for optimizer in optimizers if holds(optimizer, model)]
+        matching = [optimizer for optimizer in optimizers if updates_any_of(optimizer, model)]
         if len(matching) == 1 and all(id(p) in own for p in parameters_in(matching[0])):
             return matching[0]
         if len(optimizers) == 1 and not matching:
-            held = parameters_in(optimizers[0])
-            raise ForeignOptimizerError([tuple(p.shape) for p in held], len(held))
+            foreign = parameters_in(optimizers[0])
+            raise ForeignOptimizerError([tuple(p.shape) for p in foreign], len(foreign))
         saw = f"{type(model).__name__} was prepared with {len(matching)} optimizers of its parameters"
         if len(matching) == 1:
             saw = f"{type(matching[0]).__name__} holds parameters of {type(model).__name__} and of other models"
@@ -181,55 +224,49 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
             "is not trained use prepare_model(model, evaluation_mode=True)",
         )
 
-    def _build(self, model: nn.Module, optimizer: Optimizer, *, move: bool) -> nn.Module:
+    def _build(self, model: nn.Module, optimizer: Optimizer, auto: AutoValues, *, move: bool) -> nn.Module:
         if not move:
             raise PrepareError(
-                f"device_placement=False was given for {type(model).__name__}",
+                f"device_placement=False was passed for {type(model).__name__}",
                 "DeepSpeed places what it shards",
                 "Leave device_placement out",
             )
         check_dtypes(model)
         groups = [list(group["params"]) for group in optimizer.param_groups]
-        dtypes = {id(p): self._dtype_of(p) for p in model.parameters()}
+        dtypes = {id(p): self._saved_dtype(p) for p in model.parameters()}
         exact = exact_values(model, self._dtype, is_main=self.context.world.is_main)
-        known = Known(
-            world_size=self.context.group.size,
-            micro_batch=self.micro_batch,
-            hidden_size=hidden_size_of(model),
-            optimizer=optimizer,
-            schedule=next((s for s in self.schedules if s.optimizer is optimizer), None),
-            on_cpu=self.context.device.type == "cpu",
-        )
-        self._settings = resolve_settings(self._plugin, self.context.config, known)
-        check_compiler(self._settings, optimizer)
-        check_disk(self._settings)
-        check_monitors(self._settings)
+        settings = self.engines.settings = resolve_settings(self._plugin, self.context.config, auto)
+        check_compiler(settings, optimizer)
+        check_disk(settings)
+        check_monitors(settings)
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
-        stand_in = optimizer if isinstance(optimizer, DummyOptim) else None
+        placeholder = optimizer if isinstance(optimizer, DummyOptim) else None
         compile_model(model, self.context.config.dynamo_config)
-        told = engine_settings(self._settings, self._stage, self.context.group.size, stand_in=stand_in is not None)
+        config = engine_settings(
+            settings, self._stage, self.context.group.size, builds_optimizer=placeholder is not None
+        )
         with as_bytes(model, self._stage, self.context.group):
             engine = self._initialize(
                 model=model,
-                optimizer=optimizer if stand_in is None else None,
-                model_parameters=None if stand_in is None else as_groups(stand_in),
-                config=told,
+                optimizer=optimizer if placeholder is None else None,
+                model_parameters=None if placeholder is None else as_groups(placeholder),
+                config=config,
             )
-        # The ranks' groups of DeepSpeed's own are there now, which it looks for.
-        configure_checkpointing(self._settings)
+        # It looks for DeepSpeed's own process groups, which exist from here on.
+        configure_checkpointing(settings)
         zero = ZeroEngine(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)
-        self._engines.append(zero)
-        if stand_in is not None:
-            stand_in.hand_over(zero.optimizer)
+        self.engines.add(zero)
+        if placeholder is not None:
+            placeholder.attach(zero.optimizer)
         restore_exact(zero, exact, self.context)
         prepared: nn.Module = engine
         return prepared
 
-    def _dtype_of(self, parameter: nn.Parameter) -> torch.dtype:
-        """The dtype to save a parameter in: its own, but that one built sharded got 16 bits from the engine only."""
+    def _saved_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """The parameter's own dtype; fp32 if it was built sharded, where 16 bits are the engine's choice."""
         own = parameter.dtype
         return torch.float32 if hasattr(parameter, "ds_id") and own == self._dtype else own
 
@@ -237,14 +274,14 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         return deepspeed.initialize(**arguments)[0]
 
     def _watch(self, zero: ZeroEngine) -> None:
-        """Note which engines a loss may come from, and hand 16-bit models 16-bit inputs."""
+        """Note which engines a loss may come from, and pass 16-bit inputs to 16-bit models."""
         dtype = self._dtype
         trained = list(zero.model.parameters()) if self._stage > 0 else []
         flags = [p.requires_grad for p in trained]
 
         def before(_module: nn.Module, inputs: Any, keywords: Any) -> Any:
             if torch.is_grad_enabled():
-                zero.pending = True
+                zero.awaits_backward = True
                 now = [p.requires_grad for p in trained]
                 if now != flags:
                     _refuse_change(zero, flags, now)
@@ -258,7 +295,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         raise PrepareError(
             f"{type(model).__name__} was prepared without an optimizer",
-            "DeepSpeed's engine is built from a model and its optimizer together",
+            "DeepSpeed's engine is built from a model and its optimizer in one step",
             "Pass both to one call: prepare(model, optimizer)",
         )
 
@@ -267,7 +304,7 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
         if not any(hasattr(p, "ds_id") for p in model.parameters()):
             return super().prepare_evaluation(model, place=place)
         engine = self._initialize(model=model, config=self._early)
-        self._references.append(engine)
+        self.engines.add_evaluated(engine)
         prepared: nn.Module = engine
         return prepared
 
@@ -277,63 +314,57 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
 
     @override
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        zero = self._find(optimizer)
+        zero = self.engines.find(optimizer)
         return super().parameters_of(optimizer) if zero is None else [p for group in zero.groups for p in group]
 
     @override
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
-        if self._find(optimizer) is not None:
+        if self.engines.find(optimizer) is not None:
             raise PrepareError(
                 "add_param_group() was called after the optimizer was prepared",
-                "DeepSpeed's engine cuts what it finds in the groups when it is built, and never looks at them again",
-                "Put all parameters into the optimizer before prepare(), with lr=0 for what is to learn later",
+                "DeepSpeed's engine partitions the groups once, when it is built",
+                "Put all parameters into the optimizer before prepare(), with lr=0 for those to be trained later",
             )
         super().add_group(optimizer, group)
 
     @override
     def resolve_placeholder_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        zero = self._find(optimizer)
+        zero = self.engines.find(optimizer)
         if zero is None or not isinstance(optimizer, DummyOptim):
             return optimizer
-        made: Optimizer = zero.optimizer
-        return made
+        built: Optimizer = zero.optimizer
+        return built
 
     @override
     def resolve_placeholder_scheduler(self, scheduler: Any) -> Any:
-        described = self._settings.get("scheduler")
+        described = self.engines.settings.get("scheduler")
         if not isinstance(scheduler, DummyScheduler):
             if described is not None:
                 raise PrepareError(
                     f"{type(scheduler).__name__} was prepared, and the DeepSpeed configuration has a scheduler section",
-                    "One of the two would silently lose",
+                    "The two conflict; one would be ignored",
                     "Prepare a DummyScheduler in its place, or remove the section",
                 )
             return scheduler
-        zero = self._find(scheduler.optimizer)
-        given = scheduler.optimizer if zero is None else zero.given
+        zero = self.engines.find(scheduler.optimizer)
+        given = scheduler.optimizer if zero is None else zero.given_optimizer
         scheduler.optimizer = optimizer = self.resolve_placeholder_optimizer(scheduler.optimizer)
         self._scheduled = True
         if scheduler.lr_scheduler_callable is not None:
             return scheduler.lr_scheduler_callable(optimizer)
         if described is None:
             raise PrepareError(
-                "A DummyScheduler was prepared",
-                "It stands for the scheduler section of the DeepSpeed configuration, and there is none",
+                "A DummyScheduler was prepared, and the DeepSpeed configuration has no scheduler section",
+                "The placeholder gets its schedule from that section",
                 "Add the section, or pass a scheduler of torch.optim.lr_scheduler",
             )
-        section = resolve_scheduler(self._settings, scheduler, given)
-        self._settings["scheduler"] = section
+        section = resolve_scheduler(self.engines.settings, scheduler, given)
+        self.engines.settings["scheduler"] = section
         return make_scheduler(section, optimizer)
 
     @override
     def close(self) -> None:
-        for zero in self._engines:
-            if isinstance(zero.given, DummyOptim):
-                zero.given.take_back()
-        for engine in (*(zero.engine for zero in self._engines), *self._references):
-            let_go(engine)
-        self._engines.clear()
-        self._references.clear()
+        self.engines.close()
 
     # Models that are built sharded
 
@@ -360,35 +391,235 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
             yield
         if modifier_rank is None:
             return
-        # The optimizer's fp32 values follow, or the next step would undo the change.
-        for zero in self._engines:
+        # The optimizer's fp32 values must follow, or the next step would undo the change.
+        for zero in self.engines:
             for parameter in parameters:
                 if zero.partitions.slice_of(parameter) is not None:
                     zero.partitions.value(parameter).values.copy_(piece_of(parameter).values)
-            zero.partitions.put_away()
+            zero.partitions.write_back()
 
-    # What others want to know
+    # One step
+
+    @override
+    def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
+        zero = self.engines.engine_of(model)
+        if zero is not None:
+            zero.ends_window = enabled
+            zero.engine.set_gradient_accumulation_boundary(enabled)
+
+    @override
+    def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
+        retain = kwargs.pop("retain_graph", False)
+        if kwargs or loss.ndim:
+            saw = f"backward() got {', '.join(kwargs)}" if kwargs else f"backward() got a loss of shape {[*loss.shape]}"
+            raise SteppingError(
+                saw,
+                "DeepSpeed's engine computes the gradients of a scalar and accepts only retain_graph",
+                "Pass a loss of shape [], or use another strategy",
+            )
+        zero = self.engines.source_of_loss()
+        if zero.window_ended:
+            raise SteppingError(
+                f"backward() was called again on {type(zero.model).__name__} after the backward that ended its window",
+                "DeepSpeed's engine would drop the gradients of the first one",
+                "Add the losses up and call backward() once, or train under accumulate() without sync_each_batch",
+            )
+        zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, zero.ends_window
+        zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+
+    @override
+    @torch.no_grad()
+    def scale_gradients(self, parameters: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+        for _, gradients in local_gradients(self.engines, parameters, self.context.device):
+            multiply(gradients, factor)
+
+    @override
+    def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
+        self._check_clip(max_norm)
+        if max_norm != float("inf"):
+            self._script_max_norm = max_norm
+        gradients = local_gradients(self.engines, parameters, self.context.device)
+        for zero, _ in gradients:
+            zero.is_clipped = True
+        return clip_norm(gradients, max_norm, norm_type, self.context.group, self.context.device)
+
+    @override
+    def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
+        clip_value(local_gradients(self.engines, parameters, self.context.device), value)
+
+    def _check_clip(self, max_norm: float) -> None:
+        """Make sure that the script and the configuration do not clip to different norms."""
+        configured = self._configured_max_norm
+        if configured is not None and max_norm not in (configured, float("inf")):
+            raise SteppingError(
+                f"clip_grad_norm_(max_norm={max_norm:g}) was called, and the DeepSpeed configuration says "
+                f"gradient_clipping {configured:g}",
+                "The two conflict; one would be ignored",
+                'Write "auto" into the configuration, or pass the same value',
+            )
+
+    @property
+    def _configured_max_norm(self) -> float | None:
+        """The `gradient_clipping` of the configuration; None where the script decides."""
+        configured = self._plugin.gradient_clipping
+        return float(configured) if isinstance(configured, (int, float)) and configured > 0 else None
+
+    @override
+    def check_first_backward(self) -> None:
+        if "scheduler" in self.engines.settings and not self._scheduled:
+            raise PrepareError(
+                "The DeepSpeed configuration has a scheduler section, and no DummyScheduler was prepared",
+                "Nothing would step the schedule that it describes",
+                "Prepare a DummyScheduler(optimizer), or remove the section",
+            )
+
+    @override
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is not None:
+            raise SteppingError(
+                "optimizer.step(closure) was called under DeepSpeed",
+                "Its engine computes the gradients before the step and cannot compute them again inside it",
+                "Use an optimizer that needs no closure, or strategy='ddp'",
+            )
+        zero = self.engines.find(optimizer)
+        assert zero is not None
+        configured = self._configured_max_norm
+        if configured is not None and not zero.is_clipped and zero.partitions.reaches_gradients:
+            self.clip_norm([p for group in zero.groups for p in group], configured, 2.0)
+        zero.engine.step()
+        zero.window_ended = False
+        return None
+
+    @override
+    def step_was_skipped(self, optimizer: Optimizer) -> bool:
+        zero = self.engines.find(optimizer)
+        return zero is not None and bool(getattr(zero.engine.optimizer, "overflow", False))
+
+    @override
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        zero = self.engines.find(optimizer)
+        assert zero is not None
+        zero.partitions.drop_gradients()
+        zero.window_ended = False
+
+    @override
+    def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+        raise refuse_join("DeepSpeed")
+
+    # Training state
+
+    @override
+    def num_elements(self, model: nn.Module) -> int:
+        # Stage 3 leaves empty parameters behind.
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+
+    @override
+    def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
+        zero = self.engines.engine_of(model)
+        inner = self.unwrap(model)
+        shards = {name: value_of(zero, parameter) for name, parameter in inner.named_parameters()}
+        return shards | {name: TensorShard.whole(buffer) for name, buffer in saved_buffers(inner)}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerState:
+        return zero_state.optimizer_state(self._prepared_engine(optimizer), names)
+
+    @override
+    def make_slots(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        slots: Mapping[str, Mapping[str, Slot]],
+        numbers: Mapping[str, Mapping[str, Number]],
+    ) -> None:
+        zero_state.make_slots(self._prepared_engine(optimizer), names, slots, numbers)
+
+    @override
+    def set_groups(self, optimizer: Optimizer, names: Mapping[int, str], groups: Sequence[Mapping[str, Any]]) -> None:
+        zero_state.set_groups(self._prepared_engine(optimizer), names, groups)
+
+    @override
+    def state_written(self) -> None:
+        for zero in self.engines:
+            zero_state.state_written(zero)
+
+    @override
+    def engine_state(self) -> dict[str, Any]:
+        return {"loss_scalers": [zero_state.scaler_state(zero.engine.optimizer) for zero in self.engines]}
+
+    @override
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        for zero, saved in zip(self.engines, state.get("loss_scalers", ()), strict=False):
+            zero_state.load_scaler_state(zero.engine.optimizer, saved)
+
+    def _prepared_engine(self, optimizer: Optimizer) -> ZeroEngine:
+        zero = self.engines.find(optimizer)
+        if zero is None:
+            raise StateError(
+                f"The state of a {type(optimizer).__name__} was requested that has no DeepSpeed engine",
+                "DeepSpeed's engine owns the state of its optimizer",
+                "Pass the optimizer to prepare() together with its model",
+            )
+        return zero
+
+    @override
+    @torch.no_grad()
+    def gather_state(self, model: nn.Module, *, without: Container[str] = ()) -> dict[str, Tensor]:
+        zero = self.engines.engine_of(model)
+        state: dict[str, Tensor] = {}
+        sharded = {name for name, p in self.unwrap(model).named_parameters() if is_sharded(zero, p)}
+        for name, shard in self.model_state(model).items():
+            if name in without:
+                continue
+            whole = (
+                gather_whole(shard, self.context.group, self.context.device)
+                if name in sharded
+                else shard.values.reshape(shard.shape).cpu()
+            )
+            if self.context.world.is_main:
+                state[name] = whole
+        if not state:
+            return {}
+        self._cast_saved(zero, self.unwrap(model), state)
+        state.update((alias, state[first]) for alias, first in self.tied_names(model).items() if first in state)
+        return state
+
+    def _cast_saved(self, zero: ZeroEngine | None, inner: nn.Module, state: dict[str, Tensor]) -> None:
+        """Give weights the dtype that they came in, or 16 bits if the configuration says so."""
+        if zero is None:
+            return
+        short = self._dtype if self._plugin.zero3_save_16bit_model else None
+        for name, parameter in inner.named_parameters():
+            if name not in state:
+                continue
+            state[name] = state[name].to(short or zero.dtypes.get(id(parameter), state[name].dtype))
+
+    # Descriptions
 
     @override
     def describe(self) -> list[str]:
         size = self.context.group.size
-        held = ["whole on each", "optimizer states cut over", "optimizer states and gradients cut over"]
-        shards = [*held, "parameters, gradients and optimizer states cut over"][self._stage]
+        shards = [
+            "whole on each",
+            "optimizer states sharded over",
+            "optimizer states and gradients sharded over",
+            "parameters, gradients and optimizer states sharded over",
+        ][self._stage]
         line = f"DeepSpeed {deepspeed.__version__}, ZeRO stage {self._stage}: {shards} of {size} ranks"
         zero = self._plugin.zero_section()
-        away = [
+        offloaded = [
             f"{what} on {zero[key]['device']}"
             for key, what in (("offload_optimizer", "optimizer"), ("offload_param", "parameters"))
             if zero.get(key, {}).get("device", "none") != "none"
         ]
-        return ["; ".join([line, *away])]
+        return ["; ".join([line, *offloaded])]
 
     @override
     def dtypes(self) -> dict[str, str]:
         table = super().dtypes()
         if self._dtype is not None:
             short = short_dtype(self._dtype)
-            reduce = self._settings.get("communication_data_type") or short
+            reduce = self.engines.settings.get("communication_data_type") or short
             table |= {"stored": short, "compute": short, "reduce": reduce, "optimizer": "fp32", "saved": "fp32"}
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
@@ -396,17 +627,17 @@ class DeepSpeedStrategy(EngineStepping, EngineState):
 
 
 def _refuse_change(zero: ZeroEngine, before: Sequence[bool], now: Sequence[bool]) -> None:
-    """Refuse to train what was frozen, or the other way: the engine has its own list of what it trains."""
+    """Refuse to train what was frozen, or the other way round: the engine has its own list of trained parameters."""
     if not any(now):
-        # Frozen as a whole, as a discriminator while its generator learns: no step of it is asked for.
+        # Frozen as a whole, as a discriminator is while its generator learns: no step of it follows.
         return
     names = [name for name, _ in zero.model.named_parameters()]
     changed = [name for name, was, is_now in zip(names, before, now, strict=True) if was != is_now]
     raise SteppingError(
         f"{named(changed)} of {type(zero.model).__name__} {'was' if len(changed) == 1 else 'were'} frozen or unfrozen "
         "after prepare()",
-        "ZeRO cuts what required a gradient when its engine was built: it would not train what is unfrozen later, and "
-        "would go on moving what is frozen later",
-        "Freeze before prepare(), or give the parameters a group of their own with lr=0 for as long as they rest; "
+        "ZeRO partitions the parameters that required a gradient when its engine was built: it would not train those "
+        "unfrozen later, and would keep updating those frozen later",
+        "Freeze before prepare(), or give the parameters their own group with lr=0 while they must not change; "
         "with zero_stage 0, strategy='ddp' or 'fsdp' they may be frozen and unfrozen at any time",
     )

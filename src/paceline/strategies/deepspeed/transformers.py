@@ -1,7 +1,7 @@
-"""Let `from_pretrained` and `from_config` of transformers build models sharded, under ZeRO stage 3.
+"""Makes `from_pretrained` and `from_config` of transformers build sharded models under ZeRO stage 3.
 
-transformers asks one object, which it holds weakly, whether stage 3 is on and with which configuration. It is told
-by its own function; the object dies with the strategy that made it, and with it the sharding.
+transformers keeps a weak reference to one configuration object, which says whether stage 3 is on. The strategy owns
+that object, so sharding ends with the strategy.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["HfDeepSpeedConfig", "announce"]
 
 
 class HfDeepSpeedConfig:
-    """A DeepSpeed configuration with the questions that transformers and its users ask of one.
+    """A DeepSpeed configuration with the methods that transformers and its users call.
 
     Attributes:
         config: The configuration as a dictionary.
@@ -28,7 +28,7 @@ class HfDeepSpeedConfig:
         return int(self.get_value("zero_optimization.stage", 0))
 
     def find_config_node(self, path: str) -> tuple[dict[str, Any] | None, str]:
-        """The section that holds the last key of a dotted path (None where there is none), and that key."""
+        """The section with the last key of a dotted path (None if there is none), and that key."""
         *sections, key = path.split(".")
         node: Any = self.config
         for section in sections:
@@ -58,15 +58,15 @@ class HfDeepSpeedConfig:
         return self.stage == 3
 
     def is_offload(self) -> bool:
-        """Whether optimizer states or parameters are kept off the device."""
+        """Whether optimizer states or parameters are offloaded."""
         devices = (self.get_value(f"zero_optimization.offload_{part}.device") for part in ("optimizer", "param"))
         return any(device in ("cpu", "nvme") for device in devices)
 
     def del_config_sub_tree(self, path: str, must_exist: bool = False) -> None:
-        """Remove what is at a dotted path.
+        """Remove the value or section at a dotted path.
 
         Raises:
-            ValueError: There is nothing, and `must_exist` was given.
+            ValueError: There is none, and `must_exist` is true.
         """
         node, key = self.find_config_node(path)
         if node is not None and key in node:
@@ -76,11 +76,11 @@ class HfDeepSpeedConfig:
 
 
 def announce(config: dict[str, Any]) -> HfDeepSpeedConfig | None:
-    """Tell transformers to build models sharded for as long as the returned object lives; None without it."""
+    """Have transformers build sharded models for as long as the result lives; None if it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers.integrations.deepspeed import set_hf_deepspeed_config
 
-    told = HfDeepSpeedConfig(config)
-    set_hf_deepspeed_config(told)  # type: ignore[no-untyped-call]
-    return told
+    announced = HfDeepSpeedConfig(config)
+    set_hf_deepspeed_config(announced)  # type: ignore[no-untyped-call]
+    return announced

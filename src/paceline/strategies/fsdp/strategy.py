@@ -1,4 +1,4 @@
-"""Every rank holds a part of every parameter, gradient and optimizer state (`torch.distributed.fsdp.fully_shard`)."""
+"""Every rank has a shard of every parameter, gradient and optimizer state (`torch.distributed.fsdp.fully_shard`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, named
 from paceline.precision import autocast_forward
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
-from paceline.strategies.base import Strategy, multiply, refuse_join, short_dtype
+from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units
 from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
@@ -34,6 +34,7 @@ from paceline.strategies.fsdp.sharding import (
     materialize,
     sharded_axes,
 )
+from paceline.strategies.protocols import multiply
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -50,36 +51,36 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FSDPStrategy(Strategy):
-    """FSDP2: parameters are gathered unit by unit when needed and dropped again."""
+    """FSDP2: parameters are gathered unit by unit when needed and dropped afterwards."""
 
     name = "fsdp"
     prepares_again = False
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self._plugin = context.config.fsdp_config or FullyShardedDataParallelPlugin()
+        self._mesh = _build_mesh(context)
+        self._mixed = _mixed_precision(context, self._plugin)
+        self._replacements = Replacements()
+        self._units: dict[int, tuple[FSDPModule, ...]] = {}
+        self._description: list[str] = []
+        # Models whose gradient sync is off, and whether a backward ran under that since the last step.
+        self._without_sync: set[int] = set()
+        self._has_unsharded_gradients = False
 
     @property
     @override
     def distributed_type(self) -> DistributedType:
         return DistributedType.FSDP
 
-    def __init__(self, surroundings: RunContext) -> None:
-        super().__init__(surroundings)
-        self._plugin = surroundings.config.fsdp_config or FullyShardedDataParallelPlugin()
-        self._mesh = _build_mesh(surroundings)
-        self._mixed = _mixed_precision(surroundings, self._plugin)
-        self._replacements = Replacements()
-        self._units: dict[int, tuple[FSDPModule, ...]] = {}
-        self._told: list[str] = []
-        # Models whose gradients are held back just now, and whether any were since the last step.
-        self._held_back: set[int] = set()
-        self._whole_gradients = False
-
-    # What becomes of models and optimizers
+    # Models and optimizers
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         plugin = self._plugin
         self._check_sharded(model)
         if isinstance(model, FSDPModule):
-            return self._take_over(model)
+            return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
         units = find_units(model, plugin)
@@ -91,20 +92,19 @@ class FSDPStrategy(Strategy):
         if plugin.activation_checkpointing:
             checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
         placed: set[nn.Module] = set()
-        parts = [*(model.get_submodule(name) for name in units.names), model]
-        for part in parts:
-            if not isinstance(part, FSDPModule):
-                self._shard(part, ownership, ignored, placed)
+        for module in [*(model.get_submodule(name) for name in units.names), model]:
+            if not isinstance(module, FSDPModule):
+                self._shard(module, ownership, ignored, placed)
         ownership.check_ties(names)
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
         autocast_forward(model, self.context.precision)
         compile_model(model, self.context.config.dynamo_config)
-        self._tell(units)
+        self._note_description(units)
         return model
 
     def _shard(self, module: nn.Module, ownership: Ownership, ignored: list[nn.Module], placed: set[nn.Module]) -> None:
-        """Shard what is in `module` and in no unit inside it; `placed` holds the modules done before."""
+        """Shard what is in `module` and in no unit inside it; `placed` has the modules that are done."""
         own = [p for p in module.parameters() if not isinstance(p, DTensor)]
         inner = [m for m in module.modules() if m not in placed]
         buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
@@ -116,77 +116,77 @@ class FSDPStrategy(Strategy):
             reshard_after_forward=self._plugin.reshard_after_forward,
             mp_policy=self._mixed,
             offload_policy=self._offload_policy(),
-            # Asked for only now: materializing may have replaced parameters.
-            ignored_params={p for left_out in ignored for p in left_out.parameters()} or None,
+            # Listed only now: materializing may have replaced parameters.
+            ignored_params={p for inner in ignored for p in inner.parameters()} or None,
         )
 
-    def _take_over(self, model: nn.Module) -> nn.Module:
-        """Go on with a model that is sharded: prepared before, or sharded by the script itself."""
+    def _prepare_sharded(self, model: nn.Module) -> nn.Module:
+        """Prepare a model that is sharded already: prepared before, or sharded by the script itself."""
         left = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if left:
             raise PrepareError(
                 f"{named(left)} of {type(model).__name__}, which is sharded, are trainable and not sharded themselves",
-                "FSDP does not average the gradients of ignored parameters, so the ranks would part",
-                "Freeze them with requires_grad_(False), or hand over the model before it is sharded",
+                "FSDP does not average the gradients of ignored parameters, so ranks would train different weights",
+                "Freeze them with requires_grad_(False), or pass the model before it is sharded",
             )
         units = self._units[id(model)] = _units_in(model)
         for unit in units:
-            # A run may have been left inside an accumulation window.
+            # The previous run may have ended inside an accumulation window.
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
         autocast_forward(model, self.context.precision)
         compile_model(model, self.context.config.dynamo_config)
-        self._told.append(f"FSDP2: {len(units)} units that were sharded before")
+        self._description.append(f"FSDP2: {len(units)} units that were sharded already")
         return model
 
     def _check_sharded(self, model: nn.Module) -> None:
-        """Refuse a model whose modules were sharded otherwise than this run would do it.
+        """Refuse a model that is sharded in another way than this run would shard it.
 
         Raises:
-            PrepareError: Over other ranks, without values, in another precision, or in other memory; says which.
+            PrepareError: Over other ranks, without values, in another precision, or in other memory.
         """
         sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
         where = "cpu" if self._plugin.cpu_offload else self.context.device.type
         for name, parameter in sharded:
             mesh = parameter.device_mesh
             if mesh.size() != self.context.group.size or mesh.device_type != self.context.device.type:
-                raise _sharded_otherwise(
+                raise _other_sharding(
                     name,
                     f"over {mesh.size()} ranks ({mesh.device_type})",
                     f"this run trains on {self.context.group.size} ({self.context.device.type})",
                 )
             if parameter.is_meta:
-                raise _sharded_otherwise(name, "on the meta device", "nobody has values for it")
+                raise _other_sharding(name, "on the meta device", "no rank has values for it")
             if parameter.to_local().device.type != where:
-                raise _sharded_otherwise(
+                raise _other_sharding(
                     name,
-                    f"in memory of {parameter.to_local().device.type}",
-                    f"fsdp_offload_params={self._plugin.cpu_offload} asks for {where}",
+                    f"in {parameter.to_local().device.type} memory",
+                    f"fsdp_offload_params={self._plugin.cpu_offload} needs it in {where} memory",
                 )
         for unit in _units_in(model):
             dtype = unit._get_fsdp_state()._mp_policy.param_dtype
             if dtype not in (None, self._mixed.param_dtype):
                 computes = short_dtype(self._mixed.param_dtype or torch.float32)
-                raise _sharded_otherwise(
+                raise _other_sharding(
                     type(unit).__name__, f"to compute in {short_dtype(dtype)}", f"this run computes in {computes}"
                 )
 
     def _check_values(self, model: nn.Module) -> None:
-        """Say that values are missing, where the ranks were not to get them from rank 0."""
+        """Refuse parameters without values on this rank, unless rank 0 broadcasts its own."""
         if self._plugin.cpu_ram_efficient_loading or self.context.group.rank == 0:
             return
         empty = [name for name, p in model.named_parameters() if p.is_meta]
         if empty:
             raise PrepareError(
                 f"{named(empty)} of {type(model).__name__} on rank {self.context.group.rank} have no values",
-                "fsdp_cpu_ram_efficient_loading is false, so each rank brings its own",
-                "Set it to true: rank 0 then gives the others theirs",
+                "fsdp_cpu_ram_efficient_loading is false, so each rank must load the values itself",
+                "Set it to true: rank 0 then broadcasts its values",
             )
 
     def _offload_policy(self) -> OffloadPolicy:
         if not self._plugin.cpu_offload:
             return OffloadPolicy()
-        # Pinned memory belongs to an accelerator; without one torch refuses to allocate it.
+        # Without an accelerator torch cannot allocate pinned memory.
         return CPUOffloadPolicy(pin_memory=self.context.device.type != "cpu")
 
     def _ignored_modules(self, model: nn.Module) -> list[nn.Module]:
@@ -203,8 +203,8 @@ class FSDPStrategy(Strategy):
         if any(p.requires_grad for module in matched for p in module.parameters()):
             raise PrepareError(
                 f"fsdp_ignored_modules={pattern!r} matches trainable parameters",
-                "FSDP does not average the gradients of ignored parameters, so the ranks would part",
-                "Freeze them with requires_grad_(False), or let them be sharded",
+                "FSDP does not average the gradients of ignored parameters, so ranks would train different weights",
+                "Freeze them with requires_grad_(False), or have them sharded",
             )
         return matched
 
@@ -216,7 +216,7 @@ class FSDPStrategy(Strategy):
 
     @override
     def rebind_optimizer(self, optimizer: Optimizer) -> None:
-        self._replacements.renew(optimizer)
+        self._replacements.rebind(optimizer)
 
     @override
     def replaced(self, parameter: nn.Parameter) -> bool:
@@ -225,18 +225,15 @@ class FSDPStrategy(Strategy):
     @override
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         given = group["params"]
-        listed = [
-            self._replacements.resolve_placeholder_optimizer(p)
-            for p in ([given] if isinstance(given, torch.Tensor) else given)
-        ]
-        whole = {id(p): p for p in listed if p.requires_grad and not isinstance(p, DTensor)}
-        if whole:
-            names = [name for model in self._models for name, p in self.named_parameters(model) if id(p) in whole]
+        listed = [self._replacements.replacement_of(p) for p in ([given] if isinstance(given, torch.Tensor) else given)]
+        unsharded = {id(p): p for p in listed if p.requires_grad and not isinstance(p, DTensor)}
+        if unsharded:
+            names = [name for model in self._models for name, p in self.named_parameters(model) if id(p) in unsharded]
+            names = names or [str(tuple(p.shape)) for p in unsharded.values()]
             raise PrepareError(
-                f"add_param_group() brought {named(names or [str(tuple(p.shape)) for p in whole.values()])}, "
-                "which came into the model after prepare()",
-                "FSDP2 shards what it finds when it prepares a model: gradients of later parameters stay on each rank",
-                "Build the model whole before prepare(), and freeze what is to learn later with requires_grad_(False)",
+                f"add_param_group() was called with {named(names)}, which was added to the model after prepare()",
+                "FSDP2 shards a model once, in prepare(): gradients of parameters added later are not averaged",
+                "Build the whole model before prepare(), and freeze what is trained later with requires_grad_(False)",
             )
         super().add_group(optimizer, {**group, "params": listed})
 
@@ -245,27 +242,27 @@ class FSDPStrategy(Strategy):
     @override
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         if enabled:
-            self._held_back.discard(id(model))
+            self._without_sync.discard(id(model))
         else:
-            self._held_back.add(id(model))
+            self._without_sync.add(id(model))
         for unit in self._units.get(id(model), ()):
             unit.set_requires_gradient_sync(enabled, recurse=False)
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
-        self._whole_gradients = self._whole_gradients or bool(self._held_back)
+        self._has_unsharded_gradients = self._has_unsharded_gradients or bool(self._without_sync)
         super().backward(loss, scale, **kwargs)
 
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        if not self._whole_gradients:
+        if not self._has_unsharded_gradients:
             return
-        self._whole_gradients = False
+        self._has_unsharded_gradients = False
         if all(p.grad is None for p in parameters):
             raise SteppingError(
-                "A step was asked for whose only backward ran under no_sync()",
-                "FSDP2 keeps such gradients whole and outside of parameter.grad until a backward exchanges them, so "
-                "the step would train nothing",
+                "optimizer.step() was called, and every backward since the last step ran under no_sync()",
+                "FSDP2 keeps such gradients unsharded and outside of parameter.grad until a backward reduces them, so "
+                "the step would change nothing",
                 "Run the last backward before a step outside of no_sync()",
             )
 
@@ -277,9 +274,9 @@ class FSDPStrategy(Strategy):
     @override
     @torch.no_grad()
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float) -> Tensor:
-        """Clip by the norm over all ranks: each rank's share is summed with one tiny collective a mesh axis.
+        """Clip by the norm over all ranks, which takes one small collective for each mesh axis.
 
-        Exact for any subset of the parameters, and without DTensor's dispatch for each of them.
+        It is exact for any subset of the parameters, and avoids DTensor's dispatch for each of them.
         """
         gradients = local_gradients(parameters)
         total = self._total_norm(gradients, float(norm_type))
@@ -290,18 +287,18 @@ class FSDPStrategy(Strategy):
 
     def _total_norm(self, gradients: list[tuple[Tensor, Sequence[Any], Any]], norm_type: float) -> Tensor:
         device = self.context.device
-        together = _Norm(norm_type)
+        norm = _Norm(norm_type)
         shares: dict[tuple[int, ...], tuple[DeviceMesh | None, list[Tensor]]] = {}
         for local, placements, mesh in gradients:
             shares.setdefault(sharded_axes(placements), (mesh, []))[1].append(local)
         total = torch.zeros((), device=device)
         for axes, (mesh, locals_) in sorted(shares.items(), key=lambda item: item[0]):
-            share = together.of(locals_, device)
+            share = norm.of(locals_, device)
             for axis in axes:
                 assert mesh is not None
-                dist.all_reduce(share, op=together.op, group=mesh.get_group(axis))
-            total = together.add(total, share)
-        return together.root(total)
+                dist.all_reduce(share, op=norm.op, group=mesh.get_group(axis))
+            total = norm.add(total, share)
+        return norm.root(total)
 
     @override
     @torch.no_grad()
@@ -313,24 +310,24 @@ class FSDPStrategy(Strategy):
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         raise refuse_join("FSDP2")
 
-    # State, in and out
+    # Training state
 
     @override
     def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
-        self._gather_nothing()
+        self._reshard()
         return super().model_state(model)
 
     @override
     def optimizer_state(self, optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerState:
-        self._gather_nothing()
+        self._reshard()
         return super().optimizer_state(optimizer, names)
 
     @override
     def state_written(self) -> None:
-        self._gather_nothing()
+        self._reshard()
 
-    def _gather_nothing(self) -> None:
-        """Drop whole copies of parameters that outlived a forward: the shards are the state."""
+    def _reshard(self) -> None:
+        """Drop gathered copies of parameters that a forward has left behind: the shards are the state."""
         for units in self._units.values():
             for unit in units:
                 unit.reshard()
@@ -341,11 +338,11 @@ class FSDPStrategy(Strategy):
     ) -> AbstractContextManager[Any]:
         raise PrepareError(
             "gather_parameters was called under FSDP2",
-            "It gathers whole units, not single parameters",
+            "FSDP2 gathers whole units, not single parameters",
             "Call unshard() and reshard() of the module, parameter.full_tensor(), or accelerator.get_state_dict(model)",
         )
 
-    # What others want to know
+    # Names and descriptions
 
     @override
     def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -363,7 +360,7 @@ class FSDPStrategy(Strategy):
             first = aliases.get(name, name)
             if not torch.is_tensor(value) or name in without:
                 continue
-            # A tied weight is gathered once, and stays one tensor.
+            # A tied weight is gathered once, and remains one tensor.
             whole = state[first] if first in state else self._whole(value).detach()
             if self.context.world.is_main:
                 state[name] = whole.cpu()
@@ -378,12 +375,14 @@ class FSDPStrategy(Strategy):
         here = DTensor.from_local(local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
         return here.full_tensor()
 
-    def _tell(self, units: Units) -> None:
+    def _note_description(self, units: Units) -> None:
         shape = " x ".join(
             f"{name} {size}" for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
         )
         after = self._plugin.reshard_after_forward
-        kept = "dropped after" if after is True else "kept after" if after is False else f"cut in {after} after"
+        kept = "kept" if after is False else "dropped"
+        if not isinstance(after, bool):
+            kept = f"resharded over {after} ranks"
         extras = [
             text
             for text, on in (
@@ -392,11 +391,13 @@ class FSDPStrategy(Strategy):
             )
             if on
         ]
-        self._told.append("; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} the forward", *extras]))
+        self._description.append(
+            "; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} after the forward", *extras])
+        )
 
     @override
     def describe(self) -> list[str]:
-        return list(self._told)
+        return list(self._description)
 
     @override
     def dtypes(self) -> dict[str, str]:
@@ -409,27 +410,26 @@ class FSDPStrategy(Strategy):
 
 
 def check_shardable(model: nn.Module) -> None:
-    """Refuse parameters that cannot be cut into rows.
+    """Refuse parameters that FSDP2 cannot shard.
 
     Raises:
-        PrepareError: They have no dimension, or are complex beside real ones; it names them.
+        PrepareError: They are of shape [] or complex; it names them.
     """
     named_parameters = list(model.named_parameters())
     scalars = [name for name, p in named_parameters if p.ndim == 0]
     if scalars:
         raise PrepareError(
             f"{named(scalars)} of {type(model).__name__} {'has' if len(scalars) == 1 else 'have'} no dimension",
-            "FSDP2 cuts every parameter along its first dimension",
-            "Give it one, nn.Parameter(torch.tensor([2.65])), which changes nothing in most formulas; or train with "
+            "FSDP2 shards every parameter along its first dimension",
+            "Use shape [1], as in nn.Parameter(torch.tensor([2.65])), which broadcasts like a scalar; or train with "
             "strategy='ddp'",
         )
     complex_ones = [name for name, p in named_parameters if p.is_complex()]
     if complex_ones:
         raise PrepareError(
-            f"{named(complex_ones)} of {type(model).__name__} {'holds' if len(complex_ones) == 1 else 'hold'} complex "
-            "numbers",
+            f"{named(complex_ones)} of {type(model).__name__} {'is' if len(complex_ones) == 1 else 'are'} complex",
             "FSDP2 gathers the parameters of a unit in one real dtype",
-            "Keep real numbers in the parameter, [..., 2], and use torch.view_as_complex() in the forward, or train "
+            "Make the parameter real, of shape [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
 
@@ -439,25 +439,30 @@ def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:
 
 
 def _drop_whole_gradients(unit: FSDPModule) -> None:
-    """Forget gradients that were held back and never exchanged, which no zero_grad() of the script reaches."""
-    for group in unit._get_fsdp_state()._fsdp_param_groups:
-        for held in group.fsdp_params:
-            held.unsharded_accumulated_grad = None
-            whole = getattr(held, "_unsharded_param", None)
+    """Drop gradients that were accumulated without an exchange: zero_grad() of the script does not reach them."""
+    state = unit._get_fsdp_state()
+    # torch 2.13 keeps several groups of parameters for a unit, earlier versions one or none.
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        groups = [group for group in (getattr(state, "_fsdp_param_group", None),) if group is not None]
+    for group in groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            whole = getattr(parameter, "_unsharded_param", None)
             if whole is not None:
                 whole.grad = None
 
 
-def _sharded_otherwise(what: str, how: str, wanted: str) -> PrepareError:
+def _other_sharding(what: str, how: str, wanted: str) -> PrepareError:
     return PrepareError(
         f"{what} is sharded already, {how}",
-        f"A module is sharded once, and {wanted}",
-        "Build the model anew and prepare that, or give this run the same settings",
+        f"A module can only be sharded once, and {wanted}",
+        "Rebuild the model and prepare that, or use the same settings in this run",
     )
 
 
 class _Norm:
-    """How norms of parts make the norm of the whole: sums of powers, or the largest."""
+    """Combines the norms of shards: as a sum of powers, or the largest."""
 
     def __init__(self, norm_type: float) -> None:
         self._type = norm_type
@@ -465,7 +470,7 @@ class _Norm:
         self.op = dist.ReduceOp.MAX if self._largest else dist.ReduceOp.SUM
 
     def of(self, tensors: list[Tensor], device: torch.device) -> Tensor:
-        # A rank may hold no row of a short parameter, and the largest of nothing is not defined.
+        # A rank may have no row of a short parameter, and the largest of nothing is not defined.
         filled = [tensor for tensor in tensors if tensor.numel()]
         if not filled:
             return torch.zeros((), device=device)
@@ -480,15 +485,15 @@ class _Norm:
 
 
 def _build_mesh(context: RunContext) -> DeviceMesh:
-    """One axis of shards, or two: replicas of shards (hybrid sharding)."""
+    """A mesh with one axis of shards, or with replicas of shards (hybrid sharding)."""
     size = context.group.size
-    asked = context.config.parallelism_config
-    replicas = asked.dp_replicate_size if asked else 1
-    shards = asked.dp_shard_size if asked and asked.dp_shard_size > 1 else size // replicas
+    sizes = context.config.parallelism_config
+    replicas = sizes.dp_replicate_size if sizes else 1
+    shards = sizes.dp_shard_size if sizes and sizes.dp_shard_size > 1 else size // replicas
     if replicas * shards != size:
         raise PrepareError(
-            f"parallelism_config asks for {replicas} replicas x {shards} shards on {size} ranks",
-            "Their product must be the number of ranks",
+            f"parallelism_config has {replicas} replicas x {shards} shards for {size} ranks",
+            "The sizes must multiply to the number of ranks",
             f"Use {size // shards if size % shards == 0 else 1} replicas or {size // replicas} shards",
         )
     if replicas == 1:
@@ -497,9 +502,9 @@ def _build_mesh(context: RunContext) -> DeviceMesh:
 
 
 def _mixed_precision(context: RunContext, plugin: FullyShardedDataParallelPlugin) -> MixedPrecisionPolicy:
-    """Compute in the run's precision, and add up gradients in fp32 unless something else is asked for.
+    """Compute in the run's precision, and reduce gradients in fp32 unless the plugin says otherwise.
 
-    The output is left as it comes: rounding it would round the loss that users log by up to 0.4 %.
+    The output keeps its dtype: rounding it would round the loss that users log by up to 0.4 %.
     """
     policy = context.precision
     compute = _DTYPES[plugin.param_dtype] if plugin.param_dtype else None

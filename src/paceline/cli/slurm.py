@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.config import Found, find_config_file, resolve
+from paceline.config import Detected, find_config_file, resolve
 from paceline.errors import UsageError
 from paceline.launch.command import check_command
 from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, submit
@@ -86,7 +86,7 @@ class Submission:
         """Check the configuration, write the script, submit it, and say how to follow the job."""
         check_command(command, os.environ)
         file = find_config_file(os.environ, config_file)
-        machines = {"num_machines": Found(self.allocation.nodes, "--slurm_nodes")}
+        machines = {"num_machines": Detected(self.allocation.nodes, "--slurm_nodes")}
         resolved = resolve(flags=flags, env=os.environ, file=file, detected=machines)
         _refuse_other_starters(resolved)
         for note in () if quiet else resolved.notes:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from paceline.cli.interrupts import import_torch
-from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
+from paceline.config import default_config_file, find_config_file, is_accelerate_file, resolve
 from paceline.config.sources.layers import unread_variables
 from paceline.launch.clusters import check_against, detect_cluster
 
@@ -48,7 +48,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
         found = detect(os.environ, config.use_cpu)
         resolved = resolve(flags=flags, env=os.environ, file=file, detected={**found, **told})
     was_asked = config_file is not None or os.environ.get("PACELINE_CONFIG_FILE")
-    if file is not None and not was_asked and is_accelerates(file, os.environ):
+    if file is not None and not was_asked and is_accelerate_file(file, os.environ):
         own = default_config_file(os.environ)
         note = f"{file}: Accelerate's file is read, since there is no {own}; `paceline config` writes that"
         resolved = replace(resolved, notes=(note, *resolved.notes))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from paceline.config.schema.base import Section, slots
-from paceline.config.schema.fsdp1 import FsdpVersion1
-from paceline.config.schema.names import options, sections
+from paceline.config.schema.base import Section, settings_of
+from paceline.config.schema.fsdp import FsdpVersion1
+from paceline.config.schema.names import all_settings, options, sections
 from paceline.config.schema.run import RunConfig
 from paceline.config.sources.layers import PREFIX, RESERVED
 from paceline.config.sources.writing import yaml_value
@@ -14,7 +14,7 @@ from paceline.config.sources.writing import yaml_value
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from paceline.config.schema.base import Slot
+    from paceline.config.schema.base import Setting
 
 __all__ = ["reference_page"]
 
@@ -54,12 +54,12 @@ _TABLE: Final = "| Key | What it decides | Value | Default | Flag | Variable |\n
 def reference_page() -> str:
     """Write the page in Markdown."""
     parts = [_HEAD, "## Top level\n", "\n".join(_table(RunConfig, "")), "\n".join(_switches())]
-    for slot in slots(RunConfig):
-        if slot.field in sections():
-            model = sections()[slot.field][0]
-            parts += [f"\n## `{slot.key}`\n\n{slot.description}\n", "\n".join(_table(model, slot.field))]
+    for setting in settings_of(RunConfig):
+        if setting.field in sections():
+            model = sections()[setting.field][0]
+            parts += [f"\n## `{setting.key}`\n\n{setting.description}\n", "\n".join(_table(model, setting.field))]
     parts += ["\n## Only in files of FSDP version 1\n", "They are translated, with a line for each.\n"]
-    parts.append("\n".join(f"- `{slot.key}`: {slot.description}" for slot in slots(FsdpVersion1)))
+    parts.append("\n".join(f"- `{setting.key}`: {setting.description}" for setting in settings_of(FsdpVersion1)))
     names = ", ".join(f"`{name}`" for name in sorted(RESERVED - {"PACELINE_CONFIG"}))
     parts += ["\n## Variables that are no settings\n", f"{names}. The launcher hands ranks `PACELINE_CONFIG`."]
     return "\n".join(parts) + "\n"
@@ -67,31 +67,31 @@ def reference_page() -> str:
 
 def _table(model: type[Section], section: str) -> Iterator[str]:
     yield _TABLE
-    for slot in slots(model):
-        if section or slot.field not in sections():
-            yield f"| {' | '.join(_cells(slot))} |"
+    for setting in settings_of(model):
+        if section or setting.field not in sections():
+            yield f"| {' | '.join(_cells(setting))} |"
 
 
-def _cells(slot: Slot) -> tuple[str, ...]:
-    flag = f"`--{slot.flag}`" if slot.has_flag else ""
-    variable = f"`{PREFIX}{slot.flag.upper()}`" if slot.has_flag else ""
-    allowed = slot.shape.allowed.removeprefix("one of ")
-    return f"`{slot.key}`", _meaning(slot), allowed, f"`{_default(slot.default)}`", flag, variable
+def _cells(setting: Setting) -> tuple[str, ...]:
+    flag = f"`--{setting.flag}`" if setting.has_flag else ""
+    variable = f"`{PREFIX}{setting.flag.upper()}`" if setting.has_flag else ""
+    allowed = setting.shape.allowed.removeprefix("one of ")
+    return f"`{setting.key}`", _meaning(setting), allowed, f"`{_default(setting.default)}`", flag, variable
 
 
 def _default(value: Any) -> str:
     return "none" if value is None else yaml_value(value)
 
 
-def _meaning(slot: Slot) -> str:
-    labels = "; ".join(f"`{name}`: {text}" for name, text in slot.labels)
-    old = ", ".join(f"`{name}`" for name in slot.aliases)
-    return f"{slot.description}{f' {labels}.' if labels else ''}{f' Also {old}.' if old else ''}"
+def _meaning(setting: Setting) -> str:
+    labels = "; ".join(f"`{name}`: {text}" for name, text in setting.labels)
+    old = ", ".join(f"`{name}`" for name in setting.aliases)
+    return f"{setting.description}{f' {labels}.' if labels else ''}{f' Also {old}.' if old else ''}"
 
 
 def _switches() -> Iterator[str]:
     """The flags that stand for a value of another setting."""
-    keys = {slot.flag for model in (RunConfig, *(m for ms in sections().values() for m in ms)) for slot in slots(model)}
+    keys = {setting.flag for setting in all_settings().values()}
     yield "\nFlags that are short for one of these:\n"
     for option in options():
         if option.flag not in keys:

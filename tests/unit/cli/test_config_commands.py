@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Paceline
@@ -93,7 +93,7 @@ def test_show_names_every_source(paceline: Paceline, tmp_path: Path, monkeypatch
     assert "max_restarts" not in rows
     explained = paceline("config", "show", "--explain", *flags)
     assert "max_restarts" in explained.out
-    assert places()["max_restarts"].description in explained.out
+    assert all_settings()["max_restarts"].description in explained.out
     document = json.loads(paceline("config", "show", "--json", *flags).out)
     assert document["values"]["mixed_precision"] == {
         "value": "bf16",
@@ -304,10 +304,10 @@ def schema(paceline: Paceline) -> dict[str, Any]:
 
 def test_the_schema_is_one_and_describes_everything(schema: dict[str, Any]) -> None:
     jsonschema.Draft7Validator.check_schema(schema)
-    for dotted, slot in places().items():
+    for dotted, setting in all_settings().items():
         section, _, key = dotted.rpartition(".")
         inside = schema["properties"][section]["properties"] if section else schema["properties"]
-        assert slot.description in inside[key]["description"]
+        assert setting.description in inside[key]["description"]
 
 
 @pytest.mark.parametrize("path", sorted(FILES.iterdir()), ids=lambda path: path.stem)

@@ -10,8 +10,8 @@ import pytest
 
 from paceline.config import resolve
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
-from paceline.config.schema.base import slots
-from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.schema.base import settings_of
+from paceline.config.schema.fsdp import FsdpVersion1
 from paceline.config.sources.document import read_document
 from paceline.errors import ConfigError
 
@@ -163,7 +163,7 @@ def test_every_key_of_fsdp_version_1_has_a_fate(tmp_path: Path) -> None:
         "use_orig_params": "false",
         "sync_module_states": "true",
     }
-    assert values.keys() == {slot.field for slot in slots(FsdpVersion1)}
+    assert values.keys() == {setting.field for setting in settings_of(FsdpVersion1)}
     lines = [f"  fsdp_{name}: {value}" for name, value in values.items()]
     result = _convert(tmp_path, "\n".join(["distributed_type: FSDP", "fsdp_config:", "  fsdp_version: 1", *lines]))
     assert result.values == {"strategy": "fsdp", "fsdp_config.fsdp_reshard_after_forward": False}

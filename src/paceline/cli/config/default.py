@@ -9,7 +9,7 @@ import click
 
 from paceline.cli.config.targets import refuse_to_replace, target_file, write_file
 from paceline.cli.paths import PathType
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.sources.writing import as_yaml, yaml_value
 
 _SUGGESTED = (
@@ -36,9 +36,9 @@ def _more() -> list[str]:
     lines = []
     for dotted in _SUGGESTED:
         section, _, key = dotted.rpartition(".")
-        value = yaml_value(places()[dotted].default)
+        value = yaml_value(all_settings()[dotted].default)
         shown = f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}"
-        lines += ["", f"# {places()[dotted].description}", f"# {shown}"]
+        lines += ["", f"# {all_settings()[dotted].description}", f"# {shown}"]
     return lines
 
 
@@ -46,9 +46,9 @@ def _more() -> list[str]:
 @click.option(
     "--mixed_precision",
     "--mixed-precision",
-    type=click.Choice([str(choice) for choice in places()["mixed_precision"].shape.choices]),
-    default=str(places()["mixed_precision"].default),
-    help=places()["mixed_precision"].description,
+    type=click.Choice([str(choice) for choice in all_settings()["mixed_precision"].shape.choices]),
+    default=str(all_settings()["mixed_precision"].default),
+    help=all_settings()["mixed_precision"].description,
 )
 @click.option(
     "--config_file", "--config-file", type=PathType(path_type=Path), help="File to write instead of the default one."

@@ -94,15 +94,15 @@ def _said(answers: dict[str, object]) -> dict[str, object]:
 
 
 def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Back:
-    slot, suggested = question.slot, question.suggestion(now)
+    setting, suggested = question.setting, question.suggestion(now)
     choices = question.choices(now)
     if choices:
         default = choices.index(suggested) if suggested in choices else 0
         shown = [Choice(_name(value), _meaning(question, value), value) for value in choices]
-        return dialogue.choose(slot.key, question.text, shown, default)
+        return dialogue.choose(setting.key, question.text, shown, default)
 
     def meant(text: str) -> object:
-        return suggested if text == _name(suggested) else slot.shape.read(text, "text")
+        return suggested if text == _name(suggested) else setting.shape.read(text, "text")
 
     def wrong(text: str) -> str:
         value = meant(text)
@@ -110,13 +110,13 @@ def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Bac
             return question.needed
         return _explain(now.new_problems(question, value))
 
-    typed = dialogue.write(slot.key, question.text, _name(suggested), wrong)
+    typed = dialogue.write(setting.key, question.text, _name(suggested), wrong)
     return typed if isinstance(typed, Back) else meant(typed)
 
 
 def _meaning(question: Question, value: object) -> str:
     """What a choice means: in the question's words, else in the schema's."""
-    meanings = {**dict(question.slot.labels), **question.meanings}
+    meanings = {**dict(question.setting.labels), **question.meanings}
     return meanings.get(_name(value)) or meanings.get(str(value), "")
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config import Origin, Resolved, resolve
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from paceline.cli.config.machine import Machine
-    from paceline.config.schema.base import Slot
+    from paceline.config.schema.base import Setting
 
 __all__ = ["QUESTIONS", "Question", "Situation"]
 
@@ -29,7 +29,7 @@ class Situation:
 
     def value(self, key: str) -> Any:
         """The answer to a question; the default of the schema while there is none."""
-        return self.answers.get(key, places()[key].default)
+        return self.answers.get(key, all_settings()[key].default)
 
     @property
     def devices(self) -> int:
@@ -78,7 +78,7 @@ class Situation:
         return key not in self.answers and origin.is_explicit
 
     def _resolve(self, answers: Mapping[str, object]) -> Resolved:
-        flags = {places()[key].flag: value for key, value in answers.items()}
+        flags = {all_settings()[key].flag: value for key, value in answers.items()}
         return resolve(flags=flags, env={}, file=None)
 
 
@@ -110,9 +110,9 @@ class Question:
     needed: str = ""
 
     @property
-    def slot(self) -> Slot:
+    def setting(self) -> Setting:
         """The setting in the schema."""
-        return places()[self.key]
+        return all_settings()[self.key]
 
     def matters(self, now: Situation) -> bool:
         """Whether to ask it at all."""
@@ -120,11 +120,11 @@ class Question:
 
     def suggestion(self, now: Situation) -> object:
         """The answer that Enter gives."""
-        return self.slot.default if self.default is None else self.default(now)
+        return self.setting.default if self.default is None else self.default(now)
 
     def choices(self, now: Situation) -> list[object]:
         """The answers among which to choose; empty for a question that takes text."""
-        shape = self.slot.shape
+        shape = self.setting.shape
         if shape.kind == "bool":
             found: list[object] = [True, False]
         elif shape.kind == "choice":

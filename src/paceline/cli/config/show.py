@@ -13,7 +13,7 @@ from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, sche
 from paceline.cli.sources import resolve_sources
 from paceline.config.deepspeed_file.settings import FILE_KEY
 from paceline.config.deepspeed_file.values import left_open, printable_settings
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.sources.writing import yaml_value
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _table(rows: Iterable[Row], explain: bool) -> list[str]:
     for key, value, where in cells:
         lines.append(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {where}")
         if explain:
-            lines.append(f"    {places()[key].description}")
+            lines.append(f"    {all_settings()[key].description}")
     return lines
 
 

@@ -15,7 +15,7 @@ from paceline.cli.selftest import checks
 from paceline.cli.selftest.outcome import run_check
 from paceline.cli.selftest.training import prepare
 from paceline.cli.variants import LAYOUT, variant
-from paceline.config import in_force, worker_config
+from paceline.config import use_configuration, worker_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -63,7 +63,7 @@ class Ranks:
     def save(self) -> None:
         """Everything up to saved checkpoints."""
         first, *_ = self.sections()
-        with in_force(first[1]):
+        with use_configuration(first[1]):
             self._exchange(build())
         for section, resolved in self.sections():
             self._train(section, resolved)
@@ -79,7 +79,7 @@ class Ranks:
 
         def training(accumulation: int) -> str:
             chosen = variant(resolved, gradient_accumulation_steps=accumulation)
-            with in_force(chosen):
+            with use_configuration(chosen):
                 accelerator = build()
             run = prepare(accelerator, accelerator.num_processes, accumulation, self.block_names)
             saw, trained = checks.check_training(run, accumulation)
@@ -110,7 +110,8 @@ class Ranks:
     def _load(self, folder: Path, ranks: int) -> None:
         precision = json.loads((folder / "wanted.json").read_text(encoding="utf-8"))["precision"]
         without = ("fp8_config",) if precision == "no" else ()
-        with in_force(variant(self.resolved, without, mixed_precision=precision, gradient_accumulation_steps=1)):
+        resolved = variant(self.resolved, without, mixed_precision=precision, gradient_accumulation_steps=1)
+        with use_configuration(resolved):
             accelerator = build()
         self.check(folder.name, "load", lambda: checks.check_load(accelerator, folder, ranks, self.block_names))
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final
 from paceline.config.conversion.deepspeed import convert_deepspeed, is_deepspeed
 from paceline.config.conversion.result import Conversion
 from paceline.config.resolution import resolve
-from paceline.config.schema.fsdp1 import Translation, translate
-from paceline.config.schema.names import keys_of, places, sections
+from paceline.config.schema.names import all_settings, sections, settings_by_key
 from paceline.config.sources.document import Item, read_document
 from paceline.config.sources.layers import GONE, file_layer
+from paceline.config.translation import Translation, translate
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ def _convert(
 def _dotted(section: str, name: str) -> str | None:
     if not section and name in _OLD:
         return _OLD[name]
-    slot = keys_of(section).get(name)
-    if slot is None or (not section and name in sections()):
+    setting = settings_by_key(section).get(name)
+    if setting is None or (not section and name in sections()):
         return None
-    return f"{section}.{slot.key}" if section else slot.key
+    return f"{section}.{setting.key}" if section else setting.key
 
 
 def _take_translation(
@@ -131,8 +131,8 @@ def _take_translation(
         result.fates.append(type(fate)(where, written, shown, became))
         name = f"fsdp_config.{became.split()[1]}"
         raw = translation.raws[name]
-        value = places()[name].shape.read(raw.value, raw.style, raw.text)
-        if value != places()[name].default:
+        value = all_settings()[name].shape.read(raw.value, raw.style, raw.text)
+        if value != all_settings()[name].default:
             result.values[name] = value
 
 
@@ -145,15 +145,15 @@ def _take(
     compact: bool,
     shown: object = None,
 ) -> None:
-    raw, slot = translation.raws[dotted], places()[dotted]
-    value = slot.shape.read(raw.value, raw.style, raw.text)
+    raw, setting = translation.raws[dotted], all_settings()[dotted]
+    value = setting.shape.read(raw.value, raw.style, raw.text)
     if compact and dotted == "distributed_type" and value in _TYPES:
         meant = _TYPES[str(value)]
         result.put(where, written, value, "strategy", meant["strategy"])
         result.values.update(meant)
     elif compact and dotted == "use_cpu" and result.values.get("use_cpu"):
         result.leave_out(where, written, value, "distributed_type said it")
-    elif compact and (value == slot.default or value in ("", [], ())):
+    elif compact and (value == setting.default or value in ("", [], ())):
         result.leave_out(where, written, value, "it is the default")
     else:
         result.put(where, written, value if shown is None else shown, dotted, value)

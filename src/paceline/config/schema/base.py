@@ -54,7 +54,7 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Setting:
     """One field of a section with all its names."""
 
     field: str
@@ -146,44 +146,44 @@ class Section(BaseModel):
 
     @classmethod
     def _read(cls, field: str, value: Any) -> Any:
-        slot = slots_by_field(cls).get(field)
-        return value if slot is None else slot.shape.read(value)
+        setting = settings_by_field(cls).get(field)
+        return value if setting is None else setting.shape.read(value)
 
 
 @cache
-def slots(section: type[Section]) -> tuple[Slot, ...]:
+def settings_of(section: type[Section]) -> tuple[Setting, ...]:
     """List the fields of a section with their keys, flags and shapes."""
-    return tuple(_slot(section, name, info) for name, info in section.model_fields.items())
+    return tuple(_setting(section, name, info) for name, info in section.model_fields.items())
 
 
 @cache
-def slots_by_field(section: type[Section]) -> dict[str, Slot]:
-    """Map a Python name to its slot."""
-    return {slot.field: slot for slot in slots(section)}
+def settings_by_field(section: type[Section]) -> dict[str, Setting]:
+    """Map a Python name to its setting."""
+    return {setting.field: setting for setting in settings_of(section)}
 
 
 @cache
-def slots_by_name(section: type[Section]) -> dict[str, Slot]:
-    """Map every spelling that a file may use to its slot."""
-    names: dict[str, Slot] = {}
-    for slot in slots(section):
-        for name in (slot.key, *slot.aliases):
-            names.setdefault(name, slot)
-            names.setdefault(name.removeprefix(section.key_prefix), slot)
+def settings_by_name(section: type[Section]) -> dict[str, Setting]:
+    """Map every spelling that a file may use to its setting."""
+    names: dict[str, Setting] = {}
+    for setting in settings_of(section):
+        for name in (setting.key, *setting.aliases):
+            names.setdefault(name, setting)
+            names.setdefault(name.removeprefix(section.key_prefix), setting)
     return names
 
 
-def _slot(section: type[Section], name: str, info: FieldInfo) -> Slot:
+def _setting(section: type[Section], name: str, info: FieldInfo) -> Setting:
     key = next((item for item in info.metadata if isinstance(item, Key)), Key())
     yaml_key = key.name or (name if name.startswith(section.key_prefix) else section.key_prefix + name)
     flag = key.flag or yaml_key
-    return Slot(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
+    return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
 
 
 def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]:
     """Translate pydantic's findings, one for each field."""
     seen: set[str] = set()
-    known = slots_by_field(section)
+    known = settings_by_field(section)
     for item in error.errors(include_url=False):
         field = str(item["loc"][0]) if item["loc"] else ""
         if field in seen:
@@ -195,15 +195,15 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
             yield _value_fault(known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", "")))
 
 
-def value_fault(slot: Slot, value: object) -> Fault:
+def value_fault(setting: Setting, value: object) -> Fault:
     """Say that a value is of the wrong type or not among the choices, and what is allowed."""
-    hint = slot.shape.suggestion(value) if isinstance(value, str) else ""
-    if not hint and isinstance(value, str) and slot.shape.read(value, "text") != value:
+    hint = setting.shape.suggestion(value) if isinstance(value, str) else ""
+    if not hint and isinstance(value, str) and setting.shape.read(value, "text") != value:
         hint = "remove the quotes"
-    allowed = slot.shape.allowed
-    if slot.more_choices:
-        allowed = f"one of {', '.join((*slot.more_choices, *map(str, slot.shape.choices)))}"
-    return Fault(slot.field, f"{shown(value)} is not allowed", f"it must be {allowed}", hint)
+    allowed = setting.shape.allowed
+    if setting.more_choices:
+        allowed = f"one of {', '.join((*setting.more_choices, *map(str, setting.shape.choices)))}"
+    return Fault(setting.field, f"{shown(value)} is not allowed", f"it must be {allowed}", hint)
 
 
 def shown(value: object) -> str:
@@ -219,12 +219,12 @@ def shown(value: object) -> str:
     return f"the {_CONTAINERS.get(type(value), type(value).__name__)} {value!r}"
 
 
-def _value_fault(slot: Slot, kind: str, value: object, reason: str) -> Fault:
+def _value_fault(setting: Setting, kind: str, value: object, reason: str) -> Fault:
     if kind == "value_error":
-        return Fault(slot.field, f"{shown(value)} cannot be used", reason)
+        return Fault(setting.field, f"{shown(value)} cannot be used", reason)
     if kind in _LIMITS:
-        return Fault(slot.field, f"{shown(value)} is out of range", f"it must be {_limits(slot.info)}")
-    return value_fault(slot, value)
+        return Fault(setting.field, f"{shown(value)} is out of range", f"it must be {_limits(setting.info)}")
+    return value_fault(setting, value)
 
 
 def _limits(info: FieldInfo) -> str:
@@ -249,5 +249,5 @@ def _nested_metadata(annotation: Any) -> Iterator[object]:
             yield from getattr(item, "metadata", ())
 
 
-def _listed(known: Mapping[str, Slot]) -> str:
+def _listed(known: Mapping[str, Setting]) -> str:
     return f"the names are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The `fsdp_config` section: fully sharded data parallelism, version 2."""
+"""The `fsdp_config` section: FSDP2, and the keys that only files of FSDP version 1 hold."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from paceline.config.schema.readers import Names, as_dtype_name
 Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(as_dtype_name)]
 WrapPolicy = Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"]
 StateDictType = Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"]
+BackwardPrefetch = Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"]
 
 
 def _as_flag(value: Any) -> Any:
@@ -163,3 +165,24 @@ def _dtypes_of(policy: Any) -> tuple[dict[str, Any], list[Fault]]:
             )
         ]
     return {name: as_dtype_name(given[name]) for name in fields[:3] if given.get(name) is not None}, []
+
+
+class FsdpVersion1(Section):
+    """Keys that only FSDP version 1 had."""
+
+    key_prefix: ClassVar[str] = "fsdp_"
+
+    sharding_strategy: ShardingStrategy | None = Field(
+        None, description="Version 1 name of fsdp_reshard_after_forward."
+    )
+    backward_prefetch: Annotated[
+        BackwardPrefetch | None, Key("fsdp_backward_prefetch", ("fsdp_backward_prefetch_policy",))
+    ] = Field(None, description="Version 1 only; version 2 always prefetches before the backward of a unit.")
+    forward_prefetch: bool | None = Field(None, description="Version 1 only; version 2 has no such switch.")
+    use_orig_params: bool | None = Field(
+        None, description="Version 1 only; version 2 always keeps the original parameters."
+    )
+    sync_module_states: bool | None = Field(
+        None,
+        description="Version 1 only; fsdp_cpu_ram_efficient_loading shares out rank 0's weights.",
+    )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, get_args
 
-from paceline.config.schema.base import Section, Slot, slots, slots_by_name
-from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
-from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.schema.base import Section, Setting, settings_by_name, settings_of
+from paceline.config.schema.fsdp import FsdpVersion1, FullyShardedDataParallelPlugin
 from paceline.config.schema.run import RunConfig
 from paceline.errors import did_you_mean
 
@@ -59,32 +58,32 @@ class Option:
 def sections() -> dict[str, tuple[type[Section], ...]]:
     """Map each section of the file to the models whose keys it may hold, the current one first."""
     found: dict[str, tuple[type[Section], ...]] = {}
-    for slot in slots(RunConfig):
-        parts = get_args(slot.info.annotation) or (slot.info.annotation,)
+    for setting in settings_of(RunConfig):
+        parts = get_args(setting.info.annotation) or (setting.info.annotation,)
         models = tuple(part for part in parts if isinstance(part, type) and issubclass(part, Section))
         if models:
             old = (FsdpVersion1,) if models == (FullyShardedDataParallelPlugin,) else ()
-            found[slot.field] = models + old
+            found[setting.field] = models + old
     return found
 
 
 @cache
-def keys_of(section: str) -> dict[str, Slot]:
-    """Map every spelling of a key in a section (empty: at the top level) to its slot."""
+def settings_by_key(section: str) -> dict[str, Setting]:
+    """Map every spelling of a key in a section (empty: at the top level) to its setting."""
     models = sections()[section] if section else (RunConfig,)
-    names: dict[str, Slot] = {}
+    names: dict[str, Setting] = {}
     for model in models:
-        for name, slot in slots_by_name(model).items():
-            names.setdefault(name, slot)
+        for name, setting in settings_by_name(model).items():
+            names.setdefault(name, setting)
     return names
 
 
 @cache
-def places() -> dict[str, Slot]:
-    """Map every dotted key of a value to its slot; sections themselves are not among them."""
-    found = {slot.key: slot for slot in slots(RunConfig) if slot.field not in sections()}
+def all_settings() -> dict[str, Setting]:
+    """Map every dotted key of a value to its setting; sections themselves are not among them."""
+    found = {setting.key: setting for setting in settings_of(RunConfig) if setting.field not in sections()}
     for section, models in sections().items():
-        found.update({f"{section}.{slot.key}": slot for model in models for slot in slots(model)})
+        found.update({f"{section}.{setting.key}": setting for model in models for setting in settings_of(model)})
     return found
 
 
@@ -92,9 +91,9 @@ def places() -> dict[str, Slot]:
 def flag_names() -> dict[str, str]:
     """Map every name that a flag or a PACELINE_ variable may have to the dotted key that it sets."""
     names: dict[str, str] = {}
-    for dotted, slot in places().items():
-        if slot.has_flag:
-            for name in (slot.flag, slot.key, *slot.aliases):
+    for dotted, setting in all_settings().items():
+        if setting.has_flag:
+            for name in (setting.flag, setting.key, *setting.aliases):
                 names.setdefault(name, dotted)
     return names
 
@@ -116,20 +115,20 @@ def options() -> tuple[Option, ...]:
             default=False,
         )
     )
-    return (*(_option(dotted, slot) for dotted, slot in places().items() if slot.has_flag), *switches)
+    return (*(_option(dotted, setting) for dotted, setting in all_settings().items() if setting.has_flag), *switches)
 
 
-def _option(dotted: str, slot: Slot) -> Option:
-    kind = slot.shape.kind
-    choices = (*slot.more_choices, *map(str, slot.shape.choices)) if kind == "choice" else ()
+def _option(dotted: str, setting: Setting) -> Option:
+    kind = setting.shape.kind
+    choices = (*setting.more_choices, *map(str, setting.shape.choices)) if kind == "choice" else ()
     return Option(
         key=dotted,
-        flag=slot.flag,
+        flag=setting.flag,
         kind=kind,
         choices=choices,
-        description=slot.info.description or "",
+        description=setting.info.description or "",
         section=dotted.rpartition(".")[0],
-        default=slot.default,
+        default=setting.default,
     )
 
 
@@ -138,7 +137,7 @@ def key_hint(name: str, section: str) -> str:
     for place in ("", *sections()):
         if place != section and name in {*_proper_names(place), *(sections() if not place else ())}:
             return f"it belongs in {place}" if place else "it belongs at the top level"
-    here = did_you_mean(name, [*keys_of(section)])
+    here = did_you_mean(name, [*settings_by_key(section)])
     return here or _elsewhere(name, section)
 
 
@@ -149,7 +148,7 @@ def flag_hint(name: str) -> str:
 
 def _proper_names(section: str) -> list[str]:
     """The full spellings of a section's keys, which no other section shares."""
-    return [name for slot in keys_of(section).values() for name in (slot.key, *slot.aliases)]
+    return [name for setting in settings_by_key(section).values() for name in (setting.key, *setting.aliases)]
 
 
 def _elsewhere(name: str, section: str) -> str:

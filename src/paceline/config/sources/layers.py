@@ -11,12 +11,12 @@ from paceline.config.schema.names import (
     flag_hint,
     flag_names,
     key_hint,
-    keys_of,
     sections,
+    settings_by_key,
 )
 from paceline.config.schema.shapes import Shape
 from paceline.config.sources.document import Item, read_document
-from paceline.config.sources.origin import Found, Kind, Origin, Raw
+from paceline.config.sources.origin import Detected, Kind, Origin, Raw
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def detected_layer(detected: Mapping[str, object]) -> Layer:
-    """Read what was found out about the machine, keyed by dotted key; a `Found` names who says so."""
+    """Read what was found out about the machine, keyed by dotted key; a `Detected` names who says so."""
     layer = Layer()
     for key, value in detected.items():
-        found = value if isinstance(value, Found) else Found(value, "detected on this machine")
+        found = value if isinstance(value, Detected) else Detected(value, "detected on this machine")
         if found.value is not None:
             layer.raws[key] = Raw(found.value, Origin("detected", found.where))
     return layer
@@ -163,8 +163,8 @@ def _sagemaker_problem(item: Item) -> Problem:
     return Problem(
         item.where,
         item.name,
-        f"{item.text} is not carried out in this release",
-        "paceline only starts processes on machines that it runs on",
+        f"{item.text} is not supported in this release",
+        "paceline only starts processes on the machines it runs on",
         "write compute_environment: LOCAL_MACHINE, and start the script from your own SageMaker job",
     )
 
@@ -179,12 +179,12 @@ def _read_top(layer: Layer, item: Item) -> None:
     if item.name in GONE:
         layer.notes.append(f"{item.where}: {item.name} (old): left out, {GONE[item.name]}")
         return
-    slot = keys_of("").get(item.name)
-    if slot is None:
+    setting = settings_by_key("").get(item.name)
+    if setting is None:
         hint = key_hint(item.name, "")
         layer.problems.append(Problem(item.where, item.name, "unknown key", hint=hint))
     elif item.value is not None:
-        layer.put(slot.key, _raw(item))
+        layer.put(setting.key, _raw(item))
 
 
 def _read_section(layer: Layer, item: Item) -> None:
@@ -195,14 +195,14 @@ def _read_section(layer: Layer, item: Item) -> None:
         hint = f"indent the section's keys under {item.name}:"
         layer.problems.append(Problem(item.where, item.name, what, "a section holds keys and values", hint))
         return
-    names = keys_of(item.name)
+    names = settings_by_key(item.name)
     for child in item.items:
-        slot = names.get(child.name)
-        if slot is None:
+        setting = names.get(child.name)
+        if setting is None:
             hint = key_hint(child.name, item.name)
             layer.problems.append(Problem(child.where, f"{item.name}.{child.name}", "unknown key", hint=hint))
         elif child.value is not None:
-            layer.put(f"{item.name}.{slot.key}", _raw(child))
+            layer.put(f"{item.name}.{setting.key}", _raw(child))
 
 
 def _read_legacy(layer: Layer, item: Item) -> None:

@@ -30,7 +30,7 @@ def default_config_file(env: Mapping[str, str]) -> Path:
     return next(_default_files(env))
 
 
-def is_accelerates(file: Path, env: Mapping[str, str]) -> bool:
+def is_accelerate_file(file: Path, env: Mapping[str, str]) -> bool:
     """Whether a file is the one that Accelerate's `config` command writes, rather than paceline's own."""
     return file == [*_default_files(env)][-1]
 

@@ -33,7 +33,7 @@ DEFAULT = Origin("default", "default")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Detected:
     """A value that was detected, where something can be named that says so.
 
     Attributes:

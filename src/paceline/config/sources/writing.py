@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from paceline.config.schema.names import places, sections
+from paceline.config.schema.names import all_settings, sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,11 +39,11 @@ def as_yaml(values: Mapping[str, object], header: Sequence[str] = ()) -> str:
 
 def _section(values: Mapping[str, object], section: str) -> Iterator[str]:
     indent = "  " if section else ""
-    for dotted, slot in places().items():
+    for dotted, setting in all_settings().items():
         if dotted.rpartition(".")[0] == section and dotted in values:
-            if slot.description:
-                yield f"{indent}# {slot.description}"
-            yield f"{indent}{slot.key}: {yaml_value(values[dotted])}"
+            if setting.description:
+                yield f"{indent}# {setting.description}"
+            yield f"{indent}{setting.key}: {yaml_value(values[dotted])}"
 
 
 def yaml_value(value: object) -> str:

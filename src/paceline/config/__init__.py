@@ -1,6 +1,6 @@
-"""The configuration: one schema, its sources, its checks, and where every value came from.
+"""The configuration: one schema, its sources, its checks, and the origin of every value.
 
-The names are resolved on first use: what only reads a constant of this package must not pay for the schema.
+Names are imported on first use: reading a constant of this package must not import the schema (pydantic).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _HOME = {
     "use_configuration": "paceline.config.resolved",
     "is_accelerate_file": "paceline.config.sources.locate",
     "options": "paceline.config.schema.names",
-    # Not `paceline.config.resolve`: importing a module of that name would put it in the place of the function.
+    # A module named `resolve` would replace the function of that name when it is imported.
     "resolve": "paceline.config.resolution",
     "with_arguments": "paceline.config.resolution",
     "worker_config": "paceline.config.resolution",

@@ -18,11 +18,11 @@ __all__ = ["json_schema"]
 _DIALECT: Final = "http://json-schema.org/draft-07/schema#"
 _QUOTED: Final = {"type": "string", "pattern": "^([Tt]rue|[Ff]alse|[Yy]es|[Nn]o|[Oo]n|[Oo]ff)$"}
 _LEGACY: Final = {"fp16": "mixed_precision: fp16", "dynamo_backend": "dynamo_config: {dynamo_backend: …}"}
-"""Keys of very old files, and what is written now."""
+"""Keys of very old files, with their replacement."""
 
 
 def json_schema() -> dict[str, Any]:
-    """Describe every key of the file, its old spellings as deprecated; written for draft 7, which editors read."""
+    """Return the schema, old spellings marked as deprecated; draft 7, which editors support."""
     properties: dict[str, Any] = {}
     for setting, schema in _fields(RunConfig):
         if setting.field in sections():
@@ -50,9 +50,9 @@ def _section(setting: Setting) -> dict[str, Any]:
         properties.update(_spellings(inner, schema, current.key_prefix))
     for model in old:
         for inner in settings_of(model):
-            said = {"description": inner.description, "deprecated": True}
+            described = {"description": inner.description, "deprecated": True}
             names = (inner.key, *inner.aliases)
-            properties.update(dict.fromkeys((*names, *(n.removeprefix(model.key_prefix) for n in names)), said))
+            properties.update(dict.fromkeys((*names, *(n.removeprefix(model.key_prefix) for n in names)), described))
     return {
         "description": setting.description,
         "type": ["object", "null"],
@@ -67,7 +67,7 @@ def _fields(model: type[Section]) -> list[tuple[Setting, dict[str, Any]]]:
 
 
 def _spellings(setting: Setting, schema: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Describe a key, and the names that files may carry instead."""
+    """Describe a key and its other spellings."""
     if "properties" in schema or "$ref" in schema:
         return {setting.key: schema}
     described = _described(setting, schema)
@@ -77,7 +77,7 @@ def _spellings(setting: Setting, schema: dict[str, Any], prefix: str = "") -> di
 
 
 def _described(setting: Setting, schema: dict[str, Any]) -> dict[str, Any]:
-    """What the file accepts: a little more than the Python field, since texts are read as what they mean."""
+    """Describe what a file may hold: more than the Python field, since text is converted."""
     parts = [part for part in schema.get("anyOf", [_only_type(schema)]) if part != {"type": "null"}]
     if setting.more_choices:
         parts.append({"enum": [int(choice) for choice in setting.more_choices]})
@@ -88,15 +88,15 @@ def _described(setting: Setting, schema: dict[str, Any]) -> dict[str, Any]:
     words = [choice for choice in setting.shape.choices if isinstance(choice, str)]
     if words:
         parts.append({"type": "string", "pattern": f"^({'|'.join(map(_in_any_case, words))})$"})
-    said: dict[str, Any] = {"description": setting.description, "default": schema.get("default")}
+    described: dict[str, Any] = {"description": setting.description, "default": schema.get("default")}
     if setting.labels:
-        said["description"] += " " + "; ".join(f"{name}: {text}" for name, text in setting.labels) + "."
+        described["description"] += " " + "; ".join(f"{name}: {text}" for name, text in setting.labels) + "."
     parts.append({"type": "null"})
-    return {**said, "anyOf": parts}
+    return {**described, "anyOf": parts}
 
 
 def _in_any_case(word: str) -> str:
-    """Write a pattern for a word in capital or small letters: JSON Schema has no flag for that."""
+    """Write a pattern that ignores case: JSON Schema has no flag for that."""
     return "".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else re.escape(c) for c in word)
 
 

@@ -229,7 +229,7 @@ def test_answers_from_a_pipe(answered: Paceline, paceline: Paceline, tmp_path: P
     assert written["num_processes"] == 2
     assert written["fsdp_config"]["fsdp_offload_params"] is True
     assert "fsdp_auto_wrap_policy" not in written["fsdp_config"], "what is left open is not written"
-    assert "# Micro-batches of one optimizer step." in (tmp_path / "mine.yaml").read_text()
+    assert "# Micro-batches per optimizer step." in (tmp_path / "mine.yaml").read_text()
     assert paceline("config", "check", "mine.yaml").code == 0
     dry = paceline("launch", "--config_file", "mine.yaml", "--dry-run", str(script))
     assert dry.code == 0

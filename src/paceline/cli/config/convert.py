@@ -57,8 +57,8 @@ class _ConvertCommand(click.Command):
 def command(source: tuple[str, ...], output: Path | None, partial: bool, force: bool) -> None:
     """Convert; the text above is what people read."""
     result = _convert(source)
-    for fate in result.fates:
-        click.echo(str(fate), err=output is None)
+    for key in result.keys:
+        click.echo(str(key), err=output is None)
     folder = Path() if output is None else output.parent
     problems = list(result.problems)
     if not problems or partial:

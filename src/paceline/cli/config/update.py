@@ -48,8 +48,8 @@ def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
     if not result.is_changed:
         click.echo(f"{found} is up to date.")
         return
-    for fate in result.fates:
-        click.echo(str(fate))
+    for key in result.keys:
+        click.echo(str(key))
     problems = result.remaining_problems(found.absolute().parent)
     if problems:
         raise ConfigError(problems)

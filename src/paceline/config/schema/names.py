@@ -1,4 +1,4 @@
-"""Every name under which a setting can be given, and what was meant by one that nobody knows."""
+"""Every name of every setting, and hints for unknown names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARADIGMS: Final = {
     "use_megatron_lm": "MEGATRON_LM",
     "tpu": "XLA",
 }
-"""Flags that stand for a `distributed_type`."""
+"""Flags that set a `distributed_type`."""
 
 PARALLELISM_SWITCH: Final = "use_parallelism_config"
 
@@ -38,8 +38,8 @@ class Option:
     Attributes:
         key: The dotted YAML key that the flag sets.
         flag: The flag without its dashes; also what `resolve` expects in `flags`.
-        kind: What sort of value the flag takes.
-        choices: The allowed words of a choice.
+        kind: The kind of value that the flag takes.
+        choices: The allowed values of a choice.
         description: One sentence.
         section: The YAML section, empty for the top level.
         default: The value without the flag.
@@ -56,7 +56,7 @@ class Option:
 
 @cache
 def sections() -> dict[str, tuple[type[Section], ...]]:
-    """Map each section of the file to the models whose keys it may hold, the current one first."""
+    """Map each section of the file to the models whose keys it can hold, the current one first."""
     found: dict[str, tuple[type[Section], ...]] = {}
     for setting in settings_of(RunConfig):
         parts = get_args(setting.info.annotation) or (setting.info.annotation,)
@@ -80,7 +80,7 @@ def settings_by_key(section: str) -> dict[str, Setting]:
 
 @cache
 def all_settings() -> dict[str, Setting]:
-    """Map every dotted key of a value to its setting; sections themselves are not among them."""
+    """Map every dotted key to its setting; sections themselves have none."""
     found = {setting.key: setting for setting in settings_of(RunConfig) if setting.field not in sections()}
     for section, models in sections().items():
         found.update({f"{section}.{setting.key}": setting for model in models for setting in settings_of(model)})
@@ -89,7 +89,7 @@ def all_settings() -> dict[str, Setting]:
 
 @cache
 def flag_names() -> dict[str, str]:
-    """Map every name that a flag or a PACELINE_ variable may have to the dotted key that it sets."""
+    """Map every name of a flag or PACELINE_ variable to the dotted key that it sets."""
     names: dict[str, str] = {}
     for dotted, setting in all_settings().items():
         if setting.has_flag:
@@ -100,7 +100,7 @@ def flag_names() -> dict[str, str]:
 
 @cache
 def options() -> tuple[Option, ...]:
-    """List every flag of `paceline launch` that sets something of the configuration."""
+    """List every flag of `paceline launch` that sets a part of the configuration."""
     switches = [
         Option(key="distributed_type", flag=flag, kind="bool", description=text, default=False)
         for flag, text in _SWITCHES.items()
@@ -110,7 +110,7 @@ def options() -> tuple[Option, ...]:
             key="parallelism_config",
             flag=PARALLELISM_SWITCH,
             kind="bool",
-            description="Say that parallelism_config is meant to be used; its keys alone say so too.",
+            description="Use parallelism_config; setting one of its sizes does so too.",
             section="parallelism_config",
             default=False,
         )
@@ -133,25 +133,25 @@ def _option(dotted: str, setting: Setting) -> Option:
 
 
 def key_hint(name: str, section: str) -> str:
-    """Say what an unknown key of a file was probably meant to be."""
+    """Return a hint for an unknown key of a file."""
     for place in ("", *sections()):
         if place != section and name in {*_proper_names(place), *(sections() if not place else ())}:
             return f"it belongs in {place}" if place else "it belongs at the top level"
     here = did_you_mean(name, [*settings_by_key(section)])
-    return here or _elsewhere(name, section)
+    return here or _in_other_section(name, section)
 
 
 def flag_hint(name: str) -> str:
-    """Say what an unknown flag was probably meant to be."""
+    """Return a hint for an unknown flag."""
     return did_you_mean(name, [*flag_names(), *PARADIGMS, PARALLELISM_SWITCH])
 
 
 def _proper_names(section: str) -> list[str]:
-    """The full spellings of a section's keys, which no other section shares."""
+    """Return the full spellings of a section's keys, which no other section shares."""
     return [name for setting in settings_by_key(section).values() for name in (setting.key, *setting.aliases)]
 
 
-def _elsewhere(name: str, section: str) -> str:
+def _in_other_section(name: str, section: str) -> str:
     for place in ("", *sections()):
         hint = "" if place == section else did_you_mean(name, _proper_names(place))
         if hint:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paceline.cli.comparison import BASES, Training, compare, explain
+from paceline.cli.script_checks.comparison import BASES, Training, compare, explain
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -124,7 +124,7 @@ def test_show_says_that_accelerates_file_is_read(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     for answer in (paceline("config", "show"), paceline("launch", "--dry-run", str(script))):
         assert answer.code == 0
-        assert "Accelerate's file is read" in answer.err
+        assert "reading Accelerate's file" in answer.err
     assert json.loads(paceline("env", "--json").out)["config_file"] == str(folder / "default_config.yaml")
     assert "Accelerate's" in paceline("env").out
     own = tmp_path / "home" / ".cache" / "paceline"
@@ -233,7 +233,7 @@ def test_an_update_in_place(paceline: Paceline, tmp_path: Path) -> None:
     assert file.with_name("old.yaml.bak").read_text() == text
     assert yaml.safe_load(file.read_text())["fsdp_config"]["fsdp_reshard_after_forward"] is False
     assert paceline("config", "update", "--config_file", "old.yaml").out == "old.yaml is up to date.\n"
-    assert "say the same" in paceline("config", "update", "--config_file", "old.yaml", "old.yaml").err
+    assert "are the same" in paceline("config", "update", "--config_file", "old.yaml", "old.yaml").err
 
 
 def test_an_update_of_a_wrong_file_changes_nothing(paceline: Paceline, tmp_path: Path) -> None:

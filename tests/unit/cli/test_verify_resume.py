@@ -64,7 +64,7 @@ def check(folder: Path, *words: str, flags: tuple[str, ...] = ("--num_processes"
 def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     code, lines = check(tmp_path)
     assert code == 0, lines
-    assert "resumed  from the checkpoint of step 4, went on to step 9" in lines
+    assert "resumed  from the checkpoint of step 4, continued to step 9" in lines
     assert lines[-1].startswith("PASS     11 batches and losses")
 
 
@@ -72,7 +72,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     ("word", "says"),
     [
         pytest.param("reseed", "differs  step 5, rank 0, after the resume: loss", marks=pytest.mark.slow),
-        ("restart", "in place of sample 20 of epoch 0"),
+        ("restart", "instead of sample 20 of epoch 0"),
         pytest.param("forget", "began at step 0", marks=pytest.mark.slow),
         pytest.param("fail", "no such data", marks=pytest.mark.slow),
     ],

@@ -5,26 +5,26 @@ PacelineError                      exit code 1
 ├── ConfigError                    exit code 2, holds every Problem found
 ├── UsageError                     exit code 2, a command was called wrongly
 ├── WorldError                     the launcher's variables contradict each other
-├── DeviceError                    no such device, or it cannot do what was asked
-│   └── PrecisionError             the device does not support the asked precision
-├── NotBuiltError                  a known choice that this release does not carry out
+├── DeviceError                    no such device, or it lacks what is needed
+│   └── PrecisionError             the device does not support the requested precision
+├── NotBuiltError                  a known choice that this release does not support
 ├── MissingExtraError              an optional package is not installed; names the pip command
-├── PrepareError                   something handed to `prepare` cannot work
+├── PrepareError                   something passed to `prepare` cannot work
 │   ├── UnknownBlockError          a block class the model does not have; lists the candidates
 │   ├── ForeignOptimizerError      an optimizer holds parameters of no prepared model
 │   └── UnassignedParametersError  trainable parameters that no optimizer updates
 ├── UnusedParametersError          parameters that took no part in the backward pass
 ├── SteppingError                  a step, clip or backward at the wrong moment
 ├── CollectiveError                ranks disagree about what they exchange
-├── DataError                      a loader that cannot be shared out, or yields nothing
-├── StateError                     a training state that cannot be taken, or does not fit
-│   └── CheckpointError            files that cannot be written, or hold something else
-│       └── DamagedCheckpointError files that are missing, broken or not to be trusted
-├── TrackingError                  a tracker that is not there, or was not opened
+├── DataError                      a loader that cannot be divided among ranks, or is empty
+├── StateError                     a training state that cannot be saved, or does not fit
+│   └── CheckpointError            files that cannot be written, or hold another state
+│       └── DamagedCheckpointError files that are missing, broken or unsafe to load
+├── TrackingError                  a tracker that is missing, or was not opened
 └── WorkerError                    a launched process failed; carries its exit code
 ```
 
-A message has three sentences: what we saw (with the value), why it cannot work, what to do.
+A message has three parts: what was seen (with the value), why it cannot work, what to do.
 """
 
 from __future__ import annotations
@@ -62,14 +62,20 @@ __all__ = [
 
 
 PREEMPTED: Final = 75
-"""Exit code of a run that saved its state and ended because it was asked to (EX_TEMPFAIL: try again)."""
+"""Exit code of a run that saved its state and stopped on a signal (EX_TEMPFAIL: start it again)."""
 
 HUNG: Final = 76
-"""Exit code of a run that was ended because ranks waited for others that did not come."""
+"""Exit code of a run that was stopped because ranks waited too long for others."""
 
 
 class PacelineError(Exception):
-    """The root of all errors that paceline raises on purpose."""
+    """The base class of all errors that paceline raises on purpose.
+
+    Args:
+        saw: What was seen, with the value.
+        why: Why that cannot work.
+        todo: What to do.
+    """
 
     exit_code: ClassVar[int] = 1
 
@@ -88,7 +94,7 @@ def _sentence(text: str) -> str:
 
 
 def _rebuild(cls: type[PacelineError], args: tuple[object, ...], fields: dict[str, object]) -> PacelineError:
-    """Unpickle an error without calling its constructor, whose arguments differ from class to class."""
+    """Unpickle an error without its constructor, whose arguments differ between classes."""
     error = cls.__new__(cls, *args)
     error.args = args
     error.__dict__.update(fields)
@@ -137,38 +143,56 @@ class UsageError(PacelineError):
 
 
 class WorldError(PacelineError):
-    """The variables that say which rank this is are incomplete or contradict each other."""
+    """The variables of the launcher (RANK, WORLD_SIZE, …) are incomplete or contradict each other."""
 
 
 class DeviceError(PacelineError):
-    """There is no such device, or it cannot do what was asked of it."""
+    """There is no such device, or it lacks what is needed."""
 
 
 class PrecisionError(DeviceError):
-    """The device does not support the precision that was asked for."""
+    """The device does not support the requested precision.
 
-    def __init__(self, asked: str, device: str, supported: Iterable[str], why: str = "") -> None:
-        self.asked = asked
+    Args:
+        requested: The value of `mixed_precision`.
+        device: The device, in words.
+        supported: The precisions that it supports.
+        why: Why it does not support the requested one, where more is known.
+    """
+
+    def __init__(self, requested: str, device: str, supported: Iterable[str], why: str = "") -> None:
+        self.requested = requested
         self.supported = tuple(sorted(supported))
         super().__init__(
-            f"mixed_precision={asked!r} was asked for on {device}",
+            f"mixed_precision={requested!r} was requested on {device}",
             why or f"that device supports {', '.join(self.supported)}",
             f"Choose one of {', '.join(self.supported)}",
         )
 
 
 class NotBuiltError(PacelineError):
-    """A choice that paceline knows and this release does not carry out."""
+    """A known choice that this release does not support.
+
+    Args:
+        choice: The choice, as the user wrote it.
+        todo: What to do instead.
+    """
 
     exit_code = 2
 
     def __init__(self, choice: str, todo: str) -> None:
         self.choice = choice
-        super().__init__(f"{choice} was chosen", "This release of paceline does not carry it out yet", todo)
+        super().__init__(f"{choice} was chosen", "This release of paceline does not support it yet", todo)
 
 
 class MissingExtraError(PacelineError, ImportError):
-    """An optional package is not installed."""
+    """An optional package is not installed.
+
+    Args:
+        package: Its name.
+        extra: The extra of paceline that installs it.
+        purpose: What needs it.
+    """
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         self.package = package
@@ -181,24 +205,29 @@ class MissingExtraError(PacelineError, ImportError):
 
 
 class PrepareError(PacelineError):
-    """Something handed to `prepare` cannot work."""
+    """Something passed to `prepare` cannot work."""
 
 
 class UnknownBlockError(PrepareError):
-    """A block class was named that the model does not contain."""
+    """A block class was named that the model does not contain.
 
-    def __init__(self, asked: Iterable[str], candidates: Iterable[str]) -> None:
-        self.asked = tuple(asked)
+    Args:
+        requested: The class names that were given.
+        candidates: The class names of the model's modules.
+    """
+
+    def __init__(self, requested: Iterable[str], candidates: Iterable[str]) -> None:
+        self.requested = tuple(requested)
         self.candidates = tuple(candidates)
         super().__init__(
-            f"No module of the model is of class {', '.join(map(repr, self.asked))}",
-            "Sharding units are made of the classes that you name",
-            f"{_close_names(self.asked, self.candidates)}The model's own classes are: {', '.join(self.candidates)}",
+            f"No module of the model is of class {', '.join(map(repr, self.requested))}",
+            "FSDP makes a sharding unit of each module of the named classes",
+            f"{_close_names(self.requested, self.candidates)}The model's own classes are: {', '.join(self.candidates)}",
         )
 
 
 def _close_names(words: Iterable[str], candidates: Sequence[str]) -> str:
-    """Name the candidates that look most like some words: `Did you mean A, B? `; may be empty."""
+    """Return a hint with the closest candidates, `Did you mean A, B? `; may be empty."""
     from difflib import get_close_matches
 
     close = [match for word in words for match in get_close_matches(word, candidates, n=1, cutoff=0.6)]
@@ -206,32 +235,45 @@ def _close_names(words: Iterable[str], candidates: Sequence[str]) -> str:
 
 
 class ForeignOptimizerError(PrepareError):
-    """An optimizer holds parameters that belong to no prepared model."""
+    """An optimizer holds parameters that belong to no prepared model.
+
+    Args:
+        shapes: The shapes of those parameters.
+        total: The number of all parameters of the optimizer.
+    """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], total: int) -> None:
         self.shapes = tuple(shapes)
         shown = ", ".join(map(str, self.shapes[:5]))
         super().__init__(
             f"{len(self.shapes)} of the optimizer's {total} parameters (shapes {shown}…) belong to no prepared model",
-            "Stepping it would not train what you prepared",
-            "Build the optimizer from model.parameters() of the model that you prepare",
+            "Its steps would not train the prepared model",
+            "Build the optimizer from the parameters() of the model that you prepare",
         )
 
 
 class UnassignedParametersError(PrepareError):
-    """Trainable parameters that no optimizer updates."""
+    """Trainable parameters that no optimizer updates.
+
+    Args:
+        names: The names of those parameters.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         super().__init__(
             f"{named(self.names)} {'is' if len(self.names) == 1 else 'are'} trainable but in no optimizer",
-            "They would keep their first values while everything around them learns",
-            "Give them to an optimizer, or freeze them with requires_grad_(False)",
+            "They would keep their initial values while the rest of the model trains",
+            "Pass them to an optimizer, or freeze them with requires_grad_(False)",
         )
 
 
 class UnusedParametersError(PacelineError):
-    """Parameters that took no part in the backward pass of a model under DDP."""
+    """Parameters that got no gradient in the backward pass of a model under DDP.
+
+    Args:
+        names: The names of those parameters.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -244,7 +286,7 @@ class UnusedParametersError(PacelineError):
 
 
 class SteppingError(PacelineError):
-    """A step, clip or backward came at a moment when it cannot be right."""
+    """A step, clip or backward at the wrong moment."""
 
 
 class CollectiveError(PacelineError):
@@ -252,30 +294,31 @@ class CollectiveError(PacelineError):
 
 
 class DataError(PacelineError):
-    """A loader that cannot be shared out, or that yields nothing."""
+    """A loader that cannot be divided among ranks, or that is empty."""
 
 
 class StateError(PacelineError):
-    """A training state that cannot be taken, or that does not fit where it is loaded."""
+    """A training state that cannot be saved, or that does not fit where it is loaded."""
 
 
 class CheckpointError(StateError):
-    """A checkpoint that cannot be written, or that holds something else than what is to be loaded."""
+    """A checkpoint that cannot be written, or that holds another state than the run."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """Files of a checkpoint that are missing, broken or not to be trusted."""
+    """Files of a checkpoint that are missing, broken or unsafe to load."""
 
 
 class TrackingError(PacelineError):
-    """A tracker that is not there, was not opened, or finds nothing to show."""
+    """A tracker that is missing or was not opened, or a run without a log."""
 
 
 class WorkerError(PacelineError):
     """A launched process failed.
 
-    Attributes:
-        code: The exit code that the launcher should end with; never 0.
+    Args:
+        report: Which rank failed, and how.
+        code: The exit code for the launcher; never 0.
     """
 
     def __init__(self, report: str, code: int) -> None:
@@ -284,18 +327,60 @@ class WorkerError(PacelineError):
 
 
 def first_line(error: BaseException, limit: int | None = None) -> str:
-    """What an exception says in its first line: torch puts a trace of C++ behind it. At most `limit` letters."""
+    """Return the first line of an exception's message: torch appends a C++ trace.
+
+    Args:
+        error: The exception.
+        limit: The maximum number of characters; None for all.
+
+    Returns:
+        The line.
+    """
     return str(error).partition("\n")[0][:limit]
 
 
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return a hint such as `did you mean num_processes?`.
+
+    Args:
+        word: The unknown name.
+        candidates: The names that exist; upper and lower case do not matter.
+
+    Returns:
+        The hint with the closest candidate; empty when none is close.
+    """
+    from difflib import get_close_matches
+
+    folded = {candidate.casefold(): candidate for candidate in candidates}
+    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[close[0]]}?" if close else ""
+
+
 def named(names: Sequence[str], limit: int = 8) -> str:
-    """Write out the first few names and count the rest."""
+    """Write out the first few names and count the rest.
+
+    Args:
+        names: The names.
+        limit: How many to write out.
+
+    Returns:
+        Text such as `a, b and 3 more`.
+    """
     head = ", ".join(names[:limit])
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
 
 
 def named_ranks(numbers: Iterable[int], one: str = "", several: str = "") -> str:
-    """Write [0, 2, 3, 4] as `ranks 0, 2-4`, and after it the verb as it goes with one rank or with several."""
+    """Write [0, 2, 3, 4] as `ranks 0, 2-4`, followed by a verb.
+
+    Args:
+        numbers: The ranks, in any order.
+        one: The verb for one rank.
+        several: The verb for several ranks.
+
+    Returns:
+        Text such as `rank 7 is`.
+    """
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:

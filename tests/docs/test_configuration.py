@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from paceline.config.reference import reference_page
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 RENEW = "RENEW_SNAPSHOTS"
@@ -23,8 +23,8 @@ def test_the_page_is_what_the_schema_says() -> None:
 
 def test_the_page_names_every_key_flag_and_variable() -> None:
     text = reference_page()
-    for slot in places().values():
-        assert f"`{slot.key}`" in text
-        if slot.has_flag and not slot.description.startswith("Version 1"):
-            assert f"`--{slot.flag}`" in text
-            assert f"`PACELINE_{slot.flag.upper()}`" in text
+    for setting in all_settings().values():
+        assert f"`{setting.key}`" in text
+        if setting.has_flag and not setting.description.startswith("Version 1"):
+            assert f"`--{setting.flag}`" in text
+            assert f"`PACELINE_{setting.flag.upper()}`" in text

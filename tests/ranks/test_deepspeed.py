@@ -68,7 +68,7 @@ def half_precision() -> str:
 
 def test_fp16_is_refused_where_deepspeed_has_none() -> None:
     for message in run_on_ranks(2, half_precision):
-        assert "mixed_precision='fp16' was asked for on DeepSpeed on" in message
+        assert "mixed_precision='fp16' was requested on DeepSpeed on" in message
         assert "bf16" in message
 
 

@@ -325,7 +325,7 @@ def test_a_script_that_contradicts_its_launcher() -> None:
         (
             {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=3), "strategy": "ddp"},
             ConfigError,
-            "nothing reads zero_stage",
+            "unused settings: zero_stage",
         ),
         ({"kwargs_handlers": [GradScalerKwargs(), GradScalerKwargs()]}, ConfigError, "two GradScalerKwargs"),
         ({"kwargs_handlers": [DataLoaderConfiguration()]}, ConfigError, "a DataLoaderConfiguration"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paceline.cli.comparison import BASES, Training, compare, explain
+from paceline.cli.script_checks.comparison import BASES, Training, compare, explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,7 +139,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         ("sum", "reduction='sum'"),
         ("rate", "the learning rate is 2 times as high on 2 processes"),
         ("unprepared", "the batches came from no prepared loader"),
-        ("otherweights", "begin with other weights"),
+        ("otherweights", "start from different weights"),
         ("noisy", "augmentation"),
     ],
 )
@@ -162,7 +162,7 @@ def test_what_cannot_be_checked_says_what_to_do(tmp_path: Path) -> None:
 def test_dropout_that_is_kept(tmp_path: Path) -> None:
     code, said = check(tmp_path, flags=("--keep_dropout",), steps=4)
     assert code == 1
-    assert "dropout: each rank draws what it drops" in said
+    assert "dropout: each rank draws its own mask" in said
 
 
 # The comparison alone, on notes as the recorders write them
@@ -202,7 +202,7 @@ def test_runs_that_agree() -> None:
         ({"loss": {"loss": 0.5}}, "reduction='sum'"),
         ({"loss": {"loss": 2.0}}, "multiplies it by their number"),
         ({"loss": {"rows": [0, 1]}}, "the same samples"),
-        ({"loss": {"loss": 1.1, "labels": 3, "shapes": [[5]]}}, "nothing that is known"),
+        ({"loss": {"loss": 1.1, "labels": 3, "shapes": [[5]]}}, "no known cause"),
         ({"step": {"norm": 4.0}}, "the gradient is 2 times as large"),
         ({"step": {"norm": 2.2}}, "outside of the prepared"),
         ({"step": {"rates": [0.2]}}, "the learning rate is 2 times as high"),

@@ -22,7 +22,7 @@ import paceline
 from paceline import Accelerator
 from paceline.cli.launch import command
 from paceline.config import Section, options
-from paceline.config.schema.names import keys_of, sections
+from paceline.config.schema.names import sections, settings_by_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,9 +67,9 @@ def launch_flags() -> Iterator[str]:
 def config_keys() -> Iterator[str]:
     """Every spelling of every key of the file."""
     for section in ("", *sections()):
-        for spelling, slot in sorted(keys_of(section).items()):
+        for spelling, setting in sorted(settings_by_key(section).items()):
             dotted = f"{section}.{spelling}" if section else spelling
-            yield f"{dotted}: {slot.shape.allowed} = {slot.default!r}"
+            yield f"{dotted}: {setting.shape.allowed} = {setting.default!r}"
 
 
 def plugins() -> Iterator[str]:

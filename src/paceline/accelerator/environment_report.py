@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from paceline.config import find_config_file, is_accelerates, resolve
+from paceline.config import find_config_file, is_accelerate_file, resolve
 from paceline.environment.device import describe_device, memory_info
 from paceline.environment.host import core_count, cpu_quota, host_memory, processor_name
 from paceline.environment.world import World
@@ -309,7 +309,7 @@ def _config_origin(file: str, env: Mapping[str, str]) -> str:
         return ""
     if env.get("PACELINE_CONFIG_FILE"):
         return "named by PACELINE_CONFIG_FILE"
-    return "Accelerate's, since paceline has none" if is_accelerates(Path(file), env) else "the default file"
+    return "Accelerate's, since paceline has none" if is_accelerate_file(Path(file), env) else "the default file"
 
 
 def _file_line(file: str, origin: str) -> str:

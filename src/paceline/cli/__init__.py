@@ -7,8 +7,8 @@ import sys
 import click
 
 from paceline import __version__
+from paceline.cli.click_helpers import LazyGroup
 from paceline.cli.interrupts import INTERRUPTED
-from paceline.cli.lazy import LazyGroup
 from paceline.errors import PacelineError, WorkerError
 
 __all__ = ["main", "program"]
@@ -19,20 +19,23 @@ _COMMANDS = {
     "checkpoint": ("paceline.cli.checkpoint", "List, inspect, verify, export and convert checkpoints."),
     "merge-weights": ("paceline.cli.merge_weights", "Merge a sharded checkpoint into safetensors weights."),
     "verify-resume": (
-        "paceline.cli.verify_resume",
-        "Check that a script that is killed resumes exactly.",
+        "paceline.cli.script_checks.verify_resume",
+        "Check that a killed script resumes exactly.",
     ),
-    "test": ("paceline.cli.test", "Try this installation out, on all devices."),
-    "parity": ("paceline.cli.parity", "Check that a script trains on several processes as on one."),
+    "test": ("paceline.cli.test", "Check this installation with a small training on all devices."),
+    "parity": (
+        "paceline.cli.script_checks.parity",
+        "Check that a script trains the same on several processes as on one.",
+    ),
     "report": ("paceline.cli.report", "Write one HTML page about a run: curves, settings, environment."),
-    "env": ("paceline.cli.env", "Show versions, devices and the configuration in force."),
-    "completion": ("paceline.cli.completion", "Let a shell complete commands and flags."),
+    "env": ("paceline.cli.env", "Show versions, devices and the configuration file."),
+    "completion": ("paceline.cli.completion", "Print the shell completion script."),
 }
 
 _TOPICS = {
     "Start": ("launch", "config"),
     "Check": ("env", "test", "parity", "verify-resume"),
-    "Look back": ("report", "checkpoint", "merge-weights"),
+    "Inspect": ("report", "checkpoint", "merge-weights"),
 }
 
 _HELP = "One PyTorch training script on one CPU, one GPU or many nodes, under DDP, FSDP2 or DeepSpeed."
@@ -42,10 +45,10 @@ _EXAMPLES = (
     ("paceline launch train.py --lr 1e-3", "train on all devices"),
     ("paceline launch --use_fsdp train.py", "the same, sharded"),
     ("paceline launch --dry_run train.py", "show what would be started"),
-    ("paceline config", "answer once, launch without flags"),
-    ("paceline config show --explain", "every setting, and who set it"),
-    ("paceline parity train.py", "trains the same on several as on one?"),
-    ("paceline checkpoint list runs/a", "what was saved, what is whole"),
+    ("paceline config", "answer a few questions once, launch without flags"),
+    ("paceline config show --explain", "every setting and its source"),
+    ("paceline parity train.py", "does it train the same on several as on one?"),
+    ("paceline checkpoint list runs/a", "what was saved, and whether it is complete"),
     ("paceline report runs/a", "curves and settings on one page"),
 )
 
@@ -56,7 +59,7 @@ _EXAMPLES = (
     topics=_TOPICS,
     examples=_EXAMPLES,
     help=_HELP,
-    epilog="`paceline COMMAND --help` says more, with examples.",
+    epilog="`paceline COMMAND --help` explains a command, with examples.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="paceline")
@@ -65,10 +68,10 @@ def _paceline() -> None:
 
 
 def program() -> None:
-    """Be the `paceline` program: `main`, after which the process ends.
+    """Run `main` as the `paceline` program and end the process.
 
-    With torch imported, taking the interpreter apart takes a tenth of the import's time, which everybody would wait
-    for after the last line; and a thread that a dead line holds in torch's store would take the process down with it.
+    With torch imported, shutting the interpreter down takes a tenth of the import's time, for which users would wait
+    after the last line; and a thread that hangs in torch's store on a dead connection would crash the shutdown.
     """
     try:
         main()
@@ -81,9 +84,9 @@ def program() -> None:
 
 
 def main() -> None:
-    """Run the command line and exit with the code that belongs to what happened."""
+    """Run the command line; exit with 0, or with the code of the error."""
     try:
-        # Nothing is returned by a command that ended well.
+        # A command that succeeds returns None.
         sys.exit(_paceline.main(prog_name="paceline", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()

@@ -1,4 +1,4 @@
-"""`paceline checkpoint`: what is on disk, whether it is whole, and getting weights and states out of it."""
+"""`paceline checkpoint`: lists, inspects, verifies, exports and converts checkpoints."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.examples import examples
-from paceline.cli.paths import PathType
+from paceline.cli.click_helpers import PathType, examples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from paceline.checkpoint import Checkpoint, Found
     from paceline.checkpoint.foreign import ForeignState
+    from paceline.checkpoint.portable_state import ForeignOptimizer
 
-_HELP = """Look at checkpoints, check them, and turn them into something else.
+_HELP = """List, inspect and verify checkpoints; export their weights; convert them to other formats.
 
 \b
     paceline checkpoint list runs/a
@@ -28,7 +28,7 @@ _HELP = """Look at checkpoints, check them, and turn them into something else.
     paceline checkpoint convert old_accelerate_run converted --to paceline
 
 Folders of Accelerate, of the transformers Trainer, of DeepSpeed (all ZeRO stages and the universal layout) and of
-torch.distributed.checkpoint are read as well as paceline's own. Nothing in them is run: a pickled file that names
+torch.distributed.checkpoint are read as well as paceline's own. No code in them is run: a pickled file that names
 anything but tensors and plain values is refused.
 """
 _FOLDER = PathType(exists=True, file_okay=False, path_type=Path)
@@ -37,7 +37,7 @@ _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 @click.group(name="checkpoint", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Group the commands; the text above is what people read."""
+    """Group the commands; `_HELP` is what users read."""
 
 
 # list
@@ -45,7 +45,7 @@ def command() -> None:
 
 @command.command(
     name="list",
-    short_help="Show what was saved, newest first, and what is whole.",
+    short_help="Show checkpoints, newest first, and whether they are complete.",
     epilog=examples(
         "paceline checkpoint list runs/a",
         "paceline checkpoint list runs/a --json",
@@ -56,15 +56,15 @@ def command() -> None:
 def list_command(folder: Path, as_json: bool) -> None:
     """Show the checkpoints under FOLDER, newest first: a project's folder, or its `checkpoints` folder.
 
-    A checkpoint is whole when its manifest is there and every file has the size that the manifest says. `load_state()`
-    takes the first whole one. What is in the files is checked by `paceline checkpoint verify`.
+    A checkpoint is whole when it has a manifest and every file has the size in the manifest. `load_state()` loads the
+    newest whole one. `paceline checkpoint verify` checks the contents of the files.
     """
     rows = list(_rows(folder))
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        click.echo(f"There is no checkpoint in {folder}{_itself(folder)}.")
+        click.echo(f"There is no checkpoint in {folder}{_inspect_hint(folder)}.")
         return
     _print_table(rows, ["name", "format", "step", "epoch", "samples", "size", "saved by", "created", "state"])
     for row in rows:
@@ -72,21 +72,21 @@ def list_command(folder: Path, as_json: bool) -> None:
             click.echo(f"{row['name']}: {row['problem']}")
 
 
-def _itself(folder: Path) -> str:
+def _inspect_hint(folder: Path) -> str:
     from paceline.checkpoint.foreign import recognise
     from paceline.checkpoint.format.manifest import MANIFEST
 
     is_one = (folder / MANIFEST).exists() or recognise(folder) is not None
-    return f"; it is one itself: paceline checkpoint inspect {folder}" if is_one else ""
+    return f"; it is a checkpoint itself: paceline checkpoint inspect {folder}" if is_one else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     from paceline.checkpoint import find_checkpoints
     from paceline.checkpoint.foreign import recognise
 
-    ours = find_checkpoints(folder)
-    known = {found.folder for found in ours}
-    yield from (_row(found, folder) for found in ours)
+    checkpoints = find_checkpoints(folder)
+    known = {found.folder for found in checkpoints}
+    yield from (_row(found, folder) for found in checkpoints)
     for root in (folder, folder / "checkpoints"):
         for path in sorted(root.iterdir()) if root.is_dir() else ():
             kind = recognise(path) if path not in known and path.is_dir() else None
@@ -127,17 +127,17 @@ def _size_of(checkpoint: Checkpoint) -> int:
 @click.option("--tensors", is_flag=True, help="List every tensor with its shape and dtype.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def inspect_command(checkpoint: Path, tensors: bool, as_json: bool) -> None:
-    """Show what one checkpoint holds, of paceline or of another library."""
+    """Show what one checkpoint holds, of paceline or another library: step, weights, optimizer, size."""
     from paceline.checkpoint.foreign import open_any
 
     state = open_any(checkpoint)
-    facts = _facts(state)
+    summary = _summary(state)
     rows = list(_tensor_rows(state))
     if as_json:
-        click.echo(json.dumps(facts | ({"tensors": rows} if tensors else {}), indent=2))
+        click.echo(json.dumps(summary | ({"tensors": rows} if tensors else {}), indent=2))
         return
-    width = max(map(len, facts))
-    for name, value in facts.items():
+    width = max(map(len, summary))
+    for name, value in summary.items():
         for index, line in enumerate(value if isinstance(value, list) else [value]):
             click.echo(f"{name if not index else '':<{width}}  {line}")
     if tensors:
@@ -145,35 +145,48 @@ def inspect_command(checkpoint: Path, tensors: bool, as_json: bool) -> None:
         _print_table(rows, ["tensor", "shape", "dtype", "size"])
 
 
-def _facts(state: ForeignState) -> dict[str, Any]:
-    from paceline.checkpoint import open_checkpoint
-
-    facts: dict[str, Any] = {"folder": str(state.folder), "format": state.kind, "step": state.step}
+def _summary(state: ForeignState) -> dict[str, Any]:
+    summary: dict[str, Any] = {"folder": str(state.folder), "format": state.kind, "step": state.step}
     if state.kind == "paceline":
-        opened = open_checkpoint(state.folder)
-        manifest = opened.manifest
-        facts |= {
-            "epoch": manifest.epoch, "samples": f"{manifest.samples:,} of the epoch",
-            "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}, {manifest.mixed_precision}",
-            "created": manifest.created, "paceline": manifest.paceline, "torch": manifest.torch,
-            "size": f"{_size(_size_of(opened))} in {len(manifest.files)} files",
-        }  # fmt: skip
+        summary |= _manifest_summary(state.folder)
     slots = [state.weights.slot(name) for name in state.weights]
     count = sum(_numel(slot.shape) for slot in slots)
     dtypes = sorted({str(slot.dtype).removeprefix("torch.") for slot in slots})
-    facts["weights"] = f"{count:,} elements in {len(slots)} tensors, {', '.join(dtypes) or 'none'}"
+    summary["weights"] = f"{count:,} elements in {len(slots)} tensors, {', '.join(dtypes) or 'none'}"
     for index, optimizer in enumerate(state.optimizers):
-        kinds = sorted({slot for tensors in optimizer.slots.values() for slot in tensors})
-        facts[f"optimizer {index}" if index else "optimizer"] = (
-            f"{', '.join(kinds) or 'no tensors'} of {len(optimizer.slots)} parameters in {len(optimizer.groups)} groups"
-        )
-    others = [("scheduler", len(state.schedulers)), ("custom object", len(state.custom))]
-    others += [("loss scaler", int(state.scaler is not None)), ("set of generators", len(state.generators))]
-    said = [f"{name}: {count}" for name, count in others if count]
-    facts["also"] = ", ".join(said) or "nothing"
+        summary[f"optimizer {index}" if index else "optimizer"] = _describe_optimizer(optimizer)
+    others = {
+        "scheduler": len(state.schedulers),
+        "custom object": len(state.custom),
+        "loss scaler": int(state.scaler is not None),
+        "set of generators": len(state.generators),
+    }
+    summary["also"] = ", ".join(f"{name}: {count}" for name, count in others.items() if count) or "nothing"
     if state.notes:
-        facts["notes"] = list(state.notes)
-    return facts
+        summary["notes"] = list(state.notes)
+    return summary
+
+
+def _describe_optimizer(optimizer: ForeignOptimizer) -> str:
+    kinds = sorted({slot for tensors in optimizer.slots.values() for slot in tensors})
+    state = ", ".join(kinds) or "no tensors"
+    return f"{state} of {len(optimizer.slots)} parameters in {len(optimizer.groups)} groups"
+
+
+def _manifest_summary(folder: Path) -> dict[str, Any]:
+    from paceline.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    manifest = checkpoint.manifest
+    return {
+        "epoch": manifest.epoch,
+        "samples": f"{manifest.samples:,} of the epoch",
+        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}, {manifest.mixed_precision}",
+        "created": manifest.created,
+        "paceline": manifest.paceline,
+        "torch": manifest.torch,
+        "size": f"{_size(_size_of(checkpoint))} in {len(manifest.files)} files",
+    }
 
 
 def _tensor_rows(state: ForeignState) -> Iterator[dict[str, Any]]:
@@ -200,16 +213,17 @@ def _numel(shape: Sequence[int]) -> int:
 
 @command.command(
     name="verify",
-    short_help="Read checkpoints through, and compare every byte with its checksum.",
+    short_help="Read every byte of checkpoints and compare it with their checksums.",
     epilog=examples(
         "paceline checkpoint verify runs/a/checkpoints/*",
     ),
 )
 @click.argument("checkpoints", nargs=-1, required=True, type=_FOLDER)
 def verify_command(checkpoints: tuple[Path, ...]) -> None:
-    """Read all of each checkpoint and compare it with its checksums; the exit code is 1 if one is not whole.
+    """Read every byte of each checkpoint and compare it with the checksums.
 
-    Folders of other libraries have no checksums: every tensor in them is read.
+    Folders of other libraries have no checksums: every tensor in them is read. The exit code is 0 if all checkpoints
+    are whole, else 1.
     """
     from paceline.errors import PacelineError
 
@@ -229,16 +243,16 @@ def _verify(folder: Path) -> str:
 
     if recognise(folder) is None:
         checkpoint = open_checkpoint(folder)
-        with _progress(f"verify {folder.name}", _size_of(checkpoint)) as told:
-            checkpoint.verify(told)
+        with _progress(f"verify {folder.name}", _size_of(checkpoint)) as advance:
+            checkpoint.verify(advance)
         return f"{_size(_size_of(checkpoint))} in {len(checkpoint.manifest.files)} files"
     state = open_foreign(folder)
     rows = list(_tensor_rows(state))
-    with _progress(f"read {folder.name}", sum(row["size"] for row in rows)) as told:
-        for tensors in (state.weights, *(held for o in state.optimizers for held in o.slots.values())):
+    with _progress(f"read {folder.name}", sum(row["size"] for row in rows)) as advance:
+        for tensors in (state.weights, *(slots for o in state.optimizers for slots in o.slots.values())):
             for name in tensors:
                 value = tensors[name]
-                told(value.numel() * value.element_size())
+                advance(value.numel() * value.element_size())
     return f"{len(rows)} tensors could be read; folders of {state.kind} have no checksums"
 
 
@@ -260,15 +274,17 @@ def _verify(folder: Path) -> str:
     "--max-shard-size",
     default="10GB",
     show_default=True,
-    help="No file is larger, such as 5GB or 500MiB.",
+    help="Maximum size of a file, such as 5GB or 500MiB.",
 )
-@click.option("--dtype", type=click.Choice([*_DTYPES]), help="What floating-point weights become; default: unchanged.")
-@click.option("--model", "model_index", default=0, show_default=True, help="Which model, if several were prepared.")
+@click.option("--dtype", type=click.Choice([*_DTYPES]), help="Convert floating-point weights to this dtype.")
+@click.option(
+    "--model", "model_index", default=0, show_default=True, help="Index of the model, if several were prepared."
+)
 def export_command(checkpoint: Path, out: Path, max_shard_size: str, dtype: str | None, model_index: int) -> None:
     """Write the weights of a checkpoint into OUT as safetensors, as `from_pretrained` reads them.
 
-    CHECKPOINT may be of paceline, Accelerate, DeepSpeed or torch.distributed.checkpoint. One tensor at a time is in
-    memory. The `config.json` of the model is copied if it is there.
+    CHECKPOINT can be of paceline, Accelerate, DeepSpeed or torch.distributed.checkpoint. One tensor at a time is in
+    memory. The model's `config.json` is copied if there is one.
     """
     export(checkpoint, out, max_shard_size=max_shard_size, dtype=dtype, model_index=model_index)
 
@@ -276,7 +292,7 @@ def export_command(checkpoint: Path, out: Path, max_shard_size: str, dtype: str 
 def export(
     source: Path, out: Path, *, max_shard_size: str = "10GB", dtype: str | None = None, model_index: int = 0
 ) -> None:
-    """Do what `paceline checkpoint export` says."""
+    """Write the weights of a checkpoint as safetensors; see `paceline checkpoint export --help`."""
     import shutil
 
     import torch
@@ -291,8 +307,8 @@ def export(
     tensors = state.model(model_index)
     total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
     wanted = None if dtype is None else getattr(torch, _DTYPES[dtype])
-    with _progress(f"export {source.name}", total) as told:
-        files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=told)
+    with _progress(f"export {source.name}", total) as advance:
+        files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=advance)
     if (source / "config.json").is_file():
         shutil.copyfile(source / "config.json", out / "config.json")
     size = sum(path.stat().st_size for path in files)
@@ -300,13 +316,13 @@ def export(
 
 
 def _refuse_state(out: Path) -> None:
-    """Refuse to write weights over those of a checkpoint, which would not be whole any more."""
+    """Refuse to write into a checkpoint, which would no longer be whole."""
     from paceline.checkpoint.foreign import recognise
     from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError
 
     if (out / MANIFEST).exists() or recognise(out) not in (None, "weights"):
-        raise UsageError(f"{out} holds a checkpoint", "Its weights would be written over", "Name another folder")
+        raise UsageError(f"{out} holds a checkpoint", "Its weights would be overwritten", "Name another folder")
 
 
 # convert
@@ -314,7 +330,7 @@ def _refuse_state(out: Path) -> None:
 
 @command.command(
     name="convert",
-    short_help="Turn a checkpoint into one of another library.",
+    short_help="Convert a checkpoint to the format of another library.",
     epilog=examples(
         "paceline checkpoint convert --to deepspeed runs/a/checkpoints/checkpoint_3 universal",
         "paceline checkpoint convert --to paceline global_step100 converted",
@@ -326,10 +342,10 @@ def _refuse_state(out: Path) -> None:
 @click.option(
     "--parameters",
     type=PathType(exists=True, dir_okay=False, path_type=Path),
-    help="Names of the optimizer's parameters, one a line, group by group; for formats that number them.",
+    help="File with the optimizer's parameter names, one per line, group by group; for formats that number them.",
 )
 def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -> None:
-    """Turn a checkpoint into one of another library, on the CPU, with one tensor at a time in memory.
+    """Convert a checkpoint to the format of another library, on the CPU, with one tensor at a time in memory.
 
     \b
     paceline    what save_state writes
@@ -337,7 +353,7 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     fsdp        pytorch_model_fsdp_0 and optimizer_0, which Accelerate under FSDP and torch's DCP read
     deepspeed   the universal layout, read with {"checkpoint": {"load_universal": true}} at ZeRO stages 1, 2 and 3
 
-    SOURCE may be any of these, DeepSpeed's own folders of every stage, and checkpoints of the transformers Trainer.
+    SOURCE can be any of these, DeepSpeed's own folders of every stage, and checkpoints of the transformers Trainer.
     Accelerate's optimizer.bin numbers its parameters in the order of the optimizer's groups: give their names with
     --parameters, or load the folder in the script itself with `accelerator.load_state`, which knows them.
     """  # noqa: D301
@@ -346,11 +362,11 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     from paceline.errors import UsageError
 
     if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty", "What is there would be mixed with what is written", "Name another")
+        raise UsageError(f"{out} is not empty", "Old and new files would be mixed", "Name another folder")
     names = None if parameters is None else [parameters.read_text(encoding="utf-8").split()]
     state = open_any(source, names)
-    with _progress(f"convert {source.name}", total_bytes(state)) as told:
-        left = WRITERS[to](state, out, told)
+    with _progress(f"convert {source.name}", total_bytes(state)) as advance:
+        left = WRITERS[to](state, out, advance)
     click.echo(
         f"{state.kind} to {to}: {len(state.weights)} weights, {len(state.optimizers)} optimizers, step {state.step}, "
         f"{_size(sum(path.stat().st_size for path in out.rglob('*') if path.is_file()))} in {out}"
@@ -359,7 +375,7 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
         click.echo(f"note: {line}")
 
 
-# How things look
+# Output
 
 
 def _print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -398,7 +414,7 @@ def _ranks(count: int) -> str:
 
 
 def _progress(what: str, total: int) -> Any:
-    """A bar on the terminal; what is yielded takes the bytes done since the last call."""
+    """Show a progress bar; the yielded function takes the bytes done since the last call."""
     from contextlib import contextmanager
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`paceline completion`: the script that teaches a shell the commands and flags."""
+"""`paceline completion`: prints the completion script of a shell."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import click
 from click.shell_completion import get_completion_class
 
 _SHELLS = ("bash", "zsh", "fish")
-_HELP = """Print the script that lets SHELL complete commands, flags and their choices.
+_HELP = """Print the script with which SHELL completes commands, flags and choices.
 
-To install it, append the output to the file that the shell reads at its start:
+To install it, append the output to the startup file of the shell:
 
 \b
     paceline completion bash >> ~/.bashrc
@@ -23,7 +23,7 @@ A new shell then completes, for example, `paceline launch --fsdp_<Tab>`.
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def command(context: click.Context, shell: str) -> None:
-    """Print the script; the text above is what people read."""
+    """Print the script; `_HELP` is what users read."""
     kind = get_completion_class(shell)
     assert kind is not None
     root = context.find_root()

@@ -1,4 +1,4 @@
-"""`paceline env`: what a bug report needs."""
+"""`paceline env`: shows what a bug report needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import click
 
 from paceline.accelerator.environment_report import environment_report
-from paceline.cli.examples import examples
+from paceline.cli.click_helpers import examples
 
 
 @click.command(
@@ -18,6 +18,6 @@ from paceline.cli.examples import examples
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def command(as_json: bool) -> None:
-    """Show versions, devices and the configuration file in force, ready to paste into a bug report."""
+    """Show versions, devices and the configuration file, ready to paste into a bug report."""
     report = environment_report(os.environ)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else report.as_text())

@@ -1,4 +1,4 @@
-"""Ctrl-C before anything is started."""
+"""Ctrl-C while torch is imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def import_torch() -> None:
-    """Import torch, and let Ctrl-C end this process at once meanwhile.
+    """Import torch; meanwhile Ctrl-C ends the process at once.
 
-    Native code that torch is made of takes in NumPy and drops the KeyboardInterrupt that comes then (torch 2.13, for a
-    tenth of the import's time): the command would go on as if nobody had pressed the keys.
+    Native code of torch imports NumPy and drops a KeyboardInterrupt that comes then (torch 2.13, for a tenth of the
+    import's time): the command would continue as if Ctrl-C had not been pressed.
     """
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_usual or threading.current_thread() is not threading.main_thread():

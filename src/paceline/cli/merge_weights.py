@@ -1,4 +1,4 @@
-"""`paceline merge-weights`: Accelerate's name for `paceline checkpoint export`."""
+"""`paceline merge-weights`: Accelerate's name of `paceline checkpoint export`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from paceline.cli.checkpoint import export
-from paceline.cli.examples import examples
-from paceline.cli.paths import PathType
+from paceline.cli.click_helpers import PathType, examples
 from paceline.errors import UsageError
 
 
@@ -24,16 +23,14 @@ from paceline.errors import UsageError
     "--remove_checkpoint_dir",
     "--remove-checkpoint-dir",
     is_flag=True,
-    help="Remove CHECKPOINT when its weights are written.",
+    help="Remove CHECKPOINT after its weights are written.",
 )
 @click.option("--unsafe_serialization", "--unsafe-serialization", is_flag=True, hidden=True)
 def command(checkpoint: Path, out: Path, remove_checkpoint_dir: bool, unsafe_serialization: bool) -> None:
     """Merge a sharded checkpoint into safetensors weights in OUT: short for `paceline checkpoint export`.
 
-    OUT is this folder if it is left out.
-
-    CHECKPOINT is for example the folder `pytorch_model_fsdp_0` of an Accelerate run under FSDP, or any folder that
-    `paceline checkpoint inspect` can read.
+    OUT defaults to the current folder. CHECKPOINT is for example the folder `pytorch_model_fsdp_0` of an Accelerate
+    run under FSDP, or any folder that `paceline checkpoint inspect` can read.
     """
     if unsafe_serialization:
         raise UsageError(
@@ -45,7 +42,7 @@ def command(checkpoint: Path, out: Path, remove_checkpoint_dir: bool, unsafe_ser
         )
     export(checkpoint, out)
     if remove_checkpoint_dir:
-        # Of a link, what it leads to is the checkpoint.
+        # Of a link, remove the checkpoint it points to, then the link.
         shutil.rmtree(checkpoint.resolve())
         if checkpoint.is_symlink():
             checkpoint.unlink()

@@ -1,4 +1,4 @@
-"""Flags made from the configuration's one schema, for every command that takes a configuration."""
+"""Flags made from the configuration's schema, for every command that takes a configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from paceline.cli.other_launchers import instead_of
 from paceline.config import options
 
 if TYPE_CHECKING:
@@ -21,8 +20,32 @@ _OPTIONAL_VALUES = {
     "BOOL": ({"true", "false", "yes", "no", "on", "off", "1", "0"}, "true"),
     "STREAMS": ({"0", "1", "2", "3"}, "3"),
 }
-"""Metavar of a flag whose value may be left out, to the values that it takes, and to what stands for none."""
+"""Flags with an optional value, by metavar: the values, and the one that a missing value stands for."""
 _PREFIX = "flag_"
+
+_NO_TPU = "TPUs are not supported in this release; leave it out"
+_NO_SAGEMAKER = "SageMaker is not supported in this release; leave it out"
+_RENDEZVOUS = "write --main_process_ip and --main_process_port"
+_INSTEAD = {
+    "role": "all ranks have the same role; leave it out",
+    "no_tpu_cluster": _NO_TPU,
+    "aws_access_key_id": _NO_SAGEMAKER,
+    "aws_secret_access_key": _NO_SAGEMAKER,
+    "fp16": "write --mixed_precision fp16",
+    "bf16": "write --mixed_precision bf16",
+    "ipex": "torch itself has what IPEX added; leave it out",
+    "use_xpu": "devices are detected without it; leave it out",
+    "nproc_per_node": "write --num_processes, the number over all machines",
+    "nnodes": "write --num_machines",
+    "node_rank": "write --machine_rank",
+    "master_addr": _RENDEZVOUS,
+    "master_port": _RENDEZVOUS,
+    "rdzv_endpoint": _RENDEZVOUS,
+    "rdzv_id": "each launch has its own id; leave it out",
+    "standalone": "one machine needs no rendezvous; leave it out",
+    "redirects": "write --log_dir, which writes both streams of every rank to files",
+}
+"""Flags of Accelerate (past and present) and torchrun that `paceline launch` does not have, with what to do."""
 
 _TITLES = {
     "": "What runs where",
@@ -50,47 +73,39 @@ SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
 }
-"""How a command with such flags is set up: they may be written with - or _."""
+"""Context settings of commands with these flags: they can be written with - or _."""
 
 
 class SchemaCommand(click.Command):
-    """Shows flags by topic, takes true/false flags with a value or without one, and knows other launchers' flags."""
+    """A command that groups flags by topic and takes boolean flags with or without a value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Give every flag its value before click reads the line; say what stands for a flag of another launcher."""
+        """Give every flag a value before click parses the line; name the replacement of another launcher's flag."""
         try:
             return super().parse_args(ctx, list(self._with_values(ctx, args)))
         except click.NoSuchOption as error:
-            instead = instead_of(error.option_name)
+            instead = _INSTEAD.get(_normalize(error.option_name.lstrip("-")))
             if instead is None:
                 raise
             raise click.UsageError(f"There is no {error.option_name} here: {instead}.", ctx) from None
 
     def _with_values(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        """Write out the value of every flag that may stand without one."""
-        known = {
-            name: param
-            for param in self.get_params(ctx)
-            if isinstance(param, click.Option)
-            for name in (*param.opts, *param.secondary_opts)
-        }
+        """Yield the arguments, with the value of every flag that was given without one."""
+        known = self._options_by_name(ctx)
         rest = list(args)
         while rest:
             token = rest.pop(0)
-            option = known.get(token) or known.get(_underscored(token))
-            if option is None:
-                yield token
-                if not token.startswith("-") or token == "--":
-                    break
-                continue
-            takes_value = not option.is_flag and not option.count
             yield token
-            if option.metavar in _OPTIONAL_VALUES:
-                words, silent = _OPTIONAL_VALUES[option.metavar]
-                yield rest.pop(0) if rest and rest[0].lower() in words else silent
-            elif takes_value and rest:
-                yield rest.pop(0)
+            option = known.get(token) or known.get(_underscored(token))
+            if option is not None:
+                yield from _take_value(option, rest)
+            elif not token.startswith("-") or token == "--":
+                break
         yield from rest
+
+    def _options_by_name(self, ctx: click.Context) -> dict[str, click.Option]:
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        return {name: option for option in options for name in (*option.opts, *option.secondary_opts)}
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the flags topic by topic."""
@@ -102,6 +117,15 @@ class SchemaCommand(click.Command):
         for topic, records in groups.items():
             with formatter.section(topic):
                 formatter.write_dl(records)
+
+
+def _take_value(option: click.Option, rest: list[str]) -> Iterator[str]:
+    """Take the value of a flag from the arguments that follow it, else its default value."""
+    if option.metavar in _OPTIONAL_VALUES:
+        words, default = _OPTIONAL_VALUES[option.metavar]
+        yield rest.pop(0) if rest and rest[0].lower() in words else default
+    elif rest and not option.is_flag and not option.count:
+        yield rest.pop(0)
 
 
 class _SchemaOption(click.Option):
@@ -120,21 +144,21 @@ class _SchemaOption(click.Option):
         )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Offer the choices of a setting; files where it takes any text."""
-        found = [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
-        return found if self._words else [CompletionItem(incomplete, type="file")]
+        """Complete the choices of a setting; files where it takes any text."""
+        items = [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
+        return items if self._words else [CompletionItem(incomplete, type="file")]
 
 
 def schema_options() -> list[click.Parameter]:
-    """Make one flag for each setting that has one."""
+    """Return a flag for each setting that has one."""
     return [_SchemaOption(option) for option in options()]
 
 
 def given_flags(values: Mapping[str, object]) -> dict[str, object]:
-    """Return the flags that were really typed, as `resolve` takes them."""
+    """Return the flags that were given, as `resolve` takes them."""
     return {name.removeprefix(_PREFIX): value for name, value in values.items() if value is not None}
 
 
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Let the shell offer its files."""
+    """Complete file names."""
     return [CompletionItem(incomplete, type="file")]

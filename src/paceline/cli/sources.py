@@ -1,4 +1,4 @@
-"""From what was typed to one configuration: the file in force, the environment, and what is detected."""
+"""Resolves the configuration of a command: flags, environment, file, and what is detected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from paceline.cli.interrupts import import_torch
-from paceline.config import default_config_file, find_config_file, is_accelerates, resolve
+from paceline.config import default_config_file, find_config_file, is_accelerate_file, resolve
 from paceline.config.sources.layers import unread_variables
 from paceline.launch.clusters import check_against, detect_cluster
 
@@ -21,11 +21,14 @@ __all__ = ["resolve_sources"]
 
 
 def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Resolved:
-    """Read flags, environment and file; look for devices only when nobody says how many processes to start.
+    """Read all sources; detect devices (which imports torch) only when no source sets the number of processes.
 
     Args:
-        flags: Flags that were typed, by name.
-        config_file: The file that was asked for; without one, the default file that is found.
+        flags: Flags that were given, by name.
+        config_file: The file of `--config_file`; None reads the default file, if there is one.
+
+    Returns:
+        The configuration.
 
     Raises:
         ConfigError: With everything that is wrong, from all sources at once.
@@ -33,23 +36,22 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     """
     file = find_config_file(os.environ, config_file)
     cluster = detect_cluster(os.environ)
-    told = dict(cluster.values) if cluster is not None else {}
-    resolved = resolve(flags=flags, env=os.environ, file=file, detected=told)
+    from_cluster = dict(cluster.values) if cluster is not None else {}
+    resolved = resolve(flags=flags, env=os.environ, file=file, detected=from_cluster)
     if cluster is not None:
         check_against(cluster, resolved)
     config = resolved.config
-    # Of several machines each looks at its own devices, and none at the others'.
+    # Of several machines each detects its own devices when it starts its ranks.
     if config.num_processes is None and config.max_machines == 1 and not config.spans_machines:
-        # torch is imported here, and only then.
         import_torch()
         from paceline.launch.detection import detect
 
-        # What is there depends on whether the CPU was asked for, which any source may have done.
-        found = detect(os.environ, config.use_cpu)
-        resolved = resolve(flags=flags, env=os.environ, file=file, detected={**found, **told})
-    was_asked = config_file is not None or os.environ.get("PACELINE_CONFIG_FILE")
-    if file is not None and not was_asked and is_accelerates(file, os.environ):
+        # Which devices count depends on use_cpu, which any source may set.
+        devices = detect(os.environ, config.use_cpu)
+        resolved = resolve(flags=flags, env=os.environ, file=file, detected={**devices, **from_cluster})
+    is_explicit = config_file is not None or os.environ.get("PACELINE_CONFIG_FILE")
+    if file is not None and not is_explicit and is_accelerate_file(file, os.environ):
         own = default_config_file(os.environ)
-        note = f"{file}: Accelerate's file is read, since there is no {own}; `paceline config` writes that"
+        note = f"{file}: reading Accelerate's file, since there is no {own}; `paceline config` writes one"
         resolved = replace(resolved, notes=(note, *resolved.notes))
     return replace(resolved, notes=(*resolved.notes, *unread_variables(os.environ)))

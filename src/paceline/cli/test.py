@@ -1,4 +1,4 @@
-"""`paceline test`: whether this installation trains right, tried out."""
+"""`paceline test`: checks this installation with a small training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from paceline.cli.click_helpers import PathType
 from paceline.cli.interrupts import import_torch
-from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.errors import UsageError, WorkerError
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from paceline.cli.selftest.outcome import Outcome
     from paceline.config import Resolved
 
-_HELP = """Try this installation out: launch a small training with your configuration and compare it with known answers.
+_HELP = """Check this installation: launch a small training with your configuration and compare it with known results.
 
-One process on each device, two on a machine without, are started by the launcher, as under `paceline launch`. Checked
-are collectives, the data loader, training beside plain PyTorch with the same global batch, the precision asked for,
-gradient accumulation, that FSDP2 really shards, and a checkpoint that one process loads. What your configuration says
-is checked first, then DDP and FSDP2 in fp32. It takes less than a minute. The exit code is 0 if all is well, else 1.
+The launcher starts one process on each device, two on a machine without, as under `paceline launch`. The checks cover
+collectives, the data loader, training compared with plain PyTorch on the same global batch, the configured precision,
+gradient accumulation, sharding under FSDP2, and a checkpoint that one process loads. Your configuration is checked
+first, then DDP and FSDP2 in fp32. It takes less than a minute. The exit code is 0 if all checks pass, else 1.
 
 \b
     paceline test
@@ -45,14 +45,16 @@ _MODULE = "paceline.cli.selftest.ranks"
 @click.command(name="test", cls=SchemaCommand, help=_HELP, context_settings=SETTINGS, params=schema_options())
 @click.option("--config_file", type=PathType(path_type=Path), help="YAML or JSON file to read.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--keep", type=PathType(file_okay=False, path_type=Path), help="Keep what the ranks wrote here.")
+@click.option(
+    "--keep", type=PathType(file_okay=False, path_type=Path), help="Keep the output of the ranks in this folder."
+)
 def command(config_file: Path | None, as_json: bool, keep: Path | None, **values: Any) -> None:
-    """Try the installation out; the text above is what people read."""
+    """Try the installation out; `_HELP` is what users read."""
     resolved = resolve_sources(given_flags(values), config_file)
     if resolved.config.spans_machines:
         raise UsageError(
             f"The configuration is for {resolved.config.num_machines} machines",
-            "This command tries out one",
+            "This command checks one machine",
             "Add --num_machines 1 and --num_processes for this machine",
         )
     with tempfile.TemporaryDirectory(prefix="paceline_test_") as made:
@@ -63,7 +65,7 @@ def command(config_file: Path | None, as_json: bool, keep: Path | None, **values
 
 @dataclass
 class Trial:
-    """One run of all checks."""
+    """Runs all checks and prints their results."""
 
     folder: Path
     resolved: Resolved
@@ -71,21 +73,25 @@ class Trial:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self) -> bool:
-        """Run everything; print what was found; return whether all is well."""
+        """Run all checks; return whether all of them passed."""
         begun = time.perf_counter()
         ranks = self.resolved.config.num_processes or 1
         self.folder.mkdir(parents=True, exist_ok=True)
         self._say(f"{ranks} {'processes' if ranks > 1 else 'process'}, {self._source()}")
         self._phase("save", ranks, self.resolved)
         if any(self.folder.glob("*/wanted.json")):
-            from paceline.cli.variants import alone
+            from paceline.cli.variants import one_process
 
-            self._phase("load", ranks, alone(self.resolved))
+            self._phase("load", ranks, one_process(self.resolved))
         seconds = time.perf_counter() - begun
         passed = bool(self.outcomes) and all(outcome.passed for outcome in self.outcomes)
         if self.as_json:
-            told = {"passed": passed, "seconds": seconds, "checks": [outcome.as_dict() for outcome in self.outcomes]}
-            click.echo(json.dumps(told, indent=2))
+            document = {
+                "passed": passed,
+                "seconds": seconds,
+                "checks": [outcome.as_dict() for outcome in self.outcomes],
+            }
+            click.echo(json.dumps(document, indent=2))
         failed = sum(not outcome.passed for outcome in self.outcomes)
         verdict = "PASS" if passed else "FAIL"
         self._say(f"{verdict}  {len(self.outcomes) - failed} of {len(self.outcomes)} checks passed in {seconds:.0f} s")
@@ -100,7 +106,7 @@ class Trial:
             click.echo(line)
 
     def _phase(self, name: str, ranks: int, resolved: Resolved) -> None:
-        """Launch one phase and take over what its ranks found."""
+        """Launch one phase and add the results of its ranks."""
         from paceline.cli.selftest.outcome import Outcome
 
         import_torch()
@@ -113,28 +119,28 @@ class Trial:
             launch(resolved, what, env=os.environ, log_dir=self.folder / f"{name}_output")
         except WorkerError as error:
             failure = error
-        found = list(self._found())
-        inside = sum(outcome.seconds for outcome in found)
+        outcomes = list(self._outcomes_of_ranks())
+        inside = sum(outcome.seconds for outcome in outcomes)
         start = time.perf_counter() - begun - inside
         count = resolved.config.num_processes or 1
         saw = f"{count} {'processes' if count > 1 else 'process'} started, ran and ended"
         if failure is None:
-            found.insert(0, Outcome("", "launch" if name == "save" else "launch again", True, start, saw))
+            outcomes.insert(0, Outcome("", "launch" if name == "save" else "launch again", True, start, saw))
         else:
             hint = "Read the traceback above; `paceline env` shows versions and devices"
-            found.append(Outcome("", "launch", False, start, str(failure).rstrip(), "A rank failed", hint))
-        for outcome in found:
+            outcomes.append(Outcome("", "launch", False, start, str(failure).rstrip(), "A rank failed", hint))
+        for outcome in outcomes:
             self.outcomes.append(outcome)
             for line in _lines(outcome):
                 self._say(line)
 
-    def _found(self) -> Iterator[Outcome]:
-        """Each check once: as the rank saw it that failed, else as the slowest did."""
+    def _outcomes_of_ranks(self) -> Iterator[Outcome]:
+        """Yield each check once: from a rank where it failed, else from the slowest."""
         from paceline.cli.selftest.outcome import Outcome
 
         by_rank = []
         for path in sorted(self.folder.glob("outcomes-*.json")):
-            by_rank.append([Outcome(**told) for told in json.loads(path.read_text(encoding="utf-8"))])
+            by_rank.append([Outcome(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))])
             path.unlink()
         for index in range(max(map(len, by_rank), default=0)):
             same = [outcomes[index] for outcomes in by_rank if index < len(outcomes)]
@@ -142,7 +148,7 @@ class Trial:
 
 
 def _lines(outcome: Outcome) -> Iterator[str]:
-    """One line in the table, and three more for what failed."""
+    """Yield a line of the table, and three more for a failed check."""
     tick, cross = ("✓", "✗") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "FAILED")
     mark = tick if outcome.passed else cross
     head = f"{mark} {outcome.name:<12} {outcome.section:<15} {outcome.seconds:5.1f} s  "

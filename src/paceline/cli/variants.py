@@ -1,4 +1,4 @@
-"""A configuration with parts of it left out or replaced, for commands that run a script in several ways."""
+"""Variants of a configuration, for commands that run the same training in several ways."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ if TYPE_CHECKING:
 
     from paceline.config import Resolved
 
-__all__ = ["LAYOUT", "alone", "variant"]
+__all__ = ["LAYOUT", "one_process", "variant"]
 
 LAYOUT = ("distributed_type", "strategy", "ddp_config", "fsdp_config", "deepspeed_config", "parallelism_config")
-"""What says how several processes share the work."""
+"""The keys that distribute a training over processes."""
 
 
 def variant(resolved: Resolved, without: Iterable[str] = (), **values: Any) -> Resolved:
-    """Return the configuration without some of its top-level keys, and with others."""
+    """Return the configuration without some top-level keys and with other values.
+
+    Args:
+        resolved: The configuration.
+        without: Keys to leave at their defaults.
+        **values: Keys to replace.
+    """
     left_out = {*without, *values}
     config = resolved.config
     kept = {name: getattr(config, name) for name in config.model_fields_set - left_out}
@@ -28,7 +34,7 @@ def variant(resolved: Resolved, without: Iterable[str] = (), **values: Any) -> R
     return replace(resolved, config=RunConfig(**kept, **values), origins=origins)
 
 
-def alone(resolved: Resolved) -> Resolved:
-    """Return the configuration for one process: nothing of how several share the work, but for an engine's own file."""
+def one_process(resolved: Resolved) -> Resolved:
+    """Return the configuration for one process; DeepSpeed keeps its section, with the engine's own JSON."""
     engine = resolved.config.strategy == "deepspeed"
     return variant(resolved, () if engine else LAYOUT, num_processes=1)

@@ -1,6 +1,6 @@
-"""The configuration: one schema, its sources, its checks, and where every value came from.
+"""The configuration: one schema, its sources, its checks, and the origin of every value.
 
-The names are resolved on first use: what only reads a constant of this package must not pay for the schema.
+Names are imported on first use: reading a constant of this package must not import the schema (pydantic).
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from paceline.config.force import in_force
     from paceline.config.resolution import resolve, with_arguments, worker_config
-    from paceline.config.resolved import Recording, Resolved
+    from paceline.config.resolved import Recording, Resolved, use_configuration
     from paceline.config.schema.base import Section
     from paceline.config.schema.data import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
     from paceline.config.schema.deepspeed import DeepSpeedPlugin
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from paceline.config.schema.names import Option, options
     from paceline.config.schema.parallelism import ParallelismConfig
     from paceline.config.schema.run import RunConfig
-    from paceline.config.sources.locate import default_config_file, find_config_file, is_accelerates
-    from paceline.config.sources.origin import Found, Origin
+    from paceline.config.sources.locate import default_config_file, find_config_file, is_accelerate_file
+    from paceline.config.sources.origin import Detected, Origin
 
 _HOME = {
     "AutocastKwargs": "paceline.config.schema.kwargs",
@@ -38,7 +37,7 @@ _HOME = {
     "DeepSpeedPlugin": "paceline.config.schema.deepspeed",
     "DistributedDataParallelKwargs": "paceline.config.schema.kwargs",
     "FP8Config": "paceline.config.schema.fp8",
-    "Found": "paceline.config.sources.origin",
+    "Detected": "paceline.config.sources.origin",
     "FullyShardedDataParallelPlugin": "paceline.config.schema.fsdp",
     "GradScalerKwargs": "paceline.config.schema.kwargs",
     "GradientAccumulationPlugin": "paceline.config.schema.data",
@@ -57,10 +56,10 @@ _HOME = {
     "TorchDynamoPlugin": "paceline.config.schema.dynamo",
     "default_config_file": "paceline.config.sources.locate",
     "find_config_file": "paceline.config.sources.locate",
-    "in_force": "paceline.config.force",
-    "is_accelerates": "paceline.config.sources.locate",
+    "use_configuration": "paceline.config.resolved",
+    "is_accelerate_file": "paceline.config.sources.locate",
     "options": "paceline.config.schema.names",
-    # Not `paceline.config.resolve`: importing a module of that name would put it in the place of the function.
+    # A module named `resolve` would replace the function of that name when it is imported.
     "resolve": "paceline.config.resolution",
     "with_arguments": "paceline.config.resolution",
     "worker_config": "paceline.config.resolution",
@@ -70,9 +69,9 @@ __all__ = [
     "AutocastKwargs",
     "DataLoaderConfiguration",
     "DeepSpeedPlugin",
+    "Detected",
     "DistributedDataParallelKwargs",
     "FP8Config",
-    "Found",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
@@ -91,10 +90,10 @@ __all__ = [
     "TorchDynamoPlugin",
     "default_config_file",
     "find_config_file",
-    "in_force",
-    "is_accelerates",
+    "is_accelerate_file",
     "options",
     "resolve",
+    "use_configuration",
     "with_arguments",
     "worker_config",
 ]

@@ -1,11 +1,11 @@
-"""What cannot go together, what nothing would read, and what this release does not carry out."""
+"""Finds settings that contradict each other, that no part of the run reads, or that this release does not support."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
 
@@ -15,31 +15,30 @@ if TYPE_CHECKING:
     from paceline.config.schema.run import RunConfig
     from paceline.config.sources.origin import Origin
 
-_OWNERS: Final = {
-    "ddp_config": ("ddp",),
-    "fsdp_config": ("fsdp",),
-    "deepspeed_config": ("deepspeed",),
-    "megatron_lm_config": (),
-    "parallelism_config": ("fsdp", "deepspeed"),
+__all__ = ["CheckContext", "find_problems"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Readers:
+    """Which strategies read a section, and what to write so that one of them is chosen."""
+
+    strategies: tuple[str, ...]
+    needs: str
+
+
+_SECTIONS: Final = {
+    "ddp_config": _Readers(("ddp", "auto"), "distributed_type: MULTI_GPU or strategy: ddp"),
+    "fsdp_config": _Readers(("fsdp", "auto"), "distributed_type: FSDP or strategy: fsdp"),
+    "deepspeed_config": _Readers(("deepspeed",), "distributed_type: DEEPSPEED"),
+    "megatron_lm_config": _Readers((), "distributed_type: MEGATRON_LM"),
+    "parallelism_config": _Readers(("fsdp", "deepspeed", "auto"), "distributed_type: FSDP or strategy: fsdp"),
 }
-"""Which strategies read a section."""
+"""`auto` chooses among single, ddp and fsdp, and hands them their sections."""
 
-_AUTO_READS: Final = ("ddp_config", "fsdp_config", "parallelism_config")
-"""What the strategies that auto chooses among read."""
-
-_NEEDS: Final = {
-    "ddp_config": "distributed_type: MULTI_GPU or strategy: ddp",
-    "fsdp_config": "distributed_type: FSDP or strategy: fsdp",
-    "deepspeed_config": "distributed_type: DEEPSPEED",
-    "megatron_lm_config": "distributed_type: MEGATRON_LM",
-    "parallelism_config": "distributed_type: FSDP or strategy: fsdp",
-}
-
-_UNBUILT_TYPES: Final = {
+_UNSUPPORTED_TYPES: Final = {
     "XLA": "use a machine with GPUs, or use_cpu: true",
     "MEGATRON_LM": "write distributed_type: FSDP and remove megatron_lm_config",
 }
-_HOST_FILTERS: Final = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
 _TPU_KEYS: Final = (
     "tpu_name",
     "tpu_zone",
@@ -48,8 +47,13 @@ _TPU_KEYS: Final = (
     "tpu_vm",
     "tpu_env",
     "downcast_bf16",
+    "commands",
+    "command_file",
+    "main_training_function",
 )
-_TPU_KEYS_MORE: Final = ("commands", "command_file", "main_training_function")
+_MULTI_NODE_KEYS: Final = ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf", "preflight")
+_HOST_FILTERS: Final = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
+_MESH: Final = "parallelism_config.parallelism_config_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,244 +63,295 @@ class CheckContext:
     Attributes:
         config: The values; those that were wrong are at their defaults.
         given: Source of every key that some source set, also of those that were translated away.
-        broken: Keys whose value was wrong and has been reported.
+        invalid: Keys whose value was wrong and has been reported.
     """
 
     config: RunConfig
     given: Mapping[str, Origin]
-    broken: frozenset[str] = frozenset()
+    invalid: frozenset[str] = frozenset()
 
     def where(self, *keys: str) -> str:
-        """Return the source of the first of the keys that somebody set."""
+        """Return the source of the first of the keys that is set."""
         return next((self.given[key].where for key in keys if key in self.given), "")
 
-    def asked(self, key: str) -> bool:
-        """Whether somebody asked for a key's value, rather than it being detected."""
+    def is_explicit(self, key: str) -> bool:
+        """Whether a flag, variable, file or argument sets the key, rather than it being detected."""
         return key in self.given and self.given[key].is_explicit
 
     def keys_in(self, section: str) -> list[str]:
-        """List the keys of a section that somebody set, in the order of their sources."""
-        return [key for key in self.given if key.startswith(f"{section}.") and self.asked(key)]
+        """List the explicit keys of a section, in the order of their sources."""
+        return [key for key in self.given if key.startswith(f"{section}.") and self.is_explicit(key)]
 
     def differs(self, key: str) -> bool:
-        """Whether a top-level key was set to something other than its default."""
-        return self.asked(key) and getattr(self.config, key) != places()[key].default
+        """Whether a top-level key is explicit and not at its default."""
+        return self.is_explicit(key) and getattr(self.config, key) != all_settings()[key].default
+
+    def problem(self, key: str, what: str, why: str = "", hint: str = "") -> Problem:
+        """Make a problem at the source of a key."""
+        return Problem(self.where(key), key, what, why, hint)
+
+    def unused(self, section: str, why: str, hint: str) -> Iterator[Problem]:
+        """Yield a problem for the keys of a section that no part of the run reads, if there are any."""
+        keys = self.keys_in(section)
+        if keys:
+            names = ", ".join(key.rpartition(".")[2] for key in keys)
+            yield Problem(self.where(keys[0]), section, f"unused settings: {names}", why, hint)
 
 
 def find_problems(context: CheckContext) -> list[Problem]:
     """Return everything that is wrong with a whole configuration."""
     checks = (
-        _unbuilt,
+        _unsupported_type,
+        _unsupported_precision,
+        _unsupported_mesh,
         _unused_sections,
-        _unused_keys,
-        _devices,
-        _machines,
-        _processes,
-        _mesh,
-        _mpirun,
+        _unused_multi_node_keys,
+        _unused_host_filters,
+        _unread_host_file,
+        _unused_fp8,
+        _cpu_under_a_device_type,
+        _devices_on_the_cpu,
+        _too_few_devices,
+        _rendezvous_backend,
+        _machine_rank,
+        _processes_per_machine,
+        _rendezvous_options,
+        _single_process,
+        _copies,
+        _mesh_sizes,
+        _mpirun_without_cpu,
     )
     return [problem for check in checks for problem in check(context)]
 
 
-def _not_built(where: str, key: str, value: object, todo: str) -> Problem:
-    return Problem(where, key, f"{value} is known but not carried out in this release", "", todo)
+# What this release does not support
 
 
-def _unbuilt(context: CheckContext) -> Iterator[Problem]:
-    config = context.config
-    if config.distributed_type in _UNBUILT_TYPES:
-        todo = _UNBUILT_TYPES[config.distributed_type]
-        yield _not_built(context.where("distributed_type"), "distributed_type", config.distributed_type, todo)
-    elif any(map(context.differs, _TPU_KEYS + _TPU_KEYS_MORE)):
-        yield from _tpu(context)
-    yield from _unbuilt_values(context)
-    yield from _unbuilt_sizes(context)
+def _unsupported(context: CheckContext, key: str, value: object, hint: str) -> Problem:
+    return context.problem(key, f"{value} is not supported in this release", hint=hint)
 
 
-def _tpu(context: CheckContext) -> Iterator[Problem]:
-    for key in filter(context.differs, _TPU_KEYS + _TPU_KEYS_MORE):
+def _unsupported_type(context: CheckContext) -> Iterator[Problem]:
+    named = context.config.distributed_type
+    if named in _UNSUPPORTED_TYPES:
+        yield _unsupported(context, "distributed_type", named, _UNSUPPORTED_TYPES[named])
+        return
+    for key in filter(context.differs, _TPU_KEYS):
         value = getattr(context.config, key)
         shown = ",".join(value) if isinstance(value, tuple) else value
-        yield _not_built(context.where(key), key, f"{shown} (a TPU setting)", "remove the key")
+        yield _unsupported(context, key, f"{shown} (a TPU setting)", "remove the key")
 
 
-def _unbuilt_values(context: CheckContext) -> Iterator[Problem]:
-    config = context.config
-    if config.mixed_precision == "fp8":
-        yield _not_built(context.where("mixed_precision"), "mixed_precision", "fp8", "write mixed_precision: bf16")
+def _unsupported_precision(context: CheckContext) -> Iterator[Problem]:
+    if context.config.mixed_precision == "fp8":
+        yield _unsupported(context, "mixed_precision", "fp8", "write mixed_precision: bf16")
 
 
-def _unbuilt_sizes(context: CheckContext) -> Iterator[Problem]:
+def _unsupported_mesh(context: CheckContext) -> Iterator[Problem]:
     mesh = context.config.parallelism_config
     for part in ("tp", "cp", "sp") if mesh is not None else ():
         size = getattr(mesh, f"{part}_size")
         if size > 1:
-            key = f"parallelism_config.parallelism_config_{part}_size"
-            yield _not_built(context.where(key), key, size, "write 1 and shard by parallelism_config_dp_shard_size")
+            hint = "write 1, and shard with parallelism_config_dp_shard_size"
+            yield _unsupported(context, f"{_MESH}{part}_size", size, hint)
+
+
+# What no part of the run reads
 
 
 def _unused_sections(context: CheckContext) -> Iterator[Problem]:
-    strategy = context.config.strategy
-    if context.broken & {"strategy", "distributed_type"}:
-        return
-    for section, owners in _OWNERS.items():
-        keys = context.keys_in(section)
-        if strategy in owners or (strategy == "auto" and section in _AUTO_READS):
-            continue
-        if not keys or (section == "parallelism_config" and not _asks_mesh(context)):
-            continue
-        if section == "megatron_lm_config" and context.config.distributed_type == "MEGATRON_LM":
-            continue
-        names = ", ".join(key.rpartition(".")[2] for key in keys)
-        chosen = context.where("strategy", "distributed_type")
-        why = f"the strategy is {strategy}" + (f" ({chosen})" if chosen else "")
-        hint = f"write {_NEEDS[section]}, or remove the section"
-        yield Problem(context.where(keys[0]), section, f"nothing reads {names}", why, hint)
-
-
-def _asks_mesh(context: CheckContext) -> bool:
-    mesh = context.config.parallelism_config
-    return mesh is not None and mesh.total_size > 1
-
-
-def _unused_keys(context: CheckContext) -> Iterator[Problem]:
     config = context.config
-    if config.max_machines == 1 and "num_machines" not in context.broken:
-        for key in ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf", "preflight"):
-            if context.differs(key):
-                what = f"{getattr(config, key)} is not used"
-                yield Problem(context.where(key), key, what, "there is one machine", "remove the key")
-        yield from _unused_host_keys(context)
-    yield from _idle_host_keys(context)
-    keys = context.keys_in("fp8_config")
-    if keys and config.mixed_precision != "fp8" and "mixed_precision" not in context.broken:
-        names = ", ".join(key.rpartition(".")[2] for key in keys)
-        why = f"mixed_precision is {config.mixed_precision}"
-        yield Problem(context.where(keys[0]), "fp8_config", f"nothing reads {names}", why, "remove the section")
-
-
-def _unused_host_keys(context: CheckContext) -> Iterator[Problem]:
-    """What narrows a host file down, where nobody names one."""
-    plugin = context.config.deepspeed_config
-    if plugin is None or plugin.deepspeed_hostfile is not None or plugin.deepspeed_multinode_launcher == "standard":
+    if context.invalid & {"strategy", "distributed_type"}:
         return
-    for name in _HOST_FILTERS:
-        if getattr(plugin, name) is not None:
-            key = f"deepspeed_config.{name}"
-            what = f"{getattr(plugin, name)} is not used"
-            yield Problem(context.where(key), key, what, "there is one machine", "set deepspeed_hostfile, or remove it")
+    chosen = context.where("strategy", "distributed_type")
+    why = f"the strategy is {config.strategy}" + (f" ({chosen})" if chosen else "")
+    for section, readers in _SECTIONS.items():
+        is_read = config.strategy in readers.strategies
+        is_reported = section == "megatron_lm_config" and config.distributed_type == "MEGATRON_LM"
+        is_trivial = section == "parallelism_config" and not _divides_ranks(config)
+        if not (is_read or is_reported or is_trivial):
+            yield from context.unused(section, why, f"write {readers.needs}, or remove the section")
 
 
-def _idle_host_keys(context: CheckContext) -> Iterator[Problem]:
-    """A host file beside the one launcher that does not read it."""
+def _divides_ranks(config: RunConfig) -> bool:
+    return config.parallelism_config is not None and config.parallelism_config.total_size > 1
+
+
+def _has_one_machine(context: CheckContext) -> bool:
+    return context.config.max_machines == 1 and "num_machines" not in context.invalid
+
+
+def _unused_multi_node_keys(context: CheckContext) -> Iterator[Problem]:
+    if _has_one_machine(context):
+        for key in filter(context.differs, _MULTI_NODE_KEYS):
+            what = f"{getattr(context.config, key)} is not used"
+            yield context.problem(key, what, "there is one machine", "remove the key")
+
+
+def _unused_host_filters(context: CheckContext) -> Iterator[Problem]:
+    """Report filters of a host file where no host file is named."""
+    plugin = context.config.deepspeed_config
+    if plugin is None or not _has_one_machine(context):
+        return
+    if plugin.deepspeed_hostfile is not None or plugin.deepspeed_multinode_launcher == "standard":
+        return
+    for name, value in _set_fields(plugin, _HOST_FILTERS):
+        hint = "set deepspeed_hostfile, or remove it"
+        yield context.problem(f"deepspeed_config.{name}", f"{value} is not used", "there is one machine", hint)
+
+
+def _unread_host_file(context: CheckContext) -> Iterator[Problem]:
+    """Report a host file under the one launcher that does not read it."""
     plugin = context.config.deepspeed_config
     if plugin is None or plugin.deepspeed_multinode_launcher != "standard":
         return
     why = f"deepspeed_multinode_launcher is standard ({context.where('deepspeed_config.deepspeed_multinode_launcher')})"
-    for name in ("deepspeed_hostfile", *_HOST_FILTERS):
-        value, key = getattr(plugin, name), f"deepspeed_config.{name}"
+    hint = "choose a launcher that reads it, such as pdsh, or remove it"
+    for name, value in _set_fields(plugin, ("deepspeed_hostfile", *_HOST_FILTERS)):
+        yield context.problem(f"deepspeed_config.{name}", f"{value} is not used", why, hint)
+
+
+def _set_fields(section: object, names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        value = getattr(section, name)
         if value is not None:
-            hint = "choose a launcher that reads it, such as pdsh, or remove it"
-            yield Problem(context.where(key), key, f"{value} is not used", why, hint)
+            yield name, value
 
 
-def _devices(context: CheckContext) -> Iterator[Problem]:
+def _unused_fp8(context: CheckContext) -> Iterator[Problem]:
+    precision = context.config.mixed_precision
+    if precision != "fp8" and "mixed_precision" not in context.invalid:
+        yield from context.unused("fp8_config", f"mixed_precision is {precision}", "remove the section")
+
+
+# Devices
+
+
+def _cpu_under_a_device_type(context: CheckContext) -> Iterator[Problem]:
     config = context.config
     named = config.distributed_type or ""
-    if config.use_cpu and named.startswith("MULTI_") and named != "MULTI_CPU" and context.asked("use_cpu"):
-        why = f"{context.where('distributed_type')} has distributed_type {named}, which trains on devices"
-        hint = "write distributed_type: MULTI_CPU, or remove use_cpu"
-        yield Problem(context.where("use_cpu"), "use_cpu", "true cannot be carried out", why, hint)
-    ids = config.gpu_ids
-    if ids is None or ids == "all":
-        return
-    if config.use_cpu:
+    names_devices = named.startswith("MULTI_") and named != "MULTI_CPU"
+    if config.use_cpu and names_devices and context.is_explicit("use_cpu"):
+        what = f"true conflicts with distributed_type {named}"
+        why = f"that type trains on devices ({context.where('distributed_type')})"
+        yield context.problem("use_cpu", what, why, "write distributed_type: MULTI_CPU, or remove use_cpu")
+
+
+def _devices_on_the_cpu(context: CheckContext) -> Iterator[Problem]:
+    ids = context.config.gpu_ids
+    if ids not in (None, "all") and context.config.use_cpu:
         why = f"use_cpu is true ({context.where('use_cpu')})"
-        yield Problem(context.where("gpu_ids"), "gpu_ids", f"{ids} is not used", why, "remove one of the two")
+        yield context.problem("gpu_ids", f"{ids} is not used", why, "remove one of the two")
+
+
+def _too_few_devices(context: CheckContext) -> Iterator[Problem]:
+    config, ids = context.config, context.config.gpu_ids
+    if ids is None or ids == "all" or config.use_cpu or not context.is_explicit("num_processes"):
         return
     machines, count = config.max_machines, len(ids.split(","))
-    if (config.num_processes or 0) > count * machines and context.asked("num_processes"):
-        among = f", for {machines} machines together" if machines > 1 else ""
-        why = f"num_processes is {config.num_processes} ({context.where('num_processes')}){among}"
-        hint = f"list as many devices as a machine has processes, or set num_processes to {count * machines}"
-        yield Problem(context.where("gpu_ids"), "gpu_ids", f"{ids} names {count} devices", why, hint)
+    if (config.num_processes or 0) > count * machines:
+        total = f" over {machines} machines" if machines > 1 else ""
+        why = f"num_processes is {config.num_processes} ({context.where('num_processes')}){total}"
+        hint = f"list one device for each process of a machine, or set num_processes to {count * machines}"
+        yield context.problem("gpu_ids", f"{ids} names {count} devices", why, hint)
 
 
-def _machines(context: CheckContext) -> Iterator[Problem]:
-    """What torch elastic needs to bring several machines together."""
+# Machines, as torch elastic needs them: mpirun and DeepSpeed's launcher have their own way to join machines
+
+
+def _uses_elastic(context: CheckContext) -> bool:
     config = context.config
-    if config.max_machines == 1 or config.spans_machines or "num_machines" in context.broken:
+    other = config.spans_machines or config.mpirun_config is not None
+    return config.max_machines > 1 and not other and "num_machines" not in context.invalid
+
+
+def _rendezvous_backend(context: CheckContext) -> Iterator[Problem]:
+    config = context.config
+    if not _uses_elastic(context):
         return
-    if config.mpirun_config is not None:
-        return  # mpirun brings them together
-    most = config.max_machines
     if config.rdzv_backend not in RENDEZVOUS:
-        is_torchs = config.rdzv_backend in ("etcd", "etcd-v2")
-        fate = "is known but not carried out in this release" if is_torchs else "is no rendezvous of torch elastic"
-        what = f"{config.rdzv_backend} {fate}"
+        is_known = config.rdzv_backend in ("etcd", "etcd-v2")
+        reason = "is not supported in this release" if is_known else "is not a rendezvous backend of torch elastic"
         hint = "write static, or c10d for machines that come and go"
-        yield Problem(context.where("rdzv_backend"), "rdzv_backend", what, "", hint)
-    elif config.min_machines != most and config.rdzv_backend != "c10d":
+        yield context.problem("rdzv_backend", f"{config.rdzv_backend} {reason}", hint=hint)
+    elif config.min_machines != config.max_machines and config.rdzv_backend != "c10d":
         why = f"num_machines is {config.num_machines} ({context.where('num_machines')})"
-        what = "static keeps every machine to the end"
+        what = "static needs every machine until the end"
         where = context.where("rdzv_backend", "num_machines")
         yield Problem(where, "rdzv_backend", what, why, "write c10d, or one number of machines")
-    if config.machine_rank >= most:
-        what = f"{config.machine_rank} is no machine of {most}"
-        yield Problem(context.where("machine_rank"), "machine_rank", what, "they count from 0", "")
-    count = config.num_processes
-    if count is not None and count % most and context.asked("num_processes"):
-        what = f"{count} cannot be divided among {most} machines"
+
+
+def _machine_rank(context: CheckContext) -> Iterator[Problem]:
+    rank, machines = context.config.machine_rank, context.config.max_machines
+    if _uses_elastic(context) and rank >= machines:
+        what, hint = f"{rank} with {machines} machines", f"write 0 to {machines - 1}"
+        yield context.problem("machine_rank", what, "they count from 0", hint)
+
+
+def _processes_per_machine(context: CheckContext) -> Iterator[Problem]:
+    count, machines = context.config.num_processes, context.config.max_machines
+    if count is not None and count % machines and context.is_explicit("num_processes") and _uses_elastic(context):
+        what = f"{count} cannot be divided among {machines} machines"
         why = "num_processes counts the processes of all machines"
-        hint = f"write a multiple of {most}, or leave it out: each machine then starts one for each of its devices"
-        yield Problem(context.where("num_processes"), "num_processes", what, why, hint)
-    yield from _rendezvous_options(context)
+        hint = f"write a multiple of {machines}, or leave it out: each machine then starts one for each of its devices"
+        yield context.problem("num_processes", what, why, hint)
 
 
 def _rendezvous_options(context: CheckContext) -> Iterator[Problem]:
+    if not _uses_elastic(context):
+        return
     try:
         read_rendezvous_options(context.config.rdzv_conf)
     except ValueError as error:
-        where = context.where("rdzv_conf")
-        yield Problem(where, "rdzv_conf", str(error), "", f"known are {', '.join(RENDEZVOUS_OPTIONS)}")
+        yield context.problem("rdzv_conf", str(error), hint=f"the options are {', '.join(RENDEZVOUS_OPTIONS)}")
 
 
-def _mpirun(context: CheckContext) -> Iterator[Problem]:
-    keys = context.keys_in("mpirun_config")
-    if not keys or context.config.use_cpu or context.broken & {"use_cpu", "distributed_type"}:
-        return
-    names = ", ".join(key.rpartition(".")[2] for key in keys)
-    why = "mpirun starts ranks that train on CPUs"
-    hint = "write distributed_type: MULTI_CPU, or remove the section"
-    yield Problem(context.where(keys[0]), "mpirun_config", f"nothing reads {names}", why, hint)
+# Processes
 
 
-def _processes(context: CheckContext) -> Iterator[Problem]:
-    config = context.config
-    count = config.num_processes
+def _single_process(context: CheckContext) -> Iterator[Problem]:
+    config, count = context.config, context.config.num_processes
     if config.strategy == "single" and count is not None and count > 1:
-        chosen = "distributed_type" if context.asked("distributed_type") else "strategy"
+        chosen = "distributed_type" if context.is_explicit("distributed_type") else "strategy"
         value = getattr(config, chosen)
+        what = f"{count} conflicts with {chosen} {value}"
         why = f"{context.where(chosen)} has {chosen} {value}, which is one process"
-        hint = "write strategy: ddp, or num_processes: 1"
-        yield Problem(context.where("num_processes"), "num_processes", f"{count} cannot be carried out", why, hint)
+        yield context.problem("num_processes", what, why, "write strategy: ddp, or num_processes: 1")
 
 
-def _mesh(context: CheckContext) -> Iterator[Problem]:
+def _checked_mesh(context: CheckContext) -> tuple[Any, int, str] | None:
+    """Return the mesh, the number of processes and the key to report at; None where the sizes fit or are unknown."""
     mesh, count = context.config.parallelism_config, context.config.num_processes
     if mesh is None or count is None or mesh.total_size in (1, count):
-        return
+        return None
     if max(mesh.tp_size, mesh.cp_size, mesh.sp_size) > 1:
-        return  # reported as not built
-    prefix = "parallelism_config.parallelism_config_"
-    key = next((k for k in context.keys_in("parallelism_config") if k.endswith("_size")), "parallelism_config")
-    processes = f"num_processes is {count} ({context.where('num_processes')})"
-    if not context.asked(f"{prefix}dp_shard_size"):
-        if count % mesh.dp_replicate_size:
-            what = f"{mesh.dp_replicate_size} copies cannot share the processes out evenly"
-            hint = f"choose a divisor of {count}"
-            yield Problem(context.where(key), f"{prefix}dp_replicate_size", what, processes, hint)
+        return None  # reported as not supported
+    sizes = (key for key in context.keys_in("parallelism_config") if key.endswith("_size"))
+    return mesh, count, context.where(next(sizes, "parallelism_config"))
+
+
+def _copies(context: CheckContext) -> Iterator[Problem]:
+    checked = _checked_mesh(context)
+    if checked is None or context.is_explicit(f"{_MESH}dp_shard_size"):
         return
+    mesh, count, where = checked
+    if count % mesh.dp_replicate_size:
+        what = f"{mesh.dp_replicate_size} copies cannot divide the processes evenly"
+        why = f"num_processes is {count} ({context.where('num_processes')})"
+        yield Problem(where, f"{_MESH}dp_replicate_size", what, why, f"choose a divisor of {count}")
+
+
+def _mesh_sizes(context: CheckContext) -> Iterator[Problem]:
+    checked = _checked_mesh(context)
+    if checked is None or not context.is_explicit(f"{_MESH}dp_shard_size"):
+        return
+    mesh, count, where = checked
     sizes = f"dp_replicate_size {mesh.dp_replicate_size} times dp_shard_size {mesh.dp_shard_size}"
-    what = f"{sizes} is {mesh.total_size}"
-    yield Problem(context.where(key), "parallelism_config", what, processes, "choose sizes whose product is that")
+    why = f"num_processes is {count} ({context.where('num_processes')})"
+    yield Problem(where, "parallelism_config", f"{sizes} is {mesh.total_size}", why, f"sizes must multiply to {count}")
+
+
+def _mpirun_without_cpu(context: CheckContext) -> Iterator[Problem]:
+    if not context.config.use_cpu and not context.invalid & {"use_cpu", "distributed_type"}:
+        hint = "write distributed_type: MULTI_CPU, or remove the section"
+        yield from context.unused("mpirun_config", "mpirun starts ranks that train on CPUs", hint)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING, Any
 
-from paceline.config import Found, find_config_file, resolve
+from paceline.config import Detected, find_config_file, resolve
 from paceline.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def ray_trainer(
 def _resolve(num_workers: int, use_gpu: bool, settings: Mapping[str, object], config_file: Path | None) -> Resolved:
     from paceline.launch.clusters.cluster import Cluster, check_against
 
-    values = {"num_processes": Found(num_workers, "ray_trainer(num_workers=…)")}
+    values = {"num_processes": Detected(num_workers, "ray_trainer(num_workers=…)")}
     if not use_gpu:
-        values["use_cpu"] = Found(True, "ray_trainer(use_gpu=False)")
+        values["use_cpu"] = Detected(True, "ray_trainer(use_gpu=False)")
     file = find_config_file(os.environ, config_file)
     resolved = resolve(flags=settings, env=os.environ, file=file, detected=values)
     check_against(Cluster(scheduler="Ray", task="rank", values=values), resolved)

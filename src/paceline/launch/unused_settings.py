@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import Resolved
-from paceline.config.schema.base import Section, slots
+from paceline.config.schema.base import Section, settings_of
 from paceline.config.schema.run import RunConfig
 
 if TYPE_CHECKING:
@@ -63,21 +63,21 @@ def _unused(resolved: Resolved) -> Iterator[str]:
     strategy = resolved.origin("strategy")
     if config.strategy in _SHARDING and strategy.is_explicit:
         yield f"strategy {config.strategy} ({strategy.where})"
-    for slot in slots(RunConfig):
-        value = getattr(config, slot.field)
-        if slot.field in _SECTIONS and isinstance(value, Section):
-            yield from _of_section(resolved, slot.key, value)
-        elif slot.field in _VALUES and _is_said(resolved.origin(slot.key), RunConfig, slot.field, value):
-            is_obvious = slot.field == "use_cpu" and not _has_device()
+    for setting in settings_of(RunConfig):
+        value = getattr(config, setting.field)
+        if setting.field in _SECTIONS and isinstance(value, Section):
+            yield from _of_section(resolved, setting.key, value)
+        elif setting.field in _VALUES and _is_said(resolved.origin(setting.key), RunConfig, setting.field, value):
+            is_obvious = setting.field == "use_cpu" and not _has_device()
             if not is_obvious:
-                yield f"{slot.key} {value} ({resolved.origin(slot.key).where})"
+                yield f"{setting.key} {value} ({resolved.origin(setting.key).where})"
 
 
 def _of_section(resolved: Resolved, name: str, section: Section) -> Iterator[str]:
     """A section with the names of what was said in it."""
     said = [
         inner.key
-        for inner in slots(type(section))
+        for inner in settings_of(type(section))
         if _is_said(resolved.origin(f"{name}.{inner.key}"), type(section), inner.field, getattr(section, inner.field))
     ]
     if said:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.tracking.base import GeneralTracker, missing_parts
 from paceline.tracking.table import TRACKERS, load_backend
 

@@ -547,7 +547,7 @@ def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> Non
     assert accelerator.project_configuration.automatic_checkpoint_naming
     with pytest.raises(ConfigError, match="true without project_dir; there is no folder to number in"):
         Accelerator(cpu=True, project_config=numbering)
-    with pytest.raises(ConfigError, match=r"iteration: was set to 7 after it was made.*iteration=7"):
+    with pytest.raises(ConfigError, match=r"iteration: was set to 7 on an existing .*iteration=7"):
         setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too
 
 

@@ -158,7 +158,10 @@ def test_a_checkpoint_is_not_written_over(paceline: Paceline, project: Path) -> 
 
 def test_folders_around_and_within_are_told_apart(paceline: Paceline, project: Path) -> None:
     whole = project / "checkpoints" / "checkpoint_0"
-    assert f"it is one itself: paceline checkpoint inspect {whole}" in paceline("checkpoint", "list", str(whole)).out
+    assert (
+        f"it is a checkpoint itself: paceline checkpoint inspect {whole}"
+        in paceline("checkpoint", "list", str(whole)).out
+    )
     for words in (["inspect"], ["verify"]):
         answer = paceline("checkpoint", *words, str(project))
         assert answer.code == 1

@@ -64,7 +64,7 @@ def test_every_command_shows_how_it_is_used() -> None:
 
 def test_the_help_is_grouped_and_ends_with_examples(paceline: Paceline) -> None:
     out = paceline("--help").out
-    order = [out.index(f"{topic}:") for topic in ("Start", "Check", "Look back", "More", "Examples")]
+    order = [out.index(f"{topic}:") for topic in ("Start", "Check", "Inspect", "More", "Examples")]
     assert order == sorted(order)
     for command in ("launch", "config", "env", "test", "parity", "verify-resume", "report", "checkpoint", "completion"):
         assert out.count(f"\n  {command} ") == 1, command

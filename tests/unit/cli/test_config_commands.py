@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 
 if TYPE_CHECKING:
     from tests.unit.cli.conftest import Paceline
@@ -93,7 +93,7 @@ def test_show_names_every_source(paceline: Paceline, tmp_path: Path, monkeypatch
     assert "max_restarts" not in rows
     explained = paceline("config", "show", "--explain", *flags)
     assert "max_restarts" in explained.out
-    assert places()["max_restarts"].description in explained.out
+    assert all_settings()["max_restarts"].description in explained.out
     document = json.loads(paceline("config", "show", "--json", *flags).out)
     assert document["values"]["mixed_precision"] == {
         "value": "bf16",
@@ -124,7 +124,7 @@ def test_show_says_that_accelerates_file_is_read(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     for answer in (paceline("config", "show"), paceline("launch", "--dry-run", str(script))):
         assert answer.code == 0
-        assert "Accelerate's file is read" in answer.err
+        assert "reading Accelerate's file" in answer.err
     assert json.loads(paceline("env", "--json").out)["config_file"] == str(folder / "default_config.yaml")
     assert "Accelerate's" in paceline("env").out
     own = tmp_path / "home" / ".cache" / "paceline"
@@ -233,7 +233,7 @@ def test_an_update_in_place(paceline: Paceline, tmp_path: Path) -> None:
     assert file.with_name("old.yaml.bak").read_text() == text
     assert yaml.safe_load(file.read_text())["fsdp_config"]["fsdp_reshard_after_forward"] is False
     assert paceline("config", "update", "--config_file", "old.yaml").out == "old.yaml is up to date.\n"
-    assert "say the same" in paceline("config", "update", "--config_file", "old.yaml", "old.yaml").err
+    assert "are the same" in paceline("config", "update", "--config_file", "old.yaml", "old.yaml").err
 
 
 def test_an_update_of_a_wrong_file_changes_nothing(paceline: Paceline, tmp_path: Path) -> None:
@@ -304,10 +304,10 @@ def schema(paceline: Paceline) -> dict[str, Any]:
 
 def test_the_schema_is_one_and_describes_everything(schema: dict[str, Any]) -> None:
     jsonschema.Draft7Validator.check_schema(schema)
-    for dotted, slot in places().items():
+    for dotted, setting in all_settings().items():
         section, _, key = dotted.rpartition(".")
         inside = schema["properties"][section]["properties"] if section else schema["properties"]
-        assert slot.description in inside[key]["description"]
+        assert setting.description in inside[key]["description"]
 
 
 @pytest.mark.parametrize("path", sorted(FILES.iterdir()), ids=lambda path: path.stem)

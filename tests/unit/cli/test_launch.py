@@ -253,10 +253,10 @@ def test_every_problem_of_a_file_is_named_with_its_line(paceline: Paceline, scri
         (["--num-proceses", "2"], "--num_processes"),
         (["--num_processes"], "requires an argument"),
         (["--use_fsdp", "--fsdp_version", "3"], "--fsdp_version"),
-        (["--mixed_precision", "fp8"], "not carried out in this release"),
+        (["--mixed_precision", "fp8"], "not supported in this release"),
         (["--use_deepspeed", "--zero_stage", "4"], "--zero_stage"),
         (["--use_fsdp", "--multi_gpu"], "--multi_gpu"),
-        (["--multi_gpu"], "which trains on devices"),
+        (["--multi_gpu"], "that type trains on devices"),
         (["--zero_stage", "2"], "--zero_stage"),
         (["--gpu_ids", "0,1"], "gpu_ids"),
         (["--config_file", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
@@ -304,8 +304,8 @@ def test_a_variable_that_nobody_knows(
         ("--role=trainer", "--role here: all ranks have the same role; leave it out."),
         ("--no-tpu-cluster", "leave it out."),
         ("--fp16", "write --mixed_precision fp16."),
-        ("--nproc-per-node=4", "--num_processes is the number of processes of all machines together."),
-        ("--master_addr=head", "--main_process_ip and --main_process_port say where machines meet."),
+        ("--nproc-per-node=4", "write --num_processes, the number over all machines."),
+        ("--master_addr=head", "write --main_process_ip and --main_process_port."),
     ],
 )
 def test_a_flag_of_another_launcher_is_refused_with_the_way_out(
@@ -326,4 +326,4 @@ def test_tee_may_have_the_number_that_accelerate_gives_it(paceline: Paceline, sc
 
 def test_tee_of_one_stream_is_refused(paceline: Paceline, script: Path) -> None:
     answer = paceline("launch", "--cpu", "--tee", "1", "--dry-run", script.name)
-    assert (answer.code, "1 asks for one stream; both are shown" in answer.err) == (2, True)
+    assert (answer.code, "1 selects one stream; paceline shows both" in answer.err) == (2, True)

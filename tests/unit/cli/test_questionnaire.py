@@ -17,7 +17,7 @@ from paceline.cli.config.interview import _confirm, interview
 from paceline.cli.config.machine import Machine
 from paceline.cli.config.questions import QUESTIONS, Situation
 from paceline.config import resolve
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError
 
@@ -202,9 +202,9 @@ def test_answers_that_do_not_fit_together_are_refused_at_the_end(tmp_path: Path)
 
 
 def test_every_question_is_of_the_schema() -> None:
-    assert {question.key for question in QUESTIONS} <= places().keys()
+    assert {question.key for question in QUESTIONS} <= all_settings().keys()
     for question in QUESTIONS:
-        assert set(question.only) <= {str(choice) for choice in question.slot.shape.choices}
+        assert set(question.only) <= {str(choice) for choice in question.setting.shape.choices}
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_answers_from_a_pipe(answered: Paceline, paceline: Paceline, tmp_path: P
     assert written["num_processes"] == 2
     assert written["fsdp_config"]["fsdp_offload_params"] is True
     assert "fsdp_auto_wrap_policy" not in written["fsdp_config"], "what is left open is not written"
-    assert "# Micro-batches of one optimizer step." in (tmp_path / "mine.yaml").read_text()
+    assert "# Micro-batches per optimizer step." in (tmp_path / "mine.yaml").read_text()
     assert paceline("config", "check", "mine.yaml").code == 0
     dry = paceline("launch", "--config_file", "mine.yaml", "--dry-run", str(script))
     assert dry.code == 0

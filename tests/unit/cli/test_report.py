@@ -106,7 +106,7 @@ def test_many_entries_make_a_small_page(tmp_path: Path) -> None:
 def test_an_empty_folder_is_an_error_that_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"holds no metrics\.jsonl"):
         read_run(tmp_path)
-    with pytest.raises(TrackingError, match="is no folder"):
+    with pytest.raises(TrackingError, match="is not a folder"):
         read_run(tmp_path / "nothing")
     (tmp_path / "a" / "b").mkdir(parents=True)
     write(tmp_path / "a" / "b", [line(1, 1.0)])

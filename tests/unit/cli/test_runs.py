@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from paceline.cli.script_runs import without_logs
+from paceline.cli.script_checks.script_runs import without_logs
 
 if TYPE_CHECKING:
     from pathlib import Path

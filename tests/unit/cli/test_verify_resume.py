@@ -69,7 +69,7 @@ def check(
 def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     code, lines = check(tmp_path)
     assert code == 0, lines
-    assert "resumed  from the checkpoint of step 4, went on to step 9" in lines
+    assert "resumed  from the checkpoint of step 4, continued to step 9" in lines
     assert lines[-1].startswith("PASS     11 batches and losses")
 
 
@@ -84,7 +84,7 @@ def test_steps_that_are_faster_than_a_save_in_the_background(tmp_path: Path) -> 
     ("word", "says"),
     [
         pytest.param("reseed", "differs  step 5, rank 0, after the resume: loss", marks=pytest.mark.slow),
-        ("restart", "in place of sample 20 of epoch 0"),
+        ("restart", "instead of sample 20 of epoch 0"),
         pytest.param("forget", "began at step 0", marks=pytest.mark.slow),
         pytest.param("fail", "no such data", marks=pytest.mark.slow),
     ],

@@ -218,7 +218,7 @@ TYPES = [
         2,
         f"{F}.fsdp_transformer_layer_cls_to_wrap",
         "the number 3 is not allowed",
-        "it must be a list or text with commas",
+        "it must be a list or comma-separated text",
         "",
     ),
     (
@@ -233,7 +233,7 @@ TYPES = [
         f"{F}:\n  fsdp_ignored_modules: '('",
         2,
         f"{F}.fsdp_ignored_modules",
-        "'(' is no regular expression",
+        "'(' is not a regular expression",
         None,
         "",
     ),

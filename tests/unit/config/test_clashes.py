@@ -27,7 +27,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         {"multi_gpu": True, "use_fsdp": True},
         "--use_fsdp",
         "distributed_type",
-        "given together with --multi_gpu",
+        "conflicts with --multi_gpu",
     ),
     (
         "strategy: ddp\ndistributed_type: FSDP",
@@ -36,7 +36,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "strategy",
         "ddp contradicts distributed_type FSDP at config.yaml:2",
     ),
-    (answers("MULTI_GPU"), {"cpu": True}, "--cpu", "use_cpu", "distributed_type MULTI_GPU"),
+    (answers("MULTI_GPU"), {"cpu": True}, "--cpu", "use_cpu", "conflicts with distributed_type MULTI_GPU"),
     (
         "distributed_type: 'NO'",
         {"num_processes": "4"},
@@ -58,22 +58,22 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         {},
         "config.yaml:2",
         "gpu_ids",
-        "for 2 machines together",
+        "over 2 machines",
     ),
-    ("strategy: ddp\nfsdp_config:\n  fsdp_version: 2", {}, "config.yaml:3", F, "nothing reads fsdp_version"),
+    ("strategy: ddp\nfsdp_config:\n  fsdp_version: 2", {}, "config.yaml:3", F, "unused settings: fsdp_version"),
     (
         "strategy: ddp\nfsdp_config:\n  fsdp_sharding_strategy: HYBRID_SHARD",
         {},
         "config.yaml:3",
         F,
-        "nothing reads fsdp_sharding_strategy",
+        "unused settings: fsdp_sharding_strategy",
     ),
     (
         "strategy: fsdp\nddp_config:\n  ddp_static_graph: true",
         {},
         "config.yaml:3",
         "ddp_config",
-        "nothing reads ddp_static_graph",
+        "unused settings: ddp_static_graph",
     ),
     (DEEPSPEED, {}, "config.yaml:2", DS, "the strategy is auto"),
     (
@@ -83,7 +83,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "megatron_lm_config",
         "strategy is auto",
     ),
-    ("strategy: fsdp\n" + DEEPSPEED, {}, "config.yaml:3", DS, "nothing reads gradient_accumulation_steps"),
+    ("strategy: fsdp\n" + DEEPSPEED, {}, "config.yaml:3", DS, "unused settings: gradient_accumulation_steps"),
     (
         "strategy: single",
         {"fsdp_offload_params": "true"},
@@ -96,7 +96,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         {},
         "config.yaml:3",
         P,
-        "nothing reads parallelism_config_dp_replicate_size",
+        "unused settings: parallelism_config_dp_replicate_size",
     ),
     (
         f"{FSDP}  fsdp_min_num_params: 1e6",
@@ -159,19 +159,25 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("rdzv_backend: c10d", {}, "config.yaml:1", "rdzv_backend", "there is one machine"),
     ("preflight: false", {}, "config.yaml:1", "preflight", "there is one machine"),
     ("num_machines: 2:4", {}, "config.yaml:1", "rdzv_backend", "num_machines is 2:4"),
-    ("num_machines: 4:2\nrdzv_backend: c10d", {}, "config.yaml:1", "num_machines", "must not be the greater one"),
+    ("num_machines: 4:2\nrdzv_backend: c10d", {}, "config.yaml:1", "num_machines", "MIN must not be greater than MAX"),
     ("num_machines: 2\nmachine_rank: 2", {}, "config.yaml:2", "machine_rank", "they count from 0"),
     ("num_machines: 2\nnum_processes: 3", {}, "config.yaml:2", "num_processes", "a multiple of 2"),
-    ("num_machines: 2\nrdzv_conf: timeot=3", {}, "config.yaml:2", "rdzv_conf", "known are timeout"),
-    ("num_machines: 2\nrdzv_conf: timeout=no", {}, "config.yaml:2", "rdzv_conf", "no number above 0"),
+    ("num_machines: 2\nrdzv_conf: timeot=3", {}, "config.yaml:2", "rdzv_conf", "the options are timeout"),
+    ("num_machines: 2\nrdzv_conf: timeout=no", {}, "config.yaml:2", "rdzv_conf", "not a number above 0"),
     (
         "num_machines: 2\nrdzv_conf: timeout=no,timeot=3",
         {},
         "config.yaml:2",
         "rdzv_conf",
-        "no number above 0, and 'timeot=3' is no option",
+        "not a number above 0, and 'timeot=3' is not an option",
     ),
-    ("num_machines: 2\nrdzv_backend: c01d", {}, "config.yaml:2", "rdzv_backend", "is no rendezvous of torch elastic"),
+    (
+        "num_machines: 2\nrdzv_backend: c01d",
+        {},
+        "config.yaml:2",
+        "rdzv_backend",
+        "is not a rendezvous backend",
+    ),
     (
         "parallelism_config:\n  cp_comm_strategy: alltoall",
         {},
@@ -292,7 +298,12 @@ DEEPSPEED_CLASHES = [
         "offload_optimizer_device",
         "only stage 3 keeps optimizer state on a disk",
     ),
-    ("  zero_stage: 0\n  offload_optimizer_device: cpu", 4, "offload_optimizer_device", "stage 0 leaves the optimizer"),
+    (
+        "  zero_stage: 0\n  offload_optimizer_device: cpu",
+        4,
+        "offload_optimizer_device",
+        "stage 0 does not shard the optimizer",
+    ),
     (
         "  offload_optimizer_nvme_path: /x",
         3,
@@ -363,7 +374,7 @@ def test_what_is_not_built_says_so_and_names_the_way_out(
 ) -> None:
     [found] = problems(tmp_path, text)
     assert (found.where, found.key) == (f"config.yaml:{line}", key)
-    assert "not carried out in this release" in found.what
+    assert "not supported in this release" in found.what
     assert todo in found.hint
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from paceline.config import resolve
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
-from paceline.config.schema.base import slots
-from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.schema.base import settings_of
+from paceline.config.schema.fsdp import FsdpVersion1
 from paceline.config.sources.document import read_document
 from paceline.errors import ConfigError
 
@@ -120,11 +120,11 @@ def test_there_is_a_line_for_every_key(path: Path) -> None:
     items, _ = read_document(path)
     keys = [f"{item.name}.{child.name}" for item in items for child in item.items or ()]
     keys += [item.name for item in items if not item.items]
-    fates = convert_file(path).fates
-    assert sorted(fate.key for fate in fates if fate.key != "ipex_config") == sorted(
+    converted = convert_file(path).keys
+    assert sorted(key.key for key in converted if key.key != "ipex_config") == sorted(
         key for key in keys if not key.startswith("ipex_config")
     )
-    assert all(fate.where.startswith(f"{path}:") and fate.became for fate in fates)
+    assert all(key.where.startswith(f"{path}:") and key.became for key in converted)
 
 
 def _meaning(path: Path) -> dict[str, object]:
@@ -134,7 +134,7 @@ def _meaning(path: Path) -> dict[str, object]:
 
 
 def test_the_lines_say_what_became_of_keys() -> None:
-    lines = [str(fate).rpartition("yaml:")[2] for fate in convert_file(FILES / "0.13_fsdp_numbers.yaml").fates]
+    lines = [str(key).rpartition("yaml:")[2] for key in convert_file(FILES / "0.13_fsdp_numbers.yaml").keys]
     assert lines == [
         "2: compute_environment LOCAL_MACHINE: left out: it is the default",
         "3: distributed_type FSDP: became strategy fsdp",
@@ -163,11 +163,11 @@ def test_every_key_of_fsdp_version_1_has_a_fate(tmp_path: Path) -> None:
         "use_orig_params": "false",
         "sync_module_states": "true",
     }
-    assert values.keys() == {slot.field for slot in slots(FsdpVersion1)}
+    assert values.keys() == {setting.field for setting in settings_of(FsdpVersion1)}
     lines = [f"  fsdp_{name}: {value}" for name, value in values.items()]
     result = _convert(tmp_path, "\n".join(["distributed_type: FSDP", "fsdp_config:", "  fsdp_version: 1", *lines]))
     assert result.values == {"strategy": "fsdp", "fsdp_config.fsdp_reshard_after_forward": False}
-    assert len(result.fates) == 2 + len(values)
+    assert len(result.keys) == 2 + len(values)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_what_cannot_be_converted_is_a_problem(tmp_path: Path, text: str, words:
     assert len(result.problems) == 1
     assert words in str(result.problems[0])
     if "FSDP" in text:
-        assert "NOT CONVERTED" in str([str(fate) for fate in result.fates])
+        assert "NOT CONVERTED" in str([str(key) for key in result.keys])
 
 
 def test_problems_of_a_whole_section_are_those_of_its_keys(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_deepspeed_json_becomes_keys(tmp_path: Path) -> None:
         "deepspeed_config.offload_optimizer_device": "nvme",
         "deepspeed_config.offload_optimizer_nvme_path": "/fast",
     }
-    assert len(result.fates) == 9
+    assert len(result.keys) == 9
     assert result.remaining_problems(tmp_path) == ()
 
 
@@ -314,7 +314,7 @@ def test_lines_of_torchrun(line: str, values: dict[str, object], command: str) -
     [
         ("torchrun --nporc_per_node 2 a.py", "did you mean nproc_per_node?"),
         ("torchrun --nnodes 1:x --nproc_per_node 2 a.py", "1:x machines"),
-        ("torchrun --nnodes 2 --nproc_per_node gpu a.py", "give their number"),
+        ("torchrun --nnodes 2 --nproc_per_node gpu a.py", "give the number of processes"),
         ("torchrun --local_ranks_filter 0 a.py", "--log_dir"),
         ("torchrun --nproc_per_node 2", "there is no script"),
     ],

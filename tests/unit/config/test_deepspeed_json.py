@@ -47,7 +47,7 @@ def test_it_is_read_from(tmp_path: Path, kind: str) -> None:
         ("list.json", "holds a list, not a JSON object"),
         ("{", "the JSON text:1 is not valid JSON"),
         ("binary.json", "cannot be read"),
-        ("twice.json", "twice.json has the key 'stage' twice in one place"),
+        ("twice.json", "twice.json has the key 'stage' twice in one object"),
     ],
 )
 def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> None:
@@ -73,7 +73,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> 
         ({"fp16": {"enabeld": True}}, "fp16.enabeld", "did you mean enabled?"),
         ({"optimizer": {"typ": "Adam"}}, "optimizer.typ", "did you mean type?"),
         ({"fp16": True}, "fp16", "True is not allowed"),
-        ({"amp": {"enabled": True}}, "amp", "is not carried out"),
+        ({"amp": {"enabled": True}}, "amp", "is not supported"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16.enabled", "they exclude each other"),
         ({"zero_optimization": None}, "zero_optimization", "the section is missing"),
         ({"bfloat16": {"enabled": True}}, "bfloat16", "write bf16"),
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_says_why(tmp_path: Path, value: str, said: str) -> 
             "'auto' is not allowed",
         ),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled", "'true' is not allowed"),
-        ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu", "a whole number from 1 on"),
+        ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu", "a whole number of at least 1"),
         ({"train_batch_size": 0}, "train_batch_size", "0 is not allowed"),
         ({"communication_data_type": "fp8"}, "communication_data_type", "one of fp32, fp16, bf16"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last", "write DataLoader(drop_last=True)"),

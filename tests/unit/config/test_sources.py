@@ -140,7 +140,7 @@ def test_a_plugin_argument_chooses_its_strategy_when_nobody_did(tmp_path: Path) 
     result = with_arguments(base, {"ddp_config": ddp}).config
     assert (result.strategy, result.ddp_config) == ("auto", ddp)
     offloading = FullyShardedDataParallelPlugin(cpu_offload=True)
-    with pytest.raises(ConfigError, match="nothing reads fsdp_offload_params"):
+    with pytest.raises(ConfigError, match="unused settings: fsdp_offload_params"):
         with_arguments(read(tmp_path, "strategy: ddp\n"), {"fsdp_config": offloading})
 
 

@@ -38,7 +38,7 @@ def test_what_a_mode_means(mode: str, dtype: torch.dtype, autocast: bool, scalin
 def test_a_device_that_cannot_says_what_it_can() -> None:
     with pytest.raises(PrecisionError) as error:
         policy_for("bf16", CPU, supported=["no", "fp16", "fp8"])
-    assert error.value.asked == "bf16"
+    assert error.value.requested == "bf16"
     assert error.value.supported == ("fp16", "no")
     assert "mixed_precision='bf16'" in str(error.value)
     with pytest.raises(PrecisionError, match="Choose one of"):

@@ -105,7 +105,7 @@ def test_a_hint_that_fits_nothing_is_left_alone() -> None:
 def test_an_unknown_class_lists_the_others() -> None:
     with pytest.raises(UnknownBlockError) as error:
         find(TinyTransformer(), transformer_cls_names_to_wrap=["Block", "Blok", "LlamaDecoderLayer"])
-    assert error.value.asked == ("Blok", "LlamaDecoderLayer")
+    assert error.value.requested == ("Blok", "LlamaDecoderLayer")
     assert error.value.candidates[0] == "Block", "the largest first"
     assert {"Linear", "Embedding", "LayerNorm"} <= set(error.value.candidates)
     assert not {"ModuleList", "TinyTransformer"} & set(error.value.candidates)

@@ -61,7 +61,7 @@ def test_the_end_of_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_what_is_not_there_says_so(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     for call in (trainer.hyperparameter_search, trainer.push_to_hub):
-        with pytest.raises(NotBuiltError, match="does not carry it out"):
+        with pytest.raises(NotBuiltError, match="does not support it"):
             call()
 
 

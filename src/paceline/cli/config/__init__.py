@@ -1,4 +1,4 @@
-"""`paceline config`: the questionnaire, and the commands around configuration files."""
+"""`paceline config`: the questionnaire, and the commands for configuration files."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from pathlib import Path
 
 import click
 
-from paceline.cli.lazy import LazyGroup
-from paceline.cli.paths import PathType
+from paceline.cli.click_helpers import LazyGroup, PathType
 
 _COMMANDS = {
-    "default": ("paceline.cli.config.default", "Write a file of defaults without asking anything."),
-    "update": ("paceline.cli.config.update", "Bring an old file up to date, in place."),
-    "show": ("paceline.cli.config.show", "Show every value in force and where it comes from."),
-    "check": ("paceline.cli.config.check", "Report everything that is wrong with files."),
-    "convert": ("paceline.cli.config.convert", "Convert a file of Accelerate or DeepSpeed, or a torchrun line."),
+    "default": ("paceline.cli.config.default", "Write a file of defaults, without questions."),
+    "update": ("paceline.cli.config.update", "Update an old file in place."),
+    "show": ("paceline.cli.config.show", "Show every value and where it comes from."),
+    "check": ("paceline.cli.config.check", "Report all problems of files."),
+    "convert": (
+        "paceline.cli.config.convert",
+        "Convert a file of Accelerate or DeepSpeed, or a torchrun command line.",
+    ),
     "schema": ("paceline.cli.config.schema", "Print the JSON Schema of the file, for editors."),
 }
 
 _HELP = """Write, check, explain and convert the configuration.
 
-Without a subcommand it asks what matters on this machine and writes default_config.yaml, which every
-`paceline launch` then reads. Arrow keys choose, Enter takes what is shown, Esc goes back, and Ctrl-C leaves
-everything as it was. Answers may also come from a pipe, one a line: an empty line takes the default, and <
-goes back.
+Without a subcommand it asks a few questions and writes default_config.yaml, which every `paceline launch` then
+reads. Arrow keys select, Enter confirms, Esc goes back, and Ctrl-C quits without writing. Answers can also come from a
+pipe, one per line: an empty line takes the default, and < goes back.
 
 \b
     paceline config
@@ -41,14 +42,14 @@ goes back.
     lazy=_COMMANDS,
     help=_HELP,
     invoke_without_command=True,
-    epilog="`paceline config COMMAND --help` says more.",
+    epilog="`paceline config COMMAND --help` explains a command.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.option(
     "--config_file",
     "--config-file",
     type=PathType(path_type=Path, dir_okay=False),
-    help="File to write; without it, default_config.yaml in PACELINE_HOME or the user's cache.",
+    help="File to write; default: default_config.yaml in PACELINE_HOME or the user's cache.",
 )
 @click.pass_context
 def command(context: click.Context, config_file: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`paceline config check`: everything that is wrong with files, at once."""
+"""`paceline config check`: reports all problems of configuration files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from pathlib import Path
 
 import click
 
+from paceline.cli.click_helpers import PathType
 from paceline.cli.config.model_check import check_blocks
-from paceline.cli.paths import PathType
 from paceline.config import find_config_file, resolve
 from paceline.config.conversion import deepspeed_problems
 from paceline.errors import ConfigError, Problem, UsageError
 
 _HELP = """Check configuration files (and DeepSpeed JSON files) without starting anything.
 
-Every problem of every file is reported, with its line. Exit code 0 says that a launch would accept all of
-them, 2 that it would not. Variables of the environment are left out of it. Without FILE, the one that
-`paceline launch` would read is checked.
+All problems of all files are reported, with their lines. The exit code is 0 if `paceline launch` would accept every
+file, else 2. Environment variables are ignored. Without FILE, the file that `paceline launch` would read is checked.
 
-With --model the settings that name parts of a model, such as fsdp_transformer_layer_cls_to_wrap, are checked
-against it. The model is built without memory for its weights.
+With --model the settings that name parts of a model, such as fsdp_transformer_layer_cls_to_wrap, are checked against
+the model, which is built on the meta device, without memory for its weights.
 
 \b
     paceline config check
@@ -46,8 +45,8 @@ class _Verdict:
 @click.option("--model", metavar="MODEL", help="module:function that returns the model, or a transformers folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def command(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
-    """Check the files; the text above is what people read."""
-    verdicts = [_check(file, model) for file in files or _file_in_force()]
+    """Check the files; `_HELP` is what users read."""
+    verdicts = [_check(file, model) for file in files or _default_file()]
     if as_json:
         click.echo(json.dumps([asdict(verdict) for verdict in verdicts], indent=2))
     else:
@@ -57,10 +56,10 @@ def command(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
         sys.exit(ConfigError.exit_code)
 
 
-def _file_in_force() -> tuple[Path]:
+def _default_file() -> tuple[Path]:
     found = find_config_file(os.environ)
     if found is None:
-        raise UsageError("There is no configuration file to check", "None of the usual places holds one", "Name one")
+        raise UsageError("There is no configuration file to check", "None of the default files exists", "Name one")
     return (found,)
 
 

@@ -1,4 +1,4 @@
-"""`paceline config convert`: what was written for Accelerate, DeepSpeed or torchrun, in our own words."""
+"""`paceline config convert`: converts files of Accelerate and DeepSpeed and command lines of torchrun."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from paceline.cli.click_helpers import PathType
 from paceline.cli.config.targets import refuse_to_replace
-from paceline.cli.paths import PathType
 from paceline.cli.schema_flags import complete_files
 from paceline.config.conversion import Conversion, convert_file, convert_torchrun, is_torchrun
 from paceline.config.sources.writing import replace_file
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from paceline.errors import Problem
 
-_HELP = """Convert SOURCE to a configuration of paceline, with a line saying what became of each key.
+_HELP = """Convert SOURCE to a configuration of paceline, with a line for each key that says what it became.
 
-SOURCE is a file that any version of Accelerate wrote (YAML or JSON, FSDP version 1 too), a DeepSpeed JSON, or a
-command line of torchrun as it stands. The new file goes to standard output, the lines to standard error; with
---output it is written there. If a key cannot be converted, all such keys are listed and nothing is written,
-unless --partial is given.
+SOURCE is a file of any version of Accelerate (YAML or JSON, also with FSDP version 1), a DeepSpeed JSON, or a
+command line of torchrun. The new file goes to standard output and the lines to standard error; with --output the
+file is written there. If keys cannot be converted, all of them are listed, nothing is written (unless --partial is
+given) and the exit code is 2.
 
 \b
     paceline config convert accelerate.yaml -o paceline.yaml
@@ -35,7 +35,7 @@ unless --partial is given.
 
 
 class _ConvertCommand(click.Command):
-    """Leaves the words of a command line alone: its flags are not this command's."""
+    """Passes a torchrun command line through: its flags are not flags of this command."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         start = next((index for index in range(len(args)) if is_torchrun(args[index:])), None)
@@ -52,13 +52,13 @@ class _ConvertCommand(click.Command):
 )
 @click.argument("source", nargs=-1, required=True, shell_complete=complete_files)
 @click.option("-o", "--output", type=PathType(path_type=Path), help="File to write.")
-@click.option("--partial", is_flag=True, help="Write what can be converted, even if some keys cannot.")
-@click.option("-f", "--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
+@click.option("--partial", is_flag=True, help="Write the keys that can be converted, even if others cannot.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing file; a backup is kept.")
 def command(source: tuple[str, ...], output: Path | None, partial: bool, force: bool) -> None:
-    """Convert; the text above is what people read."""
+    """Convert; `_HELP` is what users read."""
     result = _convert(source)
-    for fate in result.fates:
-        click.echo(str(fate), err=output is None)
+    for key in result.keys:
+        click.echo(str(key), err=output is None)
     folder = Path() if output is None else output.parent
     problems = list(result.problems)
     if not problems or partial:
@@ -75,9 +75,9 @@ def _convert(source: Sequence[str]) -> Conversion:
         return convert_torchrun(source)
     if len(source) > 1:
         raise UsageError(
-            f"{shlex.join(source)} is neither one file nor a command line of torchrun",
+            f"{shlex.join(source)} is neither one file nor a torchrun command line",
             "A command line begins with torchrun, or with python -m torch.distributed.run",
-            "Name one file, or give the line as it stands",
+            "Name one file, or give the whole command line",
         )
     return convert_file(Path(source[0]))
 
@@ -108,6 +108,6 @@ def _command(result: Conversion, output: Path | None) -> str:
 
 
 def _report(problems: Sequence[Problem]) -> None:
-    click.echo("paceline: what is left has to be settled by hand:", err=True)
+    click.echo("paceline: resolve the following by hand:", err=True)
     for problem in problems:
         click.echo(f"  {problem}", err=True)

@@ -1,4 +1,4 @@
-"""`paceline config default`: a file without questions."""
+"""`paceline config default`: writes a file of defaults."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
+from paceline.cli.click_helpers import PathType
 from paceline.cli.config.targets import refuse_to_replace, target_file, write_file
-from paceline.cli.paths import PathType
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.sources.writing import as_yaml, yaml_value
 
 _SUGGESTED = (
@@ -20,10 +20,9 @@ _SUGGESTED = (
     "use_cpu",
     "dynamo_config.dynamo_backend",
 )
-_HELP = """Write default_config.yaml without asking anything, and without looking at devices.
+_HELP = """Write default_config.yaml without questions.
 
-Nothing in it depends on this machine: how many processes to start, and how the model is spread over them, is
-found out at each launch.
+The file does not depend on this machine: the number of processes and the strategy are chosen at each launch.
 
 \b
     paceline config default
@@ -32,13 +31,13 @@ found out at each launch.
 
 
 def _more() -> list[str]:
-    """Name the settings that people change most, as comments."""
+    """Return the settings that users change most, as comments."""
     lines = []
     for dotted in _SUGGESTED:
         section, _, key = dotted.rpartition(".")
-        value = yaml_value(places()[dotted].default)
+        value = yaml_value(all_settings()[dotted].default)
         shown = f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}"
-        lines += ["", f"# {places()[dotted].description}", f"# {shown}"]
+        lines += ["", f"# {all_settings()[dotted].description}", f"# {shown}"]
     return lines
 
 
@@ -46,21 +45,21 @@ def _more() -> list[str]:
 @click.option(
     "--mixed_precision",
     "--mixed-precision",
-    type=click.Choice([str(choice) for choice in places()["mixed_precision"].shape.choices]),
-    default=str(places()["mixed_precision"].default),
-    help=places()["mixed_precision"].description,
+    type=click.Choice([str(choice) for choice in all_settings()["mixed_precision"].shape.choices]),
+    default=str(all_settings()["mixed_precision"].default),
+    help=all_settings()["mixed_precision"].description,
 )
 @click.option(
     "--config_file", "--config-file", type=PathType(path_type=Path), help="File to write instead of the default one."
 )
-@click.option("-f", "--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite an existing file; a backup is kept.")
 def command(mixed_precision: str, config_file: Path | None, force: bool) -> None:
-    """Write the file; the text above is what people read."""
+    """Write the file; `_HELP` is what users read."""
     file = target_file(os.environ, config_file)
     if not force:
         refuse_to_replace(file)
     header = (
-        "Written by `paceline config default`. What is commented out has its default and is shown with it.",
+        "Written by `paceline config default`. Settings in comments are shown with their defaults.",
         "`paceline config` asks questions instead; `paceline config show --explain` lists every setting.",
     )
     text = as_yaml({"mixed_precision": mixed_precision}, header) + "\n".join([*_more(), ""])

@@ -1,4 +1,4 @@
-"""Two ways of asking: keys on a terminal, and lines from a pipe."""
+"""The two ways to ask: with arrow keys on a terminal, or line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BACK_WORD: Final = "<"
 
 
 class Back(Enum):
-    """The wish to return to the question before."""
+    """The answer that goes back to the previous question."""
 
     BACK = "back"
 
@@ -32,7 +32,7 @@ BACK: Final = Back.BACK
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One answer: what it is called, what it means, and the value that it stands for."""
+    """One possible answer: its name, its meaning, and its value."""
 
     name: str
     meaning: str
@@ -53,12 +53,12 @@ class Dialogue(Protocol):
         ...
 
     def finish(self) -> None:
-        """Make sure that every answer was asked for."""
+        """Check that no answer is left over."""
         ...
 
 
 def open_dialogue(env: Mapping[str, str]) -> Dialogue:
-    """Ask by keys where people sit at a terminal that can do it, by lines otherwise."""
+    """Ask with arrow keys on a terminal that supports it, else line by line."""
     can_draw = sys.stdin.isatty() and sys.stdout.isatty() and env.get("TERM", "dumb") != "dumb"
     return _Terminal() if can_draw else _Lines()
 
@@ -103,7 +103,7 @@ class _Terminal:
         return str(answer or default)
 
     def finish(self) -> None:
-        """Nothing can be left over at a terminal."""
+        """Do nothing: a terminal has no answers left over."""
 
     def _ask(self, prompt: Prompt, key: str) -> Any:
         """Show a prompt in which Esc, or another key, goes back."""
@@ -128,7 +128,7 @@ class _Terminal:
 
 
 class _Lines:
-    """One line for each answer; a wrong one ends the dialogue, since nobody is there to correct it."""
+    """One line for each answer; a wrong one ends the dialogue, since a pipe cannot correct it."""
 
     shows_summary = False
 
@@ -156,8 +156,8 @@ class _Lines:
         if left:
             raise UsageError(
                 f"The line {left!r} answers no question",
-                "All that matters here had been asked, so that answers may have met other questions than meant",
-                "Look at the questions above, and leave that line out; nothing was written",
+                "All questions had been answered, so answers may have met other questions than intended",
+                "Check the questions above, and remove that line; nothing was written",
             )
 
     def _read(self, key: str, text: str, default: str) -> str:
@@ -169,7 +169,7 @@ class _Lines:
             raise UsageError(
                 f"The input ended before the question for {key}",
                 "An answer is one line, and an empty line takes the default",
-                "Give the missing lines, or write a file without questions: paceline config default",
+                "Add the missing lines, or write a file without questions: paceline config default",
             )
         answer = line.strip() or default
         click.echo(answer)

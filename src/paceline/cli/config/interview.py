@@ -1,4 +1,4 @@
-"""The questionnaire: it asks what matters here, lets people go back, and writes the file at the very end."""
+"""The questionnaire: asks what matters on this machine, goes back on request, and writes the file at the end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from paceline.cli.config.dialogue import BACK, Back, Choice, open_dialogue
-from paceline.cli.config.machine import look_around
+from paceline.cli.config.machine import detect_machine
 from paceline.cli.config.questions import QUESTIONS, Question, Situation
 from paceline.cli.config.targets import target_file, write_file
 from paceline.cli.interrupts import INTERRUPTED
@@ -30,10 +30,10 @@ _KEYS = "Arrow keys choose, Enter takes what is shown, Esc goes back, Ctrl-C lea
 
 
 def ask_and_write(config_file: Path | None) -> None:
-    """Ask, and write the answers; Ctrl-C ends it without a trace, with exit code 130."""
+    """Ask, and write the answers; Ctrl-C writes nothing and exits with code 130."""
     file = target_file(os.environ, config_file)
     try:
-        machine = look_around(os.environ)
+        machine = detect_machine(os.environ)
         dialogue = open_dialogue(os.environ)
         click.echo(f"This machine: {machine}")
         if dialogue.shows_summary:
@@ -50,28 +50,30 @@ def ask_and_write(config_file: Path | None) -> None:
 
 
 def interview(dialogue: Dialogue, machine: Machine, file: Path) -> dict[str, object] | None:
-    """Ask all that matters and return the answers by dotted key; None when people decide against them.
+    """Ask all questions that matter.
 
-    Going back forgets the answer to the question that is asked again, and those after it, since they may
-    depend on it.
+    Going back forgets the answer to the repeated question and those after it, since they may depend on it.
+
+    Returns:
+        The answers by dotted key; None when the user cancels.
     """
     answers: dict[str, object] = {}
-    asked: list[int] = []
+    history: list[int] = []
     index = 0
     while True:
         index = _next(index, Situation(machine, answers))
         if index < len(QUESTIONS):
             answer = _ask(dialogue, QUESTIONS[index], Situation(machine, answers))
         else:
-            answer = _confirm(dialogue, Situation(machine, _said(answers)), file)
+            answer = _confirm(dialogue, Situation(machine, _given(answers)), file)
             if answer is not BACK:
-                return _said(answers) if answer else None
+                return _given(answers) if answer else None
         if answer is not BACK:
             answers[QUESTIONS[index].key] = answer
-            asked.append(index)
+            history.append(index)
             index += 1
-        elif asked:
-            index = asked.pop()
+        elif history:
+            index = history.pop()
             for question in QUESTIONS[index:]:
                 answers.pop(question.key, None)
         else:
@@ -79,7 +81,7 @@ def interview(dialogue: Dialogue, machine: Machine, file: Path) -> dict[str, obj
 
 
 def _next(index: int, now: Situation) -> int:
-    """Find the next question that matters; one with a single possible answer does not."""
+    """Return the index of the next question that matters; one with a single possible answer does not."""
     while index < len(QUESTIONS):
         question = QUESTIONS[index]
         if question.matters(now) and len(question.choices(now)) != 1:
@@ -88,35 +90,35 @@ def _next(index: int, now: Situation) -> int:
     return index
 
 
-def _said(answers: dict[str, object]) -> dict[str, object]:
-    """Leave out what people left open."""
+def _given(answers: dict[str, object]) -> dict[str, object]:
+    """Return the answers without those that were left open."""
     return {key: value for key, value in answers.items() if value is not None and value != ()}
 
 
 def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Back:
-    slot, suggested = question.slot, question.suggestion(now)
+    setting, suggested = question.setting, question.suggestion(now)
     choices = question.choices(now)
     if choices:
         default = choices.index(suggested) if suggested in choices else 0
         shown = [Choice(_name(value), _meaning(question, value), value) for value in choices]
-        return dialogue.choose(slot.key, question.text, shown, default)
+        return dialogue.choose(setting.key, question.text, shown, default)
 
-    def meant(text: str) -> object:
-        return suggested if text == _name(suggested) else slot.shape.read(text, "text")
+    def parse(text: str) -> object:
+        return suggested if text == _name(suggested) else setting.shape.read(text, "text")
 
-    def wrong(text: str) -> str:
-        value = meant(text)
+    def check(text: str) -> str:
+        value = parse(text)
         if question.needed and not value:
             return question.needed
         return _explain(now.new_problems(question, value))
 
-    typed = dialogue.write(slot.key, question.text, _name(suggested), wrong)
-    return typed if isinstance(typed, Back) else meant(typed)
+    typed = dialogue.write(setting.key, question.text, _name(suggested), check)
+    return typed if isinstance(typed, Back) else parse(typed)
 
 
 def _meaning(question: Question, value: object) -> str:
-    """What a choice means: in the question's words, else in the schema's."""
-    meanings = {**dict(question.slot.labels), **question.meanings}
+    """Return the meaning of a choice: that of the question, else that of the schema."""
+    meanings = {**dict(question.setting.labels), **question.meanings}
     return meanings.get(_name(value)) or meanings.get(str(value), "")
 
 
@@ -131,10 +133,10 @@ def _explain(problems: Sequence[Problem]) -> str:
 
 
 def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
-    """Show what would be written, where somebody is there to look at it.
+    """Show what will be written, and ask whether to write it; from a pipe nothing is asked.
 
     Raises:
-        ConfigError: The answers do not fit together, and nobody is there to go back.
+        ConfigError: The answers contradict each other, and come from a pipe.
     """
     problems = sorted(now.problems(now.answers), key=str)
     if not dialogue.shows_summary:
@@ -158,6 +160,6 @@ def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
 def _text(answers: Mapping[str, object], machine: Machine) -> str:
     header = (
         f"Written by `paceline config` for {machine}.",
-        "What is not here has its default: `paceline config show --explain` lists every value and its source.",
+        "Other settings have their defaults: `paceline config show --explain` lists every value and its source.",
     )
     return as_yaml(answers, header)

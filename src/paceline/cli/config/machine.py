@@ -1,4 +1,4 @@
-"""What the questionnaire looks up about the machine before it asks."""
+"""What the questionnaire detects about the machine before it asks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Machine", "look_around"]
+__all__ = ["Machine", "detect_machine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """The facts from which questions and their defaults follow.
+    """A machine, as far as questions and their defaults depend on it.
 
     Attributes:
-        devices: How many accelerators are visible.
-        device_name: One of them, in a phrase; the CPU without any.
-        processes: How many processes a launch without settings would start.
-        precisions: What the device computes in.
-        has_deepspeed: Whether the package is installed.
-        env: The environment, where a scheduler may say more.
+        devices: Number of visible accelerators.
+        device_name: One of them, or the CPU, in words.
+        processes: Number of processes that a launch without settings starts.
+        precisions: The precisions that the device supports.
+        has_deepspeed: Whether DeepSpeed is installed.
+        env: The environment, with the variables of a scheduler.
     """
 
     devices: int
@@ -36,8 +36,8 @@ class Machine:
         return f"{self.devices} x {self.device_name}" if self.devices > 1 else self.device_name
 
 
-def look_around(env: Mapping[str, str]) -> Machine:
-    """Look at this machine; torch is imported for that."""
+def detect_machine(env: Mapping[str, str]) -> Machine:
+    """Detect this machine; imports torch."""
     import torch
 
     from paceline.environment.device import describe_device, supported_precisions

@@ -1,6 +1,6 @@
-"""Which settings the questionnaire asks for, in which order, and when one matters.
+"""The questions of the questionnaire, their order, and when each matters.
 
-The words of the questions stand here, in a user's terms; types, choices and limits come from the schema.
+Only the wording is here; types, choices and limits come from the schema.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config import Origin, Resolved, resolve
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from paceline.cli.config.machine import Machine
-    from paceline.config.schema.base import Slot
+    from paceline.config.schema.base import Setting
 
 __all__ = ["QUESTIONS", "Question", "Situation"]
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """The machine, and what has been answered so far, by dotted key."""
+    """The machine and the answers so far, by dotted key."""
 
     machine: Machine
     answers: Mapping[str, object]
 
     def value(self, key: str) -> Any:
-        """The answer to a question; the default of the schema while there is none."""
-        return self.answers.get(key, places()[key].default)
+        """Return the answer to a question, or the default of the schema."""
+        return self.answers.get(key, all_settings()[key].default)
 
     @property
     def devices(self) -> int:
@@ -38,23 +38,23 @@ class Situation:
 
     @property
     def processes(self) -> int:
-        """Processes over all machines, as far as is known."""
-        said = self.answers.get("num_processes")
-        return said if isinstance(said, int) else self.default_processes
+        """Processes over all machines, as far as known."""
+        answer = self.answers.get("num_processes")
+        return answer if isinstance(answer, int) else self.default_processes
 
     @property
     def default_processes(self) -> int:
-        """What a launch would start on each machine, times the machines."""
+        """Processes that a launch would start on each machine, times the machines."""
         per_machine = self.devices if self.machine.devices and self.devices else min(2, self.machine.processes)
         return max(1, per_machine) * self.machines
 
     @property
     def machines(self) -> int:
-        """How many machines can take part."""
+        """The maximum number of machines."""
         return int(str(self.value("num_machines")).rpartition(":")[2])
 
     def problems(self, answers: Mapping[str, object]) -> set[Problem]:
-        """What would be wrong with these answers as a configuration."""
+        """Return what is wrong with these answers as a configuration."""
         try:
             self._resolve(answers)
         except ConfigError as error:
@@ -62,15 +62,15 @@ class Situation:
         return set()
 
     def new_problems(self, question: Question, value: object) -> list[Problem]:
-        """What one more answer would make wrong; what a later answer can still put right does not count."""
+        """Return the problems that one more answer would cause and no later answer can fix."""
         with_it = {**self.answers, question.key: value, **question.along.get(str(value), {})}
         before = {(problem.key, problem.what) for problem in self.problems(self.answers)}
         found = self.problems({key: given for key, given in with_it.items() if given is not None})
         open_keys = {other.key for other in QUESTIONS} - {*self.answers, question.key}
         return [p for p in found if (p.key, p.what) not in before and p.key not in open_keys]
 
-    def is_said_elsewhere(self, key: str) -> bool:
-        """Whether another answer, such as DeepSpeed's JSON, already says what a key would."""
+    def is_set_by_another(self, key: str) -> bool:
+        """Whether another answer, such as DeepSpeed's JSON, already sets a key."""
         try:
             origin: Origin = self._resolve(self.answers).origin(key)
         except ConfigError:
@@ -78,7 +78,7 @@ class Situation:
         return key not in self.answers and origin.is_explicit
 
     def _resolve(self, answers: Mapping[str, object]) -> Resolved:
-        flags = {places()[key].flag: value for key, value in answers.items()}
+        flags = {all_settings()[key].flag: value for key, value in answers.items()}
         return resolve(flags=flags, env={}, file=None)
 
 
@@ -91,13 +91,13 @@ class Question:
 
     Attributes:
         key: The dotted key; the schema says its type and its choices.
-        text: The question, as a person would put it.
-        meanings: What each choice means, where its name does not say it.
-        needed: Why an empty answer will not do; empty where it will.
-        when: Whether it matters.
-        default: What the machine suggests; without it, the schema's default.
-        only: The choices worth showing, when the schema has many more.
-        along: What must be answered next after a choice, so that the choice alone is not taken for wrong.
+        text: The question.
+        when: Whether it matters in a situation.
+        default: The suggested answer in a situation; without it, the schema's default.
+        only: The choices to show, where the schema has many more.
+        along: Answers that a choice needs from later questions, so that the choice alone is not a problem.
+        meanings: The meaning of each choice whose name is not clear.
+        needed: Why an answer is required; empty where it is not.
     """
 
     key: str
@@ -110,33 +110,35 @@ class Question:
     needed: str = ""
 
     @property
-    def slot(self) -> Slot:
-        """The setting in the schema."""
-        return places()[self.key]
+    def setting(self) -> Setting:
+        """The setting of the schema."""
+        return all_settings()[self.key]
 
     def matters(self, now: Situation) -> bool:
-        """Whether to ask it at all."""
-        return self.when(now) and not now.is_said_elsewhere(self.key)
+        """Whether to ask the question."""
+        return self.when(now) and not now.is_set_by_another(self.key)
 
     def suggestion(self, now: Situation) -> object:
-        """The answer that Enter gives."""
-        return self.slot.default if self.default is None else self.default(now)
+        """Return the answer that Enter selects."""
+        return self.setting.default if self.default is None else self.default(now)
 
     def choices(self, now: Situation) -> list[object]:
-        """The answers among which to choose; empty for a question that takes text."""
-        shape = self.slot.shape
+        """Return the possible answers; empty for a question that takes text."""
+        shape = self.setting.shape
         if shape.kind == "bool":
-            found: list[object] = [True, False]
+            answers: list[object] = [True, False]
         elif shape.kind == "choice":
             named = [choice for choice in shape.choices if not self.only or choice in self.only]
-            found = [None, *named] if shape.nullable else named
+            answers = [None, *named] if shape.nullable else named
         else:
             return []
-        return [choice for choice in found if not _cannot(self.key, choice, now) and not now.new_problems(self, choice)]
+        return [
+            choice for choice in answers if not _cannot(self.key, choice, now) and not now.new_problems(self, choice)
+        ]
 
 
 def _cannot(key: str, choice: object, now: Situation) -> bool:
-    """Whether this machine lacks what a choice needs."""
+    """Whether the machine does not support a choice."""
     if key == "strategy":
         return (choice == "deepspeed" and not now.machine.has_deepspeed) or (choice == "ddp" and now.processes == 1)
     return key == "mixed_precision" and choice not in now.machine.precisions
@@ -147,7 +149,7 @@ def _several_machines(now: Situation) -> bool:
 
 
 def _rendezvous(now: Situation) -> object:
-    """A range of machines needs the rendezvous that lets them come and go."""
+    """A range of machines needs c10d."""
     return "c10d" if ":" in str(now.value("num_machines")) else "static"
 
 
@@ -257,9 +259,7 @@ _MACHINES: Final = (
 )
 
 _PROCESSES: Final = (
-    Question(
-        "use_cpu", "Train on the CPU and leave the GPUs alone?", lambda now: now.machine.devices > 0, meanings=_YES_NO
-    ),
+    Question("use_cpu", "Train on the CPU and not on the GPUs?", lambda now: now.machine.devices > 0, meanings=_YES_NO),
     Question(
         "num_processes",
         "How many processes in total, over all machines? (one for each GPU is usual)",
@@ -397,4 +397,4 @@ _TRAINING: Final = (
 )
 
 QUESTIONS: Final = (*_MACHINES, *_PROCESSES, *_DEEPSPEED, *_FSDP, *_TRAINING)
-"""In the order in which they are asked: later ones may look at earlier answers."""
+"""In the order in which they are asked: later ones can depend on earlier answers."""

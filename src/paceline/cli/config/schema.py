@@ -24,5 +24,5 @@ after
 
 @click.command(name="schema", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Print it; the text above is what people read."""
+    """Print it; `_HELP` is what users read."""
     click.echo(json.dumps(json_schema(), indent=2))

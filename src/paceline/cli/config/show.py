@@ -1,4 +1,4 @@
-"""`paceline config show`: every value in force, and where it comes from."""
+"""`paceline config show`: every value, and where it comes from."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.paths import PathType
+from paceline.cli.click_helpers import PathType
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
 from paceline.config.deepspeed_file.settings import FILE_KEY
 from paceline.config.deepspeed_file.values import left_open, printable_settings
-from paceline.config.schema.names import places
+from paceline.config.schema.names import all_settings
 from paceline.config.sources.writing import yaml_value
 
 if TYPE_CHECKING:
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     Row = tuple[str, Any, Origin]
 
-_HELP = """Show the values that a launch with the same flags would use, and where each comes from.
+_HELP = """Show the values that `paceline launch` with the same flags would use, and the source of each.
 
-The source of a value is a flag, a variable of the environment, a line of a file, what was detected on this
-machine, or its default. Without --explain only values that somebody set or that were detected are listed.
-Under DeepSpeed its own JSON follows, as far as the configuration decides it.
+The source of a value is a flag, an environment variable, a line of a file, detection on this machine, or the
+default. Without --explain only values that are set or detected are listed. Under DeepSpeed its own JSON follows, as
+far as the configuration determines it.
 
 \b
     paceline config show
@@ -38,10 +38,10 @@ Under DeepSpeed its own JSON follows, as far as the configuration decides it.
 
 @click.command(name="show", cls=SchemaCommand, help=_HELP, context_settings=SETTINGS, params=schema_options())
 @click.option("--config_file", type=PathType(path_type=Path), help="YAML or JSON file to read.")
-@click.option("--explain", is_flag=True, help="List every value, defaults too, with what it decides.")
+@click.option("--explain", is_flag=True, help="List every value, also defaults, with what it does.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: every value, its source, and DeepSpeed's JSON.")
 def command(config_file: Path | None, explain: bool, as_json: bool, **values: Any) -> None:
-    """Show the configuration; the text above is what people read."""
+    """Show the configuration; `_HELP` is what users read."""
     resolved = resolve_sources(given_flags(values), config_file)
     if as_json:
         click.echo(json.dumps(_document(resolved), indent=2, default=str))
@@ -49,15 +49,15 @@ def command(config_file: Path | None, explain: bool, as_json: bool, **values: An
     for note in resolved.notes:
         click.echo(f"paceline: {note}", err=True)
     rows = _rows(resolved)
-    said = [row for row in rows if row[2].kind != "default"]
-    click.echo("\n".join(_table(rows if explain else said, explain)))
+    set_rows = [row for row in rows if row[2].kind != "default"]
+    click.echo("\n".join(_table(rows if explain else set_rows, explain)))
     if not explain:
-        click.echo(f"{len(rows) - len(said)} more values have their defaults; --explain lists them.")
+        click.echo(f"{len(rows) - len(set_rows)} more values have their defaults; --explain lists them.")
     _show_deepspeed(resolved)
 
 
 def _rows(resolved: Resolved) -> list[Row]:
-    """All values; of DeepSpeed's own JSON, which is shown by itself, only where it is."""
+    """Return all values; DeepSpeed's own JSON is shown separately."""
     return [
         (key, "(below)" if key == FILE_KEY and isinstance(value, dict) else value, origin)
         for key, value, origin in resolved.explain()
@@ -73,7 +73,7 @@ def _table(rows: Iterable[Row], explain: bool) -> list[str]:
     for key, value, where in cells:
         lines.append(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {where}")
         if explain:
-            lines.append(f"    {places()[key].description}")
+            lines.append(f"    {all_settings()[key].description}")
     return lines
 
 
@@ -81,13 +81,13 @@ def _show_deepspeed(resolved: Resolved) -> None:
     settings = _deepspeed(resolved)
     if settings is None:
         return
-    click.echo("\nDeepSpeed's own configuration, as far as it is decided before the run:")
+    click.echo("\nDeepSpeed's own configuration, as far as it is known before the run:")
     click.echo(json.dumps(settings, indent=2))
     filled = list(left_open(settings))
     if filled:
         click.echo('\nThe run fills what is "auto":')
     for path, source in filled:
-        click.echo(f"  {path}: {source or 'nothing fills this one, so that a run refuses it; write a value'}")
+        click.echo(f"  {path}: {source or 'no value for this one, so a run refuses it; write a value'}")
 
 
 def _deepspeed(resolved: Resolved) -> dict[str, Any] | None:

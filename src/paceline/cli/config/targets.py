@@ -1,4 +1,4 @@
-"""Where configuration files are written, and what is said about it."""
+"""Where the commands write configuration files."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
 __all__ = ["refuse_to_replace", "target_file", "write_file"]
 
 
-def target_file(env: Mapping[str, str], asked: Path | None) -> Path:
-    """Return the file that was asked for, else the one that every launch reads.
+def target_file(env: Mapping[str, str], explicit: Path | None) -> Path:
+    """Return the explicit file, else the default file that every launch reads.
 
     Raises:
-        UsageError: It cannot be a file.
+        UsageError: The path is a folder.
     """
-    file = default_config_file(env) if asked is None else asked
+    file = default_config_file(env) if explicit is None else explicit
     if file.is_dir():
         raise UsageError(f"{str(file)!r} is a folder", "A configuration is one file", "Name the file in it")
     return file
 
 
 def refuse_to_replace(file: Path) -> None:
-    """Raise `UsageError` when there is such a file already."""
+    """Raise `UsageError` when the file exists."""
     if file.exists():
         raise UsageError(
-            f"There is already a {file}",
-            "It may hold settings that somebody wants",
-            "Give --force to replace it (the old one is kept beside it), or --config_file to write elsewhere",
+            f"{file} exists",
+            "Its settings would be lost",
+            "Pass --force to overwrite it (a backup is kept), or --config_file to write another file",
         )
 
 
 def write_file(file: Path, text: str, *, is_default: bool) -> None:
-    """Write a configuration and say how it is used.
+    """Write a configuration and print how to use it.
 
     Raises:
         UsageError: The file cannot be written.
@@ -52,10 +52,10 @@ def write_file(file: Path, text: str, *, is_default: bool) -> None:
         reason = error.strerror or str(error)
         raise UsageError(f"{str(file)!r} cannot be written", reason, "Name another --config_file") from error
     if kept is not None:
-        click.echo(f"The file that was there is kept as {kept}.")
+        click.echo(f"The old file is kept as {kept}.")
     flag = "" if is_default else f"--config_file {file} "
     click.echo(f"Wrote {file}. It is read by: paceline launch {flag}script.py")
     click.echo(f"Try it out: paceline test {flag}".rstrip())
     other = os.environ.get("PACELINE_CONFIG_FILE")
     if is_default and other:
-        click.echo(f"paceline: PACELINE_CONFIG_FILE is set, so that {other} is read in its place", err=True)
+        click.echo(f"paceline: PACELINE_CONFIG_FILE is set, so {other} is read instead", err=True)

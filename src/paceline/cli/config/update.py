@@ -1,4 +1,4 @@
-"""`paceline config update`: an old file in today's words, in place."""
+"""`paceline config update`: rewrites an old file with current keys, in place."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from pathlib import Path
 
 import click
 
-from paceline.cli.paths import PathType
+from paceline.cli.click_helpers import PathType
 from paceline.config import find_config_file
 from paceline.config.conversion import convert_file, deepspeed_problems
 from paceline.config.sources.writing import replace_file
 from paceline.errors import ConfigError, UsageError
 
-_HELP = """Rewrite FILE with today's keys: renamed keys, FSDP version 1, settings of very old versions.
+_HELP = """Rewrite FILE with current keys: renamed keys, FSDP version 1, settings of very old versions.
 
-A line for each key says what became of it. The old file is kept beside the new one as FILE.bak. A file that is
-up to date is not touched, and one with a key that nothing corresponds to is not either. Without FILE, the one
-that `paceline launch` would read is updated.
+A line for each key says what it became. The old file is kept as FILE.bak. A file that is up to date, or that has a
+key without a counterpart, is not changed. Without FILE, the file that `paceline launch` would read is updated.
 
 \b
     paceline config update --dry_run
@@ -28,19 +27,19 @@ that `paceline launch` would read is updated.
 @click.command(name="update", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("file", type=PathType(path_type=Path), required=False)
 @click.option("--config_file", "--config-file", type=PathType(path_type=Path), help="The same as FILE.")
-@click.option("--dry_run", "--dry-run", is_flag=True, help="Say what would change; write nothing.")
+@click.option("--dry_run", "--dry-run", is_flag=True, help="Print what would change; write nothing.")
 def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
-    """Update the file; the text above is what people read."""
+    """Update the file; `_HELP` is what users read."""
     if file is not None and config_file is not None:
-        raise click.UsageError("FILE and --config_file say the same: give one of the two.")
+        raise click.UsageError("FILE and --config_file are the same: give one of the two.")
     found = find_config_file(os.environ, file or config_file)
     if found is None:
-        raise UsageError("There is no configuration file", "None of the usual places holds one", "Name the file")
+        raise UsageError("There is no configuration file", "None of the default files exists", "Name the file")
     if deepspeed_problems(found) is not None:
         raise UsageError(
             f"{found} is DeepSpeed's own JSON",
-            "It has no older words that could be brought up to date",
-            "Use it as it is, or write our keys beside it: paceline config convert",
+            "It has no old keys to update",
+            "Use it as it is, or convert it: paceline config convert",
         )
     result = convert_file(found, compact=False)
     if result.problems:
@@ -48,8 +47,8 @@ def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
     if not result.is_changed:
         click.echo(f"{found} is up to date.")
         return
-    for fate in result.fates:
-        click.echo(str(fate))
+    for key in result.keys:
+        click.echo(str(key))
     problems = result.remaining_problems(found.absolute().parent)
     if problems:
         raise ConfigError(problems)

@@ -89,30 +89,39 @@ def _x(point: Point, by_time: bool) -> float:
 
 def _time_unit(chart: Chart) -> tuple[float, str]:
     longest = max(point.time for line in chart.lines.values() for point in line)
-    return (3600.0, "hours") if longest > 7200 else (60.0, "minutes") if longest > 180 else (1.0, "seconds")
+    if longest > 7200:
+        return 3600.0, "hours"
+    return (60.0, "minutes") if longest > 180 else (1.0, "seconds")
 
 
 def _range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float, bool]:
-    """The ends of the scale, and whether a few values lie so far out that they are cut off."""
+    """Return the ends of the scale, and whether a few outliers are cut off."""
     finite = sorted(value for value in values if math.isfinite(value))
     if not finite:
         return 0.0, 1.0, False
-    low, high, is_cut = finite[0], finite[-1], False
-    if len(finite) >= 30:
-        # So that a first loss of a thousand does not flatten all that follows.
-        near_low, near_high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]
-        spread = near_high - near_low
-        if spread > 0 and high - near_high > 3 * spread:
-            high, is_cut = near_high + 0.3 * spread, True
-        if spread > 0 and near_low - low > 3 * spread and not from_zero:
-            low, is_cut = near_low - 0.3 * spread, True
+    low, high, is_cut = _without_outliers(finite, keep_low=from_zero)
     if from_zero:
         low = min(0.0, low)
     if low == high:
-        room = abs(low) * 0.1 or 1.0
-        return low - (0 if from_zero else room), high + room, is_cut
-    room = 0.06 * (high - low)
-    return low if from_zero and low == 0 else low - room, high + room, is_cut
+        margin = abs(low) * 0.1 or 1.0
+        return low - (0 if from_zero else margin), high + margin, is_cut
+    margin = 0.06 * (high - low)
+    return low if from_zero and low == 0 else low - margin, high + margin, is_cut
+
+
+def _without_outliers(ordered: Sequence[float], *, keep_low: bool) -> tuple[float, float, bool]:
+    """Cut off the outer 2 % where they are far away: a first loss of 1000 must not flatten the rest."""
+    low, high, is_cut = ordered[0], ordered[-1], False
+    if len(ordered) < 30:
+        return low, high, is_cut
+    outer = len(ordered) // 50
+    near_low, near_high = ordered[outer], ordered[-1 - outer]
+    spread = near_high - near_low
+    if spread > 0 and high - near_high > 3 * spread:
+        high, is_cut = near_high + 0.3 * spread, True
+    if spread > 0 and near_low - low > 3 * spread and not keep_low:
+        low, is_cut = near_low - 0.3 * spread, True
+    return low, high, is_cut
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -164,31 +173,34 @@ def _axes(x: Scale, y: Scale, unit: str) -> list[str]:
 def _line(
     points: Sequence[Point], x: Scale, y: Scale, *, index: int, noisy: bool, by_time: bool, seconds: float
 ) -> tuple[str, list[float], list[float | str]]:
-    """The drawn line, and the points that the pointer finds."""
+    """Draw a line; return it with the points that the pointer finds."""
     seen = thin(points)
     xs = [_x(point, by_time) / seconds for point in seen]
     color = f"c{index % 6}"
     is_smoothed = noisy and len(points) >= _SMOOTH_FROM
-    raw = f'<path class="line {color}{" raw" if is_smoothed else ""}" d="{_path(xs, seen, x, y)}"/>'
+    drawn = f'<path class="line {color}{" raw" if is_smoothed else ""}" d="{_path(xs, seen, x, y)}"/>'
     if is_smoothed:
-        # A spike beyond the scale would show for long in what is smoothed.
-        held = [p._replace(value=min(max(p.value, y.low), y.high)) if math.isfinite(p.value) else p for p in points]
-        calm = thin(smooth(held))
+        calm = thin(smooth([_clipped(point, y) for point in points]))
         calm_xs = [_x(point, by_time) / seconds for point in calm]
-        raw += f'<path class="line {color}" d="{_path(calm_xs, calm, x, y)}"/>'
-    if len(points) <= _FEW:
-        raw += "".join(
-            f'<circle class="dot {color}" cx="{x(at)}" cy="{y(point.value)}" r="2.6"/>'
-            for at, point in zip(xs, seen, strict=True)
-            if math.isfinite(point.value)
-        )
-    raw += "".join(
-        f'<path class="bad" d="M{x(at)} {HEIGHT - BOTTOM}v-8"/>'
-        for at, point in zip(xs, seen, strict=True)
-        if not math.isfinite(point.value)
-    )
-    values: list[float | str] = [float(f"{p.value:.5g}") if math.isfinite(p.value) else str(p.value) for p in seen]
-    return raw, [round(at, 3) for at in xs], values
+        drawn += f'<path class="line {color}" d="{_path(calm_xs, calm, x, y)}"/>'
+    for at, point in zip(xs, seen, strict=True):
+        if not math.isfinite(point.value):
+            drawn += f'<path class="bad" d="M{x(at)} {HEIGHT - BOTTOM}v-8"/>'
+        elif len(points) <= _FEW:
+            drawn += f'<circle class="dot {color}" cx="{x(at)}" cy="{y(point.value)}" r="2.6"/>'
+    return drawn, [round(at, 3) for at in xs], [_rounded(point.value) for point in seen]
+
+
+def _rounded(value: float) -> float | str:
+    """Round to five digits; JSON has no NaN or infinity, so these become text."""
+    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+
+
+def _clipped(point: Point, y: Scale) -> Point:
+    """Move a value to the edge of the scale: a spike beyond it would distort the smoothed line for long."""
+    if not math.isfinite(point.value):
+        return point
+    return point._replace(value=min(max(point.value, y.low), y.high))
 
 
 def _path(xs: Sequence[float], points: Sequence[Point], x: Scale, y: Scale) -> str:

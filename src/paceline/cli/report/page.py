@@ -42,9 +42,9 @@ def build_page(run: Run, rates: Rates) -> str:
 def _header(run: Run, title: str) -> str:
     project = run.record.get("project")
     when = datetime.datetime.fromtimestamp(run.began).astimezone().strftime("%d %B %Y, %H:%M %Z")
-    said = [f"project {escape(str(project))}"] if project else []
-    said += [f"began {when}", _ending(run), escape(str(run.folder))]
-    return f'<h1>{title}</h1><p class="soft" style="margin:0">{" · ".join(said)}</p>'
+    parts = [f"project {escape(str(project))}"] if project else []
+    parts += [f"began {when}", _ending(run), escape(str(run.folder))]
+    return f'<h1>{title}</h1><p class="soft" style="margin:0">{" · ".join(parts)}</p>'
 
 
 def _ending(run: Run) -> str:
@@ -56,36 +56,32 @@ def _ending(run: Run) -> str:
 
 
 def _warnings(run: Run) -> str:
-    said = []
+    texts = []
     if run.broken:
-        said.append(f"{run.broken} line{'s' if run.broken > 1 else ''} of the log could not be read.")
+        texts.append(f"{run.broken} line{'s' if run.broken > 1 else ''} of the log could not be read.")
     if not run.record:
-        said.append("There is no run.json, so the configuration and the environment are not known.")
+        texts.append("There is no run.json, so the configuration and the environment are not known.")
     bad = {name: [p for p in points if not math.isfinite(p.value)] for name, points in run.series.items()}
     for name, points in bad.items():
         if points:
             count = f"{len(points)} value{'s' if len(points) > 1 else ''}"
             are = "are no finite numbers" if len(points) > 1 else "is no finite number"
-            said.append(f"{escape(name)}: {count} {are}, the first at step {short(points[0].step)}.")
-    return "".join(f'<p class="warn">{text}</p>' for text in said)
+            texts.append(f"{escape(name)}: {count} {are}, the first at step {short(points[0].step)}.")
+    return "".join(f'<p class="warn">{text}</p>' for text in texts)
 
 
 def _tiles(run: Run, rates: Rates) -> str:
     steps = max(entry.step for entry in run.entries)
     tiles = [(short(steps), "last step"), (_duration(run.entries[-1].time - run.began), "from first to last entry")]
-    loss = _last(run.series.get("loss") or run.series.get("train_loss") or ())
-    if loss is not None:
-        tiles.append((short(loss), "last loss"))
-    for name, points in run.series.items():
-        if "loss" in name and name.startswith(("eval", "val")):
-            finite = [point.value for point in points if math.isfinite(point.value)]
-            tiles += [(short(min(finite)), f"least {name}")] if finite else []
+    tiles += _loss_tiles(run)
     for points, what in ((rates.samples, "samples/s"), (rates.tokens, "tokens/s")):
-        middle = _middle(points)
-        tiles += [] if middle is None else [(short(middle), f"{what}, median")]
+        median = _median(points)
+        if median is not None:
+            tiles.append((short(median), f"{what}, median"))
     memory = _last(rates.memory)
-    tiles += [] if memory is None else [(f"{memory:.3g} GiB", "peak memory, rank 0")]
-    mfu = _middle(rates.mfu)
+    if memory is not None:
+        tiles.append((f"{memory:.3g} GiB", "peak memory, rank 0"))
+    mfu = _median(rates.mfu)
     tiles.append(("unknown" if mfu is None else f"{mfu:.1f} %", "MFU, median"))
     if run.record.get("parameters"):
         tiles.append((short(run.record["parameters"]), "parameters"))
@@ -97,11 +93,22 @@ def _tiles(run: Run, rates: Rates) -> str:
     return f'<div class="tiles">{shown}</div>'
 
 
+def _loss_tiles(run: Run) -> Iterator[tuple[str, str]]:
+    loss = _last(run.series.get("loss") or run.series.get("train_loss") or ())
+    if loss is not None:
+        yield short(loss), "last loss"
+    for name, points in run.series.items():
+        if "loss" in name and name.startswith(("eval", "val")):
+            finite = [point.value for point in points if math.isfinite(point.value)]
+            if finite:
+                yield short(min(finite)), f"least {name}"
+
+
 def _last(points: Sequence[Point]) -> float | None:
     return points[-1].value if points else None
 
 
-def _middle(points: Sequence[Point]) -> float | None:
+def _median(points: Sequence[Point]) -> float | None:
     values = sorted(point.value for point in points)
     return values[len(values) // 2] if values else None
 
@@ -109,7 +116,9 @@ def _middle(points: Sequence[Point]) -> float | None:
 def _duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.3g} s"
 
 
 def _charts(run: Run, rates: Rates) -> str:
@@ -196,12 +205,12 @@ def _settings_rows(settings: Mapping[str, Any], origins: Mapping[str, str]) -> l
 
 
 def _split_table(rows: Sequence[tuple[str, Any, str]], has_origins: bool) -> str:
-    """A table of what somebody said, and one to open of the defaults."""
+    """A table of the values that were set, and a folded one of the defaults."""
     if not has_origins:
         return _table(("name", "value"), [row[:2] for row in rows])
     head = ("name", "value", "origin")
-    said, defaults = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
-    shown = _table(head, said) if said else '<p class="soft">Everything has its default.</p>'
+    set_rows, defaults = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
+    shown = _table(head, set_rows) if set_rows else '<p class="soft">Everything has its default.</p>'
     if defaults:
         hidden = _table(head[:2], [row[:2] for row in defaults])
         shown += f"<details><summary>{len(defaults)} defaults</summary>{hidden}</details>"

@@ -1,4 +1,4 @@
-"""What a run left behind: the lines of `metrics.jsonl`, and `run.json`."""
+"""Reads the files of a run: `metrics.jsonl` and `run.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOT_NUMBERS = {"NaN", "Infinity", "-Infinity"}
 
 
 class Point(NamedTuple):
-    """One value: at which step, how many seconds after the run began, and what."""
+    """One value: the step, the seconds since the run began, and the value."""
 
     step: float
     time: float
@@ -33,11 +33,11 @@ class Entry:
     """One line of the log.
 
     Attributes:
-        start: Which start of the run wrote it, counted from 0.
-        step: As it was logged; lines without one are counted.
+        start: The start of the run that wrote it, from 0.
+        step: The logged step; lines without one are counted.
         time: Seconds since 1970.
         values: Numbers by name.
-        facts: What the run knew of itself.
+        facts: Counters that the run logged about itself: steps, samples, tokens, memory.
     """
 
     start: int
@@ -52,10 +52,10 @@ class Run:
     """Everything about a run.
 
     Attributes:
-        folder: Where it was.
-        entries: Its log; what a resumed run repeats is there once, as it was repeated.
-        record: What `run.json` says.
-        broken: Lines that could not be read.
+        folder: Its folder.
+        entries: Its log; steps that a resumed run repeats are there once, as repeated.
+        record: The contents of `run.json`.
+        broken: Number of lines that could not be read.
         series: Points by name.
     """
 
@@ -72,10 +72,16 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run left.
+    """Read the files of a run.
+
+    Args:
+        folder: The folder of the run.
+
+    Returns:
+        The run.
 
     Raises:
-        TrackingError: There is nothing; names folders below in which there is something.
+        TrackingError: The folder holds no log; names folders below that do.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
@@ -84,9 +90,9 @@ def read_run(folder: Path) -> Run:
     lines, broken = _read_lines(path)
     if not lines:
         raise TrackingError(
-            f"{path} holds no log entry", "A report is made of them", "Log something, or wait until the run has"
+            f"{path} holds no log entry", "A report shows log entries", "Log a value, or wait until the run does"
         )
-    run = Run(folder, _last_course(list(_entries(lines, _starts(record)))), record, broken)
+    run = Run(folder, _current_history(list(_entries(lines, _starts(record)))), record, broken)
     for name in dict.fromkeys(name for entry in run.entries for name in entry.values):
         run.series[name] = _points(run, name)
     return run
@@ -94,12 +100,12 @@ def read_run(folder: Path) -> Run:
 
 def _nothing(folder: Path) -> TrackingError:
     if not folder.is_dir():
-        return TrackingError(f"{folder} is no folder", "A report needs the folder of a run", "Name an existing one")
+        return TrackingError(f"{folder} is not a folder", "A report needs the folder of a run", "Name an existing one")
     found = sorted({path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{METRICS_FILE}")})
     named = ", ".join(map(str, found[:8]))
     return TrackingError(
         f"{folder} holds no {METRICS_FILE}",
-        "That is what a Trainer leaves in output_dir, and a script that calls init_trackers in project_dir",
+        "A Trainer writes it to output_dir, and a script that calls init_trackers to project_dir",
         f"Name one of {named}" if found else "Name the folder of a run that has logged something",
     )
 
@@ -113,7 +119,7 @@ def _read_record(path: Path) -> Mapping[str, Any]:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries, and how many lines are none: a run that was killed may leave half a line."""
+    """Return the entries and the number of broken lines: a killed run may leave half a line."""
     lines, broken = [], 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
@@ -151,25 +157,33 @@ def _number(value: Any) -> float | None:
     return None
 
 
-def _last_course(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries of the course that the run is on: a start that goes back leaves what came after that place.
+def _current_history(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries that led to the current state: a resumed run drops what came after its checkpoint.
 
-    What a start does that only evaluates is no part of it, unless nothing was trained at all.
+    A start that only evaluates is left out, unless nothing was trained at all.
     """
-    trains = {entry.start for entry in entries if _clock(entry)}
+    training_starts = {entry.start for entry in entries if _clock(entry)}
     kept: list[Entry] = []
     for entry in entries:
-        clock = _clock(entry)
-        if clock == 0 and kept and entry.start not in trains:
+        if kept and _clock(entry) == 0 and entry.start not in training_starts:
             continue
-        if clock and kept and (entry.start > kept[-1].start or clock < (_clock(kept[-1]) or 0)):
-            kept = [old for old in kept if (_clock(old) or 0) <= clock]
+        if kept and _goes_back(entry, kept[-1]):
+            kept = _up_to(_clock(entry) or 0, kept)
         kept.append(entry)
     return kept
 
 
+def _up_to(clock: float, entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if (_clock(entry) or 0) <= clock]
+
+
+def _goes_back(entry: Entry, last: Entry) -> bool:
+    clock = _clock(entry)
+    return bool(clock) and (entry.start > last.start or (clock or 0) < (_clock(last) or 0))
+
+
 def _clock(entry: Entry) -> float | None:
-    """How far the training was; None where the log does not say."""
+    """Return how far the training was; None where the log does not say."""
     return next((entry.facts[name] for name in ("optimizer_steps", "samples_seen") if name in entry.facts), None)
 
 

@@ -1,4 +1,4 @@
-"""What one check of `paceline test` came to."""
+"""The result of one check of `paceline test`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["CheckFailed", "Outcome", "run_check"]
 
 
 class CheckFailed(PacelineError):
-    """Something is not as it must be."""
+    """A check did not pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One check.
+    """The result of one check.
 
     Attributes:
-        section: The way of training that it is about; empty for what all share.
-        name: Of the check.
-        passed: Whether all was as it must be.
-        seconds: How long it took.
+        section: The strategy and precision that it checks; empty for checks that concern all.
+        name: The name of the check.
+        passed: Whether it passed.
+        seconds: How long it took, in seconds.
         saw: What was seen.
         why: Why that is wrong; empty if it passed.
         todo: What to do; empty if it passed.
@@ -41,7 +41,7 @@ class Outcome:
     todo: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values that JSON can hold."""
+        """Return the fields as plain values for JSON."""
         return asdict(self)
 
 

@@ -15,7 +15,7 @@ from paceline.cli.selftest import checks
 from paceline.cli.selftest.outcome import run_check
 from paceline.cli.selftest.training import prepare
 from paceline.cli.variants import LAYOUT, variant
-from paceline.config import in_force, worker_config
+from paceline.config import use_configuration, worker_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(seconds=60)
 
 
-class Ranks:
-    """Runs checks on all ranks and keeps what they came to."""
+class RankChecks:
+    """Runs the checks on one rank and writes down their results."""
 
     def __init__(self, folder: Path, resolved: Resolved) -> None:
         self.folder = folder
@@ -37,7 +37,7 @@ class Ranks:
         self.block_names = (fsdp.transformer_cls_names_to_wrap or ()) if fsdp is not None else ()
 
     def check(self, section: str, name: str, check: Callable[[], str]) -> bool:
-        """Run a check and write down what came of it at once: a later one may never end."""
+        """Run a check and write its result at once: a later check may hang."""
         outcome = run_check(section, name, check)
         self.outcomes.append(outcome)
         text = json.dumps([one.as_dict() for one in self.outcomes])
@@ -47,29 +47,29 @@ class Ranks:
         return outcome.passed
 
     def sections(self) -> Iterator[tuple[str, Resolved]]:
-        """The configuration in force, then DDP and FSDP unless it is one of them."""
+        """Yield the current configuration, then DDP and FSDP unless it is one of them."""
         config = self.resolved.config
-        yours = config.strategy
+        strategy_now = config.strategy
         size = config.num_processes or 1
-        yield f"{yours}, {config.mixed_precision}", self.resolved
+        yield f"{strategy_now}, {config.mixed_precision}", self.resolved
         if size > 1:
-            # What is automatic is DDP for a model as small as this one.
-            for strategy in {"auto": ("fsdp",), "ddp": ("fsdp",), "fsdp": ("ddp",)}.get(yours, ("ddp", "fsdp")):
+            # For a model as small as this one auto chooses DDP.
+            for strategy in {"auto": ("fsdp",), "ddp": ("fsdp",), "fsdp": ("ddp",)}.get(strategy_now, ("ddp", "fsdp")):
                 yield (
                     f"{strategy}, no",
                     variant(self.resolved, (*LAYOUT, "fp8_config"), strategy=strategy, mixed_precision="no"),
                 )
 
     def save(self) -> None:
-        """Everything up to saved checkpoints."""
+        """Run all checks up to saving a checkpoint."""
         first, *_ = self.sections()
-        with in_force(first[1]):
+        with use_configuration(first[1]):
             self._exchange(build())
         for section, resolved in self.sections():
             self._train(section, resolved)
 
     def _exchange(self, accelerator: Accelerator) -> None:
-        """What does not depend on the way of training; wrong exchanges end the run."""
+        """Check what all strategies share; wrong collectives end the run."""
         if not self.check("", "collectives", lambda: checks.check_collectives(accelerator)):
             sys.exit(0)
         self.check("", "data loader", lambda: checks.check_loader(accelerator))
@@ -79,7 +79,7 @@ class Ranks:
 
         def training(accumulation: int) -> str:
             chosen = variant(resolved, gradient_accumulation_steps=accumulation)
-            with in_force(chosen):
+            with use_configuration(chosen):
                 accelerator = build()
             run = prepare(accelerator, accelerator.num_processes, accumulation, self.block_names)
             saw, trained = checks.check_training(run, accumulation)
@@ -102,7 +102,7 @@ class Ranks:
             self.check(section, "accumulation", lambda: training(2))
 
     def load(self, ranks: int) -> None:
-        """Load what was saved by `ranks` ranks."""
+        """Load the checkpoints that `ranks` ranks saved."""
         for file in sorted(self.folder.glob("*/wanted.json")):
             self._load(file.parent, ranks)
             gc.collect()
@@ -110,13 +110,14 @@ class Ranks:
     def _load(self, folder: Path, ranks: int) -> None:
         precision = json.loads((folder / "wanted.json").read_text(encoding="utf-8"))["precision"]
         without = ("fp8_config",) if precision == "no" else ()
-        with in_force(variant(self.resolved, without, mixed_precision=precision, gradient_accumulation_steps=1)):
+        resolved = variant(self.resolved, without, mixed_precision=precision, gradient_accumulation_steps=1)
+        with use_configuration(resolved):
             accelerator = build()
         self.check(folder.name, "load", lambda: checks.check_load(accelerator, folder, ranks, self.block_names))
 
 
 def build() -> Accelerator:
-    """An Accelerator that waits a minute at most, and does not skip its first fp16 steps."""
+    """Build an Accelerator that waits at most a minute for other ranks and does not skip its first fp16 steps."""
     config = worker_config(os.environ).config
     handlers: list[object] = [InitProcessGroupKwargs(timeout=_PATIENCE)]
     if config.mixed_precision == "fp16" and config.strategy != "deepspeed":
@@ -126,7 +127,7 @@ def build() -> Accelerator:
 
 def main(phase: str, folder: Path, ranks: int) -> None:
     """Run one phase."""
-    run = Ranks(folder, worker_config(os.environ))
+    run = RankChecks(folder, worker_config(os.environ))
     if phase == "save":
         run.save()
     else:

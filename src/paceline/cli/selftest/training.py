@@ -1,4 +1,4 @@
-"""A small training for `paceline test`, under paceline and in plain PyTorch."""
+"""The small training of `paceline test`, with paceline and in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from paceline import Accelerator
 
-__all__ = ["STEPS", "Prepared", "Trained", "checksums", "make_model", "prepare", "train", "train_plainly"]
+__all__ = ["STEPS", "SmallTraining", "Trained", "checksums", "make_model", "prepare", "train", "train_in_plain_torch"]
 
 STEPS = 4
-ROWS = 4
+BATCH_SIZE = 4
 """Samples in a rank's micro-batch."""
 _FEATURES, _WIDTH = 16, 32
 
@@ -43,7 +43,7 @@ def make_model(block_names: Sequence[str] = ()) -> nn.Sequential:
     """Build a model of two blocks, the same everywhere.
 
     Args:
-        block_names: What the classes of its blocks are called: those that the configuration shards by.
+        block_names: Class names for its blocks: those that the configuration shards by.
     """
     names = list(block_names) or [_Block.__name__]
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +53,7 @@ def make_model(block_names: Sequence[str] = ()) -> nn.Sequential:
 
 
 def make_data(samples: int) -> tuple[Tensor, Tensor]:
-    """Return inputs [samples, features] and what they should give, the same everywhere."""
+    """Return inputs [samples, features] and targets [samples, 1], the same everywhere."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(samples, _FEATURES, generator=generator), torch.randn(samples, 1, generator=generator)
 
@@ -68,8 +68,8 @@ class Trained:
 
 
 @dataclass(slots=True)
-class Prepared:
-    """A model in training."""
+class SmallTraining:
+    """A prepared model, optimizer and loader."""
 
     accelerator: Accelerator
     model: Any
@@ -82,20 +82,20 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
 
 
-def prepare(accelerator: Accelerator, ranks: int, accumulation: int, block_names: Sequence[str] = ()) -> Prepared:
-    """Prepare the model and data of which `ranks` ranks train on `ROWS` samples each in a micro-batch.
+def prepare(accelerator: Accelerator, ranks: int, accumulation: int, block_names: Sequence[str] = ()) -> SmallTraining:
+    """Prepare the model and data of which `ranks` ranks train on `BATCH_SIZE` samples each in a micro-batch.
 
     Collective: every rank must call it.
     """
     model = make_model(block_names)
-    rows = ROWS * ranks // accelerator.num_processes
-    samples = 2 * STEPS * ROWS * ranks * accumulation
-    loader = DataLoader(TensorDataset(*make_data(samples)), batch_size=rows)
-    return Prepared(accelerator, *accelerator.prepare(model, _optimizer(model), loader))
+    batch_size = BATCH_SIZE * ranks // accelerator.num_processes
+    samples = 2 * STEPS * BATCH_SIZE * ranks * accumulation
+    loader = DataLoader(TensorDataset(*make_data(samples)), batch_size=batch_size)
+    return SmallTraining(accelerator, *accelerator.prepare(model, _optimizer(model), loader))
 
 
-def train(run: Prepared, steps: int = STEPS) -> Trained:
-    """Take some steps; the next call goes on. Collective: every rank must call it."""
+def train(run: SmallTraining, steps: int = STEPS) -> Trained:
+    """Take some steps; the next call continues. Collective: every rank must call it."""
     accelerator, trained, window = run.accelerator, Trained([], []), []
     layer = next(module for module in run.model.modules() if isinstance(module, nn.Linear))
 
@@ -121,8 +121,8 @@ def train(run: Prepared, steps: int = STEPS) -> Trained:
     return trained
 
 
-def train_plainly(device: torch.device, samples: int, precision: str) -> Trained:
-    """The same training in plain PyTorch, on one device with the whole global batch."""
+def train_in_plain_torch(device: torch.device, samples: int, precision: str) -> Trained:
+    """Train the same in plain PyTorch, on one device with the whole global batch."""
     model = make_model().to(device)
     optimizer, trained = _optimizer(model), Trained([], [])
     inputs, wanted = (t.to(device) for t in make_data(2 * STEPS * samples))
@@ -140,5 +140,5 @@ def train_plainly(device: torch.device, samples: int, precision: str) -> Trained
 
 
 def checksums(weights: dict[str, Tensor]) -> dict[str, int]:
-    """A checksum of the bytes of each tensor."""
+    """Return a checksum of the bytes of each tensor."""
     return {name: zlib.crc32(w.contiguous().view(torch.uint8).numpy().tobytes()) for name, w in weights.items()}

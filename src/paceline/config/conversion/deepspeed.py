@@ -1,10 +1,10 @@
-"""DeepSpeed's JSON."""
+"""Converts DeepSpeed's JSON."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from paceline.config.conversion.result import Conversion, Fate
+from paceline.config.conversion.result import Conversion, ConvertedKey
 from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, name_problems, read_settings, shared_values, walk
 from paceline.config.deepspeed_file.values import left_open
 from paceline.config.sources.document import read_document
@@ -25,17 +25,17 @@ _OWNED: Final = {
     "bf16.enabled": "it follows mixed_precision",
     "fp16.enabled": "it follows mixed_precision",
 }
-"""Why an "auto" need not be said."""
+"""Why an "auto" can be left out."""
 
 
 def is_deepspeed(names: Iterable[str]) -> bool:
     """Whether the keys at the top of a file are those of DeepSpeed's JSON."""
-    found = set(names)
-    return bool(found & {"zero_optimization", *_OWNED}) and not found & {"distributed_type", "strategy"}
+    keys = set(names)
+    return bool(keys & {"zero_optimization", *_OWNED}) and not keys & {"distributed_type", "strategy"}
 
 
 def deepspeed_problems(path: Path) -> Sequence[Problem] | None:
-    """Everything that is wrong with DeepSpeed's JSON; None for another file."""
+    """Return everything that is wrong with DeepSpeed's JSON; None for another file."""
     items, problems = read_document(path)
     if problems or not is_deepspeed(item.name for item in items):
         return None
@@ -44,7 +44,14 @@ def deepspeed_problems(path: Path) -> Sequence[Problem] | None:
 
 
 def convert_deepspeed(path: Path) -> Conversion:
-    """Say DeepSpeed's JSON in our own keys; if some have no counterpart, the new file names the JSON instead."""
+    """Convert DeepSpeed's JSON.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The settings as keys of paceline; if some have no counterpart, the new file names the JSON instead.
+    """
     settings, name, wrong = read_settings(str(path), None)
     result = Conversion(str(path), is_changed=True)
     if settings is None:
@@ -53,43 +60,46 @@ def convert_deepspeed(path: Path) -> Conversion:
     result.values["strategy"] = "deepspeed"
     problems = list(name_problems(settings, name))
     counterparts = _counterparts(settings)
-    stays = not all(key in counterparts or _is_idle(key, value) for key, value in walk(settings))
+    has_counterparts = all(key in counterparts or _changes_nothing(key, value) for key, value in walk(settings))
     filled = dict(left_open(settings))
     for key, value in walk(settings):
-        problem = next((p for p in problems if key == p.key or key.startswith(f"{p.key}.")), None)
+        problem = _problem_of(key, problems)
         if problem is not None:
             result.refuse(name, key, value, problem)
-        elif stays:
-            became = _of_the_json(key, counterparts, filled)
-            result.fates.append(Fate(name, key, value, f"stays in {path.name}, {became}"))
+        elif not has_counterparts:
+            became = _meaning_in_json(key, counterparts, filled)
+            result.keys.append(ConvertedKey(name, key, value, f"stays in {path.name}, {became}"))
         elif key in counterparts:
             result.put(name, key, value, *counterparts[key])
         else:
-            result.leave_out(name, key, value, _OWNED.get(key, "it switches nothing on"))
-    if stays:
+            result.leave_out(name, key, value, _OWNED.get(key, "it changes nothing"))
+    if not has_counterparts:
         result.values[FILE_KEY] = str(path.absolute())
     result.problems.extend(problem for problem in problems if problem not in result.problems)
     return result
 
 
+def _problem_of(key: str, problems: Sequence[Problem]) -> Problem | None:
+    return next((p for p in problems if key == p.key or key.startswith(f"{p.key}.")), None)
+
+
 def _counterparts(settings: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Map paths of the JSON to the dotted keys and values that say the same."""
-    found = {shared.path: (shared.key, shared.value) for shared in shared_values(settings)}
-    precision = next((said for said in found.values() if said[0] == "mixed_precision"), None)
-    for path in ("bf16.enabled", "fp16.enabled"):
-        if precision is not None:
-            # One of the two says the precision, the other one that it is not that.
-            found[path] = precision
-    return found
+    """Map paths of the JSON to the dotted keys and values with the same meaning."""
+    counterparts = {shared.path: (shared.key, shared.value) for shared in shared_values(settings)}
+    precision = next((pair for pair in counterparts.values() if pair[0] == "mixed_precision"), None)
+    if precision is not None:
+        # One switch is on and the other off; both together are one value of mixed_precision.
+        counterparts |= dict.fromkeys(("bf16.enabled", "fp16.enabled"), precision)
+    return counterparts
 
 
-def _is_idle(key: str, value: Any) -> bool:
-    """Whether a key may be missing without any change."""
+def _changes_nothing(key: str, value: Any) -> bool:
+    """Whether a key can be left out without any change."""
     unused = key.startswith("zero_optimization.offload_") and value in (None, "none")
     return unused or (value == AUTO and key in _OWNED)
 
 
-def _of_the_json(key: str, counterparts: Mapping[str, tuple[str, Any]], filled: Mapping[str, str]) -> str:
+def _meaning_in_json(key: str, counterparts: Mapping[str, tuple[str, Any]], filled: Mapping[str, str]) -> str:
     if key in counterparts:
         dotted, new = counterparts[key]
         return f"and is {dotted} {new} of the run"

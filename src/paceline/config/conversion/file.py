@@ -1,16 +1,17 @@
-"""Configuration files: Accelerate's of every version, our own older ones, and DeepSpeed's JSON."""
+"""Converts configuration files: Accelerate's of every version, older ones of paceline, and DeepSpeed's JSON."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.deepspeed import convert_deepspeed, is_deepspeed
-from paceline.config.conversion.result import Conversion
+from paceline.config.conversion.result import Conversion, ConvertedKey
 from paceline.config.resolution import resolve
-from paceline.config.schema.fsdp1 import Translation, translate
-from paceline.config.schema.names import keys_of, places, sections
+from paceline.config.schema.names import all_settings, sections, settings_by_key
 from paceline.config.sources.document import Item, read_document
 from paceline.config.sources.layers import GONE, file_layer
+from paceline.config.translation import Translation, translate
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ _TYPES: Final[Mapping[str, Mapping[str, object]]] = {
     "FSDP": {"strategy": "fsdp"},
     "DEEPSPEED": {"strategy": "deepspeed"},
 }
-"""What distributed types mean in our own words; the others also say which devices there must be, and stay."""
+"""Distributed types that `strategy` replaces; the others also name a kind of device, and stay."""
 
-_OLD: Final = {"fp16": "mixed_precision", "dynamo_backend": "dynamo_config.dynamo_backend"}
+_LEGACY: Final = {"fp16": "mixed_precision", "dynamo_backend": "dynamo_config.dynamo_backend"}
 """Keys that only old files have at the top level."""
 
 
@@ -38,8 +39,11 @@ def convert_file(path: Path, *, compact: bool = True) -> Conversion:
 
     Args:
         path: The file.
-        compact: Leave out what is at its default, and say strategies in our own words; otherwise only what
-            is written differently now changes.
+        compact: Leave out defaults and write `strategy` for distributed types; otherwise change only the keys
+            that are written differently now.
+
+    Returns:
+        The new configuration, with what became of each key.
     """
     items, problems = read_document(path)
     if not problems and is_deepspeed(item.name for item in items):
@@ -47,13 +51,11 @@ def convert_file(path: Path, *, compact: bool = True) -> Conversion:
     result = Conversion(str(path), problems=list(problems))
     layer = file_layer(path)
     found = [problem for problem in _problems(path) if problem not in problems]
-    if not layer.raws and found:
-        # Nothing of such a file can be used, for example of one for SageMaker.
-        result.problems.extend(found)
-        return result
-    translation = translate(layer.raws)
-    for item in _leaves(items):
-        _convert(result, item, layer, translation, found, compact)
+    if layer.raws or not found:
+        keys = _KeyConverter(result, layer, translate(layer.raws), found, compact)
+        for section, item in _leaves(items):
+            keys.convert(section, item)
+    # Else no key can be used, for example in a file for SageMaker.
     result.problems.extend(problem for problem in found if problem not in result.problems)
     return result
 
@@ -75,85 +77,89 @@ def _leaves(items: tuple[Item, ...]) -> Iterator[tuple[str, Item]]:
             yield "", item
 
 
-def _convert(
-    result: Conversion,
-    leaf: tuple[str, Item],
-    layer: Layer,
-    translation: Translation,
-    found: Sequence[Problem],
-    compact: bool,
-) -> None:
-    section, item = leaf
-    prefix = f"{section}." if section else ""
-    written, where = prefix + item.name, item.where
-    shown = item.text if item.text is not None else item.value
-    dotted = _dotted(section, item.name)
-    problem = next((p for p in found if p.where == where and p.key in (written, dotted, section)), None)
-    if problem is not None:
-        result.refuse(where, written, shown, problem)
-    elif not section and item.name in GONE:
-        result.is_changed = True
-        result.leave_out(where, written, shown, GONE[item.name])
-    elif item.value is None or (dotted is None and not item.value):
-        result.leave_out(where, written, "", "it is empty")
-    elif dotted is None:
-        result.leave_out(where, written, shown, "nothing reads it")
-    elif dotted in translation.became:
-        _take_translation(result, where, written, shown, dotted, translation)
-    elif item.name in _OLD and not section:
-        raw = layer.raws.get(dotted)
-        if raw is None:
-            result.leave_out(where, written, shown, "that is the default of mixed_precision")
+@dataclass(frozen=True, slots=True)
+class _KeyConverter:
+    """Converts the keys of one file, one by one.
+
+    Attributes:
+        result: Takes the new values.
+        layer: The file as it is read at a launch.
+        translation: The same under the keys of FSDP2.
+        problems: What is wrong with the file.
+        compact: As in `convert_file`.
+    """
+
+    result: Conversion
+    layer: Layer
+    translation: Translation
+    problems: Sequence[Problem]
+    compact: bool
+
+    def convert(self, section: str, item: Item) -> None:
+        """Convert one key; `section` is empty at the top level."""
+        written = f"{section}.{item.name}" if section else item.name
+        shown = item.text if item.text is not None else item.value
+        dotted = _dotted(section, item.name)
+        problem = self._problem_at(item.where, (written, dotted, section))
+        if problem is not None:
+            self.result.refuse(item.where, written, shown, problem)
+        elif item.name in GONE and not section:
+            self.result.is_changed = True
+            self.result.leave_out(item.where, written, shown, GONE[item.name])
+        elif item.value is None or (dotted is None and not item.value):
+            self.result.leave_out(item.where, written, "", "it is empty")
+        elif dotted is None:
+            self.result.leave_out(item.where, written, shown, "no part of the run reads it")
         else:
-            _take(result, where, written, dotted, translation, compact, shown)
-    else:
-        _take(result, where, written, dotted, translation, compact)
+            is_legacy = not section and item.name in _LEGACY
+            self._convert_value(item.where, written, shown, dotted, is_legacy)
+
+    def _convert_value(self, where: str, written: str, shown: object, dotted: str, is_legacy: bool) -> None:
+        if dotted in self.translation.became:
+            self._take_translated(where, written, shown, dotted)
+        elif is_legacy and dotted not in self.layer.raws:
+            self.result.leave_out(where, written, shown, "that is the default of mixed_precision")
+        else:
+            self._take(where, written, dotted, shown if is_legacy else None)
+
+    def _problem_at(self, where: str, keys: tuple[str | None, ...]) -> Problem | None:
+        return next((problem for problem in self.problems if problem.where == where and problem.key in keys), None)
+
+    def _value(self, dotted: str) -> object:
+        raw = self.translation.raws[dotted]
+        return all_settings()[dotted].shape.read(raw.value, raw.style, raw.text)
+
+    def _take_translated(self, where: str, written: str, shown: object, dotted: str) -> None:
+        """Write a key of FSDP version 1 under its new name, if it has one."""
+        became = self.translation.became[dotted]
+        self.result.is_changed = True
+        if became.startswith("left out, "):
+            self.result.leave_out(where, written, shown, became.removeprefix("left out, "))
+            return
+        self.result.keys.append(ConvertedKey(where, written, shown, became))
+        name = f"fsdp_config.{became.split()[1]}"
+        value = self._value(name)
+        if value != all_settings()[name].default:
+            self.result.values[name] = value
+
+    def _take(self, where: str, written: str, dotted: str, shown: object = None) -> None:
+        value = self._value(dotted)
+        if self.compact and dotted == "distributed_type" and value in _TYPES:
+            replacement = _TYPES[str(value)]
+            self.result.put(where, written, value, "strategy", replacement["strategy"])
+            self.result.values.update(replacement)
+        elif self.compact and dotted == "use_cpu" and self.result.values.get("use_cpu"):
+            self.result.leave_out(where, written, value, "distributed_type sets it")
+        elif self.compact and (value == all_settings()[dotted].default or value in ("", [], ())):
+            self.result.leave_out(where, written, value, "it is the default")
+        else:
+            self.result.put(where, written, value if shown is None else shown, dotted, value)
 
 
 def _dotted(section: str, name: str) -> str | None:
-    if not section and name in _OLD:
-        return _OLD[name]
-    slot = keys_of(section).get(name)
-    if slot is None or (not section and name in sections()):
+    if not section and name in _LEGACY:
+        return _LEGACY[name]
+    setting = settings_by_key(section).get(name)
+    if setting is None or (not section and name in sections()):
         return None
-    return f"{section}.{slot.key}" if section else slot.key
-
-
-def _take_translation(
-    result: Conversion, where: str, written: str, shown: object, dotted: str, translation: Translation
-) -> None:
-    """Take over a key of FSDP version 1 under its new name, if it has one."""
-    became = translation.became[dotted]
-    result.is_changed = True
-    result.leave_out(where, written, shown, became.removeprefix("left out, "))
-    if not became.startswith("left out"):
-        fate = result.fates.pop()
-        result.fates.append(type(fate)(where, written, shown, became))
-        name = f"fsdp_config.{became.split()[1]}"
-        raw = translation.raws[name]
-        value = places()[name].shape.read(raw.value, raw.style, raw.text)
-        if value != places()[name].default:
-            result.values[name] = value
-
-
-def _take(
-    result: Conversion,
-    where: str,
-    written: str,
-    dotted: str,
-    translation: Translation,
-    compact: bool,
-    shown: object = None,
-) -> None:
-    raw, slot = translation.raws[dotted], places()[dotted]
-    value = slot.shape.read(raw.value, raw.style, raw.text)
-    if compact and dotted == "distributed_type" and value in _TYPES:
-        meant = _TYPES[str(value)]
-        result.put(where, written, value, "strategy", meant["strategy"])
-        result.values.update(meant)
-    elif compact and dotted == "use_cpu" and result.values.get("use_cpu"):
-        result.leave_out(where, written, value, "distributed_type said it")
-    elif compact and (value == slot.default or value in ("", [], ())):
-        result.leave_out(where, written, value, "it is the default")
-    else:
-        result.put(where, written, value if shown is None else shown, dotted, value)
+    return f"{section}.{setting.key}" if section else setting.key

@@ -1,4 +1,4 @@
-"""What a conversion comes to."""
+"""The result of a conversion: the new values, and what became of each key."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from paceline.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Conversion", "Fate"]
+__all__ = ["Conversion", "ConvertedKey"]
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """What became of one key."""
+class ConvertedKey:
+    """What became of one key of the source.
+
+    Attributes:
+        where: Its place, for example `old.yaml:12`.
+        key: The key as written.
+        value: The value as written.
+        became: The new key and value, or why there is none.
+    """
 
     where: str
     key: str
@@ -34,60 +41,62 @@ class Fate:
 
 @dataclass(slots=True)
 class Conversion:
-    """A configuration made of something else.
+    """A configuration converted from another format.
 
     Attributes:
         source: What was converted, for the head of the new file.
-        values: Dotted key to value.
-        fates: One entry for each key of the source, in its order.
+        values: The new configuration: dotted key to value.
+        keys: One entry for each key of the source, in its order.
         problems: What could not be converted.
-        command: The words of the `paceline launch` that does what a converted command did; None for a file.
-        is_changed: Whether the source holds anything that is written differently now.
+        command: The `paceline launch` that replaces a converted command line; None for a file.
+        is_changed: Whether any key of the source is written differently now.
     """
 
     source: str
     values: dict[str, object] = field(default_factory=dict)
-    fates: list[Fate] = field(default_factory=list)
+    keys: list[ConvertedKey] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     command: tuple[str, ...] | None = None
     is_changed: bool = False
 
     def put(self, where: str, key: str, value: object, dotted: str, new: object) -> None:
-        """Set a value, and say under which key it is now."""
+        """Set a value, and record its new key."""
         self.values[dotted] = new
         became = "kept" if (key, value) == (dotted, new) else f"became {dotted} {_shown(new)}"
         self.is_changed |= became != "kept"
-        self.fates.append(Fate(where, key, value, became))
+        self.keys.append(ConvertedKey(where, key, value, became))
 
     def leave_out(self, where: str, key: str, value: object, why: str) -> None:
-        """Drop a key, and say why that changes nothing."""
-        self.fates.append(Fate(where, key, value, f"left out: {why}"))
+        """Drop a key, and record why that changes nothing."""
+        self.keys.append(ConvertedKey(where, key, value, f"left out: {why}"))
 
     def refuse(self, where: str, key: str, value: object, problem: Problem) -> None:
-        """Say that a key cannot be converted."""
+        """Record that a key cannot be converted."""
         reason = "; ".join(part for part in (problem.what, problem.why, problem.hint) if part)
-        self.fates.append(Fate(where, key, value, f"NOT CONVERTED: {reason}"))
+        self.keys.append(ConvertedKey(where, key, value, f"NOT CONVERTED: {reason}"))
         self.problems.append(problem)
 
     def as_yaml(self, header: Sequence[str] = ()) -> str:
-        """Write the new file."""
+        """Return the text of the new file."""
         return as_yaml(self.values, (f"Converted from {self.source}.", *header))
 
     def remaining_problems(self, folder: Path) -> Sequence[Problem]:
-        """Check the new file as a launch would; paths in it count from `folder`."""
-        place = folder if os.access(folder, os.W_OK) else None
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=place, encoding="utf-8") as file:
+        """Check the new file as a launch would; relative paths in it start at `folder`."""
+        parent = folder if os.access(folder, os.W_OK) else None
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=parent, encoding="utf-8") as file:
             file.write(self.as_yaml())
             file.flush()
             try:
                 resolve(flags={}, env={}, file=Path(file.name))
             except ConfigError as error:
-                cut = f"{file.name}:"
-                return [
-                    Problem(*(part.replace(cut, "line ") for part in (p.where, p.key, p.what, p.why, p.hint)))
-                    for p in error.problems
-                ]
+                return [_with_lines(problem, file.name) for problem in error.problems]
         return ()
+
+
+def _with_lines(problem: Problem, name: str) -> Problem:
+    """Write `line 3` in the place of `/tmp/x.yaml:3`: the file is gone when the problem is read."""
+    parts = (problem.where, problem.key, problem.what, problem.why, problem.hint)
+    return Problem(*(part.replace(f"{name}:", "line ") for part in parts))
 
 
 def _shown(value: object) -> str:

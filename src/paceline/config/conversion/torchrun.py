@@ -1,4 +1,4 @@
-"""Command lines of torchrun: the settings become a file, the rest the words of `paceline launch`."""
+"""Converts command lines of torchrun: settings become a file, the rest becomes a `paceline launch`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.result import Conversion
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import Problem
+from paceline.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,19 +20,19 @@ _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
 _SHORT: Final = {"-m": "module", "-r": "redirects", "-t": "tee"}
 _SWITCHES: Final = ("standalone", "module", "no_python", "run_path", "use_env")
 _ALWAYS: Final = {
-    "standalone": "one machine needs no rendezvous of its own",
-    "run_path": "scripts run as __main__ anyway",
-    "use_env": "ranks are always told by variables",
-    "rdzv_id": "each launch has a name of its own",
+    "standalone": "one machine needs no rendezvous",
+    "run_path": "scripts always run as __main__",
+    "use_env": "ranks are always set by variables",
+    "rdzv_id": "each launch has its own id",
     "role": "all ranks have the same role",
-    "start_method": "each rank is a program of its own",
-    "redirects": "--log_dir takes both streams of every rank",
+    "start_method": "each rank is a separate program",
+    "redirects": "--log_dir writes both streams of every rank",
     "signals_to_handle": "SIGTERM, SIGINT, SIGHUP and SIGQUIT reach the ranks",
     "logs_specs": "--log_dir names the folder",
     "duplicate_stdout_filters": "every line is kept",
     "duplicate_stderr_filters": "every line is kept",
     "event_log_handler": "events are not recorded",
-    "shutdown_timeout": "the launcher has its own patience",
+    "shutdown_timeout": "the launcher has its own timeout",
 }
 """Flags that change nothing here, with the reason."""
 
@@ -66,31 +65,31 @@ _VARIABLES: Final = {"OMP_NUM_THREADS": "num_cpu_threads_per_process", "CUDA_VIS
 
 @dataclass(slots=True)
 class _Line:
-    """A command line, taken apart; flags by their names with underscores."""
+    """A parsed command line; flags by name, with underscores."""
 
     variables: dict[str, str] = field(default_factory=dict)
     program: str = ""
     flags: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Name to the flag as written and its value."""
+    """Name to the flag as written, and its value."""
     unknown: list[str] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
 
 
 def is_torchrun(words: Sequence[str]) -> bool:
-    """Whether words are a command line of torchrun rather than the name of a file."""
-    return bool(words) and bool(_take_apart(words).program)
+    """Whether the words are a command line of torchrun rather than the name of a file."""
+    return bool(words) and bool(_parse(words).program)
 
 
 def convert_torchrun(words: Sequence[str]) -> Conversion:
     """Convert a command line like `OMP_NUM_THREADS=4 torchrun --nproc_per_node 8 train.py --lr 1e-3`."""
-    line = _take_apart(words)
+    line = _parse(words)
     result = Conversion("a command line of torchrun", is_changed=True)
     for name, value in line.variables.items():
         if name in _VARIABLES:
             number = int(value) if value.isdecimal() and name != "CUDA_VISIBLE_DEVICES" else value
             result.put(line.program, name, value, _VARIABLES[name], number)
         else:
-            result.leave_out(line.program, name, value, "set it in front of paceline launch; ranks inherit it")
+            result.leave_out(line.program, name, value, "set it before `paceline launch`; ranks inherit it")
     for flag in line.unknown:
         hint = did_you_mean(flag.lstrip("-").replace("-", "_"), _KNOWN)
         result.refuse(line.program, flag, "", Problem(line.program, flag, "unknown flag", "", hint))
@@ -100,11 +99,13 @@ def convert_torchrun(words: Sequence[str]) -> Conversion:
             _convert(result, line.program, name, written, value, machines)
     result.command = ("paceline", "launch", *_launch_words(line), *line.rest)
     if not line.rest:
-        result.problems.append(Problem(line.program, "", "there is no script", "", "end the line as you run it"))
+        result.problems.append(
+            Problem(line.program, "", "there is no script", "", "give the whole line, as you run it")
+        )
     return result
 
 
-def _take_apart(words: Sequence[str]) -> _Line:
+def _parse(words: Sequence[str]) -> _Line:
     line, rest = _Line(), list(words)
     while rest and _ASSIGNMENT.fullmatch(rest[0]):
         name, _, value = rest.pop(0).partition("=")
@@ -156,7 +157,7 @@ def _convert(result: Conversion, program: str, name: str, written: str, value: s
     if name in _ALWAYS:
         result.leave_out(program, written, value, _ALWAYS[name])
     elif name in _REFUSED:
-        problem = Problem(program, written, "there is no such setting", "", _REFUSED[name])
+        problem = Problem(program, written, "has no counterpart", "", _REFUSED[name])
         result.refuse(program, written, value, problem)
     elif machines == 1 and name in _SEVERAL_ONLY:
         result.leave_out(program, written, value, "one machine needs no rendezvous")
@@ -169,7 +170,7 @@ def _convert(result: Conversion, program: str, name: str, written: str, value: s
     elif name in _SAME:
         result.put(program, written, value, _SAME[name], _number(value))
     else:
-        result.leave_out(program, written, value, "it stands in the command")
+        result.leave_out(program, written, value, "it is part of the command")
 
 
 def _processes(result: Conversion, program: str, written: str, value: str, machines: int) -> None:
@@ -178,10 +179,12 @@ def _processes(result: Conversion, program: str, written: str, value: str, machi
     elif value == "cpu":
         result.put(program, written, value, "use_cpu", True)
     elif machines > 1:
-        problem = Problem(program, "num_processes", f"{value!r} over {machines} machines", "", "give their number")
+        problem = Problem(
+            program, "num_processes", f"{value!r} over {machines} machines", "", "give the number of processes"
+        )
         result.refuse(program, written, value, problem)
     else:
-        result.leave_out(program, written, value, "without num_processes there is one for each device")
+        result.leave_out(program, written, value, "without num_processes each device gets one process")
 
 
 def _endpoint(result: Conversion, program: str, written: str, value: str) -> None:

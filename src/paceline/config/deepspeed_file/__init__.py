@@ -1,1 +1,1 @@
-"""DeepSpeed's JSON: its keys, its values, and which of them the run decides."""
+"""DeepSpeed's own JSON: its keys, its values, and the values that the run sets."""

@@ -87,23 +87,23 @@ SECTIONS: Final[Mapping[str, frozenset[str]]] = {
 }
 REFUSED: Final = {
     "torch_autocast": "paceline opens autocast itself; write bf16 or fp16",
-    "tensor_parallel": "this release shards by ZeRO only",
-    "sequence_parallel_size": "this release shards by ZeRO only",
-    "expert_parallel": "this release shards by ZeRO only",
+    "tensor_parallel": "this release shards with ZeRO only",
+    "sequence_parallel_size": "this release shards with ZeRO only",
+    "expert_parallel": "this release shards with ZeRO only",
     "managed_gradient_accumulation": "paceline owns gradient accumulation",
     "dataloader_drop_last": "paceline owns the loaders; write DataLoader(drop_last=True)",
     "data_efficiency": "it acts in DeepSpeed's own loader, and paceline owns the loaders",
     "checkpoint": "paceline writes checkpoints itself",
     "datastates_ckpt": "paceline writes checkpoints itself",
     "pipeline": "this release has no pipeline parallelism",
-    "autotuning": "it belongs to DeepSpeed's own command",
-    "hybrid_engine": "it is for generating with another engine between steps, which nothing here asks for",
+    "autotuning": "only DeepSpeed's own command reads it",
+    "hybrid_engine": "it generates with a second engine between steps, which paceline does not start",
     "weight_quantization": "it is for inference",
     "compile.deepcompile": "it acts in engine.compile(); use --dynamo_backend, which compiles the model's blocks",
-    "zero_optimization.zenflow": "its optimizer steps at moments of its own, and paceline says when a step is",
+    "zero_optimization.zenflow": "its optimizer chooses when to step, and paceline decides that",
     "zero_optimization.offload_optimizer.super_offload": "its optimizer steps during the backward, before the clip",
 }
-"""Keys that would do nothing here, or act against what paceline does, with the reason."""
+"""Keys that would do nothing here, or conflict with what paceline does, with the reason."""
 
 _GONE: Final = "DeepSpeed 0.19 has removed it"
 REMOVED: Final = {
@@ -121,7 +121,7 @@ REMOVED: Final = {
     "sparse_attention": f"{_GONE}; choose the model's attention, for example attn_implementation",
     "sparse_gradients": f"{_GONE}; nn.Embedding(sparse=True) needs no key",
 }
-"""Keys of older releases, which are left out where they ask for nothing."""
+"""Keys of older releases, which are left out where they change nothing."""
 REMOVED_FROM_ZERO: Final = _names("mics_shard_size mics_hierarchical_params_gather zeropp_loco_param")
 
 _GATHERS: Final = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -133,10 +133,10 @@ OLD: Final = {
     "zero_optimization.gather_16bit_weights_on_model_save": _GATHERS,
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _GATHERS,
 }
-"""Other spellings that DeepSpeed reads besides those that paceline looks at."""
+"""Spellings that DeepSpeed reads and paceline does not, with the one that both read."""
 
 OPTIMIZERS: Final = _names("adagrad adam adamw lamb lion muadam muadamw musgd muon")
-"""Optimizers that DeepSpeed makes itself, whatever their case; other types are classes of torch.optim."""
+"""Optimizers that DeepSpeed builds itself, in any case; other types are classes of torch.optim."""
 
 ARGUMENTS: Final[Mapping[str, frozenset[str]]] = {
     "optimizer.params": _names(
@@ -152,7 +152,7 @@ ARGUMENTS: Final[Mapping[str, frozenset[str]]] = {
 """
     ),
 }
-"""What the makers of optimizers and schedules take, to find a key that stands a level too high."""
+"""Arguments of optimizers and schedules, to recognise a key that is one level too high."""
 
 _WARMUP: Final = _names("warmup_num_steps warmup_type last_batch_iteration")
 SCHEDULES: Final[Mapping[str, frozenset[str]]] = {
@@ -160,4 +160,4 @@ SCHEDULES: Final[Mapping[str, frozenset[str]]] = {
     "WarmupDecayLR": _WARMUP | {"warmup_min_lr", "warmup_max_lr", "total_num_steps"},
     "WarmupCosineLR": _WARMUP | {"warmup_min_ratio", "cos_min_ratio", "total_num_steps"},
 }
-"""What those of DeepSpeed's schedules take that a stand-in can fill."""
+"""Arguments of the DeepSpeed schedules that a placeholder can fill."""

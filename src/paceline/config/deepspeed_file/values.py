@@ -1,4 +1,4 @@
-"""DeepSpeed's dictionary as far as the configuration decides it; the run fills the rest."""
+"""DeepSpeed's dictionary, as far as the configuration determines it before a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["decided_settings", "left_open", "printable_settings"]
 
 _QUIET_STEPS: Final = 2**31 - 1
 _MICRO: Final = "train_micro_batch_size_per_gpu"
-_WIDTH: Final = "the model's hidden size; DeepSpeed's own default where the model does not tell it"
+_WIDTH: Final = "the model's hidden size; DeepSpeed's own default where the model has none"
 _FILLED_FROM: Final[Mapping[str, str]] = {
     _MICRO: "the batch size of the prepared loader",
     "train_batch_size": f"{_MICRO} x gradient_accumulation_steps x number of ranks",
-    "gradient_clipping": "the norm that the script hands to clip_grad_norm_",
+    "gradient_clipping": "the norm that the script passes to clip_grad_norm_",
     "zero_optimization.reduce_bucket_size": _WIDTH,
     "zero_optimization.stage3_prefetch_bucket_size": _WIDTH,
     "zero_optimization.stage3_param_persistence_threshold": _WIDTH,
@@ -31,7 +31,7 @@ _FILLED_FROM: Final[Mapping[str, str]] = {
 
 
 def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, Any]:
-    """The dictionary with everything that the configuration says; `"auto"` stays where only the run knows."""
+    """Return the dictionary with the values of the configuration; `"auto"` stays where only the run knows."""
     settings = {key: value for key, value in plugin.settings.items() if value is not None}
     zero = settings["zero_optimization"] = plugin.zero_section()
     for part in ("offload_optimizer", "offload_param"):
@@ -40,10 +40,10 @@ def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, An
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     for kind in ("bf16", "fp16"):
         if config.mixed_precision == kind or kind in settings:
-            said = settings[kind] if isinstance(settings.get(kind), dict) else {}
-            settings[kind] = {**said, "enabled": config.mixed_precision == kind}
+            section = settings[kind] if isinstance(settings.get(kind), dict) else {}
+            settings[kind] = {**section, "enabled": config.mixed_precision == kind}
     if plugin.gradient_clipping == AUTO:
-        # The script clips, to what it says at each step.
+        # The script clips at each step, to a norm of its own.
         settings.pop("gradient_clipping", None)
     else:
         settings["gradient_clipping"] = plugin.gradient_clipping
@@ -55,7 +55,7 @@ def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, An
 
 
 def printable_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, Any]:
-    """The dictionary to show before a run: what it will hold besides stands there as `"auto"`."""
+    """Return the dictionary to show before a run; keys that the run adds are `"auto"`."""
     settings = decided_settings(plugin, config)
     for key in (_MICRO, "train_batch_size", "gradient_clipping"):
         settings.setdefault(key, AUTO)
@@ -65,7 +65,7 @@ def printable_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, 
 
 
 def left_open(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the path of each `"auto"` with what the run fills it from; an empty text where nothing will."""
+    """Yield the path of each `"auto"` with its source in the run; an empty text where there is none."""
     for path, value in walk(settings):
         if value == AUTO:
             yield path, next((text for name, text in _FILLED_FROM.items() if _is_under(path, name)), "")

@@ -1,1 +1,1 @@
-"""The configuration's sections: frozen models, validated when they are built."""
+"""The sections of the configuration: frozen models, validated when they are built."""

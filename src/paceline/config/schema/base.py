@@ -1,4 +1,4 @@
-"""The base of every part of the configuration, and what a field knows about its YAML key."""
+"""The base class of all sections, and the names under which their fields are set."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, get_args
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from paceline.config.schema.shapes import Shape, did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.config.schema.shapes import Shape
+from paceline.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,15 +24,15 @@ _CONTAINERS: Final[Mapping[type, str]] = {list: "list", tuple: "list", dict: "ma
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """How a field is called outside Python.
+    """The names of a field outside Python.
 
     Attributes:
-        name: The YAML key; empty when it is the section's prefix and the field's name.
-        aliases: Other spellings that files carry.
-        flag: The command-line flag; empty when it is the YAML key.
-        has_flag: Whether there is a flag and a variable at all; mappings can only be written in a file.
-        more_choices: Choices of the flag that are translated before the field sees them.
-        labels: What single choices mean, as pairs; questions, editors and the reference page show it.
+        name: The YAML key; empty for the section's prefix and the field's name.
+        aliases: Other spellings in files.
+        flag: The command-line flag; empty for the YAML key.
+        has_flag: Whether there is a flag and a variable; mappings can only be written in a file.
+        more_choices: Choices of the flag that are translated before they reach the field.
+        labels: Choices with their meaning, which questions, editors and the reference page show.
     """
 
     name: str = ""
@@ -45,7 +45,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One field that cannot be what it was set to; `field` is a Python name."""
+    """A wrong value of one field; `field` is a Python name."""
 
     field: str
     what: str
@@ -54,8 +54,8 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """One field of a section with all its names."""
+class Setting:
+    """One field of a section, with all its names."""
 
     field: str
     key: str
@@ -69,12 +69,12 @@ class Slot:
 
     @property
     def description(self) -> str:
-        """One sentence on what the field decides."""
+        """One sentence on what the field does."""
         return self.info.description or ""
 
     @property
     def default(self) -> Any:
-        """The value that the field has when nobody sets it."""
+        """The default of the field."""
         return self.info.get_default(call_default_factory=True)
 
 
@@ -82,7 +82,7 @@ class Section(BaseModel):
     """A frozen group of settings; a wrong name or value raises `ConfigError` with all problems.
 
     Attributes:
-        key_prefix: What the YAML keys of the section begin with; keys without it are accepted too.
+        key_prefix: The prefix of the section's YAML keys; keys without it are accepted too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -108,18 +108,23 @@ class Section(BaseModel):
                 Problem(
                     f"{section}(…)",
                     name,
-                    f"was set to {value!r} after it was made",
-                    "who reads a configuration relies on it not changing",
-                    f"give the value when it is made: {section}({name}={value!r})",
+                    f"was set to {value!r} on an existing {section}",
+                    "a configuration is immutable",
+                    f"pass the value to the constructor: {section}({name}={value!r})",
                 )
             ]
         )
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
-        """Make a section of the values that are good, and say what is wrong with the others.
+        """Build a section from the valid values.
 
-        Contradictions are only looked for when every single value is good.
+        Args:
+            values: Python name to value.
+
+        Returns:
+            The section, and what is wrong with the other values. Contradictions are looked for only when every
+            single value is valid.
         """
         made = cls.__new__(cls)
         try:
@@ -133,7 +138,14 @@ class Section(BaseModel):
 
     @classmethod
     def fold(cls, values: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-        """Turn inputs that Python callers may use into fields; the base takes them as they are."""
+        """Convert arguments of Python callers to fields; a hook, the base class changes nothing.
+
+        Args:
+            values: The arguments by name.
+
+        Returns:
+            The fields by name, and what is wrong with the arguments.
+        """
         return values, []
 
     def clashes(self) -> Iterator[Fault]:
@@ -141,49 +153,59 @@ class Section(BaseModel):
         yield from ()
 
     def changed(self, **values: Any) -> Self:
-        """Return a copy with some fields replaced, checked like a new one."""
+        """Return a copy with some fields replaced.
+
+        Args:
+            **values: The new values by Python name.
+
+        Returns:
+            A new section, checked like any other.
+
+        Raises:
+            ConfigError: A value is wrong, or contradicts another.
+        """
         return type(self)(**{**dict(self), **values})
 
     @classmethod
     def _read(cls, field: str, value: Any) -> Any:
-        slot = slots_by_field(cls).get(field)
-        return value if slot is None else slot.shape.read(value)
+        setting = settings_by_field(cls).get(field)
+        return value if setting is None else setting.shape.read(value)
 
 
 @cache
-def slots(section: type[Section]) -> tuple[Slot, ...]:
+def settings_of(section: type[Section]) -> tuple[Setting, ...]:
     """List the fields of a section with their keys, flags and shapes."""
-    return tuple(_slot(section, name, info) for name, info in section.model_fields.items())
+    return tuple(_setting(section, name, info) for name, info in section.model_fields.items())
 
 
 @cache
-def slots_by_field(section: type[Section]) -> dict[str, Slot]:
-    """Map a Python name to its slot."""
-    return {slot.field: slot for slot in slots(section)}
+def settings_by_field(section: type[Section]) -> dict[str, Setting]:
+    """Map a Python name to its setting."""
+    return {setting.field: setting for setting in settings_of(section)}
 
 
 @cache
-def slots_by_name(section: type[Section]) -> dict[str, Slot]:
-    """Map every spelling that a file may use to its slot."""
-    names: dict[str, Slot] = {}
-    for slot in slots(section):
-        for name in (slot.key, *slot.aliases):
-            names.setdefault(name, slot)
-            names.setdefault(name.removeprefix(section.key_prefix), slot)
+def settings_by_name(section: type[Section]) -> dict[str, Setting]:
+    """Map every spelling that a file may use to its setting."""
+    names: dict[str, Setting] = {}
+    for setting in settings_of(section):
+        for name in (setting.key, *setting.aliases):
+            names.setdefault(name, setting)
+            names.setdefault(name.removeprefix(section.key_prefix), setting)
     return names
 
 
-def _slot(section: type[Section], name: str, info: FieldInfo) -> Slot:
+def _setting(section: type[Section], name: str, info: FieldInfo) -> Setting:
     key = next((item for item in info.metadata if isinstance(item, Key)), Key())
     yaml_key = key.name or (name if name.startswith(section.key_prefix) else section.key_prefix + name)
     flag = key.flag or yaml_key
-    return Slot(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
+    return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
 
 
 def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]:
-    """Translate pydantic's findings, one for each field."""
+    """Translate the errors of pydantic, one for each field."""
     seen: set[str] = set()
-    known = slots_by_field(section)
+    known = settings_by_field(section)
     for item in error.errors(include_url=False):
         field = str(item["loc"][0]) if item["loc"] else ""
         if field in seen:
@@ -195,19 +217,19 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
             yield _value_fault(known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", "")))
 
 
-def value_fault(slot: Slot, value: object) -> Fault:
-    """Say that a value is of the wrong type or not among the choices, and what is allowed."""
-    hint = slot.shape.suggestion(value) if isinstance(value, str) else ""
-    if not hint and isinstance(value, str) and slot.shape.read(value, "text") != value:
+def value_fault(setting: Setting, value: object) -> Fault:
+    """Report a value of a wrong type or outside of the choices, with what is allowed."""
+    hint = setting.shape.suggestion(value) if isinstance(value, str) else ""
+    if not hint and isinstance(value, str) and setting.shape.read(value, "text") != value:
         hint = "remove the quotes"
-    allowed = slot.shape.allowed
-    if slot.more_choices:
-        allowed = f"one of {', '.join((*slot.more_choices, *map(str, slot.shape.choices)))}"
-    return Fault(slot.field, f"{shown(value)} is not allowed", f"it must be {allowed}", hint)
+    allowed = setting.shape.allowed
+    if setting.more_choices:
+        allowed = f"one of {', '.join((*setting.more_choices, *map(str, setting.shape.choices)))}"
+    return Fault(setting.field, f"{shown(value)} is not allowed", f"it must be {allowed}", hint)
 
 
 def shown(value: object) -> str:
-    """Write a value so that text, numbers and booleans cannot be taken for each other."""
+    """Write a value with its type: the text '2', the number 2, the boolean true."""
     if isinstance(value, str):
         return f"the text {value!r}"
     if isinstance(value, bool):
@@ -219,12 +241,12 @@ def shown(value: object) -> str:
     return f"the {_CONTAINERS.get(type(value), type(value).__name__)} {value!r}"
 
 
-def _value_fault(slot: Slot, kind: str, value: object, reason: str) -> Fault:
+def _value_fault(setting: Setting, kind: str, value: object, reason: str) -> Fault:
     if kind == "value_error":
-        return Fault(slot.field, f"{shown(value)} cannot be used", reason)
+        return Fault(setting.field, f"{shown(value)} cannot be used", reason)
     if kind in _LIMITS:
-        return Fault(slot.field, f"{shown(value)} is out of range", f"it must be {_limits(slot.info)}")
-    return value_fault(slot, value)
+        return Fault(setting.field, f"{shown(value)} is out of range", f"it must be {_limits(setting.info)}")
+    return value_fault(setting, value)
 
 
 def _limits(info: FieldInfo) -> str:
@@ -249,5 +271,5 @@ def _nested_metadata(annotation: Any) -> Iterator[object]:
             yield from getattr(item, "metadata", ())
 
 
-def _listed(known: Mapping[str, Slot]) -> str:
+def _listed(known: Mapping[str, Setting]) -> str:
     return f"the names are {', '.join(known)}"

@@ -17,67 +17,87 @@ Launcher = Literal["pdsh", "standard", "openmpi", "mvapich", "mpich", "nossh", "
 
 
 class DeepSpeedPlugin(Section):
-    """How DeepSpeed's engine shards and offloads."""
+    """How DeepSpeed's ZeRO shards and offloads; used under strategy deepspeed."""
 
     key_prefix: ClassVar[str] = ""
 
     hf_ds_config: Annotated[str | dict[str, Any] | None, Key("deepspeed_config_file")] = Field(
-        None, description="DeepSpeed's own JSON: a path (or in Python a dict); what it sets need not be said again."
+        None, description="DeepSpeed's own JSON: a path (or in Python a dict). What it sets need not be set here."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
-        2, description="What is sharded: 1 optimizer state, 2 also gradients, 3 also parameters."
+        2, description="ZeRO stage: 0 shards nothing, 1 optimizer state, 2 also gradients, 3 also parameters."
     )
-    offload_optimizer_device: Offload = Field("none", description="Where optimizer state is kept.")
-    offload_param_device: Offload = Field("none", description="Where parameters are kept under stage 3.")
-    offload_optimizer_nvme_path: FilePath | None = Field(None, description="Folder on NVMe for optimizer state.")
-    offload_param_nvme_path: FilePath | None = Field(None, description="Folder on NVMe for parameters.")
+    offload_optimizer_device: Offload = Field(
+        "none", description="Where optimizer state is kept: on the device (none), in host memory or on NVMe."
+    )
+    offload_param_device: Offload = Field(
+        "none", description="Where parameters are kept under stage 3: on the device (none), in host memory or on NVMe."
+    )
+    offload_optimizer_nvme_path: FilePath | None = Field(
+        None, description="Folder for optimizer state, under offload_optimizer_device nvme."
+    )
+    offload_param_nvme_path: FilePath | None = Field(
+        None, description="Folder for parameters, under offload_param_device nvme."
+    )
     gradient_accumulation_steps: Annotated[Count | Literal["auto"], Key(has_flag=False)] = Field(
-        "auto", description="Micro-batches of one optimizer step; auto takes the top-level setting."
+        "auto", description="Micro-batches per optimizer step; auto takes the top-level setting."
     )
     gradient_clipping: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        "auto", description="Largest gradient norm; auto takes the one that the script clips to."
+        "auto",
+        description="Maximum gradient norm, 0 for none; auto takes that of the script's clip_grad_norm_.",
     )
     zero3_init_flag: bool | None = Field(
-        None, description="Shard a model while it is being built; None: exactly under stage 3."
+        None, description="Shard a model while it is built, under stage 3; None: exactly under stage 3."
     )
-    zero3_save_16bit_model: bool = Field(False, description="Gather 16-bit weights when a stage 3 model is saved.")
+    zero3_save_16bit_model: bool = Field(
+        False, description="Gather 16-bit weights into whole tensors when a stage 3 model is saved."
+    )
     transformer_moe_cls_names: Annotated[Names, Key("deepspeed_moe_layer_cls_names")] = Field(
-        (), description="Mixture-of-experts classes that stage 3 gathers as a whole."
+        (), description="Module classes (mixture of experts) whose parameters stage 3 gathers together."
     )
-    deepspeed_multinode_launcher: Launcher = Field("pdsh", description="Program that starts the other machines.")
-    deepspeed_hostfile: FilePath | None = Field(None, description="Host file of the multi-node launcher.")
-    deepspeed_exclusion_filter: str | None = Field(None, description="Hosts left out by the multi-node launcher.")
-    deepspeed_inclusion_filter: str | None = Field(None, description="Hosts used by the multi-node launcher.")
+    deepspeed_multinode_launcher: Launcher = Field(
+        "pdsh",
+        description="Program that starts the ranks on the other machines; standard: the command runs on every machine.",
+    )
+    deepspeed_hostfile: FilePath | None = Field(
+        None, description="Host file of the multi-node launcher: a line `name slots=N` for each machine."
+    )
+    deepspeed_exclusion_filter: str | None = Field(
+        None, description="Hosts or devices that the multi-node launcher leaves out, such as worker-1@worker-2:0,1."
+    )
+    deepspeed_inclusion_filter: str | None = Field(
+        None, description="Hosts or devices that the multi-node launcher uses, such as worker-1@worker-2:0,1."
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """A copy of DeepSpeed's own configuration, once it was read; empty without one."""
+        """A copy of DeepSpeed's own configuration, once it is read; empty without one."""
         return copy.deepcopy(self.hf_ds_config) if isinstance(self.hf_ds_config, dict) else {}
 
     @property
     def deepspeed_config(self) -> dict[str, Any]:
-        """Accelerate's name for `settings`: scripts look there for an optimizer or a scheduler section."""
+        """Accelerate's name for `settings`, where scripts look for an optimizer or scheduler section."""
         return self.settings
 
     def zero_section(self) -> dict[str, Any]:
-        """The `zero_optimization` section that the fields and DeepSpeed's own configuration make together."""
+        """Return the `zero_optimization` section, merged from the fields and DeepSpeed's own configuration."""
         section: dict[str, Any] = self.settings.get("zero_optimization", {})
         section["stage"] = self.zero_stage
         for part in ("optimizer", "param"):
             device, path = getattr(self, f"offload_{part}_device"), getattr(self, f"offload_{part}_nvme_path")
             if device != "none":
-                there = section.setdefault(f"offload_{part}", {})
-                there["device"] = device
+                offload = section.setdefault(f"offload_{part}", {})
+                offload["device"] = device
                 if path not in (None, "none"):
-                    there["nvme_path"] = path
+                    offload["nvme_path"] = path
         if self.zero3_save_16bit_model:
             section["stage3_gather_16bit_weights_on_model_save"] = True
         return section
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield what cannot go together within the section."""
+        """Yield the fields whose values contradict each other."""
         if self.hf_ds_config not in (None, "none") and "zero_stage" not in self.model_fields_set:
-            return  # DeepSpeed's own configuration says the stage, and is looked into later.
+            return  # DeepSpeed's own configuration sets the stage, and is read later.
         for part in ("optimizer", "param"):
             yield from self._offload_faults(part)
         if self.offload_optimizer_device != "none":
@@ -101,7 +121,7 @@ class DeepSpeedPlugin(Section):
     def _offload_stage_faults(self) -> Iterator[Fault]:
         device, least = self.offload_optimizer_device, 3 if self.offload_optimizer_device == "nvme" else 1
         if self.zero_stage < least:
-            why = "stage 0 leaves the optimizer alone"
+            why = "stage 0 does not shard the optimizer"
             if device == "nvme":
                 why = "only stage 3 keeps optimizer state on a disk"
             what = f"{device} with zero_stage {self.zero_stage}"

@@ -32,26 +32,29 @@ Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cu
 
 
 class TorchDynamoPlugin(Section):
-    """How prepared models are compiled."""
+    """How prepared models are compiled by `torch.compile`."""
 
     key_prefix: ClassVar[str] = "dynamo_"
 
-    backend: Backend = Field("no", description="Compiler behind torch.compile; no compiles nothing.")
-    mode: Mode = Field("default", description="What torch.compile optimises for.")
+    backend: Backend = Field("no", description="Backend of torch.compile; no: models are not compiled.")
+    mode: Mode = Field("default", description="Mode of torch.compile: what it optimises for.")
     fullgraph: Annotated[bool, Key("dynamo_use_fullgraph", ("dynamo_fullgraph",))] = Field(
-        False, description="Refuse models that break into several graphs."
+        False, description="Raise an error at a graph break instead of compiling several graphs."
     )
     dynamic: Annotated[bool | None, Key("dynamo_use_dynamic", ("dynamo_dynamic",))] = Field(
-        None, description="Compile for varying shapes; None lets torch find out."
+        None, description="Compile for dynamic shapes; None lets torch decide when a shape changes."
     )
-    options: Annotated[dict[str, Any] | None, Key(has_flag=False)] = Field(None, description="Options of the backend.")
-    disable: bool = Field(False, description="Make torch.compile do nothing, for debugging.")
+    options: Annotated[dict[str, Any] | None, Key(has_flag=False)] = Field(
+        None, description="Options of the backend, as torch.compile(options=…) takes them."
+    )
+    disable: bool = Field(False, description="Turn torch.compile off everywhere, for debugging.")
     use_regional_compilation: bool = Field(
-        False, description="Compile the model's repeated block once instead of the whole model."
+        False,
+        description="Compile the model's repeated block once instead of the whole model: a much shorter first step.",
     )
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield settings that nothing reads because nothing is compiled."""
+        """Yield settings that have no effect because no model is compiled."""
         if self.backend != "no":
             return
         for field, info in type(self).model_fields.items():

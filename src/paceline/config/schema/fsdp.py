@@ -1,4 +1,4 @@
-"""The `fsdp_config` section: fully sharded data parallelism, version 2."""
+"""The `fsdp_config` section: FSDP2, and the keys that only files of FSDP version 1 hold."""
 
 from __future__ import annotations
 
@@ -14,66 +14,69 @@ from paceline.config.schema.readers import Names, as_dtype_name
 Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(as_dtype_name)]
 WrapPolicy = Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"]
 StateDictType = Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"]
+ShardingStrategy = Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"]
+BackwardPrefetch = Literal["BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"]
 
 
 def _as_flag(value: Any) -> Any:
-    """Understand torch's two offload policies by their names, without importing torch."""
+    """Read torch's two offload policies by class name, without importing torch."""
     return {"CPUOffloadPolicy": True, "OffloadPolicy": False}.get(type(value).__name__, value)
 
 
 class FullyShardedDataParallelPlugin(Section):
-    """How parameters, gradients and optimizer state are sharded by `fully_shard`."""
+    """How FSDP2 (`fully_shard`) shards parameters, gradients and optimizer state; used under strategy fsdp."""
 
     key_prefix: ClassVar[str] = "fsdp_"
 
     fsdp_version: Annotated[Literal[2], Key(more_choices=("1",))] = Field(
-        2, description="Version of FSDP; files of version 1 are translated."
+        2, description="Version of FSDP, always 2; files of version 1 are translated."
     )
     reshard_after_forward: bool | Annotated[int, Field(ge=1)] = Field(
         True,
-        description="Free gathered parameters after forward; a number keeps them among so many ranks.",
+        description="Free all-gathered parameters after forward. A number reshards them over that many ranks instead.",
     )
     cpu_offload: Annotated[bool, BeforeValidator(_as_flag), Key("fsdp_offload_params", ("fsdp_cpu_offload",))] = Field(
-        False, description="Keep parameters, gradients and optimizer state in host memory."
+        False,
+        description="Keep parameters, gradients and optimizer state in host memory; the optimizer steps on the CPU.",
     )
     auto_wrap_policy: WrapPolicy | None = Field(
-        None, description="How sharding units are chosen; None finds the model's repeated blocks."
+        None, description="How the model is cut into sharding units; None finds its repeated blocks."
     )
     transformer_cls_names_to_wrap: Annotated[Names, Key("fsdp_transformer_layer_cls_to_wrap")] = Field(
-        (), description="Classes whose modules become sharding units."
+        (), description="Module classes that become sharding units, under TRANSFORMER_BASED_WRAP."
     )
     min_num_params: Annotated[int, Field(ge=1)] = Field(
-        100_000_000, description="Parameters that a unit must have under SIZE_BASED_WRAP."
+        100_000_000, description="Minimum number of parameters of a sharding unit, under SIZE_BASED_WRAP."
     )
     state_dict_type: StateDictType = Field(
-        "SHARDED_STATE_DICT", description="Whether checkpoints hold each rank's shards or whole tensors."
+        "SHARDED_STATE_DICT", description="Whether checkpoints hold each rank's shards or full tensors."
     )
     cpu_ram_efficient_loading: bool = Field(
-        True, description="Load weights on rank 0 only and send the others their shards."
+        True, description="Load weights on rank 0 only, and send the other ranks their shards."
     )
     activation_checkpointing: bool = Field(
-        False, description="Recompute each unit's activations in backward instead of keeping them."
+        False, description="Recompute the activations of each sharding unit in backward instead of storing them."
     )
     activation_checkpointing_offload: bool = Field(
-        False, description="Keep the inputs of recomputed units in host memory."
+        False, description="Store the inputs of recomputed units in host memory, under activation checkpointing."
     )
     ignored_modules: str | None = Field(
-        None, description="Regular expression that matches the whole names of modules left unsharded."
+        None, description="Regular expression for modules that stay unsharded; it must match the full name."
     )
-    param_dtype: Dtype = Field(None, description="Precision of gathered parameters; None: from mixed_precision.")
-    reduce_dtype: Dtype = Field(None, description="Precision in which gradients are averaged; None: fp32.")
-    output_dtype: Dtype = Field(None, description="Precision of the outputs; None: from mixed_precision.")
+    param_dtype: Dtype = Field(None, description="Dtype of all-gathered parameters; None takes mixed_precision.")
+    reduce_dtype: Dtype = Field(None, description="Dtype in which gradients are reduced; None means fp32.")
+    output_dtype: Dtype = Field(None, description="Dtype of the outputs; None takes mixed_precision.")
 
     @classmethod
     def fold(cls, values: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-        """Fold `mixed_precision_policy` into the three precisions; point from version 1 to version 2."""
+        """Split `mixed_precision_policy` into the three dtypes; name the replacement of version 1 arguments."""
         rest = dict(values)
         policy = rest.pop("mixed_precision_policy", None)
         faults = [
             Fault(
                 name,
                 f"{name}={rest.pop(name)!r} belongs to FSDP version 1",
-                "paceline has version 2 only",
+                "paceline uses version 2 only",
                 hint,
             )
             for name, hint in _VERSION_1_HINTS.items()
@@ -93,12 +96,12 @@ class FullyShardedDataParallelPlugin(Section):
         return rest, faults + policy_faults
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield what cannot go together within the section."""
+        """Yield the fields whose values contradict each other."""
         if self.activation_checkpointing_offload and not self.activation_checkpointing:
             yield Fault(
                 "activation_checkpointing_offload",
                 "true without activation checkpointing",
-                "it moves what activation checkpointing keeps",
+                "it offloads what activation checkpointing stores",
                 "set fsdp_activation_checkpointing to true as well",
             )
         policy = self.auto_wrap_policy
@@ -106,14 +109,14 @@ class FullyShardedDataParallelPlugin(Section):
             yield Fault(
                 "transformer_cls_names_to_wrap",
                 f"{','.join(self.transformer_cls_names_to_wrap)} is not used",
-                f"fsdp_auto_wrap_policy {policy} does not look at classes",
+                f"fsdp_auto_wrap_policy {policy} does not use classes",
                 "set fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP or remove the classes",
             )
         if self.min_num_params != 100_000_000 and policy != "SIZE_BASED_WRAP":
             yield Fault(
                 "min_num_params",
                 f"{self.min_num_params} is not used",
-                "only fsdp_auto_wrap_policy SIZE_BASED_WRAP looks at sizes",
+                "only fsdp_auto_wrap_policy SIZE_BASED_WRAP uses sizes",
                 "set that policy or remove the number",
             )
         yield from self._pattern_faults()
@@ -124,7 +127,7 @@ class FullyShardedDataParallelPlugin(Section):
         try:
             re.compile(self.ignored_modules)
         except re.error as error:
-            yield Fault("ignored_modules", f"{self.ignored_modules!r} is no regular expression", str(error))
+            yield Fault("ignored_modules", f"{self.ignored_modules!r} is not a regular expression", str(error))
 
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -134,32 +137,61 @@ _VERSION_1_HINTS = {
     "backward_prefetch": "leave it out: version 2 always prefetches in backward",
     "forward_prefetch": "leave it out: version 2 has no such switch",
     "use_orig_params": "leave it out: version 2 always keeps the original parameters",
-    "sync_module_states": "leave it out: cpu_ram_efficient_loading loads on rank 0 and shares out",
-    "limit_all_gathers": "leave it out: version 2 bounds the memory of gathers by itself",
+    "sync_module_states": "leave it out: cpu_ram_efficient_loading loads on rank 0 and broadcasts",
+    "limit_all_gathers": "leave it out: version 2 limits the memory of all-gathers itself",
 }
 
 
 def _dtypes_of(policy: Any) -> tuple[dict[str, Any], list[Fault]]:
-    """Read a precision name, a mapping, or anything with torch's three attributes."""
+    """Read a precision name, a mapping, or an object with torch's three attributes."""
     if policy is None:
         return {}, []
     if isinstance(policy, str):
-        dtype = "bf16" if policy.casefold() == "fp8" else as_dtype_name(policy)
-        if dtype not in _PRECISIONS:
-            why = f"it must be one of {', '.join(_PRECISIONS)}, fp8"
-            return {}, [Fault("mixed_precision_policy", f"{policy!r} is not allowed", why)]
-        return {"param_dtype": dtype, "output_dtype": dtype}, []
-    fields = ("param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs")
-    given = policy if isinstance(policy, dict) else {f: getattr(policy, f) for f in fields if hasattr(policy, f)}
-    unknown = [str(name) for name in given if name not in fields]
-    if unknown or not given:
-        return {}, [Fault("mixed_precision_policy", f"{policy!r} is no precision policy", f"it has {fields[:3]}")]
+        return _dtypes_of_name(policy)
+    given = _policy_fields(policy)
+    if not given or not _POLICY_FIELDS.issuperset(given):
+        why = f"it has {', '.join(_DTYPE_FIELDS)}"
+        return {}, [Fault("mixed_precision_policy", f"{policy!r} is not a precision policy", why)]
     if given.get("cast_forward_inputs", True) is not True:
-        return {}, [
-            Fault(
-                "mixed_precision_policy",
-                "cast_forward_inputs=False is not carried out",
-                hint="cast in the model",
-            )
-        ]
-    return {name: as_dtype_name(given[name]) for name in fields[:3] if given.get(name) is not None}, []
+        what = "cast_forward_inputs=False is not supported"
+        return {}, [Fault("mixed_precision_policy", what, hint="cast in the model")]
+    return {name: as_dtype_name(given[name]) for name in _DTYPE_FIELDS if given.get(name) is not None}, []
+
+
+_DTYPE_FIELDS = ("param_dtype", "reduce_dtype", "output_dtype")
+_POLICY_FIELDS = frozenset({*_DTYPE_FIELDS, "cast_forward_inputs"})
+
+
+def _dtypes_of_name(name: str) -> tuple[dict[str, Any], list[Fault]]:
+    dtype = "bf16" if name.casefold() == "fp8" else as_dtype_name(name)
+    if dtype not in _PRECISIONS:
+        why = f"it must be one of {', '.join(_PRECISIONS)}, fp8"
+        return {}, [Fault("mixed_precision_policy", f"{name!r} is not allowed", why)]
+    return {"param_dtype": dtype, "output_dtype": dtype}, []
+
+
+def _policy_fields(policy: Any) -> dict[str, Any]:
+    if isinstance(policy, dict):
+        return policy
+    return {field: getattr(policy, field) for field in _POLICY_FIELDS if hasattr(policy, field)}
+
+
+class FsdpVersion1(Section):
+    """Keys that only FSDP version 1 had; they are translated."""
+
+    key_prefix: ClassVar[str] = "fsdp_"
+
+    sharding_strategy: ShardingStrategy | None = Field(
+        None, description="Version 1 name of fsdp_reshard_after_forward."
+    )
+    backward_prefetch: Annotated[
+        BackwardPrefetch | None, Key("fsdp_backward_prefetch", ("fsdp_backward_prefetch_policy",))
+    ] = Field(None, description="Version 1 only; version 2 always prefetches before the backward of a unit.")
+    forward_prefetch: bool | None = Field(None, description="Version 1 only; version 2 has no such switch.")
+    use_orig_params: bool | None = Field(
+        None, description="Version 1 only; version 2 always keeps the original parameters."
+    )
+    sync_module_states: bool | None = Field(
+        None,
+        description="Version 1 only; fsdp_cpu_ram_efficient_loading broadcasts rank 0's weights.",
+    )

@@ -1,4 +1,4 @@
-"""The `megatron_lm_config` section, checked but not carried out in this release, and `mpirun_config`."""
+"""The `mpirun_config` section, and `megatron_lm_config`, which is checked and not supported in this release."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class MpirunConfig(Section):
-    """How `mpirun` starts processes."""
+    """How `mpirun` starts the processes of a run on CPUs."""
 
     key_prefix: ClassVar[str] = "mpirun_"
 
-    hostfile: FilePath | None = Field(None, description="Host file of mpirun.")
-    ccl: int | str | None = Field(None, description="oneCCL worker threads of each process.")
+    hostfile: FilePath | None = Field(None, description="Host file that mpirun reads.")
+    ccl: int | str | None = Field(None, description="oneCCL worker threads of each process (CCL_WORKER_COUNT).")
 
 
 class MegatronLMConfig(Section):
-    """How Megatron-LM would divide a model."""
+    """How Megatron-LM would divide a model; checked, and not supported in this release."""
 
     key_prefix: ClassVar[str] = "megatron_lm_"
 

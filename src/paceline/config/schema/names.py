@@ -1,4 +1,4 @@
-"""Every name under which a setting can be given, and what was meant by one that nobody knows."""
+"""Every name of every setting, and hints for unknown names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, get_args
 
-from paceline.config.schema.base import Section, Slot, slots, slots_by_name
-from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
-from paceline.config.schema.fsdp1 import FsdpVersion1
+from paceline.config.schema.base import Section, Setting, settings_by_name, settings_of
+from paceline.config.schema.fsdp import FsdpVersion1, FullyShardedDataParallelPlugin
 from paceline.config.schema.run import RunConfig
-from paceline.config.schema.shapes import did_you_mean
+from paceline.errors import did_you_mean
 
 PARADIGMS: Final = {
     "multi_gpu": "MULTI_GPU",
@@ -19,7 +18,7 @@ PARADIGMS: Final = {
     "use_megatron_lm": "MEGATRON_LM",
     "tpu": "XLA",
 }
-"""Flags that stand for a `distributed_type`."""
+"""Flags that set a `distributed_type`."""
 
 PARALLELISM_SWITCH: Final = "use_parallelism_config"
 
@@ -39,8 +38,8 @@ class Option:
     Attributes:
         key: The dotted YAML key that the flag sets.
         flag: The flag without its dashes; also what `resolve` expects in `flags`.
-        kind: What sort of value the flag takes.
-        choices: The allowed words of a choice.
+        kind: The kind of value that the flag takes.
+        choices: The allowed values of a choice.
         description: One sentence.
         section: The YAML section, empty for the top level.
         default: The value without the flag.
@@ -57,51 +56,51 @@ class Option:
 
 @cache
 def sections() -> dict[str, tuple[type[Section], ...]]:
-    """Map each section of the file to the models whose keys it may hold, the current one first."""
+    """Map each section of the file to the models whose keys it can hold, the current one first."""
     found: dict[str, tuple[type[Section], ...]] = {}
-    for slot in slots(RunConfig):
-        parts = get_args(slot.info.annotation) or (slot.info.annotation,)
+    for setting in settings_of(RunConfig):
+        parts = get_args(setting.info.annotation) or (setting.info.annotation,)
         models = tuple(part for part in parts if isinstance(part, type) and issubclass(part, Section))
         if models:
             old = (FsdpVersion1,) if models == (FullyShardedDataParallelPlugin,) else ()
-            found[slot.field] = models + old
+            found[setting.field] = models + old
     return found
 
 
 @cache
-def keys_of(section: str) -> dict[str, Slot]:
-    """Map every spelling of a key in a section (empty: at the top level) to its slot."""
+def settings_by_key(section: str) -> dict[str, Setting]:
+    """Map every spelling of a key in a section (empty: at the top level) to its setting."""
     models = sections()[section] if section else (RunConfig,)
-    names: dict[str, Slot] = {}
+    names: dict[str, Setting] = {}
     for model in models:
-        for name, slot in slots_by_name(model).items():
-            names.setdefault(name, slot)
+        for name, setting in settings_by_name(model).items():
+            names.setdefault(name, setting)
     return names
 
 
 @cache
-def places() -> dict[str, Slot]:
-    """Map every dotted key of a value to its slot; sections themselves are not among them."""
-    found = {slot.key: slot for slot in slots(RunConfig) if slot.field not in sections()}
+def all_settings() -> dict[str, Setting]:
+    """Map every dotted key to its setting; sections themselves have none."""
+    found = {setting.key: setting for setting in settings_of(RunConfig) if setting.field not in sections()}
     for section, models in sections().items():
-        found.update({f"{section}.{slot.key}": slot for model in models for slot in slots(model)})
+        found.update({f"{section}.{setting.key}": setting for model in models for setting in settings_of(model)})
     return found
 
 
 @cache
 def flag_names() -> dict[str, str]:
-    """Map every name that a flag or a PACELINE_ variable may have to the dotted key that it sets."""
+    """Map every name of a flag or PACELINE_ variable to the dotted key that it sets."""
     names: dict[str, str] = {}
-    for dotted, slot in places().items():
-        if slot.has_flag:
-            for name in (slot.flag, slot.key, *slot.aliases):
+    for dotted, setting in all_settings().items():
+        if setting.has_flag:
+            for name in (setting.flag, setting.key, *setting.aliases):
                 names.setdefault(name, dotted)
     return names
 
 
 @cache
 def options() -> tuple[Option, ...]:
-    """List every flag of `paceline launch` that sets something of the configuration."""
+    """List every flag of `paceline launch` that sets a part of the configuration."""
     switches = [
         Option(key="distributed_type", flag=flag, kind="bool", description=text, default=False)
         for flag, text in _SWITCHES.items()
@@ -111,48 +110,48 @@ def options() -> tuple[Option, ...]:
             key="parallelism_config",
             flag=PARALLELISM_SWITCH,
             kind="bool",
-            description="Say that parallelism_config is meant to be used; its keys alone say so too.",
+            description="Use parallelism_config; setting one of its sizes does so too.",
             section="parallelism_config",
             default=False,
         )
     )
-    return (*(_option(dotted, slot) for dotted, slot in places().items() if slot.has_flag), *switches)
+    return (*(_option(dotted, setting) for dotted, setting in all_settings().items() if setting.has_flag), *switches)
 
 
-def _option(dotted: str, slot: Slot) -> Option:
-    kind = slot.shape.kind
-    choices = (*slot.more_choices, *map(str, slot.shape.choices)) if kind == "choice" else ()
+def _option(dotted: str, setting: Setting) -> Option:
+    kind = setting.shape.kind
+    choices = (*setting.more_choices, *map(str, setting.shape.choices)) if kind == "choice" else ()
     return Option(
         key=dotted,
-        flag=slot.flag,
+        flag=setting.flag,
         kind=kind,
         choices=choices,
-        description=slot.info.description or "",
+        description=setting.info.description or "",
         section=dotted.rpartition(".")[0],
-        default=slot.default,
+        default=setting.default,
     )
 
 
 def key_hint(name: str, section: str) -> str:
-    """Say what an unknown key of a file was probably meant to be."""
+    """Return a hint for an unknown key of a file."""
     for place in ("", *sections()):
         if place != section and name in {*_proper_names(place), *(sections() if not place else ())}:
             return f"it belongs in {place}" if place else "it belongs at the top level"
-    here = did_you_mean(name, [*keys_of(section)])
-    return here or _elsewhere(name, section)
+    here = did_you_mean(name, [*settings_by_key(section)])
+    return here or _in_other_section(name, section)
 
 
 def flag_hint(name: str) -> str:
-    """Say what an unknown flag was probably meant to be."""
+    """Return a hint for an unknown flag."""
     return did_you_mean(name, [*flag_names(), *PARADIGMS, PARALLELISM_SWITCH])
 
 
 def _proper_names(section: str) -> list[str]:
-    """The full spellings of a section's keys, which no other section shares."""
-    return [name for slot in keys_of(section).values() for name in (slot.key, *slot.aliases)]
+    """Return the full spellings of a section's keys, which no other section shares."""
+    return [name for setting in settings_by_key(section).values() for name in (setting.key, *setting.aliases)]
 
 
-def _elsewhere(name: str, section: str) -> str:
+def _in_other_section(name: str, section: str) -> str:
     for place in ("", *sections()):
         hint = "" if place == section else did_you_mean(name, _proper_names(place))
         if hint:

@@ -14,22 +14,24 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class ParallelismConfig(Section):
-    """Into how many groups the ranks are divided, and for what."""
+    """The sizes of the device mesh; they must multiply to the number of processes."""
 
     key_prefix: ClassVar[str] = "parallelism_config_"
 
-    dp_replicate_size: Size = Field(1, description="Copies of the sharded model.")
-    dp_shard_size: Size = Field(1, description="Ranks over which one copy is sharded.")
-    tp_size: Size = Field(1, description="Ranks that share each layer's matrices.")
-    cp_size: Size = Field(1, description="Ranks that share each sequence by ring attention.")
+    dp_replicate_size: Size = Field(1, description="Number of copies (replicas) of the sharded model.")
+    dp_shard_size: Size = Field(
+        1, description="Ranks over which each copy is sharded; without it, all ranks of a copy."
+    )
+    tp_size: Size = Field(1, description="Ranks that share each layer's matrices (tensor parallelism).")
+    cp_size: Size = Field(1, description="Ranks that share each sequence by ring attention (context parallelism).")
     cp_backend: Literal["torch"] = Field("torch", description="Implementation of context parallelism.")
     cp_comm_strategy: Literal["allgather", "alltoall"] = Field(
-        "allgather", description="How keys and values travel between the ranks of a sequence."
+        "allgather", description="How keys and values are exchanged between the ranks of a sequence."
     )
-    sp_size: Size = Field(1, description="Ranks that share each sequence by Ulysses attention.")
+    sp_size: Size = Field(1, description="Ranks that share each sequence by Ulysses attention (sequence parallelism).")
     sp_backend: Literal["deepspeed"] = Field("deepspeed", description="Implementation of sequence parallelism.")
-    sp_seq_length: Size | None = Field(None, description="Length of all sequences when it never varies.")
-    sp_seq_length_is_variable: bool = Field(True, description="Whether sequences vary in length between batches.")
+    sp_seq_length: Size | None = Field(None, description="Length of every sequence, in tokens, where it never varies.")
+    sp_seq_length_is_variable: bool = Field(True, description="Sequences vary in length between batches.")
     sp_attn_implementation: str = Field("sdpa", description="Attention kernel under sequence parallelism.")
 
     @property
@@ -38,11 +40,11 @@ class ParallelismConfig(Section):
         return prod((self.dp_replicate_size, self.dp_shard_size, self.tp_size, self.cp_size, self.sp_size))
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield what cannot go together within the section."""
+        """Yield the fields whose values contradict each other."""
         if self.cp_size > 1 and self.sp_size > 1:
             yield Fault(
                 "sp_size",
-                f"{self.sp_size} beside cp_size {self.cp_size}",
+                f"{self.sp_size} conflicts with cp_size {self.cp_size}",
                 "both divide the sequence",
                 "set one of them to 1",
             )

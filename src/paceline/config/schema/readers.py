@@ -1,4 +1,4 @@
-"""Validators shared by several sections: loose input forms become the one form that a field holds."""
+"""Validators of several sections, which convert the accepted forms of a value to one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_names(value: Any) -> Any:
 
 
 def as_dtype_name(value: Any) -> Any:
-    """Turn any usual spelling of a floating-point type, torch's own objects too, into fp32, bf16 or fp16."""
+    """Turn any usual name of a floating-point dtype, or torch's object, into fp32, bf16 or fp16."""
     word = str(value).removeprefix("torch.").casefold()
     return _DTYPES.get(word, value)
 

@@ -1,4 +1,4 @@
-"""The options of `rdzv_conf`, under torch elastic's names: how long machines wait for each other."""
+"""The options of `rdzv_conf`: how long machines wait for each other, under torch elastic's names."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Final
 __all__ = ["RENDEZVOUS", "RENDEZVOUS_OPTIONS", "RendezvousOptions", "read_rendezvous_options"]
 
 RENDEZVOUS: Final = ("static", "c10d")
-"""The ways in which machines meet."""
+"""The supported rendezvous backends."""
 
 
 @dataclass(frozen=True, slots=True)
 class RendezvousOptions:
-    """What `rdzv_conf` says. Times are in seconds.
+    """The options of `rdzv_conf`; times are in seconds.
 
     Attributes:
-        timeout: How long to wait for the machines that must take part.
-        last_call_timeout: How long to wait for more, once those are there (c10d).
-        keep_alive_interval: From one sign of life of a machine to its next.
-        keep_alive_max_attempt: A machine is given up after so many that did not come.
+        timeout: How long to wait for the minimum number of machines.
+        last_call_timeout: How long to wait for more machines after that (c10d).
+        keep_alive_interval: Time between two heartbeats of a machine.
+        keep_alive_max_attempt: Missed heartbeats after which a machine counts as lost.
         is_host: Whether this machine listens at main_process_ip; None finds out.
     """
 
@@ -31,24 +31,24 @@ class RendezvousOptions:
 
     @property
     def lost_after(self) -> float:
-        """Seconds without a sign of life after which a machine is given up."""
+        """Seconds without a heartbeat after which a machine counts as lost."""
         return self.keep_alive_interval * self.keep_alive_max_attempt
 
 
 _ALIASES: Final = {"join_timeout": "timeout"}
 RENDEZVOUS_OPTIONS: Final = (*(f.name for f in fields(RendezvousOptions)), *_ALIASES)
-"""Every option that `rdzv_conf` may hold."""
+"""The names of all options."""
 
 
 def read_rendezvous_options(text: str | None) -> RendezvousOptions:
-    """Read `key=value,key=value`; raise `ValueError` saying all that is wrong with it."""
+    """Read `key=value,key=value`; raise `ValueError` with everything that is wrong with it."""
     values: dict[str, float | bool] = {}
     wrong: list[str] = []
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
         name, equals, value = (word.strip() for word in part.partition("="))
         name = _ALIASES.get(name, name)
         if not equals or name not in RENDEZVOUS_OPTIONS:
-            wrong.append(f"{part!r} is no option of the rendezvous")
+            wrong.append(f"{part!r} is not an option of the rendezvous")
             continue
         try:
             values[name] = _flag(name, value) if name == "is_host" else _seconds(name, value)
@@ -65,7 +65,7 @@ def _seconds(name: str, value: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ValueError(f"{name} is {value!r}, which is no number above 0")
+        raise ValueError(f"{name} is {value!r}, which is not a number above 0")
     return number
 
 

@@ -36,22 +36,22 @@ StrategyName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 _STRATEGIES = (
     ("auto", "the least sharding that fits the memory"),
     ("single", "one process"),
-    ("ddp", "a whole model on each device"),
+    ("ddp", "the whole model on each device"),
     ("fsdp", "the model sharded over the devices (FSDP2)"),
     ("deepspeed", "DeepSpeed's ZeRO, with offload"),
 )
 Precision = Literal["no", "fp16", "bf16", "fp8"]
 _PRECISIONS = (
     ("no", "fp32 throughout"),
-    ("fp16", "16 bits with a scaled loss"),
+    ("fp16", "16 bits, with loss scaling"),
     ("bf16", "16 bits with the range of fp32"),
-    ("fp8", "8 bits, on devices that have them"),
+    ("fp8", "8 bits; not supported in this release"),
 )
 Count = Annotated[int, Field(ge=1)]
 
 
 def _as_device_list(value: Any) -> Any:
-    """Write device numbers as one comma-separated string without blanks."""
+    """Write device indices as one comma-separated string without blanks."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, (list, tuple)):
@@ -64,7 +64,7 @@ def _device_list(value: str | None) -> str | None:
         return None
     ids = [part.strip() for part in value.split(",")]
     if not all(ids):
-        raise ValueError("it must be `all` or device numbers with commas between, for example 0,1,3")
+        raise ValueError("it must be `all` or comma-separated device indices, for example 0,1,3")
     if len(set(ids)) != len(ids):
         raise ValueError("a device is listed twice")
     return ",".join(ids)
@@ -83,7 +83,7 @@ def _machines(value: int | str) -> int | str:
         raise ValueError("it must be a number of machines, or MIN:MAX such as 2:4")
     least, most = int(low), int(high or low)
     if least < 1 or most < least:
-        raise ValueError("it must be at least 1, and in MIN:MAX the first must not be the greater one")
+        raise ValueError("it must be at least 1, and MIN must not be greater than MAX")
     return most if least == most else f"{least}:{most}"
 
 
@@ -91,71 +91,97 @@ Machines = Annotated[int | str, AfterValidator(_machines)]
 
 
 class RunConfig(Section):
-    """Everything that decides how one training run is carried out."""
+    """All settings of a training run."""
 
     compute_environment: Annotated[Literal["LOCAL_MACHINE"], Key(has_flag=False)] = Field(
-        "LOCAL_MACHINE", description="Where the run happens."
+        "LOCAL_MACHINE", description="Where processes are started; only LOCAL_MACHINE."
     )
     distributed_type: DistributedType | None = Field(
-        None, description="Accelerate's name for the strategy; paceline's own key is strategy."
+        None, description="Accelerate's name for the strategy; the own key is strategy."
     )
     strategy: Annotated[StrategyName, Key(labels=_STRATEGIES)] = Field(
-        "auto", description="How the model is spread over ranks; auto takes the least sharding that fits."
+        "auto", description="How the model is distributed over ranks; auto takes the least sharding that fits."
     )
     mixed_precision: Annotated[Precision, Key(labels=_PRECISIONS)] = Field(
-        "no", description="Precision of matrix products in forward and backward."
+        "no", description="Precision of forward and backward."
     )
-    gradient_accumulation_steps: Count = Field(1, description="Micro-batches of one optimizer step.")
-    num_processes: Count | None = Field(None, description="Processes over all machines; none: one per device.")
-    num_machines: Machines = Field(1, description="Machines that take part, or MIN:MAX under rdzv_backend c10d.")
-    machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Which machine this is, from 0.")
-    main_process_ip: str | None = Field(None, description="Address of machine 0.")
+    gradient_accumulation_steps: Count = Field(1, description="Micro-batches per optimizer step.")
+    num_processes: Count | None = Field(
+        None, description="Number of processes over all machines; none: one per device, two on a machine without."
+    )
+    num_machines: Machines = Field(1, description="Number of machines, or MIN:MAX under rdzv_backend c10d.")
+    machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of this machine, from 0.")
+    main_process_ip: str | None = Field(
+        None, description="Host name or address of machine 0, as the other machines reach it."
+    )
     main_process_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="Port where ranks meet; 0 or none: a free one, between several machines 29500."
+        None,
+        description="Port of the rendezvous on machine 0; 0 or none: a free port on one machine, 29500 on several.",
     )
-    rdzv_backend: str = Field("static", description="How machines meet: static, or c10d, where they may come and go.")
-    rdzv_conf: str | None = Field(None, description="Options of the rendezvous, key=value with commas between.")
-    same_network: bool = Field(True, description="Whether ranks talk over the network that leads to machine 0.")
-    preflight: bool = Field(True, description="Compare and connect the machines before the ranks start.")
-    gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or numbers like 0,1,3.")
-    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even if there are devices.")
-    debug: bool = Field(False, description="Compare shapes between ranks before each collective.")
+    rdzv_backend: str = Field(
+        "static", description="Rendezvous backend: static, or c10d, under which machines may come and go."
+    )
+    rdzv_conf: str | None = Field(
+        None, description="Options of the rendezvous, as key=value,key=value; times in seconds."
+    )
+    same_network: bool = Field(
+        True, description="Let ranks communicate over the network interface that leads to machine 0."
+    )
+    preflight: bool = Field(
+        True, description="Before the ranks start, check that the machines reach each other and have the same versions."
+    )
+    gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or indices such as 0,1,3.")
+    use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even where there are GPUs.")
+    debug: bool = Field(
+        False, description="Check before each collective that all ranks pass the same shapes; slow, for debugging."
+    )
     timeout: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Seconds that a collective may wait; none is torch's default."
+        None,
+        description="Seconds a collective may wait before it fails; none: torch's default (NCCL 600, gloo 1800).",
     )
     hang_timeout: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Seconds that a collective may stand still before the run ends with an account of where every rank "
-        "is; none: nine tenths of what a collective may take; 0: never.",
+        description="Seconds that a collective may wait before the run ends with a report of where every rank is; "
+        "none: 90 % of timeout; 0: never.",
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How often failed workers are started again.")
-    monitor_interval: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="Seconds between two looks at the workers."
-    )
+    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How many times failed workers are restarted.")
+    monitor_interval: Annotated[float, Field(gt=0)] = Field(0.1, description="Seconds between checks of the workers.")
     num_cpu_threads_per_process: Count | None = Field(
-        None, description="Value of OMP_NUM_THREADS for each worker; none: the cores shared out."
+        None, description="OMP_NUM_THREADS of each process; none: the cores divided by the processes of the machine."
     )
-    enable_cpu_affinity: bool = Field(False, description="Pin each process to the cores near its device.")
-    main_training_function: str = Field("main", description="Function that a TPU process would call.")
-    downcast_bf16: bool = Field(False, description="Whether a TPU would compute fp32 in bf16.")
-    tpu_name: str | None = Field(None, description="Name of the TPU.")
-    tpu_zone: str | None = Field(None, description="Zone of the TPU.")
-    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(False, description="Start on a TPU pod.")
-    tpu_use_sudo: bool = Field(False, description="Run commands on the TPU as root.")
-    tpu_vm: Annotated[Names, Key(flag="vm")] = Field((), description="Machines of the TPU pod.")
-    tpu_env: Annotated[Names, Key(flag="env")] = Field((), description="Variables set on the TPU pod.")
-    commands: Annotated[Names, Key(has_flag=False)] = Field((), description="Commands run on the TPU pod.")
-    command_file: Annotated[str | None, Key(has_flag=False)] = Field(None, description="File of those commands.")
+    enable_cpu_affinity: bool = Field(False, description="Pin each process to the CPU cores near its device.")
+    main_training_function: str = Field("main", description="Function that a TPU process would call; not supported.")
+    downcast_bf16: bool = Field(False, description="Compute fp32 in bf16 on a TPU; not supported.")
+    tpu_name: str | None = Field(None, description="Name of the TPU; not supported.")
+    tpu_zone: str | None = Field(None, description="Zone of the TPU; not supported.")
+    tpu_use_cluster: Annotated[bool, Key(flag="tpu_cluster")] = Field(
+        False, description="Start on a TPU pod; not supported."
+    )
+    tpu_use_sudo: bool = Field(False, description="Run commands on the TPU as root; not supported.")
+    tpu_vm: Annotated[Names, Key(flag="vm")] = Field((), description="Machines of the TPU pod; not supported.")
+    tpu_env: Annotated[Names, Key(flag="env")] = Field((), description="Variables set on the TPU pod; not supported.")
+    commands: Annotated[Names, Key(has_flag=False)] = Field(
+        (), description="Commands run on the TPU pod; not supported."
+    )
+    command_file: Annotated[str | None, Key(has_flag=False)] = Field(
+        None, description="File of those commands; not supported."
+    )
     ddp_config: DistributedDataParallelKwargs = Field(
-        default_factory=DistributedDataParallelKwargs, description="How DDP averages gradients."
+        default_factory=DistributedDataParallelKwargs, description="How DDP averages gradients (strategy ddp)."
     )
-    fsdp_config: FullyShardedDataParallelPlugin | None = Field(None, description="How FSDP shards.")
-    deepspeed_config: DeepSpeedPlugin | None = Field(None, description="How DeepSpeed shards and offloads.")
-    parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the mesh.")
-    fp8_config: FP8Config | None = Field(None, description="How 8-bit matrix products are scaled.")
-    dynamo_config: TorchDynamoPlugin = Field(default_factory=TorchDynamoPlugin, description="How models are compiled.")
-    mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts processes.")
-    megatron_lm_config: MegatronLMConfig | None = Field(None, description="How Megatron-LM would divide the model.")
+    fsdp_config: FullyShardedDataParallelPlugin | None = Field(None, description="How FSDP2 shards (strategy fsdp).")
+    deepspeed_config: DeepSpeedPlugin | None = Field(
+        None, description="How DeepSpeed shards and offloads (strategy deepspeed)."
+    )
+    parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the device mesh (strategy fsdp).")
+    fp8_config: FP8Config | None = Field(None, description="How fp8 matrix products are scaled; not supported.")
+    dynamo_config: TorchDynamoPlugin = Field(
+        default_factory=TorchDynamoPlugin, description="How models are compiled by torch.compile."
+    )
+    mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts the processes of a run on CPUs.")
+    megatron_lm_config: MegatronLMConfig | None = Field(
+        None, description="How Megatron-LM would divide the model; not supported."
+    )
 
     @property
     def min_machines(self) -> int:

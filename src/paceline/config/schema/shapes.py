@@ -1,13 +1,14 @@
-"""What one field accepts, and how text from a file, a flag or a variable is read as that."""
+"""Which values a field accepts, and how text of a file, flag or variable is converted to them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from paceline.errors import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +53,7 @@ class Shape:
 
     @property
     def kind(self) -> Literal["bool", "int", "float", "str", "choice"]:
-        """The one word from which a command-line option is made."""
+        """The kind of command-line option."""
         if self.choices and not self.types:
             return "choice"
         if self.choices:
@@ -65,10 +66,10 @@ class Shape:
 
     @property
     def allowed(self) -> str:
-        """A phrase naming everything that the field accepts."""
+        """Everything that the field accepts, as a phrase."""
         names = [_NAMES[kind] for kind in (bool, int, float, str) if kind in self.types]
         if tuple in self.types or list in self.types:
-            names.append("a list or text with commas")
+            names.append("a list or comma-separated text")
         if dict in self.types:
             names.append("a mapping")
         if self.choices:
@@ -77,16 +78,19 @@ class Shape:
         return " or ".join(names) or "nothing"
 
     def suggestion(self, value: object) -> str:
-        """Return the choice that looks most like a wrong value, as a hint, or an empty string."""
+        """Return a hint with the choice closest to a wrong value, or an empty string."""
         return did_you_mean(str(value), [str(choice) for choice in self.choices])
 
     def read(self, value: object, style: Style = "native", text: str | None = None) -> object:
-        """Read a value as this shape where that is certain; anything else comes back as it is.
+        """Convert a value to the types of this shape where that is unambiguous.
 
         Args:
-            value: What the source gave.
+            value: The value of the source.
             style: How the source wrote it.
             text: The scalar as written in the file, since YAML reads an unquoted `no` as False.
+
+        Returns:
+            The converted value; the same value where it does not fit.
         """
         chosen = self._choice(value, text)
         if chosen is not None:
@@ -127,13 +131,6 @@ class Shape:
         if int in self.types and float(value).is_integer():
             return int(value)
         return float(value) if float in self.types else value
-
-
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return a hint naming the candidate that looks most like a word, or an empty string."""
-    folded = {candidate.casefold(): candidate for candidate in candidates}
-    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
-    return f"did you mean {folded[close[0]]}?" if close else ""
 
 
 def _parts(annotation: Any) -> Iterable[type | tuple[object, ...]]:

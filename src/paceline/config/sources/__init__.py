@@ -1,1 +1,1 @@
-"""Where values come from: files, environment, flags; and where each was found."""
+"""Sources of the configuration: flags, environment, files; each value keeps its place."""

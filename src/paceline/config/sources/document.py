@@ -1,4 +1,4 @@
-"""Reading a YAML or JSON file into keys and values that remember their lines."""
+"""Reads a YAML or JSON file into keys and values that keep their lines."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LONGEST_QUOTE: Final = 80
 _SYNTAX_ADVICE: Final = {
     "mapping values are not allowed": "check the indentation of this line, or quote a value that holds `: `",
     "'\\t'": "indent with spaces",
-    "another document": "keep one document: remove the line `---` and what follows, or the part before it",
+    "another document": "keep one document: remove the line `---` and one of the two parts",
     "cannot start any token": "quote the value",
 }
-"""What usually mends a syntax error, by a part of its text."""
+"""The usual fix of a syntax error, by a part of its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Item:
 
 
 def read_document(path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
-    """Read a file whose top is a mapping; what cannot be read is among the problems."""
+    """Read a file whose top level is a mapping; what cannot be read is among the problems."""
     text, problems = _read_text(path)
     if text is None:
         return (), problems
@@ -89,12 +89,12 @@ def _without_bom(text: str) -> str:
 
 def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
-        hint = "write what it should hold, or leave --config_file out"
-        return (), [Problem(f"{path}:1", "", "the file is empty", "it should hold keys and values", hint)]
+        hint = "write the settings, or leave --config_file out"
+        return (), [Problem(f"{path}:1", "", "the file is empty", "it must hold keys and values", hint)]
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
         hint = "write one `key: value` on each line"
-        return (), [Problem(_where(path, node), "", f"the file holds {kind}", "its top must be a mapping", hint)]
+        return (), [Problem(_where(path, node), "", f"the file holds {kind}", "its top level must be a mapping", hint)]
     problems: list[Problem] = []
     items = _mapping(loader, node, path, "", problems)
     return items, problems
@@ -117,7 +117,7 @@ def _mapping(
 
 
 def _duplicates(node: yaml.MappingNode, path: Path, prefix: str, problems: list[Problem]) -> dict[str, str]:
-    """Report keys that a mapping itself holds twice; return where each key stands first."""
+    """Report keys that are twice in one mapping; return where each key comes first."""
     first: dict[str, str] = {}
     for key, _ in node.value:
         name, where = _key_name(key), _where(path, key)
@@ -174,7 +174,7 @@ def _syntax_problem(path: Path, error: yaml.YAMLError, text: str) -> Problem:
 
 
 def _marked_problem(path: Path, error: yaml.MarkedYAMLError, text: str) -> Problem:
-    """Say where YAML went wrong; what is never closed is reported where it opens, not at the end of the file."""
+    """Locate a YAML error; what is never closed is reported where it opens, not at the end of the file."""
     mark = error.problem_mark or error.context_mark
     what = f"this is not valid YAML: {error.problem or error.context or 'it cannot be read'}"
     if mark is None:
@@ -190,13 +190,13 @@ def _marked_problem(path: Path, error: yaml.MarkedYAMLError, text: str) -> Probl
 
 
 def describe_json_error(error: json.JSONDecodeError) -> str:
-    """Say what is wrong, in which column, and quote the line."""
+    """Return the error with its column and the line."""
     return f"{error.msg} at column {error.colno}, in {_quoted_line(error.doc, error.lineno)}"
 
 
 def _quoted_line(text: str, line: int) -> str:
-    """The text of a line, in backticks, shortened where it is long."""
+    """Return the text of a line in backticks, shortened where it is long."""
     lines = text.splitlines()
-    found = lines[line - 1].strip() if line <= len(lines) else ""
-    shown = found if len(found) <= _LONGEST_QUOTE else f"{found[:_LONGEST_QUOTE]}…"
+    written = lines[line - 1].strip() if line <= len(lines) else ""
+    shown = written if len(written) <= _LONGEST_QUOTE else f"{written[:_LONGEST_QUOTE]}…"
     return f"`{shown}`"

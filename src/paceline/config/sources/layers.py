@@ -1,4 +1,4 @@
-"""The sources of the configuration, each read into dotted keys and raw values."""
+"""Reads each source of the configuration into dotted keys and raw values."""
 
 from __future__ import annotations
 
@@ -11,28 +11,27 @@ from paceline.config.schema.names import (
     flag_hint,
     flag_names,
     key_hint,
-    keys_of,
     sections,
+    settings_by_key,
 )
 from paceline.config.schema.shapes import Shape
 from paceline.config.sources.document import Item, read_document
-from paceline.config.sources.origin import Found, Kind, Origin, Raw
+from paceline.config.sources.origin import Detected, Kind, Origin, Raw
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from paceline.config.schema.shapes import Style
 
 PREFIX: Final = "PACELINE_"
 RESERVED: Final = frozenset({"PACELINE_CONFIG", "PACELINE_CONFIG_FILE", "PACELINE_HOME", "PACELINE_LOG_LEVEL"})
-"""Variables that are not settings of a run."""
+"""Variables that are not settings."""
 
 _ACCELERATES: Final = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_")
 
-GONE: Final = {"ipex_config": "torch itself holds what that package added"}
-"""Keys that old files carry and that decide nothing any more."""
+GONE: Final = {"ipex_config": "torch itself has what that package added"}
+"""Keys of old files that have no effect any more, with the reason."""
 
 _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
 _SAGEMAKER: Final = "amazon_sagemaker"
@@ -40,13 +39,13 @@ _SAGEMAKER: Final = "amazon_sagemaker"
 
 @dataclass(slots=True)
 class Layer:
-    """What one source says.
+    """The values of one source.
 
     Attributes:
         raws: Dotted key to raw value.
-        problems: What the source says that nobody understands.
-        notes: What was read in another way than it was written.
-        switch: Where `--use_parallelism_config` was given.
+        problems: Unknown names and values that cannot be read.
+        notes: One line for each key that was read under another name.
+        switch: The source of `--use_parallelism_config`, if it was given.
     """
 
     raws: dict[str, Raw] = field(default_factory=dict)
@@ -55,7 +54,7 @@ class Layer:
     switch: Origin | None = None
 
     def put(self, key: str, raw: Raw) -> None:
-        """Set a key; a second value for it under another name is a problem."""
+        """Set a key; a second value under another of its names is a problem."""
         old = self.raws.setdefault(key, raw)
         if old is not raw:
             why = f"{old.origin.where} sets it too, to {old}"
@@ -63,13 +62,13 @@ class Layer:
 
 
 def flag_layer(flags: Mapping[str, object]) -> Layer:
-    """Read the flags that were really typed; a value of None was not."""
+    """Read the flags that were given; None stands for a flag that was not."""
     given = ((name.lstrip("-").replace("-", "_"), value) for name, value in flags.items() if value is not None)
     return _named_layer(((name, f"--{name}", value) for name, value in given), "flag")
 
 
 def environment_layer(env: Mapping[str, str]) -> Layer:
-    """Read the PACELINE_ variables; an empty one counts as not set."""
+    """Read the PACELINE_ variables; an empty one is not set."""
     given = ((name, value) for name, value in sorted(env.items()) if name.startswith(PREFIX))
     return _named_layer(
         ((name.removeprefix(PREFIX).lower(), name, value) for name, value in given if value and name not in RESERVED),
@@ -78,7 +77,7 @@ def environment_layer(env: Mapping[str, str]) -> Layer:
 
 
 def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
-    """Yield a note for each variable of Accelerate's that says what one of ours would, and that nothing reads."""
+    """Yield a note for each variable of Accelerate that has a counterpart here; none of them is read."""
     for name in sorted(env):
         if name.startswith(_ACCELERATES):
             word = name.removeprefix("ACCELERATE_").lower()
@@ -88,12 +87,12 @@ def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
 
 
 def detected_layer(detected: Mapping[str, object]) -> Layer:
-    """Read what was found out about the machine, keyed by dotted key; a `Found` names who says so."""
+    """Read the values detected on the machine, by dotted key; a `Detected` names its source."""
     layer = Layer()
     for key, value in detected.items():
-        found = value if isinstance(value, Found) else Found(value, "detected on this machine")
-        if found.value is not None:
-            layer.raws[key] = Raw(found.value, Origin("detected", found.where))
+        result = value if isinstance(value, Detected) else Detected(value, "detected on this machine")
+        if result.value is not None:
+            layer.raws[key] = Raw(result.value, Origin("detected", result.where))
     return layer
 
 
@@ -124,25 +123,28 @@ def _named_layer(given: Iterable[tuple[str, str, object]], kind: Kind) -> Layer:
     paradigms: list[tuple[str, Origin]] = []
     for name, where, value in given:
         origin = Origin(kind, where)
-        style: Style = "text" if isinstance(value, str) else "native"
         if name in PARADIGMS or name == PARALLELISM_SWITCH:
             answer = _BOOL.read(value, "text")
             if not isinstance(answer, bool):
-                why, what = "it must be true or false", f"{value!r} is not allowed"
-                layer.problems.append(Problem(where, name, what, why))
+                what = f"{value!r} is not allowed"
+                layer.problems.append(Problem(where, name, what, "it must be true or false"))
             elif answer and name == PARALLELISM_SWITCH:
                 layer.switch = origin
             elif answer:
                 paradigms.append((name, origin))
         elif name in flag_names():
-            layer.put(flag_names()[name], Raw(value, origin, style))
+            layer.put(flag_names()[name], Raw(value, origin, "text" if isinstance(value, str) else "native"))
         else:
-            hint = flag_hint(name)
-            shown = hint if kind == "flag" or not hint else _as_variable(hint)
-            what = "unknown flag" if kind == "flag" else "unknown variable"
-            layer.problems.append(Problem(where, "", what, hint=shown))
+            layer.problems.append(_unknown_name(name, where, kind))
     _put_paradigm(layer, paradigms)
     return layer
+
+
+def _unknown_name(name: str, where: str, kind: Kind) -> Problem:
+    hint = flag_hint(name)
+    if kind == "flag":
+        return Problem(where, "", "unknown flag", hint=hint)
+    return Problem(where, "", "unknown variable", hint=_as_variable(hint) if hint else "")
 
 
 def _as_variable(hint: str) -> str:
@@ -154,7 +156,7 @@ def _put_paradigm(layer: Layer, paradigms: list[tuple[str, Origin]]) -> None:
     for name, origin in paradigms[:1]:
         layer.put("distributed_type", Raw(PARADIGMS[name], origin))
     for _, origin in paradigms[1:]:
-        what = f"given together with {paradigms[0][1].where}"
+        what = f"conflicts with {paradigms[0][1].where}"
         why = "each of them chooses the strategy"
         layer.problems.append(Problem(origin.where, "distributed_type", what, why, "keep one"))
 
@@ -163,8 +165,8 @@ def _sagemaker_problem(item: Item) -> Problem:
     return Problem(
         item.where,
         item.name,
-        f"{item.text} is not carried out in this release",
-        "paceline only starts processes on machines that it runs on",
+        f"{item.text} is not supported in this release",
+        "paceline only starts processes on the machines it runs on",
         "write compute_environment: LOCAL_MACHINE, and start the script from your own SageMaker job",
     )
 
@@ -179,12 +181,12 @@ def _read_top(layer: Layer, item: Item) -> None:
     if item.name in GONE:
         layer.notes.append(f"{item.where}: {item.name} (old): left out, {GONE[item.name]}")
         return
-    slot = keys_of("").get(item.name)
-    if slot is None:
+    setting = settings_by_key("").get(item.name)
+    if setting is None:
         hint = key_hint(item.name, "")
         layer.problems.append(Problem(item.where, item.name, "unknown key", hint=hint))
     elif item.value is not None:
-        layer.put(slot.key, _raw(item))
+        layer.put(setting.key, _raw(item))
 
 
 def _read_section(layer: Layer, item: Item) -> None:
@@ -195,14 +197,14 @@ def _read_section(layer: Layer, item: Item) -> None:
         hint = f"indent the section's keys under {item.name}:"
         layer.problems.append(Problem(item.where, item.name, what, "a section holds keys and values", hint))
         return
-    names = keys_of(item.name)
+    names = settings_by_key(item.name)
     for child in item.items:
-        slot = names.get(child.name)
-        if slot is None:
+        setting = names.get(child.name)
+        if setting is None:
             hint = key_hint(child.name, item.name)
             layer.problems.append(Problem(child.where, f"{item.name}.{child.name}", "unknown key", hint=hint))
         elif child.value is not None:
-            layer.put(f"{item.name}.{slot.key}", _raw(child))
+            layer.put(f"{item.name}.{setting.key}", _raw(child))
 
 
 def _read_legacy(layer: Layer, item: Item) -> None:

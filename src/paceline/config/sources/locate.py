@@ -1,4 +1,4 @@
-"""Which configuration file is read."""
+"""Finds the configuration file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ if TYPE_CHECKING:
 FILE_NAME: Final = "default_config.yaml"
 
 
-def find_config_file(env: Mapping[str, str], asked: Path | None = None) -> Path | None:
-    """Return the file that was asked for, else the first default file that exists, else None.
+def find_config_file(env: Mapping[str, str], explicit: Path | None = None) -> Path | None:
+    """Return the configuration file to read.
 
-    A file that was asked for, as an argument or by PACELINE_CONFIG_FILE, is returned even if it does not
-    exist, so that reading it reports that.
+    Args:
+        env: The environment.
+        explicit: A file named on the command line.
+
+    Returns:
+        The explicit file, else that of PACELINE_CONFIG_FILE, else the first default file that exists, else None.
+        The first two are returned even if they do not exist, so that reading them reports that.
     """
-    if asked is not None:
-        return asked
+    if explicit is not None:
+        return explicit
     named = env.get("PACELINE_CONFIG_FILE")
     if named:
         return _expand(named, env)
@@ -26,17 +31,17 @@ def find_config_file(env: Mapping[str, str], asked: Path | None = None) -> Path 
 
 
 def default_config_file(env: Mapping[str, str]) -> Path:
-    """Return where the file is looked for first that holds for every launch."""
+    """Return the default file of the user, whether it exists or not."""
     return next(_default_files(env))
 
 
-def is_accelerates(file: Path, env: Mapping[str, str]) -> bool:
-    """Whether a file is the one that Accelerate's `config` command writes, rather than paceline's own."""
+def is_accelerate_file(file: Path, env: Mapping[str, str]) -> bool:
+    """Whether a file is the default file of Accelerate's `config` command, not of paceline."""
     return file == [*_default_files(env)][-1]
 
 
 def _default_files(env: Mapping[str, str]) -> Iterator[Path]:
-    """Yield paceline's own place, then the one where Accelerate's `config` command writes."""
+    """Yield the default files of paceline, then the one that Accelerate's `config` command writes."""
     cache = _expand(env.get("XDG_CACHE_HOME") or "~/.cache", env)
     own = env.get("PACELINE_HOME")
     if own:

@@ -1,4 +1,4 @@
-"""Where a value came from."""
+"""Where a value comes from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Origin:
     """The source of one value.
 
     Attributes:
-        kind: What sort of source it was.
+        kind: The kind of source.
         where: The place in it: `--zero_stage`, `PACELINE_DEBUG`, `config.yaml:12`.
     """
 
@@ -25,7 +25,7 @@ class Origin:
 
     @property
     def is_explicit(self) -> bool:
-        """Whether somebody asked for the value, rather than it being detected or a default."""
+        """Whether the value was set, rather than detected or a default."""
         return self.kind not in ("detected", "default")
 
 
@@ -33,12 +33,12 @@ DEFAULT = Origin("default", "default")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A value that was detected, where something can be named that says so.
+class Detected:
+    """A detected value with its source.
 
     Attributes:
-        value: The value.
-        where: Who says so, such as `Slurm (SLURM_NODEID)`.
+        value: The value; None for one that could not be detected.
+        where: The source, such as `Slurm (SLURM_NODEID)`.
     """
 
     value: object
@@ -55,7 +55,7 @@ class Raw:
     text: str | None = None
 
     def __str__(self) -> str:
-        """The value as its writer would recognise it."""
+        """Return the value as it was written."""
         if self.text is not None:
             return self.text
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)

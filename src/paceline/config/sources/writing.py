@@ -1,4 +1,4 @@
-"""Writing a configuration as YAML that explains itself."""
+"""Writes a configuration as YAML, each key under a comment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from paceline.config.schema.names import places, sections
+from paceline.config.schema.names import all_settings, sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -20,11 +20,14 @@ __all__ = ["as_yaml", "replace_file", "yaml_value"]
 
 
 def as_yaml(values: Mapping[str, object], header: Sequence[str] = ()) -> str:
-    """Write values as a configuration file, each under a comment that says what it decides.
+    """Write values as a configuration file, each under a comment with its description.
 
     Args:
         values: Dotted key to value; sections come after the top level, keys in the order of the schema.
         header: Lines of comment for the top.
+
+    Returns:
+        The text of the file.
     """
     lines = [f"# {line}".rstrip() for line in header]
     for section in ("", *sections()):
@@ -39,11 +42,11 @@ def as_yaml(values: Mapping[str, object], header: Sequence[str] = ()) -> str:
 
 def _section(values: Mapping[str, object], section: str) -> Iterator[str]:
     indent = "  " if section else ""
-    for dotted, slot in places().items():
+    for dotted, setting in all_settings().items():
         if dotted.rpartition(".")[0] == section and dotted in values:
-            if slot.description:
-                yield f"{indent}# {slot.description}"
-            yield f"{indent}{slot.key}: {yaml_value(values[dotted])}"
+            if setting.description:
+                yield f"{indent}# {setting.description}"
+            yield f"{indent}{setting.key}: {yaml_value(values[dotted])}"
 
 
 def yaml_value(value: object) -> str:
@@ -54,7 +57,7 @@ def yaml_value(value: object) -> str:
 
 
 def replace_file(path: Path, text: str) -> Path | None:
-    """Write a file whole or not at all; what stood there before is kept beside it, and its path returned."""
+    """Write a file atomically; keep an old one as FILE.bak and return that path."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = path.with_name(f"{path.name}.bak") if path.exists() else None
@@ -64,7 +67,7 @@ def replace_file(path: Path, text: str) -> Path | None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp lets nobody else read; a configuration is no secret unless its owner made it one.
+        # mkstemp makes files that only their owner can read; a configuration keeps its mode, and is public by default.
         Path(name).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         if kept is not None:
             shutil.copy2(path, kept)

@@ -10,7 +10,7 @@ from paceline.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from paceline.config import Found, Resolved
+    from paceline.config import Detected, Resolved
     from paceline.environment.world import World
 
 __all__ = ["Cluster", "check_against"]
@@ -31,7 +31,7 @@ class Cluster:
 
     scheduler: str
     task: Literal["machine", "rank"]
-    values: Mapping[str, Found] = field(default_factory=dict)
+    values: Mapping[str, Detected] = field(default_factory=dict)
     world: World | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from paceline.config import Found
+from paceline.config import Detected
 from paceline.environment.world import World, WorldSource
 from paceline.launch.clusters.cluster import Cluster
 from paceline.launch.clusters.kubernetes import read_kubernetes
@@ -39,20 +39,20 @@ def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
         return None
     scheduler, size, machine, machines = _VARIABLES[world.source]
     values = {
-        "num_machines": Found(world.num_nodes, f"{scheduler} ({machines})"),
-        "machine_rank": Found(world.node_rank, f"{scheduler} ({machine})"),
+        "num_machines": Detected(world.num_nodes, f"{scheduler} ({machines})"),
+        "machine_rank": Detected(world.node_rank, f"{scheduler} ({machine})"),
         **_meeting_place(env, scheduler, world),
     }
     if world.source == "slurm" and world.size == world.num_nodes:
         return Cluster(scheduler=scheduler, task="machine", values=values)
-    values["num_processes"] = Found(world.size, f"{scheduler} ({size})")
+    values["num_processes"] = Detected(world.size, f"{scheduler} ({size})")
     return Cluster(scheduler=scheduler, task="rank", values=values, world=world)
 
 
-def _meeting_place(env: Mapping[str, str], scheduler: str, world: World) -> dict[str, Found]:
+def _meeting_place(env: Mapping[str, str], scheduler: str, world: World) -> dict[str, Detected]:
     address = "MASTER_ADDR" if env.get("MASTER_ADDR") else f"{scheduler} (the job's first machine)"
     port = "MASTER_PORT" if env.get("MASTER_PORT") else f"{scheduler} (from the job's number)"
     return {
-        "main_process_ip": Found(world.main_address, address),
-        "main_process_port": Found(world.main_port, port),
+        "main_process_ip": Detected(world.main_address, address),
+        "main_process_port": Detected(world.main_port, port),
     }

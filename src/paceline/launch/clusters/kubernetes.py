@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paceline.config import Found
+from paceline.config import Detected
 from paceline.errors import WorldError
 from paceline.launch.clusters.cluster import Cluster
 
@@ -46,7 +46,7 @@ def read_kubernetes(env: Mapping[str, str]) -> Cluster | None:
     return Cluster(scheduler=scheduler, task="machine", values=values)
 
 
-def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Found]:
+def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Detected]:
     values = {"num_machines": _machines(env, scheduler)}
     if env.get("PET_NODE_RANK"):
         values["machine_rank"] = _number(env, "PET_NODE_RANK", scheduler)
@@ -54,7 +54,7 @@ def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Found]:
     if per_machine not in _ONE_EACH:
         each = _read_number("PET_NPROC_PER_NODE", per_machine)
         most = _read_number("PET_NNODES", str(values["num_machines"].value).rpartition(":")[2])
-        values["num_processes"] = Found(each * most, f"{scheduler} (PET_NPROC_PER_NODE)")
+        values["num_processes"] = Detected(each * most, f"{scheduler} (PET_NPROC_PER_NODE)")
     host, _, port = env.get("PET_RDZV_ENDPOINT", "").rpartition(":")
     if host:
         values |= _address(env, scheduler, host, "PET_RDZV_ENDPOINT", port, "PET_RDZV_ENDPOINT")
@@ -64,33 +64,33 @@ def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Found]:
         values |= _address(env, scheduler, env.get(names[0], ""), names[0], env.get(names[1], ""), names[1])
     for key, name in _OTHER_KEYS.items():
         if env.get(name):
-            values[key] = Found(env[name], f"{scheduler} ({name})")
+            values[key] = Detected(env[name], f"{scheduler} ({name})")
     if env.get("PET_MAX_RESTARTS"):
         values["max_restarts"] = _number(env, "PET_MAX_RESTARTS", scheduler)
     return values
 
 
-def _machines(env: Mapping[str, str], scheduler: str) -> Found:
+def _machines(env: Mapping[str, str], scheduler: str) -> Detected:
     """Read `4`, and `2:4` of an elastic job."""
     low, _, high = env["PET_NNODES"].partition(":")
     if high and high != low:
         for part in (low, high):
             _read_number("PET_NNODES", part)
-        return Found(env["PET_NNODES"], f"{scheduler} (PET_NNODES)")
-    return Found(_read_number("PET_NNODES", low), f"{scheduler} (PET_NNODES)")
+        return Detected(env["PET_NNODES"], f"{scheduler} (PET_NNODES)")
+    return Detected(_read_number("PET_NNODES", low), f"{scheduler} (PET_NNODES)")
 
 
 def _address(
     env: Mapping[str, str], scheduler: str, host: str, host_name: str, port: str, port_name: str
-) -> dict[str, Found]:
-    values = {"main_process_ip": Found(host or None, f"{scheduler} ({host_name})")}
+) -> dict[str, Detected]:
+    values = {"main_process_ip": Detected(host or None, f"{scheduler} ({host_name})")}
     if port:
-        values["main_process_port"] = Found(_read_number(port_name, port), f"{scheduler} ({port_name})")
+        values["main_process_port"] = Detected(_read_number(port_name, port), f"{scheduler} ({port_name})")
     return values
 
 
-def _number(env: Mapping[str, str], name: str, scheduler: str) -> Found:
-    return Found(_read_number(name, env[name]), f"{scheduler} ({name})")
+def _number(env: Mapping[str, str], name: str, scheduler: str) -> Detected:
+    return Detected(_read_number(name, env[name]), f"{scheduler} ({name})")
 
 
 def _read_number(name: str, text: str) -> int:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.config import in_force, resolve
+from paceline.config import resolve, use_configuration
 from paceline.errors import WorkerError
 from paceline.launch.notebook.calling import CALL, result_file, results_in
 
@@ -133,7 +133,7 @@ def _run(
         found = 1 if resolved.config.use_cpu else count_accelerators()[1] or 1
         resolved = resolve(flags=flags, env=os.environ, file=file, detected={"num_processes": found})
     if resolved.config.num_processes == 1:
-        with in_force(resolved):
+        with use_configuration(resolved):
             return [function(*args)]
     return _launch(function, args, resolved, template)
 

@@ -1,10 +1,11 @@
-"""Two runs of a script beside each other, one on one process and one on several: where they part, and why."""
+"""Compares a run on one process with a run on several: the first difference, and its usual cause."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,25 +19,25 @@ BASES = {"no": 1e-5, "tf32": 1e-3, "fp16": 1e-2, "bf16": 2e-2, "fp8": 1e-1}
 """The relative difference between two losses at the first step that rounding explains, by precision."""
 
 _NORM_FACTOR = 10.0
-"""Gradient norms may differ by so much more than losses."""
+"""Gradient norms may differ by this factor more than losses."""
 
 _GROWTH = 0.5
-"""After n steps the differences may have grown by 1 + n times this: each step starts from what the last one rounded."""
+"""Tolerances grow by this share of the first one per step: each step starts from rounded weights."""
 
 
 @dataclass(slots=True)
 class Step:
-    """What a run did for one optimizer step.
+    """One optimizer step of a run.
 
     Attributes:
-        losses: Of each micro-batch, over the global batch.
-        samples: The checksums of the samples of each micro-batch, rank after rank; empty if unknown.
-        shapes: Of the samples of each micro-batch, by rank.
-        positions: Where each micro-batch ended: epoch and samples used.
-        labels: How many labels count in each micro-batch, by rank; empty if there are none.
+        losses: The loss of each micro-batch, over the global batch.
+        samples: The checksums of the samples of each micro-batch, by rank; empty if unknown.
+        shapes: The shapes of the samples of each micro-batch, by rank.
+        positions: The position after each micro-batch: epoch and samples used.
+        labels: The number of labels in the loss of each micro-batch, by rank; empty if there are none.
         weighted: Whether losses are sums with a weight.
         norms: Gradient norms by optimizer.
-        rates: Learning rates by optimizer and group.
+        rates: Learning rates by optimizer and parameter group.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -56,7 +57,7 @@ class Step:
 
 @dataclass(slots=True)
 class Training:
-    """What a run noted, as one training however many ranks it had."""
+    """The notes of all ranks of a run, as one training."""
 
     ranks: int
     steps: list[Step]
@@ -68,25 +69,18 @@ class Training:
 
     @classmethod
     def read(cls, notes: Notes) -> Training:
-        """Put the ranks' notes together."""
-        steps: dict[int, Step] = {}
+        """Combine the notes of all ranks; each rank's are a list of lines."""
         first = notes[min(notes)]
-        losses: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
-        for rank, lines in notes.items():
-            for line in lines:
-                if line["kind"] == "loss":
-                    losses.setdefault((line["step"], line["micro"]), {})[rank] = line
-        for (number, _), by_rank in sorted(losses.items()):
-            _add_losses(steps.setdefault(number, Step()), [by_rank[rank] for rank in sorted(by_rank)])
+        steps = _losses_by_step(notes)
         for line in first:
             if line["kind"] == "step" and line["step"] in steps:
                 steps[line["step"]].norms[line["optimizer"]] = line["norm"]
                 steps[line["step"]].rates[line["optimizer"]] = line["rates"]
         start = next(line for line in first if line["kind"] == "start")
-        model = next((line for line in first if line["kind"] == "model"), {})
+        model: dict[str, Any] = next((line for line in first if line["kind"] == "model"), {})
         return cls(
             ranks=start["ranks"],
-            # The last may have been left before its step was taken.
+            # The run may have ended before its last step was taken.
             steps=[steps[number] for number in sorted(steps) if steps[number].norms],
             weights=model.get("weights", {}),
             batch_norms=model.get("batch_norms", []),
@@ -94,6 +88,19 @@ class Training:
             seeded=start["seeded"],
             matmul=start["matmul"],
         )
+
+
+def _losses_by_step(notes: Notes) -> dict[int, Step]:
+    """Combine the losses of all ranks, micro-batch by micro-batch."""
+    losses: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
+    for rank, lines in notes.items():
+        for line in lines:
+            if line["kind"] == "loss":
+                losses.setdefault((line["step"], line["micro"]), {})[rank] = line
+    steps: dict[int, Step] = {}
+    for (number, _), by_rank in sorted(losses.items()):
+        _add_losses(steps.setdefault(number, Step()), [by_rank[rank] for rank in sorted(by_rank)])
+    return steps
 
 
 def _add_losses(step: Step, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -112,14 +119,14 @@ def _add_losses(step: Step, lines: Sequence[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that differs in a step.
+    """One difference in a step.
 
     Attributes:
         kind: "weights", "count", "samples", "loss", "norm" or "rate".
-        step: Which, from 0; -1 before the first.
-        one: On one process.
-        several: On several.
-        what: Says what.
+        step: The optimizer step, from 0; -1 before the first.
+        one: The value on one process.
+        several: The value on several processes.
+        what: What differs, in words.
     """
 
     kind: str
@@ -130,21 +137,30 @@ class Difference:
 
     @property
     def ratio(self) -> float:
-        """How many times as much it is on several processes."""
+        """The value on several processes over that on one."""
         return self.several / self.one if self.one else math.inf
 
 
 def compare(one: Training, several: Training, base: float) -> list[list[Difference]]:
-    """Compare step by step; return what differs before the first step, then in each step."""
+    """Compare two trainings.
+
+    Args:
+        one: The training on one process.
+        several: The training on several processes.
+        base: The relative difference of losses allowed at the first step.
+
+    Returns:
+        The differences before the first step, then those in each step.
+    """
     pairs = zip(one.steps, several.steps, strict=False)
-    found = [list(_weights(one, several))]
+    by_step = [list(_weights(one, several))]
     for number, (a, b) in enumerate(pairs):
         allowed = base * (1 + _GROWTH * number)
-        found.append([*_samples(number, a, b), *_numbers(number, a, b, allowed)])
+        by_step.append([*_samples(number, a, b), *_numbers(number, a, b, allowed)])
     if len(one.steps) != len(several.steps):
         short = min((len(one.steps), len(several.steps)))
-        found.append([Difference("count", short, len(one.steps), len(several.steps), "optimizer steps taken")])
-    return found
+        by_step.append([Difference("count", short, len(one.steps), len(several.steps), "optimizer steps taken")])
+    return by_step
 
 
 def _weights(one: Training, several: Training) -> Iterator[Difference]:
@@ -165,18 +181,18 @@ def _samples(number: int, one: Step, several: Step) -> Iterator[Difference]:
     if len(one.losses) != len(several.losses):
         yield Difference("count", number, len(one.losses), len(several.losses), "backward passes in the step")
         return
-    if not any(rank for ranks in several.samples for rank in ranks) and several.positions[0][1] is None:
+    has_checksums = any(rank for ranks in several.samples for rank in ranks)
+    if not has_checksums and several.positions[0][1] is None:
         yield Difference("samples", number, 0, 0, "the batches came from no prepared loader")
         return
     for micro, (a, b) in enumerate(zip(one.samples, several.samples, strict=True)):
-        left, right = [s for rank in a for s in rank], [s for rank in b for s in rank]
+        left, right = list(chain.from_iterable(a)), list(chain.from_iterable(b))
         if len(left) != len(right):
             yield Difference("samples", number, len(left), len(right), f"samples in micro-batch {micro + 1}")
         elif Counter(left) != Counter(right) and _same_shapes(one.shapes[micro], several.shapes[micro]):
-            alike = sum((Counter(left) & Counter(right)).values())
-            yield Difference(
-                "samples", number, len(left), alike, f"samples of micro-batch {micro + 1} that are the same"
-            )
+            alike = (Counter(left) & Counter(right)).total()
+            what = f"samples of micro-batch {micro + 1} that are the same"
+            yield Difference("samples", number, len(left), alike, what)
 
 
 def _same_shapes(one: Sequence[Any], several: Sequence[Any]) -> bool:
@@ -208,25 +224,25 @@ def _numbered(index: int, among: Any, noun: str = "optimizer") -> str:
     return f" of {noun} {index}" if len(among) > 1 else ""
 
 
-# What it usually means
+# The usual causes
 
 
 def explain(several: Training, differences: Sequence[Difference], *, dropout_kept: bool) -> list[str]:
-    """Say what usually is behind the first differences, the likeliest first."""
+    """Return the usual causes of the first differences, the likeliest first."""
     kinds = {difference.kind: difference for difference in reversed(differences)}
-    found = list(_reasons(several, kinds))
+    causes = list(_reasons(several, kinds))
     if dropout_kept and several.dropout and "samples" not in kinds:
-        found.append("dropout: each rank draws what it drops (run without --keep_dropout)")
-    return found or [
-        "nothing that is known to cause this was seen; look at what depends on the rank or on the number of processes "
-        "in the script (accelerator.process_index, num_processes), and at random numbers that it draws"
+        causes.append("dropout: each rank draws its own mask (run without --keep_dropout)")
+    return causes or [
+        "no known cause was found; check what depends on the rank or the number of processes in the script "
+        "(accelerator.process_index, num_processes), and its random numbers"
     ]
 
 
 def _reasons(several: Training, kinds: Mapping[str, Difference]) -> Iterator[str]:
     size = several.ranks
     if "weights" in kinds:
-        yield "the models begin with other weights: seed with paceline.set_seed(...) before building the model"
+        yield "the models start from different weights: seed with paceline.set_seed(...) before building the model"
         return
     if "samples" in kinds or "count" in kinds:
         yield from _data_reasons(several, kinds)
@@ -243,28 +259,28 @@ def _reasons(several: Training, kinds: Mapping[str, Difference]) -> Iterator[str
 
 def _data_reasons(several: Training, kinds: Mapping[str, Difference]) -> Iterator[str]:
     if "samples" not in kinds:
-        yield "one of the runs has other batches: the loader's length depends on the number of processes"
+        yield "the runs have different batches: the loader's length depends on the number of processes"
         return
     step = several.steps[kinds["samples"].step]
     if step.positions[0][1] is None:
         yield (
-            "the batches came from no prepared loader, so that each rank trains on the same samples, or on a share "
-            "that the script makes itself: hand the loader to accelerator.prepare(...), which deals them out"
+            "the batches came from no prepared loader, so each rank trains on the same samples, or on a share that the "
+            "script makes itself: pass the loader to accelerator.prepare(...), which divides the samples"
         )
     elif any(len(ranks) > 1 and ranks[0] and all(rank == ranks[0] for rank in ranks) for ranks in step.samples):
-        yield "all ranks train on the same samples: hand the loader to accelerator.prepare(...), which deals them out"
+        yield "all ranks train on the same samples: pass the loader to accelerator.prepare(...), which divides them"
     elif kinds["samples"].step and kinds["samples"].ratio > 1:
         yield (
-            "the last batch of a stream, which several processes complete with samples from its start and one does "
+            "the last batch of a stream, which several processes fill with samples from its start and one process does "
             "not: set drop_last=True on the loader for this check"
         )
     elif kinds["samples"].what.endswith("the same"):
         yield (
-            "the same places of the data set gave other values: random numbers drawn in __getitem__ or the collate "
-            "function (augmentation), or a data set that the script shards by itself before prepare does so again"
+            "the same indices of the dataset gave other values: random numbers in __getitem__ or the collate "
+            "function (augmentation), or a dataset that the script shards before prepare shards it again"
         )
     else:
-        yield "the data is shared out twice: give prepare a loader over the whole data set, without a sampler for ranks"
+        yield "the data is sharded twice: pass prepare a loader over the whole dataset, without a distributed sampler"
 
 
 def _rate_reason(rate: Difference, size: int) -> str:
@@ -296,18 +312,18 @@ def _loss_reasons(several: Training, loss: Difference, size: int) -> Iterator[st
         names = ", ".join(several.batch_norms[:3])
         yield (
             f"batch normalisation ({names}) computes its statistics on each rank's own samples: use "
-            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) (on GPUs), or a norm that looks at one sample"
+            "torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) (on GPUs), or a norm over single samples"
         )
     uneven = any(len(set(labels)) > 1 for labels in step.labels)
     padded = any(not _same_shapes(shapes, shapes) for shapes in step.shapes)
     if (uneven or padded) and not step.weighted:
         yield (
-            "ranks have different numbers of tokens, and the loss is a mean over each rank's own: pass "
-            "backward(loss_sum, weight=num_tokens) to weigh all tokens alike"
+            "ranks have different numbers of tokens, and the loss is a mean over each rank's own tokens: pass "
+            "backward(loss_sum, weight=num_tokens) to weight all tokens equally"
         )
     if loss.step and not several.batch_norms:
         yield (
-            "the first steps agree, so losses and gradients are right; what differs later comes from the update: an "
+            "the first steps agree, so losses and gradients are right; later differences come from the update: an "
             "optimizer, schedule or buffer that depends on the rank, or rounding that grows (see --tolerance)"
         )
 
@@ -321,7 +337,7 @@ def _norm_reasons(norm: Difference, size: int) -> Iterator[str]:
     else:
         yield (
             "the loss agrees and the gradient does not: a part of the model gets its gradient outside of the prepared "
-            "model's forward (a submodule called by itself, model.module(...)), so that ranks do not share it"
+            "model's forward (a submodule called directly, model.module(...)), so that ranks do not average it"
         )
 
 

@@ -1,4 +1,4 @@
-"""`paceline launch --slurm`: its flags, and what is told about a job that was submitted."""
+"""`paceline launch --slurm`: its flags, and the submission of the job."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.config import Found, find_config_file, resolve
+from paceline.config import Detected, find_config_file, resolve
 from paceline.errors import UsageError
 from paceline.launch.command import check_command
 from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, submit
@@ -33,13 +33,13 @@ class _SlurmOption(click.Option):
 
 
 def slurm_options() -> list[click.Parameter]:
-    """Make the flags that write and submit a batch script."""
+    """Return the flags that write and submit a batch script."""
     return [
         _SlurmOption(["--slurm"], is_flag=True, help="Submit a batch script that launches SCRIPT, and return."),
-        _SlurmOption(["--slurm_nodes"], type=click.IntRange(1), help="Machines.  [default: 1]"),
-        _SlurmOption(["--slurm_gpus_per_node"], type=click.IntRange(0), help="Devices of each machine."),
-        _SlurmOption(["--slurm_partition"], help="Queue; Slurm's default without it."),
-        _SlurmOption(["--slurm_time"], help="Time limit, such as 24:00:00; the partition's without it."),
+        _SlurmOption(["--slurm_nodes"], type=click.IntRange(1), help="Number of machines.  [default: 1]"),
+        _SlurmOption(["--slurm_gpus_per_node"], type=click.IntRange(0), help="Number of GPUs of each machine."),
+        _SlurmOption(["--slurm_partition"], help="Partition (queue); default: that of Slurm."),
+        _SlurmOption(["--slurm_time"], help="Time limit, such as 24:00:00; default: that of the partition."),
         _SlurmOption(
             ["--slurm_option"],
             multiple=True,
@@ -50,25 +50,25 @@ def slurm_options() -> list[click.Parameter]:
 
 
 class Submission:
-    """What was asked of Slurm by flags.
+    """A Slurm job, as the flags describe it.
 
     Args:
-        asked: The flags by their names without `slurm_`.
+        flags: The flags of Slurm by name, without `slurm_`.
     """
 
-    def __init__(self, asked: Mapping[str, Any]) -> None:
-        options = dict(_split(text) for text in asked["option"])
+    def __init__(self, flags: Mapping[str, Any]) -> None:
+        options = dict(_split(text) for text in flags["option"])
         for key, flag in (("nodes", "nodes"), ("partition", "partition"), ("time", "time")):
-            if key in options and asked[flag] is not None:
-                raise click.UsageError(f"--slurm_option {key} says what --slurm_{flag} says: give one of the two.")
-        nodes = options.get("nodes", str(asked["nodes"] or 1))
+            if key in options and flags[flag] is not None:
+                raise click.UsageError(f"--slurm_option {key} and --slurm_{flag} set the same: give one of the two.")
+        nodes = options.get("nodes", str(flags["nodes"] or 1))
         if not nodes.isdecimal():
             raise click.UsageError(f"--slurm_option nodes={nodes}: the number of machines must be one number.")
         self.allocation = Allocation(
             nodes=int(nodes),
-            gpus_per_node=asked["gpus_per_node"],
-            partition=asked["partition"],
-            time=asked["time"],
+            gpus_per_node=flags["gpus_per_node"],
+            partition=flags["partition"],
+            time=flags["time"],
             options=options,
         )
 
@@ -83,10 +83,10 @@ class Submission:
         quiet: bool,
         dry_run: bool,
     ) -> None:
-        """Check the configuration, write the script, submit it, and say how to follow the job."""
+        """Check the configuration, write the batch script, submit it, and print how to follow the job."""
         check_command(command, os.environ)
         file = find_config_file(os.environ, config_file)
-        machines = {"num_machines": Found(self.allocation.nodes, "--slurm_nodes")}
+        machines = {"num_machines": Detected(self.allocation.nodes, "--slurm_nodes")}
         resolved = resolve(flags=flags, env=os.environ, file=file, detected=machines)
         _refuse_other_starters(resolved)
         for note in () if quiet else resolved.notes:
@@ -102,20 +102,20 @@ class Submission:
         script = _write(folder, text)
         job = submit(script, os.environ)
         log = (self.allocation.options or {}).get("output", f"{folder}/%j.log").replace("%j", job)
-        click.echo(f"job {job} submitted; its script is {script}")
+        click.echo(f"submitted job {job}; its script is {script}")
         click.echo(f"  output   tail -F {shlex.quote(log)}")
         click.echo(f"  state    squeue --job {job}")
         click.echo(f"  end it   scancel {job}")
 
 
 def take_slurm_flags(values: dict[str, Any]) -> Submission | None:
-    """Take the flags of Slurm out of those that were typed; None when the job is not for Slurm."""
-    asked = {name.removeprefix("slurm_"): values.pop(name) for name in list(values) if name.startswith("slurm_")}
+    """Remove the flags of Slurm from all flags; return None without `--slurm`."""
+    flags = {name.removeprefix("slurm_"): values.pop(name) for name in list(values) if name.startswith("slurm_")}
     if values.pop("slurm"):
-        return Submission(asked)
-    given = [f"--slurm_{name}" for name, value in asked.items() if value not in (None, ())]
+        return Submission(flags)
+    given = [f"--slurm_{name}" for name, value in flags.items() if value not in (None, ())]
     if given:
-        raise click.UsageError(f"{', '.join(given)}: nothing is submitted without --slurm.")
+        raise click.UsageError(f"{', '.join(given)}: these flags need --slurm.")
     return None
 
 
@@ -125,19 +125,19 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _refuse_other_starters(resolved: Resolved) -> None:
-    """Raise `UsageError` when something else than Slurm is asked to start ranks on the machines."""
+    """Raise `UsageError` when mpirun or DeepSpeed's launcher would start ranks on the machines too."""
     config = resolved.config
     if config.mpirun_config is not None or config.spans_machines:
-        asked = "mpirun" if config.mpirun_config is not None else "DeepSpeed's launcher"
+        starter = "mpirun" if config.mpirun_config is not None else "DeepSpeed's launcher"
         raise UsageError(
-            f"--slurm is given, and the configuration asks for {asked}",
+            f"--slurm conflicts with {starter} in the configuration",
             "Slurm starts a launcher on each machine of the job, and each would start ranks on all of them",
-            "Leave one of the two out; `paceline config show --explain` says where the settings come from",
+            "Leave one of the two out; `paceline config show --explain` shows where the settings come from",
         )
 
 
 def _rest_of_launch(command: Command, flags: Mapping[str, object], file: Path | None) -> Iterator[str]:
-    """The same launch, as each machine of the job is to run it."""
+    """Yield the words of the same launch, for each machine of the job."""
     if file is not None:
         yield f"--config_file={file.absolute()}"
     yield from (f"--{name}={value}" for name, value in flags.items())
@@ -156,6 +156,6 @@ def _write(folder: Path, text: str) -> Path:
         raise UsageError(
             f"The batch script cannot be written to {str(folder)!r}",
             error.strerror or str(error),
-            "Give --log_dir a folder that can be made, on a disk that all machines see",
+            "Give --log_dir a writable folder on a disk that all machines share",
         ) from error
     return script

@@ -1,27 +1,47 @@
-"""A group of commands of which only the called one is imported."""
+"""What commands are built of: a group that imports only the called command, paths, examples under the help."""
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LazyGroup"]
+    from click import Context, Parameter
+
+__all__ = ["HELP_FLAGS", "LazyGroup", "PathType", "examples"]
+
+HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
+"""Context settings of every command: both flags show the help."""
+
+
+class PathType(click.Path):
+    """A path in which `~` is the home folder, also where the shell has not expanded it (`--log_dir=~/logs`)."""
+
+    @override
+    def convert(self, value: Any, param: Parameter | None, ctx: Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111 - as a shell does
+
+
+def examples(*lines: str) -> str:
+    """Return an epilog with command lines, which click leaves unwrapped."""
+    return "\b\n" + "\n".join(("Examples:", *(f"    {line}" for line in lines)))
 
 
 class LazyGroup(click.Group):
-    """Lists its commands without importing them: `paceline --help` needs no torch.
+    """A group that lists its commands without importing them: `paceline --help` needs no torch.
 
     Args:
         lazy: Name of each command to its module, which holds it as `command`, and to the line in the list.
-        topics: Headings of the list, each with the commands under it; what is under none comes last.
-        examples: Command lines to try, with what each does; shown at the end.
-        settings: What click takes besides.
+        topics: Headings of the list, each with the commands under it; the others come last.
+        examples: Command lines with what each does; shown at the end.
+        settings: The arguments of `click.Group`.
     """
 
     def __init__(
@@ -38,27 +58,25 @@ class LazyGroup(click.Group):
         self._topics["More" if grouped else "Commands"] = tuple(name for name in lazy if name not in grouped)
         self._examples = examples
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Name the commands, in the order of the list."""
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Return the names of the commands, in the order of the list."""
         return list(self._lazy)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command that is called."""
+    def get_command(self, ctx: Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
         if cmd_name not in self._lazy:
             return None
         command: click.Command = import_module(self._lazy[cmd_name][0]).command
         return command
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; click itself would look for a mistyped one among those that are imported."""
+    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; click itself would look for a mistyped one only among those that are imported."""
         close = get_close_matches(args[0], self._lazy, n=1)
         if close and args[0] not in self._lazy and not ctx.resilient_parsing:
             raise click.UsageError(f"No such command {args[0]!r}. Did you mean {close[0]!r}?", ctx)
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, topic by topic."""
         width = max(map(len, self._lazy))
         for topic, names in self._topics.items():
@@ -66,7 +84,7 @@ class LazyGroup(click.Group):
                 with formatter.section(topic):
                     formatter.write_dl([(name.ljust(width), self._lazy[name][1]) for name in names])
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: Context, formatter: click.HelpFormatter) -> None:
         """Write the examples, then the last lines."""
         if self._examples:
             with formatter.section("Examples"):

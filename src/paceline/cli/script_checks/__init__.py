@@ -1,0 +1,1 @@
+"""Checks of a user's script: `paceline parity` and `paceline verify-resume`."""

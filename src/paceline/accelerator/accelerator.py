@@ -318,7 +318,7 @@ class Accelerator:
         Example:
             >>> print(Accelerator(cpu=True, strategy="single").describe())
             processes     1
-            device        CPU...
+            device        cpu...
         """
         return describe_run(self._components, self._selector, self._prepared, self._window.num_steps)
 
@@ -1176,9 +1176,10 @@ class Accelerator:
             A handle; its `remove` ends that.
 
         Example:
-            >>> def write_note(models, weights, folder):
-            ...     _ = open(f"{folder}/note.txt", "w").write("lr halved by hand")
-            >>> handle = Accelerator(cpu=True).register_save_state_pre_hook(write_note)
+            >>> import shutil
+            >>> def copy_script(models, weights, folder):
+            ...     shutil.copy("train.py", folder)
+            >>> handle = Accelerator(cpu=True).register_save_state_pre_hook(copy_script)
             >>> handle.remove()
         """
         return self._checkpoints.add_save_hook(hook)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from paceline.environment.device import describe_device
-from paceline.planner import Run, asked_bytes, describe_out_of_memory, measure_usage, process_memory
+from paceline.planner import Run, describe_out_of_memory, measure_usage, process_memory, requested_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,7 +96,7 @@ def explain_out_of_memory(
     return describe_out_of_memory(
         measure_usage(snapshot.models, snapshot.optimizers, context.device, libraries=libraries),
         run,
-        asked_bytes(str(error)),
+        requested_bytes(str(error)),
         rank=context.world.rank,
         device=describe_device(context.device),
     )

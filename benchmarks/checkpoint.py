@@ -165,7 +165,7 @@ class Paceline(Contender):
 
     def finish(self) -> str:
         self.training.accelerator.wait_for_save()
-        times = self.training.accelerator._checkpointing.times
+        times = self.training.accelerator._checkpoints.times
         return (
             f"plan {times.planned:.2f} write {times.written:.2f} fsync {times.synced:.2f} commit {times.committed:.2f}"
         )
@@ -181,7 +181,7 @@ class PacelineAsync(Paceline):
     steps_go_on = True
 
     def close(self) -> None:
-        self.training.accelerator._checkpointing.close()
+        self.training.accelerator.wait_for_save()
 
 
 class TorchSave(Contender):

@@ -110,7 +110,8 @@ def modules() -> list[str]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_examples_in_docstrings_run(name: str) -> None:
+def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write checkpoints
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)

@@ -56,7 +56,7 @@ def main(folder: str, strategy: str, steps: str, every: str, how: str, *words: s
     torch.manual_seed(100 + accelerator.process_index)
     model, optimizer, loader, evaluation = accelerator.prepare(model, optimizer, loader, evaluation)
     resumed = accelerator.load_state()
-    done = accelerator._optimizers[0].num_steps
+    done = optimizer.num_steps
     with (Path(folder) / f"log-{accelerator.process_index}").open("a") as log:
         log.write(json.dumps({"start": done, "from": resumed, "pid": os.getpid()}) + "\n")
         while done < int(steps):

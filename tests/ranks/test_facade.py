@@ -159,7 +159,7 @@ def in_order() -> dict[str, Any]:
         "unwrapped": inner is model,
         "plain": one.unwrap_model(unprepared) is unprepared,
         "freed": one.free_memory(*got),
-        "after": len(one._models),
+        "after": len(one._prepared.models),
     }
 
 
@@ -273,7 +273,7 @@ def test_a_run_describes_itself(strategy: str, kind: str) -> None:
     text, told = run_on_ranks(2, described, strategy)[0]
     assert told == kind
     name = "deepspeed" if "zero" in strategy else strategy
-    assert f"{name}: asked for by" in text
+    assert f"{name}: set by" in text
     assert name == strategy or f"ZeRO stage {strategy[-1]}" in text
     assert "an optimizer step takes 24 samples = 8 x 3 micro-batches" in text
     assert "bf16" in text
@@ -292,7 +292,7 @@ def own_class() -> list[str]:
 def test_a_strategy_given_as_a_class() -> None:
     name, alike, text = run_on_ranks(2, own_class)[0]
     assert (name, alike) == ("fsdp", "True")
-    assert "asked for by the script" in text
+    assert "passed by the script" in text
 
 
 def contradicted() -> list[str]:

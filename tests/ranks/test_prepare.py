@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -340,19 +343,17 @@ def test_the_norm_of_a_subset_is_global_under_zero(strategy: str, norm_type: flo
 # auto
 
 
-def automatic(free: int | None) -> tuple[str, str]:
-    from paceline.accelerator import assembly
+def free_memory(count: int) -> AbstractContextManager[Any]:
+    """Let the choice of a strategy find so many bytes of memory."""
+    return mock.patch("paceline.accelerator.strategy_selection.memory_info", return_value=(count, count))
 
-    original = assembly._free_bytes
-    if free is not None:
-        assembly._free_bytes = lambda components: free
-    try:
+
+def automatic(free: int | None) -> tuple[str, str]:
+    with contextlib.nullcontext() if free is None else free_memory(free):
         accelerator = Accelerator(cpu=True)
         model: Any = TinyTransformer(width=64)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
         step(accelerator, model, optimizer)
-    finally:
-        assembly._free_bytes = original
     return accelerator.strategy.name, accelerator.describe()
 
 
@@ -372,16 +373,12 @@ def test_auto_keeps_what_was_said_about_fsdp() -> None:
 
 def automatic_with_a_hint() -> str:
     """What the script says about FSDP holds when `auto` takes it."""
-    from paceline.accelerator import assembly
-
-    original = assembly._free_bytes
-    assembly._free_bytes = lambda components: 1_000_000
     os.environ["PACELINE_FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"] = "Block"
     try:
-        accelerator = Accelerator(cpu=True)
-        accelerator.prepare(TinyTransformer(width=64))
+        with free_memory(1_000_000):
+            accelerator = Accelerator(cpu=True)
+            accelerator.prepare(TinyTransformer(width=64))
     finally:
-        assembly._free_bytes = original
         del os.environ["PACELINE_FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP"]
     return "\n".join(accelerator.strategy.describe())
 

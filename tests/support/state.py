@@ -31,13 +31,13 @@ class Whole:
 
 def names_of(accelerator: Accelerator) -> dict[int, str]:
     """The names of the parameters of the one prepared model."""
-    (model,) = accelerator._models
+    (model,) = accelerator._prepared.models
     return {id(p): name for name, p in accelerator.strategy.named_parameters(model)}
 
 
 def take_state(accelerator: Accelerator) -> Whole:
     """Put together what all ranks hold."""
-    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    (model,), (optimizer,) = accelerator._prepared.models, accelerator._prepared.optimizers
     strategy = accelerator.strategy
     state = strategy.optimizer_state(optimizer.optimizer, names_of(accelerator))
     return Whole(
@@ -50,7 +50,7 @@ def take_state(accelerator: Accelerator) -> Whole:
 
 def put_state(accelerator: Accelerator, whole: Whole) -> None:
     """Write each rank's runs of a whole state into its live memory."""
-    (model,), (optimizer,) = accelerator._models, accelerator._optimizers
+    (model,), (optimizer,) = accelerator._prepared.models, accelerator._prepared.optimizers
     strategy, names = accelerator.strategy, names_of(accelerator)
     slots = {
         name: {key: Slot(tuple(value.shape), value.dtype) for key, value in tensors.items()}

@@ -1,47 +1,36 @@
-"""The facade: the public methods, each of which hands on to the part that knows."""
+"""The facade: one class whose public methods each hand on to the part that does the work."""
 
 from __future__ import annotations
 
 import gc
 import os
-import weakref
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from paceline.accelerator.checkpoints import Saving
-from paceline.accelerator.communication import Ranks
-from paceline.accelerator.preparation import Preparing
-from paceline.accelerator.run_tracking import Reporting
+from paceline.accelerator.communication import Communicator
+from paceline.accelerator.gradients import Gradients
+from paceline.accelerator.preparation import Preparer
+from paceline.accelerator.prepared import Prepared
+from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
-from paceline.accelerator.unprepared import FirstSteps
-from paceline.data import ActiveLoaders, PreparedDataLoader
+from paceline.accelerator.weights import WeightWriter
+from paceline.data import ActiveLoaders, skip_first_batches
 from paceline.environment.profiling import peak_memory, profile
-from paceline.stepping import (
-    AcceleratedOptimizer,
-    AcceleratedScheduler,
-    Accumulation,
-    ScheduleLengths,
-    Window,
-    say,
-    scalar_loss,
-    steps_taken,
-)
-from paceline.tracking import Trackers, choose_trackers
-from paceline.training_state.manager import Checkpointing
+from paceline.stepping import Window
+from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
+    from torch.optim import Optimizer
+    from torch.utils.data import DataLoader
 
-    from paceline.accelerator.oom_report import MemorySnapshot
-    from paceline.accelerator.recording import ParityRecorder, Recorder
+    from paceline.collectives import Reduction
     from paceline.config import (
         AutocastKwargs,
         DataLoaderConfiguration,
@@ -53,42 +42,64 @@ if TYPE_CHECKING:
         ProjectConfiguration,
         TorchDynamoPlugin,
     )
-    from paceline.precision import LossScaler
+    from paceline.data import PreparedDataLoader
+    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import DistributedType, RunContext, Strategy
+    from paceline.tracking import GeneralTracker
+    from paceline.training_state.manager import HookHandle
 
-T = TypeVar("T")
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
-class Accelerator(Preparing, Saving, Reporting, Ranks):
+class Accelerator:
     """Runs one training script on whatever it was launched on.
 
-    Every rank builds one and calls the same methods in the same order; those marked "Collective" exchange something.
-    What the launcher's configuration leaves open may be said here. What both say, and differently, is an error.
+    Every rank builds one and calls the same methods in the same order; those marked "Collective" wait for all ranks.
+    What the launcher's configuration leaves open can be set here. A setting with different values in both is an error.
 
     Args:
         device_placement: Move models and batches to the device.
         mixed_precision: `no`, `bf16` or `fp16`.
         gradient_accumulation_steps: Micro-batches to an optimizer step.
-        cpu: Stay on the CPU even where there is an accelerator.
+        cpu: Use the CPU even if there is an accelerator.
         strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or one of your own: a class derived from
             `paceline.strategies.Strategy`, or an object of one. `auto` takes the least sharding that fits.
-        dataloader_config: How prepared loaders are shared out.
-        fsdp_plugin: Settings of FSDP2; asks for that strategy.
-        deepspeed_plugin: Settings of DeepSpeed; asks for that strategy.
-        gradient_accumulation_plugin: Says more than `gradient_accumulation_steps`; give one of them.
-        step_scheduler_with_optimizer: Let a prepared scheduler move once an optimizer step; else on every call.
+        dataloader_config: How prepared loaders are split over ranks.
+        fsdp_plugin: Settings of FSDP2; selects that strategy.
+        deepspeed_plugin: Settings of DeepSpeed; selects that strategy.
+        gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one of them.
+        step_scheduler_with_optimizer: Step a prepared scheduler once for each optimizer step; else on every call.
         kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
-            `InitProcessGroupKwargs`, `ProfileKwargs`: one of each kind at most.
+            `InitProcessGroupKwargs`, `ProfileKwargs`: at most one of each.
         dynamo_plugin: Settings of `torch.compile`.
         dynamo_backend: Short for `TorchDynamoPlugin(backend=...)`.
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
         project_dir: Where a run keeps its files.
-        project_config: Says more than `project_dir`; give one of them.
+        project_config: More settings than `project_dir`; give one of them.
         log_with: Experiment trackers for `init_trackers` to open: a name, `all` that are installed, an object derived
-            from `paceline.tracking.GeneralTracker`, or a list of these. JSON lines are written besides wherever there
+            from `paceline.tracking.GeneralTracker`, or a list of these. JSON lines are also written wherever there
             is a folder for logs.
         rng_types: Accepted as `["generator"]` or None: the order of samples depends on seed and epoch only, so
             no generator has to be synchronised.
+
+    Attributes:
+        scaler: The loss scaler of fp16; None in any other precision, and where the engine scales the loss.
+        project_configuration: Where the run keeps its files, and how checkpoints are named.
+
+    Raises:
+        ConfigError: Arguments contradict each other or the launcher's configuration; lists all problems.
+        PrecisionError: The device does not support the precision.
+
+    Example:
+        >>> accelerator = Accelerator(cpu=True)
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loader = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> for batch in loader:
+        ...     accelerator.backward(model(batch).pow(2).mean())
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
     """
 
     def __init__(
@@ -113,117 +124,143 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         log_with: object = None,
         rng_types: Sequence[str] | None = None,
     ) -> None:
-        # What builds a run stands on the schema of its configuration, which a mere import must not wait for.
-        from paceline.accelerator.arguments import (
-            Handlers,
-            accumulation_steps,
-            check_rng_types,
-            compile_settings,
-            project_settings,
-            refuse_scaler,
-        )
+        # These modules need the configuration's schema, which takes too long to load for a mere import of paceline.
+        from paceline.accelerator import arguments
         from paceline.accelerator.assembly import assemble
         from paceline.accelerator.oom_report import report_out_of_memory_at_exit
-        from paceline.config import DataLoaderConfiguration, GradientAccumulationPlugin
+        from paceline.accelerator.recording import start_recording
+        from paceline.accelerator.strategy_selection import StrategySelector, usable_scaler
+        from paceline.config import DataLoaderConfiguration
 
-        check_rng_types(rng_types)
-        accumulation = gradient_accumulation_plugin
-        said = {
+        arguments.check_rng_types(rng_types)
+        steps = arguments.accumulation_steps(gradient_accumulation_plugin, gradient_accumulation_steps)
+        explicit = {
             "strategy": strategy if isinstance(strategy, str) else None,
             "mixed_precision": mixed_precision,
-            "gradient_accumulation_steps": accumulation_steps(accumulation, gradient_accumulation_steps),
+            "gradient_accumulation_steps": steps,
             "use_cpu": cpu,
             "fsdp_config": fsdp_plugin,
             "deepspeed_config": deepspeed_plugin,
-            "dynamo_config": compile_settings(dynamo_plugin, dynamo_backend),
+            "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
-        given = {key: value for key, value in said.items() if value is not None}
-        self._components = assemble(os.environ, given, Handlers.sort(kwargs_handlers))
-        super().__init__(self._components.context, ActiveLoaders())
-        config = self._components.context.config
-        self.device_placement = device_placement
-        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
-        self.project_configuration = project_settings(project_dir, project_config)
-        self._tracking = self._choose_trackers(log_with)
-        self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.scaler: LossScaler | None = self._components.scaler
-        plugin = accumulation or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
-        self._window = Window(plugin, self._loaders, self._components.group)
-        # Not `self`: what is prepared must go when the script lets go of its Accelerator.
-        window = self._window
-        self._loaders.micro_batches = lambda: window.num_steps
-        self._accumulation = Accumulation(self._window, sync_each_batch=plugin.sync_each_batch)
-        self._models: list[nn.Module] = []
-        self._optimizers: list[AcceleratedOptimizer] = []
-        self._schedulers: list[AcceleratedScheduler] = []
-        self._dataloaders: list[PreparedDataLoader] = []
-        self._lengths = ScheduleLengths(self._components.group.size, lambda: window.num_steps)
-        self._loaders.begin_pass, self._loaders.end_pass = self._lengths.begin_pass, self._lengths.end_pass
-        weakref.finalize(self, say, self._lengths.verdict)
-        self._checkpointing = Checkpointing(self.project_configuration, self._components.group)
-        self._recorder = self._start_recording()
-        self._arm()
-        self._own_strategy = None if isinstance(strategy, str) else strategy
-        self._strategy: Strategy | None
-        self._strategy, self._reason = self._decide_early()
-        if self._strategy is not None and self._strategy.scales_loss:
-            refuse_scaler(self._components.handlers, self._strategy.name)
-            self.scaler = None
-        itself = weakref.ref(self)
-        self._first_steps = FirstSteps(
-            self._components.group,
+        self._components = components = assemble(os.environ, explicit, arguments.Handlers.sort(kwargs_handlers))
+        self._context = context = components.context
+        self.project_configuration: ProjectConfiguration = arguments.project_settings(project_dir, project_config)
+        accumulation = arguments.accumulation_settings(gradient_accumulation_plugin, context.config)
+        self._prepared = prepared = Prepared()
+        loaders = ActiveLoaders()
+        self._window = window = Window(
+            accumulation.num_steps, loaders, context.group, sync_with_dataloader=accumulation.sync_with_dataloader
+        )
+        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
+        self.scaler = scaler = usable_scaler(components, selector.maybe_current)
+        self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
+        self._communicator = Communicator(context, loaders)
+        self._weights = WeightWriter(context.group, selector)
+        self._checkpoints = CheckpointManager(
+            self.project_configuration,
+            context.group,
+            prepared.state_source(selector, scaler),
+            prepared.registered,
             window,
-            self._loaders,
-            self._models,
-            self.scaler,
-            lambda: None if (it := itself()) is None else it._strategy,
+            loaders,
         )
-        report_out_of_memory_at_exit(
-            self, self._components, lambda: None if (it := itself()) is None else it._memory_snapshot()
+        recorder = start_recording(components, self, prepared, loaders, self._checkpoints.wait)
+        self._gradients = Gradients(
+            prepared, selector, window, accumulation.sync_each_batch, scaler=scaler, recorder=recorder
         )
+        self._preparer = Preparer(
+            components,
+            prepared,
+            selector,
+            window,
+            loaders,
+            scaler=scaler,
+            before_step=self._checkpoints.before_step,
+            recorder=recorder,
+            device_placement=device_placement,
+            dataloader_config=dataloader_config or DataLoaderConfiguration(),
+            step_scheduler_with_optimizer=step_scheduler_with_optimizer,
+        )
+        report_out_of_memory_at_exit(self._preparer, components)
 
-    def _memory_snapshot(self) -> MemorySnapshot:
-        """What fills the memory, for the report of a run that has none left."""
-        return self._models, [o.optimizer for o in self._optimizers], self._micro_batch(), self._window.num_steps
+    # Processes
 
-    def _choose_trackers(self, log_with: object) -> Trackers:
-        folder = None if self.logging_dir is None else Path(self.logging_dir)
-        chosen = choose_trackers(log_with, folder)
-        return Trackers(chosen, folder, is_main=self.is_main_process, is_asked=log_with is not None)
+    @property
+    def device(self) -> torch.device:
+        """The device on which this rank computes."""
+        return self._context.device
 
-    def _start_recording(self) -> Recorder | ParityRecorder | None:
-        """Note what this run does, where `paceline verify-resume` or `paceline parity` asked for it."""
-        recording, group = self._components.resolved.recording, self._components.group
-        if recording is None:
-            return None
-        from paceline.accelerator.recording import ParityRecorder, Recorder
+    @property
+    def num_processes(self) -> int:
+        """The number of ranks, over all machines."""
+        return self._context.world.size
 
-        recorder: Recorder | ParityRecorder
-        if recording.parity:
-            recorder = ParityRecorder(recording, group, self, self._models, self._optimizers)
-        else:
-            finish_save = self._checkpointing.wait
-            recorder = Recorder(recording, group, lambda: steps_taken(self._optimizers), finish_save)
-        self._loaders.watch = recorder.note_batch
-        return recorder
+    @property
+    def process_index(self) -> int:
+        """The rank of this process, over all machines."""
+        return self._context.world.rank
 
-    # What was said and decided
+    @property
+    def local_process_index(self) -> int:
+        """The rank of this process on its machine."""
+        return self._context.world.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this is rank 0."""
+        return self._context.world.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self._context.world.is_local_main
+
+    @property
+    def is_last_process(self) -> bool:
+        """Whether this is the last rank."""
+        return self._context.world.is_last
+
+    @property
+    def use_distributed(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.num_processes > 1
+
+    # Settings
 
     @property
     def mixed_precision(self) -> str:
-        """`no`, `bf16` or `fp16`."""
-        return self._components.context.precision.mode
+        """The precision: `no`, `bf16` or `fp16`."""
+        return self._context.precision.mode
 
     @property
     def distributed_type(self) -> DistributedType:
-        """How configuration files call this way of training."""
+        """The strategy under its name in configuration files.
+
+        Raises:
+            PrepareError: `strategy="auto"`, and no model was prepared.
+        """
         return self.strategy.distributed_type
 
     @property
+    def strategy(self) -> Strategy:
+        """The strategy; `auto` is decided when the first model is prepared.
+
+        Raises:
+            PrepareError: It is not decided yet.
+        """
+        return self._selector.current
+
+    @property
+    def strategy_reason(self) -> str:
+        """Which strategy it is and why, in one line; empty while `auto` waits for a model."""
+        return self._selector.reason
+
+    @property
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
-        """The settings of DeepSpeed in force, from whatever source; None under another strategy."""
-        return self._components.context.config.deepspeed_config
+        """The settings of DeepSpeed from all sources; None under another strategy."""
+        return self._context.config.deepspeed_config
 
     @property
     def project_dir(self) -> str | None:
@@ -232,48 +269,94 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
 
     @property
     def logging_dir(self) -> str | None:
-        """Where the run keeps its logs: `logging_dir`, else `project_dir`."""
+        """Where the run keeps its logs: `logging_dir` of the project configuration, else `project_dir`."""
         return self.project_configuration.logging_dir or self.project_dir
 
     @property
+    def device_placement(self) -> bool:
+        """Whether `prepare` moves models and batches to the device, unless a call overrides it."""
+        return self._preparer.device_placement
+
+    @device_placement.setter
+    def device_placement(self, value: bool) -> None:
+        self._preparer.device_placement = value
+
+    @property
+    def dataloader_config(self) -> DataLoaderConfiguration:
+        """How loaders that are prepared from now on are split over ranks."""
+        return self._preparer.dataloader_config
+
+    @dataloader_config.setter
+    def dataloader_config(self, value: DataLoaderConfiguration) -> None:
+        self._preparer.dataloader_config = value
+
+    @property
+    def step_scheduler_with_optimizer(self) -> bool:
+        """Whether schedulers prepared from now on step once for each optimizer step; else on every call."""
+        return self._preparer.step_scheduler_with_optimizer
+
+    @step_scheduler_with_optimizer.setter
+    def step_scheduler_with_optimizer(self, value: bool) -> None:
+        self._preparer.step_scheduler_with_optimizer = value
+
+    @property
     def split_batches(self) -> bool:
-        """Whether a loader's batch is the global one."""
+        """Whether the batch size of a loader is the global one, over all ranks."""
         return self.dataloader_config.split_batches
 
     @property
     def even_batches(self) -> bool:
-        """Whether the last batches are filled up so that all ranks have as many."""
+        """Whether the last batches are filled up so that all ranks have the same number."""
         return self.dataloader_config.even_batches
 
     def describe(self) -> str:
-        """What was detected and decided, as lines of text for the start of a log."""
-        return describe_run(self._components, self._strategy, self._reason, self._dataloaders, self._window.num_steps)
+        """Describe what was detected and decided, for the start of a log.
 
-    @property
-    def strategy_reason(self) -> str:
-        """Which strategy is in force and why, in one line; empty while `auto` waits for a model."""
-        return self._reason
+        Returns:
+            Lines of text: processes, device, strategy and why, precision, data, explicit settings.
+
+        Example:
+            >>> print(Accelerator(cpu=True, strategy="single").describe())
+            processes     1
+            device        cpu...
+        """
+        return describe_run(self._components, self._selector, self._prepared, self._window.num_steps)
 
     def peak_memory(self) -> int:
-        """The most bytes this rank has held: of the device, or of the process on a CPU."""
+        """Measure the most memory that this rank has used.
+
+        Returns:
+            Bytes: allocated on the device, or resident in the process on a CPU.
+
+        Example:
+            >>> Accelerator(cpu=True).peak_memory() > 0
+            True
+        """
         return peak_memory(self.device)
 
     def free_memory(self, *objects: Any) -> list[None]:
-        """Forget everything prepared and give the device's memory back; returns a None for each object.
+        """Forget everything prepared and free the device's memory.
 
-        Assign the result to the names that hold the objects, so that nothing else keeps them:
-        `model, optimizer = accelerator.free_memory(model, optimizer)`.
+        Assign the result to the variables of the objects, so that nothing else keeps them alive.
+
+        Args:
+            objects: What the script prepared.
+
+        Returns:
+            A None for each object.
+
+        Raises:
+            CheckpointError: A save in the background failed.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> (model,) = accelerator.free_memory(model)
         """
-        for prepared in (self._models, self._optimizers, self._schedulers, self._dataloaders):
-            prepared.clear()
-        self._checkpointing.close()
-        self._arm()
-        self._accumulation.forget()
-        self._window.forget()
-        say(self._lengths.verdict)
-        if self._strategy is not None:
-            self._strategy.close()
-        self._strategy, self._reason = self._decide_early()
+        self._preparer.forget()
+        self._checkpoints.release()
+        self._gradients.release()
+        self._selector.reset()
         count = len(objects)
         del objects
         gc.collect()
@@ -283,11 +366,217 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
 
     clear = free_memory
 
+    # Preparation
+
+    def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
+        """Make models, optimizers, loaders and schedulers fit the run.
+
+        Any other object, or one that was prepared before, is returned unchanged; on several ranks an iterable of
+        batches that is no `DataLoader` is prepared as well. An optimizer may be made before or after its model is
+        prepared.
+        Collective: every rank must call it.
+
+        Args:
+            args: In any order.
+            device_placement: One flag for each argument, to override `device_placement` of the constructor.
+
+        Returns:
+            The prepared objects in the same order, as a tuple; a single one by itself.
+
+        Raises:
+            PrepareError: Something cannot be trained, sharded or stepped.
+            DataError: A loader cannot be split over ranks.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> loader = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)
+            >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        """
+        return self._preparer.prepare(args, device_placement)
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Prepare one model.
+
+        Collective: every rank must call it.
+
+        Args:
+            model: To be trained, or only evaluated.
+            device_placement: Overrides the constructor's.
+            evaluation_mode: Only place the model, and exchange no gradients for it.
+
+        Returns:
+            What to call instead of the model.
+
+        Raises:
+            PrepareError: It cannot be trained or sharded.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> teacher = accelerator.prepare_model(nn.Linear(2, 1), evaluation_mode=True)
+        """
+        return self._preparer.prepare_model(model, device_placement, evaluation_mode=evaluation_mode)
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
+        """Prepare one optimizer, before or after the model whose parameters it updates.
+
+        Collective: every rank must call it.
+
+        Args:
+            optimizer: Of torch, or derived from it.
+            device_placement: Accepted; an optimizer's state follows its parameters.
+
+        Returns:
+            An optimizer that steps at the end of each accumulation window.
+
+        Raises:
+            PrepareError: It updates parameters of a model that was not prepared.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare_model(nn.Linear(2, 1))
+            >>> optimizer = accelerator.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        """
+        return self._preparer.prepare_optimizer(optimizer)
+
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None = None, *, saved: bool = True
+    ) -> PreparedDataLoader:
+        """Prepare one loader: it yields this rank's part, on the device ahead of need.
+
+        Args:
+            data_loader: A `DataLoader`, or another iterable of batches, which is read unchanged by one rank, or as
+                `dispatch_batches` or `streams_are_sharded` say.
+            device_placement: Overrides the constructor's.
+            saved: Whether checkpoints contain its position; False for loaders that always begin at their first
+                sample, of which there may be any number.
+
+        Returns:
+            The loader to iterate instead.
+
+        Raises:
+            DataError: It cannot be split over ranks.
+
+        Example:
+            >>> loader = torch.utils.data.DataLoader(torch.arange(4), batch_size=2)
+            >>> [batch.tolist() for batch in Accelerator(cpu=True).prepare_data_loader(loader)]
+            [[0, 1], [2, 3]]
+        """
+        return self._preparer.prepare_data_loader(data_loader, device_placement, saved=saved)
+
+    def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
+        """Prepare one learning-rate scheduler, after its optimizer.
+
+        Args:
+            scheduler: Of torch, or an object with the same methods.
+
+        Returns:
+            A scheduler that steps once for each step that its optimizer takes.
+
+        Raises:
+            PrepareError: A `DummyScheduler`, and the strategy reads no DeepSpeed configuration.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = nn.Linear(2, 1)
+            >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> scheduler = accelerator.prepare_scheduler(torch.optim.lr_scheduler.StepLR(optimizer, 10))
+        """
+        return self._preparer.prepare_scheduler(scheduler)
+
+    def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
+        """Make a view of a loader whose first epoch begins `num_batches` batches later.
+
+        Not needed after `load_state`, which lets prepared loaders continue where they were, and harmless there.
+
+        Args:
+            dataloader: Prepared or not.
+            num_batches: How many batches of this rank to skip.
+
+        Returns:
+            The loader to iterate in this epoch.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(4), batch_size=2))
+            >>> [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
+            [[2, 3]]
+        """
+        return skip_first_batches(dataloader, num_batches)
+
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> nn.Module:
+        """Get the script's own module from a prepared one; under FSDP2 that module is the sharded one.
+
+        Args:
+            model: Prepared or not.
+            keep_fp32_wrapper: Accepted: `forward` of a prepared model is the script's own in any case.
+            keep_torch_compile: False also removes the wrapper of `torch.compile(model)`.
+
+        Returns:
+            The module.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> module = nn.Linear(2, 1)
+            >>> accelerator.unwrap_model(accelerator.prepare(module)) is module
+            True
+        """
+        return self._preparer.unwrap_model(model, keep_torch_compile=keep_torch_compile)
+
+    def init_module(self) -> AbstractContextManager[Any]:
+        """Build large models inside: under ZeRO stage 3 each parameter is sharded as soon as it is made.
+
+        Under any other strategy it changes nothing; FSDP2 accepts models built under `torch.device("meta")`.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            PrepareError: `strategy="auto"`, and no model was prepared.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> with accelerator.init_module():
+            ...     model = nn.Linear(2, 1)
+        """
+        return self.strategy.init_module()
+
+    def gather_parameters(
+        self, parameters: nn.Module | nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = None
+    ) -> AbstractContextManager[Any]:
+        """Gather sharded parameters inside, to read or change them.
+
+        Collective: every rank must call it.
+
+        Args:
+            parameters: Of a prepared model, or the whole model.
+            modifier_rank: The rank whose changes all ranks take over; None if nothing is changed.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            PrepareError: The strategy cannot gather them.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> with accelerator.gather_parameters(model, modifier_rank=0):
+            ...     if accelerator.is_main_process:
+            ...         _ = nn.init.zeros_(model.bias)
+        """
+        return self._preparer.gather_parameters(parameters, modifier_rank)
+
     # One step
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether the micro-batch in work is the last of its accumulation window."""
+        """Whether the current micro-batch is the last of its accumulation window."""
         return self._window.sync_gradients
 
     @property
@@ -302,28 +591,56 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
     @property
     def optimizer_step_was_skipped(self) -> bool:
         """Whether the last step of any prepared optimizer was skipped for an fp16 overflow."""
-        return any(optimizer.step_was_skipped for optimizer in self._optimizers)
+        return any(optimizer.step_was_skipped for optimizer in self._prepared.optimizers)
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """Open one micro-batch: `with accelerator.accumulate(model):` around forward, backward and step.
+        """Run forward, backward and step of one micro-batch inside.
 
         Gradients are exchanged, and optimizers and schedulers act, in the last micro-batch of a window only: every
         `gradient_accumulation_steps`, and at the end of the loop over a prepared loader. Where a loop draws from
         several, the one whose batch comes first ends it, and zipped ones end with the shortest.
 
         Args:
-            models: Whose gradients to hold back; all prepared ones when left out.
-        """
-        return self._accumulation.for_models(models or self._models, self.strategy)
+            models: Whose gradients are not exchanged before the window ends; by default all prepared ones.
 
-    @contextmanager
-    def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Keep gradients to this rank inside; the next backward outside exchanges their sum."""
-        self.strategy.set_gradient_sync(model, False)
-        try:
-            yield
-        finally:
-            self.strategy.set_gradient_sync(model, True)
+        Returns:
+            A context manager.
+
+        Raises:
+            SteppingError: An optimizer is stepped inside windows only, so that it would never step.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+            >>> model = nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> loader = torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=2)
+            >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            >>> for batch in loader:
+            ...     with accelerator.accumulate(model):
+            ...         accelerator.backward(model(batch).mean())
+            ...         optimizer.step()
+            ...         optimizer.zero_grad()
+            >>> optimizer.num_steps
+            2
+        """
+        return self._gradients.accumulate(models)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Exchange no gradients inside; the next backward pass outside exchanges their sum.
+
+        Args:
+            model: A prepared model.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> with accelerator.no_sync(model):
+            ...     accelerator.backward(model(torch.ones(4, 2)).mean())
+        """
+        return self._gradients.no_sync(model)
 
     def backward(
         self,
@@ -336,25 +653,27 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         """Compute gradients: a true mean over the window, over its micro-batches or over what `weight` counts.
 
         Without `weight`, `loss` is a mean, and the window's gradient is the mean over its micro-batches and ranks.
-        With it, `loss` is a sum, `weight` says over how many tokens or samples, and the window's gradient is that of
-        the sum over all ranks divided by the total weight, however unequally it is spread.
+        With it, `loss` is a sum over as many tokens or samples as `weight` says, and the window's gradient is that of
+        the sum over all ranks divided by the total weight, however unequally that is distributed.
+        Collective: every rank must call it.
 
         Args:
             loss: One value.
-            weight: A number, or a tensor of one value (on the device it costs no wait).
-            gradient: As in `Tensor.backward`: a weight for each value of a loss that has several.
+            weight: A number, or a tensor of one value (on the device, to avoid waiting for it).
+            gradient: As in `Tensor.backward`: a weight for each value of a loss that has several, of the same shape.
             kwargs: Passed on to `Tensor.backward`.
 
         Raises:
-            SteppingError: The loss is not one value, or weighted and unweighted losses in one window.
+            SteppingError: The loss is not one value, or the window has losses with and without a weight.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> accelerator.backward(model(torch.ones(4, 2)).sum(), weight=4)
+            >>> model.bias.grad
+            tensor([1.])
         """
-        loss = scalar_loss(loss, gradient)
-        if self._recorder is not None:
-            self._recorder.note_loss(loss, weight)
-        scale = self._window.scale_of(loss, weight)
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        self.strategy.backward(loss, scale, **kwargs)
+        self._gradients.backward(loss, weight, gradient, kwargs)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """Scale gradients so that their norm over all ranks is at most `max_norm`.
@@ -371,74 +690,801 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
 
         Raises:
             SteppingError: Called before the accumulation window ends.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(1, 1))
+            >>> accelerator.backward(model(torch.zeros(4, 1)).mean())
+            >>> accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            tensor(1.)
         """
-        parameters = self._closed("clip_grad_norm_", parameters)
-        norm = self.strategy.clip_norm(parameters, float(max_norm), float(norm_type))
-        if self._recorder is not None:
-            self._recorder.note_norm(norm, norm_type)
-        return norm
+        return self._gradients.clip_norm(parameters, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp every element of every gradient to [-clip_value, clip_value].
 
+        Collective when losses are weighted: every rank must call it.
+
+        Args:
+            parameters: Of prepared models; any subset.
+            clip_value: At least 0.
+
         Raises:
             SteppingError: Called before the accumulation window ends.
-        """
-        self.strategy.clip_value(self._closed("clip_grad_value_", parameters), float(clip_value))
 
-    def _closed(self, what: str, parameters: Any) -> list[nn.Parameter]:
-        """The parameters as a list, their gradients final and unscaled."""
-        self._window.require_end(what)
-        listed: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
-        self.strategy.complete_gradients(listed)
-        self._window.finalize_gradients(self.strategy)
-        if self.scaler is not None:
-            asked = {id(p) for p in listed}
-            for wrapper in self._optimizers:
-                if any(id(p) in asked for group in wrapper.param_groups for p in group["params"]):
-                    self.scaler.unscale_(wrapper.optimizer)
-        return listed
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> accelerator.backward(model(torch.ones(4, 2)).mean())
+            >>> accelerator.clip_grad_value_(model.parameters(), 0.5)
+        """
+        self._gradients.clip_value(parameters, clip_value)
 
     def unscale_gradients(self, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-        """Divide fp16 gradients by the loss scale, once; of the optimizers named, else of all."""
-        if self.scaler is None:
-            return
-        chosen = self._optimizers if optimizer is None else optimizer
-        for one in [chosen] if isinstance(chosen, Optimizer) else chosen:
-            self.strategy.complete_gradients(p for group in one.param_groups for p in group["params"])
-            self.scaler.unscale_(one.optimizer if isinstance(one, AcceleratedOptimizer) else one)
+        """Divide fp16 gradients by the loss scale; in any other precision, or a second time, it does nothing.
+
+        Collective under fp16: every rank must call it.
+
+        Args:
+            optimizer: One or several prepared optimizers; by default all of them.
+
+        Raises:
+            SteppingError: No loss was scaled yet.
+
+        Example:
+            >>> Accelerator(cpu=True).unscale_gradients()
+        """
+        self._gradients.unscale(optimizer)
 
     def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
-        """Open an autocast region for code outside a prepared model, such as a loss."""
-        return self._components.context.precision.context(autocast_handler)
+        """Open an autocast region for code outside a prepared model, such as a loss.
 
-    @contextmanager
-    def join_uneven_inputs(self, joinables: Sequence[nn.Module], even_batches: bool | None = None) -> Iterator[None]:
-        """Let ranks with fewer batches follow along until all are done (DDP).
+        Args:
+            autocast_handler: Settings that replace those of `kwargs_handlers` inside.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            >>> with accelerator.autocast():
+            ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+            torch.bfloat16
+        """
+        return self._context.precision.context(autocast_handler)
+
+    def join_uneven_inputs(
+        self, joinables: Sequence[nn.Module], even_batches: bool | None = None
+    ) -> AbstractContextManager[None]:
+        """Let ranks that run out of batches take part in the exchanges of the others (DDP).
+
+        Collective: every rank must call it.
 
         Args:
             joinables: The prepared models that the loop trains.
-            even_batches: Overrides the loaders' own setting inside.
+            even_batches: Overrides the setting of the prepared loaders inside.
+
+        Returns:
+            A context manager.
 
         Raises:
-            SteppingError: The strategy's ranks cannot follow along.
-        """
-        before = [(loader, loader.even_batches) for loader in self._dataloaders]
-        if even_batches is not None:
-            for loader in self._dataloaders:
-                loader.even_batches = even_batches
-        try:
-            with self.strategy.join(joinables):
-                yield
-        finally:
-            for loader, value in before:
-                loader.even_batches = value
+            SteppingError: The strategy cannot train with uneven batches.
 
-    # Looking inside
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = nn.Linear(2, 1)
+            >>> loader = torch.utils.data.DataLoader(torch.ones(3, 2))
+            >>> model, loader = accelerator.prepare(model, loader)
+            >>> with accelerator.join_uneven_inputs([model], even_batches=False):
+            ...     for batch in loader:
+            ...         accelerator.backward(model(batch).mean())
+        """
+        return self._gradients.join_uneven_inputs(joinables, even_batches)
 
     @contextmanager
     def profile(self, profile_handler: ProfileKwargs | None = None) -> Iterator[torch.profiler.profile]:
-        """Profile what runs inside; with `output_trace_dir`, each rank writes `profile_{rank}.json`."""
+        """Profile what runs inside.
+
+        Collective: every rank must call it.
+
+        Args:
+            profile_handler: Settings that replace those of `kwargs_handlers`. With `output_trace_dir`, each rank
+                writes `profile_{rank}.json` at the end.
+
+        Yields:
+            The profiler of torch.
+
+        Raises:
+            PacelineError: The settings name an activity that the profiler does not know.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> with accelerator.profile() as profiler:
+            ...     _ = torch.ones(2) + 1
+        """
         with profile(profile_handler or self._components.handlers.profile, self.process_index) as profiler:
             yield profiler
         self.wait_for_everyone()
+
+    # Communication
+
+    def gather(self, tensor: Any) -> Any:
+        """Concatenate tensors of all ranks along dim 0.
+
+        Collective: every rank must call it.
+
+        Args:
+            tensor: A tensor of shape [N, ...] or [], or a nested structure of them; the same shapes on all ranks.
+
+        Returns:
+            The same structure, with tensors of shape [ranks * N, ...], on every rank.
+
+        Raises:
+            CollectiveError: Under `debug`, the ranks' shapes differ.
+
+        Example:
+            >>> Accelerator(cpu=True).gather(torch.tensor([1.0]))
+            tensor([1.])
+        """
+        return self._communicator.gather(tensor)
+
+    def gather_for_metrics(
+        self, input_data: Any, use_gather_object: bool = False, *, pad_index: float | None = None
+    ) -> Any:
+        """Gather so that every sample counts once: duplicates that fill up the last batches are dropped.
+
+        A rank whose batch was not filled up contributes all of its values, and one whose batch holds duplicates only
+        contributes none. Where a batch was filled up in part, tensors and lists with one row or entry for each sample
+        are cut, and anything else is an error that names it; `fill_batches = False` on the prepared loader leaves that
+        batch short instead. Ranks may differ in dimension 0.
+
+        A value that is not one for each sample is kept, unless the batch holds duplicates only: a tensor of shape []
+        becomes one number for each rank, any other value a list of one entry for each rank. A list of dictionaries, or
+        of as many tensors as there are samples, counts as one entry for each sample; dictionaries and other tuples and
+        lists of tensors keep their structure.
+        Collective: every rank must call it.
+
+        Args:
+            input_data: Tensors of shape [samples, ...] and objects, nested.
+            use_gather_object: Pickle tensors too, for shapes that differ: they become a list of one entry for each
+                rank, and lists are concatenated.
+            pad_index: Pad tensors that differ in dimension 1 to the longest, with this value.
+
+        Returns:
+            The same structure over all ranks' samples, on every rank.
+
+        Raises:
+            CollectiveError: Some ranks have no batch left, so they will not call it; or something can neither be cut
+                nor concatenated.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(3), batch_size=2))
+            >>> [accelerator.gather_for_metrics(batch).tolist() for batch in loader]
+            [[0, 1], [2]]
+        """
+        return self._communicator.gather_for_metrics(input_data, use_gather_object, pad_index)
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Concatenate lists of Python objects of all ranks.
+
+        Collective: every rank must call it.
+
+        Args:
+            value: A list of objects that can be pickled.
+
+        Returns:
+            The objects of all ranks, on every rank.
+
+        Example:
+            >>> Accelerator(cpu=True).gather_object(["a", "b"])
+            ['a', 'b']
+        """
+        return self._communicator.gather_object(value)
+
+    def reduce(self, tensor: Any, reduction: Reduction = "sum", scale: float = 1.0) -> Any:
+        """Sum or average tensors over ranks.
+
+        Collective: every rank must call it.
+
+        Args:
+            tensor: A tensor of any shape, or a nested structure of them; the same shapes on all ranks.
+            reduction: `sum`, `mean` or `none`.
+            scale: Multiplies the result.
+
+        Returns:
+            New tensors of the same shapes, on every rank.
+
+        Raises:
+            CollectiveError: An unknown reduction, or under `debug` shapes that differ between ranks.
+
+        Example:
+            >>> Accelerator(cpu=True).reduce(torch.tensor(2.0), "mean")
+            tensor(2.)
+        """
+        return self._communicator.reduce(tensor, reduction, scale)
+
+    def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
+        """Send tensors from one rank to all, in place.
+
+        Collective: every rank must call it.
+
+        Args:
+            tensor: A tensor, or a nested structure of them; the same shapes on all ranks.
+            from_process: The rank that sends.
+
+        Returns:
+            The same tensors, with the sender's values.
+
+        Raises:
+            CollectiveError: Under `debug`, the ranks' shapes differ.
+
+        Example:
+            >>> Accelerator(cpu=True).broadcast(torch.tensor([1.0]))
+            tensor([1.])
+        """
+        return self._communicator.broadcast(tensor, from_process)
+
+    def broadcast_object_list(self, object_list: list[Any], from_process: int = 0) -> list[Any]:
+        """Send a list of Python objects from one rank to all, in place.
+
+        Collective: every rank must call it.
+
+        Args:
+            object_list: Of the same length on all ranks; its entries can be pickled.
+            from_process: The rank that sends.
+
+        Returns:
+            The same list, with the sender's entries.
+
+        Example:
+            >>> Accelerator(cpu=True).broadcast_object_list(["seed", 42])
+            ['seed', 42]
+        """
+        return self._communicator.broadcast_object_list(object_list, from_process)
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """Pad tensors along one dimension to the longest over all ranks.
+
+        Collective: every rank must call it.
+
+        Args:
+            tensor: A tensor, or a nested structure of them; ranks may differ in `dim`.
+            dim: The dimension to pad.
+            pad_index: The value to pad with.
+            pad_first: Pad at the beginning instead of the end.
+
+        Returns:
+            The same structure, with tensors of the same shape on all ranks.
+
+        Example:
+            >>> Accelerator(cpu=True).pad_across_processes(torch.ones(1, 2), dim=1)
+            tensor([[1., 1.]])
+        """
+        return self._communicator.pad_across_processes(tensor, dim, pad_index, pad_first)
+
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
+        """Split a list, tuple, tensor, or dictionary of them over ranks; nothing is exchanged.
+
+        Args:
+            inputs: The same on all ranks.
+            apply_padding: Repeat the last entry so that all ranks get the same number.
+
+        Returns:
+            A context manager that yields this rank's part.
+
+        Example:
+            >>> with Accelerator(cpu=True).split_between_processes(["a", "b"]) as prompts:
+            ...     prompts
+            ['a', 'b']
+        """
+        return self._communicator.split_between_processes(inputs, apply_padding)
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every rank has called it.
+
+        Collective: every rank must call it.
+
+        Example:
+            >>> Accelerator(cpu=True).wait_for_everyone()
+        """
+        self._communicator.wait_for_everyone()
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        """Let rank 0 run the body before the other ranks do, however long that takes.
+
+        The others wait without a limit, and log that once a minute. An exception on rank 0 is raised on them, too. The
+        body must not communicate with other ranks, which have not entered it yet.
+        Collective: every rank must call it.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> with Accelerator(cpu=True).main_process_first():
+            ...     dataset = list(range(4))  # download and cache on rank 0, read the cache on the others
+        """
+        return self._communicator.main_process_first()
+
+    def local_main_process_first(self) -> AbstractContextManager[None]:
+        """Let the first rank of each machine run the body before that machine's others do.
+
+        Collective: every rank must call it.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> with Accelerator(cpu=True).local_main_process_first():
+            ...     dataset = list(range(4))  # download and cache once on each machine
+        """
+        return self._communicator.local_main_process_first()
+
+    def set_trigger(self) -> None:
+        """Set a flag on this rank that `check_trigger` shows to all.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> accelerator.set_trigger()
+            >>> accelerator.check_trigger(), accelerator.check_trigger()
+            (True, False)
+        """
+        self._communicator.set_trigger()
+
+    def check_trigger(self) -> bool:
+        """Check whether any rank has called `set_trigger`, and clear the flag.
+
+        Collective: every rank must call it.
+
+        Returns:
+            The same on every rank.
+
+        Example:
+            >>> Accelerator(cpu=True).check_trigger()
+            False
+        """
+        return self._communicator.check_trigger()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first rank of each machine only.
+
+        Args:
+            args: Passed on to `print`.
+            kwargs: Passed on to `print`.
+
+        Example:
+            >>> Accelerator(cpu=True).print("epoch", 1)
+            epoch 1
+        """
+        self._communicator.print(*args, **kwargs)
+
+    def on_main_process(self, function: F) -> F:
+        """Decorate a function to run on rank 0 only.
+
+        Args:
+            function: Must not communicate with other ranks.
+
+        Returns:
+            The function; on other ranks it returns None.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> @accelerator.on_main_process
+            ... def report(loss):
+            ...     return f"loss {loss}"
+            >>> report(0.5)
+            'loss 0.5'
+        """
+        return self._communicator.on_main_process(function)
+
+    def on_local_main_process(self, function: F) -> F:
+        """Decorate a function to run on the first rank of each machine only.
+
+        Args:
+            function: Must not communicate with other ranks.
+
+        Returns:
+            The function; on other ranks it returns None.
+
+        Example:
+            >>> Accelerator(cpu=True).on_local_main_process(len)("ab")
+            2
+        """
+        return self._communicator.on_local_main_process(function)
+
+    def on_last_process(self, function: F) -> F:
+        """Decorate a function to run on the last rank only.
+
+        Args:
+            function: Must not communicate with other ranks.
+
+        Returns:
+            The function; on other ranks it returns None.
+
+        Example:
+            >>> Accelerator(cpu=True).on_last_process(len)("ab")
+            2
+        """
+        return self._communicator.on_last_process(function)
+
+    def on_process(self, function: F | None = None, process_index: int = 0) -> Any:
+        """Decorate a function to run on one rank only.
+
+        Args:
+            function: Must not communicate with other ranks; None returns a decorator.
+            process_index: The rank.
+
+        Returns:
+            The function; on other ranks it returns None.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> @accelerator.on_process(process_index=0)
+            ... def name():
+            ...     return "first"
+            >>> name()
+            'first'
+        """
+        return self._communicator.on_process(function, process_index)
+
+    def on_local_process(self, function: F | None = None, local_process_index: int = 0) -> Any:
+        """Decorate a function to run on one rank of each machine only.
+
+        Args:
+            function: Must not communicate with other ranks; None returns a decorator.
+            local_process_index: The rank on its machine.
+
+        Returns:
+            The function; on other ranks it returns None.
+
+        Example:
+            >>> Accelerator(cpu=True).on_local_process(len, 0)("ab")
+            2
+        """
+        return self._communicator.on_local_process(function, local_process_index)
+
+    # Checkpoints
+
+    @property
+    def save_iteration(self) -> int:
+        """The number of the next checkpoint under `automatic_checkpoint_naming`."""
+        return self._checkpoints.next_iteration
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Add objects of the script to what `save_state` saves.
+
+        Args:
+            objects: With `state_dict` and `load_state_dict`, in the same order in every run.
+
+        Raises:
+            StateError: Some lack one of the two methods; lists them.
+
+        Example:
+            >>> averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
+            >>> Accelerator(cpu=True).register_for_checkpointing(averaged)
+        """
+        self._checkpoints.register(*objects)
+
+    def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """Call a hook before each save, on every rank.
+
+        Args:
+            hook: Called as `hook(models, weights, folder)`. It may write files into `folder`, which become part of
+                the checkpoint, and remove entries from the end of both lists to keep the weights of those models out.
+
+        Returns:
+            A handle; its `remove` ends that.
+
+        Example:
+            >>> import shutil
+            >>> def copy_script(models, weights, folder):
+            ...     shutil.copy("train.py", folder)
+            >>> handle = Accelerator(cpu=True).register_save_state_pre_hook(copy_script)
+            >>> handle.remove()
+        """
+        return self._checkpoints.add_save_hook(hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """Call a hook before each load, on every rank.
+
+        Args:
+            hook: Called as `hook(models, folder)`. Models that it removes from the end of the list are not loaded: it
+                has loaded them itself.
+
+        Returns:
+            A handle; its `remove` ends that.
+
+        Example:
+            >>> handle = Accelerator(cpu=True).register_load_state_pre_hook(lambda models, folder: None)
+            >>> handle.remove()
+        """
+        return self._checkpoints.add_load_hook(hook)
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        blocking: bool | None = None,
+    ) -> str:
+        """Save everything prepared and registered, to resume from exactly here.
+
+        That is weights, optimizers, schedulers, loss scale, the position of every loader and all random generators.
+        The folder appears under its name only when it is complete; until then a previous one stays. Any number of
+        ranks can load it, under any strategy.
+        Collective: every rank must call it.
+
+        Args:
+            output_dir: The checkpoint's folder; None with `automatic_checkpoint_naming`, which numbers them. An
+                existing checkpoint is replaced; other files in that folder stay.
+            safe_serialization: Only True: paceline writes no pickle.
+            blocking: False returns once the state is copied to host memory, and writes while training continues;
+                `wait_for_save`, the next save and the end of the program wait for that. None takes
+                `ProjectConfiguration.save_in_background`.
+
+        Returns:
+            The folder.
+
+        Raises:
+            SteppingError: There are gradients that no optimizer has used yet.
+            CheckpointError: On every rank, when any of them could not write, now or in the save before.
+            StateError: Something has a state that a checkpoint cannot contain; names it.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> accelerator.save_state("runs/a")
+            'runs/a'
+            >>> accelerator.load_state("runs/a")
+            'runs/a'
+        """
+        return self._checkpoints.save(output_dir, safe_serialization, blocking=blocking)
+
+    def load_state(
+        self,
+        input_dir: str | os.PathLike[str] | None = None,
+        load_kwargs: dict[str, Any] | None = None,
+        *,
+        map_location: str | None = None,
+        strict: bool = True,
+    ) -> str | None:
+        """Load what `save_state` saved, after the same objects were prepared and registered.
+
+        The next epoch over each prepared loader continues where it was.
+        Collective: every rank must call it.
+
+        Args:
+            input_dir: The checkpoint's folder; None takes the newest complete one under `project_dir`, with a warning
+                for each newer one that is damaged. A folder written by Accelerate's `save_state`, the transformers
+                Trainer, DeepSpeed or torch.distributed.checkpoint is imported as far as it fits, with a log line for
+                each thing imported or left out.
+            load_kwargs: Only None: Accelerate passes them to its reader of pickles, and paceline reads none.
+            map_location: `"cpu"`, `"on_device"` or None as for Accelerate; all the same here, since tensors are read
+                to the device of the prepared objects.
+            strict: Refuse a checkpoint with missing or unexpected tensors; else they are named in a warning.
+
+        Returns:
+            The folder; None if there is no checkpoint under `project_dir` yet.
+
+        Raises:
+            CheckpointError: It is damaged, or does not match the model.
+            StateError: Other objects were prepared or registered.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, project_dir="runs/new")
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> accelerator.load_state() is None  # nothing saved yet: train from the beginning
+            True
+        """
+        return self._checkpoints.load(input_dir, load_kwargs, map_location, strict=strict)
+
+    def wait_for_save(self) -> None:
+        """Wait until the save in the background is complete.
+
+        Raises:
+            CheckpointError: It failed.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> folder = accelerator.save_state("runs/b", blocking=False)
+            >>> accelerator.wait_for_save()
+        """
+        self._checkpoints.wait()
+
+    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+        """Save and exit when a signal asks any rank to stop.
+
+        The signals are those of `ProjectConfiguration.save_on_signals`; the exit code is 75. With
+        `automatic_checkpoint_naming` this is the default, with `save_state`.
+        Collective: every rank must call it.
+
+        Args:
+            save: Called on all ranks before the same batch; the run exits after it. None restores what the signals
+                did before.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> accelerator.on_preemption(lambda: accelerator.save_state("runs/preempted"))
+            >>> accelerator.on_preemption(None)
+        """
+        self._checkpoints.on_preemption(save)
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
+        """Gather all weights of a prepared model.
+
+        Collective: every rank must call it.
+
+        Args:
+            model: A prepared model.
+            unwrap: Accepted: names are those of the script's own module in any case.
+
+        Returns:
+            On rank 0 the weights by name, on the CPU; they may share memory with a model that is on the CPU and not
+            sharded. On other ranks {}.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> list(accelerator.get_state_dict(accelerator.prepare(nn.Linear(2, 1))))
+            ['weight', 'bias']
+        """
+        return self._weights.gather(model)
+
+    def save_model(
+        self,
+        model: nn.Module,
+        save_directory: str | os.PathLike[str],
+        max_shard_size: str | int = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a model's weights as safetensors, in files that `from_pretrained` of transformers reads.
+
+        Collective: every rank must call it; rank 0 writes, and all wait until the files are complete.
+
+        Args:
+            model: A prepared model.
+            save_directory: Created if missing; weights saved there before are replaced.
+            max_shard_size: The largest file: bytes, or a text such as `"5GB"`.
+            safe_serialization: Only True: paceline writes no pickle.
+
+        Raises:
+            PacelineError: On every rank, when the files could not be written.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> accelerator.save_model(accelerator.prepare(nn.Linear(2, 1)), "runs/model")
+        """
+        self._weights.save_model(model, save_directory, max_shard_size, safe_serialization)
+
+    def save_adapter(self, model: nn.Module, save_directory: str | os.PathLike[str]) -> None:
+        """Write the adapters of a PEFT model, in files that `PeftModel.from_pretrained` reads.
+
+        Collective: every rank must call it; rank 0 writes, and all wait until the files are complete. Frozen base
+        weights are not gathered.
+
+        Args:
+            model: A prepared `PeftModel`.
+            save_directory: Created if missing.
+
+        Raises:
+            PacelineError: It is no `PeftModel`; or, on every rank, the files could not be written.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> accelerator.save_adapter(accelerator.prepare(nn.Linear(2, 1)), "runs/adapter")
+            Traceback (most recent call last):
+            paceline.errors.PacelineError: save_adapter was called with a Linear...
+        """
+        self._weights.save_adapter(model, save_directory)
+
+    # Experiment trackers
+
+    @property
+    def trackers(self) -> Sequence[Any]:
+        """The trackers that are open on this rank."""
+        return self._tracker.active
+
+    @property
+    def log_with(self) -> Sequence[str | GeneralTracker]:
+        """The trackers that `init_trackers` opens."""
+        return self._tracker.chosen
+
+    def init_trackers(
+        self,
+        project_name: str,
+        config: Mapping[str, Any] | None = None,
+        init_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        run_name: str | None = None,
+    ) -> None:
+        """Open the trackers of `log_with`, on rank 0 unless a tracker wants all.
+
+        Wherever there is a folder for logs, `run.json` describes the run there: its configuration with the origin of
+        each value, its environment, and `config`.
+
+        Args:
+            project_name: The project, experiment or folder, as each tracker calls it.
+            config: Settings of the script to record with the run; nested mappings are welcome.
+            init_kwargs: For each tracker's name, arguments of the function that opens its run.
+            run_name: The run's name in every tracker that has such names.
+
+        Raises:
+            ConfigError: `init_kwargs` names something that is no tracker.
+            MissingExtraError: The package of a tracker is not installed.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, project_dir="runs/tracked")
+            >>> accelerator.init_trackers("example", config={"lr": 0.1})
+            >>> accelerator.log({"loss": 0.5}, step=1)
+            >>> accelerator.end_training()
+        """
+        self._tracker.start(project_name, config, init_kwargs, run_name)
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Hand numbers, text and small tensors to every open tracker; on ranks without one it does nothing.
+
+        A tensor on a device is copied to the host after the work that is queued there, and written by a later call:
+        this call does not wait for the device, and a later change of the tensor does not show.
+
+        Args:
+            values: By name. Tensors of one element become numbers.
+            step: Of the run; None leaves counting to each tracker.
+            log_kwargs: For each tracker's name, arguments of its own function.
+
+        Raises:
+            TrackingError: `log_with` was given and `init_trackers` was not called.
+            ConfigError: `log_kwargs` names something that is no tracker.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, project_dir="runs/logged")
+            >>> accelerator.init_trackers("example")
+            >>> accelerator.log({"loss": torch.tensor(0.5)}, step=1)
+            >>> accelerator.end_training()
+        """
+        self._tracker.log(values, step, log_kwargs)
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """Get a tracker by its name, to use more of it than `log`.
+
+        Args:
+            name: As in `log_with`.
+            unwrap: Return the object of its package, such as wandb's run.
+
+        Returns:
+            The tracker; on ranks that record nothing, one whose methods do nothing.
+
+        Raises:
+            TrackingError: There is no such tracker, or `init_trackers` was not called.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True, project_dir="runs/one")
+            >>> accelerator.init_trackers("example")
+            >>> accelerator.get_tracker("jsonl").name
+            'jsonl'
+            >>> accelerator.end_training()
+        """
+        return self._tracker.get(name, unwrap=unwrap)
+
+    def transfer_trackers(self, other: Accelerator) -> None:
+        """Log to the open trackers of another Accelerator, which has none from then on.
+
+        Args:
+            other: The Accelerator that opened them.
+        """
+        self._tracker.transfer_from(other._tracker)
+
+    def end_training(self) -> None:
+        """Write what was logged, and close the trackers.
+
+        A script that forgets it, or ends with an error, still closes them when the process ends. The process group
+        stays open, since other Accelerators may use it, until the process ends.
+
+        Example:
+            >>> Accelerator(cpu=True).end_training()
+        """
+        self._tracker.finish()

@@ -1,4 +1,4 @@
-"""What a script may say to the constructor, checked before anything is built."""
+"""Checks the arguments of `Accelerator`, and merges those with the same meaning."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.config import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
@@ -20,7 +21,7 @@ from paceline.errors import ConfigError, Problem
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from paceline.config import GradientAccumulationPlugin
+    from paceline.config import RunConfig
 
 _HANDLERS = (
     AutocastKwargs,
@@ -33,7 +34,7 @@ _HANDLERS = (
 
 @dataclass(frozen=True, slots=True)
 class Handlers:
-    """What a script says in objects rather than in a file: at most one of each kind."""
+    """The `kwargs_handlers`, sorted by kind; defaults where the script passed none."""
 
     autocast: AutocastKwargs
     scaler: GradScalerKwargs
@@ -46,24 +47,24 @@ class Handlers:
         """Sort handlers by their kind.
 
         Raises:
-            ConfigError: Something that is no handler, or two of one kind.
+            ConfigError: An object that is no handler, or two of one kind.
         """
-        found: dict[type, Any] = {}
+        by_kind: dict[type, Any] = {}
         problems: list[Problem] = []
         for handler in handlers:
             kind = next((known for known in _HANDLERS if isinstance(handler, known)), None)
-            if kind is None or kind in found:
+            if kind is None or kind in by_kind:
                 problems.append(_handler_problem(handler, repeated=kind is not None))
             else:
-                found[kind] = handler
+                by_kind[kind] = handler
         if problems:
             raise ConfigError(problems)
         return cls(
-            autocast=found.get(AutocastKwargs) or AutocastKwargs(),
-            scaler=found.get(GradScalerKwargs) or GradScalerKwargs(),
-            process_group=found.get(InitProcessGroupKwargs) or InitProcessGroupKwargs(),
-            profile=found.get(ProfileKwargs) or ProfileKwargs(),
-            ddp=found.get(DistributedDataParallelKwargs),
+            autocast=by_kind.get(AutocastKwargs) or AutocastKwargs(),
+            scaler=by_kind.get(GradScalerKwargs) or GradScalerKwargs(),
+            process_group=by_kind.get(InitProcessGroupKwargs) or InitProcessGroupKwargs(),
+            profile=by_kind.get(ProfileKwargs) or ProfileKwargs(),
+            ddp=by_kind.get(DistributedDataParallelKwargs),
         )
 
 
@@ -76,7 +77,11 @@ def _handler_problem(handler: object, *, repeated: bool) -> Problem:
 
 
 def compile_settings(plugin: TorchDynamoPlugin | None, backend: str | None) -> TorchDynamoPlugin | None:
-    """The settings of torch.compile, however they were given."""
+    """The settings of torch.compile from either argument.
+
+    Raises:
+        ConfigError: Both were given.
+    """
     if plugin is not None and backend is not None:
         _refuse_both("dynamo_plugin", "dynamo_backend")
     if backend is None:
@@ -85,7 +90,11 @@ def compile_settings(plugin: TorchDynamoPlugin | None, backend: str | None) -> T
 
 
 def accumulation_steps(plugin: GradientAccumulationPlugin | None, steps: int | None) -> int | None:
-    """Micro-batches to an optimizer step, however they were given; None if they were not."""
+    """Micro-batches to an optimizer step from either argument; None without one.
+
+    Raises:
+        ConfigError: Both were given, with different values.
+    """
     if plugin is None:
         return steps
     if steps not in (None, plugin.num_steps):
@@ -93,16 +102,9 @@ def accumulation_steps(plugin: GradientAccumulationPlugin | None, steps: int | N
     return plugin.num_steps
 
 
-def refuse_scaler(handlers: Handlers, strategy: str) -> None:
-    """Refuse settings of a gradient scaler where the strategy's engine scales the loss itself.
-
-    Raises:
-        ConfigError: They were given.
-    """
-    if handlers.scaler != GradScalerKwargs():
-        hint = "write initial_scale_power and loss_scale_window into the fp16 section of its configuration"
-        why = f"the engine of {strategy} scales the loss itself"
-        raise ConfigError([Problem("Accelerator(…)", "kwargs_handlers", "GradScalerKwargs is not used", why, hint)])
+def accumulation_settings(plugin: GradientAccumulationPlugin | None, config: RunConfig) -> GradientAccumulationPlugin:
+    """The settings of gradient accumulation: the script's own, else the configured number of micro-batches."""
+    return plugin or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
 
 
 def _refuse_both(one: str, other: str) -> None:
@@ -110,10 +112,10 @@ def _refuse_both(one: str, other: str) -> None:
 
 
 def check_rng_types(rng_types: Sequence[str] | None) -> None:
-    """Refuse to copy generators between ranks.
+    """Refuse to copy random generators between ranks.
 
     Raises:
-        ConfigError: It was asked for.
+        ConfigError: Something else than `generator` was requested.
     """
     extra = [kind for kind in rng_types or () if str(kind) != "generator"]
     if extra:
@@ -123,8 +125,8 @@ def check_rng_types(rng_types: Sequence[str] | None) -> None:
                     "Accelerator(…)",
                     "rng_types",
                     f"{extra} cannot be synchronised",
-                    "copying a rank's generator to all makes their dropout the same",
-                    "leave rng_types out: the order of samples is the same on all ranks by construction",
+                    "copying one rank's generator to all would give them the same dropout",
+                    "leave rng_types out: the order of samples is the same on all ranks without it",
                 )
             ]
         )
@@ -133,23 +135,27 @@ def check_rng_types(rng_types: Sequence[str] | None) -> None:
 def project_settings(
     project_dir: str | os.PathLike[str] | None, project_config: ProjectConfiguration | None
 ) -> ProjectConfiguration:
-    """Where a run keeps its files, however it was given."""
+    """Where a run keeps its files, from either argument.
+
+    Raises:
+        ConfigError: Both were given and differ, or checkpoints are numbered without a folder.
+    """
     folder = None if project_dir is None else os.path.expanduser(os.fspath(project_dir))  # noqa: PTH111
     if project_config is None:
         return ProjectConfiguration(project_dir=folder)
     if folder is not None and project_config.project_dir not in (None, folder):
         _refuse_both("project_dir", "project_config")
-    made = project_config if folder is None else project_config.changed(project_dir=folder)
-    if made.automatic_checkpoint_naming and made.project_dir is None:
+    settings = project_config if folder is None else project_config.changed(project_dir=folder)
+    if settings.automatic_checkpoint_naming and settings.project_dir is None:
         raise ConfigError(
             [
                 Problem(
                     "ProjectConfiguration(…)",
                     "automatic_checkpoint_naming",
                     "true without project_dir",
-                    "there is no folder to number in",
+                    "checkpoints are numbered in that folder",
                     "set project_dir",
                 )
             ]
         )
-    return made
+    return settings

@@ -1,4 +1,4 @@
-"""What `paceline env` shows: versions, devices, the launcher's variables and the configuration in force."""
+"""The report of `paceline env`: versions, devices, the launcher's variables and the configuration."""
 
 from __future__ import annotations
 
@@ -109,25 +109,25 @@ class DeviceReport:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentReport:
-    """What a bug report should say about a machine.
+    """What a bug report should contain about a machine.
 
     Attributes:
         versions: paceline, Python, torch and the platform.
         packages: Versions of installed packages that matter here, by name.
         devices: The accelerators that torch sees.
         drivers: Versions of the device's driver and libraries.
-        backends: What torch can exchange numbers with, in one line.
+        backends: The communication backends of this torch, in one line.
         topology: How the devices are connected, as the vendor's program prints it; empty when unknown.
-        processor: What the machine calls it.
+        processor: Its model name.
         cores: Physical processor cores that this process may use.
         host_memory: Bytes of host memory available, and in all.
-        limits: What often ends runs by surprise: shared memory, disk, open files, a container's share of the processor.
-        programs: Programs of launchers and compilers that are found, in one line.
-        world: Whose variables tell this process its rank, and what they say.
+        limits: What runs often hit: shared memory, disk, open files, a container's share of the processor.
+        programs: The installed launchers and compilers, in one line.
+        world: This process's rank and size, and whose variables they come from.
         variables: The variables that are set and matter here; those that look like secrets are masked.
-        config_file: The configuration file in force; empty without one.
+        config_file: The configuration file that is used; empty without one.
         config_origin: Why it is that file.
-        config_problems: What is wrong with it.
+        config_problems: What is wrong with it, a line each.
     """
 
     versions: Mapping[str, str]
@@ -152,7 +152,7 @@ class EnvironmentReport:
         return asdict(self)
 
     def as_text(self) -> str:
-        """Return aligned lines to read and to paste."""
+        """Return aligned lines, to read or to paste."""
         available, total = self.host_memory
         rows = [
             *self.versions.items(),
@@ -163,7 +163,7 @@ class EnvironmentReport:
             *self.drivers.items(),
             ("backends", self.backends),
             *self.limits.items(),
-            ("programs", self.programs or "none of a launcher or compiler"),
+            ("programs", self.programs or "no launcher or compiler"),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("world", self.world),
             *self.variables.items(),
@@ -176,13 +176,13 @@ class EnvironmentReport:
 
 
 def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> EnvironmentReport:
-    """Look at this machine and process; nothing that is wrong makes it raise.
+    """Describe this machine and process; problems are reported, never raised.
 
     Args:
-        env: The variables of the process.
+        env: The environment variables of the process.
         ask_programs: Run the vendor's programs for drivers and topology, which may take seconds.
     """
-    asked = env if ask_programs else {**env, "PATH": ""}
+    searched = env if ask_programs else {**env, "PATH": ""}
     file, problems = _config(env)
     return EnvironmentReport(
         versions={
@@ -193,9 +193,9 @@ def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> 
         },
         packages=_packages(),
         devices=_devices(),
-        drivers=_drivers(asked),
+        drivers=_drivers(searched),
         backends=_backends(),
-        topology=_output(asked, "nvidia-smi", "topo", "-m"),
+        topology=_output(searched, "nvidia-smi", "topo", "-m"),
         processor=processor_name(),
         cores=core_count(),
         host_memory=host_memory(),
@@ -224,9 +224,10 @@ def _shown(name: str, value: str) -> str:
 def _backends() -> str:
     if not torch.distributed.is_available():
         return "none: this torch has no torch.distributed"
-    found = [name for name in _BACKENDS if torch.distributed.is_backend_available(name)]
-    missing = [name for name in ("gloo", "nccl", "mpi") if name not in found]
-    return f"{', '.join(found)}{' (not: ' + ', '.join(missing) + ')' if missing else ''}"
+    available = [name for name in _BACKENDS if torch.distributed.is_backend_available(name)]
+    missing = [name for name in ("gloo", "nccl", "mpi") if name not in available]
+    suffix = f" (not: {', '.join(missing)})" if missing else ""
+    return f"{', '.join(available)}{suffix}"
 
 
 def _packages() -> dict[str, str]:
@@ -256,7 +257,7 @@ def _devices() -> tuple[DeviceReport, ...]:
 
 def _drivers(env: Mapping[str, str]) -> dict[str, str]:
     query = ("--query-gpu=driver_version", "--format=csv,noheader")
-    found = {
+    versions = {
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "driver": _output(env, "nvidia-smi", *query).partition("\n")[0],
@@ -264,13 +265,13 @@ def _drivers(env: Mapping[str, str]) -> dict[str, str]:
     if torch.cuda.is_available() and torch.distributed.is_nccl_available():
         from torch.cuda import nccl
 
-        found["nccl"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
-        found["cudnn"] = str(torch.backends.cudnn.version() or "")  # type: ignore[no-untyped-call]
-    return {name: version for name, version in found.items() if version}
+        versions["nccl"] = ".".join(map(str, nccl.version()))  # type: ignore[no-untyped-call]
+        versions["cudnn"] = str(torch.backends.cudnn.version() or "")  # type: ignore[no-untyped-call]
+    return {name: version for name, version in versions.items() if version}
 
 
 def _output(env: Mapping[str, str], program: str, *arguments: str) -> str:
-    """Return what a program prints; empty when it is not there, fails, or takes long."""
+    """Return what a program prints; empty when it is not installed, fails, or takes long."""
     path = shutil.which(program, path=env.get("PATH"))
     if path is None:
         return ""
@@ -313,24 +314,24 @@ def _config_origin(file: str, env: Mapping[str, str]) -> str:
 
 
 def _file_line(file: str, origin: str) -> str:
-    return f"{file} ({origin})" if file else "no file: defaults and what is detected"
+    return f"{file} ({origin})" if file else "no file: defaults and detected values"
 
 
 def _limits() -> dict[str, str]:
-    """Loaders' workers need shared memory and open files, checkpoints disk; containers often grant little of them."""
-    found = {}
+    """Loader workers need shared memory and open files, checkpoints need disk; containers often limit all three."""
+    limits = {}
     if _SHARED_MEMORY.is_dir():
         usage = shutil.disk_usage(_SHARED_MEMORY)
-        found["shared memory"] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
+        limits["shared memory"] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
     for name, folder in (("disk here", Path.cwd()), ("disk of /tmp", Path(tempfile.gettempdir()))):
         usage = shutil.disk_usage(folder)
-        found[name] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
+        limits[name] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
     quota = cpu_quota()
     if quota is not None:
-        found["processor time"] = f"at most {quota:g} cores' worth (this container's limit)"
+        limits["processor time"] = f"at most {quota:g} cores' worth (this container's limit)"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found["open files"] = f"at most {soft} (could be raised to {hard})" if soft != hard else f"at most {soft}"
-    return found
+    limits["open files"] = f"at most {soft} (could be raised to {hard})" if soft != hard else f"at most {soft}"
+    return limits
 
 
 def _device_line(device: DeviceReport) -> str:

@@ -1,4 +1,4 @@
-"""When a run ends because memory ran out: who held it, and the smallest change under which it would fit."""
+"""The report of a run that ended because memory ran out: what filled it, and the smallest change that would help."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import sys
 import weakref
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from paceline.environment.device import describe_device
-from paceline.planner import Run, asked_bytes, describe_out_of_memory, measure_usage, process_memory
+from paceline.planner import Run, describe_out_of_memory, measure_usage, process_memory, requested_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,77 +23,97 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.assembly import RunComponents
 
-__all__ = ["explain_out_of_memory", "find_out_of_memory", "report_out_of_memory_at_exit"]
+__all__ = ["MemorySnapshot", "explain_out_of_memory", "find_out_of_memory", "report_out_of_memory_at_exit"]
 
-_WORDS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# What a run holds, asked for only when it ends: models, optimizers, samples of a rank's batch, steps of a window.
-MemorySnapshot = tuple["Sequence[nn.Module]", "Sequence[Optimizer]", "int | None", int]
+_MESSAGES = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def report_out_of_memory_at_exit(
-    owner: object, components: RunComponents, holdings: Callable[[], MemorySnapshot | None]
-) -> None:
-    """Add to the account of a failure, if it was for want of memory, when the process ends.
+class MemorySnapshot(NamedTuple):
+    """What a run keeps in memory.
+
+    Attributes:
+        models: The prepared models.
+        optimizers: The optimizers inside the prepared ones.
+        micro_batch: Samples in a rank's batch; None if that is not known.
+        accumulation: Micro-batches to an optimizer step.
+    """
+
+    models: Sequence[nn.Module]
+    optimizers: Sequence[Optimizer]
+    micro_batch: int | None
+    accumulation: int
+
+
+class _SnapshotOwner(Protocol):
+    def memory_snapshot(self) -> MemorySnapshot: ...
+
+
+def report_out_of_memory_at_exit(owner: _SnapshotOwner, components: RunComponents) -> None:
+    """Explain a failure for lack of memory when the process ends.
 
     Args:
-        owner: When it goes, nothing is reported any more.
+        owner: Knows what the run keeps in memory; once it is gone, nothing is reported any more.
         components: The run.
-        holdings: What it holds; must not keep the owner alive.
     """
     device = components.context.device
     libraries = process_memory(device) if device.type == "cpu" else 0
-    report = partial(_report, components, holdings, os.getpid(), libraries)
-    # Before anything is let go: the traceback still holds what filled the memory.
+    snapshot = weakref.WeakMethod(owner.memory_snapshot)
+    report = partial(_report, components, snapshot, os.getpid(), libraries)
+    # When the interpreter exits, the traceback still keeps alive what filled the memory.
     atexit.register(report)
     weakref.finalize(owner, atexit.unregister, report).atexit = False
 
 
 def find_out_of_memory(error: BaseException | None) -> BaseException | None:
-    """The exception in a chain that says that memory ran out, on the device or the host."""
+    """The exception in a chain that says that memory ran out, on the device or the host; None without one."""
     while error is not None:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in _WORDS):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in _MESSAGES):
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
 def explain_out_of_memory(
-    components: RunComponents, holdings: MemorySnapshot, error: BaseException, *, libraries: int = 0
+    components: RunComponents, snapshot: MemorySnapshot, error: BaseException, *, libraries: int = 0
 ) -> str:
-    """Say who holds the memory and what would help.
+    """Describe what fills the memory and what would help.
 
     Args:
         components: The run.
-        holdings: What it holds.
-        error: What said that memory ran out.
-        libraries: Bytes that the process held before.
+        snapshot: What it keeps in memory.
+        error: The exception that said that memory ran out.
+        libraries: Bytes that the process used before there was a model.
     """
-    models, optimizers, micro_batch, accumulation = holdings
     context, plugin = components.context, components.context.config.fsdp_config
     run = Run(
         ranks=context.world.size,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
+        micro_batch=snapshot.micro_batch,
+        accumulation=snapshot.accumulation,
         checkpoints=plugin is not None and bool(plugin.activation_checkpointing),
         offloads=plugin is not None and bool(plugin.cpu_offload),
         on_cpu=context.device.type == "cpu",
     )
     return describe_out_of_memory(
-        measure_usage(models, optimizers, context.device, libraries=libraries),
+        measure_usage(snapshot.models, snapshot.optimizers, context.device, libraries=libraries),
         run,
-        asked_bytes(str(error)),
+        requested_bytes(str(error)),
         rank=context.world.rank,
         device=describe_device(context.device),
     )
 
 
-def _report(components: RunComponents, holdings: Callable[[], MemorySnapshot | None], pid: int, libraries: int) -> None:
+def _report(
+    components: RunComponents,
+    take_snapshot: Callable[[], Callable[[], MemorySnapshot] | None],
+    pid: int,
+    libraries: int,
+) -> None:
     error = find_out_of_memory(getattr(sys, "last_value", None))
-    held = holdings() if error is not None and os.getpid() == pid else None
-    if error is None or held is None:
+    method = take_snapshot()
+    if error is None or method is None or os.getpid() != pid:
         return
-    # Where memory has run out, there may be none for this either.
+    # There may be no memory left for the report either.
     with contextlib.suppress(MemoryError, RuntimeError):
-        text = explain_out_of_memory(components, held, error, libraries=libraries)
+        text = explain_out_of_memory(components, method(), error, libraries=libraries)
         components.accounts.remark(text)
         components.accounts.tell(text)

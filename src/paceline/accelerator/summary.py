@@ -1,4 +1,4 @@
-"""What was detected and decided, as text for the start of a log."""
+"""Describes what was detected and decided, as text for the start of a log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from paceline.accelerator.assembly import RunComponents
+    from paceline.accelerator.prepared import Prepared
+    from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.config import Origin
     from paceline.data import PreparedDataLoader
     from paceline.strategies import Strategy
@@ -17,34 +19,32 @@ if TYPE_CHECKING:
 _WIDTH = 13
 
 
-def describe_run(
-    components: RunComponents, strategy: Strategy | None, reason: str, loaders: Sequence[PreparedDataLoader], steps: int
-) -> str:
-    """Lines of `what     value`: devices, backend, strategy and why, precision, dtypes, data, global batch.
+def describe_run(components: RunComponents, selector: StrategySelector, prepared: Prepared, num_steps: int) -> str:
+    """Lines of `topic     value`: devices, backend, strategy and why, precision, dtypes, data, global batch.
 
     Args:
         components: The run.
-        strategy: The one in force; None while it is still open.
-        reason: Why that one.
-        loaders: Those prepared so far.
-        steps: Micro-batches to an optimizer step.
+        selector: Knows the strategy and why it was chosen.
+        prepared: What was prepared so far.
+        num_steps: Micro-batches to an optimizer step.
     """
-    rows = [*_where(components), *_strategy(strategy, reason), *_precision(components, strategy)]
-    rows += [row for loader in loaders for row in _data(loader, steps)]
+    strategy = selector.maybe_current
+    rows = [*_hardware(components), *_strategy(strategy, selector.reason), *_precision(components, strategy)]
+    rows += [row for loader in prepared.loaders for row in _data(loader, num_steps)]
     rows += [("note", note) for note in components.resolved.notes]
-    rows += [("settings", f"{key} = {value} ({origin.where})") for key, value, origin in _said(components)]
+    rows += [("settings", f"{key} = {value} ({origin.where})") for key, value, origin in _explicit(components)]
     return "\n".join(_table(rows))
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Name each topic once, in front of its first line."""
-    before = ""
-    for what, value in rows:
-        yield f"{'' if what == before else what:<{_WIDTH}} {value}"
-        before = what
+    previous = ""
+    for topic, value in rows:
+        yield f"{'' if topic == previous else topic:<{_WIDTH}} {value}"
+        previous = topic
 
 
-def _where(components: RunComponents) -> Iterator[tuple[str, str]]:
+def _hardware(components: RunComponents) -> Iterator[tuple[str, str]]:
     world = components.context.world
     machines = "" if world.num_nodes == 1 else f" on {world.num_nodes} machines"
     yield "processes", f"{world.size}{machines} (by the variables of {world.source})" if world.size > 1 else "1"
@@ -64,15 +64,16 @@ def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator
         yield "dtypes", ", ".join(f"{use} {dtype}" for use, dtype in strategy.dtypes().items())
 
 
-def _data(loader: PreparedDataLoader, steps: int) -> Iterator[tuple[str, str]]:
+def _data(loader: PreparedDataLoader, num_steps: int) -> Iterator[tuple[str, str]]:
     yield "data", loader.describe()
-    if loader.total_batch_size and steps > 1:
-        total = loader.total_batch_size * steps
-        yield "data", f"an optimizer step takes {total:,} samples = {loader.total_batch_size:,} x {steps} micro-batches"
+    batch_size = loader.total_batch_size
+    if batch_size and num_steps > 1:
+        total = batch_size * num_steps
+        yield "data", f"an optimizer step takes {total:,} samples = {batch_size:,} x {num_steps} micro-batches"
 
 
-def _said(components: RunComponents) -> Iterator[tuple[str, object, Origin]]:
-    """The settings that somebody gave: neither defaults nor what was detected."""
+def _explicit(components: RunComponents) -> Iterator[tuple[str, object, Origin]]:
+    """The settings from a file, a flag, a variable or the script: neither defaults nor detected."""
     for key, value, origin in components.resolved.explain():
         if origin.kind not in ("default", "detected") and key != "strategy":
             yield key, value, origin

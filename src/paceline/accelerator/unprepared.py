@@ -1,7 +1,7 @@
-"""What a script trains with and never prepared, found at its first optimizer steps.
+"""Finds what a script trains with but never passed to `prepare`, at the first optimizer steps.
 
-An optimizer, a loader or a model that `prepare` has not seen works as in plain PyTorch: alone. Nobody is asked before
-it acts, so a hook on all optimizers of the process looks at the first steps, and is taken off once the prepared ones
+An optimizer, a loader or a model that was not prepared works as in plain PyTorch, on each rank separately, and unseen
+by paceline. So a hook on all optimizers of the process checks the first steps; it is removed once the prepared ones
 have stepped twice.
 """
 
@@ -26,12 +26,13 @@ from paceline.stepping import AcceleratedOptimizer
 from paceline.watchdog.locations import here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
     from types import FrameType
 
     from torch import nn
     from torch.optim import Optimizer
 
+    from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.collectives import Group
     from paceline.data import ActiveLoaders
     from paceline.precision import LossScaler
@@ -42,20 +43,20 @@ __all__ = ["FirstSteps"]
 
 _LOG = get_logger(__name__)
 _REMEDY = "Write model, optimizer = accelerator.prepare(model, optimizer)"
-_OURS = str(Path(__file__).parent)
+_PACELINE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
 
 class FirstSteps:
-    """Judges the first steps of every optimizer in the process.
+    """Checks the first step of every optimizer in the process.
 
     Args:
-        group: The ranks.
-        window: What `accumulate` and `backward` have done.
-        loaders: Which prepared loaders are in use.
-        models: Those prepared, also later.
-        scaler: Of fp16.
-        strategy: Tells which strategy was decided, if any.
+        group: All ranks.
+        window: The accumulation window.
+        loaders: Knows which prepared loaders are being iterated.
+        models: The prepared models; grows.
+        scaler: The loss scaler of fp16.
+        selector: Knows the strategy.
     """
 
     def __init__(
@@ -65,58 +66,54 @@ class FirstSteps:
         loaders: ActiveLoaders,
         models: Sequence[nn.Module],
         scaler: LossScaler | None,
-        strategy: Callable[[], Strategy | None],
+        selector: StrategySelector,
     ) -> None:
         self._group = group
         self._window = window
         self._loaders = loaders
         self._models = models
         self._scaler = scaler
-        self._strategy = strategy
-        self._judged: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        # Plain loaders in use at the first step, and how many batches they had given by then.
+        self._selector = selector
+        self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # Iterators of plain loaders at the first step, and how many batches they had yielded by then.
         self._running: list[tuple[weakref.ref[Any], int]] = []
-        _forget_the_dead()
+        _remove_dead_hooks()
         self._handle = register_optimizer_step_pre_hook(_Hook(self))
 
     def stop(self) -> None:
-        """Look no further: every optimizer of the loop has had its turn."""
+        """Check no further: every optimizer of the loop has stepped."""
         self._handle.remove()
 
     # Optimizers
 
-    def judge(self, optimizer: Optimizer) -> PacelineError | str | None:
+    def check(self, optimizer: Optimizer) -> PacelineError | str | None:
         """What is wrong with a step of an optimizer that this Accelerator has not prepared: an error or a warning."""
-        if optimizer in self._judged or _is_called_by_us():
+        if optimizer in self._checked or _is_called_by_paceline():
             return None
-        self._judged.add(optimizer)
+        self._checked.add(optimizer)
         if _is_inside_prepared_step():
             return None
         name = f"{type(optimizer).__name__}, which was never passed to prepare,"
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        strategy = self._strategy()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        strategy = self._selector.maybe_current
         known = set() if strategy is None else {id(p) for p in strategy.parameters()}
-        is_ours = any(id(p) in known for p in held)
-        why = "" if strategy is None else _why_nothing_is_trained(held, strategy, is_ours=is_ours)
-        if why:
-            return PrepareError(f"{name} was stepped", f"{why}, so it trains nothing", _REMEDY)
-        if is_ours or (not self._models and self._window.has_gradients):
-            error = self._mistimed(name, optimizer)
-            if error is not None:
-                return error
-        if is_ours:
-            return (
-                f"{name} was stepped at {_place()}: checkpoints do not hold its state, and it knows of no window and "
-                f"no skipped step. {_REMEDY}"
-            )
-        if self._group.size == 1 or not self._trains_alone(held):
-            return None
-        return (
-            f"{name} was stepped at {_place()}, and neither was its model: each of the {self._group.size} ranks "
-            "trains a copy of its own. Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)"
-        )
+        trains_prepared = any(id(p) in known for p in parameters)
+        error = self._find_error(name, optimizer, parameters, trains_prepared=trains_prepared)
+        return error or self._find_warning(name, parameters, trains_prepared=trains_prepared)
 
-    def _mistimed(self, name: str, optimizer: Optimizer) -> PacelineError | None:
+    def _find_error(
+        self, name: str, optimizer: Optimizer, parameters: Sequence[Any], *, trains_prepared: bool
+    ) -> PacelineError | None:
+        strategy = self._selector.maybe_current
+        if strategy is not None:
+            reason = _why_nothing_is_trained(parameters, strategy, trains_prepared=trains_prepared)
+            if reason:
+                return PrepareError(f"{name} was stepped", f"{reason}, so it trains nothing", _REMEDY)
+        if trains_prepared or (not self._models and self._window.has_gradients):
+            return self._find_mistimed(name, optimizer)
+        return None
+
+    def _find_mistimed(self, name: str, optimizer: Optimizer) -> PacelineError | None:
         window, scaler = self._window, self._scaler
         if not window.sync_gradients:
             return SteppingError(
@@ -132,37 +129,52 @@ class FirstSteps:
             _REMEDY,
         )
 
-    def _trains_alone(self, held: Sequence[Any]) -> bool:
+    def _find_warning(self, name: str, parameters: Sequence[Any], *, trains_prepared: bool) -> str | None:
+        if trains_prepared:
+            return (
+                f"{name} was stepped at {_location()}: checkpoints do not contain its state, and it ignores windows "
+                f"and skipped steps. {_REMEDY}"
+            )
+        if self._group.size == 1 or not self._trains_separately(parameters):
+            return None
+        return (
+            f"{name} was stepped at {_location()}, and its model was not prepared either: each of the "
+            f"{self._group.size} ranks trains a copy of its own. Write "
+            "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)"
+        )
+
+    def _trains_separately(self, parameters: Sequence[Any]) -> bool:
         """Whether nothing exchanges these parameters' gradients, though the script trains with this Accelerator."""
         if self._models and not self._window.has_gradients:
-            # A small model beside those that are trained together.
+            # A small model beside those that are prepared.
             return False
-        return not is_spread_by_hand(held)
+        return not is_distributed_by_script(parameters)
 
     # Loaders
 
     def note_loaders(self) -> None:
-        """Note at the first step which plain loaders there are, where several ranks train and no prepared one runs."""
+        """Note at the first step which plain loaders are iterated, if several ranks train without a prepared one."""
         if self._group.size > 1 and self._loaders.current is None:
-            found = _plain_iterators(self._group.size)
-            self._running = [(weakref.ref(iterator), iterator._num_yielded) for iterator in found]
+            iterators = _plain_iterators(self._group.size)
+            self._running = [(weakref.ref(iterator), iterator._num_yielded) for iterator in iterators]
 
     def compare_loaders(self) -> None:
-        """Warn at the second step of a plain loader that has given batches since, all of them to every rank."""
+        """Warn at the second step of a plain loader that has yielded since: every rank gets all of its batches."""
         running, self._running = self._running, []
-        iterators = [(reference(), given) for reference, given in running]
-        found = next((it for it, given in iterators if it is not None and it._num_yielded > given), None)
-        if found is not None and self._loaders.current is None:
+        iterators = [(reference(), yielded) for reference, yielded in running]
+        in_use = [it for it, yielded in iterators if it is not None and it._num_yielded > yielded]
+        if in_use and self._loaders.current is None:
+            dataset = in_use[0]._dataset
             _LOG.warning(
-                "A DataLoader over %s, which was never passed to prepare, is in use at %s: each of the %d ranks goes "
-                "through all of its %d samples, unless a part was chosen for each before. Write "
+                "A DataLoader over %s, which was never passed to prepare, is in use at %s: each of the %d ranks "
+                "iterates over all of its %d samples, unless the script has split them. Write "
                 "loader = accelerator.prepare(loader)",
-                type(found._dataset).__name__, _place(), self._group.size, len(found._dataset),
+                type(dataset).__name__, _location(), self._group.size, len(dataset),
             )  # fmt: skip
 
 
 class _Hook:
-    """What every optimizer of the process calls before it steps; it keeps no Accelerator alive."""
+    """The hook that every optimizer of the process calls before a step; it keeps no Accelerator alive."""
 
     def __init__(self, first_steps: FirstSteps) -> None:
         self.reference = weakref.ref(first_steps)
@@ -170,68 +182,70 @@ class _Hook:
     def __call__(self, optimizer: Optimizer, *_: object) -> None:
         if torch.compiler.is_compiling():
             return
-        found = self._judge(optimizer)
-        if found is None:
+        problem = self._check(optimizer)
+        if problem is None:
             return
-        # An Accelerator that the script has let go of may still be waiting for the collector.
+        # An Accelerator that the script no longer uses may only be waiting for the garbage collector.
         gc.collect()
         if self.reference() is None:
             return
-        if isinstance(found, PacelineError):
-            raise found
-        _LOG.warning("%s", found)
+        if isinstance(problem, PacelineError):
+            raise problem
+        _LOG.warning("%s", problem)
 
-    def _judge(self, optimizer: Optimizer) -> PacelineError | str | None:
+    def _check(self, optimizer: Optimizer) -> PacelineError | str | None:
         first_steps = self.reference()
-        return None if first_steps is None else first_steps.judge(optimizer)
+        return None if first_steps is None else first_steps.check(optimizer)
 
 
-def _forget_the_dead() -> None:
-    """Take off hooks whose Accelerator is gone.
+def _remove_dead_hooks() -> None:
+    """Remove hooks whose Accelerator is gone.
 
-    Not when it goes: the collector may run while torch goes through its hooks.
+    Not from a finalizer: the garbage collector may run while torch iterates over its hooks.
     """
     for key, hook in list(_global_optimizer_pre_hooks.items()):
         if isinstance(hook, _Hook) and hook.reference() is None:
             del _global_optimizer_pre_hooks[key]
 
 
-def _why_nothing_is_trained(held: Iterable[Any], strategy: Strategy, *, is_ours: bool) -> str:
-    """Why stepping these parameters changes no prepared model; empty if it does, or if they are of none."""
+def _why_nothing_is_trained(parameters: Iterable[Any], strategy: Strategy, *, trains_prepared: bool) -> str:
+    """Why stepping these parameters changes no prepared model; empty if it does, or if they belong to none."""
     name = type(strategy).__name__.removesuffix("Strategy")
-    if any(strategy.replaced(p) for p in held):
-        return f"{name} has put others in place of the parameters that it holds"
-    return f"{name} keeps the gradients to itself" if is_ours and strategy.keeps_gradients else ""
+    if any(strategy.replaced(p) for p in parameters):
+        return f"{name} has replaced the parameters that it updates"
+    return f"{name} keeps the gradients internally" if trains_prepared and strategy.keeps_gradients else ""
 
 
 def check_model_is_prepared(optimizers: Iterable[AcceleratedOptimizer], group: Group) -> None:
-    """Refuse prepared optimizers of a model that nobody prepared, and whose gradients nobody exchanges.
+    """Refuse prepared optimizers of a model that was not prepared, and whose gradients nothing exchanges.
 
     Raises:
         PrepareError: There is one.
     """
-    held = [p for optimizer in optimizers for of in optimizer.param_groups for p in of["params"]]
-    if group.size > 1 and not is_spread_by_hand(held):
+    parameters = [
+        p for optimizer in optimizers for param_group in optimizer.param_groups for p in param_group["params"]
+    ]
+    if group.size > 1 and not is_distributed_by_script(parameters):
         raise PrepareError(
-            "An optimizer was passed to prepare, and no model",
+            "An optimizer was passed to prepare, but no model",
             f"Nothing exchanges its gradients, so each of {group.size} ranks would train a model of its own",
             _REMEDY,
         )
 
 
-def is_spread_by_hand(held: Sequence[Any]) -> bool:
+def is_distributed_by_script(parameters: Sequence[Any]) -> bool:
     """Whether the script itself has sharded these parameters or wrapped their model in DDP."""
-    if any(hasattr(p, "device_mesh") for p in held):
+    if any(hasattr(p, "device_mesh") for p in parameters):
         return True
-    ids = {id(p) for p in held}
+    ids = {id(p) for p in parameters}
     wrapped = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
     return any(id(p) in ids for model in wrapped for p in model.parameters())
 
 
 def _plain_iterators(ranks: int) -> Iterable[Any]:
-    """Running iterators of plain loaders that deal out all of a map-style data set, in torch's own orders.
+    """Iterators of plain loaders that yield all of a map-style data set, in one of torch's own orders.
 
-    A `Subset` of no more than a rank's share is taken for one that the script has cut out for it.
+    A `Subset` no larger than a rank's share is assumed to be this rank's part.
     """
     for thing in gc.get_objects():
         if not issubclass(type(thing), _BaseDataLoaderIter):
@@ -244,14 +258,14 @@ def _plain_iterators(ranks: int) -> Iterable[Any]:
             yield thing
 
 
-def _is_called_by_us() -> bool:
-    """Whether it is this package that steps: a prepared optimizer, or one that is measured."""
+def _is_called_by_paceline() -> bool:
+    """Whether it is this package that steps: a prepared optimizer, or one whose memory is measured."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(_OURS)
+    return frame is not None and frame.f_code.co_filename.startswith(_PACELINE)
 
 
 def _is_inside_prepared_step() -> bool:
@@ -263,6 +277,6 @@ def _is_inside_prepared_step() -> bool:
     return frame is not None
 
 
-def _place() -> str:
-    place = here()
-    return "an unknown line" if place is None else f"{place.where} ({place.code})"
+def _location() -> str:
+    location = here()
+    return "an unknown line" if location is None else f"{location.where} ({location.code})"

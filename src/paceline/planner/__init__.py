@@ -2,7 +2,7 @@
 
 from paceline.planner.choice import Choice, choose_strategy
 from paceline.planner.footprint import Footprint, measure
-from paceline.planner.remedies import Run, asked_bytes, describe_out_of_memory, remedies
+from paceline.planner.remedies import Run, describe_out_of_memory, remedies, requested_bytes
 from paceline.planner.usage import Usage, measure_usage, process_memory
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "Footprint",
     "Run",
     "Usage",
-    "asked_bytes",
     "choose_strategy",
     "describe_out_of_memory",
     "measure",
     "measure_usage",
     "process_memory",
     "remedies",
+    "requested_bytes",
 ]

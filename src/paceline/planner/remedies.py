@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from paceline.planner.usage import Usage
 
-__all__ = ["Run", "asked_bytes", "describe_out_of_memory", "remedies"]
+__all__ = ["Run", "describe_out_of_memory", "remedies", "requested_bytes"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "bytes": 1}
 
@@ -37,7 +37,7 @@ class Run:
     on_cpu: bool = False
 
 
-def asked_bytes(message: str) -> int | None:
+def requested_bytes(message: str) -> int | None:
     """How much was asked for in vain, from what torch says; None if it does not."""
     found = re.search(r"ried to allocate ([\d.]+) (KiB|MiB|GiB|TiB|bytes)", message)
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])

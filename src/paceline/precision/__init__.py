@@ -1,4 +1,4 @@
-"""Number formats: which one a run computes in, and the loss scaling that fp16 needs."""
+"""Mixed precision: autocast, and the loss scaling that fp16 needs."""
 
 from paceline.precision.policy import PrecisionPolicy, autocast_forward, policy_for
 from paceline.precision.scaler import LossScaler

@@ -1,4 +1,4 @@
-"""Which number format a run computes in, and the autocast region around a model's forward."""
+"""Which dtype a run computes in, and the autocast region of a model's forward."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _DTYPES: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionPolicy:
-    """The number format of matrix products and convolutions; weights and sums stay in fp32.
+    """The dtype of matrix products and convolutions; weights and reductions stay in fp32.
 
     Attributes:
-        mode: `no` computes in the dtype of the weights.
+        mode: `bf16` or `fp16`; `no` computes in the dtype of the weights.
         device_type: The `torch.device.type` that autocast acts on.
-        handler: What the user said about autocast.
+        handler: The settings of autocast.
     """
 
     mode: Mode
@@ -50,11 +50,15 @@ class PrecisionPolicy:
 
     @property
     def needs_loss_scaling(self) -> bool:
-        """Whether gradients can underflow, as they do in fp16 only."""
+        """Whether gradients could underflow without a loss scale, as in fp16."""
         return self.mode == "fp16"
 
     def context(self, handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
-        """Open an autocast region; a null context when the mode is `no`."""
+        """Open an autocast region; a null context when the mode is `no`.
+
+        Args:
+            handler: Settings that replace the policy's own inside.
+        """
         handler = handler or self.handler
         if self.mode == "no":
             return nullcontext()
@@ -73,10 +77,16 @@ def policy_for(
     *,
     supported: Iterable[str] | None = None,
 ) -> PrecisionPolicy:
-    """Check that the device can do what was asked, and describe it.
+    """Check that the device can compute in a precision, and return the policy for it.
+
+    Args:
+        mode: `no`, `bf16` or `fp16`.
+        device: Where the run computes.
+        handler: Settings of autocast; torch's defaults when left out.
+        supported: The modes that the device supports; looked up when left out.
 
     Raises:
-        PrecisionError: The device does not support `mode`; says what it does support.
+        PrecisionError: The device does not support `mode`; names those that it does.
         NotBuiltError: `mode` is `fp8`.
     """
     known = frozenset(supported_precisions(device) if supported is None else supported)
@@ -88,50 +98,50 @@ def policy_for(
         from paceline.config import AutocastKwargs
 
         handler = AutocastKwargs()
-    checked: Any = mode
-    return PrecisionPolicy(mode=checked, device_type=device.type, handler=handler)
+    checked_mode: Any = mode
+    return PrecisionPolicy(mode=checked_mode, device_type=device.type, handler=handler)
 
 
 def autocast_forward(model: nn.Module, policy: PrecisionPolicy) -> None:
-    """Run every call of `model` under the policy's autocast; its outputs keep the dtype they have.
+    """Run every call of `model` under the policy's autocast; its outputs keep their dtype.
 
-    Two hooks on the module do it, so `model.forward` stays the user's own, and so do the types of what it
-    returns: copying every output to fp32 would cost 8 GB for the logits of one large-vocabulary batch.
+    Two hooks on the module do it, so `model.forward` stays the user's own. Outputs are not copied to fp32, which
+    would cost 8 GB for the logits of one large-vocabulary batch.
     """
-    # A model that was prepared before may be prepared for another precision.
+    # A model may be prepared again, for another precision.
     for hook in list(model._forward_pre_hooks.values()):
-        before = getattr(hook, "__self__", None)
-        if isinstance(before, _Regions):
-            before.remove()
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _AutocastRegions):
+            owner.remove_hooks()
     if policy.uses_autocast:
-        _Regions(policy).watch(model)
+        _AutocastRegions(policy).register_hooks(model)
 
 
-class _Regions:
-    """The open autocast regions of one module; deeper than one only where a module calls itself."""
+class _AutocastRegions:
+    """The autocast regions open in one module; more than one only where a module calls itself."""
 
     def __init__(self, policy: PrecisionPolicy) -> None:
         self._policy = policy
-        self._made: list[AbstractContextManager[Any]] = []
+        self._regions: list[AbstractContextManager[Any]] = []
         self._depth = 0
         self._handles: list[RemovableHandle] = []
 
-    def watch(self, model: nn.Module) -> None:
-        """Open a region around each call of `model`."""
+    def register_hooks(self, model: nn.Module) -> None:
+        """Open a region for each call of `model`."""
         enter = model.register_forward_pre_hook(self.enter, prepend=True)
-        self._handles += [enter, model.register_forward_hook(self.leave, always_call=True)]
+        self._handles += [enter, model.register_forward_hook(self.exit, always_call=True)]
 
-    def remove(self) -> None:
-        """Open none any more."""
+    def remove_hooks(self) -> None:
+        """Leave the module without autocast."""
         for handle in self._handles:
             handle.remove()
 
     def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        if self._depth == len(self._made):
-            self._made.append(self._policy.context())
-        self._made[self._depth].__enter__()
+        if self._depth == len(self._regions):
+            self._regions.append(self._policy.context())
+        self._regions[self._depth].__enter__()
         self._depth += 1
 
-    def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+    def exit(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
         self._depth -= 1
-        self._made[self._depth].__exit__(None, None, None)
+        self._regions[self._depth].__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""Dynamic loss scaling for fp16, with one verdict for all ranks."""
+"""Dynamic loss scaling for fp16, in which all ranks skip the same steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 
 class LossScaler(GradScaler):
-    """torch's gradient scaler, whose finding of an overflow is agreed by every rank.
+    """torch's gradient scaler, with an overflow on one rank skipping the step on all.
 
-    Under sharding an overflow may show in one rank's shard only. If that rank alone skipped its step, the
-    ranks would part for good. The scale is adapted when the next loss is scaled, so several optimizers may
+    Under sharding an overflow may show in one rank's shard only. If only that rank skipped its step, the ranks'
+    weights would differ from then on. The scale is updated when the next loss is scaled, so several optimizers may
     unscale and step in any order before that.
+
+    Args:
+        settings: Initial scale, growth and backoff.
+        device: Where gradients are.
+        group: All ranks.
     """
 
     def __init__(self, settings: GradScalerKwargs, device: torch.device, group: Group) -> None:
@@ -37,45 +42,48 @@ class LossScaler(GradScaler):
         self._stepped = False
 
     def scale(self, outputs: Any) -> Any:
-        """Multiply a loss by the current scale, after adapting it to how the last steps went."""
+        """Multiply a loss by the scale, after updating that for the steps since the last loss."""
         if self._stepped:
             self._stepped = False
             self.update()
         return super().scale(outputs)
 
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Divide the optimizer's gradients by the scale, once a step; again is nothing.
+        """Divide the optimizer's gradients by the scale; a second call before the step does nothing.
 
         Collective: every rank must call it.
+
+        Raises:
+            SteppingError: No loss was scaled yet.
         """
         if not self.is_enabled() or self.is_unscaled(optimizer):
             return
         if self._scale is None:
             raise SteppingError(
-                "A step was asked for before any loss was scaled",
+                "Gradients were unscaled before any loss was scaled",
                 "fp16 gradients exist only after accelerator.backward(loss)",
                 "Call accelerator.backward(loss) instead of loss.backward()",
             )
         super().unscale_(optimizer)
-        for found in self._found(optimizer):
-            self._group.all_reduce(found, "max")
+        for found_inf in self._found_inf(optimizer):
+            self._group.all_reduce(found_inf, "max")
 
     def is_unscaled(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer's gradients were already divided in this step."""
+        """Whether this optimizer's gradients were already divided for the coming step."""
         return self._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
 
     def step_if_finite(self, optimizer: Optimizer) -> bool:
-        """Step unless some rank found an overflow; say whether the step was taken.
+        """Step unless some rank found an overflow; return whether the step was taken.
 
-        Reads one number from the device: whether to move the scheduler is decided on the host.
+        Reads one number from the device: whether the scheduler steps is decided on the host.
         Collective: every rank must call it.
         """
         self.unscale_(optimizer)
-        taken = not any(bool(found.item()) for found in self._found(optimizer))
+        taken = not any(bool(found_inf.item()) for found_inf in self._found_inf(optimizer))
         self.step(optimizer)
         self._stepped = True
         return taken
 
-    def _found(self, optimizer: Optimizer) -> list[torch.Tensor]:
-        found: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        return list(found.values())
+    def _found_inf(self, optimizer: Optimizer) -> list[torch.Tensor]:
+        by_device: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        return list(by_device.values())

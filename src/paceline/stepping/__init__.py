@@ -1,20 +1,20 @@
-"""When a step is real: the accumulation window, the weights in it, skipped steps and the scheduler.
+"""When an optimizer step is taken: accumulation windows, loss weights, skipped steps and schedulers.
 
 A window is the micro-batches between two optimizer steps. Gradients are the true mean over what was in it:
 
-* `backward(loss)`: the mean over the micro-batches that were really there, the short last window included;
+* `backward(loss)`: the mean over the micro-batches that the window really had, also in a short last window;
 * `backward(loss_sum, weight=n)`: the sum over all ranks divided by the sum of all weights.
 
 The divisor is applied as the first gradient of the backward pass, where it costs nothing. It is known before the
 window ends in all cases but two (a stream that ends early, and weights over several micro-batches); then one multiply
-over the gradients puts it right when the window closes. Nothing here reads a number from the device.
+over the gradients corrects it when the window closes. Nothing here reads a number from the device.
 """
 
 from __future__ import annotations
 
 from paceline.stepping.loss import scalar_loss
-from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned
-from paceline.stepping.schedule_length import ScheduleLengths, say
+from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
+from paceline.stepping.schedule_length import ScheduleLengthCheck, warn_once
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
@@ -22,11 +22,11 @@ __all__ = [
     "AcceleratedOptimizer",
     "AcceleratedScheduler",
     "Accumulation",
-    "ScheduleLengths",
+    "ScheduleLengthCheck",
     "Window",
     "is_scheduler",
-    "say",
     "scalar_loss",
     "steps_taken",
-    "unassigned",
+    "unassigned_parameters",
+    "warn_once",
 ]

@@ -1,4 +1,4 @@
-"""What `backward` accepts as a loss."""
+"""Which losses `backward` accepts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ __all__ = ["scalar_loss"]
 
 
 def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
-    """The number to compute gradients of, shape [].
+    """The scalar to differentiate.
 
     PyTorch refuses a loss of several values only where no first gradient is given, and a window of several
     micro-batches gives one. So the shape is checked here, before any strategy sees the loss.
 
     Args:
-        loss: Shape [], or one value of any shape.
-        gradient: What `Tensor.backward` takes under this name: a weight for each value of a loss of any shape.
+        loss: Shape [], or one value of any shape; with `gradient` any shape.
+        gradient: As in `Tensor.backward`: a weight for each value of the loss, of the same shape.
+
+    Returns:
+        A real number, shape [].
 
     Raises:
         SteppingError: It is no real number, and `gradient` does not make it one.
@@ -28,7 +31,7 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
     if not isinstance(loss, torch.Tensor):
         raise SteppingError(
             f"backward() got a {type(loss).__name__}",
-            "Gradients are computed from a tensor",
+            "Only a tensor can be differentiated",
             "Pass the loss itself, such as model(**batch).loss",
         )
     if gradient is not None:
@@ -50,11 +53,11 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
 
 
 def _weighted_sum(loss: Tensor, gradient: Tensor) -> Tensor:
-    """A number whose gradient is that of `loss.backward(gradient)`."""
+    """A scalar with the gradient of `loss.backward(gradient)`."""
     if gradient.shape != loss.shape:
         raise SteppingError(
             f"backward() got a loss of shape {[*loss.shape]} and a gradient of shape {[*gradient.shape]}",
-            "The gradient weighs each value of the loss",
+            "The gradient holds a weight for each value of the loss",
             "Give them the same shape",
         )
     return (loss * gradient.detach()).sum()

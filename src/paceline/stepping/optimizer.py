@@ -1,4 +1,4 @@
-"""The optimizer that steps at the end of a window, and what can be said of several of them."""
+"""The prepared optimizer, which steps at the end of an accumulation window."""
 
 from __future__ import annotations
 
@@ -17,20 +17,31 @@ if TYPE_CHECKING:
     from paceline.stepping.window import Window
     from paceline.strategies import Strategy
 
-__all__ = ["AcceleratedOptimizer", "steps_taken", "unassigned"]
+__all__ = ["AcceleratedOptimizer", "steps_taken", "unassigned_parameters"]
 
-# In the second step, every other optimizer of the loop has had its first.
+# By an optimizer's second step every other one of the loop has had its first.
 _CHECKED_STEPS = 2
 
 
 class AcceleratedOptimizer(Optimizer):
-    """An optimizer that steps and zeroes at the end of a window only.
+    """An optimizer that steps and zeroes gradients at the end of an accumulation window only.
 
-    It is a `torch.optim.Optimizer`, so schedulers accept it; its state and its groups are those of the optimizer
-    that it was made from, which stays reachable as `optimizer`.
+    It is a `torch.optim.Optimizer`, so schedulers accept it; its state and parameter groups are those of the
+    optimizer that was prepared, which stays reachable as `optimizer`.
+
+    Args:
+        optimizer: The optimizer to step.
+        window: The accumulation window.
+        scaler: The loss scaler of fp16.
+        check_step: Called with the first steps' numbers (1, 2); checks what can be checked once and returns the
+            strategy, which may be decided after the optimizer was prepared.
+        before_step: Called before each step.
+        add_group: Adds a parameter group to the optimizer inside.
 
     Attributes:
-        num_steps: Steps taken; those that fp16 skipped are not counted.
+        num_steps: Steps taken, those before the checkpoint that was loaded included, skipped ones not.
+        steps_since_start: Steps taken since the script started.
+        step_was_skipped: Whether the last step was skipped for an fp16 overflow.
     """
 
     def __init__(
@@ -46,13 +57,11 @@ class AcceleratedOptimizer(Optimizer):
         # The base class's constructor would build groups of its own.
         self.optimizer = optimizer
         self.num_steps = 0
-        # The same without those that a checkpoint brought.
-        self.num_steps_here = 0
+        self.steps_since_start = 0
         self._window = window
         self._scaler = scaler
         self._before_step = before_step
         self._add_group = add_group
-        # Checks what can be checked once, and says which strategy was decided: an optimizer may come before that.
         self._check_step = check_step
         self._checks = 0
         self._strategy: Strategy | None = None
@@ -62,10 +71,21 @@ class AcceleratedOptimizer(Optimizer):
         """Step if this micro-batch ends its window; otherwise do nothing.
 
         Under fp16 a step in which any rank found an overflow is skipped on all ranks: see `step_was_skipped`.
+        Collective: every rank must call it.
+
+        Args:
+            closure: Passed on to the optimizer inside; not under fp16.
+
+        Returns:
+            What the optimizer inside returns; None if it was not stepped.
+
+        Raises:
+            SteppingError: A closure under fp16, or gradients that cannot be right.
+            PrepareError: In the first step: parameters, optimizers or models that were left out of `prepare`.
         """
         window = self._window
         if not window.sync_gradients:
-            window.held_back(self)
+            window.defer_step(self)
             return None
         strategy = self._strategy
         if strategy is None or self._checks < _CHECKED_STEPS:
@@ -83,8 +103,8 @@ class AcceleratedOptimizer(Optimizer):
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
         if not self.step_was_skipped:
             self.num_steps += 1
-            self.num_steps_here += 1
-        window.stepped(self)
+            self.steps_since_start += 1
+        window.record_step(self)
         strategy.stepped()
         return result
 
@@ -93,29 +113,33 @@ class AcceleratedOptimizer(Optimizer):
         if closure is not None:
             raise SteppingError(
                 "optimizer.step(closure) was called under mixed_precision='fp16'",
-                "The gradient scaler must see the gradients before the optimizer does",
+                "The gradient scaler must unscale the gradients between the closure and the step",
                 "Use mixed_precision='bf16' or 'no' with optimizers that call a closure",
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients, unless the open window still needs them."""
-        if not self._window.may_zero:
+        """Drop gradients, unless the open window still needs them.
+
+        Args:
+            set_to_none: Free their memory instead of writing zeros.
+        """
+        if not self._window.can_zero_gradients:
             return
         if self._strategy is None:
             self.optimizer.zero_grad(set_to_none=set_to_none)
         else:
             self._strategy.zero_grad(self.optimizer, set_to_none)
-        self._window.dropped()
+        self._window.record_zero_grad()
 
     def train(self) -> None:
-        """Switch a schedule-free optimizer to training; nothing for any other."""
-        getattr(self.optimizer, "train", _nothing)()
+        """Switch a schedule-free optimizer to training; any other ignores it."""
+        getattr(self.optimizer, "train", _do_nothing)()
 
     def eval(self) -> None:
-        """Switch a schedule-free optimizer to evaluation; nothing for any other."""
-        getattr(self.optimizer, "eval", _nothing)()
+        """Switch a schedule-free optimizer to evaluation; any other ignores it."""
+        getattr(self.optimizer, "eval", _do_nothing)()
 
-    # What the optimizer inside has
+    # Handed on to the optimizer inside
 
     @property
     def state(self) -> Any:  # type: ignore[override]
@@ -124,7 +148,7 @@ class AcceleratedOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> Any:  # type: ignore[override]
-        """The groups of the optimizer inside."""
+        """The parameter groups of the optimizer inside."""
         return self.optimizer.param_groups
 
     @property
@@ -133,13 +157,16 @@ class AcceleratedOptimizer(Optimizer):
         return self.optimizer.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the optimizer inside.
+        """Add a parameter group to the optimizer inside.
+
+        Args:
+            param_group: As for `torch.optim.Optimizer`.
 
         Raises:
             PrepareError: The strategy cannot train its parameters.
         """
         self._add_group(self.optimizer, param_group)
-        # The next step is looked at as the first one was.
+        # The next step is checked as the first one was.
         self._strategy = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,43 +174,44 @@ class AcceleratedOptimizer(Optimizer):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the optimizer inside."""
+        """Load a state into the optimizer inside."""
         self.optimizer.load_state_dict(state_dict)
 
     def register_step_pre_hook(self, hook: Any) -> Any:
-        """Register on the optimizer inside: it runs only before steps that are taken."""
+        """Register a hook on the optimizer inside: it runs only before steps that are taken."""
         return self.optimizer.register_step_pre_hook(hook)
 
     def register_step_post_hook(self, hook: Any) -> Any:
-        """Register on the optimizer inside: it runs only after steps that are taken."""
+        """Register a hook on the optimizer inside: it runs only after steps that are taken."""
         return self.optimizer.register_step_post_hook(hook)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A window cannot be copied: a copy, or what comes out of a pickle, is the optimizer inside.
-        return _itself, (self.optimizer,)
+        # A window cannot be copied, so a copy or a pickle is the optimizer inside.
+        return _unpickled, (self.optimizer,)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """Do nothing."""
 
 
-def _itself(optimizer: Optimizer) -> Optimizer:
-    """Hand an unpickled optimizer back."""
+def _unpickled(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
 def steps_taken(optimizers: Iterable[AcceleratedOptimizer]) -> int:
-    """Optimizer steps that a run has taken: those of the optimizer that took most."""
+    """Optimizer steps that a run has taken: those of the optimizer that took the most."""
     return max((optimizer.num_steps for optimizer in optimizers), default=0)
 
 
-def unassigned(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], strategy: Strategy) -> list[str]:
+def unassigned_parameters(
+    models: Iterable[nn.Module], optimizers: Iterable[Optimizer], strategy: Strategy
+) -> list[str]:
     """The names of trainable parameters that no optimizer updates, in models of which it updates others.
 
-    A model of which no parameter is in any optimizer and none got a gradient (a teacher, say) is left alone.
+    A model of which no parameter is in any optimizer and none got a gradient (a teacher, say) is skipped.
     """
     assigned = {id(p) for optimizer in optimizers for p in strategy.parameters_of(optimizer)}
     names: list[str] = []

@@ -1,11 +1,11 @@
-"""How long a schedule is, and whether it was counted as another number of steps than were taken."""
+"""A check for schedules that were made for another number of steps than the training takes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, SequentialLR
@@ -13,22 +13,33 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, SequentialLR
 from paceline.environment.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Sized
 
-    from torch.utils.data import DataLoader
-
-    from paceline.data import PreparedDataLoader
     from paceline.stepping.scheduler import AcceleratedScheduler
+    from paceline.stepping.window import Window
 
-__all__ = ["ScheduleLengths", "planned_steps", "say"]
+__all__ = ["ScheduleLengthCheck", "planned_steps", "warn_once"]
 
 _LOG = get_logger(__name__)
 _ATTRIBUTES = ("total_steps", "T_max", "total_iters", "total_num_steps")
 _ARGUMENT = "num_training_steps"
 
 
+class PreparedLoader(Protocol):
+    """What the check needs to know of a prepared loader."""
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs it has given."""
+        ...
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        ...
+
+
 def planned_steps(scheduler: Any) -> int | None:
-    """How many optimizer steps a schedule is made for; None where it does not say.
+    """How many optimizer steps a schedule is made for; None where that is unknown.
 
     Known are the schedules of torch that end, and those that transformers' functions make: their `num_training_steps`
     is an argument of the function inside a `LambdaLR`.
@@ -37,13 +48,14 @@ def planned_steps(scheduler: Any) -> int | None:
         last = planned_steps(scheduler._schedulers[-1])
         return None if last is None else scheduler._milestones[-1] + last
     if isinstance(scheduler, ChainedScheduler):
-        known = [planned_steps(one) for one in scheduler._schedulers]
-        return max((steps for steps in known if steps is not None), default=None)
+        lengths = [planned_steps(part) for part in scheduler._schedulers]
+        return max((length for length in lengths if length is not None), default=None)
     if isinstance(scheduler, LambdaLR):
-        found = next((steps for function in scheduler.lr_lambdas if (steps := _argument_of(function))), None)
+        candidates = [_argument_of(function) for function in scheduler.lr_lambdas]
     else:
-        found = next((steps for name in _ATTRIBUTES if (steps := getattr(scheduler, name, None))), None)
-    return int(found) if isinstance(found, int | float) and math.isfinite(found) else None
+        candidates = [getattr(scheduler, name, None) for name in _ATTRIBUTES]
+    length = next(filter(None, candidates), None)
+    return int(length) if isinstance(length, int | float) and math.isfinite(length) else None
 
 
 def _argument_of(function: Any) -> Any:
@@ -58,86 +70,89 @@ def _argument_of(function: Any) -> Any:
         return None
 
 
-class ScheduleLengths:
-    """Notices schedules that were counted in batches before `prepare`, of all ranks or of no accumulation.
+class ScheduleLengthCheck:
+    """Finds schedules whose length was counted in batches before `prepare`, of all ranks or without accumulation.
 
-    Such a schedule is an exact multiple of the steps that the training took, and ends at a learning rate that nobody
-    asked for. Only when no further pass begins is it known that the training is over, so that is when it is said.
+    Such a length is an exact multiple of the steps that were taken, and the learning rate ends at a value that nobody
+    wanted. Only when no further epoch begins is the training known to be over, so the warning waits until then.
 
     Args:
         ranks: How many share the data.
-        accumulation: Tells how many micro-batches a step takes.
+        window: Tells how many micro-batches a step takes.
+
+    Attributes:
+        pending: The warning to log if no further epoch begins. It holds text only, so that it may outlive the run.
     """
 
-    def __init__(self, ranks: int, accumulation: Callable[[], int]) -> None:
+    def __init__(self, ranks: int, window: Window) -> None:
+        self.pending: list[str] = []
         self._ranks = ranks
-        # Loaders hold this, and must not keep what is prepared beside them.
+        self._window = window
+        # Loaders keep this check alive, which must not keep schedulers and optimizers alive in turn.
         self._schedulers: WeakSet[AcceleratedScheduler] = WeakSet()
-        self._accumulation = accumulation
-        self._before: WeakKeyDictionary[PreparedDataLoader, int] = WeakKeyDictionary()
-        # What to say if nothing more comes; it holds text alone, so that it may outlive the run.
-        self.verdict: list[str] = []
+        self._lengths_before: WeakKeyDictionary[PreparedLoader, int] = WeakKeyDictionary()
 
     def add_scheduler(self, scheduler: AcceleratedScheduler) -> None:
-        """Watch a prepared schedule."""
+        """Watch a prepared scheduler."""
         self._schedulers.add(scheduler)
 
-    def add_loader(self, given: DataLoader[Any], prepared: PreparedDataLoader) -> None:
-        """Watch a prepared loader, if it knows its length, which may be another than it had before."""
+    def add_loader(self, loader: Sized, prepared: PreparedLoader) -> None:
+        """Watch a prepared loader, if its length is known now and was before `prepare`."""
         with contextlib.suppress(TypeError, NotImplementedError):
-            before, _after = len(given), len(prepared)
-            self._before[prepared] = before
+            before, _after = len(loader), len(prepared)
+            self._lengths_before[prepared] = before
 
-    def begin_pass(self, loader: Any) -> None:
-        """Note that the training goes on, if it trains on this loader."""
-        if self.verdict and loader in self._before:
-            self.verdict.clear()
+    def begin_epoch(self, loader: Any) -> None:
+        """Drop the warning: training goes on, if it trains on this loader."""
+        if self.pending and loader in self._lengths_before:
+            self.pending.clear()
 
-    def end_pass(self, loader: Any) -> None:
-        """Compare the schedules with the steps of the passes over a loader so far."""
-        before = self._before.get(loader)
+    def end_epoch(self, loader: Any) -> None:
+        """Compare the schedules with the steps in the epochs of a loader so far."""
+        before = self._lengths_before.get(loader)
         if before is None:
             return
         for scheduler in self._schedulers:
             text = self._compare(scheduler, before, loader)
             if text:
-                self.verdict[:] = [text]
+                self.pending[:] = [text]
 
-    def _compare(self, scheduler: AcceleratedScheduler, before: int, loader: PreparedDataLoader) -> str:
+    def _compare(self, scheduler: AcceleratedScheduler, before: int, loader: PreparedLoader) -> str:
+        """The warning about a schedule; empty if there is none."""
         planned = planned_steps(scheduler.scheduler)
-        passes, window, batches = loader.epoch, self._accumulation(), len(loader)
-        moved = getattr(scheduler.scheduler, "last_epoch", 0)
-        taken = passes * math.ceil(batches / window)
-        if not planned or not taken or abs(moved - taken) > passes:
+        epochs, window, batches = loader.epoch, self._window.num_steps, len(loader)
+        steps = getattr(scheduler.scheduler, "last_epoch", 0)
+        expected = epochs * math.ceil(batches / window)
+        if not planned or not expected or abs(steps - expected) > epochs or planned <= expected + epochs:
             return ""
-        why = self._explain(planned, passes, before, batches)
-        if planned <= taken + passes or not why:
+        reason = self._explain(planned, epochs, before, batches)
+        if not reason:
             return ""
         name = type(scheduler.scheduler).__name__
-        count = f"{passes} * len(loader)" if window == 1 else f"{passes} * math.ceil(len(loader) / {window})"
+        count = f"{epochs} * len(loader)" if window == 1 else f"{epochs} * math.ceil(len(loader) / {window})"
         return (
-            f"{name} was made for {planned} optimizer steps, and the training took {moved}, so that the learning rate "
-            f"ended at {scheduler.get_last_lr()[0]:.3g}: {why}. A prepared schedule moves once for each "
+            f"{name} was made for {planned} optimizer steps, and the training took {steps}, so that the learning rate "
+            f"ended at {scheduler.get_last_lr()[0]:.3g}: {reason}. A prepared scheduler steps once for each "
             f"optimizer step, on any number of ranks: prepare the loader first, and make the schedule for "
-            f"{count} = {taken} steps"
+            f"{count} = {expected} steps"
         )
 
-    def _explain(self, planned: int, passes: int, before: int, batches: int) -> str:
-        """Which wrong count a schedule's length is; empty if it is none of them."""
-        window = self._accumulation()
-        whole = passes * math.ceil(before / window)
+    def _explain(self, planned: int, epochs: int, before: int, batches: int) -> str:
+        """Which wrong count the length of a schedule is; empty if it is none of them."""
+        window = self._window.num_steps
+        whole = epochs * math.ceil(before / window)
         counts = [
             (whole, "len(loader) was taken before prepare, where it counts the batches of all ranks"),
             (whole * self._ranks, "it was multiplied by the number of ranks"),
-            (passes * math.ceil(batches / window) * self._ranks, "it was multiplied by the number of ranks"),
-            (passes * batches, f"it counts batches, and a step takes {window} of them"),
-            (passes * before, f"it counts the batches of all ranks, and a step takes {window} of a rank's own"),
-            (passes * before * self._ranks, "it counts batches, times the number of ranks"),
+            (epochs * math.ceil(batches / window) * self._ranks, "it was multiplied by the number of ranks"),
+            (epochs * batches, f"it counts batches, and a step takes {window} of them"),
+            (epochs * before, f"it counts the batches of all ranks, and a step takes {window} of one rank's"),
+            (epochs * before * self._ranks, "it counts batches, times the number of ranks"),
         ]
         return next((text for count, text in counts if count == planned), "")
 
 
-def say(verdict: list[str]) -> None:
-    """Warn of what was found, once."""
-    while verdict:
-        _LOG.warning("%s", verdict.pop())
+def warn_once(pending: list[str]) -> None:
+    """Log and remove the pending warnings."""
+    while pending:
+        _LOG.warning("%s", pending.pop())

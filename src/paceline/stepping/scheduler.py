@@ -1,4 +1,4 @@
-"""The scheduler that moves when its optimizer does."""
+"""The prepared learning-rate scheduler, which steps when its optimizer does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ __all__ = ["AcceleratedScheduler", "is_scheduler"]
 
 
 class AcceleratedScheduler:
-    """A learning-rate scheduler that moves once for each optimizer step that was taken, at any world size."""
+    """A learning-rate scheduler that steps once for each optimizer step that was taken, at any world size.
+
+    Args:
+        scheduler: The scheduler to step.
+        window: The accumulation window.
+        optimizers: Whose steps it follows.
+        step_with_optimizer: False steps on every call.
+    """
 
     def __init__(
         self,
@@ -30,39 +37,43 @@ class AcceleratedScheduler:
         self._window = window
         self._optimizers = tuple(optimizers)
         self._step_with_optimizer = step_with_optimizer
-        self._seen = self._steps()
+        self._steps_seen = self._steps_taken()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move on, if the optimizer did: not inside a window, and not after a skipped step.
+        """Step if the optimizer did: not inside a window, and not after a skipped step.
 
-        What is called with an argument always moves: a metric (`ReduceLROnPlateau`) or an epoch is measured by the
-        script and belongs to no single step. So does a schedule that is called after several optimizer steps, once a
-        pass say, when the last of them was skipped or was followed by an unfinished window.
+        A call with arguments always steps: a metric (`ReduceLROnPlateau`) or an epoch is the script's own measure and
+        belongs to no single step. So does a call after several optimizer steps, such as once an epoch, even when the
+        last of them was skipped or was followed by an unfinished window.
+
+        Args:
+            args: Passed on to the scheduler inside.
+            kwargs: Passed on to the scheduler inside.
         """
-        if args or kwargs or not self._step_with_optimizer or self._follows_a_step():
+        if args or kwargs or not self._step_with_optimizer or self._optimizer_stepped():
             self.scheduler.step(*args, **kwargs)
 
-    def _follows_a_step(self) -> bool:
-        taken = self._steps()
-        since, self._seen = taken - self._seen, taken
+    def _optimizer_stepped(self) -> bool:
+        taken = self._steps_taken()
+        since, self._steps_seen = taken - self._steps_seen, taken
         if since > len(self._optimizers):
             return True
         return self._window.sync_gradients and not any(o.step_was_skipped for o in self._optimizers)
 
-    def _steps(self) -> int:
-        return sum(optimizer.num_steps_here for optimizer in self._optimizers)
+    def _steps_taken(self) -> int:
+        return sum(optimizer.steps_since_start for optimizer in self._optimizers)
 
     def get_last_lr(self) -> list[Any]:
-        """The learning rates in force, one a group."""
+        """The current learning rates, one for each parameter group."""
         return self.scheduler.get_last_lr()
 
     def get_lr(self) -> Any:
-        """What the scheduler inside computes; `get_last_lr` is what scripts want."""
+        """What the scheduler inside computes next; scripts want `get_last_lr`."""
         return self.scheduler.get_lr()
 
     @property
     def last_epoch(self) -> int:
-        """How many steps the schedule has moved."""
+        """How many steps the scheduler has taken."""
         return self.scheduler.last_epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,15 +81,15 @@ class AcceleratedScheduler:
         return self.scheduler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the scheduler inside."""
+        """Load a state into the scheduler inside."""
         self.scheduler.load_state_dict(state_dict)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.scheduler!r})"
 
 
-def is_scheduler(thing: object) -> bool:
-    """Whether something is a learning-rate scheduler of torch, or acts as one."""
-    return isinstance(thing, LRScheduler) or all(
-        callable(getattr(thing, name, None)) for name in ("step", "get_last_lr", "state_dict")
+def is_scheduler(candidate: object) -> bool:
+    """Whether an object is a learning-rate scheduler of torch, or has the methods of one."""
+    return isinstance(candidate, LRScheduler) or all(
+        callable(getattr(candidate, name, None)) for name in ("step", "get_last_lr", "state_dict")
     )

@@ -1,8 +1,10 @@
-"""The accumulation window, the weights of what is in it, and the context around one micro-batch."""
+"""The accumulation window: which micro-batch ends it, and what its gradients are divided by."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -12,222 +14,317 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from paceline.collectives import Group
-    from paceline.config import GradientAccumulationPlugin
-    from paceline.data import ActiveLoaders
-    from paceline.stepping.optimizer import AcceleratedOptimizer
     from paceline.strategies import Strategy
 
 __all__ = ["Accumulation", "Window"]
 
 
+class LoopPosition(Protocol):
+    """How far the loop over the prepared loaders has come, in micro-batches."""
+
+    def begin_micro_batch(self) -> None:
+        """Count a micro-batch."""
+        ...
+
+    @property
+    def remaining(self) -> int | None:
+        """How many follow the current one; None if that is not known."""
+        ...
+
+    @property
+    def loop_ends(self) -> bool:
+        """Whether the current one is the last of the loop."""
+        ...
+
+
+class WindowedOptimizer(Protocol):
+    """What a window needs to know of a prepared optimizer."""
+
+    num_steps: int
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer inside."""
+        ...
+
+
+class Phase(enum.Enum):
+    """What may still happen to the gradients of a window."""
+
+    ACCUMULATING = enum.auto()
+    """Backward passes add to them; they are divided by what the window is expected to hold."""
+    FINAL = enum.auto()
+    """They are divided by what the window really held, and may be clipped and stepped with."""
+    CLOSED = enum.auto()
+    """The window is over: whatever comes next opens a new one."""
+
+
+@dataclass(slots=True)
+class LossWeights:
+    """The weights of a window's losses.
+
+    Attributes:
+        local_sum: Of this rank, shape [].
+        divisor: What gradients are divided by until the window closes: the total over all ranks, or an estimate.
+        is_estimate: Whether the total may turn out to be another one.
+    """
+
+    local_sum: Tensor
+    divisor: Tensor
+    is_estimate: bool
+
+
+@dataclass(slots=True)
+class WindowState:
+    """What has happened in one window.
+
+    Attributes:
+        phase: What may still happen to its gradients.
+        micro_batches: How many `accumulate` has begun; 0 outside of `accumulate`.
+        expected_micro_batches: How many it will have, as far as is known: what means are divided by.
+        backward_calls: In the window.
+        backward_calls_in_micro_batch: In the current micro-batch.
+        gradients_used: Whether an optimizer has stepped with the gradients, or dropped them.
+        weights: Of the losses; None while they are means.
+    """
+
+    phase: Phase = Phase.ACCUMULATING
+    micro_batches: int = 0
+    expected_micro_batches: int = 1
+    backward_calls: int = 0
+    backward_calls_in_micro_batch: int = 0
+    gradients_used: bool = False
+    weights: LossWeights | None = None
+
+
 class Window:
     """The micro-batches between two optimizer steps.
 
+    Args:
+        num_steps: Micro-batches in a full window.
+        loop: Where the loop over the prepared loaders is.
+        group: All ranks.
+        sync_with_dataloader: Close the window when the loop ends, however short it is.
+
     Attributes:
-        sync_gradients: Whether the micro-batch in work is the last of its window.
+        num_steps: Micro-batches in a full window.
+        sync_gradients: Whether the current micro-batch is the last of its window.
     """
 
-    def __init__(self, plugin: GradientAccumulationPlugin, loaders: ActiveLoaders, group: Group) -> None:
-        self.num_steps = plugin.num_steps
+    def __init__(self, num_steps: int, loop: LoopPosition, group: Group, *, sync_with_dataloader: bool = True) -> None:
+        self.num_steps = num_steps
         self.sync_gradients = True
-        self.follows_loader = plugin.sync_with_dataloader
-        self._loaders = loaders
+        self._sync_with_dataloader = sync_with_dataloader
+        self._loop = loop
         self._group = group
-        self._scales: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-        self._ended = True
-        # Optimizers that were to step inside the open window, and those of the window before that were never stepped.
-        self._held: set[AcceleratedOptimizer] = set()
-        self._starved: set[AcceleratedOptimizer] = set()
-        self._open()
+        self._state = WindowState()
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        # Optimizers whose step() came inside this window, and those that had never stepped when the last one ended.
+        self._deferred: set[WindowedOptimizer] = set()
+        self._never_stepped: set[WindowedOptimizer] = set()
 
-    def _open(self) -> None:
-        self._spent = False
-        self._begun = 0
-        self._planned = 1
-        self._backwards = 0
-        self._backwards_now = 0
-        self._settled = False
-        self._ended = False
-        self._guessed = False
-        self._weight: Tensor | None = None
-        self._reference: Tensor | None = None
-
-    # The way through a window
+    # From the first micro-batch to the last
 
     def begin_micro_batch(self) -> bool:
         """Begin the next micro-batch; return whether it is the last of its window."""
-        if self._ended or (self.sync_gradients and self._begun):
-            self._open()
+        state = self._state
+        if state.phase is Phase.CLOSED or (self.sync_gradients and state.micro_batches):
+            state = self._state = WindowState()
         if self.num_steps == 1:
-            # Every micro-batch is a window: no need to ask the loader where it is.
-            self._begun = 1
+            # Every micro-batch is a window, wherever the loop is.
+            state.micro_batches = 1
             self.sync_gradients = True
             return True
-        if self.follows_loader:
-            self._loaders.begin_micro_batch()
-        if self._begun == 0:
-            self._planned = self._plan(self._loaders.remaining if self.follows_loader else None)
-        self._begun += 1
-        self._backwards_now = 0
-        self.sync_gradients = self._begun >= self.num_steps or (self.follows_loader and self._loaders.loop_ends)
+        if self._sync_with_dataloader:
+            self._loop.begin_micro_batch()
+        if state.micro_batches == 0:
+            state.expected_micro_batches = self._expected_length()
+        state.micro_batches += 1
+        state.backward_calls_in_micro_batch = 0
+        is_full = state.micro_batches >= self.num_steps
+        self.sync_gradients = is_full or (self._sync_with_dataloader and self._loop.loop_ends)
         return self.sync_gradients
 
-    def _plan(self, remaining: int | None) -> int:
-        """How many micro-batches the window will have, as far as that can be known."""
+    def _expected_length(self) -> int:
+        """How many micro-batches the window will have, as far as is known."""
+        remaining = self._loop.remaining if self._sync_with_dataloader else None
         return self.num_steps if remaining is None else min(self.num_steps, remaining + 1)
 
     def scale_of(self, loss: Tensor, weight: float | Tensor | None) -> Tensor | None:
-        """The first gradient of this backward pass; None is one.
+        """The first gradient of this backward pass, shape []; None stands for 1.
 
         Args:
             loss: A mean (no weight), or a sum over what `weight` counts. Shape [].
             weight: How many tokens or samples this rank's sum is over.
 
         Raises:
-            SteppingError: Weighted and unweighted losses in one window.
+            SteppingError: The window has losses with and without a weight.
         """
-        if self._ended:
-            self._open()
-        if self._backwards and (weight is None) != (self._weight is None):
+        if self._state.phase is Phase.CLOSED:
+            self._state = WindowState()
+        state = self._state
+        if state.backward_calls and (weight is None) != (state.weights is None):
             raise SteppingError(
                 "backward() was called with a weight and without one in the same accumulation window",
                 "A mean and a weighted sum have no common divisor",
                 "Pass weight= in every backward() of the window, or in none",
             )
-        self._backwards += 1
-        self._backwards_now += 1
+        state.backward_calls += 1
+        state.backward_calls_in_micro_batch += 1
         if weight is not None:
-            return self._weighted(loss, weight)
-        return None if self._planned == 1 else self._constant(1.0 / self._planned, loss)
+            return self._weighted_scale(loss, weight)
+        expected = state.expected_micro_batches
+        return None if expected == 1 else self._constant(1.0 / expected, loss)
 
     def _constant(self, value: float, like: Tensor) -> Tensor:
         key = (value, like.dtype, like.device)
-        if key not in self._scales:
-            self._scales[key] = torch.full((), value, dtype=like.dtype, device=like.device)
-        return self._scales[key]
+        if key not in self._constants:
+            self._constants[key] = torch.full((), value, dtype=like.dtype, device=like.device)
+        return self._constants[key]
 
-    def _weighted(self, loss: Tensor, weight: float | Tensor) -> Tensor:
-        """Divide by the window's total weight over all ranks, or by a guess of it while the window is open.
+    def _weighted_scale(self, loss: Tensor, weight: float | Tensor) -> Tensor:
+        """Divide by the window's total weight over all ranks, or by an estimate of it while the window is open.
 
-        The guess is the first micro-batch's total times the window's length, the same on all ranks. It keeps
-        gradients near their true size, which fp16 needs; `settle` replaces it by the true total.
+        The estimate is the first micro-batch's total times the window's length, the same on all ranks. It keeps
+        gradients near their true size, which fp16 needs; `finalize_gradients` replaces it by the true total.
         """
-        mine = _as_weight(weight, loss.device)
-        several = bool(self._begun) and self._backwards_now > 1
-        if several and self._planned > 1:
+        state = self._state
+        local = _as_weight(weight, loss.device)
+        expected = state.expected_micro_batches
+        is_repeated = bool(state.micro_batches) and state.backward_calls_in_micro_batch > 1
+        if is_repeated and expected > 1:
             raise SteppingError(
-                f"backward() was called {self._backwards_now} times with a weight in one micro-batch of a window "
-                f"of {self._planned}",
-                "Their gradients are mixed before the window's total weight is known, so they cannot be divided apart",
-                "Add the losses up and call it once, or build one Accelerator for each model",
+                f"backward() was called {state.backward_calls_in_micro_batch} times with a weight in one micro-batch "
+                f"of a window of {expected}",
+                "Their gradients are added up before the window's total weight is known, so they cannot be divided "
+                "separately",
+                "Add the losses up and call backward() once, or build one Accelerator for each model",
             )
-        if several or self._weight is None or self._reference is None:
+        if is_repeated or state.weights is None:
             # Several losses of a window of one micro-batch are several means, and their gradients add up.
-            reference = self._total(mine) * self._planned
-            self._weight, self._reference = mine, torch.where(reference > 0, reference, torch.ones_like(reference))
-            self._guessed = self._planned > 1
+            total = self._total(local) * expected
+            divisor = torch.where(total > 0, total, torch.ones_like(total))
+            state.weights = LossWeights(local, divisor, is_estimate=expected > 1)
         else:
-            self._weight = self._weight + mine
-            self._guessed = True
-        return (self._group.size / self._reference).to(loss.dtype)
+            state.weights.local_sum = state.weights.local_sum + local
+            state.weights.is_estimate = True
+        return (self._group.size / state.weights.divisor).to(loss.dtype)
 
     def _total(self, weight: Tensor) -> Tensor:
         return self._group.all_reduce(weight.clone(), "sum")
 
     def finalize_gradients(self, strategy: Strategy) -> None:
-        """Replace the guessed divisor of a closing window by the true one, before anything reads the gradients.
+        """Replace the estimated divisor of a closing window by the true one, before anything reads the gradients.
 
         Collective when losses are weighted: every rank must call it.
         """
-        if self._settled or self._ended or not self.sync_gradients or not self._backwards:
+        state = self._state
+        if state.phase is not Phase.ACCUMULATING or not self.sync_gradients or not state.backward_calls:
             return
-        self._settled = True
-        if self._weight is not None and self._reference is not None:
-            if self._guessed:
-                total = self._total(self._weight)
-                factor = torch.where(total > 0, self._reference / total, torch.zeros_like(total))
+        state.phase = Phase.FINAL
+        weights = state.weights
+        if weights is not None:
+            if weights.is_estimate:
+                total = self._total(weights.local_sum)
+                factor = torch.where(total > 0, weights.divisor / total, torch.zeros_like(total))
                 strategy.scale_gradients(strategy.parameters(), factor)
-        elif self._begun and self._begun != self._planned:
-            strategy.scale_gradients(strategy.parameters(), self._planned / self._begun)
-            # A second model's backward in this micro-batch finds the length known.
-            self._planned = self._begun
+        elif state.micro_batches and state.micro_batches != state.expected_micro_batches:
+            factor_of_mean = state.expected_micro_batches / state.micro_batches
+            strategy.scale_gradients(strategy.parameters(), factor_of_mean)
+            # A second model's backward in this micro-batch is divided by the true length.
+            state.expected_micro_batches = state.micro_batches
 
-    def held_back(self, optimizer: AcceleratedOptimizer) -> None:
-        """Note that an optimizer was to step inside the window."""
-        self._held.add(optimizer)
+    def defer_step(self, optimizer: WindowedOptimizer) -> None:
+        """Note that an optimizer's `step` was called inside the window, and did nothing."""
+        self._deferred.add(optimizer)
 
-    def stepped(self, optimizer: AcceleratedOptimizer) -> None:
-        """Note that an optimizer took its step: outside of `accumulate` that ends the window."""
-        self._held.discard(optimizer)
-        self._spent = True
-        self._ended = self._ended or not self._begun
+    def record_step(self, optimizer: WindowedOptimizer) -> None:
+        """Note that an optimizer took its step: outside of `accumulate` that closes the window."""
+        state = self._state
+        self._deferred.discard(optimizer)
+        state.gradients_used = True
+        if not state.micro_batches:
+            state.phase = Phase.CLOSED
 
-    def dropped(self) -> None:
-        """Note that the gradients gathered so far are gone."""
-        self._spent = True
+    def record_zero_grad(self) -> None:
+        """Note that the gradients accumulated so far were dropped."""
+        self._state.gradients_used = True
 
     def end_micro_batch(self, strategy: Strategy) -> None:
-        """Note that a micro-batch is over, and with the last one the window."""
+        """End the current micro-batch, and with the last one the window."""
         self.finalize_gradients(strategy)
-        self._ended = self.sync_gradients
-        if self._ended and self._held:
-            self._check_held()
+        if not self.sync_gradients:
+            return
+        self._state.phase = Phase.CLOSED
+        if self._deferred:
+            self._check_deferred()
 
-    def _check_held(self) -> None:
-        """Refuse two windows in a row that one optimizer ends and that pass over another which has never stepped."""
-        starving = {optimizer for optimizer in self._held if not optimizer.num_steps} if self._spent else set()
-        found = next(iter(starving & self._starved), None)
-        self._held.clear()
-        self._starved = starving
-        if found is not None:
+    def _check_deferred(self) -> None:
+        """Refuse two windows in a row that one optimizer closes, and in which another, which never stepped, could not.
+
+        Raises:
+            SteppingError: There is such an optimizer.
+        """
+        never_stepped: set[WindowedOptimizer] = set()
+        if self._state.gradients_used:
+            never_stepped = {optimizer for optimizer in self._deferred if not optimizer.num_steps}
+        repeated = never_stepped & self._never_stepped
+        self._deferred.clear()
+        self._never_stepped = never_stepped
+        for optimizer in repeated:
             raise SteppingError(
-                f"{type(found.optimizer).__name__}.step() was called inside windows of {self._begun} micro-batches "
-                "and never in the last one, in which another optimizer stepped",
+                f"{type(optimizer.optimizer).__name__}.step() was called inside windows of "
+                f"{self._state.micro_batches} micro-batches and never in the last one, in which another optimizer "
+                "stepped",
                 "Each `with accelerator.accumulate(...)` is one micro-batch of the window, whatever model it names, so "
                 "this optimizer would never step",
-                "Work on all models in one `with accelerator.accumulate(model, other):`, or build an Accelerator for "
+                "Train all models in one `with accelerator.accumulate(model, other):`, or build an Accelerator for "
                 "each",
             )
 
-    # What the wrapped objects ask
+    # What prepared objects ask
 
     @property
-    def may_zero(self) -> bool:
-        """Whether gradients may be dropped now without losing what the open window has gathered."""
-        return self._ended or not self._backwards or (self.sync_gradients and self._backwards_now > 0)
+    def can_zero_gradients(self) -> bool:
+        """Whether gradients can be dropped now without losing what the open window has accumulated."""
+        state = self._state
+        if state.phase is Phase.CLOSED or not state.backward_calls:
+            return True
+        return self.sync_gradients and state.backward_calls_in_micro_batch > 0
 
     @property
     def has_gradients(self) -> bool:
         """Whether there are gradients that no optimizer has used yet."""
-        return self._backwards > 0 and not self._spent
+        return self._state.backward_calls > 0 and not self._state.gradients_used
 
     @property
     def lacks_backward(self) -> bool:
-        """Whether the window had several micro-batches, and none of them came through `backward`."""
-        return self._begun > 1 and not self._backwards
+        """Whether the window had several micro-batches, and none of them called `accelerator.backward`."""
+        return self._state.micro_batches > 1 and not self._state.backward_calls
 
     def refuse_foreign_gradients(self) -> None:
-        """Refuse to step with gradients of several micro-batches that did not come through `backward`.
+        """Refuse to step with gradients of several micro-batches that did not come from `accelerator.backward`.
 
         Raises:
             SteppingError: Always.
         """
+        count = self._state.micro_batches
         raise SteppingError(
-            f"optimizer.step() ended a window of {self._begun} micro-batches, in which accelerator.backward() was not "
-            "called",
-            f"loss.backward() adds gradients up, so the step would be {self._begun} times that of their mean",
+            f"optimizer.step() ended a window of {count} micro-batches, in which accelerator.backward() was not called",
+            f"loss.backward() adds gradients up, so the step would be {count} times that of their mean",
             "Call accelerator.backward(loss), with the loss as it is",
         )
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the optimizers."""
-        self._held.clear()
-        self._starved = set()
+        self._deferred.clear()
+        self._never_stepped = set()
 
     def require_no_gradients(self, what: str) -> None:
-        """Refuse what would lose gradients that no optimizer has used yet.
+        """Refuse a call that would lose gradients that no optimizer has used yet.
 
         Raises:
             SteppingError: There are some.
@@ -241,23 +338,24 @@ class Window:
             )
 
     def require_end(self, what: str) -> None:
-        """Refuse what is right only when all of a window's gradients are there.
+        """Refuse a call that is right only when all of a window's gradients are there.
 
         Raises:
             SteppingError: The window is still open.
         """
         if not self.sync_gradients:
+            state = self._state
             raise SteppingError(
-                f"{what} was called in micro-batch {self._begun} of a window of {self._planned}",
-                "The gradients of the later micro-batches are not in yet, so it would act on a part of them",
+                f"{what} was called in micro-batch {state.micro_batches} of a window of {state.expected_micro_batches}",
+                "The gradients of the later micro-batches are still missing, so it would act on a part of the sum",
                 "Call it under `if accelerator.sync_gradients:`",
             )
 
 
 class Accumulation:
-    """The context around one micro-batch: `with accelerator.accumulate(model):`.
+    """The context of one micro-batch: `with accelerator.accumulate(model):`.
 
-    One object serves every step, so that entering it makes nothing.
+    One object serves every step, so that entering it allocates nothing.
     """
 
     def __init__(self, window: Window, *, sync_each_batch: bool) -> None:
@@ -265,16 +363,16 @@ class Accumulation:
         self._sync_each_batch = sync_each_batch
         self._strategy: Strategy | None = None
         self._models: Iterable[nn.Module] = ()
-        self._held: dict[int, nn.Module] = {}
+        self._unsynced: dict[int, nn.Module] = {}
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let go of the models."""
         self._models = ()
         self._strategy = None
-        self._held.clear()
+        self._unsynced.clear()
 
     def for_models(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
-        """Aim at these models."""
+        """Return the context for the micro-batches of these models."""
         self._models = models
         self._strategy = strategy
         return self
@@ -283,13 +381,13 @@ class Accumulation:
         strategy = self._strategy
         assert strategy is not None
         if self._window.begin_micro_batch():
-            for model in self._held.values():
+            for model in self._unsynced.values():
                 strategy.set_gradient_sync(model, True)
-            self._held.clear()
+            self._unsynced.clear()
         elif not self._sync_each_batch:
             for model in self._models:
-                if id(model) not in self._held:
-                    self._held[id(model)] = model
+                if id(model) not in self._unsynced:
+                    self._unsynced[id(model)] = model
                     strategy.set_gradient_sync(model, False)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

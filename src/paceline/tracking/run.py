@@ -34,11 +34,11 @@ class Trackers:
         chosen: Names and objects.
         folder: Where trackers keep their files.
         is_main: Whether this is rank 0.
-        is_asked: Whether somebody asked for trackers, so that forgetting to open them is an error.
+        is_required: Whether the script chose trackers, so that forgetting to open them is an error.
     """
 
     def __init__(
-        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_asked: bool = True
+        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_required: bool = True
     ) -> None:
         self.active: list[Any] = []
         self.was_started = False
@@ -46,7 +46,7 @@ class Trackers:
         self.chosen = list(chosen)
         self._folder = folder
         self._is_main = is_main
-        self._is_asked = is_asked and bool(chosen)
+        self._is_required = is_required and bool(chosen)
         self._pending: deque[Entry] = deque()
         self._failed: set[int] = set()
 
@@ -96,7 +96,7 @@ class Trackers:
     ) -> None:
         """Note values, and write what has come to the host by now."""
         if not self.active:
-            if self._is_asked and self._is_main and not self.was_started:
+            if self._is_required and self._is_main and not self.was_started:
                 raise TrackingError(
                     "log() before init_trackers()",
                     "Trackers are opened by init_trackers, and what was logged before would be lost",

@@ -1,9 +1,10 @@
-"""When and where a run's state is saved: names, hooks, the background, what is loaded, and room for others."""
+"""Saves and loads the state of a run: folders, hooks, saves in the background, and saves on a signal."""
 
 from __future__ import annotations
 
 import logging
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,52 +14,69 @@ from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineErr
 from paceline.training_state.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from paceline.checkpoint import Checkpoint
     from paceline.checkpoint.writing import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
+    from paceline.data import ActiveLoaders
+    from paceline.stepping import Window
     from paceline.training_state.state import TrainingState
 
-__all__ = ["Checkpointing", "HookHandle"]
+__all__ = ["CheckpointManager", "HookHandle", "require_safe_serialization"]
 
 _LOG = get_logger(__name__)
 
 
 class HookHandle:
-    """Takes a hook away again."""
+    """Removes a hook."""
 
     def __init__(self, hooks: list[Any], hook: Any) -> None:
         self._hooks, self._hook = hooks, hook
 
     def remove(self) -> None:
-        """Take the hook away; again is nothing."""
+        """Remove the hook; a second call does nothing."""
         if self._hook in self._hooks:
             self._hooks.remove(self._hook)
 
 
-class Checkpointing:
-    """Saves and loads one run.
+class CheckpointManager:
+    """Saves and loads the training state of one run.
+
+    Prepared optimizers keep it alive, prepared loaders do not.
 
     Args:
         project: Where the run keeps its files.
         group: All ranks.
-
-    Attributes:
-        custom: The script's own objects, in the order in which they were registered.
+        take_state: Returns the training state, in live memory.
+        registered: Objects of the script that checkpoints contain; `register` adds to it.
+        window: The accumulation window: a state has no place for gradients.
+        loaders: Count the points at which a signal may stop the run.
     """
 
-    def __init__(self, project: ProjectConfiguration, group: Group) -> None:
-        self.custom: list[Any] = []
+    def __init__(
+        self,
+        project: ProjectConfiguration,
+        group: Group,
+        take_state: Callable[[], TrainingState],
+        registered: list[Any],
+        window: Window,
+        loaders: ActiveLoaders,
+    ) -> None:
         self._project = project
         self._group = group
+        self._take_state = take_state
+        self._registered = registered
+        self._window = window
+        self._loaders = loaders
         self._saver = Saver(group)
         self._save_hooks: list[Callable[..., Any]] = []
         self._load_hooks: list[Callable[..., Any]] = []
         self._preemption: Preemption | None = None
+        self._save_on_signals()
 
-    # What the script brings
+    # What the script adds
 
     def register(self, *objects: Any) -> None:
         """Add objects of the script to the state.
@@ -67,10 +85,10 @@ class Checkpointing:
             StateError: Some have no `state_dict` and `load_state_dict`; lists them.
         """
         unfit = [
-            f"{f'the class {thing.__name__}' if isinstance(thing, type) else type(thing).__name__} (number {index})"
-            for index, thing in enumerate(objects)
-            if isinstance(thing, type)
-            or not all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+            f"{_kind_of(item)} (number {index})"
+            for index, item in enumerate(objects)
+            if isinstance(item, type)
+            or not all(callable(getattr(item, name, None)) for name in ("state_dict", "load_state_dict"))
         ]
         if unfit:
             raise StateError(
@@ -78,15 +96,15 @@ class Checkpointing:
                 "Their state is taken by state_dict() and given back by load_state_dict(state)",
                 "Add both methods, and register objects, not classes",
             )
-        self.custom.extend(thing for thing in objects if not any(thing is known for known in self.custom))
+        self._registered.extend(item for item in objects if not any(item is known for known in self._registered))
 
-    def on_save(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook before each save."""
+    def add_save_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """See `Accelerator.register_save_state_pre_hook`."""
         self._save_hooks.append(hook)
         return HookHandle(self._save_hooks, hook)
 
-    def on_load(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook before each load."""
+    def add_load_hook(self, hook: Callable[..., Any]) -> HookHandle:
+        """See `Accelerator.register_load_state_pre_hook`."""
         self._load_hooks.append(hook)
         return HookHandle(self._load_hooks, hook)
 
@@ -110,22 +128,29 @@ class Checkpointing:
         return Path(self._project.project_dir) / "checkpoints"
 
     def save(
-        self, state: TrainingState, output_dir: str | os.PathLike[str] | None, *, blocking: bool | None = None
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: object = True,
+        *,
+        blocking: bool | None = None,
     ) -> str:
-        """Save a state; see `Accelerator.save_state`."""
-        # A save in flight has a number that is not on the disk yet.
+        """See `Accelerator.save_state`."""
+        require_safe_serialization("save_state", safe_serialization)
+        self._window.require_no_gradients("save_state")
+        # The folder of a save in flight is not on the disk yet, so its number is not known.
         self.wait()
         folder = self._where_to_save(output_dir)
-        now = not self._project.save_in_background if blocking is None else blocking
+        if blocking is None:
+            blocking = not self._project.save_in_background
         hook = self._run_save_hooks if self._save_hooks else None
-        if hook is not None and not now:
+        if hook is not None and not blocking:
             _LOG.info("%s is written at once: hooks that write files of their own are registered", folder)
-            now = True
+            blocking = True
         self._saver.save(
-            # A save in the background must not depend on where the script works meanwhile.
+            # The script may change its working directory during a save in the background.
             folder.absolute(),
-            state,
-            blocking=now,
+            self._take_state(),
+            blocking=blocking,
             prepare=hook,
             keep=self._project.total_limit,
             numbered=self._numbered_folder is not None,
@@ -133,7 +158,7 @@ class Checkpointing:
         return str(folder)
 
     def _run_save_hooks(self, state: TrainingState, folder: Path) -> TrainingState:
-        """Let hooks write into the folder, and take over models by emptying the lists that they get."""
+        """Let hooks write into the folder, and keep models out by emptying the lists that they get."""
         models = list(state.models)
         weights = [state.strategy.gather_state(model) for model in models]
         failure = None
@@ -142,7 +167,7 @@ class Checkpointing:
                 hook(models, weights, str(folder))
         except Exception as error:
             failure = error
-        # Scripts often write, and take from the lists, on the main process alone.
+        # Scripts often write, and empty the lists, on the main process only.
         left = min(self._group.all_gather_object(len(weights)))
         if failure is not None:
             raise failure
@@ -157,7 +182,7 @@ class Checkpointing:
                     "Checkpoints are numbered only with ProjectConfiguration(automatic_checkpoint_naming=True)",
                     "Pass a folder, or give the Accelerator such a project_config",
                 )
-            return _named(output_dir)
+            return _expanded(output_dir)
         if output_dir is not None:
             raise CheckpointError(
                 f"save_state({os.fspath(output_dir)!r}) was called with automatic_checkpoint_naming",
@@ -175,50 +200,56 @@ class Checkpointing:
         """Wait for the save in flight; see `Saver.wait`."""
         self._saver.wait()
 
-    def close(self) -> None:
-        """Wait for the save in flight, give memory back, and let signals do what they did before."""
-        if self._preemption is not None:
-            self._preemption.close()
-            self._preemption = None
+    def release(self) -> None:
+        """Wait for the save in flight, and give host memory back."""
+        self._disarm()
         self._saver.release()
+        self._save_on_signals()
 
     # Loading
 
     def load(
-        self, state: TrainingState, input_dir: str | os.PathLike[str] | None, *, strict: bool = True
+        self,
+        input_dir: str | os.PathLike[str] | None,
+        load_kwargs: Mapping[str, Any] | None,
+        map_location: object,
+        *,
+        strict: bool,
     ) -> str | None:
-        """Load a state; see `Accelerator.load_state`."""
+        """See `Accelerator.load_state`."""
+        _refuse_reader_options(load_kwargs, map_location)
         self.wait()
         if input_dir is not None:
-            folder = _named(input_dir)
+            folder = _expanded(input_dir)
             if self._is_foreign(folder):
-                return self._adopt(state, folder, strict=strict)
-            self._load(state, self._open(folder), strict=strict)
+                return self._import_foreign(folder, strict=strict)
+            self._load(self._open(folder), strict=strict)
             return str(folder)
-        return self._load_newest(state, self._project_folder(), strict=strict)
+        return self._load_newest(self._project_folder(), strict=strict)
 
-    def _load(self, state: TrainingState, checkpoint: Checkpoint, *, strict: bool) -> None:
+    def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
+        self._run_load_hooks(checkpoint.folder).load(checkpoint, strict=strict)
+
+    def _run_load_hooks(self, folder: Path) -> TrainingState:
+        """Let hooks load models themselves: those that they remove from the end of the list."""
+        state = self._take_state()
         models = list(state.models)
         for hook in list(self._load_hooks):
-            hook(models, str(checkpoint.folder))
-        state.without_weights(state.models[len(models) :]).load(checkpoint, strict=strict)
+            hook(models, str(folder))
+        return state.without_weights(state.models[len(models) :])
 
     def _is_foreign(self, folder: Path) -> bool:
-        """Whether all ranks see a folder of another library under this name."""
+        """Whether all ranks see a training state of another library in this folder."""
         from paceline.checkpoint.foreign import recognise
 
         # Weights alone are no training state.
         foreign = recognise(folder) not in (None, "weights")
         return all(self._group.all_gather_object(foreign))
 
-    def _adopt(self, state: TrainingState, folder: Path, *, strict: bool) -> str:
+    def _import_foreign(self, folder: Path, *, strict: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
 
-        models = list(state.models)
-        for hook in list(self._load_hooks):
-            hook(models, str(folder))
-        lines = import_foreign_state(state.without_weights(state.models[len(models) :]), folder, strict=strict)
-        for line in lines:
+        for line in import_foreign_state(self._run_load_hooks(folder), folder, strict=strict):
             _LOG.log(logging.WARNING if line.startswith("left") else logging.INFO, "%s: %s", folder.name, line)
         return str(folder)
 
@@ -226,35 +257,35 @@ class Checkpointing:
         if self._project.project_dir is None:
             raise CheckpointError(
                 "load_state() was called without a folder",
-                "Without project_dir there is no place where the newest checkpoint could be looked for",
+                "Without project_dir there is no folder to find the newest checkpoint in",
                 "Pass a folder, or Accelerator(project_dir=…)",
             )
         return Path(self._project.project_dir)
 
     def _open(self, folder: Path) -> Checkpoint:
-        """Open a checkpoint that all ranks see whole, and the same one."""
-        found: Checkpoint | None = None
+        """Open a checkpoint that is complete and the same on all ranks."""
+        checkpoint: Checkpoint | None = None
         problem = ""
         try:
-            found = open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
         except PacelineError as error:
             problem = f"rank {self._group.rank}: {error}"
-        told = self._group.all_gather_object((problem, found.manifest.id if found else ""))
-        problems = [text for text, _ in told if text]
-        if not problems and len({save_id for _, save_id in told}) > 1:
+        of_ranks = self._group.all_gather_object((problem, checkpoint.manifest.id if checkpoint else ""))
+        problems = [text for text, _ in of_ranks if text]
+        if not problems and len({save_id for _, save_id in of_ranks}) > 1:
             problems = ["the ranks see checkpoints of different saves under this name"]
-        if problems or found is None:
+        if problems or checkpoint is None:
             raise DamagedCheckpointError(f"{folder} cannot be loaded", problems[0], "")
-        return found
+        return checkpoint
 
-    def _load_newest(self, state: TrainingState, project: Path, *, strict: bool) -> str | None:
-        """Load the newest whole checkpoint, with a line for each newer one that is not whole."""
-        paths = [found.folder.relative_to(project) for found in find_checkpoints(project)]
+    def _load_newest(self, project: Path, *, strict: bool) -> str | None:
+        """Load the newest complete checkpoint, with a warning for each newer one that is damaged."""
+        paths = [entry.folder.relative_to(project) for entry in find_checkpoints(project)]
         skipped = 0
         for path in self._group.broadcast_object(paths):
             try:
                 checkpoint = self._open(project / path)
-                self._load(state, checkpoint, strict=strict)
+                self._load(checkpoint, strict=strict)
             except DamagedCheckpointError as error:
                 skipped += 1
                 _LOG.warning("skipped %s: %s", path.name, error)
@@ -262,7 +293,7 @@ class Checkpointing:
             _LOG.info("resumed from %s", project / path)
             return str(project / path)
         for other in find_foreign(project)[:1]:
-            _LOG.warning("skipped %s: another library wrote it; load_state('%s') takes it over", other.name, other)
+            _LOG.warning("skipped %s: another library wrote it; load_state('%s') imports it", other.name, other)
         if skipped:
             raise DamagedCheckpointError(
                 f"None of the {skipped} checkpoints in {project} is whole",
@@ -271,32 +302,94 @@ class Checkpointing:
             )
         return None
 
-    # Making room for others
+    # Signals
 
-    def arm(self, save: Callable[[], Any] | None, *, always: bool = False) -> Preemption | None:
-        """Save and end when a signal comes; only where checkpoints are named automatically, or `always`.
+    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+        """See `Accelerator.on_preemption`."""
+        self._disarm()
+        if save is not None:
+            self._arm(save)
 
-        Args:
-            save: Called on all ranks at a point on which they agreed; the run ends after it. None stops listening.
-            always: Also without automatic names.
+    def _save_on_signals(self) -> None:
+        """Save and exit on a signal, where checkpoints are numbered."""
+        itself = weakref.ref(self)
 
-        Returns:
-            What must be told of each point at which the run could be stopped; None if no signal is listened to.
-        """
+        def save() -> None:
+            manager = itself()
+            if manager is not None:
+                manager.save(blocking=True)
+
+        if self._numbered_folder is not None:
+            self._arm(save)
+
+    def _arm(self, save: Callable[[], Any]) -> None:
+        """Let a signal on any rank call `save` on all, and end the run, before a batch between two steps."""
+        if not self._project.save_on_signals:
+            return
+        # Signal handlers and loaders keep these functions alive, which must not keep models alive in turn.
+        itself, window = weakref.ref(self), self._window
+
+        def act() -> None:
+            save()
+            manager = itself()
+            if manager is not None:
+                manager.wait()
+            raise Preempted
+
+        preemption = self._preemption = Preemption(self._group, self._project.save_on_signals, act)
+
+        def reach_point() -> None:
+            if not window.has_gradients:
+                preemption.reach_point()
+
+        self._loaders.before_batch = reach_point
+
+    def _disarm(self) -> None:
+        """Restore what signals did before."""
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
-        if save is not None and self._project.save_on_signals and (always or self._numbered_folder is not None):
-
-            def act() -> None:
-                save()
-                self.wait()
-                raise Preempted
-
-            self._preemption = Preemption(self._group, self._project.save_on_signals, act)
-        return self._preemption
+        self._loaders.before_batch = _do_nothing
 
 
-def _named(folder: str | os.PathLike[str]) -> Path:
-    """A folder as the script names it, with `~` for the user's own."""
+def _do_nothing() -> None:
+    """Do nothing."""
+
+
+def _kind_of(item: object) -> str:
+    return f"the class {item.__name__}" if isinstance(item, type) else type(item).__name__
+
+
+def require_safe_serialization(method: str, safe_serialization: object) -> None:
+    """Refuse to write pickles.
+
+    Raises:
+        PacelineError: It is not True.
+    """
+    if safe_serialization is not True:
+        raise PacelineError(
+            f"{method}(safe_serialization={safe_serialization!r})",
+            "Only True is possible: pickled weights run code when they are loaded",
+            "Leave it out: the weights are written as safetensors",
+        )
+
+
+def _refuse_reader_options(load_kwargs: Mapping[str, Any] | None, map_location: object) -> None:
+    """Refuse options that would have no effect."""
+    if load_kwargs:
+        raise PacelineError(
+            f"load_state(load_kwargs={dict(load_kwargs)!r})",
+            "They are options for reading pickles, which paceline never does",
+            "Leave them out",
+        )
+    if map_location not in (None, "cpu", "on_device"):
+        raise PacelineError(
+            f"load_state(map_location={map_location!r})",
+            "Tensors are read to the device of the prepared objects",
+            "Leave it out, or write 'cpu' or 'on_device', which are the same here",
+        )
+
+
+def _expanded(folder: str | os.PathLike[str]) -> Path:
+    """The folder with `~` replaced by the user's home."""
     return Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup

@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """A tiny training in this process."""
+    """A tiny training in this process, whose checkpoints are numbered if it has a project."""
 
-    def __init__(self, project: Path, **settings: Any) -> None:
-        config = ProjectConfiguration(
-            project_dir=str(project), automatic_checkpoint_naming=True, save_on_signals=(), **settings
-        )
+    def __init__(self, project: Path | None = None, **settings: Any) -> None:
+        config = ProjectConfiguration(save_on_signals=(), **settings)
+        if project is not None:
+            config = config.changed(project_dir=str(project), automatic_checkpoint_naming=True)
         self.accelerator = Accelerator(cpu=True, strategy="single", project_config=config)
         torch.manual_seed(1)
         model: Any = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
@@ -230,8 +231,7 @@ def test_what_was_being_replaced_is_found(project: Path) -> None:
 
 
 def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     run.step()
     run.accelerator.save_state(tmp_path / "mine")
     run.step()
@@ -241,8 +241,7 @@ def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
 
 
 def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     folder = tmp_path / "mine"
     (folder / "epoch_0").mkdir(parents=True)
     (folder / "epoch_0" / "deep.txt").write_text("deep")
@@ -257,8 +256,7 @@ def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_other_things_go_over_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     folder = tmp_path / "mine"
     folder.mkdir()
     for name in ("a.txt", "b.txt"):
@@ -281,8 +279,7 @@ def test_a_kill_while_other_things_go_over_loses_none(tmp_path: Path, monkeypatc
 
 
 def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     work = tmp_path / "project" / "src"
     work.mkdir(parents=True)
     (work / "train.py").write_text("mine")
@@ -296,8 +293,7 @@ def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monke
 
 
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "scratch")
     for _ in range(2):
@@ -397,8 +393,7 @@ def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         run.accelerator.save_state(blocking=False)
-        thread = run.accelerator._checkpointing._saver._thread
-        assert thread is not None
+        (thread,) = [each for each in threading.enumerate() if each.name == "paceline-save"]
         thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -427,7 +422,7 @@ def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         other.load_state(project / "weights", strict=False)
     assert "missing from it: model/2.weight" in caplog.text
-    assert torch.equal(model[0].weight, saver._models[0].get_parameter("0.weight"))
+    assert torch.equal(model[0].weight, saver._prepared.models[0].get_parameter("0.weight"))
     assert torch.equal(model[2].weight, before)
 
 
@@ -545,7 +540,7 @@ def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> Non
     accelerator = Accelerator(cpu=True, strategy="single", project_dir=tmp_path, project_config=numbering)
     assert accelerator.project_dir == str(tmp_path)
     assert accelerator.project_configuration.automatic_checkpoint_naming
-    with pytest.raises(ConfigError, match="true without project_dir; there is no folder to number in"):
+    with pytest.raises(ConfigError, match="true without project_dir; checkpoints are numbered in that folder"):
         Accelerator(cpu=True, project_config=numbering)
     with pytest.raises(ConfigError, match=r"iteration: was set to 7 on an existing .*iteration=7"):
         setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too

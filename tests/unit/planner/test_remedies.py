@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from paceline.planner import Run, Usage, asked_bytes, describe_out_of_memory, measure_usage, remedies
+from paceline.planner import Run, Usage, describe_out_of_memory, measure_usage, remedies, requested_bytes
 from paceline.planner.usage import _blocks, _Held
 
 GIB = 2**30
@@ -19,9 +19,9 @@ FULL = Usage(
 def test_what_was_asked_for_is_read_from_what_torch_says() -> None:
     cuda = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
     cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"
-    assert asked_bytes(cuda) == int(2.5 * GIB)
-    assert asked_bytes(cpu) == 4096
-    assert asked_bytes("") is None
+    assert requested_bytes(cuda) == int(2.5 * GIB)
+    assert requested_bytes(cpu) == 4096
+    assert requested_bytes("") is None
 
 
 def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:

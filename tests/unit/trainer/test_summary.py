@@ -63,11 +63,11 @@ def test_who_asks_for_warnings_alone_gets_none_of_it(tmp_path: Path) -> None:
 
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Block"]}, "bf16": True}
 STRATEGIES = [
-    ({"strategy": "ddp"}, "ddp: asked for by TrainingArguments(strategy=…)", "float32 throughout"),
-    (FSDP, "fsdp: asked for by TrainingArguments(fsdp=…)", "bf16 mixed precision, weights float32"),
+    ({"strategy": "ddp"}, "ddp: set by TrainingArguments(strategy=…)", "float32 throughout"),
+    (FSDP, "fsdp: set by TrainingArguments(fsdp=…)", "bf16 mixed precision, weights float32"),
     pytest.param(
         {"deepspeed": {"zero_optimization": {"stage": 3}}},
-        "deepspeed: asked for by TrainingArguments(deepspeed=…)",
+        "deepspeed: set by TrainingArguments(deepspeed=…)",
         "float32 throughout",
         marks=needs_deepspeed,
     ),

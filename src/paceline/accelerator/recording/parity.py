@@ -1,4 +1,4 @@
-"""What `paceline parity` compares: samples, losses, gradient norms and learning rates, step by step."""
+"""Records what `paceline parity` compares: samples, losses, gradient norms and learning rates, step by step."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ if TYPE_CHECKING:
 
 __all__ = ["ParityRecorder", "Recorded"]
 
-# Who seeds takes a number that NumPy takes too; torch itself begins with 64 random bits.
+# Scripts use seeds that NumPy accepts too; torch itself begins with 64 random bits.
 _LARGEST_SEED = 2**32
 _IGNORED_LABEL = -100
 
 
 class Recorded(Protocol):
-    """What is asked of the Accelerator that is watched."""
+    """The Accelerator, as far as the recorder uses it."""
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        """Measure, with a `max_norm` of infinity."""
+        """Measure the norm of gradients, with a `max_norm` of infinity."""
         ...
 
     def get_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """All weights, on rank 0."""
+        """Gather all weights on rank 0."""
         ...
 
     @property
     def strategy(self) -> Strategy:
-        """The strategy in force."""
+        """The strategy."""
         ...
 
 
 class ParityRecorder:
     """Writes a line for each backward pass and each optimizer step of this rank.
 
-    It reads numbers from the device all the time, which a run that is only checked can afford.
+    Reading numbers waits for the device, which does not matter in a run that is only checked.
 
     Args:
         recording: Where to write, and when to end.
         group: All ranks.
         run: The Accelerator.
-        models: Prepared so far; grows.
-        optimizers: Prepared so far; grows.
+        models: The prepared models; grows.
+        optimizers: The prepared optimizers; grows.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class ParityRecorder:
         self._optimizers = optimizers
         self._batch: dict[str, Any] = {}
         self._norm: float | None = None
-        self._micro = (-1, 0)
-        self._dropped = False
-        self._began = False
-        self._measuring = False
+        self._last_micro_batch = (-1, 0)
+        self._has_dropout = False
+        self._has_begun = False
+        self._is_measuring = False
         folder = Path(recording.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank-{group.rank:05d}.jsonl"
@@ -96,14 +96,14 @@ class ParityRecorder:
             file.write(json.dumps({"kind": kind, **what}) + "\n")
 
     def _note_dropout(self) -> None:
-        if not self._dropped:
-            self._dropped = True
+        if not self._has_dropout:
+            self._has_dropout = True
             self._write("dropout")
 
     def note_batch(self, loader: PreparedDataLoader, batch: Any) -> None:
-        """Remember the batch that is handed out; before the first one, write down what training begins with."""
-        if not self._began and self._models:
-            self._began = True
+        """Remember the batch that is handed out; before the first one, record the weights that training begins with."""
+        if not self._has_begun and self._models:
+            self._has_begun = True
             self._write("model", **self._first_weights())
         position = loader.state_dict()
         self._batch = {
@@ -126,28 +126,28 @@ class ParityRecorder:
         return {"weights": weights, "batch_norms": norms}
 
     def note_loss(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
-        """Write a line, before the backward pass of a loss; end the run when it has gone far enough."""
+        """Write a line before the backward pass of a loss; end the run at the step where it should end."""
         step = steps_taken(self._optimizers)
         if step >= self._recording.stop_at:
             raise SystemExit(0)
-        micro = self._micro[1] + 1 if self._micro[0] == step else 0
-        self._micro = step, micro
+        micro_batch = self._last_micro_batch[1] + 1 if self._last_micro_batch[0] == step else 0
+        self._last_micro_batch = step, micro_batch
         self._write(
             "loss",
             step=step,
-            micro=micro,
+            micro=micro_batch,
             loss=float(loss.detach().double().mean()),
             weight=None if weight is None else float(weight),
             **self._batch,
         )
 
     def note_norm(self, norm: Tensor, norm_type: float) -> None:
-        """Remember what the script's own clipping measured."""
-        if norm_type == 2 and not self._measuring:
+        """Remember the norm that the script's own clipping measured."""
+        if norm_type == 2 and not self._is_measuring:
             self._norm = float(norm)
 
     def watching(self, before_step: Callable[[], None], index: int) -> Callable[[], None]:
-        """Return what an optimizer is to call before each step: `before_step`, then a line of notes."""
+        """Return what an optimizer calls before each step: `before_step`, then a line is written."""
 
         def note_step() -> None:
             before_step()
@@ -160,16 +160,16 @@ class ParityRecorder:
         return note_step
 
     def _measure(self, optimizer: AcceleratedOptimizer) -> float:
-        self._measuring = True
+        self._is_measuring = True
         try:
             parameters = self._run.strategy.parameters_of(optimizer.optimizer)
             return float(self._run.clip_grad_norm_(parameters, float("inf")))
         finally:
-            self._measuring = False
+            self._is_measuring = False
 
 
 def _contents(batch: Any) -> Mapping[str, Any]:
-    """A checksum of each sample, what shape samples have, and how many labels count."""
+    """A checksum of each sample, the shapes of samples, and how many labels count for the loss."""
     rows: list[int] = []
     shapes: list[list[int]] = []
     labels = None

@@ -1,4 +1,4 @@
-"""What `paceline verify-resume` compares: batches and losses."""
+"""Records what `paceline verify-resume` compares: batches and losses."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from paceline.config import Recording
     from paceline.data import PreparedDataLoader
 
-__all__ = ["Recorder"]
+__all__ = ["ResumeRecorder"]
 
 
-class Recorder:
-    """Writes a line for each backward pass of this rank: the step, the batch that it was about, and its loss.
+class ResumeRecorder:
+    """Writes a line for each backward pass of this rank: the step, the batch, and the loss.
 
-    Reading the loss waits for the device, which a run that is only checked can afford.
+    Reading the loss waits for the device, which does not matter in a run that is only checked.
 
     Args:
-        recording: Where to write, and when to stop or be killed.
+        recording: Where to write, and when to end or be killed.
         group: All ranks.
-        steps: Tells how many optimizer steps were taken.
-        finish_save: Waits for a save in flight.
+        steps: Returns the number of optimizer steps taken.
+        finish_save: Waits for a save that is still being written.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Recorder:
         }
 
     def note_norm(self, norm: Tensor, norm_type: float) -> None:
-        """Leave norms alone."""
+        """Record no norms."""
 
     def watching(self, before_step: Callable[[], None], index: int) -> Callable[[], None]:
-        """Leave steps alone."""
+        """Record no steps."""
         return before_step
 
     def note_loss(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
-        """Write a line, before the backward pass of a loss; end the run when it has gone far enough."""
+        """Write a line before the backward pass of a loss; end the run at the step where it should end."""
         step = self._steps()
         if step >= self._recording.stop_at:
             raise SystemExit(0)
@@ -75,9 +75,9 @@ class Recorder:
             # Short steps may be over before the only checkpoint is whole: that would say nothing of the script.
             self._finish_save()
             os.kill(os.getpid(), signal.SIGKILL)
-        micro = self._last[1] + 1 if self._last[0] == step else 0
-        self._last = step, micro
-        line = {"step": step, "micro": micro, "loss": float(loss.detach().float().mean()), **self._batch}
+        micro_batch = self._last[1] + 1 if self._last[0] == step else 0
+        self._last = step, micro_batch
+        line = {"step": step, "micro": micro_batch, "loss": float(loss.detach().float().mean()), **self._batch}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

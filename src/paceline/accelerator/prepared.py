@@ -1,0 +1,69 @@
+"""What was prepared and registered: one object that all parts of an Accelerator share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from paceline.training_state.state import TrainingState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from paceline.accelerator.strategy_selection import StrategySelector
+    from paceline.data import PreparedDataLoader
+    from paceline.precision import LossScaler
+    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
+
+__all__ = ["Prepared"]
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """The prepared objects, in order; each list stays the same object as it grows.
+
+    Attributes:
+        models: As `prepare` returned them.
+        optimizers: As `prepare` returned them.
+        schedulers: As `prepare` returned them.
+        loaders: Those whose position belongs to the training state.
+        registered: Objects of the script that checkpoints contain.
+    """
+
+    models: list[nn.Module] = field(default_factory=list)
+    optimizers: list[AcceleratedOptimizer] = field(default_factory=list)
+    schedulers: list[AcceleratedScheduler] = field(default_factory=list)
+    loaders: list[PreparedDataLoader] = field(default_factory=list)
+    registered: list[Any] = field(default_factory=list)
+
+    def __contains__(self, thing: object) -> bool:
+        """Whether a model, optimizer or scheduler was prepared here and not forgotten since."""
+        return any(thing is known for kind in (self.models, self.optimizers, self.schedulers) for known in kind)
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples in a batch of the first loader, over all ranks; None if that is not known."""
+        return self.loaders[0].total_batch_size if self.loaders else None
+
+    def state_source(self, selector: StrategySelector, scaler: LossScaler | None) -> Callable[[], TrainingState]:
+        """A function that returns the training state, in live memory, for a checkpoint to save or load."""
+
+        def take_state() -> TrainingState:
+            return TrainingState(
+                strategy=selector.current,
+                models=self.models,
+                optimizers=self.optimizers,
+                schedulers=self.schedulers,
+                loaders=self.loaders,
+                scaler=scaler,
+                custom=self.registered,
+            )
+
+        return take_state
+
+    def forget(self) -> None:
+        """Let go of everything but the registered objects."""
+        for things in (self.models, self.optimizers, self.schedulers, self.loaders):
+            things.clear()

@@ -67,9 +67,9 @@ BOTH = rows("x", "labels")
         (BOTH, {"label_names": ["typo"], "compute_metrics": None}, NAMED),
         (BOTH, {"label_names": ["labels", "typo"]}, "label_names=\\['labels', 'typo'\\]"),
         (BOTH, {"label_names": []}, UNMEASURED + "x, labels. .* label_names is \\[\\]"),
-        (rows("x"), {}, UNMEASURED + "x. It is called with labels, and label_names is \\['labels'\\]"),
+        (rows("x"), {}, UNMEASURED + "x. It needs labels, and label_names is \\['labels'\\]"),
         (BOTH, {"model": TwoLabels}, "and label_names is \\['labels', 'label_of_pair'\\]"),
-        ([(row["x"],) for row in BOTH], {"model": Positional}, UNMEASURED + "1 parts without names"),
+        ([(row["x"],) for row in BOTH], {"model": Positional}, UNMEASURED + "1 elements without names"),
     ],
 )
 def test_metrics_that_would_not_be_called_are_refused(data: Any, changes: Any, words: str, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
 def test_a_resume_says_from_where(tmp_path: Path) -> None:
     said(str(tmp_path), {"max_steps": 3, "save_strategy": "steps", "save_steps": 3})
     found = said(str(tmp_path), {"max_steps": 5, "save_strategy": "no"}, resume=True)
-    assert found["steps"].endswith("going on after step 3")
+    assert found["steps"].endswith("resumed after step 3")
 
 
 def test_who_asks_for_warnings_alone_gets_none_of_it(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paceline.environment.logging import get_logger
 from paceline.environment.seeding import set_seed
 from paceline.errors import NotBuiltError, PrepareError
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
     from paceline.trainer.arguments.arguments import BatchPlan, TrainingArguments
 
 __all__ = ["Trainer"]
-
-logger = get_logger(__name__)
 
 
 class Trainer:

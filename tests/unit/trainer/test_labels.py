@@ -125,7 +125,7 @@ def test_a_loss_without_labels_is_still_measured(tmp_path: Path) -> None:
 def test_the_first_training_batch_shows_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, _ = made(tmp_path, BOTH, label_names=["typo"], max_steps=2)
     trainer.train()
-    assert caplog.text.count("label_names names typo, and the first training batch has x, labels") == 1
+    assert caplog.text.count("label_names has typo, and the first training batch has x, labels") == 1
     caplog.clear()
     made(tmp_path, BOTH, label_names=["labels"], max_steps=2)[0].train()
     assert "first training batch" not in caplog.text

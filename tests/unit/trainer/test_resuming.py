@@ -154,7 +154,7 @@ def test_a_training_that_was_over_says_so(tmp_path: Path, caplog: pytest.LogCapt
     assert train(trainer_of(tmp_path / "b", {}), f"{folder}15") != []
     assert "nothing is left to train" not in caplog.text
     assert train(trainer_of(tmp_path / "b", {}), f"{folder}20") == []
-    assert "ended at step 20: nothing is left to train" in caplog.text
+    assert "was complete at step 20: nothing is left to train" in caplog.text
     assert len(train(trainer_of(tmp_path / "b", {"num_train_epochs": 3}), f"{folder}20")) == ROWS
 
 

@@ -340,7 +340,7 @@ def test_streams_leave_out_what_is_incomplete_and_have_no_lengths(tmp_path: Path
     assert isinstance(trainer, Rows)
     trainer.train()
     assert trainer.rows == [4, 4, 4, 4]
-    with pytest.raises(DataError, match="A Stream has no length"):
+    with pytest.raises(DataError, match="A Stream is a stream: it has no length"):
         made(tmp_path, changes={"train_sampling_strategy": "group_by_length"}, train_dataset=Stream()).train()
 
 

@@ -16,13 +16,13 @@ from paceline.trainer.batches.collate import columns_in
 from paceline.trainer.batches.nested import map_leaves
 from paceline.trainer.callbacks.base import fire
 from paceline.trainer.loops.evaluation_outputs import PADDING, KeptBatches, join_ranks, to_numpy
+from paceline.trainer.loops.losses import ModelCall, count_items
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-    from paceline.trainer.loops.losses import ModelCall
     from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
@@ -167,7 +167,7 @@ class EvaluationLoop:
         samples = sum(counts.real) if counts.counted else None
         self.num_samples += samples or 0
         # Before the step, because an overridden `compute_loss` may pop the labels.
-        items = self._count_items(inputs)
+        items = count_items(self.hooks, self.call, inputs)
         loss, logits, labels = self.hooks.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
         if loss is not None:
             self._add_loss(loss, items, real)
@@ -181,11 +181,6 @@ class EvaluationLoop:
         outputs = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, rows)}
         outputs = {name: value for name, value in outputs.items() if value is not None}
         self._store(self._gather(outputs), samples)
-
-    def _count_items(self, inputs: Any) -> Tensor | None:
-        if not self.args.average_tokens_across_devices:
-            return None
-        return self.call.count_items(inputs, last_is_target=self.hooks.compute_loss_func is not None)
 
     def _report_missing_labels(self, inputs: Any) -> None:
         """Raise in an evaluation without labels; warn once if only predictions were requested."""

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["IGNORED", "ModelCall", "compute_loss", "find_labels", "maybe_loss"]
+    from paceline.trainer.protocol import TrainerHooks
+
+__all__ = ["IGNORED", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
 
 # The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
 IGNORED = -100
@@ -76,6 +78,13 @@ class ModelCall:
             labels = labels[..., 1:]
         count: Tensor = labels.ne(IGNORED).sum()
         return count
+
+
+def count_items(hooks: TrainerHooks, call: ModelCall, inputs: Any) -> Tensor | None:
+    """The targets by which a batch's loss is weighted, shape []; None if batches are to weigh the same."""
+    if not hooks.args.average_tokens_across_devices:
+        return None
+    return call.count_items(inputs, last_is_target=hooks.compute_loss_func is not None)
 
 
 def compute_loss(

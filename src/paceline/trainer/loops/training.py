@@ -11,6 +11,7 @@ import torch
 from paceline.trainer.callbacks.base import fire
 from paceline.trainer.callbacks.best_checkpoint import metric_key, note_metrics
 from paceline.trainer.loops.loss_meter import LossMeter
+from paceline.trainer.loops.losses import ModelCall, count_items
 from paceline.trainer.loops.prediction import warn_of_missing_labels
 from paceline.trainer.loops.token_counter import TokenCounter
 from paceline.trainer.optim.schedules import follows_metric
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.accelerator import Accelerator
     from paceline.trainer.loops.length import TrainingLength
-    from paceline.trainer.loops.losses import ModelCall
     from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["TrainOutput", "TrainingLoop"]
@@ -167,9 +167,7 @@ class TrainingLoop:
         With a global batch size each sample counts once: the last batch of an epoch stays short, and a rank without
         samples left gets a batch with weight 0.
         """
-        items = None
-        if self.args.average_tokens_across_devices:
-            items = self.call.count_items(inputs, last_is_target=self.hooks.compute_loss_func is not None)
+        items = count_items(self.hooks, self.call, inputs)
         if self.loader.fill_batches:
             return items
         counts, rank = self.loader.counts, self.accelerator.process_index

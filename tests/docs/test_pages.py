@@ -16,6 +16,7 @@ import pytest
 import paceline
 from paceline.cli import _COMMANDS
 from paceline.cli.launch import command as launch
+from tests.support.examples import names_for
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")) if p.exists())
@@ -112,10 +113,15 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some write checkpoints
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
-    assert result.failed == 0
+        for number, example in enumerate(doctest.DocTestFinder(exclude_empty=True).find(module)):
+            if example.examples:
+                example.globs.update(names_for(name, tmp_path / str(number)))
+                runner.run(example)
+    assert runner.failures == 0
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

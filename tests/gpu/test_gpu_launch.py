@@ -80,6 +80,6 @@ def test_a_device_that_is_too_small_for_the_batch(changes: dict[str, Any], tmp_p
         done = python("-m", "paceline", "launch", "--num_processes", "2", "--max_restarts", "2", *script)
         assert done.returncode == 0, done.stderr[-3000:]
         told.append(json.loads((tmp_path / name / "log.json").read_text(encoding="utf-8")))
-    assert "Memory ran out on rank 1; the ranks are started again with micro-batches of 4." in done.stderr
+    assert "Out of memory on rank 1: restarting with micro-batches of 4." in done.stderr
     assert [(t["plan"], t["restarts"]) for t in told] == [([8, 1], "0"), ([4, 2], "1")]
     assert farthest(told[0]["log"], told[1]["log"]) < 1e-4

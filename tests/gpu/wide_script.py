@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from tests.support.trainer import IGNORED, Tagger, run
+from tests.support.trainer import IGNORED, Tagger, batch_plan, run
 
 LIMIT = 5.5 * 2**30
 
@@ -43,5 +43,5 @@ if __name__ == "__main__":
         torch.cuda.set_per_process_memory_fraction(LIMIT / whole, rank)
     log, trainer = run(changes, folder, make=wide)
     if trainer.accelerator.is_main_process:
-        said = {"log": log, "plan": trainer._batch_plan, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
+        said = {"log": log, "plan": batch_plan(trainer), "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
         Path(folder, "log.json").write_text(json.dumps(said), encoding="utf-8")

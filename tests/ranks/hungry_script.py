@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.support.trainer import Tagger, run
+from tests.support.trainer import Tagger, batch_plan, run
 
 
 class ShortOfMemory(torch.autograd.Function):
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     folder, Hungry.where, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     log, trainer = run(changes, folder, make=hungry)
     if trainer.accelerator.is_main_process:
-        said = {"log": log, "plan": trainer._batch_plan, "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
+        said = {"log": log, "plan": batch_plan(trainer), "restarts": os.environ["TORCHELASTIC_RESTART_COUNT"]}
         Path(folder, "log.json").write_text(json.dumps(said), encoding="utf-8")

@@ -15,6 +15,7 @@ from paceline.errors import CollectiveError, PacelineError
 from tests.support.batches import BY_SAMPLE, WHOLE, Numbered, as_targets, parts, repeated
 from tests.support.engines import slowly
 from tests.support.ranks import run_on_ranks
+from tests.support.trainer import batch_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -374,7 +375,7 @@ class Hungry(PackedTagger):
 def halved(folder: str, name: str) -> tuple[list[float], int]:
     trainer = trainer_of(name, folder, 11, {"global_batch_size": 8, "auto_find_batch_size": True})
     trainer.train()
-    return [e["loss"] for e in trainer.state.log_history if "loss" in e], trainer._batch_plan[0]
+    return [e["loss"] for e in trainer.state.log_history if "loss" in e], batch_plan(trainer)[0]
 
 
 def test_smaller_micro_batches_hold_whole_samples(tmp_path: Path) -> None:

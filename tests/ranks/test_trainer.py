@@ -452,7 +452,7 @@ def test_every_setting_of_the_accelerator_acts(tmp_path: Path) -> None:
     assert farthest(drawn, plain[0]) > 1e-3, "another order"
     each = {"gradient_accumulation_kwargs": {"sync_each_batch": True}, "non_blocking": True}
     assert farthest(run_on_ranks(2, configured, each, folder)[0][0], plain[0]) < 1e-6
-    with pytest.raises(AssertionError, match="even_batches: False, and the ranks get 6, 5 batches"):
+    with pytest.raises(AssertionError, match="even_batches: False, and ranks have 6, 5 batches"):
         run_on_ranks(2, configured, {"even_batches": False}, folder)
 
 

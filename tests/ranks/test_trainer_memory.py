@@ -61,7 +61,7 @@ def test_all_ranks_begin_again_with_smaller_batches(where: str, changes: dict[st
     (found / "auto_batch_size.json").write_text('{"per_device_train_batch_size": 1}', encoding="utf-8")
     done = launch(found, where, {**changes, "auto_find_batch_size": True}, 3)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Memory ran out on rank 1; the ranks are started again with micro-batches of 2." in done.stderr
+    assert "Out of memory on rank 1: restarting with micro-batches of 2." in done.stderr
     assert told(plain)["plan"] == [8, 1]
     assert (told(found)["plan"], told(found)["restarts"]) == ([2, 4], "2")
     assert farthest(told(plain)["log"], told(found)["log"]) < 1e-5
@@ -73,8 +73,8 @@ def test_a_launcher_that_starts_too_seldom(tmp_path: Path) -> None:
     changes = {"auto_find_batch_size": True}
     done = launch(tmp_path / "never", "forward", changes, 0)
     assert done.returncode == 1, done.stderr[-3000:]
-    assert "on 2 rank(s) under ddp, and their launcher starts nothing again (max_restarts is 0)" in done.stderr
+    assert "for 2 rank(s) under ddp, but the launcher does not restart ranks (max_restarts is 0)" in done.stderr
     done = launch(tmp_path / "once", "backward", changes, 1)
     assert done.returncode == 1, done.stderr[-3000:]
     assert "out of memory in backward" in done.stderr
-    assert "as often as max_restarts allows (1)" in done.stderr
+    assert "max_restarts (1) is used up" in done.stderr

@@ -130,6 +130,12 @@ def run(
     return [timeless(entry) for entry in trainer.state.log_history], trainer
 
 
+def batch_plan(trainer: Any) -> list[int]:
+    """The samples of a rank's micro-batch, and the micro-batches of an optimizer step."""
+    accelerator = trainer.accelerator
+    return [trainer.get_total_train_batch_size() // accelerator.num_processes, accelerator.gradient_accumulation_steps]
+
+
 def timeless(entry: dict[str, Any]) -> dict[str, Any]:
     """An entry of a log without what differs from run to run."""
     return {name: value for name, value in entry.items() if "runtime" not in name and "per_second" not in name}

@@ -1,14 +1,14 @@
-"""The loop that people do not want to write: `Trainer` and `TrainingArguments`."""
+"""The training loop, ready to use: `Trainer`, `TrainingArguments`, and callbacks."""
 
 from __future__ import annotations
 
 from paceline.trainer.arguments.arguments import TrainingArguments
-from paceline.trainer.callbacks.base import (
+from paceline.trainer.callbacks.base import TrainerCallback
+from paceline.trainer.callbacks.builtin import (
     DefaultFlowCallback,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
-    TrainerCallback,
 )
 from paceline.trainer.loops.evaluation import EvalPrediction, PredictionOutput
 from paceline.trainer.loops.training import TrainOutput

@@ -1,4 +1,4 @@
-"""What changes a model while it is trained: recomputed activations, noise on embeddings."""
+"""Changes of a model for training: activation checkpointing, and NEFTune noise on embeddings."""
 
 from __future__ import annotations
 
@@ -20,57 +20,59 @@ __all__ = ["checkpoint_activations", "noisy_embeddings"]
 
 
 def checkpoint_activations(model: nn.Module, settings: Any) -> None:
-    """Compute a model's repeated blocks again in backward rather than keep their activations.
+    """Recompute the activations of a model's repeated blocks in the backward pass instead of storing them.
 
     Args:
-        model: With a method of its own for it, as models of transformers have, or with repeated blocks in a
-            `ModuleList` or `Sequential`.
+        model: Has `gradient_checkpointing_enable`, as models of transformers do, or repeated blocks in a `ModuleList`
+            or `Sequential`.
         settings: Arguments of `torch.utils.checkpoint.checkpoint`, and `every_n_layers`.
 
     Raises:
-        PrepareError: There are no repeated blocks.
+        PrepareError: The model has no repeated blocks.
     """
-    said = {"use_reentrant": False, **(settings or {})}
-    every = said.pop("every_n_layers", 1)
+    options = {"use_reentrant": False, **(settings or {})}
+    every = options.pop("every_n_layers", 1)
     own = getattr(model, "gradient_checkpointing_enable", None)
     if callable(own) and every == 1:
-        own(gradient_checkpointing_kwargs=said)
+        own(gradient_checkpointing_kwargs=options)
         return
     blocks = _repeated_blocks(model)
     if not blocks:
         raise PrepareError(
-            f"activation_checkpointing was asked for, and {type(model).__name__} has no repeated blocks",
-            "Only whole blocks are computed again",
+            f"activation_checkpointing, but {type(model).__name__} has no repeated blocks",
+            "Only whole blocks are recomputed",
             "Put the blocks into an nn.ModuleList, or call torch.utils.checkpoint in forward",
         )
     for block in blocks[::every]:
-        # On the object, not around it: names of parameters stay as they are.
-        block.forward = partial(_recomputed, block, block.forward, said)
+        # On the instance rather than in a wrapper, so that parameter names do not change.
+        block.forward = partial(_recomputed, block, block.forward, options)
 
 
-def _recomputed(block: nn.Module, forward: Any, said: dict[str, Any], *inputs: Any, **more: Any) -> Any:
+def _recomputed(block: nn.Module, forward: Any, options: dict[str, Any], *inputs: Any, **more: Any) -> Any:
     if not block.training or not torch.is_grad_enabled():
         return forward(*inputs, **more)
-    return checkpoint(forward, *inputs, **said, **more)
+    return checkpoint(forward, *inputs, **options, **more)
 
 
 def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The children of lists of modules that have the commonest class with parameters."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
-    blocks = [block for part in lists for block in part if any(True for _ in block.parameters())]
-    kinds = Counter(type(block) for block in blocks if any(True for _ in block.children()))
-    if not kinds:
+    """The elements of module lists that are of the most common class with parameters and children."""
+    blocks = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            blocks += [block for block in module if next(block.parameters(), None) is not None]
+    classes = Counter(type(block) for block in blocks if next(block.children(), None) is not None)
+    if not classes:
         return []
-    commonest, count = kinds.most_common(1)[0]
-    return [block for block in blocks if type(block) is commonest] if count > 1 else []
+    most_common, count = classes.most_common(1)[0]
+    return [block for block in blocks if type(block) is most_common] if count > 1 else []
 
 
 @contextmanager
 def noisy_embeddings(model: nn.Module, alpha: float | None) -> Iterator[None]:
-    """Add uniform noise to input embeddings inside (NEFTune), in training mode only.
+    """Add uniform noise to the input embeddings while in training mode (NEFTune, arXiv 2310.05914).
 
     Raises:
-        PrepareError: The model does not say where its embeddings are.
+        PrepareError: The model has no `get_input_embeddings`.
     """
     if alpha is None:
         yield
@@ -78,16 +80,16 @@ def noisy_embeddings(model: nn.Module, alpha: float | None) -> Iterator[None]:
     find = getattr(model, "get_input_embeddings", None)
     if find is None:
         raise PrepareError(
-            f"neftune_noise_alpha={alpha}, and {type(model).__name__} has no get_input_embeddings",
-            "The noise goes onto the input embeddings",
-            "Give the model that method, or leave the argument out",
+            f"neftune_noise_alpha={alpha}, but {type(model).__name__} has no get_input_embeddings",
+            "The noise is added to the input embeddings",
+            "Add that method to the model, or leave the argument out",
         )
 
     def add_noise(module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
-        reach = alpha / (output.shape[1] * output.shape[2]) ** 0.5
-        return output + torch.empty_like(output).uniform_(-reach, reach)
+        bound = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+        return output + torch.empty_like(output).uniform_(-bound, bound)
 
     handle = find().register_forward_hook(add_noise)
     try:

@@ -1,8 +1,9 @@
-"""What a Trainer writes: weights for others to load, and checkpoints to go on from."""
+"""Files of a Trainer: weights that other libraries load, and checkpoints to resume from."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -12,143 +13,209 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from paceline.environment.logging import get_logger
-from paceline.errors import named
+from paceline.errors import CheckpointError, named
 from paceline.strategies import adapters
+from paceline.trainer.callbacks import best_checkpoint
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Sequence
 
-    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.protocol import TrainerHooks
 
 __all__ = [
-    "PREFIX",
     "STATE_FILE",
-    "holds_weights_alone",
-    "load_weights",
-    "names_of",
+    "checkpoint_folder",
+    "has_only_weights",
+    "load_best",
     "newest_of",
-    "rotate",
+    "refuse_used_folder",
     "save_model_files",
+    "save_state_file",
     "warn_of_later",
-    "write_companions",
+    "write_checkpoint",
 ]
 
 logger = get_logger(__name__)
 
-PREFIX = "checkpoint-"
+_PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
-ARGUMENTS_FILE = "training_args.json"
-_NUMBERED = re.compile(rf"{PREFIX}(\d+)$")
+_ARGUMENTS_FILE = "training_args.json"
+_NUMBERED = re.compile(rf"{_PREFIX}(\d+)$")
 
 
-def save_model_files(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
-    """Write the weights, and what `from_pretrained` and readers want beside them; of a PEFT model its adapters.
+def refuse_used_folder(hooks: TrainerHooks, *, may_replace: bool) -> None:
+    """Refuse to start a training in a folder with checkpoints of another. Collective: every rank must call it.
+
+    Args:
+        hooks: Has the folder in its arguments.
+        may_replace: Whether the checkpoints may be of this run.
+
+    Raises:
+        CheckpointError: There are checkpoints.
+    """
+    output_dir, accelerator = hooks.args.output_dir, hooks.accelerator
+    existing = []
+    if accelerator.is_main_process and not may_replace:
+        existing = [path.name for path in _by_steps(output_dir)]
+    existing = accelerator.broadcast_object_list([existing])[0]
+    if existing:
+        raise CheckpointError(
+            f"A new training would save into {output_dir}, which has {named(existing)} of another one",
+            "Some would be replaced, and later mixed up with its own when it is resumed or cleaned up",
+            "Resume with train(resume_from_checkpoint=True), choose another output_dir, or move the checkpoints away",
+        )
+
+
+def checkpoint_folder(hooks: TrainerHooks) -> str:
+    """The folder of the checkpoint at the current step."""
+    return os.fspath(Path(hooks.args.output_dir) / f"{_PREFIX}{hooks.state.global_step}")
+
+
+def write_checkpoint(hooks: TrainerHooks, folder: str) -> None:
+    """Write a checkpoint, and remove old ones beyond `save_total_limit`. Collective: every rank must call it."""
+    accelerator = hooks.accelerator
+    if hooks.args.save_only_model:
+        hooks.save_model(folder)
+    else:
+        accelerator.save_state(folder)
+        if adapters.is_adapted(hooks.model):
+            # In addition to the training state, which PEFT cannot read.
+            accelerator.save_adapter(hooks.model_wrapped, folder)
+    if accelerator.is_main_process:
+        hooks.state.save_to_json(Path(folder) / STATE_FILE)
+        _write_companions(hooks, Path(folder))
+        keep = [path for path in (folder, hooks.state.best_model_checkpoint) if path]
+        _rotate(Path(folder), limit=hooks.args.save_total_limit, keep=keep)
+
+
+def save_state_file(hooks: TrainerHooks) -> None:
+    """Write `trainer_state.json` into `output_dir`."""
+    folder = Path(hooks.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    hooks.state.save_to_json(folder / STATE_FILE)
+
+
+def load_best(hooks: TrainerHooks) -> None:
+    """Load the best checkpoint, with a warning if a better step was not saved. Collective: every rank must call it."""
+    state = hooks.state
+    folder, step = state.best_model_checkpoint, state.best_global_step
+    if not best_checkpoint.is_best_saved(state):
+        what = "no evaluation gave a number" if step is None else f"step {step}, the best, was not saved"
+        result = "keeping the last weights" if folder is None else f"{folder} is the best one that was"
+        logger.warning("load_best_model_at_end: %s; %s.", what, result)
+    if folder is None:
+        return
+    logger.info("Loading the best checkpoint %s (%s).", folder, state.best_saved_metric)
+    if hooks.args.save_only_model:
+        _load_weights(hooks, Path(folder))
+        return
+    progress = state.state_dict()
+    hooks.accelerator.load_state(folder)
+    hooks.state.load_state_dict(progress)
+
+
+def save_model_files(hooks: TrainerHooks, folder: str | os.PathLike[str]) -> None:
+    """Write the weights (of a PEFT model, its adapters) and the files that `from_pretrained` needs with them.
 
     Collective: every rank must call it.
     """
-    if adapters.is_adapted(trainer.model):
-        trainer.accelerator.save_adapter(trainer.model_wrapped, folder)
+    if adapters.is_adapted(hooks.model):
+        hooks.accelerator.save_adapter(hooks.model_wrapped, folder)
     else:
-        trainer.accelerator.save_model(trainer.model_wrapped, folder)
-    if trainer.accelerator.is_main_process:
+        hooks.accelerator.save_model(hooks.model_wrapped, folder)
+    if hooks.accelerator.is_main_process:
         (Path(folder) / "config.json").unlink(missing_ok=True)
-        write_companions(trainer, Path(folder))
+        _write_companions(hooks, Path(folder))
 
 
-def write_companions(trainer: Trainer, folder: Path) -> None:
-    """The model's configuration, the tokenizer, and the arguments as JSON."""
-    # Adapters have a configuration of their own, which says where their base is.
-    for name in () if adapters.is_adapted(trainer.model) else ("config", "generation_config"):
-        part: Any = getattr(trainer.model, name, None)
-        # A checkpoint has the first already, and its manifest says how long it is.
+def _write_companions(hooks: TrainerHooks, folder: Path) -> None:
+    """Write the model's configuration, the tokenizer, and the arguments as JSON."""
+    # Adapters have their own configuration, which names their base model.
+    for name in () if adapters.is_adapted(hooks.model) else ("config", "generation_config"):
+        part: Any = getattr(hooks.model, name, None)
+        # A checkpoint has config.json already, and its size is in the manifest.
         if hasattr(part, "save_pretrained") and not (folder / f"{name}.json").exists():
             part.save_pretrained(folder)
-    if hasattr(trainer.processing_class, "save_pretrained"):
-        trainer.processing_class.save_pretrained(folder)
-    (folder / ARGUMENTS_FILE).write_text(trainer.args.to_json_string() + "\n", encoding="utf-8")
+    if hasattr(hooks.processing_class, "save_pretrained"):
+        hooks.processing_class.save_pretrained(folder)
+    (folder / _ARGUMENTS_FILE).write_text(hooks.args.to_json_string() + "\n", encoding="utf-8")
 
 
-def load_weights(trainer: Trainer, folder: Path) -> None:
-    """Load weights alone, into a model that may be sharded. Collective: every rank must call it."""
-    # Heavy, and seldom needed.
+def _load_weights(hooks: TrainerHooks, folder: Path) -> None:
+    """Load only weights, into a model that may be sharded. Collective: every rank must call it."""
+    # Imported here because it is slow and seldom needed.
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    main = trainer.accelerator.is_main_process
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    whole: dict[str, Any] = {}
-    if main and adapters.is_adapted(model):
-        whole = adapters.read_adapters(model, folder)
-    elif main:
+    is_main = hooks.accelerator.is_main_process
+    model = hooks.accelerator.unwrap_model(hooks.model_wrapped)
+    weights: dict[str, Any] = {}
+    if is_main and adapters.is_adapted(model):
+        weights = adapters.read_adapters(model, folder)
+    elif is_main:
         for file in sorted(folder.glob("*.safetensors")):
-            whole |= load_file(file)
-    ranks = trainer.accelerator.num_processes
+            weights |= load_file(file)
+    ranks = hooks.accelerator.num_processes
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=ranks > 1, strict=False)
-    set_model_state_dict(model, whole, options=options)
+    set_model_state_dict(model, weights, options=options)
 
 
 def newest_of(output_dir: str) -> Path | None:
-    """The checkpoint of most steps, whatever is in it; None if there is none."""
+    """The checkpoint with the most steps, complete or not; None if there is none."""
     ordered = _by_steps(output_dir)
     return ordered[-1] if ordered else None
 
 
-def names_of(output_dir: str) -> list[str]:
-    """The names of the checkpoints in a folder, by their steps."""
-    return [path.name for path in _by_steps(output_dir)]
-
-
 def warn_of_later(output_dir: str, resumed_from: str, step: int) -> None:
-    """Say which checkpoints of later steps a run finds that goes on from an earlier one."""
+    """Warn of checkpoints with more steps than the one that is resumed."""
     later = [path.name for path in _by_steps(output_dir) if _step_of(path) > step]
     if later:
         logger.warning(
-            "This run goes on from %s, and %s holds %s of a run that went further: until they are replaced, "
+            "This run resumes from %s, and %s has %s of a run that went further: until they are replaced, "
             "resume_from_checkpoint=True takes them.",
             resumed_from, output_dir, named(later),
         )  # fmt: skip
 
 
-def holds_weights_alone(folder: Path) -> bool:
+def has_only_weights(folder: Path) -> bool:
     """Whether a checkpoint was written with `save_only_model`."""
     try:
-        said = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        arguments = json.loads((folder / _ARGUMENTS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return bool(said.get("save_only_model"))
+    return bool(arguments.get("save_only_model"))
 
 
-def rotate(newest: Path, *, limit: int | None, keep: Sequence[str]) -> None:
-    """Remove the oldest checkpoints beside `newest` beyond a limit, but never those in `keep`.
+def _rotate(newest: Path, *, limit: int | None, keep: Sequence[str]) -> None:
+    """Remove the oldest checkpoints beyond a limit, but never those in `keep`.
 
-    Those of later steps were left by a run that went further before this one went back: they go first.
+    Those with more steps than `newest` are of a run that went further before this one went back: they go first.
     """
     if limit is None:
         return
     step = _step_of(newest)
     ordered = sorted(_by_steps(newest.parent), key=lambda path: (_step_of(path) <= step, _step_of(path)))
     kept = {Path(folder).resolve() for folder in keep}
-    doomed = [path for path in ordered if path.resolve() not in kept]
-    spare = len(ordered) - max(limit, len(ordered) - len(doomed))
-    for path in doomed[: max(0, spare)]:
+    removable = [path for path in ordered if path.resolve() not in kept]
+    excess = len(ordered) - max(limit, len(ordered) - len(removable))
+    for path in removable[: max(0, excess)]:
         _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, or what a link leads to; it loses its name first, so that none is ever half there."""
-    where = path.resolve()
+    """Remove a checkpoint and, if it is a link, its target; renamed first, so that no incomplete one has the name."""
+    target = path.resolve()
     if path.is_symlink():
         path.unlink()
-    aside = where.with_name(f"{where.name}.partial-{secrets.token_hex(4)}")
-    where.rename(aside)
-    shutil.rmtree(aside)
+    renamed = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
+    target.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix(PREFIX))
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def _by_steps(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder, by the steps in their names."""
-    found = [path for path in Path(output_dir).glob(f"{PREFIX}*") if _NUMBERED.match(path.name)]
-    return sorted(found, key=_step_of)
+    """The checkpoints in a folder, sorted by their steps."""
+    checkpoints = [path for path in Path(output_dir).glob(f"{_PREFIX}*") if _NUMBERED.match(path.name)]
+    return sorted(checkpoints, key=_step_of)

@@ -1,4 +1,4 @@
-"""What scripts do with metrics at the end: print them, write them to files, describe the model in a page."""
+"""Metrics as text and files, and the model card."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
+    from paceline.trainer.arguments.arguments import TrainingArguments
     from paceline.trainer.state import TrainerState
 
-__all__ = ["as_list", "as_text", "format_metrics", "model_card", "write_results"]
+__all__ = ["as_list", "as_text", "format_metrics", "model_card", "write_model_card", "write_results"]
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as people read them: times as hours, minutes and seconds, numbers with four decimals."""
+    """Format metrics for people: times as hours, minutes and seconds, numbers with four decimals."""
     return {name: _readable(name, value) for name, value in metrics.items()}
 
 
@@ -29,14 +30,16 @@ def _readable(name: str, value: Any) -> Any:
 
 
 def as_text(split: str, metrics: Mapping[str, Any]) -> str:
-    """Metrics as lines, sorted by their names."""
+    """Metrics as lines, sorted by name."""
     shown = {name: str(value) for name, value in sorted(format_metrics(metrics).items())}
-    left, right = (max(map(len, part), default=0) for part in (shown, shown.values()))
-    return "\n".join([f"***** {split} metrics *****", *(f"  {n:<{left}} = {v:>{right}}" for n, v in shown.items())])
+    left = max(map(len, shown), default=0)
+    right = max(map(len, shown.values()), default=0)
+    lines = [f"  {name:<{left}} = {value:>{right}}" for name, value in shown.items()]
+    return "\n".join([f"***** {split} metrics *****", *lines])
 
 
 def write_results(folder: str | os.PathLike[str], split: str, metrics: Mapping[str, Any], *, combined: bool) -> None:
-    """Write `SPLIT_results.json`, and add to `all_results.json`."""
+    """Write `SPLIT_results.json`, and merge it into `all_results.json` if `combined`."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     _write(target / f"{split}_results.json", metrics)
@@ -51,23 +54,39 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def as_list(value: str | Sequence[str] | None) -> list[str]:
-    """One text, several, or none."""
+    """A list of texts, from one, several, or none."""
     return [value] if isinstance(value, str) else list(value or ())
 
 
-def model_card(said: Mapping[str, Any], arguments: Mapping[str, Any], state: TrainerState) -> str:
-    """A `README.md` for the folder of a model: what it was made from, with which arguments, and how it did.
+def model_card(properties: Mapping[str, Any], arguments: Mapping[str, Any], state: TrainerState) -> str:
+    """A `README.md` for a model: how it was trained, with which arguments, and its last evaluation.
 
     Args:
-        said: What the script says of it; those that are None are left out.
-        arguments: Names and values that are no defaults.
-        state: Of the training.
+        properties: The YAML head; values that are None or empty are left out.
+        arguments: Names and values of arguments that are not defaults.
+        state: The state at the end of the training.
     """
-    head = [f"{name}: {json.dumps(value)}" for name, value in said.items() if value not in (None, [])]
-    title = said.get("model_name") or "A model trained with paceline"
-    evaluated = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
-    rows = [f"| {name} | {value} |" for name, value in format_metrics(evaluated[-1] if evaluated else {}).items()]
+    head = [f"{name}: {json.dumps(value)}" for name, value in properties.items() if value not in (None, [])]
+    title = properties.get("model_name") or "A model trained with paceline"
+    evaluations = [entry for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    metrics = format_metrics(evaluations[-1] if evaluations else {})
+    rows = [f"| {name} | {value} |" for name, value in metrics.items()]
     table = ["", "## Evaluation", "", "| metric | value |", "|---|---|", *rows] if rows else []
     listed = [f"* `{name}`: {json.dumps(value)}" for name, value in arguments.items()]
-    trained = f"{state.global_step} optimizer steps, {state.epoch:.2f} passes over the data."
+    trained = f"{state.global_step} optimizer steps, {state.epoch:.2f} epochs."
     return "\n".join(["---", *head, "---", "", f"# {title}", "", trained, *table, "", "## Arguments", "", *listed, ""])
+
+
+def write_model_card(args: TrainingArguments, state: TrainerState, properties: Mapping[str, Any]) -> None:
+    """Write `README.md` into `output_dir`.
+
+    Args:
+        args: Those that are not defaults are listed.
+        state: The state at the end of the training.
+        properties: The YAML head of the page.
+    """
+    values = args.to_dict()
+    text = model_card(properties, {name: values[name] for name in args.origins()}, state)
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(text, encoding="utf-8")

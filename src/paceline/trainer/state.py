@@ -1,4 +1,4 @@
-"""Where a training is, and what callbacks ask of it."""
+"""The state of a training, and what callbacks request of it."""
 
 from __future__ import annotations
 
@@ -17,40 +17,42 @@ __all__ = ["TrainerControl", "TrainerState"]
 
 @dataclass
 class TrainerState:
-    """Where a training is; saved with every checkpoint, and as `trainer_state.json` for people.
+    """The progress of a training, saved with every checkpoint, and as `trainer_state.json` for people.
 
     Attributes:
-        epoch: Passes over the data so far, with the part of the current one.
+        epoch: Epochs so far, with the fraction of the current one.
         global_step: Optimizer steps so far.
         max_steps: Optimizer steps of the whole training.
-        logging_steps: Steps between two log entries.
-        eval_steps: Steps between two evaluations.
-        save_steps: Steps between two checkpoints.
-        train_batch_size: Samples of one rank's micro-batch.
-        num_train_epochs: Passes of the whole training.
+        logging_steps: Optimizer steps between two log entries.
+        eval_steps: Optimizer steps between two evaluations.
+        save_steps: Optimizer steps between two checkpoints.
+        train_batch_size: Samples of a micro-batch on each rank.
+        num_train_epochs: Epochs of the whole training.
         num_input_tokens_seen: Input tokens of all ranks so far, where they are counted.
-        total_flos: Always 0: paceline does not walk the model to estimate it.
-        log_history: Every log entry so far.
-        best_metric: The best value so far of the metric that decides.
-        best_global_step: When it was reached.
-        best_model_checkpoint: The folder of the best checkpoint that was saved; where nothing was saved at
-            `best_global_step`, it is of another step.
-        stateful_callbacks: What callbacks with a `state_dict` keep.
-        is_hyper_param_search: Always false: paceline searches for no hyper-parameters. Callbacks of transformers
-            look at it, and at the next two.
+        total_flos: Always 0: paceline does not estimate it.
+        log_history: All log entries so far.
+        best_metric: The best value so far of `metric_for_best_model`.
+        best_global_step: The optimizer step after which it was measured.
+        best_model_checkpoint: The folder of the best saved checkpoint; if none was saved at `best_global_step`, it
+            is from another step.
+        is_local_process_zero: Whether this process is the first rank of its machine.
+        is_world_process_zero: Whether this process is rank 0.
+        stateful_callbacks: The state of callbacks that have a `state_dict`, by class name.
+        is_hyper_param_search: Always false: paceline has no hyperparameter search. Callbacks of transformers read
+            this and the next two.
         trial_name: Always None.
         trial_params: Always None.
-        passes: Passes that were completed or left.
-        updates_in_pass: Optimizer steps in the current one.
+        passes: Epochs that were completed, or ended early.
+        updates_in_pass: Optimizer steps of the current epoch so far.
         samples_per_step: Samples of an optimizer step over all ranks.
-        updates_per_pass: Optimizer steps of a pass.
-        extra_steps: How many more steps were taken up to here than the passes so far have with this many samples.
-        best_by: The metric that decides, and whether more of it is better.
-        best_saved_metric: Its value at `best_model_checkpoint`.
-        last_metric: What the last evaluation gave for it.
-        last_metric_step: When.
-        last_checkpoint: The checkpoint that was saved last.
-        last_checkpoint_step: When.
+        updates_per_pass: Optimizer steps of an epoch.
+        extra_steps: Optimizer steps so far, minus those that the epochs so far have with the current batch size.
+        best_by: `metric_for_best_model` and `greater_is_better`.
+        best_saved_metric: The value of that metric for `best_model_checkpoint`.
+        last_metric: Its value in the last evaluation.
+        last_metric_step: The optimizer step of that evaluation.
+        last_checkpoint: The folder of the last checkpoint.
+        last_checkpoint_step: The optimizer step of that checkpoint.
     """
 
     epoch: float = 0.0
@@ -85,8 +87,8 @@ class TrainerState:
     last_checkpoint: str | None = None
     last_checkpoint_step: int | None = None
 
-    # Facts about this process, and settings of this run, are not taken from a checkpoint.
-    _OWN = (
+    # Properties of this process and settings of this run, which are not taken from a checkpoint.
+    _OF_THIS_RUN = (
         "is_local_process_zero",
         "is_world_process_zero",
         "max_steps",
@@ -95,8 +97,8 @@ class TrainerState:
         "samples_per_step",
         "updates_per_pass",
     )
-    # What a resume needs; `trainer_state.json` has the fields that transformers reads, and no others.
-    _PLACE = (
+    # Needed to resume, but left out of `trainer_state.json`, which has only the fields that transformers reads.
+    _FOR_RESUMING = (
         "passes",
         "updates_in_pass",
         "samples_per_step",
@@ -109,40 +111,51 @@ class TrainerState:
         "last_checkpoint",
         "last_checkpoint_step",
     )
-    _OWN_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
+    _INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """All fields, as JSON values."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over where a training was; what this run was told stays."""
-        known = {f.name for f in dataclasses.fields(self)} - {*self._OWN, *self._OWN_INTERVALS}
+        """Restore the progress of a training; settings of this run are kept."""
+        known = {f.name for f in dataclasses.fields(self)} - {*self._OF_THIS_RUN, *self._INTERVALS}
         for name, value in state.items():
             if name in known:
                 setattr(self, name, value)
 
     def save_to_json(self, json_path: str | os.PathLike[str]) -> None:
-        """Write it as JSON with the fields of transformers, whose `TrainerState` reads it too."""
-        shown = {name: value for name, value in self.state_dict().items() if name not in self._PLACE}
+        """Write the fields that transformers' `TrainerState` has, as JSON.
+
+        Args:
+            json_path: The file.
+        """
+        shown = {name: value for name, value in self.state_dict().items() if name not in self._FOR_RESUMING}
         text = json.dumps(shown, indent=2, sort_keys=True)
         Path(json_path).expanduser().write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load_from_json(cls, json_path: str | os.PathLike[str]) -> TrainerState:
-        """Read what `save_to_json` wrote."""
-        found = json.loads(Path(json_path).expanduser().read_text(encoding="utf-8"))
+        """Read a file that `save_to_json` or transformers wrote.
+
+        Args:
+            json_path: The file.
+
+        Returns:
+            The state; fields that are not in the file have their defaults.
+        """
+        values = json.loads(Path(json_path).expanduser().read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in known})
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass
 class TrainerControl:
-    """What callbacks ask for; the last three hold until they were done.
+    """What callbacks request; the last three are reset once they are done.
 
     Attributes:
         should_training_stop: End the training after this step.
-        should_epoch_stop: End this pass after this step.
+        should_epoch_stop: End this epoch after this step.
         should_save: Save now.
         should_evaluate: Evaluate now.
         should_log: Log now.
@@ -155,13 +168,13 @@ class TrainerControl:
     should_log: bool = False
 
     def new_training(self) -> None:
-        """Forget the wish to stop."""
+        """Reset `should_training_stop`."""
         self.should_training_stop = False
 
     def new_epoch(self) -> None:
-        """Forget the wish to end the pass."""
+        """Reset `should_epoch_stop`."""
         self.should_epoch_stop = False
 
     def new_step(self) -> None:
-        """Forget what was asked for in the last step."""
+        """Reset what was requested in the previous step."""
         self.should_save = self.should_evaluate = self.should_log = False

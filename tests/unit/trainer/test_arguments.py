@@ -34,18 +34,21 @@ def problems(**values: Any) -> dict[str, str]:
         ({"save_strategy": "step"}, "did you mean steps?"),
         ({"optim": "adamw_torsh"}, "did you mean adamw_torch?"),
         ({"lr_scheduler_type": "cosin"}, "did you mean cosine?"),
-        ({"bf16": True, "fp16": True}, "they exclude each other"),
-        ({"fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}}}, "each of them is a strategy"),
-        ({"fsdp": True, "strategy": "ddp"}, "each of them names the strategy"),
-        ({"global_batch_size": 32, "gradient_accumulation_steps": 2}, "it is derived from that"),
-        ({"dataloader_prefetch_factor": 2}, "2 without readers"),
-        ({"load_best_model_at_end": True}, "nothing would say what is best"),
-        ({"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 7, "eval_steps": 3}, "no multiple"),
+        ({"bf16": True, "fp16": True}, "a run has one precision"),
+        ({"fsdp": True, "deepspeed": {"zero_optimization": {"stage": 2}}}, "both choose the strategy"),
+        ({"fsdp": True, "strategy": "ddp"}, "both choose the strategy"),
+        ({"global_batch_size": 32, "gradient_accumulation_steps": 2}, "it is derived from global_batch_size"),
+        ({"dataloader_prefetch_factor": 2}, "2 with dataloader_num_workers=0"),
+        ({"load_best_model_at_end": True}, "nothing decides which checkpoint is best"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 7, "eval_steps": 3},
+            "not a multiple",
+        ),
         ({"save_strategy": "best"}, "metric_for_best_model"),
         ({"per_device_train_batch_size": 0}, "at least 1"),
-        ({"fsdp": "hybrid_shard"}, "'hybrid_shard' is not carried out"),
+        ({"fsdp": "hybrid_shard"}, "'hybrid_shard' is not supported"),
         ({"fsdp": True, "fsdp_config": {"reshard_after_forwrd": True}}, "did you mean fsdp_reshard_after_forward?"),
-        ({"fsdp_config": "no/such/file.json"}, "there is no file no/such/file.json"),
+        ({"fsdp_config": "no/such/file.json"}, "no such file: no/such/file.json"),
         ({"accelerator_config": {"split_batch": True}}, "did you mean split_batches?"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}}, "0.5 contradicts 1.0"),
         ({"deepspeed": {"zero_optimization": {}, "train_batch_size": 5}}, "5 contradicts 8"),
@@ -53,21 +56,21 @@ def problems(**values: Any) -> dict[str, str]:
         ({"enable_jit_checkpoint": True}, "SIGTERM always saves"),
         ({"fsdp": True, "fsdp_config": {"version": 2, "fsdp_version": 1}}, "1, and 2 under its other spelling"),
         ({"logging_steps": 0}, "0 with logging_strategy='steps'"),
-        ({"save_steps": 10.5}, "10.5 is no whole number"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "the rate follows what is evaluated"),
+        ({"save_steps": 10.5}, "10.5 is not a whole number"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "steps on a metric of the evaluation"),
         ({"adam_beta2": 1.5}, "at least 0 and below 1"),
-        ({"optim_args": "momentum"}, "'momentum' is no key=value"),
-        ({"profile_steps": "5:3"}, "'5:3' is no window of steps"),
+        ({"optim_args": "momentum"}, "'momentum' is not key=value"),
+        ({"profile_steps": "5:3"}, "'5:3' is not a range of steps"),
         ({"torch_compile_backend": "inductr"}, "torch_compile_backend: the text 'inductr' is not allowed"),
         ({"optim": "grokadamw"}, "give the Trainer optimizer_cls_and_kwargs"),
         ({"lr_scheduler_type": "constant", "warmup_ratio": 0.03}, "write constant_with_warmup"),
-        ({"optim": "schedule_free_sgd", "lr_scheduler_type": "cosine"}, "keeps the highest rate"),
-        ({"optim": "schedule_free_radam", "warmup_steps": 5}, "it needs none"),
-        ({"max_tokens": 9, "include_num_input_tokens_seen": "non_padding"}, "that counts padding"),
-        ({"length_column_name": "size"}, "nothing looks at it"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "nothing is computed again"),
-        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "they are one setting"),
-        ({"dataloader_multiprocessing_context": "fork"}, "only readers in processes of their own use it"),
+        ({"optim": "schedule_free_sgd", "lr_scheduler_type": "cosine"}, "keeps the peak rate"),
+        ({"optim": "schedule_free_radam", "warmup_steps": 5}, "that optimizer needs no warmup"),
+        ({"max_tokens": 9, "include_num_input_tokens_seen": "non_padding"}, "max_tokens counts padding"),
+        ({"length_column_name": "size"}, "it would be ignored"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "no activations are recomputed"),
+        ({"gradient_checkpointing": True, "activation_checkpointing": False}, "they are the same setting"),
+        ({"dataloader_multiprocessing_context": "fork"}, "only worker processes use it"),
         ({"parallelism_config": {"dp_shard_sise": 2}}, "parallelism_config.dp_shard_sise: unknown name"),
     ],
     ids=str,
@@ -123,7 +126,9 @@ def test_help_is_grouped_by_what_is_decided(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         TrainingArguments.from_command_line(["--help"])
     text = capsys.readouterr().out
-    assert text.index("how parameters move:") < text.index("--learning_rate") < text.index("how data is read:")
+    assert (
+        text.index("optimizer, learning rate and loss:") < text.index("--learning_rate") < text.index("data loading:")
+    )
     assert "--learning-rate" not in text, "once is enough"
 
 
@@ -188,7 +193,7 @@ def test_what_the_accelerator_is_told() -> None:
     seeded = accelerator_arguments(TrainingArguments(seed=3), accumulation=1)["dataloader_config"]
     assert seeded.data_seed == 3
     wrong = TrainingArguments(data_seed=1, accelerator_config={"use_seedable_sampler": False})
-    with pytest.raises(ConfigError, match="use_seedable_sampler=False; one says not to seed"):
+    with pytest.raises(ConfigError, match="use_seedable_sampler=False; samplers are not seeded then"):
         accelerator_arguments(wrong, accumulation=1)
     assert (accumulation.num_steps, accumulation.sync_each_batch) == (4, True)
     assert not {"strategy", "cpu", "fsdp_plugin"} & set(said), "what nobody said is left to the launcher"
@@ -268,10 +273,10 @@ def test_the_global_batch_decides(ranks: int, most: int, expected: tuple[int, in
 
 
 def test_a_global_batch_that_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match="32 cannot be shared out among 3 ranks"):
+    with pytest.raises(ConfigError, match="32 cannot be divided among 3 ranks"):
         TrainingArguments(global_batch_size=32).batch_plan(3)
 
 
 def test_non_blocking_copies_need_pinned_memory() -> None:
-    with pytest.warns(UserWarning, match="without dataloader_pin_memory"):
+    with pytest.warns(UserWarning, match="but dataloader_pin_memory is False"):
         TrainingArguments(accelerator_config={"non_blocking": True}, dataloader_pin_memory=False)

@@ -148,7 +148,7 @@ def test_a_best_that_is_gone_is_no_best(tmp_path: Path, caplog: pytest.LogCaptur
     shutil.rmtree(tmp_path / "checkpoint-4")
     trainer, _ = trainer_of(tmp_path, course, {12: 0.6}.__getitem__)
     train(trainer, str(tmp_path / "checkpoint-8"))
-    assert "checkpoint-4 (0.7), is not there any more" in caplog.text
+    assert "checkpoint-4 (0.7), no longer exists" in caplog.text
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
 
 
@@ -157,7 +157,7 @@ def test_another_metric_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFix
     train(trainer_of(tmp_path, course, {4: 0.7, 8: 0.1, 12: 0.6}.__getitem__)[0])
     trainer, _ = trainer_of(tmp_path, course, {12: 0.6}.__getitem__, greater_is_better=False)
     train(trainer, str(tmp_path / "checkpoint-8"))
-    assert "what is the best begins anew" in caplog.text
+    assert "the search for the best checkpoint starts over" in caplog.text
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-12")
     assert trainer.state.best_metric == 0.6
 

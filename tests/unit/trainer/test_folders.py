@@ -20,13 +20,13 @@ def test_a_new_training_is_refused_among_checkpoints_of_another(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, trainer = run(SAVING, str(tmp_path))
-    with pytest.raises(CheckpointError, match="holds checkpoint-2, checkpoint-4 of another"):
+    with pytest.raises(CheckpointError, match="has checkpoint-2, checkpoint-4 of another"):
         run(SAVING, str(tmp_path))
     # Nothing is mixed by one that saves nothing, nor by a resume, which says what lies ahead of it.
     run({"max_steps": 4}, str(tmp_path))
     assert "of a run that went further" not in caplog.text
     run(SAVING, str(tmp_path), resume=str(tmp_path / "checkpoint-2"))
-    assert "holds checkpoint-4 of a run that went further" in caplog.text
+    assert "has checkpoint-4 of a run that went further" in caplog.text
     # A further training of the same Trainer replaces its own.
     trainer.train()
     shutil.rmtree(tmp_path / "checkpoint-2")
@@ -48,7 +48,7 @@ def refused(folder: str) -> str:
 
 def test_all_ranks_refuse(tmp_path: Path) -> None:
     said = run_on_ranks(2, refused, str(tmp_path / "run"))
-    assert all("holds checkpoint-2 of another" in text for text in said)
+    assert all("has checkpoint-2 of another" in text for text in said)
 
 
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,14 +23,14 @@ def test_arguments_of_transformers_are_named_as_such(tmp_path: Path) -> None:
     theirs = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     inherited = type("OwnArguments", (transformers.TrainingArguments,), {})(output_dir=str(tmp_path), use_cpu=True)
     for args in (theirs, inherited):
-        with pytest.raises(PrepareError, match=r"read by the Trainer of transformers.* from paceline import Training"):
+        with pytest.raises(PrepareError, match=r"for transformers' Trainer.* from paceline import Training"):
             Trainer(tagger(), args, train_dataset=Sentences(8, 1))
 
 
 def test_the_trainer_of_transformers_is_told_whose_arguments_it_got(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
     ours = Further(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(PrepareError, match=r"The Trainer of transformers got paceline's Further.*from paceline import"):
+    with pytest.raises(PrepareError, match=r"transformers' Trainer got paceline's Further.*from paceline import"):
         transformers.Trainer(tagger(), ours, train_dataset=Sentences(8, 1))
     assert ours.get_process_log_level() > 0
 

@@ -67,9 +67,9 @@ BOTH = rows("x", "labels")
         (BOTH, {"label_names": ["typo"], "compute_metrics": None}, NAMED),
         (BOTH, {"label_names": ["labels", "typo"]}, "label_names=\\['labels', 'typo'\\]"),
         (BOTH, {"label_names": []}, UNMEASURED + "x, labels. .* label_names is \\[\\]"),
-        (rows("x"), {}, UNMEASURED + "x. It is called with labels, and label_names is \\['labels'\\]"),
+        (rows("x"), {}, UNMEASURED + "x. It needs labels, and label_names is \\['labels'\\]"),
         (BOTH, {"model": TwoLabels}, "and label_names is \\['labels', 'label_of_pair'\\]"),
-        ([(row["x"],) for row in BOTH], {"model": Positional}, UNMEASURED + "1 parts without names"),
+        ([(row["x"],) for row in BOTH], {"model": Positional}, UNMEASURED + "1 elements without names"),
     ],
 )
 def test_metrics_that_would_not_be_called_are_refused(data: Any, changes: Any, words: str, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_loss_without_labels_is_still_measured(tmp_path: Path) -> None:
 def test_the_first_training_batch_shows_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, _ = made(tmp_path, BOTH, label_names=["typo"], max_steps=2)
     trainer.train()
-    assert caplog.text.count("label_names names typo, and the first training batch has x, labels") == 1
+    assert caplog.text.count("label_names has typo, and the first training batch has x, labels") == 1
     caplog.clear()
     made(tmp_path, BOTH, label_names=["labels"], max_steps=2)[0].train()
     assert "first training batch" not in caplog.text

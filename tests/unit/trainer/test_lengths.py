@@ -67,7 +67,7 @@ def test_what_tells_no_length_is_named(sample: Any, words: str) -> None:
 
 def test_samples_that_are_all_as_long_are_said(caplog: pytest.LogCaptureFixture) -> None:
     assert lengths_of([{"input_ids": [1, 2]}] * 3, "length", "input_ids") == [2, 2, 2]
-    assert "all 3 samples are 2 long, so that it groups nothing" in caplog.text
+    assert "all 3 samples have length 2" in caplog.text
 
 
 def test_inputs_with_a_leading_dimension_are_grouped() -> None:

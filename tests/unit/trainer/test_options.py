@@ -133,5 +133,5 @@ def test_optimizers_of_other_packages_learn_and_resume(name: str, tmp_path: Path
 
 
 def test_a_state_configured_before_is_used_or_missed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no process group was opened before"):
+    with pytest.raises(ConfigError, match="no process group is open"):
         run({"accelerator_config": {"use_configured_state": True}}, str(tmp_path))

@@ -62,7 +62,7 @@ def test_every_schedule_is_the_one_that_transformers_means() -> None:
         ("cosine", {"num_cycle": 2}, "did you mean num_cycles?"),
         ("linear", {"power": 2}, "linear takes none"),
         ("cosine_with_min_lr", {}, "neither min_lr nor min_lr_rate"),
-        ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, "both say where it ends"),
+        ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, "both set the final rate"),
         ("warmup_stable_decay", {}, "num_decay_steps: is missing"),
     ],
 )
@@ -82,8 +82,14 @@ def test_optimizers_of_torch(name: str) -> None:
     assert cls.__module__.startswith("torch.optim")
 
 
+def test_a_plateau_schedule_takes_torchs_own_minimum() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule("reduce_lr_on_plateau", optimizer, warmup=0, total=10, arguments={"min_lr": 0.25})
+    assert schedule.min_lrs == [0.25]
+
+
 def test_an_argument_that_the_optimizer_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"SGD takes no momentun; did you mean momentum\?"):
+    with pytest.raises(ConfigError, match=r"SGD has no argument momentun; did you mean momentum\?"):
         run({"optim": "sgd", "optim_args": "momentun=0.9"}, str(tmp_path))
 
 

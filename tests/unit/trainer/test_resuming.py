@@ -154,7 +154,7 @@ def test_a_training_that_was_over_says_so(tmp_path: Path, caplog: pytest.LogCapt
     assert train(trainer_of(tmp_path / "b", {}), f"{folder}15") != []
     assert "nothing is left to train" not in caplog.text
     assert train(trainer_of(tmp_path / "b", {}), f"{folder}20") == []
-    assert "was over at step 20: nothing is left to train" in caplog.text
+    assert "was complete at step 20: nothing is left to train" in caplog.text
     assert len(train(trainer_of(tmp_path / "b", {"num_train_epochs": 3}), f"{folder}20")) == ROWS
 
 
@@ -264,5 +264,5 @@ def test_a_training_of_transformers_goes_on(tmp_path: Path) -> None:
     other = {"per_device_train_batch_size": 2}
     [(seen, steps, rate)] = run_on_ranks(1, on_ranks, str(tmp_path / "c"), other, f"{tmp_path}/a/checkpoint-10")
     assert (Counter(seen), steps, rate) == (Counter(range(ROWS)), 15, 0.0)
-    with pytest.raises(AssertionError, match="within a pass, at epoch"):
+    with pytest.raises(AssertionError, match="within an epoch, at epoch"):
         run_on_ranks(1, on_ranks, str(tmp_path / "d"), {}, f"{tmp_path}/a/checkpoint-5")

@@ -41,7 +41,7 @@ def test_one_rank_says_what_it_is_about_to_do(tmp_path: Path) -> None:
     assert found == {
         "strategy": "single: there is one process; 1 rank on cpu",
         "parameters": "3,245 trained of 4,221 (76.9 %)",
-        "steps": "2, 0.2857 epochs of 7 steps, 50 samples an epoch",
+        "steps": "2, 0.3077 epochs of 7 steps, 50 samples an epoch",
         "batch": "8 samples = 1 rank x 4 x 2 micro-batches",
         "precision": "float32 throughout",
     }
@@ -54,7 +54,7 @@ def test_data_without_a_length(tmp_path: Path) -> None:
 def test_a_resume_says_from_where(tmp_path: Path) -> None:
     said(str(tmp_path), {"max_steps": 3, "save_strategy": "steps", "save_steps": 3})
     found = said(str(tmp_path), {"max_steps": 5, "save_strategy": "no"}, resume=True)
-    assert found["steps"].endswith("going on after step 3")
+    assert found["steps"].endswith("resumed after step 3")
 
 
 def test_who_asks_for_warnings_alone_gets_none_of_it(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_two_ranks_say_it_once(changes: dict[str, Any], reason: str, precision: 
     assert first == {
         "strategy": f"{reason}; 2 ranks on cpu",
         "parameters": "3,245 trained of 4,221 (76.9 %)",
-        "steps": "2, 0.2857 epochs of 7 steps, 50 samples an epoch",
+        "steps": "2, 0.3077 epochs of 7 steps, 50 samples an epoch",
         "batch": "8 samples = 2 ranks x 4 x 1 micro-batch",
         "precision": precision,
     }

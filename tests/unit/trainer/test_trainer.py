@@ -285,7 +285,7 @@ def test_memory_that_runs_out_changes_nothing_but_the_split(tmp_path: Path) -> N
 
 def test_a_sharded_model_cannot_go_on_by_itself(tmp_path: Path) -> None:
     changes = {"fsdp": True, "fsdp_config": {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}}
-    with pytest.raises(ConfigError, match=r"on 1 rank\(s\) under fsdp, and their launcher starts nothing again"):
+    with pytest.raises(ConfigError, match=r"for 1 rank\(s\) under fsdp, but the launcher does not restart ranks"):
         run({**changes, "auto_find_batch_size": True}, str(tmp_path), make=hungry)
 
 

@@ -1,10 +1,9 @@
-"""From training arguments to the arguments of an `Accelerator`."""
+"""Conversion of training arguments to the arguments of an `Accelerator`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from paceline.accelerator.accelerator import Accelerator
 from paceline.config import (
     DataLoaderConfiguration,
-    DeepSpeedPlugin,
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -21,16 +19,19 @@ from paceline.config import (
     TorchDynamoPlugin,
     resolve,
 )
-from paceline.config.deepspeed_file.settings import AUTO, read_settings, value_at
-from paceline.errors import ConfigError, Problem, did_you_mean
+from paceline.errors import ConfigError, did_you_mean
+from paceline.trainer.argument_errors import WHERE, field_problem
 from paceline.trainer.arguments.checks import setting
+from paceline.trainer.arguments.deepspeed import deepspeed_plugin
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from paceline.errors import Problem
     from paceline.trainer.arguments.arguments import TrainingArguments
 
-__all__ = ["accelerator_arguments", "build_accelerator", "deepspeed_settings"]
+__all__ = ["accelerator_arguments", "build_accelerator"]
 
-WHERE = "TrainingArguments(…)"
 _DDP_FIELDS = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
 _LOADER_KEYS = (
     "split_batches",
@@ -41,7 +42,7 @@ _LOADER_KEYS = (
     "streams_are_sharded",
 )
 _ACCELERATOR_KEYS = (*_LOADER_KEYS, "gradient_accumulation_kwargs", "use_configured_state")
-_FSDP_WORDS: dict[str, dict[str, Any]] = {
+_FSDP_MODES: dict[str, dict[str, Any]] = {
     "full_shard": {},
     "shard_grad_op": {"reshard_after_forward": False},
     "offload": {"cpu_offload": True},
@@ -50,84 +51,89 @@ _FSDP_WORDS: dict[str, dict[str, Any]] = {
 
 
 def accelerator_arguments(args: TrainingArguments, *, accumulation: int) -> dict[str, Any]:
-    """What to call `Accelerator` with; only what the arguments really say, so that the launcher fills the rest.
+    """Keyword arguments for `Accelerator`; what the arguments leave open is left to the launcher's configuration.
 
     Raises:
-        ConfigError: Everything that is wrong with nested settings, at once.
+        ConfigError: All problems with nested settings at once.
     """
     problems: list[Problem] = []
-    said: dict[str, Any] = {
-        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else None,
+    arguments: dict[str, Any] = {
+        "mixed_precision": _precision(args),
         "cpu": True if args.use_cpu else None,
-        "strategy": _strategy(args),
+        "strategy": args.strategy or _section_of_strategy(args),
         "fsdp_plugin": _fsdp(args, problems),
-        "deepspeed_plugin": _deepspeed(args, problems),
+        "deepspeed_plugin": deepspeed_plugin(args, problems),
         "dynamo_plugin": _compile(args, problems),
         "parallelism_config": _mesh(args, problems),
         "dataloader_config": _loading(args, problems),
         "kwargs_handlers": [*_handlers(args)],
         "project_dir": args.output_dir,
-        "log_with": _reporting(args),
+        "log_with": _trackers(args),
         **_accumulation(args, accumulation, problems),
     }
     if problems:
         raise ConfigError(problems)
-    return {name: value for name, value in said.items() if value is not None}
+    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def build_accelerator(args: TrainingArguments, *, accumulation: int) -> Accelerator:
-    """An Accelerator as the arguments ask, and the launcher's configuration where they ask nothing.
+    """Build the Accelerator from the arguments, with the launcher's configuration for what they leave open.
 
     Raises:
-        ConfigError: With everything that is wrong; what the two sources say differently names both.
+        ConfigError: All problems; where arguments and configuration disagree, both sources are named.
     """
-    said = accelerator_arguments(args, accumulation=accumulation)
+    arguments = accelerator_arguments(args, accumulation=accumulation)
     try:
-        return Accelerator(**said)
+        return Accelerator(**arguments)
     except ConfigError as error:
-        raise ConfigError(_ours(args, problem) for problem in error.problems) from None
+        raise ConfigError(_as_argument(args, problem) for problem in error.problems) from None
 
 
-def _ours(args: TrainingArguments, problem: Problem) -> Problem:
-    """Say the arguments' names where the Accelerator's own are spoken of."""
-    named = "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else "strategy"
+def _as_argument(args: TrainingArguments, problem: Problem) -> Problem:
+    """Name the training argument where a problem names an argument of the Accelerator."""
     if not problem.where.startswith("Accelerator("):
         return problem
     if problem.key == "log_with":
         return replace(problem, where=WHERE, key="report_to")
     if problem.key == "strategy":
-        return replace(problem, where=f"TrainingArguments({named}=…)")
+        return replace(problem, where=f"TrainingArguments({_section_of_strategy(args) or 'strategy'}=…)")
     return replace(problem, where=problem.where.replace("Accelerator(", "TrainingArguments -> Accelerator("))
 
 
-def _strategy(args: TrainingArguments) -> str | None:
-    if args.strategy is not None:
-        return args.strategy
-    return "fsdp" if args.fsdp else "deepspeed" if args.deepspeed else None
+def _section_of_strategy(args: TrainingArguments) -> str | None:
+    """The argument with a strategy's own settings, whose presence chooses the strategy."""
+    if args.fsdp:
+        return "fsdp"
+    return "deepspeed" if args.deepspeed else None
 
 
-def _reporting(args: TrainingArguments) -> list[str]:
-    """The trackers; the console is no tracker, and always told."""
-    asked = args.report_to
-    listed = [asked] if isinstance(asked, str) else list(asked or [])
-    return [name for name in listed if name != "console"]
+def _precision(args: TrainingArguments) -> str | None:
+    if args.bf16:
+        return "bf16"
+    return "fp16" if args.fp16 else None
+
+
+def _trackers(args: TrainingArguments) -> list[str]:
+    """The trackers to report to; "console" is accepted and dropped, because the console always gets the log."""
+    names = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    return [name for name in names if name != "console"]
 
 
 def _handlers(args: TrainingArguments) -> list[object]:
     opening = InitProcessGroupKwargs(backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
-    said = {name: getattr(args, f"ddp_{name}") for name in _DDP_FIELDS}
-    said = {name: value for name, value in said.items() if value is not None}
-    return [opening, DistributedDataParallelKwargs(**said)] if said else [opening]
+    options = {name: getattr(args, f"ddp_{name}") for name in _DDP_FIELDS}
+    options = {name: value for name, value in options.items() if value is not None}
+    return [opening, DistributedDataParallelKwargs(**options)] if options else [opening]
 
 
 def _compile(args: TrainingArguments, problems: list[Problem]) -> TorchDynamoPlugin | None:
     if not args.torch_compile:
         return None
-    said: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "use_regional_compilation": True}
+    options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "use_regional_compilation": True}
     if args.torch_compile_mode:
-        said["mode"] = args.torch_compile_mode
+        options["mode"] = args.torch_compile_mode
     try:
-        return TorchDynamoPlugin(**said)
+        return TorchDynamoPlugin(**options)
     except ConfigError as error:
         problems.extend(replace(p, where=WHERE, key=f"torch_compile_{p.key}") for p in error.problems)
         return None
@@ -145,150 +151,110 @@ def _mesh(args: TrainingArguments, problems: list[Problem]) -> ParallelismConfig
 
 
 def _fsdp(args: TrainingArguments, problems: list[Problem]) -> FullyShardedDataParallelPlugin | None:
-    """The settings of FSDP2; keys may have their prefix or not, and version 1 is translated."""
+    """The settings of FSDP2; keys may have the prefix `fsdp_` or not, and FSDP 1 settings are translated."""
     config: Any = args.fsdp_config
     if isinstance(config, FullyShardedDataParallelPlugin):
         return config
     if not args.fsdp and not config:
         return None
-    keys = {**_from_words(args, problems), **dict(config or {})}
+    flags = _fsdp_flags({**_from_modes(args, problems), **dict(config or {})}, problems)
+    if args.activation_checkpointing:
+        if flags.get("fsdp_activation_checkpointing"):
+            what = "given together with fsdp_config.activation_checkpointing"
+            problems.append(field_problem("activation_checkpointing", what, hint="give one of them"))
+        flags["fsdp_activation_checkpointing"] = True
+    try:
+        return resolve(flags=flags, env={}, file=None).config.fsdp_config
+    except ConfigError as error:
+        problems.extend(_as_fsdp_key(problem) for problem in error.problems)
+        return None
+
+
+def _fsdp_flags(keys: dict[str, Any], problems: list[Problem]) -> dict[str, object]:
+    """The keys of `fsdp_config` as flags of the launcher."""
     flags: dict[str, object] = {"use_fsdp": True}
     for key, value in keys.items():
         name = key if key.startswith("fsdp_") else f"fsdp_{key}"
         if name.startswith("fsdp_xla"):
             if value:
-                problems.append(Problem(WHERE, f"fsdp_config.{key}", "is not carried out", "there is no TPU here"))
+                why = "paceline does not run on TPUs"
+                problems.append(field_problem(f"fsdp_config.{key}", "is not supported", why))
         elif flags.get(name, value) != value:
-            what, hint = f"{value!r}, and {flags[name]!r} under its other spelling", "keep one of them"
-            problems.append(Problem(WHERE, f"fsdp_config.{key}", what, "one would silently lose", hint))
-        elif not (name == "fsdp_min_num_params" and not value):
+            what = f"{value!r}, and {flags[name]!r} under its other spelling"
+            problems.append(field_problem(f"fsdp_config.{key}", what, "one would be ignored", "keep one of them"))
+        # transformers writes 0 for "not set".
+        elif name != "fsdp_min_num_params" or value:
             flags[name] = ",".join(value) if isinstance(value, list | tuple) else value
-    if args.activation_checkpointing:
-        if flags.get("fsdp_activation_checkpointing"):
-            what = "given together with fsdp_config.activation_checkpointing"
-            problems.append(Problem(WHERE, "activation_checkpointing", what, hint="give one of them"))
-        flags["fsdp_activation_checkpointing"] = True
-    try:
-        return resolve(flags=flags, env={}, file=None).config.fsdp_config
-    except ConfigError as error:
-        problems.extend(_in_our_words(problem) for problem in error.problems)
-        return None
+    return flags
 
 
-def _in_our_words(problem: Problem) -> Problem:
-    """Say the arguments' names where the configuration speaks of flags."""
+def _as_fsdp_key(problem: Problem) -> Problem:
+    """Name the key of `fsdp_config` where a problem names the launcher's flag."""
     key = problem.where.removeprefix("--fsdp_")
     if key == problem.where:
         return problem
     return replace(problem, where=WHERE, key=f"fsdp_config.{key}", what=problem.what.replace("flag", "key"))
 
 
-def _from_words(args: TrainingArguments, problems: list[Problem]) -> dict[str, Any]:
-    words: Any = args.fsdp
-    found: dict[str, Any] = {}
-    if isinstance(words, bool) or words is None:
-        return found
-    listed = words if isinstance(words, list) else str(words).replace(",", " ").split()
-    for word in listed:
-        if word not in _FSDP_WORDS:
-            hint = did_you_mean(word, _FSDP_WORDS) or "give fsdp=True and the rest as fsdp_config"
-            problems.append(Problem(WHERE, "fsdp", f"{word!r} is not carried out", "FSDP2 has no such mode", hint))
-        found |= _FSDP_WORDS.get(word, {})
-    return found
-
-
-def deepspeed_settings(args: TrainingArguments) -> dict[str, Any] | None:
-    """DeepSpeed's own configuration, if the arguments hold one.
-
-    Raises:
-        ConfigError: It cannot be read.
-    """
-    config: Any = args.deepspeed
-    if isinstance(config, DeepSpeedPlugin):
-        config = config.hf_ds_config
-    if config is None:
-        return None
-    settings, name, wrong = read_settings(config, Path())
-    if settings is None:
-        raise ConfigError([Problem(WHERE, "deepspeed", wrong or name, hint="give a mapping or a JSON file")])
+def _from_modes(args: TrainingArguments, problems: list[Problem]) -> dict[str, Any]:
+    """The settings that the words in `fsdp` stand for."""
+    value: Any = args.fsdp
+    settings: dict[str, Any] = {}
+    if isinstance(value, bool) or value is None:
+        return settings
+    words = value if isinstance(value, list) else str(value).replace(",", " ").split()
+    for word in words:
+        if word not in _FSDP_MODES:
+            hint = did_you_mean(word, _FSDP_MODES) or "write fsdp=True and put the settings into fsdp_config"
+            problems.append(field_problem("fsdp", f"{word!r} is not supported", "FSDP2 has no such mode", hint))
+        settings |= _FSDP_MODES.get(word, {})
     return settings
 
 
-def _deepspeed(args: TrainingArguments, problems: list[Problem]) -> DeepSpeedPlugin | None:
-    config: Any = args.deepspeed
-    if not config or isinstance(config, DeepSpeedPlugin):
-        return config or None
-    settings = deepspeed_settings(args)
-    assert settings is not None
-    for key, value in _expected(args).items():
-        said = value_at(settings, key)
-        if said not in (None, AUTO, list(value) if isinstance(value, tuple) else value):
-            what = f"{said} contradicts {value}, which the other arguments make"
-            problems.append(Problem(WHERE, f"deepspeed.{key}", what, "one would silently lose", 'write "auto"'))
-    # The run fills the rest of what is "auto"; this one only the loop would know.
-    return DeepSpeedPlugin(hf_ds_config={**settings, "gradient_clipping": args.max_grad_norm})
-
-
-def _expected(args: TrainingArguments) -> dict[str, Any]:
-    """What the arguments make of values that DeepSpeed's configuration may hold as well."""
-    ranks = args.world_size
-    micro, accumulation = args.batch_plan(ranks)
-    expected: dict[str, Any] = {
-        "gradient_clipping": args.max_grad_norm,
-        "gradient_accumulation_steps": accumulation,
-        "train_micro_batch_size_per_gpu": micro,
-        "train_batch_size": micro * accumulation * ranks,
-        "optimizer.params.lr": args.learning_rate,
-        "optimizer.params.betas": (args.adam_beta1, args.adam_beta2),
-        "optimizer.params.eps": args.adam_epsilon,
-        "optimizer.params.weight_decay": args.weight_decay,
-        "scheduler.params.warmup_max_lr": args.learning_rate,
-    }
-    if args.max_steps > 0:
-        expected["scheduler.params.total_num_steps"] = args.max_steps
-        expected["scheduler.params.warmup_num_steps"] = max(1, args.get_warmup_steps(args.max_steps))
-    if args.bf16 or args.fp16:
-        expected |= {"bf16.enabled": args.bf16, "fp16.enabled": args.fp16}
-    return expected
-
-
 def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConfiguration:
+    """How loaders are prepared, from `accelerator_config` and the seeds."""
     config: Any = args.accelerator_config
+    problems.extend(_config_problems(config))
+    options = {key: setting(config, key) for key in _LOADER_KEYS} if config is not None else {}
+    options = {key: value for key, value in options.items() if value is not None}
     seed: int | None = args.seed if args.data_seed is None else args.data_seed
-    if isinstance(config, dict):
-        for key in config:
-            if key not in _ACCELERATOR_KEYS:
-                hint = did_you_mean(key, _ACCELERATOR_KEYS)
-                problems.append(Problem(WHERE, f"accelerator_config.{key}", "unknown key", hint=hint))
-    if setting(config, "use_configured_state") and not torch.distributed.is_initialized():
-        what, hint = "True, and no process group was opened before", "leave it out: one that is open is always used"
-        key = "accelerator_config.use_configured_state"
-        problems.append(Problem(WHERE, key, what, "there is nothing else that could be configured before", hint))
-    said = {key: setting(config, key) for key in _LOADER_KEYS} if config is not None else {}
-    if said.get("use_seedable_sampler") is False:
-        # The order is drawn when the loader is prepared, from generators that `seed` has set.
+    if options.get("use_seedable_sampler") is False:
+        # The order is then drawn from torch's global generator, which `seed` has seeded.
         seed = None
         if args.data_seed is not None:
-            what, why = f"{args.data_seed} with accelerator_config.use_seedable_sampler=False", "one says not to seed"
-            problems.append(Problem(WHERE, "data_seed", what, why, "give one of them"))
+            what = f"{args.data_seed} with accelerator_config.use_seedable_sampler=False"
+            problems.append(field_problem("data_seed", what, "samplers are not seeded then", "give one of them"))
     try:
-        return DataLoaderConfiguration(
-            data_seed=seed, **{key: value for key, value in said.items() if value is not None}
-        )
+        return DataLoaderConfiguration(data_seed=seed, **options)
     except ConfigError as error:
         problems.extend(replace(p, where=WHERE, key=f"accelerator_config.{p.key}") for p in error.problems)
         return DataLoaderConfiguration(data_seed=seed)
 
 
+def _config_problems(config: Any) -> Iterator[Problem]:
+    """What is wrong with `accelerator_config` apart from its values."""
+    for key in config if isinstance(config, dict) else ():
+        if key not in _ACCELERATOR_KEYS:
+            hint = did_you_mean(key, _ACCELERATOR_KEYS)
+            yield field_problem(f"accelerator_config.{key}", "unknown key", hint=hint)
+    if setting(config, "use_configured_state") and not torch.distributed.is_initialized():
+        yield field_problem(
+            "accelerator_config.use_configured_state",
+            "True, but no process group is open",
+            "there is no state that could have been configured",
+            "leave it out: an open process group is always used",
+        )
+
+
 def _accumulation(args: TrainingArguments, steps: int, problems: list[Problem]) -> dict[str, Any]:
-    more = dict(setting(args.accelerator_config, "gradient_accumulation_kwargs") or {})
-    if "num_steps" in more and steps != 1 and more["num_steps"] != steps:
+    options = dict(setting(args.accelerator_config, "gradient_accumulation_kwargs") or {})
+    if "num_steps" in options and steps != 1 and options["num_steps"] != steps:
         key = "accelerator_config.gradient_accumulation_kwargs.num_steps"
-        what = f"{more['num_steps']} contradicts gradient_accumulation_steps={steps}"
-        problems.append(Problem(WHERE, key, what, hint="give one of them"))
+        what = f"{options['num_steps']} contradicts gradient_accumulation_steps={steps}"
+        problems.append(field_problem(key, what, hint="give one of them"))
     try:
-        return {"gradient_accumulation_plugin": GradientAccumulationPlugin(**{"num_steps": steps, **more})}
+        return {"gradient_accumulation_plugin": GradientAccumulationPlugin(**{"num_steps": steps, **options})}
     except ConfigError as error:
-        where = "accelerator_config.gradient_accumulation_kwargs"
-        problems.extend(replace(p, where=WHERE, key=f"{where}.{p.key}") for p in error.problems)
+        prefix = "accelerator_config.gradient_accumulation_kwargs"
+        problems.extend(replace(p, where=WHERE, key=f"{prefix}.{p.key}") for p in error.problems)
         return {}

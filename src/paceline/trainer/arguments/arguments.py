@@ -1,275 +1,482 @@
-"""`TrainingArguments`: everything that a training run can be told, checked when it is made."""
+"""`TrainingArguments`: all settings of a training run, checked when it is constructed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from datetime import timedelta
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from paceline.errors import ConfigError, PrepareError, Problem, did_you_mean
-from paceline.trainer.arguments import checks
+from paceline.accelerator.accelerator import Accelerator
+from paceline.config import InitProcessGroupKwargs
+from paceline.environment.world import World
+from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.trainer.argument_errors import WHERE, field_error, field_problem
+from paceline.trainer.arguments.checks import fill_dependent_values, find_problems
 from paceline.trainer.arguments.command_line import parse_arguments
 from paceline.trainer.arguments.fields import AllFields
-from paceline.trainer.arguments.parsing import fields_of, read_mapping, read_value
-from paceline.trainer.arguments.process import Launched
+from paceline.trainer.arguments.parsing import default_of, fields_of, read_mapping, read_value
+from paceline.trainer.arguments.unknown_names import ABSENT, problems_with_unknown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
+    import torch
     from typing_extensions import Self
 
-__all__ = ["TrainingArguments"]
+__all__ = ["BatchPlan", "ParallelMode", "TrainingArguments"]
 
-WHERE = "TrainingArguments(…)"
 
-_NO_HUB = "paceline uploads nothing; use huggingface_hub on output_dir"
-_SPACES = "leave it out, or set Trackio's own variables"
-_LIGER = "apply liger_kernel to the model yourself, before it goes to the Trainer"
-# Names that other versions have, with what to do instead.
-_ABSENT = {
-    **dict.fromkeys(("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"), _NO_HUB),
-    **dict.fromkeys(("hub_always_push", "hub_revision"), _NO_HUB),
-    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), _SPACES),
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), _LIGER),
-    "adafactor": 'write optim="adafactor"',
-    "debug": "leave it out: use `paceline launch --debug`, or torch.autograd.set_detect_anomaly",
-    "dispatch_batches": "write it into accelerator_config",
-    "enable_jit_checkpoint": "leave it out: SIGTERM always saves",
-    "eval_use_gather_objects": "write eval_use_gather_object",
-    "evaluation_strategy": "write eval_strategy",
-    "fsdp_min_num_params": "write min_num_params into fsdp_config",
-    "fsdp_transformer_layer_cls_to_wrap": "write transformer_layer_cls_to_wrap into fsdp_config",
-    "group_by_length": 'write train_sampling_strategy="group_by_length"',
-    "include_inputs_for_metrics": 'write include_for_metrics=["inputs"]',
-    "include_tokens_per_second": "leave it out: `paceline report` shows it",
-    "jit_mode_eval": "leave it out: use torch_compile",
-    "local_rank": "leave it out: the launcher says which rank this is",
-    "log_on_each_node": "leave it out: log_level_replica says what other ranks may say",
-    "logging_dir": "leave it out: logs go to output_dir",
-    "no_cuda": "write use_cpu",
-    "optim_target_modules": "leave it out: GaLore, LOMO and APOLLO are not there; give the Trainer an optimizer",
-    "overwrite_output_dir": "leave it out: nothing is overwritten, and resuming is asked for in train()",
-    "per_gpu_eval_batch_size": "write per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "write per_device_train_batch_size",
-    "save_on_each_node": "leave it out: every rank writes its own part of a checkpoint",
-    "save_safetensors": "leave it out: weights are always safetensors",
-    "split_batches": "write it into accelerator_config",
-    "torchdynamo": "write torch_compile_backend",
-    "use_cache": "leave it out: set model.config.use_cache",
-    "use_mps_device": "leave it out: an accelerator that is there is used",
-}
+class ParallelMode(Enum):
+    """Whether several ranks train, under transformers' names."""
+
+    NOT_PARALLEL = "not_parallel"
+    DISTRIBUTED = "distributed"
+
+
+class BatchPlan(NamedTuple):
+    """How the samples of an optimizer step are split.
+
+    Attributes:
+        micro_batch: Samples of a micro-batch on each rank.
+        accumulation: Micro-batches of an optimizer step.
+    """
+
+    micro_batch: int
+    accumulation: int
 
 
 @dataclass
-class TrainingArguments(Launched, AllFields):
-    """What to train, how long, how and where; every field is one of transformers' name and meaning, or says otherwise.
+class TrainingArguments(AllFields):
+    """All settings of a training run: what to train, for how long, how, and where.
 
-    All problems are reported at once. `TrainingArguments.describe()` lists the fields.
+    Fields have transformers' names and meanings unless they say otherwise. All problems are reported at once.
+    Instances can also be read from a file (`from_file`) or the command line (`parse`).
+
+    Example:
+        >>> args = TrainingArguments(output_dir="runs/a", learning_rate=3e-4, max_steps=100)
+        >>> args.learning_rate
+        0.0003
+        >>> TrainingArguments(learning_rat=1.0)
+        Traceback (most recent call last):
+        ...
+        paceline.errors.ConfigError: 1 problem in the configuration; nothing was started
+          TrainingArguments(…): learning_rat: unknown name; did you mean learning_rate?
+        <BLANKLINE>
 
     Raises:
-        ConfigError: Unknown names, values of the wrong type, values that contradict each other.
+        ConfigError: Unknown names, values of the wrong type, or values that contradict each other.
     """
 
     _origins: ClassVar[dict[str, str]] = {}
-    ABSENT: ClassVar[dict[str, str]] = _ABSENT
+    ABSENT: ClassVar[dict[str, str]] = ABSENT
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
-        """Refuse unknown names before the generated constructor would, with what was probably meant."""
+        """Report unknown names with suggestions, before the generated constructor raises a bare TypeError."""
         known = fields_of(cls)
         unknown = [name for name in values if name not in known]
         if unknown:
-            raise ConfigError(_with_others(cls, unknown, values, WHERE, args))
+            raise ConfigError(problems_with_unknown(cls, unknown, values, WHERE, args))
         made = super().__new__(cls)
-        # No field: it says nothing that a run could be told.
+        # Not a field: it describes where the values came from and is not a setting itself.
         made.__dict__["_origins"] = dict.fromkeys(values, WHERE)
         return made
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
-        defaults = {made.name: _default(made) for made in dataclasses.fields(self)}
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
         for name, hint in fields_of(type(self)).items():
             try:
                 setattr(self, name, read_value(hint, getattr(self, name)))
             except ValueError as error:
-                problems.append(Problem(WHERE, name, str(error)))
-                # So that contradictions between the others are found as well.
+                problems.append(field_problem(name, str(error)))
+                # So that the other values can still be checked against each other.
                 setattr(self, name, defaults[name])
-        problems += checks.find_problems(self)
+        problems += find_problems(self)
         if problems:
             raise ConfigError(problems)
-        checks.settle(self)
+        fill_dependent_values(self)
+        self._set_log_level()
 
-    # Where arguments come from
+    # Reading and writing
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **values: Any) -> Self:
-        """Read a YAML or JSON file; `values` override it.
+        """Read a YAML or JSON file.
+
+        Args:
+            path: A file that maps field names to values; it ends in .yaml, .yml or .json.
+            **values: Fields that override the file.
+
+        Returns:
+            The arguments; `origins` names the file.
 
         Raises:
-            ConfigError: The file cannot be read, or what is in it cannot work.
+            ConfigError: The file cannot be read, or its values are invalid.
+
+        Example:
+            >>> from pathlib import Path
+            >>> _ = Path("run.yaml").write_text("learning_rate: 1e-4")
+            >>> args = TrainingArguments.from_file("run.yaml", max_steps=50)
+            >>> args.origins()
+            {'learning_rate': 'run.yaml', 'max_steps': 'TrainingArguments(…)'}
         """
         name = os.fspath(path)
         try:
-            found = read_mapping(name)
+            from_file = read_mapping(name)
         except ValueError as error:
             raise ConfigError([Problem(name, "", str(error))]) from error
         known = fields_of(cls)
-        unknown = [key for key in found if key not in known]
+        unknown = [key for key in from_file if key not in known]
         if unknown:
-            raise ConfigError(_with_others(cls, unknown, {**found, **values}, name))
-        made = cls(**{**found, **values})
-        made.note_origins({key: name for key in found if key not in values})
+            raise ConfigError(problems_with_unknown(cls, unknown, {**from_file, **values}, name))
+        made = cls(**{**from_file, **values})
+        made.note_origins({key: name for key in from_file if key not in values})
         return made
 
     @classmethod
     def from_command_line(cls, argv: Sequence[str] | None = None) -> Self:
-        """Read `--name value` flags, and before them a YAML or JSON file named first or by `--config`.
+        """Read `--name value` flags, and a YAML or JSON file given as first word or with `--config`.
+
+        Args:
+            argv: The words of the command line; None takes `sys.argv[1:]`.
+
+        Returns:
+            The arguments; flags override the file.
 
         Raises:
-            ConfigError: Unknown flags, or values that cannot work.
+            ConfigError: Unknown flags, or invalid values.
+
+        Example:
+            >>> TrainingArguments.from_command_line(["--max_steps", "50", "--bf16"]).max_steps
+            50
         """
         (arguments,) = cls.parse(argv=argv)
         return arguments  # type: ignore[no-any-return]
 
     @classmethod
     def parse(cls, *others: type[Any], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """Read the flags of this class and of other dataclasses, and return one object of each."""
+        """Read the command line into this class and further dataclasses.
+
+        Args:
+            *others: Dataclasses whose fields become flags, too; no two may share a name.
+            argv: The words of the command line; None takes `sys.argv[1:]`.
+
+        Returns:
+            One instance of this class and of each of the others, in that order.
+
+        Raises:
+            ConfigError: Unknown flags, or invalid values.
+
+        Example:
+            >>> from dataclasses import make_dataclass
+            >>> DataArguments = make_dataclass("DataArguments", [("corpus", str, "wiki")])
+            >>> args, data = TrainingArguments.parse(DataArguments, argv=["--seed", "1", "--corpus", "books"])
+            >>> args.seed, data.corpus
+            (1, 'books')
+        """
         return parse_arguments((cls, *others), argv)
 
     @classmethod
     def describe(cls) -> str:
-        """Every field with its default and what it does, one a line."""
-        made = dataclasses.fields(cls)
-        return "\n".join(f"{f.name} = {_default(f)!r}: {f.metadata.get('help', '')}" for f in made)
+        """List the fields.
+
+        Returns:
+            A line for each field: `name = default: what it does`.
+
+        Example:
+            >>> print(TrainingArguments.describe().splitlines()[0])
+            output_dir = 'trainer_output': Folder of checkpoints, logs and metrics.
+        """
+        fields = dataclasses.fields(cls)
+        return "\n".join(f"{f.name} = {default_of(f)!r}: {f.metadata.get('help', '')}" for f in fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """The values, as JSON can hold them."""
+        """Convert to a dictionary.
+
+        Returns:
+            All fields; values that JSON cannot represent as their `repr`.
+
+        Example:
+            >>> TrainingArguments(seed=1).to_dict()["seed"]
+            1
+        """
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def to_sanitized_dict(self) -> dict[str, Any]:
-        """The values as numbers and text only, as trackers want them."""
+        """Convert to a dictionary for experiment trackers.
+
+        Returns:
+            All fields, and `train_batch_size` and `eval_batch_size`; values are numbers or text.
+
+        Example:
+            >>> TrainingArguments(label_names=["labels"]).to_sanitized_dict()["label_names"]
+            "['labels']"
+        """
         kept = (bool, int, float, str)
         values = {**self.to_dict(), "train_batch_size": self.train_batch_size, "eval_batch_size": self.eval_batch_size}
         return {name: value if isinstance(value, kept) else str(value) for name, value in values.items()}
 
     def to_json_string(self) -> str:
-        """The values as JSON."""
+        """Convert to JSON.
+
+        Returns:
+            `to_dict()` as an indented JSON object.
+
+        Example:
+            >>> import json
+            >>> json.loads(TrainingArguments(seed=1).to_json_string())["seed"]
+            1
+        """
         return json.dumps(self.to_dict(), indent=2)
 
     def origins(self) -> dict[str, str]:
-        """Where each value that is no default came from: a file, a flag, the script, or what other values say."""
-        made, hints = dataclasses.fields(self), fields_of(type(self))
-        changed = {f.name for f in made if getattr(self, f.name) != read_value(hints[f.name], _default(f))}
+        """Say where each value that is not a default came from.
+
+        Returns:
+            For each such field a file, a flag, `TrainingArguments(…)`, or `other arguments` if it follows from those.
+
+        Example:
+            >>> TrainingArguments(gradient_checkpointing=True).origins()["activation_checkpointing"]
+            'other arguments'
+        """
+        fields, hints = dataclasses.fields(self), fields_of(type(self))
+        changed = {f.name for f in fields if getattr(self, f.name) != read_value(hints[f.name], default_of(f))}
         return {name: self._origins.get(name, "other arguments") for name in sorted(changed | self._origins.keys())}
 
     def note_origins(self, origins: Mapping[str, str]) -> None:
-        """Say of values where they came from."""
+        """Record where values came from, for `origins`; parsers call it.
+
+        Args:
+            origins: The source of each field: a file, a flag, or whatever a person should read.
+        """
         self._origins.update(origins)
 
-    # What follows from the fields
+    # Values derived from the fields
 
     @property
     def train_batch_size(self) -> int:
-        """Samples in a micro-batch of one rank, as it is used."""
-        return self.batch_plan(self.world_size)[0]
+        """Samples of a training micro-batch on each rank; smaller than the field where the global batch requires it."""
+        return self.batch_plan(self.world_size).micro_batch
 
     @property
     def eval_batch_size(self) -> int:
-        """Samples in an evaluation batch of one rank."""
+        """Samples of an evaluation batch on each rank."""
         return self.per_device_eval_batch_size
 
-    def batch_plan(self, ranks: int, most: int | None = None) -> tuple[int, int]:
-        """The samples of a rank's micro-batch, and the micro-batches of an optimizer step.
+    def batch_plan(self, ranks: int, most: int | None = None) -> BatchPlan:
+        """Split the samples of an optimizer step into micro-batches.
 
-        With `global_batch_size` the micro-batch is the largest that is no larger than
-        `per_device_train_batch_size` and makes the global batch come out whole.
+        With `global_batch_size`, micro-batches are as large as possible: at most `per_device_train_batch_size`, and
+        a divisor of each rank's share of the global batch.
 
         Args:
-            ranks: That share the global batch.
-            most: Overrides `per_device_train_batch_size`; the optimizer step keeps its samples.
+            ranks: How many ranks share an optimizer step.
+            most: Overrides `per_device_train_batch_size`; an optimizer step keeps its number of samples.
+
+        Returns:
+            The samples of a micro-batch on each rank, and the micro-batches of an optimizer step.
 
         Raises:
-            ConfigError: The global batch cannot be shared out among so many ranks.
+            ConfigError: `global_batch_size` is not a multiple of `ranks`.
+
+        Example:
+            >>> TrainingArguments(global_batch_size=64, per_device_train_batch_size=10).batch_plan(ranks=2)
+            BatchPlan(micro_batch=8, accumulation=4)
         """
         most = self.per_device_train_batch_size if most is None else most
         total = self.global_batch_size
         if total is None:
-            share = self.per_device_train_batch_size * self.gradient_accumulation_steps
             if most == self.per_device_train_batch_size:
-                return most, self.gradient_accumulation_steps
+                return BatchPlan(most, self.gradient_accumulation_steps)
+            share = self.per_device_train_batch_size * self.gradient_accumulation_steps
         elif total % ranks:
-            what = f"{total} cannot be shared out among {ranks} ranks"
-            raise ConfigError([Problem(WHERE, "global_batch_size", what, hint=f"choose a multiple of {ranks}")])
+            what = f"{total} cannot be divided among {ranks} ranks"
+            raise field_error("global_batch_size", what, hint=f"choose a multiple of {ranks}")
         else:
             share = total // ranks
         micro = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
-        return micro, share // micro
+        return BatchPlan(micro, share // micro)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Steps over which the learning rate rises."""
+        """Compute the length of the warmup.
+
+        Args:
+            num_training_steps: Optimizer steps of the whole training.
+
+        Returns:
+            The optimizer steps over which the learning rate rises from 0 to its peak.
+
+        Example:
+            >>> TrainingArguments(warmup_ratio=0.1).get_warmup_steps(500)
+            50
+        """
         if self.warmup_steps >= 1:
             return int(self.warmup_steps)
         share = self.warmup_steps or self.warmup_ratio or 0.0
         return math.ceil(num_training_steps * share)
 
     def interval(self, name: str, total: int) -> int:
-        """`logging_steps`, `eval_steps` or `save_steps` as a number of steps, where it may be a share of all."""
+        """Convert an interval to steps; below 1, the field is a fraction of all steps.
+
+        Args:
+            name: `logging_steps`, `eval_steps` or `save_steps`.
+            total: Optimizer steps of the whole training.
+
+        Returns:
+            The interval in optimizer steps, at least 1.
+
+        Example:
+            >>> TrainingArguments(save_steps=0.25).interval("save_steps", total=1000)
+            250
+        """
         value = getattr(self, name)
         if value is None:
             value = self.logging_steps
         return max(1, math.ceil(total * value)) if value < 1 else int(value)
 
+    # The process that reads the arguments
 
-class _OwnReaders:
-    """A field that the Trainer of transformers reads before any other that differs here: it is told what it got."""
+    @property
+    def world(self) -> World:
+        """This process's rank and the number of ranks, from the launcher's environment variables."""
+        return World.read(os.environ)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self.world.size
+
+    @property
+    def process_index(self) -> int:
+        """This process's rank."""
+        return self.world.rank
+
+    @property
+    def local_process_index(self) -> int:
+        """This process's rank on its machine."""
+        return self.world.local_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its machine; -1 without distributed training, as scripts for transformers expect."""
+        return self.world.local_rank if self.world_size > 1 else -1
+
+    @property
+    def should_log(self) -> bool:
+        """Whether this process writes logs: it is rank 0."""
+        return self.world.is_main
+
+    @property
+    def should_save(self) -> bool:
+        """Whether this process writes files of which the run has one: it is rank 0."""
+        return self.world.is_main
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """Whether several ranks train."""
+        return ParallelMode.DISTRIBUTED if self.world_size > 1 else ParallelMode.NOT_PARALLEL
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device. Opens the process group. Collective: every rank must call it."""
+        return self._early_accelerator().device
+
+    @property
+    def n_gpu(self) -> int:
+        """Devices of this process: 1, or 0 on a CPU. Collective: every rank must call it, like `device`."""
+        return int(self.device.type != "cpu")
+
+    @property
+    def ddp_timeout_delta(self) -> timedelta:
+        """How long a collective may wait for other ranks."""
+        return timedelta(seconds=self.ddp_timeout)
+
+    def get_process_log_level(self) -> int:
+        """Look up this process's log level.
+
+        Returns:
+            A level of `logging`: of `log_level` on rank 0, of `log_level_replica` elsewhere.
+
+        Example:
+            >>> TrainingArguments(log_level="error").get_process_log_level() == logging.ERROR
+            True
+        """
+        level = self.log_level if self.should_log else self.log_level_replica
+        if level == "passive":
+            return logging.getLogger("paceline").getEffectiveLevel()
+        return int(getattr(logging, level.upper()))
+
+    def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
+        """Run the body on one rank before the others, which then find its files, for example a cached data set.
+
+        Collective: every rank must call it.
+
+        Args:
+            local: Whether the first rank of each machine goes first; else only rank 0.
+            desc: Ignored; transformers has it.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> with TrainingArguments().main_process_first():
+            ...     print("tokenize")
+            tokenize
+        """
+        if self.world_size == 1:
+            return nullcontext()
+        accelerator = self._early_accelerator()
+        return accelerator.local_main_process_first() if local else accelerator.main_process_first()
+
+    def _early_accelerator(self) -> Accelerator:
+        """An Accelerator before there is a Trainer, whose own one will use the same process group."""
+        opening = InitProcessGroupKwargs(backend=self.ddp_backend, timeout=self.ddp_timeout_delta)
+        return Accelerator(cpu=True if self.use_cpu else None, kwargs_handlers=[opening])
+
+    def _set_log_level(self) -> None:
+        """Set the level of paceline's logger, unless it should stay as it is."""
+        level = self.log_level if self.should_log else self.log_level_replica
+        is_explicit = self.log_level != "passive" or (not self.should_log and level != "warning")
+        if level != "passive" and is_explicit:
+            logging.getLogger("paceline").setLevel(level.upper())
+
+
+class _RefusesTransformers:
+    """A field that transformers' Trainer reads before any other that differs here; it gets an error instead."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __get__(self, holder: Any, owner: type[Any]) -> Any:
-        if holder is None:
+    def __get__(self, instance: Any, owner: type[Any]) -> Any:
+        if instance is None:
             return None
         if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
             raise PrepareError(
-                f"The Trainer of transformers got paceline's {type(holder).__name__}",
-                "It reads fields of its own class, and uses nothing of paceline",
+                f"transformers' Trainer got paceline's {type(instance).__name__}",
+                "It needs its own TrainingArguments, and would not use paceline",
                 "Write from paceline import Trainer, which takes the same arguments",
             )
-        return holder.__dict__[self._name]
+        return instance.__dict__[self._name]
 
-    def __set__(self, holder: Any, value: Any) -> None:
-        holder.__dict__[self._name] = value
-
-
-# Set here: the dataclass has taken its default from the field of that name.
-TrainingArguments.accelerator_config = _OwnReaders("accelerator_config")  # type: ignore[assignment]
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self._name] = value
 
 
-def _with_others(
-    cls: type[Any], unknown: Sequence[str], values: Mapping[str, Any], where: str, positional: Sequence[Any] = ()
-) -> list[Problem]:
-    """What is wrong with names that are unknown, and with the values of the others."""
-    problems = [_unknown(cls, name, where) for name in unknown]
-    try:
-        cls(*positional, **{name: value for name, value in values.items() if name not in unknown})
-    except ConfigError as error:
-        problems += error.problems
-    except TypeError:  # one without a default was left out
-        pass
-    return problems
-
-
-def _unknown(cls: type[Any], name: str, where: str) -> Problem:
-    hint = _ABSENT.get(name) or did_you_mean(name, fields_of(cls))
-    return Problem(where, name, "unknown name", hint=hint)
-
-
-def _default(made: dataclasses.Field[Any]) -> Any:
-    return made.default if made.default_factory is dataclasses.MISSING else made.default_factory()
+# Set here, because in the class body it would be taken for the default of the field.
+TrainingArguments.accelerator_config = _RefusesTransformers("accelerator_config")  # type: ignore[assignment]
+# `help(TrainingArguments)` lists the fields; their meaning has one source.
+TrainingArguments.__doc__ = f"{TrainingArguments.__doc__}\n    Fields, with their defaults:\n\n" + "".join(
+    f"    {line}\n" for line in TrainingArguments.describe().splitlines()
+)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Reads the values of arguments: from Python, from text on a command line, from YAML and JSON files."""
+"""Parsing of argument values: from Python, from command-line text, from YAML and JSON files."""
 
 from __future__ import annotations
 
@@ -13,29 +13,35 @@ import yaml
 
 from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
 from paceline.errors import did_you_mean
+from paceline.trainer.argument_errors import field_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["fields_of", "is_flag", "read_mapping", "read_value"]
+__all__ = ["default_of", "fields_of", "is_flag", "read_mapping", "read_value", "read_window"]
 
 
 def fields_of(cls: type[Any]) -> Mapping[str, Any]:
-    """The fields that a dataclass is made from, and their types."""
+    """The constructor fields of a dataclass, with their types."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; `dataclasses.MISSING` if it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def is_flag(hint: Any) -> bool:
-    """Whether a field is a yes or no."""
+    """Whether a field is boolean."""
     return bool in _parts(hint)
 
 
 def read_value(hint: Any, value: Any) -> Any:
-    """A value as its field's type: text of numbers is understood, as YAML reads `1e-4` as text.
+    """Convert a value to the type of its field; numbers may be text, because YAML reads `1e-4` as text.
 
     Raises:
-        ValueError: It cannot be that type; says what is allowed.
+        ValueError: It cannot be converted; the message lists what is allowed.
     """
     if isinstance(value, Enum):
         value = value.value
@@ -110,10 +116,10 @@ def _listed(value: Any) -> Any:
 
 
 def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
-    """A mapping given as it is, as JSON text, or as the path of a JSON or YAML file.
+    """Read a mapping from a dict, JSON text, or the path of a JSON or YAML file.
 
     Raises:
-        ValueError: There is no such file, or it holds something else.
+        ValueError: The file does not exist, or does not contain a mapping.
     """
     if isinstance(value, dict):
         return dict(value)
@@ -121,12 +127,29 @@ def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
     if not value.lstrip().startswith("{"):
         path = Path(value).expanduser()
         if not path.is_file():
-            raise ValueError(f"there is no file {value}")
+            raise ValueError(f"no such file: {value}")
         text, name = path.read_text(encoding="utf-8"), str(path)
     try:
-        found = json.loads(text) if name.endswith((".json", "the text")) else yaml.safe_load(text)
+        parsed = json.loads(text) if name.endswith((".json", "the text")) else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} holds a {type(found).__name__}, not names and values")
-    return found
+        raise ValueError(f"{name} cannot be parsed: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} contains a {type(parsed).__name__}, not a mapping")
+    return parsed
+
+
+def read_window(text: str) -> tuple[int, int]:
+    """The first and last step of `first:last`, or of a single number, counted from 1.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    first, _, last = text.partition(":")
+    try:
+        window = int(first), int(last or first)
+    except ValueError:
+        window = (0, 0)
+    if not 1 <= window[0] <= window[1]:
+        what = f"{text!r} is not a range of steps"
+        raise field_error("profile_steps", what, hint="write first:last, counted from 1")
+    return window

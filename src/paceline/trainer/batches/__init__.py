@@ -1,1 +1,1 @@
-"""From a data set to batches: loaders, samplers, collators."""
+"""Loaders, samplers and collators: from a data set to batches."""

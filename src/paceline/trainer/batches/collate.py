@@ -1,4 +1,4 @@
-"""From samples to a batch, and from a batch to what a model is called with."""
+"""Collators, and which columns of a batch a model takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Columns", "PaddingCollator", "columns_in", "columns_of", "default_co
 def default_collator(samples: Sequence[Any]) -> Any:
     """Stack samples: mappings of numbers, lists and tensors become a mapping of tensors; `label` becomes `labels`.
 
-    Text and None are left out. Samples that are no mappings are stacked as `torch.utils.data.default_collate` does.
+    Text and None are dropped. Samples that are not mappings go to `torch.utils.data.default_collate`.
     """
     first = samples[0]
     if not isinstance(first, Mapping):
@@ -46,7 +46,7 @@ def _stack(values: list[Any]) -> torch.Tensor:
 
 
 class PaddingCollator:
-    """Pads samples to the longest with a tokenizer's own `pad`."""
+    """Pads samples to the longest one with the `pad` method of a tokenizer."""
 
     def __init__(self, processing_class: Any) -> None:
         self._pad = processing_class.pad
@@ -60,24 +60,29 @@ class PaddingCollator:
         return batch
 
 
-REMOVED = "remove_unused_columns takes away what the model's forward does not name"
-KEEP = "Set remove_unused_columns=False where the data_collator makes the model's inputs, or rename columns"
+REMOVED = "remove_unused_columns drops columns that the model's forward does not take, so nothing would be left"
+KEEP = "Set remove_unused_columns=False if the data_collator creates the model's inputs, or rename the columns"
 
 
 def nothing_left(columns: Iterable[str], kept: Iterable[str]) -> str:
-    """What is wrong with samples of which the model takes nothing."""
+    """What was seen where the model takes none of the columns."""
     return f"Samples have {', '.join(columns)}, and the model takes {', '.join(sorted(kept))}"
 
 
 class Columns:
-    """A collator before which columns are dropped that the model does not take."""
+    """Drops columns that the model does not take, then collates.
+
+    Args:
+        collator: Collates what is left.
+        kept: The columns that the model takes.
+    """
 
     def __init__(self, collator: Callable[[Any], Any], kept: frozenset[str]) -> None:
         self.collator = collator
         self.kept = kept
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        """Collate what the model takes."""
+        """Return the batch."""
         first = samples[0]
         if isinstance(first, Mapping):
             samples = [{k: v for k, v in sample.items() if k in self.kept} for sample in samples]
@@ -87,28 +92,28 @@ class Columns:
 
 
 def columns_in(batch: Any) -> str:
-    """What a batch holds, for a message."""
+    """The contents of a batch, for a message."""
     if isinstance(batch, Mapping):
         return ", ".join(map(str, batch)) or "nothing"
-    return f"{len(batch)} parts without names" if isinstance(batch, list | tuple) else f"one {type(batch).__name__}"
+    return f"{len(batch)} elements without names" if isinstance(batch, list | tuple) else f"one {type(batch).__name__}"
 
 
 def columns_of(model: nn.Module, label_names: Sequence[str]) -> frozenset[str] | None:
-    """The columns that a model takes; None if it takes whatever comes."""
+    """The columns that a model takes; None if it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not named or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
-    # Models of transformers take further keywords for their kernels, never columns of data.
+    # The **kwargs of models of transformers are for their attention kernels, not for columns of data.
     if any(p.kind is p.VAR_KEYWORD for p in parameters) and not hasattr(model, "main_input_name"):
         return None
     return frozenset({*named, *label_names, "label", "label_ids", "labels"})
 
 
 def label_names_of(model: nn.Module) -> list[str]:
-    """The inputs of a model that are labels, by their names."""
+    """The names of a model's inputs that are labels."""
     names = list(inspect.signature(model.forward).parameters)
-    found = [name for name in names if "label" in name]
+    labels = [name for name in names if "label" in name]
     if "QuestionAnswering" in type(model).__name__:
-        found += [name for name in ("start_positions", "end_positions") if name in names]
-    return found or ["labels"]
+        labels += [name for name in ("start_positions", "end_positions") if name in names]
+    return labels or ["labels"]

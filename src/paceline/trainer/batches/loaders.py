@@ -1,4 +1,4 @@
-"""From data sets to loaders, as the arguments ask."""
+"""Construction of data loaders from data sets and training arguments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from paceline.errors import DataError
+from paceline.errors import DataError, PrepareError, did_you_mean
 from paceline.trainer.batches.collate import (
     KEEP,
     REMOVED,
@@ -25,22 +25,24 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import Sampler
 
+    from paceline.accelerator.accelerator import Accelerator
+    from paceline.data import PreparedDataLoader
     from paceline.trainer.arguments.arguments import TrainingArguments
 
-__all__ = ["choose_collator", "drop_columns", "make_loader", "train_sampler"]
+__all__ = ["choose_collator", "named_dataset", "prepared_loader", "train_sampler"]
 
 
 def choose_collator(given: Callable[[Any], Any] | None, processing_class: Any) -> Callable[[Any], Any]:
-    """The collator that was given, else one that pads if there is a tokenizer, else one that stacks."""
+    """The given collator; else one that pads if there is a tokenizer; else one that stacks."""
     if given is not None:
         return given
     return PaddingCollator(processing_class) if hasattr(processing_class, "pad") else default_collator
 
 
-def drop_columns(
+def _drop_columns(
     dataset: Any, collator: Callable[[Any], Any], model: nn.Module, label_names: list[str]
 ) -> tuple[Any, Callable[[Any], Any]]:
-    """Take away what the model does not take: from the data set if it can, else in front of the collator."""
+    """Drop columns that the model does not take, from the data set if it supports that, else before collating."""
     kept = columns_of(model, label_names)
     if kept is None:
         return dataset, collator
@@ -53,14 +55,69 @@ def drop_columns(
     return dataset, Columns(collator, kept)
 
 
+def named_dataset(datasets: Any, name: str) -> Any:
+    """One of several evaluation sets.
+
+    Raises:
+        PrepareError: There is none of that name.
+    """
+    several = datasets if isinstance(datasets, dict) else {}
+    if name not in several:
+        why = f"The evaluation sets are {', '.join(several)}" if several else "eval_dataset is not a mapping of several"
+        raise PrepareError(f"Trainer.evaluate({name!r})", why, did_you_mean(name, several) or "Name one of them")
+    return several[name]
+
+
+def prepared_loader(
+    accelerator: Accelerator,
+    args: TrainingArguments,
+    dataset: Any,
+    collator: Callable[[Any], Any],
+    model: nn.Module,
+    label_names: list[str],
+    *,
+    sampler: Sampler[int] | None = None,
+    batch_size: int | None = None,
+) -> PreparedDataLoader:
+    """A loader that is ready for a loop.
+
+    Args:
+        accelerator: Prepares it.
+        args: How to load.
+        dataset: The samples.
+        collator: From a list of samples to a batch.
+        model: Columns that it does not take are dropped.
+        label_names: These columns are kept.
+        sampler: The order of the samples; None keeps theirs.
+        batch_size: Samples of a training micro-batch on each rank; None makes a loader for evaluation, which drops
+            no samples and whose position is not saved in checkpoints.
+    """
+    if args.remove_unused_columns:
+        dataset, collator = _drop_columns(dataset, collator, model, label_names)
+    is_training = batch_size is not None
+    size = args.per_device_eval_batch_size if batch_size is None else batch_size
+    if accelerator.split_batches:
+        # One batch is read for all ranks, of which each gets as many samples as the argument says.
+        size *= accelerator.num_processes
+    drop_last = args.dataloader_drop_last and is_training
+    loader = _make_loader(
+        args, dataset, collator, batch_size=size, sampler=sampler, drop_last=drop_last, device=accelerator.device
+    )
+    return accelerator.prepare_data_loader(loader, saved=is_training)
+
+
 def train_sampler(args: TrainingArguments, dataset: Any, *, total_batch: int, input_name: str) -> Sampler[int] | None:
-    """The order of the training samples; None for data without a length or an order."""
+    """The sampler of the training set; None for a stream.
+
+    Raises:
+        DataError: `group_by_length` for a stream, or for samples without length.
+    """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if args.train_sampling_strategy == "group_by_length":
             raise DataError(
-                "train_sampling_strategy='group_by_length' was asked for",
-                f"A {type(dataset).__name__} has no length, and comes in its own order",
-                "Leave it out, or sort the stream itself",
+                "train_sampling_strategy='group_by_length'",
+                f"A {type(dataset).__name__} is a stream: it has no length, and its order is fixed",
+                "Leave it out, or group the samples in the stream",
             )
         return None
     if args.train_sampling_strategy == "group_by_length":
@@ -71,7 +128,7 @@ def train_sampler(args: TrainingArguments, dataset: Any, *, total_batch: int, in
     return RandomSampler(dataset)
 
 
-def make_loader(
+def _make_loader(
     args: TrainingArguments,
     dataset: Any,
     collator: Callable[[Any], Any],
@@ -81,13 +138,13 @@ def make_loader(
     drop_last: bool,
     device: torch.device,
 ) -> DataLoader[Any]:
-    """A loader with the arguments' settings; it is prepared by the Accelerator afterwards."""
+    """A loader with the settings of the arguments, which the Accelerator prepares afterwards."""
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "drop_last": drop_last,
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
-        # Without a device there is nothing to copy to, and torch warns.
+        # On a CPU nothing is copied, and torch would warn.
         "pin_memory": args.dataloader_pin_memory and device.type != "cpu",
         "persistent_workers": args.dataloader_persistent_workers,
         "in_order": args.dataloader_in_order,

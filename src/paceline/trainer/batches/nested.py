@@ -1,4 +1,4 @@
-"""Batches as they come: tensors, lists and texts in mappings, tuples and lists."""
+"""Nested batches: tensors, arrays and text in mappings, tuples and lists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["is_structure", "leaves_of", "like", "map_leaves"]
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply to every leaf of nested mappings, tuples and lists."""
+    """Apply a function to every leaf of nested mappings, tuples and lists."""
     if isinstance(value, Mapping):
         return {name: map_leaves(function, part) for name, part in value.items()}
     if isinstance(value, tuple | list) and any(is_structure(part) for part in value):
@@ -24,12 +24,12 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def like(value: Any, parts: Sequence[Any]) -> Any:
-    """A tuple, named tuple or list of the same kind."""
+    """A tuple, named tuple or list of the same type as `value`, with other elements."""
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
 
 def is_structure(value: Any) -> bool:
-    """Whether a value is a tensor or holds others."""
+    """Whether a value is a tensor, an array or a container."""
     return isinstance(value, torch.Tensor | np.ndarray | Mapping | tuple | list)
 
 

@@ -1,4 +1,4 @@
-"""The order of training samples, where it is neither as stored nor shuffled."""
+"""Sampling of training samples by length."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ __all__ = ["LengthGroupedSampler", "lengths_of"]
 
 logger = get_logger(__name__)
 
-_STRETCH = 50
-_ASKED = "train_sampling_strategy='group_by_length' was asked for"
+# Micro-batches in a chunk that is sorted by length; more would make the order less random.
+_BATCHES_PER_CHUNK = 50
+_SETTING = "train_sampling_strategy='group_by_length'"
 _REMEDY = "Add a column of lengths"
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Random batches of samples that are about as long: shuffled, cut into stretches, each sorted by length.
+    """Random batches of samples of similar length: shuffled, split into chunks, each sorted by length.
 
-    The longest sample comes first, so that a batch that does not fit in memory shows at once.
+    The longest sample comes first, so that a batch that does not fit into memory fails at once.
 
     Args:
-        lengths: Of every sample.
+        lengths: The length of each sample.
         batch_size: Samples of a global batch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int) -> None:
         self._lengths = torch.as_tensor(list(lengths))
-        self._stretch = max(1, batch_size) * max(1, min(_STRETCH, len(lengths) // (batch_size * 4)))
-        # The prepared loader sets its state from (seed, epoch) before every pass.
+        self._chunk = max(1, batch_size) * max(1, min(_BATCHES_PER_CHUNK, len(lengths) // (batch_size * 4)))
+        # The prepared loader seeds it from (seed, epoch) before every epoch.
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
@@ -44,58 +45,65 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(len(self), generator=self.generator)
-        parts = torch.split(order, self._stretch)
-        sorted_ = [part[self._lengths[part].argsort(descending=True, stable=True)] for part in parts]
-        longest = max(range(len(sorted_)), key=lambda index: int(self._lengths[sorted_[index][0]]))
-        head = sorted_[longest]
-        sorted_[0][0], head[0] = head[0].clone(), sorted_[0][0].clone()
-        yield from torch.cat(sorted_).tolist()
+        shuffled = torch.split(order, self._chunk)
+        chunks = [chunk[self._lengths[chunk].argsort(descending=True, stable=True)] for chunk in shuffled]
+        longest = max(chunks, key=lambda chunk: int(self._lengths[chunk[0]]))
+        chunks[0][0], longest[0] = longest[0].clone(), chunks[0][0].clone()
+        yield from torch.cat(chunks).tolist()
 
 
 def lengths_of(dataset: Any, column: str, input_name: str) -> list[int]:
-    """How long each sample is: what a column says, else the length of the inputs.
+    """The length of each sample: the value of a column, else the length of the inputs.
 
-    Inputs of shape [1, L], as tokenizers return them with `return_tensors`, are L long.
+    Inputs of shape [1, L], which tokenizers return with `return_tensors`, have length L.
 
     Raises:
-        DataError: Samples say neither, or the column holds no numbers.
+        DataError: Samples have neither, or the column does not contain numbers.
     """
-    names = getattr(dataset, "column_names", None)
     first = dataset[0]
-    if isinstance(names, list) and column in names:
+    if _has_column(dataset, column):
         lengths = [_number(value, column) for value in dataset[column]]
     elif isinstance(first, Mapping) and column in first:
         lengths = [_number(dataset[index][column], column) for index in range(len(dataset))]
     elif isinstance(first, Mapping) and input_name in first:
         sizes = [_sizes(dataset[index][input_name], input_name) for index in range(len(dataset))]
-        # A sample of size 1 among longer ones is a short one.
-        axis = min(map(len, sizes)) - 1
-        lengths = [size[axis] for size in sizes]
+        # If some samples have size 1 in this dimension and others more, it is the length of all of them.
+        dim = min(map(len, sizes)) - 1
+        lengths = [size[dim] for size in sizes]
     else:
         raise DataError(
-            _ASKED,
+            _SETTING,
             f"Samples have neither {column!r} nor {input_name!r}",
             f"{_REMEDY} and name it in length_column_name",
         )
-    if len(lengths) > 1 and len(set(lengths)) == 1:
-        logger.warning(
-            "%s, and all %d samples are %d long, so that it groups nothing. Leave it out, or, if they were padded, add "
-            "a column of the lengths before that", _ASKED, len(lengths), lengths[0],
-        )  # fmt: skip
+    _warn_if_all_alike(lengths)
     return lengths
 
 
+def _has_column(dataset: Any, column: str) -> bool:
+    names = getattr(dataset, "column_names", None)
+    return isinstance(names, list) and column in names
+
+
+def _warn_if_all_alike(lengths: list[int]) -> None:
+    if len(lengths) > 1 and len(set(lengths)) == 1:
+        logger.warning(
+            "%s has no effect: all %d samples have length %d. Leave it out or, if they were padded, add a column with "
+            "the lengths before padding.", _SETTING, len(lengths), lengths[0],
+        )  # fmt: skip
+
+
 def _sizes(inputs: Any, name: str) -> list[int]:
-    """The size of each dimension of one sample's inputs, up to the first that is larger than 1."""
-    found: list[int] = []
+    """The sizes of the dimensions of one sample's inputs, up to the first that is not 1."""
+    sizes: list[int] = []
     while hasattr(inputs, "__len__") and _has_dimensions(inputs):
-        found.append(len(inputs))
-        if found[-1] != 1:
+        sizes.append(len(inputs))
+        if sizes[-1] != 1:
             break
         inputs = inputs[0]
-    if not found:
-        raise DataError(f"{_ASKED}, and {name} of a sample is {inputs!r:.60}", "It has no length", _REMEDY)
-    return found
+    if not sizes:
+        raise DataError(f"{_SETTING}, and {name} of a sample is {inputs!r:.60}", "It has no length", _REMEDY)
+    return sizes
 
 
 def _has_dimensions(value: Any) -> bool:
@@ -103,12 +111,12 @@ def _has_dimensions(value: Any) -> bool:
 
 
 def _number(value: Any, column: str) -> int:
-    """What a column says of one sample; [7] and a tensor of one number are that number."""
+    """The length in a column, which may be wrapped in a list or a tensor."""
     while isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
     try:
         return int(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{_ASKED}, and {column} of a sample is {value!r:.60}", "A length is one number", f"{_REMEDY}, one each"
+            f"{_SETTING}, and {column} of a sample is {value!r:.60}", "A length is one number", f"{_REMEDY}, one each"
         ) from error

@@ -1,4 +1,4 @@
-"""A window of steps under torch's profiler."""
+"""Profiling of a range of steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import ProfileKwargs
-from paceline.errors import ConfigError, Problem
+from paceline.trainer.arguments.parsing import read_window
 from paceline.trainer.callbacks.base import TrainerCallback
 
 if TYPE_CHECKING:
@@ -15,32 +15,15 @@ if TYPE_CHECKING:
     from paceline.accelerator.accelerator import Accelerator
     from paceline.trainer.state import TrainerControl, TrainerState
 
-__all__ = ["ProfileCallback", "read_window"]
-
-
-def read_window(text: str) -> tuple[int, int]:
-    """The first and the last step of `first:last`, or of one number.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    first, _, last = text.partition(":")
-    try:
-        window = int(first), int(last or first)
-    except ValueError:
-        window = (0, 0)
-    if not 1 <= window[0] <= window[1]:
-        what = f"{text!r} is no window of steps"
-        raise ConfigError([Problem("TrainingArguments(…)", "profile_steps", what, hint="write first:last, from 1 on")])
-    return window
+__all__ = ["ProfileCallback"]
 
 
 class ProfileCallback(TrainerCallback):
-    """Profiles the steps from `first` to `last`; each rank writes a trace into `output_dir/profile`.
+    """Profiles a range of steps; each rank writes a trace into `output_dir/profile`.
 
     Args:
         accelerator: Runs the profiler.
-        steps: `first:last`, counted from 1.
+        steps: `first:last`, in optimizer steps counted from 1.
     """
 
     def __init__(self, accelerator: Accelerator, steps: str) -> None:
@@ -49,7 +32,7 @@ class ProfileCallback(TrainerCallback):
         self._running: AbstractContextManager[Any] | None = None
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
-        """Begin before the first step of the window."""
+        """Start before the first step of the range."""
         if state.global_step + 1 == self._first:
             folder = Path(args.output_dir) / "profile"
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,15 +40,15 @@ class ProfileCallback(TrainerCallback):
             self._running.__enter__()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
-        """End after the last step of the window."""
+        """Stop after the last step of the range."""
         if state.global_step >= self._last:
-            self._end()
+            self._stop()
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
-        """End with the training."""
-        self._end()
+        """Stop at the end of the training."""
+        self._stop()
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         if self._running is not None:
             self._running.__exit__(None, None, None)
             self._running = None

@@ -1,4 +1,4 @@
-"""Evaluation and prediction: every sample once, in bounded memory."""
+"""The evaluation loop: every sample once, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from paceline.environment.logging import get_logger
 from paceline.errors import DataError, PacelineError
 from paceline.trainer.batches.collate import columns_in
 from paceline.trainer.batches.nested import map_leaves
+from paceline.trainer.callbacks.base import fire
 from paceline.trainer.loops.evaluation_outputs import PADDING, KeptBatches, join_ranks, to_numpy
+from paceline.trainer.loops.losses import ModelCall, count_items
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor, nn
 
-    from paceline.trainer.evaluating import Evaluating
+    from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
 
@@ -30,13 +32,14 @@ logger = get_logger(__name__)
 
 @dataclass
 class EvalPrediction:
-    """What `compute_metrics` gets: arrays of all samples, or of one batch when metrics are streamed.
+    """What `compute_metrics` gets: arrays of all samples, or of one batch if metrics are computed per batch.
 
     Attributes:
-        predictions: What the model returned besides the loss.
-        label_ids: The labels.
-        inputs: What went in, with `include_for_metrics=["inputs"]`.
-        losses: One loss a sample, with `include_for_metrics=["loss"]`.
+        predictions: The model's outputs besides the loss; one array, or a tuple of several. Padded with -100 along
+            dimension 1 where batches differ.
+        label_ids: The labels, likewise.
+        inputs: The model's main input, with `include_for_metrics=["inputs"]`.
+        losses: A loss per sample, shape [N], with `include_for_metrics=["loss"]`.
     """
 
     predictions: Any
@@ -54,7 +57,14 @@ class EvalPrediction:
 
 
 class EvalLoopOutput(NamedTuple):
-    """Everything that an evaluation found; `num_samples` is 0 where a loader collates by itself and tells no number."""
+    """What `evaluation_loop` returns.
+
+    Attributes:
+        predictions: The model's outputs besides the loss; None if only the loss was computed.
+        label_ids: The labels; None if only the loss was computed.
+        metrics: Metrics and times, named with the prefix.
+        num_samples: Samples over all ranks; 0 if the loader does not batch by itself (`batch_size=None`).
+    """
 
     predictions: Any
     label_ids: Any
@@ -63,7 +73,13 @@ class EvalLoopOutput(NamedTuple):
 
 
 class PredictionOutput(NamedTuple):
-    """What `predict` returns."""
+    """What `predict` returns.
+
+    Attributes:
+        predictions: The model's outputs besides the loss, in the order of the data set.
+        label_ids: The labels; None without labels.
+        metrics: Metrics and times, named with the prefix.
+    """
 
     predictions: Any
     label_ids: Any
@@ -74,41 +90,44 @@ class EvaluationLoop:
     """One pass over a loader without gradients.
 
     Args:
-        trainer: Whose steps and metrics.
+        hooks: Computes predictions and metrics.
+        call: Counts the targets of a batch.
         model: As prepared.
         loader: As prepared.
-        prefix: Before the names of metrics.
+        prefix: Prepended to the names of metrics.
         loss_only: Keep no predictions.
-        ignore_keys: Outputs of the model that are no predictions.
-        measures: Whether it is for the metrics: then they must be called.
+        ignore_keys: Outputs of the model that are not predictions.
+        requires_metrics: Raise if metrics cannot be computed for want of labels; else warn.
     """
 
     def __init__(
         self,
-        trainer: Evaluating,
+        hooks: TrainerHooks,
+        call: ModelCall,
         model: nn.Module,
         loader: Any,
         *,
         prefix: str,
         loss_only: bool,
         ignore_keys: list[str] | None,
-        measures: bool,
+        requires_metrics: bool,
     ) -> None:
-        self.trainer = trainer
+        self.hooks = hooks
+        self.call = call
         self.model = model
         self.loader = loader
         self.prefix = prefix
         self.loss_only = loss_only
         self.ignore_keys = ignore_keys
-        self.measures = measures
-        self.args = trainer.args
-        self.accelerator = trainer.accelerator
-        self.metric = trainer.compute_metrics
-        self.kept = KeptBatches(self.args.eval_accumulation_steps)
+        self.requires_metrics = requires_metrics
+        self.args = hooks.args
+        self.accelerator = hooks.accelerator
+        self.metric = hooks.compute_metrics
+        self.stored = KeptBatches(self.args.eval_accumulation_steps)
         self.loss_sum: Tensor | None = None
         self.weight_sum: Tensor | None = None
         self.num_samples = 0
-        self.said = False
+        self._has_warned = False
         self.streamed: dict[str, float] = {}
 
     @property
@@ -117,75 +136,75 @@ class EvaluationLoop:
 
     def run(self) -> EvalLoopOutput:
         """Evaluate. Collective: every rank must call it."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self.model.eval()
         batches = 0
-        # Whole samples are dealt out: nothing is cut out of a batch that was collated, and all ranks have as many
-        # batches, as others may wait for what happens inside the model.
+        # Whole samples are dealt to ranks, since nothing can be cut out of a collated batch; and every rank gets the
+        # same number of batches, because the model may contain collectives.
         with torch.no_grad(), self.loader.dealing(even=True, fill=False):
             for inputs in self.loader:
                 self._batch(inputs)
                 batches += 1
-                self.trainer.fire("on_prediction_step")
-        kept = None if self._streams else self.kept.everything(concatenate=self.args.eval_do_concat_batches)
-        metrics = self._metrics(kept)
-        took = max(time.perf_counter() - begun, 1e-9)
-        metrics |= {"runtime": took, "steps_per_second": batches / took}
+                fire(self.hooks, "on_prediction_step")
+        stored = None if self._streams else self.stored.everything(concatenate=self.args.eval_do_concat_batches)
+        metrics = self._metrics(stored)
+        seconds = max(time.perf_counter() - started, 1e-9)
+        metrics |= {"runtime": seconds, "steps_per_second": batches / seconds}
         if self.num_samples:
-            metrics["samples_per_second"] = self.num_samples / took
-        named = {
-            name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}": v for name, v in metrics.items()
-        }
-        prediction, labels = (None, None) if kept is None else _both(kept)
-        return EvalLoopOutput(prediction, labels, named, self.num_samples)
+            metrics["samples_per_second"] = self.num_samples / seconds
+        named = {self._prefixed(name): value for name, value in metrics.items()}
+        predictions, labels = (None, None) if stored is None else _predictions_and_labels(stored)
+        return EvalLoopOutput(predictions, labels, named, self.num_samples)
+
+    def _prefixed(self, name: str) -> str:
+        return name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}"
 
     def _batch(self, inputs: Any) -> None:
         counts = self.loader.counts
         rank = self.accelerator.process_index
-        # A rank that has no sample left takes part with a batch of others, which counts for nothing.
+        # A rank without samples left gets a batch of other samples, which is not counted.
         rows, real = counts.rows[rank], counts.real[rank]
         samples = sum(counts.real) if counts.counted else None
         self.num_samples += samples or 0
-        # Before the step: a `compute_loss` of one's own may take the labels out.
-        items = self.trainer.count_items(inputs)
-        loss, logits, labels = self.trainer.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
+        # Before the step, because an overridden `compute_loss` may pop the labels.
+        items = count_items(self.hooks, self.call, inputs)
+        loss, logits, labels = self.hooks.prediction_step(self.model, inputs, self.loss_only, self.ignore_keys)
         if loss is not None:
             self._add_loss(loss, items, real)
         if self.loss_only:
             return
         if labels is None and self.metric is not None:
-            self._cannot_measure(inputs)
-        process = self.trainer.preprocess_logits_for_metrics
+            self._report_missing_labels(inputs)
+        process = self.hooks.preprocess_logits_for_metrics
         if process is not None and logits is not None:
             logits = process(logits, labels)
-        wanted = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, rows)}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        self._keep(self._gather(wanted), samples)
+        outputs = {"predictions": logits, "label_ids": labels, **self._extras(inputs, loss, rows)}
+        outputs = {name: value for name, value in outputs.items() if value is not None}
+        self._store(self._gather(outputs), samples)
 
-    def _cannot_measure(self, inputs: Any) -> None:
-        """Raise in an evaluation that has no labels; say it once where predictions alone were asked for."""
-        names = self.trainer.label_names
+    def _report_missing_labels(self, inputs: Any) -> None:
+        """Raise in an evaluation without labels; warn once if only predictions were requested."""
+        names = self.hooks.label_names
         saw = f"compute_metrics was given, and a batch has {columns_in(inputs)}"
-        if not self.measures:
-            if not self.said:
-                logger.warning("%s: it is not called, for label_names is %s.", saw, names)
-            self.said = True
-            return
-        raise DataError(
-            saw,
-            f"It is called with labels, and label_names is {names}",
-            "Write label_names with what holds them (where there are several, all must be there), let the "
-            "data_collator bring them, or leave compute_metrics out",
-        )
+        if self.requires_metrics:
+            raise DataError(
+                saw,
+                f"It needs labels, and label_names is {names}",
+                "Set label_names to the entries that contain them (all of them must be in the batch), let the "
+                "data_collator add them, or leave compute_metrics out",
+            )
+        if not self._has_warned:
+            logger.warning("%s: it is not called, because label_names is %s.", saw, names)
+        self._has_warned = True
 
     def _extras(self, inputs: Any, loss: Tensor | None, rows: int) -> dict[str, Any]:
-        asked = self.args.include_for_metrics
+        requested = self.args.include_for_metrics
         extras: dict[str, Any] = {}
-        if "inputs" in asked:
-            name = getattr(self.trainer.model, "main_input_name", "input_ids")
+        if "inputs" in requested:
+            name = getattr(self.hooks.model, "main_input_name", "input_ids")
             is_mapping = isinstance(inputs, Mapping)
             extras["inputs"] = inputs.get(name, next(iter(inputs.values()))) if is_mapping else inputs[0]
-        if "loss" in asked and loss is not None:
+        if "loss" in requested and loss is not None:
             extras["losses"] = loss.mean().expand(rows).clone()
         return extras
 
@@ -200,14 +219,14 @@ class EvaluationLoop:
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
         self.weight_sum = weight if self.weight_sum is None else self.weight_sum + weight
 
-    def _gather(self, wanted: dict[str, Any]) -> dict[str, Any]:
+    def _gather(self, outputs: dict[str, Any]) -> dict[str, Any]:
         as_objects = self.args.eval_use_gather_object
-        gathered: dict[str, Any] = self.accelerator.gather_for_metrics(wanted, as_objects, pad_index=PADDING)
-        return join_ranks(wanted, gathered) if as_objects else gathered
+        gathered: dict[str, Any] = self.accelerator.gather_for_metrics(outputs, as_objects, pad_index=PADDING)
+        return join_ranks(outputs, gathered) if as_objects else gathered
 
-    def _keep(self, gathered: dict[str, Any], samples: int | None) -> None:
+    def _store(self, gathered: dict[str, Any], samples: int | None) -> None:
         if not self._streams:
-            self.kept.add(gathered, samples)
+            self.stored.add(gathered, samples)
             return
         prediction = _as_prediction(map_leaves(to_numpy, gathered))
         metric: Any = self.metric
@@ -216,41 +235,46 @@ class EvaluationLoop:
         else:
             self.streamed = metric(prediction, compute_result=self.loader.end_of_dataloader) or {}
 
-    def _metrics(self, kept: Any) -> dict[str, float]:
+    def _metrics(self, stored: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if self.loss_sum is not None and self.weight_sum is not None:
             total, weight = self.accelerator.reduce(torch.stack([self.loss_sum, self.weight_sum]), "sum").tolist()
             metrics["loss"] = total / weight if weight else float("nan")
-        metric: Any = self.metric
-        found: Any = {}
-        if metric is None:
-            pass
-        elif self._streams:
-            found = metric.compute() if hasattr(metric, "compute") else self.streamed
-        elif kept is not None and "label_ids" in (kept if isinstance(kept, dict) else kept[0]):
-            found = metric(_as_prediction(kept))
-        if not isinstance(found, Mapping):
-            what, why = f"compute_metrics returned a {type(found).__name__}", "Metrics are names and numbers"
+        computed = self._computed_metrics(stored)
+        if not isinstance(computed, Mapping):
+            what, why = f"compute_metrics returned a {type(computed).__name__}", "Metrics are names and numbers"
             raise PacelineError(what, why, "Return a dictionary")
-        return {**metrics, **{name: _number(value) for name, value in found.items()}}
+        return {**metrics, **{name: _as_number(value) for name, value in computed.items()}}
+
+    def _computed_metrics(self, stored: Any) -> Any:
+        """What `compute_metrics` returns; nothing if it cannot be called."""
+        metric: Any = self.metric
+        if metric is None:
+            return {}
+        if self._streams:
+            return metric.compute() if hasattr(metric, "compute") else self.streamed
+        if stored is None:
+            return {}
+        first = stored if isinstance(stored, dict) else stored[0]
+        return metric(_as_prediction(stored)) if "label_ids" in first else {}
 
 
-def _both(kept: Any) -> tuple[Any, Any]:
-    """Predictions and labels, from a structure or from a list of them."""
-    if isinstance(kept, dict):
-        return kept.get("predictions"), kept.get("label_ids")
-    return [part.get("predictions") for part in kept], [part.get("label_ids") for part in kept]
+def _predictions_and_labels(stored: Any) -> tuple[Any, Any]:
+    """Predictions and labels of all batches together, or as lists with an entry per batch."""
+    if isinstance(stored, dict):
+        return stored.get("predictions"), stored.get("label_ids")
+    return [part.get("predictions") for part in stored], [part.get("label_ids") for part in stored]
 
 
-def _as_prediction(kept: Any) -> EvalPrediction:
-    prediction, labels = _both(kept)
-    if not isinstance(kept, dict):
-        return EvalPrediction(prediction, labels)
-    return EvalPrediction(prediction, labels, kept.get("inputs"), kept.get("losses"))
+def _as_prediction(stored: Any) -> EvalPrediction:
+    predictions, labels = _predictions_and_labels(stored)
+    if not isinstance(stored, dict):
+        return EvalPrediction(predictions, labels)
+    return EvalPrediction(predictions, labels, stored.get("inputs"), stored.get("losses"))
 
 
-def _number(value: Any) -> Any:
-    """A metric as JSON can hold it."""
+def _as_number(value: Any) -> Any:
+    """A metric as JSON value."""
     return value.item() if isinstance(value, torch.Tensor | np.generic) or _is_scalar_array(value) else value
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation keeps of its batches, and how it becomes one: samples of different batches are never merged."""
+"""Predictions of evaluation batches, and how they are joined: samples of different batches are never merged."""
 
 from __future__ import annotations
 
@@ -20,73 +20,73 @@ __all__ = ["PADDING", "KeptBatches", "join_ranks", "to_numpy"]
 
 PADDING = -100
 _DEVICE_BYTES = 256 * 2**20
-_APART = "Set eval_do_concat_batches=False: then compute_metrics and predict get a list, one entry a batch"
+_KEEP_APART = "Set eval_do_concat_batches=False: then compute_metrics and predict get a list with an entry per batch"
 
 
 class KeptBatches:
-    """Predictions of the batches so far: the newest on the device, the others in host memory.
+    """Predictions of the batches so far: the latest on the device, the others in host memory.
 
     Args:
-        every: Move to host memory after so many batches; None lets memory decide.
+        every: Move them to host memory after this many batches; None moves them before they exceed 256 MiB.
     """
 
     def __init__(self, every: int | None) -> None:
         self._every = every
-        self._waiting: list[Any] = []
-        self._stored: list[Any] = []
+        self._on_device: list[Any] = []
+        self._on_host: list[Any] = []
         self._samples: list[int | None] = []
-        self._bytes_waiting = 0
+        self._device_bytes = 0
 
     def add(self, value: Any, samples: int | None) -> None:
-        """Keep one batch of so many samples; move to host memory what has become too much."""
-        self._waiting.append(value)
+        """Store a batch with its number of samples, if that is known."""
+        self._on_device.append(value)
         self._samples.append(samples)
-        found = (leaf for leaf in leaves_of(value) if isinstance(leaf, torch.Tensor))
-        self._bytes_waiting += sum(tensor.numel() * tensor.element_size() for tensor in found)
-        due = self._every is not None and len(self._waiting) >= self._every
-        if due or self._bytes_waiting > _DEVICE_BYTES:
+        tensors = (leaf for leaf in leaves_of(value) if isinstance(leaf, torch.Tensor))
+        self._device_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        is_due = self._every is not None and len(self._on_device) >= self._every
+        if is_due or self._device_bytes > _DEVICE_BYTES:
             self._move()
 
     def _move(self) -> None:
-        self._stored += [map_leaves(_to_host, value) for value in self._waiting]
-        self._waiting.clear()
-        self._bytes_waiting = 0
+        self._on_host += [map_leaves(_to_host, value) for value in self._on_device]
+        self._on_device.clear()
+        self._device_bytes = 0
 
     def everything(self, *, concatenate: bool) -> Any:
-        """All batches as one structure of arrays, or as a list of structures.
+        """All batches as one structure of arrays, or as a list with an entry per batch.
 
         Raises:
-            PacelineError: They cannot become one.
+            PacelineError: They cannot be concatenated.
         """
         self._move()
-        if not self._stored:
+        if not self._on_host:
             return None
         if not concatenate:
-            return [map_leaves(to_numpy, value) for value in self._stored]
+            return [map_leaves(to_numpy, value) for value in self._on_host]
         joined = {
-            name: _joined([value[name] for value in self._stored], self._samples, name) for name in self._stored[0]
+            name: _joined([value[name] for value in self._on_host], self._samples, name) for name in self._on_host[0]
         }
         return map_leaves(to_numpy, joined)
 
 
-def join_ranks(own: Any, gathered: Any) -> Any:
-    """Make one tensor of those that ranks sent as objects; lists of entries are one list already.
+def join_ranks(local: Any, gathered: Any) -> Any:
+    """Concatenate the tensors of all ranks after `gather_object`; lists of entries are joined already.
 
     Args:
-        own: What this rank sent.
-        gathered: What came back: a list in place of each tensor.
+        local: What this rank sent.
+        gathered: What came back: a list instead of each tensor.
     """
-    if isinstance(own, torch.Tensor):
-        return _cat(gathered, "what was gathered")
-    if isinstance(own, Mapping):
-        return {name: join_ranks(own[name], part) for name, part in gathered.items()}
-    if isinstance(own, tuple) and not is_plain_entries(own) and len(own) == len(gathered):
-        return like(own, [join_ranks(mine, part) for mine, part in zip(own, gathered, strict=True)])
+    if isinstance(local, torch.Tensor):
+        return _cat(gathered, "The gathered value")
+    if isinstance(local, Mapping):
+        return {name: join_ranks(local[name], part) for name, part in gathered.items()}
+    if isinstance(local, tuple) and not is_plain_entries(local) and len(local) == len(gathered):
+        return like(local, [join_ranks(one, part) for one, part in zip(local, gathered, strict=True)])
     return gathered
 
 
 def to_numpy(value: Any) -> Any:
-    """A tensor as an array; anything else as it is."""
+    """Convert a tensor to an array; return anything else unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()
@@ -98,7 +98,7 @@ def _to_host(value: Any) -> Any:
 
 
 def _joined(parts: list[Any], samples: Sequence[int | None], where: str) -> Any:
-    """One structure from those of all batches."""
+    """Join the structures of all batches."""
     first = parts[0]
     if isinstance(first, torch.Tensor):
         return _cat(parts, where)
@@ -115,45 +115,52 @@ def _joined(parts: list[Any], samples: Sequence[int | None], where: str) -> Any:
 
 
 def _are_entries(parts: list[Any], samples: Sequence[int | None], where: str) -> bool:
-    """Say whether a sequence is one entry a sample, rather than a set of tensors.
+    """Whether a sequence has an entry per sample, rather than being a structure of batched tensors.
 
     Raises:
-        PacelineError: That cannot be told, so that samples of different batches might be merged.
+        PacelineError: That cannot be decided, and samples of different batches might be merged.
     """
     if len(parts) == 1 or all(map(is_plain_entries, parts)):
         return True
     kind, sizes = type(parts[0]), {len(part) for part in parts}
-    seen = [Evidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
-    per_sample: bool | None = None
-    if any(map(is_unclear, parts)):
-        per_sample = maybe_per_sample(seen, kind) if len(seen) == len(parts) else None
-    elif not any(map(tensors_alike, parts)) or maybe_per_sample(seen, kind) is not True:
-        # A tuple of tensors is structure, unless they look like those of single samples.
-        per_sample = False
+    per_sample = _maybe_per_sample(parts, samples)
     if per_sample is None or (not per_sample and len(sizes) > 1):
         raise PacelineError(
             f"{where} is a {kind.__name__} of {' or '.join(map(str, sorted(sizes)))} tensors in each batch",
-            "It cannot be told whether each entry belongs to a sample, and samples of different batches must not be "
-            "merged",
-            _APART,
+            "Whether each of them belongs to a sample is unclear, and samples of different batches must not be merged",
+            _KEEP_APART,
         )
     return per_sample
 
 
+def _maybe_per_sample(parts: list[Any], samples: Sequence[int | None]) -> bool | None:
+    """Whether sequences of tensors have a tensor per sample; None if that is unclear."""
+    kind = type(parts[0])
+    evidence = [Evidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
+    if any(map(is_unclear, parts)):
+        return maybe_per_sample(evidence, kind) if len(evidence) == len(parts) else None
+    # A tuple of tensors is a structure, unless they look like those of single samples.
+    if not any(map(tensors_alike, parts)) or maybe_per_sample(evidence, kind) is not True:
+        return False
+    return None
+
+
 def _cat(parts: list[torch.Tensor], where: str) -> torch.Tensor:
-    """Join along dimension 0; what differs in dimension 1 is padded with -100."""
+    """Concatenate along dimension 0; pad dimension 1 with -100 to the largest size."""
     parts = [part if part.dim() else part.reshape(1) for part in parts]
     if parts[0].dim() > 1:
         width = max(part.shape[1] for part in parts)
         parts = [_widened(part, width) for part in parts]
     if len({part.shape[1:] for part in parts}) > 1:
         shapes = ", ".join(str(tuple(shape)) for shape in dict.fromkeys(part.shape for part in parts))
-        raise PacelineError(f"{where} has the shapes {shapes}", "Batches are joined along dimension 0", _APART)
+        raise PacelineError(
+            f"{where} has the shapes {shapes}", "Batches are concatenated along dimension 0", _KEEP_APART
+        )
     return torch.cat(parts)
 
 
 def _widened(part: torch.Tensor, width: int) -> torch.Tensor:
     if part.shape[1] == width:
         return part
-    room = (0, 0) * (part.dim() - 2)
-    return F.pad(part, (*room, 0, width - part.shape[1]), value=PADDING)
+    other_dims = (0, 0) * (part.dim() - 2)
+    return F.pad(part, (*other_dims, 0, width - part.shape[1]), value=PADDING)

@@ -1,10 +1,9 @@
-"""Calling a model and finding the loss in what it returns."""
+"""How a model is called, its loss, and the number of targets that the loss is over."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,135 +12,168 @@ import torch.nn.functional as F
 from paceline.errors import PacelineError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
-__all__ = [
-    "IGNORED",
-    "ModelCall",
-    "find_labels",
-    "keys_to_ignore",
-    "loss_of",
-    "maybe_loss",
-    "predictions_of",
-    "smoothed_loss",
-    "without_labels",
-]
+    from paceline.trainer.protocol import TrainerHooks
 
+__all__ = ["IGNORED", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
+
+# The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
 IGNORED = -100
 
 
 class ModelCall:
-    """What is known about how a model wants to be called, looked up once.
+    """How a model is called, looked up once from its signature.
 
     Attributes:
-        counts_items: Whether it takes `num_items_in_batch` and divides its sum by that.
-        shifts_labels: Whether it predicts the next token, so that the first label counts for nothing.
+        takes_num_items: Whether its forward takes `num_items_in_batch` and divides the summed loss by it.
+        shifts_labels: Whether it predicts the next token, so that the first label is no target.
+        requires_labels: Whether its forward cannot be called without labels.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters
-        own = getattr(model, "accepts_loss_kwargs", None)
-        is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if own is None:
-            own = "num_items_in_batch" in parameters or (is_transformers and open_ended)
-        self.counts_items = bool(own)
+        takes_num_items = getattr(model, "accepts_loss_kwargs", None)
+        if takes_num_items is None:
+            is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
+            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+            takes_num_items = "num_items_in_batch" in parameters or (is_transformers and takes_any)
+        self.takes_num_items = bool(takes_num_items)
         config = getattr(model, "config", None)
-        causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
-        self.shifts_labels = causal and not getattr(config, "is_encoder_decoder", False)
+        is_causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
+        self.shifts_labels = is_causal and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
         self.requires_labels = labels is not None and labels.default is labels.empty
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Tensor | None = None) -> Any:
-        """Call a model with a mapping by keywords, with a sequence by position, or with what is neither."""
-        more = {"num_items_in_batch": num_items.clamp(min=1)} if self.counts_items and num_items is not None else {}
+        """Call a model: a mapping becomes keywords, a sequence positional arguments, anything else one argument."""
+        more = {"num_items_in_batch": num_items.clamp(min=1)} if self.takes_num_items and num_items is not None else {}
         if isinstance(inputs, Mapping):
             return model(**inputs, **more)
         if isinstance(inputs, list | tuple):
             return model(*inputs, **more)
         return model(inputs, **more)
 
-    def count(self, labels: Any) -> Tensor | None:
-        """How many targets labels hold: those that are not -100, shape []; None without labels."""
+    def count_items(self, inputs: Any, *, last_is_target: bool) -> Tensor | None:
+        """The number of targets in a micro-batch, shape []; None without labels.
+
+        Args:
+            inputs: The micro-batch.
+            last_is_target: Whether the last element of a sequence is the labels.
+        """
+        shifted = inputs.get("shift_labels") if hasattr(inputs, "get") else None
+        if shifted is not None:
+            count: Tensor = shifted.ne(IGNORED).sum()
+            return count
+        return self._count_labels(find_labels(inputs, last_is_target=last_is_target))
+
+    def _count_labels(self, labels: Any) -> Tensor | None:
         if not isinstance(labels, torch.Tensor):
             return None
         if labels.is_floating_point():
             return torch.full((), labels.numel(), dtype=torch.int64, device=labels.device)
         if self.shifts_labels and labels.dim() > 1:
             labels = labels[..., 1:]
-        counted: Tensor = labels.ne(IGNORED).sum()
-        return counted
+        count: Tensor = labels.ne(IGNORED).sum()
+        return count
+
+
+def count_items(hooks: TrainerHooks, call: ModelCall, inputs: Any) -> Tensor | None:
+    """The targets by which a batch's loss is weighted, shape []; None if batches are to weigh the same."""
+    if not hooks.args.average_tokens_across_devices:
+        return None
+    return call.count_items(inputs, last_is_target=hooks.compute_loss_func is not None)
+
+
+def compute_loss(
+    call: ModelCall,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    loss_function: Callable[..., Tensor] | None,
+    label_smoothing: float,
+    num_items: Tensor | None,
+) -> tuple[Tensor, Any]:
+    """The loss of a micro-batch, as mean over its targets, shape [], and the model's outputs.
+
+    Args:
+        call: How the model is called.
+        model: As prepared.
+        inputs: The micro-batch.
+        loss_function: Computes the loss from outputs and labels instead of the model.
+        label_smoothing: From 0 to 1; the loss is computed here instead of by the model if it is above 0.
+        num_items: The number of targets, for models and functions that divide a summed loss by it.
+
+    Raises:
+        PacelineError: The model returned no loss, or there are no labels to smooth.
+    """
+    labels = find_labels(inputs, last_is_target=loss_function is not None)
+    is_separate = labels is not None and (loss_function is not None or label_smoothing > 0)
+    if is_separate and not call.requires_labels:
+        inputs = _without_labels(inputs)
+    outputs = call(model, inputs, None if is_separate else num_items)
+    if loss_function is not None:
+        count = None if num_items is None else num_items.clamp(min=1)
+        return loss_function(outputs, labels, num_items_in_batch=count), outputs
+    if is_separate:
+        return _smoothed_loss(outputs, labels, label_smoothing, shift=call.shifts_labels), outputs
+    if label_smoothing > 0:
+        raise PacelineError(
+            f"label_smoothing_factor={label_smoothing}, and the batch has no 'labels'",
+            "The model would compute the loss itself, without smoothing",
+            "Call them labels in a mapping, or leave the factor out",
+        )
+    return _loss_of(outputs), outputs
 
 
 def find_labels(inputs: Any, *, last_is_target: bool) -> Any:
-    """The labels in a batch: under their name, or the last part of a sequence."""
+    """The labels in a batch: the entry `labels` of a mapping, or the last element of a sequence; None if absent."""
     if isinstance(inputs, Mapping):
         return inputs.get("labels")
     return inputs[-1] if last_is_target and isinstance(inputs, list | tuple) and len(inputs) > 1 else None
 
 
-def without_labels(inputs: Any) -> Any:
-    """A batch without its labels."""
+def _without_labels(inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return {name: value for name, value in inputs.items() if name != "labels"}
     return inputs[:-1]
 
 
-def loss_of(outputs: Any) -> Tensor:
-    """The loss in what a model returned: an entry or attribute `loss`, the first of a tuple, or all there is.
+def _loss_of(outputs: Any) -> Tensor:
+    """The loss in a model's outputs.
 
     Raises:
         PacelineError: There is none.
     """
-    found = maybe_loss(outputs)
-    if found is not None:
-        return found
-    what = f"with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+    loss = maybe_loss(outputs)
+    if loss is not None:
+        return loss
+    names = f"with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
     raise PacelineError(
-        f"The model returned a {type(outputs).__name__} {what}".rstrip(),
-        "There is no loss in it to train on",
+        f"The model returned a {type(outputs).__name__} {names}".rstrip(),
+        "It contains no loss to train on",
         "Pass labels, return a loss, or give the Trainer a compute_loss_func",
     )
 
 
 def maybe_loss(outputs: Any) -> Tensor | None:
-    """The loss in what a model returned, or None."""
+    """The loss in a model's outputs: `loss`, the first of a tuple, or the only tensor; None if there is none."""
     if isinstance(outputs, torch.Tensor):
         return outputs if outputs.dim() == 0 else None
     if isinstance(outputs, Mapping):
-        found = outputs.get("loss")
+        loss = outputs.get("loss")
     elif hasattr(outputs, "loss"):
-        found = outputs.loss
+        loss = outputs.loss
     else:
-        found = outputs[0] if isinstance(outputs, list | tuple) and outputs else None
-        found = found if isinstance(found, torch.Tensor) and found.dim() == 0 else None
-    return found if isinstance(found, torch.Tensor) else None
+        loss = outputs[0] if isinstance(outputs, list | tuple) and outputs else None
+        loss = loss if isinstance(loss, torch.Tensor) and loss.dim() == 0 else None
+    return loss if isinstance(loss, torch.Tensor) else None
 
 
-def predictions_of(outputs: Any, ignored: frozenset[str], *, has_loss: bool) -> Any:
-    """What a model returned without the loss; a single part by itself."""
-    if isinstance(outputs, torch.Tensor):
-        return None if has_loss and outputs.dim() == 0 else outputs
-    if is_dataclass(outputs) and not isinstance(outputs, Mapping):
-        outputs = {part.name: getattr(outputs, part.name) for part in fields(outputs)}
-    elif not isinstance(outputs, Mapping | list | tuple) and hasattr(outputs, "__dict__"):
-        outputs = vars(outputs)
-    if isinstance(outputs, Mapping):
-        kept = [value for name, value in outputs.items() if name not in ignored and name != "loss"]
-        kept = [value for value in kept if value is not None]
-    else:
-        kept = list(outputs[1:] if has_loss else outputs)
-    return kept[0] if len(kept) == 1 else tuple(kept)
-
-
-def keys_to_ignore(model: nn.Module) -> list[str]:
-    """Outputs of a model that are no predictions."""
-    own = getattr(getattr(model, "config", None), "keys_to_ignore_at_inference", None)
-    return ["past_key_values", "cache"] if own is None else list(own)
-
-
-def smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, *, shift: bool) -> Tensor:
-    """Cross entropy with a share of the probability on all classes alike, mean over what is not ignored."""
+def _smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, *, shift: bool) -> Tensor:
+    """Cross entropy with label smoothing, mean over the targets."""
     logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None:
         logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]

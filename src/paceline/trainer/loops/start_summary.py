@@ -1,4 +1,4 @@
-"""What a training is about to do, in a few lines at its start."""
+"""The summary that is printed at the start of a training."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paceline.trainer.loops.training import TrainingLoop
-    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["summarize"]
 
 _WIDTH = 11
 
 
-def summarize(trainer: Trainer, loop: TrainingLoop) -> str:
-    """Lines of `what   value`: strategy and why, parameters, length, global batch, precision."""
+def summarize(hooks: TrainerHooks, loop: TrainingLoop) -> str:
+    """Lines with strategy (and why it was chosen), parameters, length, global batch and precision."""
     rows = {
-        "strategy": _strategy(trainer),
-        "parameters": _parameters(trainer.model),
-        "steps": _length(trainer, loop),
-        "batch": _batch(trainer, loop.loader),
-        "precision": _precision(trainer),
+        "strategy": _strategy(hooks),
+        "parameters": _parameters(hooks.model),
+        "steps": _length(hooks, loop),
+        "batch": _batch(hooks, loop.loader),
+        "precision": _precision(hooks),
     }
     return "\n".join(["Training", *(f"  {what:<{_WIDTH}} {value}" for what, value in rows.items())])
 
 
-def _strategy(trainer: Trainer) -> str:
-    accelerator = trainer.accelerator
+def _strategy(hooks: TrainerHooks) -> str:
+    accelerator = hooks.accelerator
     reason = accelerator.strategy_reason
-    for ours in ("fsdp", "deepspeed", "strategy"):
-        if getattr(trainer.args, ours):
-            # The Trainer hands on what its arguments say.
-            reason = reason.partition("Accelerator(")[0] + f"TrainingArguments({ours}=…)"
+    for field in ("fsdp", "deepspeed", "strategy"):
+        if getattr(hooks.args, field):
+            # The Trainer's arguments become the Accelerator's; name those that the user wrote.
+            reason = reason.partition("Accelerator(")[0] + f"TrainingArguments({field}=…)"
             break
     return f"{reason}; {_count(accelerator.num_processes, 'rank')} on {accelerator.device.type}"
 
@@ -43,7 +43,7 @@ def _strategy(trainer: Trainer) -> str:
 def _parameters(model: nn.Module) -> str:
     total = trained = 0
     for parameter in model.parameters():
-        # ZeRO stage 3 leaves nothing of a parameter between two uses.
+        # Under ZeRO stage 3, parameters are empty between two uses.
         count = getattr(parameter, "ds_numel", parameter.numel())
         total += count
         trained += count if parameter.requires_grad else 0
@@ -51,26 +51,26 @@ def _parameters(model: nn.Module) -> str:
     return f"{trained:,} trained of {total:,}{share}"
 
 
-def _length(trainer: Trainer, loop: TrainingLoop) -> str:
-    state = trainer.state
-    gone_on = [f"going on after step {state.global_step:,}"] if state.global_step else []
-    return ", ".join([f"{state.max_steps:,}", *_passes(trainer, loop), *gone_on])
+def _length(hooks: TrainerHooks, loop: TrainingLoop) -> str:
+    state = hooks.state
+    resumed = [f"resumed after step {state.global_step:,}"] if state.global_step else []
+    return ", ".join([f"{state.max_steps:,}", *_epochs(hooks, loop), *resumed])
 
 
-def _passes(trainer: Trainer, loop: TrainingLoop) -> Iterator[str]:
-    plan, samples = loop.plan, loop.loader.total_dataset_length
-    if plan.num_train_epochs >= 2**31:
+def _epochs(hooks: TrainerHooks, loop: TrainingLoop) -> Iterator[str]:
+    length, samples = loop.length, loop.loader.total_dataset_length
+    if length.num_train_epochs >= 2**31:
         yield "over data of unknown length"
         return
-    args = trainer.args
-    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * plan.epoch_of_update
-    yield f"{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {_count(plan.updates_per_pass, 'step')}"
+    args = hooks.args
+    epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * length.epochs_per_step
+    yield f"{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {_count(length.steps_per_epoch, 'step')}"
     yield "an unknown number of samples" if samples is None else f"{_count(samples, 'sample')} an epoch"
 
 
-def _batch(trainer: Trainer, loader: Any) -> str:
-    ranks, total = trainer.accelerator.num_processes, loader.total_batch_size
-    micro_batches = trainer.accelerator.gradient_accumulation_steps
+def _batch(hooks: TrainerHooks, loader: Any) -> str:
+    ranks, total = hooks.accelerator.num_processes, loader.total_batch_size
+    micro_batches = hooks.accelerator.gradient_accumulation_steps
     if total is None:
         return f"as the loader yields them x {_count(ranks, 'rank')} x {_count(micro_batches, 'micro-batch')}"
     return (
@@ -79,9 +79,9 @@ def _batch(trainer: Trainer, loader: Any) -> str:
     )
 
 
-def _precision(trainer: Trainer) -> str:
-    mode = trainer.accelerator.mixed_precision
-    weights = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}))
+def _precision(hooks: TrainerHooks) -> str:
+    mode = hooks.accelerator.mixed_precision
+    weights = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in hooks.model.parameters()}))
     return f"{weights or 'float32'} throughout" if mode == "no" else f"{mode} mixed precision, weights {weights}"
 
 

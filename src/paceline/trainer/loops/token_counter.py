@@ -1,4 +1,4 @@
-"""Counting input tokens, and ending a training when enough of them were seen."""
+"""Counting of input tokens, and ending a training after a number of them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from paceline.accelerator.accelerator import Accelerator
+    from paceline.trainer.protocol import TrainerHooks
     from paceline.trainer.state import TrainerState
-    from paceline.trainer.trainer import Trainer
 
 __all__ = ["TokenCounter"]
 
 
 class TokenCounter:
-    """Input tokens of all ranks.
+    """Counts the input tokens of all ranks.
 
-    Sizes are known to the host, so that counting waits for nothing. Ranks are asked for theirs when the count is
-    read, and near the end of a budget: the next question comes when half of what is left could be used up.
+    Counting waits for nothing, because sizes are known on the host. Counts are summed over ranks on reading, and to
+    notice the end of a budget: each time when half of what is left could have been used up.
 
     Args:
-        accelerator: The ranks.
-        name: The input that holds the tokens.
-        padding: Whether padding counts; else the attention mask says what is real.
-        budget: When to stop; None never does.
+        accelerator: Communicates with the other ranks.
+        name: The input that contains the tokens.
+        padding: Whether padding counts; else the attention mask decides.
+        budget: The number of tokens after which to stop; None never stops.
         seen: Tokens before this run.
     """
 
@@ -37,34 +37,34 @@ class TokenCounter:
         self._padding = padding
         self._budget = budget
         self._seen = seen
-        self._own: int | Tensor = 0
+        self._local: int | Tensor = 0
         self._steps = 0
-        self._ask_after = 1
-        self._most = 1
+        self._read_after = 1
+        self._most_per_step = 1
 
     @classmethod
-    def for_run(cls, trainer: Trainer) -> TokenCounter | None:
-        """The counter that the arguments ask for, or None."""
-        args = trainer.args
+    def for_run(cls, hooks: TrainerHooks) -> TokenCounter | None:
+        """The counter that the arguments require; None if they do not."""
+        args = hooks.args
         kind = args.include_num_input_tokens_seen
         if kind == "no" and args.max_tokens is None:
             return None
-        name = getattr(trainer.model, "main_input_name", "input_ids")
-        seen = trainer.state.num_input_tokens_seen
+        name = getattr(hooks.model, "main_input_name", "input_ids")
+        seen = hooks.state.num_input_tokens_seen
         padding = kind != "non_padding" or args.max_tokens is not None
-        return cls(trainer.accelerator, name, padding=padding, budget=args.max_tokens, seen=seen)
+        return cls(hooks.accelerator, name, padding=padding, budget=args.max_tokens, seen=seen)
 
     @classmethod
-    def for_throughput(cls, trainer: Trainer) -> TokenCounter:
-        """A counter of everything that goes through the model, padding included, for `metrics.jsonl`."""
-        name = getattr(trainer.model, "main_input_name", "input_ids")
-        return cls(trainer.accelerator, name, padding=True, budget=None, seen=0)
+    def for_throughput(cls, hooks: TrainerHooks) -> TokenCounter:
+        """A counter of all tokens, padding included, for `metrics.jsonl`."""
+        name = getattr(hooks.model, "main_input_name", "input_ids")
+        return cls(hooks.accelerator, name, padding=True, budget=None, seen=0)
 
     def add_tokens(self, inputs: Any) -> None:
-        """Count the tokens of a micro-batch, if its main input is token numbers."""
+        """Count the tokens of a micro-batch, if its main input is token ids."""
         tokens = inputs.get(self._name) if isinstance(inputs, Mapping) else None
         if tokens is not None and not tokens.is_floating_point():
-            self._own = self._own + tokens.numel()
+            self._local = self._local + tokens.numel()
 
     def add(self, inputs: Any) -> None:
         """Count the tokens of a micro-batch."""
@@ -73,30 +73,30 @@ class TokenCounter:
         else:
             tokens = inputs.get(self._name, next(iter(inputs.values())))
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and not self._padding else None
-        self._own = self._own + (tokens.numel() if mask is None else mask.sum())
+        self._local = self._local + (tokens.numel() if mask is None else mask.sum())
 
     def read(self) -> int:
-        """All tokens so far. Collective: every rank must call it."""
-        own = torch.as_tensor(self._own, dtype=torch.int64, device=self._accelerator.device)
-        self._seen += int(self._accelerator.reduce(own, "sum"))
-        self._own = 0
+        """The tokens of all ranks so far. Collective: every rank must call it."""
+        local = torch.as_tensor(self._local, dtype=torch.int64, device=self._accelerator.device)
+        self._seen += int(self._accelerator.reduce(local, "sum"))
+        self._local = 0
         return self._seen
 
-    def go_on_from(self, seen: int) -> None:
-        """Count from so many tokens on."""
-        self._seen, self._own = seen, 0
+    def restore(self, seen: int) -> None:
+        """Continue counting from a saved number."""
+        self._seen, self._local = seen, 0
 
     def is_spent(self, state: TrainerState) -> bool:
         """Whether the budget is used up after this step. Collective: every rank must call it."""
         if self._budget is None:
             return False
         self._steps += 1
-        if self._steps < self._ask_after:
+        if self._steps < self._read_after:
             return False
         before = self._seen
         state.num_input_tokens_seen = self.read()
-        self._most = max(self._most, -(-(self._seen - before) // self._steps))
-        left = self._budget - self._seen
+        self._most_per_step = max(self._most_per_step, -(-(self._seen - before) // self._steps))
+        remaining = self._budget - self._seen
         self._steps = 0
-        self._ask_after = max(1, left // (2 * self._most))
-        return left <= 0
+        self._read_after = max(1, remaining // (2 * self._most_per_step))
+        return remaining <= 0

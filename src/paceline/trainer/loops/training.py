@@ -1,35 +1,38 @@
-"""The training loop: passes, windows of micro-batches, and what is due after each step."""
+"""The training loop: epochs, optimizer steps of several micro-batches, and what is due after each step."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from paceline.errors import ConfigError, Problem
+from paceline.trainer.callbacks.base import fire
+from paceline.trainer.callbacks.best_checkpoint import metric_key, note_metrics
 from paceline.trainer.loops.loss_meter import LossMeter
+from paceline.trainer.loops.losses import ModelCall, count_items
+from paceline.trainer.loops.prediction import warn_of_missing_labels
 from paceline.trainer.loops.token_counter import TokenCounter
+from paceline.trainer.optim.schedules import follows_metric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from paceline.accelerator.accelerator import Accelerator
-    from paceline.trainer.arguments.arguments import TrainingArguments
-    from paceline.trainer.trainer import Trainer
+    from paceline.trainer.loops.length import TrainingLength
+    from paceline.trainer.protocol import TrainerHooks
 
-__all__ = ["Plan", "TrainOutput", "TrainingLoop", "plan_training"]
+__all__ = ["TrainOutput", "TrainingLoop"]
 
 
 class TrainOutput(NamedTuple):
     """What `train` returns.
 
     Attributes:
-        global_step: Optimizer steps that were taken.
+        global_step: Optimizer steps so far.
         training_loss: Mean loss of the steps of this call.
-        metrics: Times, rates and that loss.
+        metrics: Runtime in seconds, throughput, and that loss.
     """
 
     global_step: int
@@ -37,280 +40,246 @@ class TrainOutput(NamedTuple):
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How long to train.
-
-    Attributes:
-        max_steps: Optimizer steps of the whole training.
-        num_train_epochs: Passes of the whole training, the last one counted whole.
-        updates_per_pass: Optimizer steps of a pass; all of them where the data has no length.
-        epoch_of_update: The part of a pass that a whole optimizer step is.
-        batch_size: Samples of an optimizer step over all ranks.
-        num_samples: Samples of the whole training.
-    """
-
-    max_steps: int
-    num_train_epochs: int
-    updates_per_pass: int
-    epoch_of_update: float
-    batch_size: int
-    num_samples: int
-
-
-def plan_training(args: TrainingArguments, loader: Any, *, accumulation: int, total_batch: int) -> Plan:
-    """Work out the steps and passes.
-
-    Raises:
-        ConfigError: The data has no length and nobody said how many steps to take.
-    """
-    try:
-        batches: int | None = len(loader)
-    except TypeError:
-        batches = None
-    if batches is None:
-        if args.max_steps <= 0:
-            what = "is missing for data that has no length"
-            raise ConfigError([Problem("TrainingArguments(…)", "max_steps", what, hint="say how many steps to take")])
-        samples = args.max_steps * total_batch
-        return Plan(args.max_steps, 2**31, args.max_steps, 1 / args.max_steps, total_batch, samples)
-    updates, share = max(1, math.ceil(batches / accumulation)), accumulation / batches
-    length = getattr(loader, "total_dataset_length", None)
-    if args.global_batch_size is not None and length:
-        # By samples, so that neither depends on how a step is split: a pass that drops ends with its last whole step.
-        updates = max(1, length // total_batch) if args.dataloader_drop_last else math.ceil(length / total_batch)
-        share = 1 / updates if args.dataloader_drop_last else total_batch / length
-    if args.max_steps > 0:
-        passes = math.ceil(args.max_steps / updates)
-        return Plan(args.max_steps, passes, updates, share, total_batch, args.max_steps * total_batch)
-    steps = math.ceil(args.num_train_epochs * updates)
-    samples = length or batches * total_batch
-    passes = math.ceil(args.num_train_epochs)
-    return Plan(steps, passes, updates, share, total_batch, int(samples * args.num_train_epochs))
-
-
 class TrainingLoop:
-    """One run of `train`: everything is prepared when it begins.
+    """One training, constructed when everything is prepared.
 
     Args:
-        trainer: Whose steps, callbacks and state.
+        hooks: The Trainer's steps, state and callbacks.
+        call: Counts the targets of a micro-batch.
         model: As prepared.
         loader: As prepared.
-        plan: How long.
+        length: How long to train.
+        ignore_keys: Outputs of the model that are not predictions, for evaluations.
     """
 
-    def __init__(self, trainer: Trainer, model: nn.Module, loader: Any, plan: Plan) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        hooks: TrainerHooks,
+        call: ModelCall,
+        model: nn.Module,
+        loader: Any,
+        length: TrainingLength,
+        ignore_keys: list[str] | None,
+    ) -> None:
+        self.hooks = hooks
+        self.call = call
         self.model = model
         self.loader = loader
-        self.plan = plan
-        self.accelerator = trainer.accelerator
-        self.args = trainer.args
-        # Listed once: a walk over the model in every step would cost more than the step of a small one.
+        self.length = length
+        self.ignore_keys = ignore_keys
+        self.accelerator = hooks.accelerator
+        self.args = hooks.args
+        # Listed once: walking over the modules in every step would take longer than the step of a small model.
         self.parameters = list(model.parameters())
         self.meter = LossMeter(self.accelerator, only_finite=self.args.logging_nan_inf_filter)
-        self.tokens = TokenCounter.for_run(trainer)
-        # Sizes are known to the host, so that throughput in tokens costs no wait.
-        self.seen = TokenCounter.for_throughput(trainer)
-        # Samples over all ranks, where batches vary in size; else they follow from the steps.
+        self.tokens = TokenCounter.for_run(hooks)
+        self.all_tokens = TokenCounter.for_throughput(hooks)
+        # Over all ranks; counted only if batches differ in size, else computed from the steps.
         self.samples = 0
-        # Whether the first batch may still show that an evaluation will find no labels.
-        self._doubts_labels = bool(self.args.label_names) and trainer.eval_dataset is not None
         self._counts_samples = getattr(loader, "total_batch_size", None) is None
+        # Whether to look for labels in the first batch.
+        self._checks_labels = bool(self.args.label_names) and hooks.eval_dataset is not None
         self.grad_norm: Tensor | None = None
         self.learning_rate = 0.0
-        self._opens_window = True
-        self._resumed = False
-        # Whether memory that runs out now may do so for the size of the micro-batch.
+        self._starts_step = True
+        self._is_resumed = False
+        # Whether running out of memory now could be due to the size of the micro-batch.
         self.in_batch = False
+        # Of the loader after the last optimizer step, for `auto_find_batch_size`.
         self.position: dict[str, Any] = loader.state_dict()
-        self.logged_at = trainer.state.global_step
-        self.begun = time.perf_counter()
-        self.began_at = trainer.state.global_step
+        self.logged_at = hooks.state.global_step
+        self._started = time.perf_counter()
+        self._first_step = hooks.state.global_step
 
     def attach(self, accelerator: Accelerator, model: nn.Module) -> None:
-        """Go on with another Accelerator around the same training."""
+        """Continue with a rebuilt Accelerator and the model as it prepared it."""
         self.accelerator, self.model = accelerator, model
         self.parameters = list(model.parameters())
-        self._opens_window = True
+        self._starts_step = True
 
     def resume(self) -> None:
-        """Take over where the state says that a training was, after it was loaded."""
-        self.began_at = self.trainer.state.global_step
-        self._resumed = True
+        """Continue from the state of a checkpoint that was loaded."""
+        self._first_step = self.hooks.state.global_step
+        self._is_resumed = True
 
     def run(self) -> None:
         """Train to the end. Collective: every rank must call it."""
-        trainer = self.trainer
-        trainer.control.new_training()
-        trainer.fire("on_train_begin")
-        if self.args.eval_on_start and not self._resumed:
-            trainer.evaluate_in_training()
-        if self._resumed:
-            # What was due when the checkpoint was written, and not done yet.
-            self.after_step()
+        self.hooks.control.new_training()
+        fire(self.hooks, "on_train_begin")
+        if self.args.eval_on_start and not self._is_resumed:
+            self._evaluate()
+        if self._is_resumed:
+            # What was requested, but not done yet, when the checkpoint was written.
+            self._do_what_is_due()
         self.run_until_done()
 
     def run_until_done(self) -> None:
-        """Train from here to the end. Collective: every rank must call it."""
-        trainer, state = self.trainer, self.trainer.state
-        trainer.control.should_training_stop |= state.global_step >= state.max_steps
-        if state.updates_in_pass >= self.plan.updates_per_pass:
-            # Saved with the last step of a pass, and before what is due at its end.
-            self._end_pass()
-        # With max_steps it is the steps that count: passes that a callback cuts short, or another batch size in the
-        # run that is resumed, make more of them than were planned.
-        passes = self.plan.num_train_epochs if self.args.max_steps <= 0 else math.inf
-        while state.passes < passes and not trainer.control.should_training_stop:
-            self._one_pass()
+        """Train from the current step to the end. Collective: every rank must call it."""
+        hooks, state = self.hooks, self.hooks.state
+        hooks.control.should_training_stop |= state.global_step >= state.max_steps
+        if state.updates_in_pass >= self.length.steps_per_epoch:
+            # The checkpoint was written after the last step of an epoch, before what is due at its end.
+            self._end_epoch()
+        # With max_steps, the number of epochs follows: callbacks that end epochs early, or a resume with another batch
+        # size, make it larger than was computed.
+        epochs = self.length.num_train_epochs if self.args.max_steps <= 0 else math.inf
+        while state.passes < epochs and not hooks.control.should_training_stop:
+            self._run_epoch()
         self.meter.read()
 
-    def _one_pass(self) -> None:
-        trainer = self.trainer
-        trainer.control.new_epoch()
-        trainer.fire("on_epoch_begin")
+    def _run_epoch(self) -> None:
+        self.hooks.control.new_epoch()
+        fire(self.hooks, "on_epoch_begin")
         self.in_batch = True
         for inputs in self.loader:
             self._micro_batch(inputs)
             self.in_batch = True
             if self.accelerator.sync_gradients and self.args.auto_find_batch_size:
                 self.position = self.loader.state_dict()
-            if self.accelerator.sync_gradients and self._is_over():
+            if self.accelerator.sync_gradients and self._stops_epoch():
                 break
-        self._end_pass()
+        self._end_epoch()
 
-    def _end_pass(self) -> None:
-        trainer, state = self.trainer, self.trainer.state
+    def _end_epoch(self) -> None:
+        state = self.hooks.state
         self.in_batch = False
-        if self._is_pass_over():
+        if self._is_epoch_over():
             state.passes += 1
             state.updates_in_pass = 0
-        trainer.fire("on_epoch_end")
-        self.after_step()
+        fire(self.hooks, "on_epoch_end")
+        self._do_what_is_due()
 
-    def _is_pass_over(self) -> bool:
-        """Whether the next pass would be another one: not where a training that is stopped could go on within it."""
-        control = self.trainer.control
-        is_whole = self.trainer.state.updates_in_pass >= self.plan.updates_per_pass
-        return is_whole or control.should_epoch_stop or not control.should_training_stop
+    def _is_epoch_over(self) -> bool:
+        """Whether to count the epoch; not if the training was stopped and could be resumed within it."""
+        control = self.hooks.control
+        is_complete = self.hooks.state.updates_in_pass >= self.length.steps_per_epoch
+        return is_complete or control.should_epoch_stop or not control.should_training_stop
 
-    def _is_over(self) -> bool:
-        control, dropped = self.trainer.control, self.args.global_batch_size and self.args.dataloader_drop_last
-        whole = dropped and self.trainer.state.updates_in_pass >= self.plan.updates_per_pass
-        return bool(control.should_epoch_stop or control.should_training_stop or whole)
+    def _stops_epoch(self) -> bool:
+        control = self.hooks.control
+        drops_rest = self.args.global_batch_size and self.args.dataloader_drop_last
+        is_complete = drops_rest and self.hooks.state.updates_in_pass >= self.length.steps_per_epoch
+        return bool(control.should_epoch_stop or control.should_training_stop or is_complete)
 
     def _count_items(self, inputs: Any) -> Tensor | None:
-        """The targets by which a micro-batch's loss is weighted, shape []; None weighs all alike.
+        """The targets by which a micro-batch's loss is weighted, shape []; None weighs all micro-batches equally.
 
-        With a global batch size each sample counts once: the loader leaves the last batch of a pass short, and a rank
-        that has no sample left takes part with no weight.
+        With a global batch size each sample counts once: the last batch of an epoch stays short, and a rank without
+        samples left gets a batch with weight 0.
         """
-        trainer = self.trainer
-        items = trainer.count_items(inputs)
+        items = count_items(self.hooks, self.call, inputs)
         if self.loader.fill_batches:
             return items
         counts, rank = self.loader.counts, self.accelerator.process_index
         if items is None:
-            if trainer.divides_by_items:
+            if self.call.takes_num_items:
                 return None
             items = torch.full((), counts.rows[rank], dtype=torch.int64, device=self.accelerator.device)
         return items if counts.real[rank] else torch.zeros_like(items)
 
     def _micro_batch(self, inputs: Any) -> None:
-        trainer, accelerator = self.trainer, self.accelerator
-        if self._opens_window:
-            trainer.control.new_step()
-            trainer.fire("on_step_begin")
-        if self._doubts_labels:
-            self._doubts_labels = False
-            trainer.doubt_labels(inputs)
+        hooks, accelerator = self.hooks, self.accelerator
+        if self._starts_step:
+            hooks.control.new_step()
+            fire(hooks, "on_step_begin")
+        if self._checks_labels:
+            self._checks_labels = False
+            warn_of_missing_labels(hooks.label_names, inputs)
         with accelerator.accumulate(self.model):
             items = self._count_items(inputs)
-            if self.tokens is not None:
-                self.tokens.add(inputs)
-            self.seen.add_tokens(inputs)
-            if self._counts_samples:
-                self.samples += sum(self.loader.counts.real)
-            self.meter.add(trainer.training_step(self.model, inputs, items), items)
+            self._count_inputs(inputs)
+            self.meter.add(hooks.training_step(self.model, inputs, items), items)
             if accelerator.sync_gradients:
                 self.in_batch = False
                 self._optimizer_step()
+        self._starts_step = accelerator.sync_gradients
         if accelerator.sync_gradients:
-            self._opens_window = True
             self._end_step()
         else:
-            self._opens_window = False
-            trainer.fire("on_substep_end")
+            fire(hooks, "on_substep_end")
+
+    def _count_inputs(self, inputs: Any) -> None:
+        if self.tokens is not None:
+            self.tokens.add(inputs)
+        self.all_tokens.add_tokens(inputs)
+        if self._counts_samples:
+            self.samples += sum(self.loader.counts.real)
 
     def _optimizer_step(self) -> None:
-        trainer, optimizer, scheduler = self.trainer, self.trainer.optimizer, self.trainer.lr_scheduler
+        hooks, optimizer = self.hooks, self.hooks.optimizer
         if self.args.max_grad_norm > 0:
             self.grad_norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
-        trainer.fire("on_pre_optimizer_step")
+        fire(hooks, "on_pre_optimizer_step")
         optimizer.step()
-        trainer.fire("on_optimizer_step")
+        fire(hooks, "on_optimizer_step")
         self.learning_rate = optimizer.param_groups[0]["lr"]
-        if not trainer.scheduler_follows_metric:
-            scheduler.step()
+        if not follows_metric(hooks.lr_scheduler):
+            hooks.lr_scheduler.step()
         optimizer.zero_grad()
 
     def _end_step(self) -> None:
-        trainer, state = self.trainer, self.trainer.state
+        hooks, state = self.hooks, self.hooks.state
         self.meter.end_step()
         state.global_step += 1
         state.updates_in_pass += 1
-        state.epoch = state.passes + min(1.0, state.updates_in_pass * self.plan.epoch_of_update)
+        state.epoch = state.passes + min(1.0, state.updates_in_pass * self.length.epochs_per_step)
         if self.tokens is not None and self.tokens.is_spent(state):
-            trainer.control.should_training_stop = True
+            hooks.control.should_training_stop = True
         every = self.args.torch_empty_cache_steps
         if every is not None and state.global_step % every == 0 and self.accelerator.device.type != "cpu":
             torch.accelerator.empty_cache()
-        trainer.fire("on_step_end")
-        self.after_step()
+        fire(hooks, "on_step_end")
+        self._do_what_is_due()
 
-    def after_step(self) -> None:
-        """Log, evaluate and save, if that is due. Collective: every rank must call it."""
-        trainer = self.trainer
-        # Read anew each time: a callback may have put another control in its place.
-        if trainer.control.should_log and trainer.state.global_step > self.logged_at:
+    def _do_what_is_due(self) -> None:
+        """Log, evaluate and save, if requested. Collective: every rank must call it."""
+        hooks = self.hooks
+        # `hooks.control` is read each time, because a callback may replace it.
+        if hooks.control.should_log and hooks.state.global_step > self.logged_at:
             self._log()
-        trainer.control.should_log = False
-        if trainer.control.should_evaluate:
-            better = trainer.note_metrics(trainer.evaluate_in_training())
-            trainer.control.should_evaluate = False
+        hooks.control.should_log = False
+        if hooks.control.should_evaluate:
+            is_best = note_metrics(hooks.state, self.args, self._evaluate())
+            hooks.control.should_evaluate = False
             if self.args.save_strategy == "best":
-                # Besides what a callback asks for.
-                trainer.control.should_save |= better
-        if trainer.control.should_save:
-            trainer.control.should_save = False
-            trainer.save_checkpoint()
-            trainer.fire("on_save")
+                hooks.control.should_save |= is_best
+        if hooks.control.should_save:
+            hooks.control.should_save = False
+            hooks.save_checkpoint()
+            fire(hooks, "on_save")
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate, and step a scheduler that follows the metric. Collective: every rank must call it."""
+        metrics = self.hooks.evaluate(ignore_keys=self.ignore_keys)
+        if follows_metric(self.hooks.lr_scheduler):
+            self.hooks.lr_scheduler.step(metrics[metric_key(self.args.metric_for_best_model or "loss")])
+        return metrics
 
     def _log(self) -> None:
-        trainer, state = self.trainer, self.trainer.state
-        loss, there = self.meter.read()
-        logs: dict[str, float] = {"loss": loss} if there else {}
+        hooks, state = self.hooks, self.hooks.state
+        loss, has_loss = self.meter.read()
+        logs: dict[str, float] = {"loss": loss} if has_loss else {}
         if self.grad_norm is not None:
             logs["grad_norm"] = float(self.grad_norm)
         logs["learning_rate"] = float(self.learning_rate)
         if self.tokens is not None:
             state.num_input_tokens_seen = self.tokens.read()
             logs["num_input_tokens_seen"] = state.num_input_tokens_seen
-        trainer.tokens_seen = self.seen.read()
+        hooks.tokens_seen = self.all_tokens.read()
         self.logged_at = state.global_step
-        trainer.log(logs)
+        hooks.log(logs)
 
     def metrics(self) -> dict[str, float]:
-        """Times, rates and the mean loss of this call."""
-        took = max(time.perf_counter() - self.begun, 1e-9)
-        steps = self.trainer.state.global_step - self.began_at
-        samples = self.samples if self._counts_samples else steps * self.trainer.state.samples_per_step
+        """Runtime in seconds, throughput, and the mean loss of this training."""
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        steps = self.hooks.state.global_step - self._first_step
+        samples = self.samples if self._counts_samples else steps * self.hooks.state.samples_per_step
         memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
         return {
             **memory,
-            "train_runtime": took,
-            "train_samples_per_second": samples / took,
-            "train_steps_per_second": steps / took,
+            "train_runtime": seconds,
+            "train_samples_per_second": samples / seconds,
+            "train_steps_per_second": steps / seconds,
             "total_flos": 0.0,
             "train_loss": self.meter.mean_of_all(),
         }

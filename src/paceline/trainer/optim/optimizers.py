@@ -1,25 +1,25 @@
-"""Optimizers by the names that transformers uses, and which parameters decay."""
+"""Optimizers by the names that transformers uses, and which parameters get weight decay."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from paceline.errors import ConfigError, MissingExtraError, Problem, did_you_mean
+from paceline.errors import ConfigError, MissingExtraError, did_you_mean
+from paceline.trainer.argument_errors import field_error, field_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from paceline.trainer.arguments.arguments import TrainingArguments
-
 __all__ = [
-    "WARMING",
+    "SELF_WARMING",
+    "OptimizerSettings",
     "build_optimizer",
     "class_name",
     "decaying_names",
@@ -31,146 +31,164 @@ __all__ = [
     "settings_of",
 ]
 
-WHERE = "TrainingArguments(…)"
-# Those that raise the rate themselves.
-WARMING = ("schedule_free_adamw", "schedule_free_sgd")
-# Keys of an optimizer's groups; a schedule keeps the rate that was asked for under the first.
+# These warm the learning rate up by themselves.
+SELF_WARMING = ("schedule_free_adamw", "schedule_free_sgd")
+# Keys of parameter groups that come from the arguments; schedulers store the configured rate as `initial_lr`.
 _FROM_ARGUMENTS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
 _NORM = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-class _Made(NamedTuple):
-    """Where an optimizer comes from, and what it is told besides the rate and the decay."""
+class OptimizerSettings(Protocol):
+    """The fields of `TrainingArguments` that describe an optimizer."""
+
+    optim: str
+    optim_args: str | None
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    max_steps: int
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """The steps of the warmup, out of all steps of the training."""
+        ...
+
+
+class _OptimizerSpec(NamedTuple):
+    """Where an optimizer class is, and what its constructor takes besides the learning rate and weight decay."""
 
     module: str
     name: str
     adam: bool = False
     lion: bool = False
-    slow: tuple[float, ...] = ()
+    extra_betas: tuple[float, ...] = ()
     extra: dict[str, Any] = {}
 
 
-# The third beta of AdEMAMix, for which the arguments have no name.
-_SLOW = 0.9999
-_BITS = "bitsandbytes.optim"
-_FREE = "schedulefree"
-_TABLE: dict[str, _Made] = {
-    "adamw_torch": _Made("torch.optim", "AdamW", adam=True, extra={"fused": False}),
-    "adamw_torch_fused": _Made("torch.optim", "AdamW", adam=True),
-    "adam": _Made("torch.optim", "Adam", adam=True),
-    "adafactor": _Made("torch.optim", "Adafactor"),
-    "sgd": _Made("torch.optim", "SGD"),
-    "adagrad": _Made("torch.optim", "Adagrad"),
-    "rmsprop": _Made("torch.optim", "RMSprop"),
-    "radam": _Made("torch.optim", "RAdam", adam=True),
-    "nadam": _Made("torch.optim", "NAdam", adam=True),
-    "adamax": _Made("torch.optim", "Adamax", adam=True),
-    "adadelta": _Made("torch.optim", "Adadelta"),
-    "muon": _Made("torch.optim", "Muon"),
-    "adamw_bnb_8bit": _Made(_BITS, "AdamW8bit", adam=True),
-    "adamw_8bit": _Made(_BITS, "AdamW8bit", adam=True),
-    "paged_adamw_32bit": _Made(_BITS, "PagedAdamW32bit", adam=True),
-    "paged_adamw_8bit": _Made(_BITS, "PagedAdamW8bit", adam=True),
-    "ademamix": _Made(_BITS, "AdEMAMix", adam=True, slow=(_SLOW,)),
-    "ademamix_8bit": _Made(_BITS, "AdEMAMix8bit", adam=True, slow=(_SLOW,)),
-    "paged_ademamix_32bit": _Made(_BITS, "PagedAdEMAMix32bit", adam=True, slow=(_SLOW,)),
-    "paged_ademamix_8bit": _Made(_BITS, "PagedAdEMAMix8bit", adam=True, slow=(_SLOW,)),
-    "lion_8bit": _Made(_BITS, "Lion8bit", lion=True),
-    "lion_32bit": _Made(_BITS, "Lion", lion=True),
-    "paged_lion_32bit": _Made(_BITS, "PagedLion32bit", lion=True),
-    "paged_lion_8bit": _Made(_BITS, "PagedLion8bit", lion=True),
-    "rmsprop_bnb": _Made(_BITS, "RMSprop"),
-    "rmsprop_bnb_8bit": _Made(_BITS, "RMSprop8bit"),
-    "rmsprop_bnb_32bit": _Made(_BITS, "RMSprop32bit"),
-    "schedule_free_adamw": _Made(_FREE, "AdamWScheduleFree", adam=True),
-    "schedule_free_radam": _Made(_FREE, "RAdamScheduleFree", adam=True),
-    "schedule_free_sgd": _Made(_FREE, "SGDScheduleFree"),
-    "adamw_torch_8bit": _Made("torchao.optim", "AdamW8bit", adam=True),
-    "adamw_torch_4bit": _Made("torchao.optim", "AdamW4bit", adam=True),
+# The third beta of AdEMAMix, for which TrainingArguments has no field.
+_BETA3 = 0.9999
+_BNB = "bitsandbytes.optim"
+_SCHEDULE_FREE = "schedulefree"
+_TABLE: dict[str, _OptimizerSpec] = {
+    "adamw_torch": _OptimizerSpec("torch.optim", "AdamW", adam=True, extra={"fused": False}),
+    "adamw_torch_fused": _OptimizerSpec("torch.optim", "AdamW", adam=True),
+    "adam": _OptimizerSpec("torch.optim", "Adam", adam=True),
+    "adafactor": _OptimizerSpec("torch.optim", "Adafactor"),
+    "sgd": _OptimizerSpec("torch.optim", "SGD"),
+    "adagrad": _OptimizerSpec("torch.optim", "Adagrad"),
+    "rmsprop": _OptimizerSpec("torch.optim", "RMSprop"),
+    "radam": _OptimizerSpec("torch.optim", "RAdam", adam=True),
+    "nadam": _OptimizerSpec("torch.optim", "NAdam", adam=True),
+    "adamax": _OptimizerSpec("torch.optim", "Adamax", adam=True),
+    "adadelta": _OptimizerSpec("torch.optim", "Adadelta"),
+    "muon": _OptimizerSpec("torch.optim", "Muon"),
+    "adamw_bnb_8bit": _OptimizerSpec(_BNB, "AdamW8bit", adam=True),
+    "adamw_8bit": _OptimizerSpec(_BNB, "AdamW8bit", adam=True),
+    "paged_adamw_32bit": _OptimizerSpec(_BNB, "PagedAdamW32bit", adam=True),
+    "paged_adamw_8bit": _OptimizerSpec(_BNB, "PagedAdamW8bit", adam=True),
+    "ademamix": _OptimizerSpec(_BNB, "AdEMAMix", adam=True, extra_betas=(_BETA3,)),
+    "ademamix_8bit": _OptimizerSpec(_BNB, "AdEMAMix8bit", adam=True, extra_betas=(_BETA3,)),
+    "paged_ademamix_32bit": _OptimizerSpec(_BNB, "PagedAdEMAMix32bit", adam=True, extra_betas=(_BETA3,)),
+    "paged_ademamix_8bit": _OptimizerSpec(_BNB, "PagedAdEMAMix8bit", adam=True, extra_betas=(_BETA3,)),
+    "lion_8bit": _OptimizerSpec(_BNB, "Lion8bit", lion=True),
+    "lion_32bit": _OptimizerSpec(_BNB, "Lion", lion=True),
+    "paged_lion_32bit": _OptimizerSpec(_BNB, "PagedLion32bit", lion=True),
+    "paged_lion_8bit": _OptimizerSpec(_BNB, "PagedLion8bit", lion=True),
+    "rmsprop_bnb": _OptimizerSpec(_BNB, "RMSprop"),
+    "rmsprop_bnb_8bit": _OptimizerSpec(_BNB, "RMSprop8bit"),
+    "rmsprop_bnb_32bit": _OptimizerSpec(_BNB, "RMSprop32bit"),
+    "schedule_free_adamw": _OptimizerSpec(_SCHEDULE_FREE, "AdamWScheduleFree", adam=True),
+    "schedule_free_radam": _OptimizerSpec(_SCHEDULE_FREE, "RAdamScheduleFree", adam=True),
+    "schedule_free_sgd": _OptimizerSpec(_SCHEDULE_FREE, "SGDScheduleFree"),
+    "adamw_torch_8bit": _OptimizerSpec("torchao.optim", "AdamW8bit", adam=True),
+    "adamw_torch_4bit": _OptimizerSpec("torchao.optim", "AdamW4bit", adam=True),
 }
 _PURPOSES = {"bitsandbytes": "bitsandbytes", "schedulefree": "schedulefree", "torchao": "torchao"}
 
 
 def known_optimizers() -> Iterator[str]:
-    """The names that `optim` may have."""
+    """The values that `optim` may have."""
     yield from _TABLE
 
 
 def class_name(optim: str) -> str:
-    """The name of the class behind a name of `optim`."""
+    """The name of the class that a value of `optim` stands for."""
     return _TABLE[optim].name
 
 
-def optimizer_class(args: TrainingArguments, device: torch.device) -> tuple[type[Any], dict[str, Any]]:
-    """The class of the optimizer and its arguments but the parameters.
+def optimizer_class(args: OptimizerSettings, device: torch.device) -> tuple[type[Any], dict[str, Any]]:
+    """The optimizer's class and its keyword arguments, without the parameters.
 
     Raises:
-        MissingExtraError: The package that holds it is not installed.
-        ConfigError: `optim_args` cannot be read.
+        MissingExtraError: The package that provides it is not installed.
+        ConfigError: `optim_args` cannot be parsed.
     """
-    made = _TABLE[args.optim]
-    cls = _load(made, args.optim)
-    said: dict[str, Any] = {"lr": args.learning_rate}
+    spec = _TABLE[args.optim]
+    cls = _load(spec, args.optim)
+    arguments: dict[str, Any] = {"lr": args.learning_rate}
     if args.optim != "muon":
-        said["weight_decay"] = args.weight_decay
-    if made.adam or made.lion:
-        said["betas"] = (args.adam_beta1, args.adam_beta2, *made.slow)
-    if made.adam:
-        said["eps"] = args.adam_epsilon
+        arguments["weight_decay"] = args.weight_decay
+    if spec.adam or spec.lion:
+        arguments["betas"] = (args.adam_beta1, args.adam_beta2, *spec.extra_betas)
+    if spec.adam:
+        arguments["eps"] = args.adam_epsilon
     if args.optim == "adamw_torch_fused":
-        said["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
-    if args.optim in WARMING:
-        said["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
-    return cls, {**said, **made.extra, **read_arguments(args.optim_args)}
+        arguments["fused"] = device.type in ("cpu", "cuda", "mps", "xpu")
+    if args.optim in SELF_WARMING:
+        arguments["warmup_steps"] = args.get_warmup_steps(max(1, args.max_steps))
+    return cls, {**arguments, **spec.extra, **read_arguments(args.optim_args)}
 
 
-def build_optimizer(cls: type[Any], groups: list[dict[str, Any]], said: dict[str, Any], args: TrainingArguments) -> Any:
-    """Make the optimizer.
+def build_optimizer(
+    cls: type[Any], groups: list[dict[str, Any]], arguments: dict[str, Any], args: OptimizerSettings
+) -> Any:
+    """Construct the optimizer.
 
     Raises:
-        ConfigError: `optim_args` names something that it does not take.
+        ConfigError: `optim_args` names a parameter that the class does not have.
     """
-    taken = inspect.signature(cls).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    unknown = [name for name in read_arguments(args.optim_args) if name not in taken and not open_ended]
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in read_arguments(args.optim_args) if name not in parameters and not takes_any]
     if unknown:
-        what = f"{cls.__name__} takes no "
-        raise ConfigError(Problem(WHERE, "optim_args", what + name, hint=did_you_mean(name, taken)) for name in unknown)
-    return cls(groups, **said)
+        raise ConfigError(
+            field_problem("optim_args", f"{cls.__name__} has no argument {name}", hint=did_you_mean(name, parameters))
+            for name in unknown
+        )
+    return cls(groups, **arguments)
 
 
-def _load(made: _Made, name: str) -> type[Any]:
-    package = made.module.partition(".")[0]
+def _load(spec: _OptimizerSpec, name: str) -> type[Any]:
+    package = spec.module.partition(".")[0]
     try:
-        module = import_module(made.module)
+        module = import_module(spec.module)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingExtraError(package, _PURPOSES[package], f"optim={name!r}") from error
-    found = getattr(module, made.name, None)
-    if found is None:
-        what = f"{name!r} is not in {package} {getattr(import_module(package), '__version__', '')}"
-        raise ConfigError([Problem(WHERE, "optim", what, hint="install a newer release")])
-    cls: type[Any] = found
+    cls: type[Any] | None = getattr(module, spec.name, None)
+    if cls is None:
+        version = getattr(import_module(package), "__version__", "")
+        raise field_error("optim", f"{name!r} is not in {package} {version}", hint="install a newer release")
     return cls
 
 
 def read_arguments(text: str | None) -> dict[str, Any]:
-    """Read `key=value` pairs with commas between; numbers and booleans are understood.
+    """Parse comma-separated `key=value` pairs; numbers and booleans are converted.
 
     Raises:
-        ConfigError: A part is no such pair.
+        ConfigError: A part is not such a pair.
     """
     if not text:
         return {}
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for part in text.split(","):
         key, equals, value = part.strip().partition("=")
         if not equals:
-            what = f"{part.strip()!r} is no key=value"
-            raise ConfigError([Problem(WHERE, "optim_args", what)])
-        found[key.strip()] = _literal(value.strip())
-    return found
+            raise field_error("optim_args", f"{part.strip()!r} is not key=value")
+        arguments[key.strip()] = _literal(value.strip())
+    return arguments
 
 
 def _literal(text: str) -> Any:
@@ -185,19 +203,20 @@ def _literal(text: str) -> Any:
 
 
 def decaying_names(model: nn.Module) -> list[str]:
-    """The names of the parameters that decay: neither in a norm, nor called bias or norm."""
-    norms = tuple(kind for name in ("LayerNorm", "RMSNorm", "GroupNorm") if (kind := getattr(nn, name, None)))
-    still = {
-        f"{where}.{name}" if where else name
-        for where, module in model.named_modules()
+    """Names of the parameters that get weight decay: not in a norm layer, and not called bias or norm."""
+    norms = tuple(getattr(nn, name) for name in ("LayerNorm", "RMSNorm", "GroupNorm") if hasattr(nn, name))
+    in_norms = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
         if isinstance(module, norms)
         for name, _ in module.named_parameters(recurse=False)
     }
-    return [name for name, _ in model.named_parameters() if name not in still and not _NORM.search(name.lower())]
+    names = (name for name, _ in model.named_parameters())
+    return [name for name in names if name not in in_norms and not _NORM.search(name.lower())]
 
 
 def parameter_groups(model: nn.Module, names: list[str], weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, one that decays and one that does not; empty ones are left out."""
+    """Two groups, with and without weight decay; an empty one is left out."""
     decaying = set(names)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -208,16 +227,16 @@ def parameter_groups(model: nn.Module, names: list[str], weight_decay: float) ->
 
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:
-    """What the groups of an optimizer have from the arguments, by the arguments' names or torch's."""
+    """For each parameter group, its settings that come from the arguments, under the arguments' names."""
     groups = optimizer.param_groups
     return [{name: group[key] for key, name in _FROM_ARGUMENTS.items() if key in group} for group in groups]
 
 
-def differences(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
-    """Settings that two lists of groups have with different values."""
+def differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose values differ between two lists of groups, as (before, after)."""
     return {
-        name: (mine[name], theirs[name])
-        for mine, theirs in zip(one, other, strict=False)
-        for name in sorted(mine.keys() & theirs.keys())
-        if np.not_equal(mine[name], theirs[name]).any()
+        name: (old[name], new[name])
+        for old, new in zip(before, after, strict=False)
+        for name in sorted(old.keys() & new.keys())
+        if np.not_equal(old[name], new[name]).any()
     }

@@ -1,4 +1,4 @@
-"""The course of the learning rate: a factor of the highest rate for each optimizer step."""
+"""Learning-rate schedules by name: each gives a factor of the peak learning rate for an optimizer step."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from typing import TYPE_CHECKING, Any
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from paceline.errors import ConfigError, Problem, did_you_mean
+from paceline.trainer.argument_errors import field_error, field_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
-__all__ = ["SCHEDULES", "make_schedule"]
+__all__ = ["SCHEDULES", "follows_metric", "make_schedule"]
 
 
 def _rise(step: int, warmup: int) -> float:
-    """The straight way up from 0 to 1."""
+    """Linear warmup from 0 to 1."""
     return step / max(1, warmup)
 
 
 def _progress(step: int, warmup: int, total: int) -> float:
-    """How much of the way down is done, from 0 on."""
+    """The share of the steps after warmup that is done."""
     return (step - warmup) / max(1, total - warmup)
 
 
 def constant(step: int, warmup: int, total: int) -> float:
-    """The highest rate all the time."""
+    """The peak rate throughout."""
     return 1.0
 
 
 def constant_with_warmup(step: int, warmup: int, total: int) -> float:
-    """Up, then the highest rate."""
+    """Warmup, then the peak rate."""
     return _rise(step, warmup) if step < warmup else 1.0
 
 
 def linear(step: int, warmup: int, total: int) -> float:
-    """Up, then straight down to 0."""
+    """Warmup, then linear decay to 0."""
     return _rise(step, warmup) if step < warmup else max(0.0, 1.0 - _progress(step, warmup, total))
 
 
@@ -52,14 +53,14 @@ def cosine(
     num_cycles: float = 0.5,
     min_lr_rate: float = 0.0,
 ) -> float:
-    """Up, then down along cosine waves; half a wave ends at the lowest rate.
+    """Warmup, then cosine decay; half a cycle ends at the minimum.
 
     Args:
-        step: The optimizer step.
-        warmup: Steps of the way up.
-        total: Steps of everything.
-        num_cycles: Waves after the way up.
-        min_lr_rate: Lowest rate, as a share of the highest.
+        step: Optimizer steps so far.
+        warmup: Optimizer steps of the warmup.
+        total: Optimizer steps of the whole training.
+        num_cycles: Cosine cycles after the warmup.
+        min_lr_rate: Minimum, as a fraction of the peak rate.
     """
     if step < warmup:
         return _rise(step, warmup)
@@ -67,7 +68,7 @@ def cosine(
     return max(0.0, min_lr_rate + (1.0 - min_lr_rate) * wave)
 
 
-def cosine_from_a_start(
+def cosine_with_initial_rate(
     step: int,
     warmup: int,
     total: int,
@@ -76,7 +77,7 @@ def cosine_from_a_start(
     min_lr_rate: float = 0.0,
     warmup_lr_rate: float | None = None,
 ) -> float:
-    """As `cosine`, but the way up may begin at `warmup_lr_rate`, and reaches the top one step before the way down."""
+    """Like `cosine`, but warmup may start at `warmup_lr_rate`, and peaks one step before the decay begins."""
     if step < warmup and warmup_lr_rate is not None:
         return warmup_lr_rate + (1.0 - warmup_lr_rate) * step / max(1, warmup - 1)
     if step < warmup:
@@ -85,7 +86,7 @@ def cosine_from_a_start(
 
 
 def cosine_with_restarts(step: int, warmup: int, total: int, *, num_cycles: int = 1) -> float:
-    """Up, then several times down along half a cosine wave, each from the highest rate on."""
+    """Warmup, then cosine decay that restarts at the peak rate `num_cycles` times."""
     if step < warmup:
         return _rise(step, warmup)
     progress = _progress(step, warmup, total)
@@ -94,20 +95,18 @@ def cosine_with_restarts(step: int, warmup: int, total: int, *, num_cycles: int 
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((num_cycles * progress) % 1.0))))
 
 
-def polynomial(
-    step: int, warmup: int, total: int, *, highest: float, lr_end: float = 1e-7, power: float = 1.0
-) -> float:
-    """Up, then down to `lr_end` along a power of what is left."""
+def polynomial(step: int, warmup: int, total: int, *, peak: float, lr_end: float = 1e-7, power: float = 1.0) -> float:
+    """Warmup, then polynomial decay to `lr_end`."""
     if step < warmup:
         return _rise(step, warmup)
     if step > total:
-        return lr_end / highest
+        return lr_end / peak
     left = 1.0 - _progress(step, warmup, total)
-    return float((highest - lr_end) * left**power + lr_end) / highest
+    return float((peak - lr_end) * left**power + lr_end) / peak
 
 
 def inverse_sqrt(step: int, warmup: int, total: int, *, timescale: int | None = None) -> float:
-    """Up, then down with the square root of the steps."""
+    """Warmup, then decay with the inverse square root of the step."""
     if step < warmup:
         return _rise(step, warmup)
     scale = timescale or warmup or 10_000
@@ -126,7 +125,7 @@ def warmup_stable_decay(
     min_lr_ratio: float = 0.0,
     num_cycles: float = 0.5,
 ) -> float:
-    """Up, level, then down to `min_lr_ratio`."""
+    """Warmup, constant, then decay to `min_lr_ratio`."""
     stable = total - warmup - num_decay_steps if num_stable_steps is None else num_stable_steps
     if step < warmup:
         return _shape(warmup_type, step / max(1, warmup)) * (1.0 - min_lr_ratio) + min_lr_ratio
@@ -143,7 +142,7 @@ def warmup_stable_decay(
 
 
 def _shape(kind: str, share: float) -> float:
-    """A way from 0 to 1."""
+    """A curve from 0 to 1."""
     if kind == "linear":
         return share
     if kind == "cosine":
@@ -151,7 +150,7 @@ def _shape(kind: str, share: float) -> float:
     if kind == "1-sqrt":
         return 1.0 - math.sqrt(1.0 - share)
     hint = did_you_mean(kind, ("linear", "cosine", "1-sqrt"))
-    raise ConfigError([Problem("TrainingArguments(…)", "lr_scheduler_kwargs", f"{kind!r} is no shape", hint=hint)])
+    raise field_error("lr_scheduler_kwargs", f"{kind!r} is not a decay shape", hint=hint)
 
 
 SCHEDULES: dict[str, Callable[..., float] | None] = {
@@ -164,7 +163,7 @@ SCHEDULES: dict[str, Callable[..., float] | None] = {
     "inverse_sqrt": inverse_sqrt,
     "reduce_lr_on_plateau": None,
     "cosine_with_min_lr": cosine,
-    "cosine_warmup_with_min_lr": cosine_from_a_start,
+    "cosine_warmup_with_min_lr": cosine_with_initial_rate,
     "warmup_stable_decay": warmup_stable_decay,
 }
 
@@ -172,57 +171,68 @@ SCHEDULES: dict[str, Callable[..., float] | None] = {
 def make_schedule(
     name: str, optimizer: Optimizer, *, warmup: int, total: int, arguments: dict[str, Any] | None = None
 ) -> Any:
-    """A scheduler of torch.
+    """Build a torch scheduler.
 
     Args:
         name: One of `SCHEDULES`.
-        optimizer: Whose rate.
-        warmup: Optimizer steps of the way up.
-        total: Optimizer steps of everything.
-        arguments: More arguments, by transformers' names.
+        optimizer: Its first parameter group has the peak learning rate.
+        warmup: Optimizer steps of the warmup.
+        total: Optimizer steps of the whole training.
+        arguments: Further arguments of the schedule, under transformers' names.
 
     Raises:
-        ConfigError: An argument that the schedule does not have, or one that is missing.
+        ConfigError: An argument is unknown to the schedule, or a required one is missing.
     """
     function = SCHEDULES[name]
-    highest = float(optimizer.param_groups[0]["lr"])
-    said = _in_rates(dict(arguments or {}), highest)
+    peak = float(optimizer.param_groups[0]["lr"])
     if function is None:
-        return ReduceLROnPlateau(optimizer, **said)
+        return ReduceLROnPlateau(optimizer, **(arguments or {}))
+    options = _relative_to(peak, dict(arguments or {}))
     if name == "polynomial":
-        said["highest"] = highest
-    _check(name, function, said)
-    return LambdaLR(optimizer, partial(_at, function, said, warmup, total))
+        options["peak"] = peak
+    _check(name, function, options)
+    return LambdaLR(optimizer, partial(_factor, function, options, warmup, total))
 
 
-def _at(function: Callable[..., float], said: dict[str, Any], warmup: int, total: int, step: int) -> float:
-    return float(function(step, warmup, total, **said))
+def follows_metric(scheduler: Any) -> bool:
+    """Whether a scheduler steps on an evaluation's metric rather than after each optimizer step."""
+    return isinstance(scheduler, ReduceLROnPlateau)
 
 
-def _in_rates(said: dict[str, Any], highest: float) -> dict[str, Any]:
-    """Turn learning rates into shares of the highest."""
-    if said.get("min_lr") is not None and said.get("min_lr_rate") is not None:
-        what, why = f"both min_lr={said['min_lr']} and min_lr_rate={said['min_lr_rate']}", "both say where it ends"
-        raise ConfigError([Problem("TrainingArguments(…)", "lr_scheduler_kwargs", what, why, "give one of them")])
-    if said.get("min_lr") is not None:
-        said["min_lr_rate"] = said.pop("min_lr") / highest
-    return {name: value for name, value in said.items() if value is not None}
+def _factor(function: Callable[..., float], options: dict[str, Any], warmup: int, total: int, step: int) -> float:
+    return float(function(step, warmup, total, **options))
 
 
-def _check(name: str, function: Callable[..., float], said: dict[str, Any]) -> None:
-    key = "lr_scheduler_kwargs"
-    if name.endswith("with_min_lr") and "min_lr_rate" not in said:
-        what, hint = "neither min_lr nor min_lr_rate", "write min_lr=1e-6, or min_lr_rate=0.1 of the highest rate"
-        raise ConfigError([Problem("TrainingArguments(…)", key, what, f"{name} ends there", hint)])
-    known = {p.name: p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    problems = []
-    for key in said:
-        if key not in known:
-            hint = did_you_mean(key, known) or f"{name} takes {', '.join(known) or 'none'}"
-            problems.append(Problem("TrainingArguments(…)", f"lr_scheduler_kwargs.{key}", "unknown name", hint=hint))
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in said:
-            why = f"{name} cannot do without"
-            problems.append(Problem("TrainingArguments(…)", f"lr_scheduler_kwargs.{key}", "is missing", why))
+def _relative_to(peak: float, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert absolute learning rates to fractions of the peak rate."""
+    min_lr, min_lr_rate = options.get("min_lr"), options.get("min_lr_rate")
+    if min_lr is not None and min_lr_rate is not None:
+        what = f"both min_lr={min_lr} and min_lr_rate={min_lr_rate}"
+        raise field_error("lr_scheduler_kwargs", what, "both set the final rate", "give one of them")
+    if min_lr is not None:
+        options["min_lr_rate"] = options.pop("min_lr") / peak
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check(name: str, function: Callable[..., float], options: dict[str, Any]) -> None:
+    if name.endswith("with_min_lr") and "min_lr_rate" not in options:
+        what, hint = "neither min_lr nor min_lr_rate", "write min_lr=1e-6, or min_lr_rate=0.1 of the peak rate"
+        raise field_error("lr_scheduler_kwargs", what, f"{name} ends there", hint)
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    problems = [*_unknown_options(name, options, known), *_missing_options(name, options, known)]
     if problems:
         raise ConfigError(problems)
+
+
+def _unknown_options(name: str, options: dict[str, Any], known: Mapping[str, inspect.Parameter]) -> Iterator[Problem]:
+    for key in options:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"{name} takes {', '.join(known) or 'none'}"
+            yield field_problem(f"lr_scheduler_kwargs.{key}", "unknown name", hint=hint)
+
+
+def _missing_options(name: str, options: dict[str, Any], known: Mapping[str, inspect.Parameter]) -> Iterator[Problem]:
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in options:
+            yield field_problem(f"lr_scheduler_kwargs.{key}", "is missing", f"{name} requires it")

@@ -1,0 +1,107 @@
+"""Checks of what a Trainer is constructed with against its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.trainer.argument_errors import field_problem
+from paceline.trainer.arguments.arguments import TrainingArguments
+from paceline.trainer.arguments.deepspeed import find_conflicts
+
+__all__ = ["check_constructor", "require_own_arguments"]
+
+
+def require_own_arguments(args: Any) -> TrainingArguments:
+    """The arguments of a Trainer, with their type checked.
+
+    Raises:
+        PrepareError: They are of another class, for example transformers'.
+    """
+    if args is None:
+        return TrainingArguments()
+    if isinstance(args, TrainingArguments):
+        return args
+    module, kind = type(args).__module__, type(args).__name__
+    saw = f"Trainer got {module}.{kind} as args"
+    packages = [base.__module__.partition(".")[0] for base in type(args).__mro__]
+    if "transformers" in packages:
+        why = "That class is for transformers' Trainer; this Trainer has its own"
+        raise PrepareError(saw, why, "Write from paceline import TrainingArguments: its fields have the same names")
+    hint = "Write TrainingArguments(**args)" if isinstance(args, Mapping) else "Write TrainingArguments(output_dir=…)"
+    raise PrepareError(saw, "It is not a TrainingArguments", hint)
+
+
+def check_constructor(
+    args: TrainingArguments,
+    *,
+    eval_dataset: Any,
+    optimizer: Any,
+    scheduler: Any,
+    optimizer_class: Any,
+    compute_metrics: Any,
+    compute_loss_func: Any,
+    deepspeed: Mapping[str, Any] | None,
+) -> None:
+    """Compare the arguments with what else a Trainer was given.
+
+    Args:
+        args: The arguments.
+        eval_dataset: As given to the Trainer, like the others; None if not given.
+        optimizer: An optimizer.
+        scheduler: A scheduler.
+        optimizer_class: `optimizer_cls_and_kwargs`.
+        compute_metrics: A function or metric.
+        compute_loss_func: A loss function.
+        deepspeed: The DeepSpeed configuration of the run, if it has one.
+
+    Raises:
+        ConfigError: All contradictions at once.
+    """
+    exists = "the optimizer or schedule given to the Trainer is used unchanged"
+    conflicts = (
+        (
+            args.eval_strategy != "no" and eval_dataset is None,
+            field_problem(
+                "eval_strategy", f"{args.eval_strategy!r} without an eval_dataset", hint="give one to the Trainer"
+            ),
+        ),
+        (
+            optimizer_class is not None and optimizer is not None,
+            Problem(
+                "Trainer(…)", "optimizers", "given together with optimizer_cls_and_kwargs", hint="give one of them"
+            ),
+        ),
+        (
+            args.optim_args and (optimizer or optimizer_class) is not None,
+            field_problem("optim_args", "given together with an optimizer", exists, "leave it out"),
+        ),
+        (
+            args.lr_scheduler_kwargs and scheduler is not None,
+            field_problem("lr_scheduler_kwargs", "given together with a scheduler", exists, "leave it out"),
+        ),
+        (
+            compute_metrics is not None and args.prediction_loss_only,
+            field_problem(
+                "prediction_loss_only",
+                "given together with compute_metrics",
+                "no predictions are kept to compute metrics from",
+                "give one of them",
+            ),
+        ),
+        (
+            compute_loss_func is not None and args.label_smoothing_factor > 0,
+            field_problem(
+                "label_smoothing_factor",
+                "given together with compute_loss_func",
+                "that function computes the whole loss",
+                "give one of them",
+            ),
+        ),
+    )
+    problems = [problem for applies, problem in conflicts if applies]
+    if deepspeed is not None:
+        problems += find_conflicts(args, deepspeed)
+    if problems:
+        raise ConfigError(problems)

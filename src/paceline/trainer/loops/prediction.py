@@ -1,0 +1,119 @@
+"""The forward of an evaluation batch: its loss, predictions and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.environment.logging import get_logger
+from paceline.errors import DataError
+from paceline.trainer.batches.collate import columns_in, label_names_of
+from paceline.trainer.loops.losses import ModelCall, find_labels, maybe_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from paceline.trainer.protocol import TrainerHooks
+
+__all__ = ["predict_batch", "warn_of_missing_labels"]
+
+logger = get_logger(__name__)
+
+
+def predict_batch(
+    hooks: TrainerHooks,
+    call: ModelCall,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    loss_only: bool,
+    ignore_keys: list[str] | None,
+    has_own_loss: bool,
+    needs_labels: bool,
+) -> tuple[Tensor | None, Any, Any]:
+    """Loss, predictions and labels of a batch, each None if there is none.
+
+    Args:
+        hooks: Computes the loss.
+        call: How the model is called.
+        model: As prepared.
+        inputs: The batch.
+        loss_only: Return no predictions and labels.
+        ignore_keys: Outputs of the model that are not predictions; None takes what its configuration says.
+        has_own_loss: Whether `compute_loss` needs no labels under the names that are known.
+        needs_labels: Whether metrics will be computed.
+
+    Raises:
+        DataError: `label_names` was given, and the batch has other labels.
+    """
+    labels = _labels_of(hooks, inputs, needs_labels=needs_labels)
+    if labels is not None or has_own_loss:
+        loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True)
+    else:
+        outputs = call(model, inputs)
+        loss = maybe_loss(outputs)
+    loss = None if loss is None else loss.detach().mean()
+    if loss_only:
+        return loss, None, None
+    has_loss = maybe_loss(outputs) is not None
+    return loss, _predictions_of(outputs, _ignored_outputs(hooks.model, ignore_keys), has_loss=has_loss), labels
+
+
+def _ignored_outputs(model: nn.Module, ignore_keys: list[str] | None) -> frozenset[str]:
+    if ignore_keys is not None:
+        return frozenset(ignore_keys)
+    config = getattr(model, "config", None)
+    return frozenset(getattr(config, "keys_to_ignore_at_inference", ("past_key_values", "cache")))
+
+
+def _labels_of(hooks: TrainerHooks, inputs: Any, *, needs_labels: bool) -> Any:
+    """The labels in a batch, a tuple if there are several; None if there are none."""
+    if not hasattr(inputs, "get"):
+        return find_labels(inputs, last_is_target=True)
+    labels = [inputs.get(name) for name in hooks.label_names]
+    if labels and all(label is not None for label in labels):
+        return labels[0] if len(labels) == 1 else tuple(labels)
+    # A batch that is only predicted for need not have labels.
+    has_others = any(label is not None for label in (*labels, *map(inputs.get, label_names_of(hooks.model))))
+    if hooks.args.label_names and (needs_labels or has_others):
+        raise DataError(
+            f"label_names={hooks.label_names}, and a batch has {columns_in(inputs)}",
+            "Neither the loss nor compute_metrics would get the named labels",
+            "Give the names of the collated batch, in which `label` is called labels, or leave it out",
+        )
+    return None
+
+
+def warn_of_missing_labels(label_names: list[str], inputs: Any) -> None:
+    """Warn at the first training batch that evaluations will fail, if their batches have the same entries."""
+    missing = [name for name in label_names if hasattr(inputs, "get") and inputs.get(name) is None]
+    if missing:
+        logger.warning(
+            "label_names has %s, and the first training batch has %s: an evaluation whose batches have the same will "
+            "fail.", ", ".join(missing), columns_in(inputs),
+        )  # fmt: skip
+
+
+def _predictions_of(outputs: Any, ignored: frozenset[str], *, has_loss: bool) -> Any:
+    """A model's outputs without the loss: a single one as it is, several as a tuple."""
+    if isinstance(outputs, torch.Tensor):
+        return None if has_loss and outputs.dim() == 0 else outputs
+    outputs = _as_mapping(outputs)
+    if isinstance(outputs, Mapping):
+        kept = [outputs[name] for name in outputs if name not in ignored and name != "loss"]
+        kept = [value for value in kept if value is not None]
+    else:
+        kept = list(outputs[1:] if has_loss else outputs)
+    return kept[0] if len(kept) == 1 else tuple(kept)
+
+
+def _as_mapping(outputs: Any) -> Any:
+    """Attributes of an object as a mapping; mappings and sequences as they are."""
+    if isinstance(outputs, Mapping | list | tuple):
+        return outputs
+    if is_dataclass(outputs):
+        return {part.name: getattr(outputs, part.name) for part in fields(outputs)}
+    return vars(outputs) if hasattr(outputs, "__dict__") else outputs

@@ -190,7 +190,7 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
     def _choose_trackers(self, log_with: object) -> Trackers:
         folder = None if self.logging_dir is None else Path(self.logging_dir)
         chosen = choose_trackers(log_with, folder)
-        return Trackers(chosen, folder, is_main=self.is_main_process, is_asked=log_with is not None)
+        return Trackers(chosen, folder, is_main=self.is_main_process, is_requested=log_with is not None)
 
     def _start_recording(self) -> Recorder | ParityRecorder | None:
         """Note what this run does, where `paceline verify-resume` or `paceline parity` asked for it."""

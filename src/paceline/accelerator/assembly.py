@@ -10,8 +10,8 @@ import torch
 
 from paceline.collectives import SoloGroup, TorchGroup
 from paceline.config import FullyShardedDataParallelPlugin, with_arguments, worker_config
-from paceline.environment.accounts import Accounts
 from paceline.environment.device import choose_device, describe_device, memory_info
+from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
 from paceline.planner import choose_strategy, measure
@@ -39,7 +39,7 @@ class RunComponents:
     context: RunContext
     backend: str | None
     scaler: LossScaler | None
-    accounts: Accounts
+    error_file: ErrorFile
 
     @property
     def group(self) -> Group:
@@ -79,14 +79,14 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         # A mesh of one still is a mesh: engines that shard run on a single process as well.
         force=config.strategy in ("fsdp", "deepspeed"),
     )
-    accounts = Accounts.read(env)
+    error_file = ErrorFile.read(env)
     if backend is not None:
-        start_watch(world, accounts, config.hang_timeout)
+        start_watch(world, error_file, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     context = RunContext(world=world, device=device, group=group, precision=precision, config=config)
-    return RunComponents(resolved, handlers, context, backend, scaler, accounts)
+    return RunComponents(resolved, handlers, context, backend, scaler, error_file)
 
 
 def decide_strategy(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.environment.device import describe_device
-from paceline.planner import Run, asked_bytes, describe_out_of_memory, measure_usage, process_memory
+from paceline.planner import RunSettings, describe_out_of_memory, measure_memory, process_memory, requested_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def explain_out_of_memory(
     """
     models, optimizers, micro_batch, accumulation = holdings
     context, plugin = components.context, components.context.config.fsdp_config
-    run = Run(
+    run = RunSettings(
         ranks=context.world.size,
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -79,9 +79,9 @@ def explain_out_of_memory(
         on_cpu=context.device.type == "cpu",
     )
     return describe_out_of_memory(
-        measure_usage(models, optimizers, context.device, libraries=libraries),
+        measure_memory(models, optimizers, context.device, libraries=libraries),
         run,
-        asked_bytes(str(error)),
+        requested_bytes(str(error)),
         rank=context.world.rank,
         device=describe_device(context.device),
     )
@@ -95,5 +95,5 @@ def _report(components: RunComponents, holdings: Callable[[], MemorySnapshot | N
     # Where memory has run out, there may be none for this either.
     with contextlib.suppress(MemoryError, RuntimeError):
         text = explain_out_of_memory(components, held, error, libraries=libraries)
-        components.accounts.remark(text)
-        components.accounts.tell(text)
+        components.error_file.add_remark(text)
+        components.error_file.print_unless_reported(text)

@@ -99,20 +99,20 @@ def command(
             click.echo(f"paceline: {note}", err=True)
     # The help, and a configuration that cannot work, come without importing torch.
     import_torch()
-    from paceline.launch import launch, launch_machines, plan, plan_machines
+    from paceline.launch import launch, launch_deepspeed, plan, plan_deepspeed
     from paceline.launch.command import Command
-    from paceline.launch.planning import remarks
+    from paceline.launch.planning import performance_hints
     from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun
 
     what = Command(script=script, arguments=arguments, kind=kind)
     if _is_rank(resolved, what, log_dir, dry_run):
         return
     if not quiet:
-        for remark in remarks(resolved.config, os.environ):
+        for remark in performance_hints(resolved.config, os.environ):
             click.echo(f"paceline: {remark}", err=True)
     by_mpirun, several = resolved.config.mpirun_config is not None, resolved.config.spans_machines
     if dry_run:
-        make = plan_mpirun if by_mpirun else plan_machines if several else plan
+        make = plan_mpirun if by_mpirun else plan_deepspeed if several else plan
         click.echo(str(make(resolved, what, os.environ)))
         return
     if (by_mpirun or several) and log_dir is not None:
@@ -121,7 +121,7 @@ def command(
     if by_mpirun:
         launch_mpirun(resolved, what, env=os.environ)
     elif several:
-        launch_machines(resolved, what, env=os.environ)
+        launch_deepspeed(resolved, what, env=os.environ)
     else:
         launch(resolved, what, env=os.environ, log_dir=log_dir, tee=tee)
 
@@ -129,12 +129,12 @@ def command(
 def _is_rank(resolved: Resolved, what: Command, log_dir: Path | None, dry_run: bool) -> bool:
     """Where a scheduler started a task for each rank, become that rank, or print it and say that it was one."""
     from paceline.launch.clusters import detect_cluster
-    from paceline.launch.schedulers.batch import refuse_part_of_an_allocation
+    from paceline.launch.schedulers.sbatch import reject_partial_allocation
     from paceline.launch.schedulers.task import plan_task, run_task
 
     cluster = detect_cluster(os.environ)
     if cluster is None and not resolved.origin("num_machines").is_explicit and not resolved.config.spans_machines:
-        refuse_part_of_an_allocation(os.environ)
+        reject_partial_allocation(os.environ)
     if cluster is None or cluster.task == "machine":
         return False
     if log_dir is not None:

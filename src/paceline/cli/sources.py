@@ -42,7 +42,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     if config.num_processes is None and config.max_machines == 1 and not config.spans_machines:
         # torch is imported here, and only then.
         import_torch()
-        from paceline.launch.detection import detect
+        from paceline.launch.accelerators import detect
 
         # What is there depends on whether the CPU was asked for, which any source may have done.
         found = detect(os.environ, config.use_cpu)

@@ -17,7 +17,16 @@ from paceline.launch.worker import is_library
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "read_fault", "report"]
+__all__ = [
+    "FailureRecord",
+    "RankExit",
+    "exit_code",
+    "first_failure",
+    "fold",
+    "read_failure_record",
+    "read_fatal_location",
+    "report",
+]
 
 _ABORTED = (
     "A library in it gave up, and printed why on its standard error. gloo does so when ranks are in "
@@ -31,7 +40,7 @@ _FOLDED = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class FailureRecord:
     """What a failing process wrote about itself.
 
     Attributes:
@@ -56,7 +65,7 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class RankEnd:
+class RankExit:
     """How one process ended.
 
     Attributes:
@@ -76,7 +85,7 @@ class RankEnd:
     code: int
     time: float
     stopped: bool = False
-    account: Account | None = None
+    account: FailureRecord | None = None
     hint: str = ""
     log: str = ""
     where: str = ""
@@ -93,7 +102,7 @@ class RankEnd:
         return self.account.time if self.account is not None else self.time
 
 
-def read_account(path: Path) -> Account | None:
+def read_failure_record(path: Path) -> FailureRecord | None:
     """Read what a process left in its error file, ours or torch elastic's own; None when there is nothing."""
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -101,12 +110,12 @@ def read_account(path: Path) -> Account | None:
         return None
     ours = data.get("paceline")
     if ours is not None:
-        return Account(**{name: ours[name] for name in Account.__slots__ if name in ours})
+        return FailureRecord(**{name: ours[name] for name in FailureRecord.__slots__ if name in ours})
     message = data.get("message")
     if not isinstance(message, dict):
         return None
     extra = message.get("extraInfo", {})
-    return Account(
+    return FailureRecord(
         kind="exception",
         code=1,
         headline=str(message.get("message", "")),
@@ -117,7 +126,7 @@ def read_account(path: Path) -> Account | None:
     )
 
 
-def read_fault(path: Path) -> str:
+def read_fatal_location(path: Path) -> str:
     """Return the user's line, and what of ours it called, from what Python noted when a signal ended a process."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -135,25 +144,25 @@ def read_fault(path: Path) -> str:
     return ""
 
 
-def first_failure(ends: Sequence[RankEnd]) -> RankEnd:
+def first_failure(ends: Sequence[RankExit]) -> RankExit:
     """Return the failure that caused the others: not one that looks caused by another, then the earliest."""
     failed = [end for end in ends if end.code != 0 and not end.stopped]
     return min(failed, key=lambda end: (end.is_secondary, end.since))
 
 
-def exit_code(end: RankEnd) -> int:
+def exit_code(end: RankExit) -> int:
     """Return what a shell would give: the process's own code, 128 + the signal's number for a signal."""
     if end.account is not None and end.code < 0:  # it had failed by itself before it was killed
         return end.account.code
     return end.code if end.code > 0 else 128 - end.code
 
 
-def fold(ends: Sequence[RankEnd]) -> str:
+def fold(ends: Sequence[RankExit]) -> str:
     """Write how ranks ended that did not cause a failure."""
     return _others(ends) + "\n"
 
 
-def report(ends: Sequence[RankEnd]) -> str:
+def report(ends: Sequence[RankExit]) -> str:
     """Write the report: the other ranks in one line, then the first failure with its traceback."""
     cause = first_failure(ends)
     others = _others([end for end in ends if end is not cause])
@@ -171,12 +180,12 @@ def report(ends: Sequence[RankEnd]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _witness(ends: Iterable[RankEnd]) -> list[str]:
+def _witness(ends: Iterable[RankExit]) -> list[str]:
     """What the ranks that lost touch with one that was aborted say: in which exchange it happened."""
     return [end.account.remark for end in ends if end.account is not None and end.account.remark]
 
 
-def _reason(end: RankEnd) -> str:
+def _reason(end: RankExit) -> str:
     account = end.account
     if account is not None:
         at = f" at {account.where}" if account.where else ""
@@ -205,7 +214,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _others(ends: Iterable[RankEnd]) -> str:
+def _others(ends: Iterable[RankExit]) -> str:
     """Fold the ranks that did not cause the failure into one line."""
     groups: dict[str, list[int]] = {}
     for end in ends:

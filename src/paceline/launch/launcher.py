@@ -16,11 +16,11 @@ from torch.distributed.elastic.multiprocessing import SignalException, start_pro
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from paceline.errors import UsageError, WorkerError
-from paceline.launch.rendezvous.multi_node import MultiNodeRounds
-from paceline.launch.rounds import Alone, Round, Rounds
+from paceline.launch.coordination import Attempt, Coordinator, SingleNodeCoordinator
+from paceline.launch.rank_logs import RankLogs, silence_elastic_logs
+from paceline.launch.rendezvous.multi_node import MultiNodeCoordinator
 from paceline.launch.stacks import keep_stacks
-from paceline.launch.streams import RankStreams, quiet_elastic
-from paceline.launch.supervision import Outcome, Signals, Timeouts, supervise
+from paceline.launch.supervision import AttemptOutcome, Signals, Timeouts, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
-    from paceline.launch.planning import Plan
-    from paceline.launch.verdict import Verdict
+    from paceline.launch.decision import Decision
+    from paceline.launch.planning import LaunchPlan
 
 __all__ = ["launch"]
 
@@ -71,13 +71,13 @@ def launch(
     config = resolved.config
     numa = NumaOptions(affinity_mode=AffinityMode.NODE) if config.enable_cpu_affinity else None
     times = Timeouts(shutdown_timeout, grace_period, config.monitor_interval)
-    rounds: Rounds
-    with quiet_elastic(), Signals() as signals:
+    rounds: Coordinator
+    with silence_elastic_logs(), Signals() as signals:
         if config.max_machines > 1:
             signals.catch()
-            rounds = MultiNodeRounds(resolved, command, env, signals.received)
+            rounds = MultiNodeCoordinator(resolved, command, env, signals.received)
         else:
-            rounds = Alone(resolved, command, env)
+            rounds = SingleNodeCoordinator(resolved, command, env)
         try:
             if log_dir is not None:
                 _make_folder(log_dir)
@@ -85,7 +85,7 @@ def launch(
             while True:
                 current = rounds.next()
                 with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
-                    streams = RankStreams(
+                    streams = RankLogs(
                         Path(folder),
                         log_dir=log_dir,
                         tee=tee,
@@ -108,7 +108,7 @@ def launch(
             rounds.close()
 
 
-def _tell(verdict: Verdict, failures: int, allowed: int) -> None:
+def _tell(verdict: Decision, failures: int, allowed: int) -> None:
     if verdict.kind == "again":
         _LOG.warning("%s\nstarting again (%d of %d)", verdict.text, failures, allowed)
     else:
@@ -116,8 +116,8 @@ def _tell(verdict: Verdict, failures: int, allowed: int) -> None:
 
 
 def _run_once(
-    current: Round, env: Mapping[str, str], streams: RankStreams, numa: NumaOptions | None, times: Timeouts
-) -> Outcome:
+    current: Attempt, env: Mapping[str, str], streams: RankLogs, numa: NumaOptions | None, times: Timeouts
+) -> AttemptOutcome:
     """Start every rank, wait for the end of all; no process of theirs is left if one failed."""
     planned = current.plan
     environments = {
@@ -136,7 +136,7 @@ def _run_once(
         try:
             context = _start(planned, environments, streams, numa)
         except SignalException as early:
-            return Outcome(signal=int(early.sigval))
+            return AttemptOutcome(signal=int(early.sigval))
         signals.catch()
         return supervise(context, streams, signals, times, current.remote_request)
 
@@ -153,9 +153,9 @@ def _make_folder(log_dir: Path) -> None:
 
 
 def _start(
-    planned: Plan,
+    planned: LaunchPlan,
     environments: dict[int, dict[str, str]],
-    streams: RankStreams,
+    streams: RankLogs,
     numa: NumaOptions | None,
 ) -> PContext:
     # The worker must know whose death it shall not outlive.

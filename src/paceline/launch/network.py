@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
-    "address_towards",
-    "interface_of",
+    "connection_error",
+    "gloo_variables",
+    "interface_with",
     "is_loopback",
     "is_own_address",
+    "port_error",
     "resolve_host",
-    "variables_for",
-    "why_taken",
-    "why_unreachable",
+    "source_address",
 ]
 
 _PROBE_SECONDS = 3.0
@@ -40,10 +40,10 @@ def is_loopback(address: str) -> bool:
 
 def is_own_address(address: str) -> bool:
     """Whether an address is one of this machine's."""
-    return is_loopback(address) or interface_of(address) is not None
+    return is_loopback(address) or interface_with(address) is not None
 
 
-def interface_of(address: str) -> str | None:
+def interface_with(address: str) -> str | None:
     """Return the name of the interface that has an address, None when no one here has."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(found.address.partition("%")[0] == address for found in addresses):
@@ -51,7 +51,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def address_towards(address: str) -> str | None:
+def source_address(address: str) -> str | None:
     """Return the address of this machine from which it would send to another; nothing is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -62,7 +62,7 @@ def address_towards(address: str) -> str | None:
             return None
 
 
-def why_unreachable(host: str, port: int) -> str | None:
+def connection_error(host: str, port: int) -> str | None:
     """Say why nothing answers at a place; None when something does."""
     try:
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
@@ -73,7 +73,7 @@ def why_unreachable(host: str, port: int) -> str | None:
         return error.strerror or str(error)
 
 
-def why_taken(port: int) -> str | None:
+def port_error(port: int) -> str | None:
     """Say why nobody can listen at a port of this machine; None when somebody can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,6 +85,6 @@ def why_taken(port: int) -> str | None:
     return None
 
 
-def variables_for(interface: str | None, env: Mapping[str, str]) -> dict[str, str]:
+def gloo_variables(interface: str | None, env: Mapping[str, str]) -> dict[str, str]:
     """What gloo must know: left alone, it takes the interface that this machine's own name leads to."""
     return {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in env else {}

@@ -12,10 +12,10 @@ from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.launch.accelerators import count_accelerators, detect, visible_devices_variable
 from paceline.launch.clusters.detection import detect_cluster
 from paceline.launch.command import check_command
-from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
-from paceline.launch.network import why_taken
+from paceline.launch.network import port_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from paceline.launch.command import Command
 
 __all__ = [
-    "Plan",
+    "LaunchPlan",
     "PlannedRank",
     "command_line",
     "engine_variables",
     "local_size",
-    "meeting_place",
     "place",
     "plan",
-    "refuse_inside_a_launch",
+    "reject_nested_launch",
+    "rendezvous_endpoint",
     "thread_variables",
 ]
 
@@ -49,7 +49,7 @@ class PlannedRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """What a launch will start on this machine.
 
     Attributes:
@@ -104,7 +104,7 @@ class Plan:
         return self.as_text()
 
 
-def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
+def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> LaunchPlan:
     """Check everything that can be checked without starting a process, and say what would be started here.
 
     Of several machines each is taken to have as many ranks as this one; how many the others really have is known
@@ -114,7 +114,7 @@ def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
         ConfigError: The configuration does not fit this machine; it holds every problem.
         UsageError: There is nothing to run under that name, or this is a launched process itself.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     size = local_size(resolved.config, env)
     problems = list(_problems(resolved, size, env))
@@ -132,7 +132,7 @@ def local_size(config: RunConfig, env: Mapping[str, str]) -> int:
     return max(1, config.num_processes // config.max_machines)
 
 
-def remarks(config: RunConfig, env: Mapping[str, str]) -> list[str]:
+def performance_hints(config: RunConfig, env: Mapping[str, str]) -> list[str]:
     """What works, and is probably not what was meant."""
     size, cores = local_size(config, env), core_count()
     on_cpu = config.use_cpu or count_accelerators()[0] is None
@@ -141,7 +141,7 @@ def remarks(config: RunConfig, env: Mapping[str, str]) -> list[str]:
     return []
 
 
-def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
+def rendezvous_endpoint(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
     """Return the address and the port where ranks meet; port 0 stands for a free one."""
     if config.max_machines == 1:
         return config.main_process_ip or "127.0.0.1", config.main_process_port or 0
@@ -152,8 +152,8 @@ def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
 
 def place(
     resolved: Resolved, command: Command, env: Mapping[str, str], index: int, sizes: tuple[int, ...], **extra: str
-) -> Plan:
-    """Plan the ranks of one machine.
+) -> LaunchPlan:
+    """LaunchPlan the ranks of one machine.
 
     Args:
         resolved: The configuration.
@@ -169,7 +169,7 @@ def place(
     if config.max_machines > 1:  # what was asked for may be another number: machines differ, come and go
         origins["num_processes"] = Origin("detected", "the machines that take part")
     resolved = replace(resolved, config=config, origins=origins)
-    address, port = meeting_place(config, env)
+    address, port = rendezvous_endpoint(config, env)
     shared = {
         **_device_variables(config),
         **engine_variables(config),
@@ -185,7 +185,7 @@ def place(
         **extra,
     }
     line = command_line(command)
-    return Plan(
+    return LaunchPlan(
         ranks=tuple(PlannedRank(first + local, line, _rank_variables(first, local, index)) for local in range(size)),
         variables={name: value for name, value in shared.items() if env.get(name) != value},
         address=address,
@@ -235,7 +235,7 @@ def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> di
     return {"OMP_NUM_THREADS": str(max(1, core_count() // size))}
 
 
-def refuse_inside_a_launch(env: Mapping[str, str]) -> None:
+def reject_nested_launch(env: Mapping[str, str]) -> None:
     """Raise `UsageError` when this process is one of several ranks that something else launched."""
     try:
         world, cluster = World.read(env), detect_cluster(env)
@@ -255,7 +255,7 @@ def _problems(resolved: Resolved, size: int, env: Mapping[str, str]) -> Iterator
     if config.max_machines > 1:
         yield from _meeting_problems(resolved, env)
     elif config.main_process_port:
-        reason = why_taken(config.main_process_port)
+        reason = port_error(config.main_process_port)
         if reason is not None:
             yield Problem(
                 resolved.origin("main_process_port").where,
@@ -268,7 +268,7 @@ def _problems(resolved: Resolved, size: int, env: Mapping[str, str]) -> Iterator
 
 def _meeting_problems(resolved: Resolved, env: Mapping[str, str]) -> Iterator[Problem]:
     config = resolved.config
-    if not meeting_place(config, env)[0]:
+    if not rendezvous_endpoint(config, env)[0]:
         what = f"no address is given at which {config.max_machines} machines could meet"
         why = "they meet at machine 0, and none knows which that is"
         hint = "give --main_process_ip the address of machine 0, on every machine"

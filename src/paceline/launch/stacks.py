@@ -7,18 +7,18 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from paceline.environment.accounts import stacks_folder
+from paceline.environment.error_file import stacks_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from paceline.launch.failures import RankEnd
-    from paceline.launch.supervision import Outcome
+    from paceline.launch.failures import RankExit
+    from paceline.launch.supervision import AttemptOutcome
 
 __all__ = ["keep_stacks"]
 
 
-def keep_stacks(outcome: Outcome, run_id: str, attempt: int, log_dir: Path) -> Outcome:
+def keep_stacks(outcome: AttemptOutcome, run_id: str, attempt: int, log_dir: Path) -> AttemptOutcome:
     """Move the stacks of one start of the ranks into the folder of their logs, and say so in what they left.
 
     Args:
@@ -36,7 +36,7 @@ def keep_stacks(outcome: Outcome, run_id: str, attempt: int, log_dir: Path) -> O
     return outcome
 
 
-def _moved(end: RankEnd, written: str, kept: str) -> RankEnd:
+def _moved(end: RankExit, written: str, kept: str) -> RankExit:
     account = end.account
     if account is None:
         return end

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing import SubprocessContext
 
 from paceline.environment.host import host_memory, oom_kill_count
 from paceline.errors import PREEMPTED
-from paceline.launch.failures import RankEnd, read_account, read_fault
+from paceline.launch.failures import RankExit, read_failure_record, read_fatal_location
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from torch.distributed.elastic.multiprocessing import PContext
 
-    from paceline.launch.streams import RankStreams
+    from paceline.launch.rank_logs import RankLogs
 
-__all__ = ["Outcome", "RemoteRequest", "Signals", "Timeouts", "supervise"]
+__all__ = ["AttemptOutcome", "RemoteRequest", "Signals", "Timeouts", "supervise"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -57,10 +57,10 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class AttemptOutcome:
     """How a launch ended: a signal to the launcher, or the end of each rank."""
 
-    ends: tuple[RankEnd, ...] = ()
+    ends: tuple[RankExit, ...] = ()
     signal: int | None = None
 
     @property
@@ -69,7 +69,7 @@ class Outcome:
         return any(end.code != 0 for end in self.ends)
 
     @property
-    def made_room(self) -> bool:
+    def preempted(self) -> bool:
         """Whether every rank saved its state and ended because it was asked to."""
         return bool(self.ends) and all(end.code == PREEMPTED for end in self.ends)
 
@@ -126,7 +126,7 @@ class _Ranks:
     """The processes and when each was last seen alive."""
 
     processes: dict[int, Popen[bytes]]
-    streams: RankStreams
+    streams: RankLogs
     seen: dict[int, float]
 
     def running(self) -> list[int]:
@@ -141,17 +141,17 @@ class _Ranks:
             if self.processes[rank].poll() is None:
                 self.seen[rank] = now
 
-    def end(self, rank: int) -> RankEnd:
+    def end(self, rank: int) -> RankExit:
         process = self.processes[rank]
-        account = read_account(self.streams.error_file(rank)) if process.returncode else None
-        return RankEnd(
+        account = read_failure_record(self.streams.error_file(rank)) if process.returncode else None
+        return RankExit(
             rank=rank,
             pid=process.pid,
             code=process.returncode if process.returncode is not None else -int(signal.SIGKILL),
             time=self.seen[rank],
             account=account,
             log=self.streams.log(rank),
-            where=read_fault(self.streams.fault_file(rank)),
+            where=read_fatal_location(self.streams.fault_file(rank)),
         )
 
 
@@ -161,11 +161,11 @@ def _nothing() -> RemoteRequest:
 
 def supervise(
     context: PContext,
-    streams: RankStreams,
+    streams: RankLogs,
     signals: Signals,
     times: Timeouts,
     remote_request: Callable[[], RemoteRequest] = _nothing,
-) -> Outcome:
+) -> AttemptOutcome:
     """Wait until all ranks have ended, ending the others once one has failed or a signal has come.
 
     Args:
@@ -214,9 +214,9 @@ def supervise(
     if signals.received or stopped or ranks.failed():
         _kill_sessions({process.pid for process in processes.values()})
     if signals.received and not _saved_where_memory_ends(ranks):
-        return Outcome(signal=signals.received[0])
+        return AttemptOutcome(signal=signals.received[0])
     ends = [_judge(ranks.end(rank), rank in stopped, stopped_at, hint) for rank in processes]
-    return Outcome(ends=tuple(ends))
+    return AttemptOutcome(ends=tuple(ends))
 
 
 def _make_room(ranks: _Ranks) -> bool:
@@ -238,7 +238,7 @@ def _has_cause(ranks: _Ranks) -> bool:
     return not aborted and any(not end.is_secondary for end in ends)
 
 
-def _judge(end: RankEnd, stopped: bool, stopped_at: float, hint: str) -> RankEnd:
+def _judge(end: RankExit, stopped: bool, stopped_at: float, hint: str) -> RankExit:
     """Tell a rank that the launcher ended from one that failed by itself while it was being ended."""
     if stopped and (end.account is None or end.account.time >= stopped_at):
         return replace(end, stopped=True)

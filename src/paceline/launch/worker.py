@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-__all__ = ["end_at_once", "is_library", "main", "pack", "unpack"]
+__all__ = ["exit_now", "is_library", "main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not the script's.
-_OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "calling.py")}
+_OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "rank_main.py")}
 _FACADE = "paceline.accelerator.accelerator"
 # Seconds between two looks for a process group that the script opens itself.
 _PAUSE = 2.0
@@ -378,7 +378,7 @@ def _words(error: BaseException) -> str:
         return ""
 
 
-def end_at_once(code: int) -> None:
+def exit_now(code: int) -> None:
     """End a process whose work has come to its end, without taking the interpreter apart.
 
     Everything that a program may rely on happens: threads are waited for, exit handlers run, output is flushed. What
@@ -404,4 +404,4 @@ if __name__ == "__main__":
             print(stop.code, file=sys.stderr)
     if "torch.distributed" not in sys.modules:
         sys.exit(ended)
-    end_at_once(ended)
+    exit_now(ended)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from paceline.planner.usage import Usage
+    from paceline.planner.memory_usage import MemoryUsage
 
-__all__ = ["Run", "asked_bytes", "describe_out_of_memory", "remedies"]
+__all__ = ["RunSettings", "describe_out_of_memory", "remedies", "requested_bytes"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "bytes": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunSettings:
     """What the remedies need to know of a run.
 
     Attributes:
@@ -37,13 +37,13 @@ class Run:
     on_cpu: bool = False
 
 
-def asked_bytes(message: str) -> int | None:
+def requested_bytes(message: str) -> int | None:
     """How much was asked for in vain, from what torch says; None if it does not."""
     found = re.search(r"ried to allocate ([\d.]+) (KiB|MiB|GiB|TiB|bytes)", message)
     return None if found is None else int(float(found[1]) * _UNITS[found[2]])
 
 
-def describe_out_of_memory(usage: Usage, run: Run, asked: int | None, *, rank: int, device: str) -> str:
+def describe_out_of_memory(usage: MemoryUsage, run: RunSettings, asked: int | None, *, rank: int, device: str) -> str:
     """Say who holds the memory, what the largest pieces are, and what would help.
 
     Args:
@@ -70,7 +70,7 @@ def describe_out_of_memory(usage: Usage, run: Run, asked: int | None, *, rank: i
     return "\n".join(lines)
 
 
-def remedies(usage: Usage, run: Run, asked: int | None) -> list[str]:
+def remedies(usage: MemoryUsage, run: RunSettings, asked: int | None) -> list[str]:
     """The changes, smallest first, up to the first that is enough by itself."""
     # What could not be had must be found beyond what is free; where that much is free, it is not for this process.
     short = None if asked is None else asked - usage.free if asked > usage.free else asked
@@ -88,7 +88,7 @@ def remedies(usage: Usage, run: Run, asked: int | None) -> list[str]:
     return found
 
 
-def _changes(usage: Usage, run: Run, asked: int) -> Iterator[tuple[str, int | None]]:
+def _changes(usage: MemoryUsage, run: RunSettings, asked: int) -> Iterator[tuple[str, int | None]]:
     if usage.unused and asked and usage.unused >= asked:
         pieces = f"{_size(usage.unused)} are held in pieces that were too small"
         yield f"the variable PYTORCH_ALLOC_CONF=expandable_segments:True might do: {pieces}", None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from paceline.tracking.base import GeneralTracker
-from paceline.tracking.choice import choose_trackers
 from paceline.tracking.files import METRICS_FILE, RECORD_FILE
-from paceline.tracking.run import Trackers
-from paceline.tracking.table import TRACKERS
+from paceline.tracking.registry import TRACKERS
+from paceline.tracking.selection import choose_trackers
+from paceline.tracking.trackers import Trackers
 
 __all__ = ["METRICS_FILE", "RECORD_FILE", "TRACKERS", "GeneralTracker", "Trackers", "choose_trackers"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import flatten, to_json
+from paceline.tracking.log_values import flatten, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

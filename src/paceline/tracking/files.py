@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import to_json
+from paceline.tracking.log_values import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

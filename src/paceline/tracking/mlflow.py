@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import numbers, short_text
+from paceline.tracking.log_values import numbers, short_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

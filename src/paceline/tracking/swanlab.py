@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import flatten
+from paceline.tracking.log_values import flatten
 
 __all__ = ["Tracker"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import short_text
+from paceline.tracking.log_values import short_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

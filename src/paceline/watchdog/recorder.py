@@ -12,7 +12,7 @@ import torch._C._distributed_c10d as c10d
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Operation", "Status", "current_status", "flight_record", "is_device_busy", "recent_operations"]
+__all__ = ["GroupStatus", "Operation", "current_status", "flight_record", "is_device_busy", "recent_operations"]
 
 # Of gloo and of NCCL; a build of torch has one or both.
 _NCCL = "_dump_nccl_trace_json"
@@ -22,7 +22,7 @@ _DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
 _RECENT = 24
 
 # For each group, the number of the last collective entered and of the last completed.
-Status = dict[str, tuple[str, str]]
+GroupStatus = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +47,9 @@ class Operation:
         return f"{self.name} #{self.number}" + (f" of {self.what}" if self.what else "")
 
 
-def current_status() -> Status:
+def current_status() -> GroupStatus:
     """How far each group is, at the cost of about a tenth of a millisecond; empty when nothing is recorded."""
-    found: Status = {}
+    found: GroupStatus = {}
     for name in _JSON_DUMPS:
         for key, status in _dump(name, False).get("pg_status", {}).items():
             entered, completed = (str(status.get(f"last_{what}_collective")) for what in ("enqueued", "completed"))

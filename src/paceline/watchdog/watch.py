@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from paceline.environment.accounts import Accounts, stacks_folder
+from paceline.environment.error_file import ErrorFile, stacks_folder
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
+from paceline.watchdog.diagnosis import RankStatus, diagnose
 from paceline.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
-from paceline.watchdog.recorder import Status, current_status, flight_record, is_device_busy, recent_operations
-from paceline.watchdog.verdict import Standing, verdict
+from paceline.watchdog.recorder import GroupStatus, current_status, flight_record, is_device_busy, recent_operations
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -56,12 +56,12 @@ def default_limit() -> float:
     return _SHARE * min(seconds, default=1800.0)
 
 
-def start_watch(world: World, accounts: Accounts, limit: float | None) -> Watch | None:
+def start_watch(world: World, error_file: ErrorFile, limit: float | None) -> Watch | None:
     """Watch this process for as long as its process group is open; None where one does already, or it makes no sense.
 
     Args:
         world: This rank's place.
-        accounts: Where the verdict goes.
+        error_file: Where the verdict goes.
         limit: Seconds that a collective may stand still; None takes the default, 0 watches nothing.
     """
     seconds = default_limit() if limit is None else limit
@@ -71,7 +71,7 @@ def start_watch(world: World, accounts: Accounts, limit: float | None) -> Watch 
     store = dist.distributed_c10d._get_default_store()
     if not hasattr(store, "clone"):
         return None
-    return Watch(store.clone(), world, accounts, seconds)
+    return Watch(store.clone(), world, error_file, seconds)
 
 
 class Watch:
@@ -80,15 +80,15 @@ class Watch:
     Args:
         store: A connection that no other thread uses.
         world: This rank's place.
-        accounts: Where the verdict goes.
+        error_file: Where the verdict goes.
         limit: Seconds that a collective may stand still.
     """
 
-    def __init__(self, store: Store, world: World, accounts: Accounts, limit: float) -> None:
+    def __init__(self, store: Store, world: World, error_file: ErrorFile, limit: float) -> None:
         self.limit = limit
         self._store = store
         self._world = world
-        self._accounts = accounts
+        self._error_file = error_file
         self._interval = min(_INTERVAL, limit / 10)
         # A short limit makes its own remark.
         self._remark_after = _REMARK if limit > 2 * _REMARK else limit
@@ -118,7 +118,7 @@ class Watch:
                 self._explain(error)
             else:
                 fate = "has ended" if error is None else f"failed ({type(error).__name__})"
-                self._set(f"fate/{self._world.rank}", Standing(rank=self._world.rank, fate=fate))
+                self._set(f"fate/{self._world.rank}", RankStatus(rank=self._world.rank, fate=fate))
 
     def _let_finish(self) -> None:
         """Wait, still watched, for what a device has not ended yet: closing the group would wait for it unwatched."""
@@ -168,16 +168,16 @@ class Watch:
 
     def _hear(self, number: int, seconds: float) -> str:
         """Wait a moment for all answers and say what they amount to."""
-        standings: dict[int, Standing] = {}
+        standings: dict[int, RankStatus] = {}
         deadline = time.monotonic() + 2 * self._interval + _ANSWERS
         while len(standings) < self._world.size and time.monotonic() < deadline:
             for rank in range(self._world.size):
                 for key in (f"answer/{number}/{rank}", f"fate/{rank}"):
                     text = self._get(key) if rank not in standings else None
                     if text is not None:
-                        standings[rank] = Standing.from_data(json.loads(text))
+                        standings[rank] = RankStatus.from_data(json.loads(text))
             time.sleep(0.05)
-        return verdict(standings.values(), self._world.size, seconds=seconds)
+        return diagnose(standings.values(), self._world.size, seconds=seconds)
 
     def _end(self, number: int, seconds: float, mine: bool) -> None:
         """End this process with the verdict of the rank that asked."""
@@ -193,7 +193,7 @@ class Watch:
                 time.sleep(0.05)
         text = text or "ranks wait for each other; the one that was to say where did not"
         headline = text.partition("\n")[0]
-        self._accounts.leave("hang", headline, text, rank=self._world.rank, code=HUNG, secondary=not mine)
+        self._error_file.write("hang", headline, text, rank=self._world.rank, code=HUNG, secondary=not mine)
         self._leave_together(number)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -215,20 +215,20 @@ class Watch:
         """Ask where the others are, and add that to the account of the failure."""
         standing = self._standing(error)
         # The launcher may end this process before the others have answered.
-        self._accounts.remark(str(standing))
+        self._error_file.add_remark(str(standing))
         self._set(f"fate/{self._world.rank}", standing)
         while (text := self._get(f"asked/{self._inquiries}")) is not None and '"failure"' not in text:
             self._inquiries += 1
         found = self._hear(self._ask("failure", 0.0), 0.0)
-        self._accounts.remark(found)
-        self._accounts.tell(found)
+        self._error_file.add_remark(found)
+        self._error_file.print_unless_reported(found)
 
     # What is said
 
-    def _standing(self, error: BaseException | None = None) -> Standing:
+    def _standing(self, error: BaseException | None = None) -> RankStatus:
         place = None if self._is_at_end else here() if error is None else location_in_traceback(error.__traceback__)
         fate = "" if error is None else f"failed ({type(error).__name__})"
-        return Standing(
+        return RankStatus(
             rank=self._world.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -249,7 +249,7 @@ class Watch:
         full = f"{_PREFIX}/{key}"
         return self._store.get(full).decode() if self._store.check([full]) else None
 
-    def _set(self, key: str, standing: Standing) -> None:
+    def _set(self, key: str, standing: RankStatus) -> None:
         self._store.set(f"{_PREFIX}/{key}", json.dumps(standing.to_data()))
 
 
@@ -258,7 +258,7 @@ class _Progress:
 
     def __init__(self, patience: float) -> None:
         self._patience = patience
-        self._status: Status = {}
+        self._status: GroupStatus = {}
         self._stack: tuple[tuple[int, int], ...] = ()
         self._since = time.monotonic()
         self._waits: bool | None = None

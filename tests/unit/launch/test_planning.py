@@ -12,7 +12,7 @@ import pytest
 
 from paceline.config import Origin, Resolved, RunConfig, with_arguments
 from paceline.errors import ConfigError, UsageError
-from paceline.launch import Command, Plan, detect, plan, planning
+from paceline.launch import Command, LaunchPlan, detect, plan, planning
 from tests.support.ranks import free_port
 
 
@@ -78,7 +78,7 @@ def test_text_and_dict(script: Command, no_devices: None) -> None:
 
 def test_a_plan_is_frozen(script: Command, no_devices: None) -> None:
     planned = plan(resolved(num_processes=1), script, {})
-    assert isinstance(planned, Plan)
+    assert isinstance(planned, LaunchPlan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         planned.port = 1  # type: ignore[misc]
 
@@ -171,12 +171,12 @@ def test_an_open_number_of_processes_is_detected(script: Command, no_devices: No
 
 
 def test_detection(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paceline.launch import detection
+    from paceline.launch import accelerators
 
-    monkeypatch.setattr(detection, "count_accelerators", lambda: ("cuda", 8))
+    monkeypatch.setattr(accelerators, "count_accelerators", lambda: ("cuda", 8))
     assert detect({}) == {"num_processes": 8}
     for cores, expected in ((1, 1), (2, 2), (64, 2)):
-        monkeypatch.setattr(detection, "core_count", lambda cores=cores: cores)
+        monkeypatch.setattr(accelerators, "core_count", lambda cores=cores: cores)
         assert detect({}, use_cpu=True) == {"num_processes": expected}
 
 
@@ -213,11 +213,11 @@ def test_nothing_to_run(command: Command, expected: str, tmp_path: Path, monkeyp
 
 def test_more_processes_than_cores_are_remarked_on(monkeypatch: pytest.MonkeyPatch, no_devices: None) -> None:
     monkeypatch.setattr(planning, "core_count", lambda: 2)
-    assert planning.remarks(resolved(num_processes=2).config, {}) == []
-    [remark] = planning.remarks(resolved(num_processes=3).config, {})
+    assert planning.performance_hints(resolved(num_processes=2).config, {}) == []
+    [remark] = planning.performance_hints(resolved(num_processes=3).config, {})
     assert remark.startswith("3 processes share 2 CPU cores")
     monkeypatch.setattr(planning, "count_accelerators", lambda: ("cuda", 8))
-    assert planning.remarks(resolved(num_processes=8).config, {}) == []
+    assert planning.performance_hints(resolved(num_processes=8).config, {}) == []
 
 
 def test_a_module_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from paceline import Accelerator, ProjectConfiguration
 from paceline.errors import ConfigError, MissingExtraError, TrackingError
 from paceline.tracking import TRACKERS, GeneralTracker
-from paceline.tracking.table import Entry
+from paceline.tracking.registry import TrackerEntry
 from tests.support.ranks import run_on_ranks
 
 
@@ -145,7 +145,7 @@ def test_what_is_no_tracker_is_an_error(asked: Any, words: str) -> None:
 
 
 def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TRACKERS, "wandb", Entry("wandb", "wandb_that_is_not_there", "wandb"))
+    monkeypatch.setitem(TRACKERS, "wandb", TrackerEntry("wandb", "wandb_that_is_not_there", "wandb"))
     with pytest.raises(MissingExtraError, match=r"pip install 'paceline\[wandb\]'"):
         Accelerator(cpu=True, log_with="wandb")
     # A folder of that name, which the package itself leaves behind, is no package.
@@ -157,7 +157,7 @@ def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.Monk
 
 def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in set(TRACKERS) - {"jsonl"}:
-        monkeypatch.setitem(TRACKERS, name, Entry(name, "not_there_at_all", name))
+        monkeypatch.setitem(TRACKERS, name, TrackerEntry(name, "not_there_at_all", name))
     assert Accelerator(cpu=True, log_with="all", project_dir=tmp_path).log_with == ("jsonl",)
     assert Accelerator(cpu=True, log_with="all").log_with == ()
 

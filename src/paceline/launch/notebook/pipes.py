@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["RankPipes", "shows_elsewhere"]
+__all__ = ["RankPipes", "is_stdout_redirected"]
 
 _CHUNK = 65536
 _LAST_WORDS = 10.0
 """Seconds to wait, when all ranks have ended, for what something that they left behind still writes."""
 
 
-def shows_elsewhere() -> bool:
+def is_stdout_redirected() -> bool:
     """Whether `sys.stdout` is not the console that a child process would inherit."""
     try:
         return sys.stdout.fileno() != 1

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from paceline.config import RunConfig
     from paceline.launch.command import Command
 
-__all__ = ["MachineInfo", "clocks_apart", "disagreements", "own_machine_info"]
+__all__ = ["MachineInfo", "clock_skews", "local_machine_info", "mismatches"]
 
 _OWN: Final = frozenset(
     {
@@ -84,7 +84,7 @@ class MachineInfo:
         return cls(**{name: value for name, value in data.items() if name in cls.__slots__})
 
 
-def own_machine_info(
+def local_machine_info(
     config: RunConfig, command: Command, address: str, *, processes: int, counted: bool, problems: Sequence[str] = ()
 ) -> MachineInfo:
     """Collect the facts of this machine.
@@ -119,7 +119,7 @@ def _script(command: Command) -> tuple[str, ...]:
     return (path.name, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
 
 
-def disagreements(machines: Sequence[MachineInfo]) -> list[str]:
+def mismatches(machines: Sequence[MachineInfo]) -> list[str]:
     """Say everything in which machines differ that must be alike; the first is what the others are held against."""
     return [line for other in machines[1:] for line in _between(machines[0], other)]
 
@@ -149,7 +149,7 @@ def _scripts(one: MachineInfo, other: MachineInfo) -> str:
     return f"{one.script[0]} on {other} is another file than on {one}"
 
 
-def clocks_apart(machines: Sequence[MachineInfo], times: Sequence[float]) -> list[str]:
+def clock_skews(machines: Sequence[MachineInfo], times: Sequence[float]) -> list[str]:
     """Name the machines whose clock differs from the first one's by more than reading them can take."""
     return [
         f"the clock of {machine} is {abs(gap):.0f} s {'ahead of' if gap > 0 else 'behind'} that of {machines[0]}"

@@ -21,7 +21,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from paceline.errors import WorldError, first_line
 from paceline.launch.rendezvous.machine_info import MachineInfo
-from paceline.launch.rendezvous.store_client import CutOffError, patiently
+from paceline.launch.rendezvous.store_client import CutOffError, call_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 
     from paceline.config import RunConfig
     from paceline.config.schema.rendezvous import RendezvousOptions
-    from paceline.launch.rendezvous.meeting import Clock, MeetingStore
+    from paceline.launch.rendezvous.store import RendezvousStore, WaitTimer
     from paceline.launch.rendezvous.store_client import StoreClient
 
-__all__ = ["Elastic", "Fixed"]
+__all__ = ["ElasticMembership", "StaticMembership"]
 
 _POLL = 0.1
 # From the end of the rendezvous on one machine to the same on another. Seconds.
 _LATEST = 10.0
 
 
-class Fixed:
+class StaticMembership:
     """Every machine has its number, and all of them take part in every round."""
 
-    def __init__(self, client: StoreClient, facts: MachineInfo, place: MeetingStore) -> None:
+    def __init__(self, client: StoreClient, facts: MachineInfo, place: RendezvousStore) -> None:
         self._client, self._facts, self._place = client, facts, place
         self._number = -1
 
-    def gather(self, clock: Clock, meanwhile: Callable[[], None]) -> tuple[int, int, int]:
+    def gather(self, clock: WaitTimer, meanwhile: Callable[[], None]) -> tuple[int, int, int]:
         """Return the number of the round, this machine's index, and how many machines take part."""
         self._number += 1
         while not self._client.has("host"):
@@ -91,7 +91,7 @@ class Fixed:
         """There is nothing to close."""
 
 
-class Elastic:
+class ElasticMembership:
     """Machines come and go between a least and a greatest number."""
 
     def __init__(
@@ -115,7 +115,7 @@ class Elastic:
             keep_alive_max_attempt=max(1, round(options.keep_alive_max_attempt)),
         )
 
-    def gather(self, clock: Clock, meanwhile: Callable[[], None]) -> tuple[int, int, int]:
+    def gather(self, clock: WaitTimer, meanwhile: Callable[[], None]) -> tuple[int, int, int]:
         """Return the number of the round, this machine's index, and how many machines take part."""
 
         def wait() -> None:
@@ -123,7 +123,7 @@ class Elastic:
             meanwhile()
 
         try:
-            return patiently(self._join, wait, "paceline-rendezvous")
+            return call_in_thread(self._join, wait, "paceline-rendezvous")
         except (RendezvousClosedError, RendezvousGracefulExitError) as error:
             raise WorldError(f"{self._facts} does not take part: the run has ended") from error
         except RendezvousTimeoutError as error:

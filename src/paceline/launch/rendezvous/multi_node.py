@@ -17,27 +17,27 @@ from torch._C._distributed_c10d import PrefixStore
 
 from paceline.config.schema.rendezvous import read_rendezvous_options
 from paceline.errors import ConfigError, UsageError, WorkerError, WorldError
-from paceline.launch.network import variables_for
-from paceline.launch.planning import local_size, meeting_place, place, plan
+from paceline.launch.coordination import Attempt
+from paceline.launch.decision import Decision, MachineExit, decide
+from paceline.launch.network import gloo_variables
+from paceline.launch.planning import local_size, place, plan, rendezvous_endpoint
 from paceline.launch.rendezvous.heartbeat import Heartbeat
-from paceline.launch.rendezvous.machine_info import MachineInfo, clocks_apart, disagreements, own_machine_info
-from paceline.launch.rendezvous.meeting import Clock, expected, open_meeting_store
-from paceline.launch.rendezvous.membership import Elastic, Fixed
-from paceline.launch.rendezvous.preflight import why_not_connected
+from paceline.launch.rendezvous.machine_info import MachineInfo, clock_skews, local_machine_info, mismatches
+from paceline.launch.rendezvous.membership import ElasticMembership, StaticMembership
+from paceline.launch.rendezvous.preflight import connectivity_error
+from paceline.launch.rendezvous.store import WaitTimer, expected, open_rendezvous_store
 from paceline.launch.rendezvous.store_client import CutOffError, StoreClient
-from paceline.launch.rounds import Round
-from paceline.launch.verdict import MachineEnd, Verdict, judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
-    from paceline.launch.planning import Plan
-    from paceline.launch.rendezvous.meeting import MeetingStore
-    from paceline.launch.supervision import Outcome
+    from paceline.launch.planning import LaunchPlan
+    from paceline.launch.rendezvous.store import RendezvousStore
+    from paceline.launch.supervision import AttemptOutcome
 
-__all__ = ["MultiNodeRounds"]
+__all__ = ["MultiNodeCoordinator"]
 
 _LOG = logging.getLogger(__name__)
 _POLL = 0.1
@@ -47,7 +47,7 @@ _FAREWELL = 10.0
 _PATIENCE = 20.0
 
 
-class MultiNodeRounds:
+class MultiNodeCoordinator:
     """This machine's part in a launch over several."""
 
     def __init__(
@@ -67,12 +67,12 @@ class MultiNodeRounds:
         self._resolved, self._command, self._env, self._signals = resolved, command, env, signals
         config = self._config = resolved.config
         problem = self._own_problem()
-        name, port = meeting_place(config, env)
+        name, port = rendezvous_endpoint(config, env)
         self._options = read_rendezvous_options(config.rdzv_conf)
-        self._place: MeetingStore = open_meeting_store(config, name, port, self._options, self._clock())
+        self._place: RendezvousStore = open_rendezvous_store(config, name, port, self._options, self._clock())
         self._client = StoreClient(self._place.connect(), max(self._options.lost_after, 20.0))
         counted = not resolved.origin("num_processes").is_explicit
-        self._facts = own_machine_info(
+        self._facts = local_machine_info(
             config,
             command,
             self._place.address,
@@ -81,7 +81,7 @@ class MultiNodeRounds:
             problems=[problem] if problem else [],
         )
         self._heartbeat = Heartbeat(self._place.connect(), self._facts.token, self._options)
-        self._plan: Plan
+        self._plan: LaunchPlan
         self._started = self._ended = False
         self._machines: tuple[MachineInfo, ...] = ()
         self._index = self._number = self._used = 0
@@ -89,10 +89,10 @@ class MultiNodeRounds:
         if self._place.listens:
             self._client.put("host", self._facts.to_json())
             self._client.put("run_id", uuid.uuid4().hex[:12])
-        self._members: Fixed | Elastic = (
-            Fixed(self._client, self._facts, self._place)
+        self._members: StaticMembership | ElasticMembership = (
+            StaticMembership(self._client, self._facts, self._place)
             if config.rdzv_backend == "static"
-            else Elastic(self._client, config, self._options, self._facts, self._place.connect())
+            else ElasticMembership(self._client, config, self._options, self._facts, self._place.connect())
         )
 
     def _own_problem(self) -> str:
@@ -100,12 +100,12 @@ class MultiNodeRounds:
         try:
             plan(self._resolved, self._command, self._env)
         except (ConfigError, UsageError) as error:
-            if not self._config.preflight or not meeting_place(self._config, self._env)[0]:
+            if not self._config.preflight or not rendezvous_endpoint(self._config, self._env)[0]:
                 raise
             return str(error)
         return ""
 
-    def next(self) -> Round:
+    def next(self) -> Attempt:
         """Meet the other machines and agree on who has which ranks.
 
         Raises:
@@ -121,8 +121,8 @@ class MultiNodeRounds:
                 self._give_up(str(error))
             raise
 
-    def _clock(self, limit: float | None = None) -> Clock:
-        return Clock(self._options.timeout if limit is None else limit, self._signals)
+    def _clock(self, limit: float | None = None) -> WaitTimer:
+        return WaitTimer(self._options.timeout if limit is None else limit, self._signals)
 
     def _has_started(self) -> bool:
         try:
@@ -130,7 +130,7 @@ class MultiNodeRounds:
         except CutOffError:
             return True
 
-    def _next(self) -> Round:
+    def _next(self) -> Attempt:
         self._heartbeat.rest()
         clock = self._clock()
         if not self._place.listens and self._config.preflight and self._config.rdzv_backend == "c10d":
@@ -150,14 +150,14 @@ class MultiNodeRounds:
         self._used = self._client.add("failures", 0)
         sizes = tuple(machine.processes for machine in self._machines)
         interface = self._place.interface if self._config.same_network else None
-        extra = variables_for(interface, self._env)
+        extra = gloo_variables(interface, self._env)
         self._plan = place(self._resolved, self._command, self._env, self._index, sizes, **extra)
         run_id = self._wait_for("run_id", clock).decode()
         self._started = True
         self._client.put("started", "1")
-        return Round(self._plan, self._place.port, run_id, self._number, self._heartbeat.remote_request)
+        return Attempt(self._plan, self._place.port, run_id, self._number, self._heartbeat.remote_request)
 
-    def _roll_call(self, count: int, clock: Clock) -> tuple[MachineInfo, ...]:
+    def _roll_call(self, count: int, clock: WaitTimer) -> tuple[MachineInfo, ...]:
         """Wait for every machine of the round to tell about itself; empty when one is given up."""
         begin = clock.seconds
         while missing := [i for i in range(count) if not self._client.has(self._key(f"here/{i}"))]:
@@ -187,10 +187,10 @@ class MultiNodeRounds:
             return
         self._compare(self._machines)
         times = self._read_clocks()
-        for line in clocks_apart(self._machines, times):
+        for line in clock_skews(self._machines, times):
             _LOG.warning("paceline: %s; which rank failed first may be told wrong", line)
         store = PrefixStore(self._key("preflight"), self._place.connect())
-        why = why_not_connected(store, self._index, self._machines, self._watch_others)
+        why = connectivity_error(store, self._index, self._machines, self._watch_others)
         self._client.put(self._key(f"connected/{self._index}"), why)
         found = [text.decode() for text in self._from_all("connected")]
         _refuse([line for line in found if line], "A firewall, or another interface than the one that leads there")
@@ -208,9 +208,9 @@ class MultiNodeRounds:
 
     def _compare(self, machines: Sequence[MachineInfo]) -> None:
         found = [f"{machine}: {problem}" for machine in machines for problem in machine.problems]
-        _refuse(found + disagreements(machines), "All machines must run the same thing in the same way")
+        _refuse(found + mismatches(machines), "All machines must run the same thing in the same way")
 
-    def _wait_for(self, key: str, clock: Clock, whom: str = "machine 0") -> bytes:
+    def _wait_for(self, key: str, clock: WaitTimer, whom: str = "machine 0") -> bytes:
         while not self._client.has(key):
             clock.say(f"waiting for {whom}")
             if clock.is_over:
@@ -235,18 +235,18 @@ class MultiNodeRounds:
     def _name_of(self, token: str) -> str:
         return next((str(machine) for machine in self._machines if machine.token == token), "a machine")
 
-    def conclude(self, outcome: Outcome) -> Verdict:
+    def conclude(self, outcome: AttemptOutcome) -> Decision:
         """Tell how this machine's ranks ended, learn about the others', and return what follows for all."""
-        own = MachineEnd.of(outcome, self._facts.host, self._plan)
+        own = MachineExit.of(outcome, self._facts.host, self._plan)
         try:
             return self._conclude(outcome, own)
         except CutOffError as error:
             saw, why = self._lost_host(error.saw)
-            lost = MachineEnd(self._host_name(), self._machines[0].processes, lost=f"{saw}; {why}")
-            return judge([own, lost], may_restart=False)
+            lost = MachineExit(self._host_name(), self._machines[0].processes, lost=f"{saw}; {why}")
+            return decide([own, lost], may_restart=False)
 
-    def _conclude(self, outcome: Outcome, own: MachineEnd) -> Verdict:
-        if (outcome.failed and not outcome.made_room) or outcome.signal is not None:
+    def _conclude(self, outcome: AttemptOutcome, own: MachineExit) -> Decision:
+        if (outcome.failed and not outcome.preempted) or outcome.signal is not None:
             self._stop_all()
         self._client.put(self._key(f"end/{self._index}"), own.to_json())
         try:
@@ -260,8 +260,8 @@ class MultiNodeRounds:
         lost = [end for end in ends if end.lost]
         left = len(ends) - len(lost)
         may_restart = self._used < self._config.max_restarts and self._members.can_go_on(left, len(ends))
-        verdict = judge(ends, may_restart=may_restart, regroup=self._regroups())
-        verdict = Verdict.from_json(self._client.claim(self._key("verdict"), verdict.to_json()))
+        verdict = decide(ends, may_restart=may_restart, regroup=self._regroups())
+        verdict = Decision.from_json(self._client.claim(self._key("verdict"), verdict.to_json()))
         if verdict.kind == "again" and self._client.add(self._key("counted"), 1) == 1:
             self._client.add("failures", 1)
         self._ended = verdict.kind in ("done", "end")
@@ -277,12 +277,12 @@ class MultiNodeRounds:
             self._client.claim(self._key("regroup"), self._facts.host)
         return self._client.has(self._key("regroup"))
 
-    def _collect(self) -> list[MachineEnd]:
+    def _collect(self) -> list[MachineExit]:
         """Wait until each machine has told how its ranks ended, or is lost."""
         if self._heartbeat.regroup:
             self._client.claim(self._key("regroup"), self._facts.host)
-        clock = Clock(float("inf"), self._signals)
-        found: dict[int, MachineEnd] = {}
+        clock = WaitTimer(float("inf"), self._signals)
+        found: dict[int, MachineExit] = {}
         while len(found) < len(self._machines):
             if self._heartbeat.cut_off:
                 raise CutOffError(self._heartbeat.cut_off)
@@ -290,9 +290,9 @@ class MultiNodeRounds:
             for index, machine in enumerate(self._machines):
                 key = self._key(f"end/{index}")
                 if index not in found and self._client.has(key):
-                    found[index] = MachineEnd.from_json(self._client.get(key))
+                    found[index] = MachineExit.from_json(self._client.get(key))
                 elif index not in found and machine.token in lost:
-                    found[index] = MachineEnd(machine.host, machine.processes, lost=lost[machine.token])
+                    found[index] = MachineExit(machine.host, machine.processes, lost=lost[machine.token])
                     self._stop_all()
             missing = [str(m) for i, m in enumerate(self._machines) if i not in found]
             clock.say(f"the ranks here have ended; waiting for {', '.join(missing)}")
@@ -302,7 +302,7 @@ class MultiNodeRounds:
     def _say_goodbye(self, left: int) -> None:
         """Let machine 0 go last: with it goes the store that the others still read."""
         count = self._client.add(self._key("bye"), 1)
-        clock = Clock(_FAREWELL)
+        clock = WaitTimer(_FAREWELL)
         while self._place.listens and count < left and not clock.is_over:
             time.sleep(_POLL)
             count = self._client.add(self._key("bye"), 0)

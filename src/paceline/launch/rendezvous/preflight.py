@@ -9,7 +9,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo
 
 from paceline.errors import first_line
-from paceline.launch.rendezvous.store_client import patiently
+from paceline.launch.rendezvous.store_client import call_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from paceline.launch.rendezvous.machine_info import MachineInfo
 
-__all__ = ["why_not_connected"]
+__all__ = ["connectivity_error"]
 
 _PATIENCE = timedelta(seconds=10)
 
 
-def why_not_connected(store: Store, index: int, machines: Sequence[MachineInfo], meanwhile: Callable[[], None]) -> str:
+def connectivity_error(store: Store, index: int, machines: Sequence[MachineInfo], meanwhile: Callable[[], None]) -> str:
     """Sum one number over all machines, straight between them; return why that fails, or nothing.
 
     Collective: every machine must call it.
@@ -35,7 +35,7 @@ def why_not_connected(store: Store, index: int, machines: Sequence[MachineInfo],
         meanwhile: Called every moment while waiting.
     """
     try:
-        total = patiently(lambda: _sum(store, index, machines), meanwhile, "paceline-preflight")
+        total = call_in_thread(lambda: _sum(store, index, machines), meanwhile, "paceline-preflight")
     except RuntimeError as error:
         here = machines[index]
         others = ", ".join(f"{m} ({m.address})" for m in machines if m is not here)

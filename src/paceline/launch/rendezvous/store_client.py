@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch._C._distributed_c10d import Store
 
-__all__ = ["CutOffError", "StoreClient", "patiently"]
+__all__ = ["CutOffError", "StoreClient", "call_in_thread"]
 
 _Answer = TypeVar("_Answer")
 _POLL = 0.05
@@ -42,7 +42,7 @@ class _Call:
             self.done.set()
 
 
-def patiently(ask: Callable[[], _Answer], meanwhile: Callable[[], None], name: str) -> _Answer:
+def call_in_thread(ask: Callable[[], _Answer], meanwhile: Callable[[], None], name: str) -> _Answer:
     """Call something that may take long in a thread, and look after other things every moment until it returns.
 
     Args:

@@ -19,10 +19,10 @@ import paceline.launch.worker as worker_module
 from paceline.environment.world import DEFAULT_PORT
 from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
-from paceline.launch.network import why_taken
-from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import raise_for_end, run_starter
-from paceline.launch.verdict import MADE_ROOM
+from paceline.launch.decision import PREEMPTED_TEXT
+from paceline.launch.network import port_error
+from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def plan_mpirun(resolved: Resolved, command: Command, env: Mapping[str, str]) ->
         ConfigError: The host file and the configuration do not fit each other; it holds every problem.
         UsageError: There is no mpirun, or nothing to run under that name, or this is a launched process itself.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     problems = list(_problems(resolved))
     if problems:
@@ -162,7 +162,7 @@ def _main_address(config: RunConfig) -> str:
 def _open_port() -> int:
     """Return a port that nobody uses here, of those that no system hands out: two launches at once get two."""
     ports = (random.randrange(*_PORTS) for _ in range(_TRIES))
-    return next((port for port in ports if why_taken(port) is None), DEFAULT_PORT)
+    return next((port for port in ports if port_error(port) is None), DEFAULT_PORT)
 
 
 def _find_mpirun(env: Mapping[str, str]) -> tuple[str, bool]:
@@ -187,7 +187,7 @@ def launch_mpirun(resolved: Resolved, command: Command, *, env: Mapping[str, str
         ConfigError: The host file and the configuration do not fit each other. Nothing was started.
         UsageError: There is no mpirun, or nothing to run. Nothing was started.
     """
-    code, received = run_starter(plan_mpirun(resolved, command, env).command, env)
+    code, received = run_launcher(plan_mpirun(resolved, command, env).command, env)
     if code == PREEMPTED:
-        raise WorkerError(MADE_ROOM, PREEMPTED)
-    raise_for_end("mpirun", code, received)
+        raise WorkerError(PREEMPTED_TEXT, PREEMPTED)
+    raise_for_exit("mpirun", code, received)

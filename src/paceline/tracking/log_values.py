@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Entry", "flatten", "hold", "numbers", "plain", "short_text", "to_json"]
+__all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_text", "to_json"]
 
 
 @dataclass
-class Entry:
+class LogEntry:
     """What one call of `log` said.
 
     Attributes:
@@ -42,7 +42,7 @@ class Entry:
         return {name: plain(value) for name, value in self.values.items()}
 
 
-def hold(values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def copy_to_host(values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Take a copy of values that no later change reaches, and say when it is there.
 
     Tensors on an accelerator are copied to the host behind the work that is queued there; nobody waits.
@@ -110,7 +110,7 @@ def short_text(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]
 
 
 def to_json(value: Any) -> Any:
-    """What JSON can hold: numbers that are none, which it has no words for, become text."""
+    """What JSON can copy_to_host: numbers that are none, which it has no words for, become text."""
     if isinstance(value, Mapping):
         return {str(name): to_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.errors import PREEMPTED
-from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, fold, report
+from paceline.launch.failures import FailureRecord, RankExit, exit_code, first_failure, fold, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from paceline.launch.planning import Plan
-    from paceline.launch.supervision import Outcome
+    from paceline.launch.planning import LaunchPlan
+    from paceline.launch.supervision import AttemptOutcome
 
-__all__ = ["MADE_ROOM", "MachineEnd", "Verdict", "judge"]
+__all__ = ["PREEMPTED_TEXT", "Decision", "MachineExit", "decide"]
 
-MADE_ROOM = "made room as asked: the state was saved, start again to go on\n"
+PREEMPTED_TEXT = "made room as asked: the state was saved, start again to go on\n"
 """What is said of a run that ended with `PREEMPTED`."""
 
 
 @dataclass(frozen=True, slots=True)
-class MachineEnd:
+class MachineExit:
     """How one machine's part of a round ended.
 
     Attributes:
@@ -36,12 +36,12 @@ class MachineEnd:
 
     host: str
     ranks: int
-    ends: tuple[RankEnd, ...] = ()
+    ends: tuple[RankExit, ...] = ()
     signal: int | None = None
     lost: str = ""
 
     @classmethod
-    def of(cls, outcome: Outcome, host: str, planned: Plan) -> MachineEnd:
+    def of(cls, outcome: AttemptOutcome, host: str, planned: LaunchPlan) -> MachineExit:
         """Take the outcome of this machine's launcher, which counts its ranks from 0."""
         ends = tuple(replace(end, host=host, rank=planned.first + end.rank) for end in outcome.ends)
         return cls(host, len(planned.ranks), ends, outcome.signal)
@@ -51,19 +51,19 @@ class MachineEnd:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> MachineEnd:
+    def from_json(cls, text: str | bytes) -> MachineExit:
         """Read what `to_json` wrote."""
         data: dict[str, Any] = json.loads(text)
-        ends = tuple(RankEnd(**{**end, "account": _account(end["account"])}) for end in data.pop("ends"))
+        ends = tuple(RankExit(**{**end, "account": _account(end["account"])}) for end in data.pop("ends"))
         return cls(**data, ends=ends)
 
 
-def _account(data: dict[str, Any] | None) -> Account | None:
-    return None if data is None else Account(**data)
+def _account(data: dict[str, Any] | None) -> FailureRecord | None:
+    return None if data is None else FailureRecord(**data)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """What follows.
 
     Attributes:
@@ -81,12 +81,12 @@ class Verdict:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Verdict:
+    def from_json(cls, text: str | bytes) -> Decision:
         """Read what `to_json` wrote."""
         return cls(**json.loads(text))
 
 
-def judge(machines: Sequence[MachineEnd], *, may_restart: bool, regroup: bool = False) -> Verdict:
+def decide(machines: Sequence[MachineExit], *, may_restart: bool, regroup: bool = False) -> Decision:
     """Say what follows from how the machines ended.
 
     Args:
@@ -96,35 +96,35 @@ def judge(machines: Sequence[MachineEnd], *, may_restart: bool, regroup: bool = 
     """
     ends = [end for machine in machines for end in machine.ends]
     lost = [machine for machine in machines if machine.lost]
-    made_room = bool(ends) and not lost and all(end.code == PREEMPTED for end in ends)
+    preempted = bool(ends) and not lost and all(end.code == PREEMPTED for end in ends)
     stopped = next((machine for machine in machines if machine.signal is not None), None)
     failed = any(end.code != 0 and not end.stopped for end in ends)
     if stopped is not None and stopped.signal is not None:
-        return Verdict("end", _stopped_text(machines, stopped), 128 + stopped.signal)
+        return Decision("end", _stopped_text(machines, stopped), 128 + stopped.signal)
     if regroup and not lost and not _failed_otherwise(ends):
-        return Verdict("regroup", "")
-    if made_room:
-        return Verdict("end", MADE_ROOM, PREEMPTED)
+        return Decision("regroup", "")
+    if preempted:
+        return Decision("end", PREEMPTED_TEXT, PREEMPTED)
     if not failed and not lost:
-        return Verdict("done")
+        return Decision("done")
     text, code = _failure(ends, lost)
-    return Verdict("again" if may_restart else "end", text, code)
+    return Decision("again" if may_restart else "end", text, code)
 
 
-def _failed_otherwise(ends: Sequence[RankEnd]) -> bool:
+def _failed_otherwise(ends: Sequence[RankExit]) -> bool:
     """Whether a rank failed, and not because ranks were asked to save and end."""
     own = [end for end in ends if end.code not in (0, PREEMPTED, -signal.SIGTERM) and not end.stopped]
     return any(not end.is_secondary for end in own)
 
 
-def _stopped_text(machines: Sequence[MachineEnd], stopped: MachineEnd) -> str:
+def _stopped_text(machines: Sequence[MachineExit], stopped: MachineExit) -> str:
     count = sum(machine.ranks for machine in machines)
     name = signal.Signals(stopped.signal or 0).name
     where = f" on {stopped.host}" if len(machines) > 1 else ""
     return f"stopped by {name}{where}; {'its process has' if count == 1 else f'all {count} processes have'} ended\n"
 
 
-def _failure(ends: Sequence[RankEnd], lost: Sequence[MachineEnd]) -> tuple[str, int]:
+def _failure(ends: Sequence[RankExit], lost: Sequence[MachineExit]) -> tuple[str, int]:
     """The report, with what happened first at its end, and the exit code."""
     gone = "".join(
         f"{machine.host} is lost with its {machine.ranks} rank{'s' if machine.ranks != 1 else ''}: {machine.lost}\n"

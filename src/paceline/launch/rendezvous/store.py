@@ -15,13 +15,13 @@ from torch.distributed import DistError
 
 from paceline.errors import WorkerError, WorldError, first_line
 from paceline.launch.network import (
-    address_towards,
-    interface_of,
+    connection_error,
+    interface_with,
     is_loopback,
     is_own_address,
+    port_error,
     resolve_host,
-    why_taken,
-    why_unreachable,
+    source_address,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from paceline.config import RunConfig
     from paceline.config.schema.rendezvous import RendezvousOptions
 
-__all__ = ["Clock", "MeetingStore", "open_meeting_store"]
+__all__ = ["RendezvousStore", "WaitTimer", "open_rendezvous_store"]
 
 _LOG = logging.getLogger(__name__)
 _STORE_PATIENCE = timedelta(seconds=20)
@@ -43,7 +43,7 @@ _LOOPBACK_PATIENCE = 15.0
 _POLL = 0.2
 
 
-class Clock:
+class WaitTimer:
     """Time spent waiting: says every ten seconds for what, and when it is too long."""
 
     def __init__(self, limit: float, signals: Sequence[int] = ()) -> None:
@@ -79,7 +79,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True)
-class MeetingStore:
+class RendezvousStore:
     """The store at which machines meet, as one of them sees it.
 
     Attributes:
@@ -107,7 +107,7 @@ class MeetingStore:
     @property
     def interface(self) -> str | None:
         """The network interface with that address."""
-        return interface_of(self.address)
+        return interface_with(self.address)
 
     def doubt(self) -> str:
         """Why other machines may not find this place; empty when nothing speaks for it."""
@@ -117,7 +117,7 @@ class MeetingStore:
 def _doubt(name: str, resolved: str, port: int) -> str:
     if is_loopback(resolved):
         return f"main_process_ip {_shown(name, resolved)}, which is {socket.gethostname()} itself"
-    if not is_own_address(resolved) and (reason := why_unreachable(resolved, port)) is not None:
+    if not is_own_address(resolved) and (reason := connection_error(resolved, port)) is not None:
         return f"main_process_ip {_shown(name, resolved)}, which is no address of {socket.gethostname()} ({reason})"
     return ""
 
@@ -126,9 +126,9 @@ def _shown(name: str, resolved: str) -> str:
     return name if name == resolved else f"{name} resolved to {resolved}"
 
 
-def open_meeting_store(
-    config: RunConfig, name: str, port: int, options: RendezvousOptions, clock: Clock
-) -> MeetingStore:
+def open_rendezvous_store(
+    config: RunConfig, name: str, port: int, options: RendezvousOptions, clock: WaitTimer
+) -> RendezvousStore:
     """Listen where machines meet, or come there.
 
     Raises:
@@ -137,14 +137,14 @@ def open_meeting_store(
     resolved = _resolve(config, name, clock)
     if _listens(config, resolved, port, options):
         store = _listen(name, port)
-        address = resolved if interface_of(resolved) else address_towards(resolved) or resolved
-        return MeetingStore(store, name, resolved, port, True, address)
+        address = resolved if interface_with(resolved) else source_address(resolved) or resolved
+        return RendezvousStore(store, name, resolved, port, True, address)
     _wait_for_listener(config, name, resolved, port, clock)
     store = _connect(config, name, resolved, port)
-    return MeetingStore(store, name, resolved, port, False, address_towards(resolved) or resolved)
+    return RendezvousStore(store, name, resolved, port, False, source_address(resolved) or resolved)
 
 
-def _resolve(config: RunConfig, name: str, clock: Clock) -> str:
+def _resolve(config: RunConfig, name: str, clock: WaitTimer) -> str:
     while (resolved := resolve_host(name)) is None:
         clock.say(f"the name {name!r} of machine 0 leads to no address")
         if clock.is_over:
@@ -159,7 +159,7 @@ def _listens(config: RunConfig, resolved: str, port: int, options: RendezvousOpt
     if config.rdzv_backend == "static" or config.machine_rank:
         return config.machine_rank == 0
     # The same command on every machine: the one whose address it is; of several there the first.
-    return is_own_address(resolved) and why_unreachable(resolved, port) is not None
+    return is_own_address(resolved) and connection_error(resolved, port) is not None
 
 
 def _listen(name: str, port: int) -> TCPStore:
@@ -169,7 +169,7 @@ def _listen(name: str, port: int) -> TCPStore:
             # To itself it talks by the shortest way: its address outside may be another machine's, which hands on.
             return TCPStore("localhost", port, is_master=True, wait_for_workers=False, timeout=_STORE_PATIENCE)
         except DistError as error:
-            if attempt < 9 and why_taken(port) is None:
+            if attempt < 9 and port_error(port) is None:
                 time.sleep(_POLL)
                 continue
             raise WorldError(
@@ -180,9 +180,9 @@ def _listen(name: str, port: int) -> TCPStore:
     raise AssertionError
 
 
-def _wait_for_listener(config: RunConfig, name: str, resolved: str, port: int, clock: Clock) -> None:
+def _wait_for_listener(config: RunConfig, name: str, resolved: str, port: int, clock: WaitTimer) -> None:
     shown = f"{_shown(name, resolved)}, port {port}"
-    while (reason := why_unreachable(resolved, port)) is not None:
+    while (reason := connection_error(resolved, port)) is not None:
         clock.say(f"waiting for machine 0 at {shown} ({reason})")
         itself = is_loopback(resolved)
         if itself and clock.seconds > _LOOPBACK_PATIENCE:

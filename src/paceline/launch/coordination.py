@@ -1,6 +1,6 @@
-"""The rounds of a launch: ranks start together, end together, and what follows is one verdict.
+"""Coordinators: what to start on this machine in each attempt, and what follows from how the attempt ended.
 
-`Alone` is one machine; `MultiNodeRounds` (in `together.py`) agrees with the launchers of the others.
+`SingleNodeCoordinator` decides by itself; `MultiNodeCoordinator` (in `rendezvous`) agrees with other launchers.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed import DistError
 
 from paceline.errors import WorldError, first_line
+from paceline.launch.decision import Decision, MachineExit, decide
 from paceline.launch.planning import plan
-from paceline.launch.verdict import MachineEnd, Verdict, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
-    from paceline.launch.planning import Plan
-    from paceline.launch.supervision import Outcome, RemoteRequest
+    from paceline.launch.planning import LaunchPlan
+    from paceline.launch.supervision import AttemptOutcome, RemoteRequest
 
-__all__ = ["Alone", "Round", "Rounds"]
+__all__ = ["Attempt", "Coordinator", "SingleNodeCoordinator"]
 
 _STORE_PATIENCE = timedelta(seconds=20)
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class Attempt:
     """One start of all ranks.
 
     Attributes:
@@ -43,27 +43,27 @@ class Round:
         remote_request: What happens on other machines meanwhile.
     """
 
-    plan: Plan
+    plan: LaunchPlan
     port: int
     run_id: str
     number: int
     remote_request: Callable[[], RemoteRequest]
 
 
-class Rounds(Protocol):
+class Coordinator(Protocol):
     """Where a launcher learns what to start, and what follows from how that ended."""
 
-    def next(self) -> Round:
+    def next(self) -> Attempt:
         """Return what to start now."""
 
-    def conclude(self, outcome: Outcome) -> Verdict:
+    def conclude(self, outcome: AttemptOutcome) -> Decision:
         """Say what follows from how this machine's ranks ended."""
 
     def close(self) -> None:
         """Leave nothing open."""
 
 
-class Alone:
+class SingleNodeCoordinator:
     """One machine: the launcher hosts the store of its own ranks."""
 
     def __init__(self, resolved: Resolved, command: Command, env: Mapping[str, str]) -> None:
@@ -72,17 +72,17 @@ class Alone:
         self._started = 0
         self._store: TCPStore | None = None
 
-    def next(self) -> Round:
+    def next(self) -> Attempt:
         """Return the plan with a store of its own."""
         self._store = None  # the port of the last one must be free
         self._store = _open_store(self._plan.address, self._plan.port)
         self._started += 1
-        return Round(self._plan, self._store.port, self._run_id, self._started - 1, lambda: "")
+        return Attempt(self._plan, self._store.port, self._run_id, self._started - 1, lambda: "")
 
-    def conclude(self, outcome: Outcome) -> Verdict:
+    def conclude(self, outcome: AttemptOutcome) -> Decision:
         """Judge the ranks of this machine."""
-        end = MachineEnd.of(outcome, socket.gethostname(), self._plan)
-        return judge([end], may_restart=self._started <= self._plan.max_restarts)
+        end = MachineExit.of(outcome, socket.gethostname(), self._plan)
+        return decide([end], may_restart=self._started <= self._plan.max_restarts)
 
     def close(self) -> None:
         """Close the store."""

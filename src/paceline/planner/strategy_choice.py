@@ -18,7 +18,7 @@ _SHARE_BEFORE_CHECKPOINTING = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class StrategyChoice:
     """A strategy, what it needs to be told, and why it was taken.
 
     Attributes:
@@ -32,7 +32,7 @@ class Choice:
     reason: str
 
 
-def choose_strategy(footprint: Footprint, *, free: int, ranks: int, device: str) -> Choice:
+def choose_strategy(footprint: Footprint, *, free: int, ranks: int, device: str) -> StrategyChoice:
     """Take the least sharding under which the training state fits with head-room.
 
     Args:
@@ -42,20 +42,20 @@ def choose_strategy(footprint: Footprint, *, free: int, ranks: int, device: str)
         device: What to call the device in the reason.
     """
     if ranks == 1:
-        return Choice(strategy="single", reason="single: there is one process")
+        return StrategyChoice(strategy="single", reason="single: there is one process")
     available = free + footprint.placed
     usable = int(available * _SHARE_FOR_STATE)
     need = f"parameters + gradients + optimizer state take {_gb(footprint.total)}"
     have = f"{_gb(usable)} of {_gb(available)} free on {device} are for them"
     if footprint.total <= usable:
-        return Choice(strategy="ddp", reason=f"ddp: {need} on every rank; {have}")
+        return StrategyChoice(strategy="ddp", reason=f"ddp: {need} on every rank; {have}")
     for bytes_, settings, what in _growing(footprint, ranks, available):
         if bytes_ <= usable:
             reason = f"fsdp, {what}: {need}, too much for a rank; {_gb(bytes_)} when cut in {ranks}; {have}"
-            return Choice(strategy="fsdp", settings=settings, reason=reason)
+            return StrategyChoice(strategy="fsdp", settings=settings, reason=reason)
     settings = {"cpu_offload": True, "activation_checkpointing": True}
     reason = f"fsdp, parameters in host memory: {need}, {_gb(footprint.total // ranks)} a rank; {have}"
-    return Choice(strategy="fsdp", settings=settings, reason=reason)
+    return StrategyChoice(strategy="fsdp", settings=settings, reason=reason)
 
 
 def _growing(footprint: Footprint, ranks: int, available: int) -> Iterator[tuple[int, dict[str, Any], str]]:

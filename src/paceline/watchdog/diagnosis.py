@@ -13,7 +13,7 @@ from paceline.watchdog.recorder import Operation
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["Standing", "verdict"]
+__all__ = ["RankStatus", "diagnose"]
 
 # Operations for which every rank must bring tensors of one shape.
 _ALIKE = ("all_reduce", "allreduce", "broadcast", "reduce", "all_gather", "allgather", "reduce_scatter", "barrier")
@@ -25,7 +25,7 @@ _SAME_CALLS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class RankStatus:
     """Where one rank is.
 
     Attributes:
@@ -56,14 +56,14 @@ class Standing:
         return asdict(self)
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Standing:
+    def from_data(cls, data: Mapping[str, Any]) -> RankStatus:
         """From what `to_data` gave."""
         place = data["place"]
         operations = tuple(Operation(**operation) for operation in data["operations"])
         return cls(**{**data, "place": place and CodeLocation(**place), "operations": operations})
 
 
-def verdict(standings: Iterable[Standing], size: int, *, seconds: float) -> str:
+def diagnose(standings: Iterable[RankStatus], size: int, *, seconds: float) -> str:
     """Say who has not arrived, in which call the others are, and at which line each is.
 
     Args:
@@ -95,7 +95,7 @@ def _is_default(operation: Operation) -> bool:
     return operation.group.rpartition("/")[2] == "0"
 
 
-def _stuck(standings: Iterable[Standing]) -> Operation | None:
+def _stuck(standings: Iterable[RankStatus]) -> Operation | None:
     """The collective that most ranks are in: the first that has not ended there."""
     found: list[Operation] = []
     for standing in standings:
@@ -114,14 +114,14 @@ def _stuck(standings: Iterable[Standing]) -> Operation | None:
     return min((o for o in found if o.group == group), key=lambda o: o.number)
 
 
-def _at(standing: Standing, stuck: Operation) -> Operation | None:
+def _at(standing: RankStatus, stuck: Operation) -> Operation | None:
     """What the rank entered as that collective of the group, or later."""
     entered = [o for o in standing.operations if o.group == stuck.group and o.number >= stuck.number]
     return min(entered, key=lambda o: o.number, default=None)
 
 
 def _absence(
-    known: Mapping[int, Standing], stuck: Operation, inside: Sequence[int], missing: Sequence[int], seconds: float
+    known: Mapping[int, RankStatus], stuck: Operation, inside: Sequence[int], missing: Sequence[int], seconds: float
 ) -> str:
     what = _what(known, stuck, inside)
     remote_request = _collective_calls(known, missing)
@@ -142,27 +142,27 @@ def _absence(
     return f"{named_ranks(missing, 'has', 'have')} not entered {what}, in which {waiting}"
 
 
-def _what(known: Mapping[int, Standing], stuck: Operation, inside: Sequence[int]) -> str:
+def _what(known: Mapping[int, RankStatus], stuck: Operation, inside: Sequence[int]) -> str:
     """The call of the user's that ranks are in, and the exchange that it has come to."""
     calls = {place.call for rank in inside if (place := known[rank].place) is not None}
     call = calls.pop() if len(calls) == 1 else ""
     return f"{call} ({stuck})" if call and call != stuck.name else str(stuck)
 
 
-def _collective_calls(known: Mapping[int, Standing], ranks: Sequence[int]) -> list[str]:
+def _collective_calls(known: Mapping[int, RankStatus], ranks: Sequence[int]) -> list[str]:
     """The methods that every rank must call and that some of these ranks are in."""
     places = [known[rank].place for rank in ranks if rank in known]
     return sorted({place.call for place in places if place is not None and place.is_collective})
 
 
-def _called_by_some(known: Mapping[int, Standing], ranks: Iterable[int]) -> list[str]:
+def _called_by_some(known: Mapping[int, RankStatus], ranks: Iterable[int]) -> list[str]:
     """The methods that every rank must call, and that some of these ranks are in and others are not."""
     places = [place for rank in ranks if (place := known[rank].place) is not None]
     calls = sorted({place.call for place in places if place.is_collective})
     return [call for call in calls if any(place.call != call for place in places)]
 
 
-def _difference(known: Mapping[int, Standing], stuck: Operation, seconds: float) -> tuple[str, str]:
+def _difference(known: Mapping[int, RankStatus], stuck: Operation, seconds: float) -> tuple[str, str]:
     """Every rank has come to as many collectives: do they do the same there?"""
     for number in sorted({o.number for s in known.values() for o in s.operations if o.group == stuck.group}):
         entered = {
@@ -191,7 +191,7 @@ def _face(operation: Operation) -> tuple[str, str]:
     return operation.name, operation.what if operation.name in _ALIKE else ""
 
 
-def _sentence_without_collective(known: Mapping[int, Standing], silent: Sequence[int], seconds: float) -> str:
+def _sentence_without_collective(known: Mapping[int, RankStatus], silent: Sequence[int], seconds: float) -> str:
     ended = [rank for rank, standing in sorted(known.items()) if standing.fate]
     if silent:
         return f"{named_ranks(silent, 'does', 'do')} not answer"
@@ -200,7 +200,7 @@ def _sentence_without_collective(known: Mapping[int, Standing], silent: Sequence
     return f"nothing has moved for {seconds:.0f} s" if seconds else "an exchange between ranks failed"
 
 
-def _fates(known: Mapping[int, Standing], ranks: Iterable[int]) -> str:
+def _fates(known: Mapping[int, RankStatus], ranks: Iterable[int]) -> str:
     """How ranks ended; a fate is worded for one rank."""
     grouped = _grouped({rank: known[rank].fate for rank in ranks})
     return " and ".join(named_ranks(alike, fate, _of_several(fate)) for fate, alike in grouped.items())
@@ -210,20 +210,20 @@ def _of_several(fate: str) -> str:
     return fate.replace("has ", "have ", 1).replace("is at the end of its", "are at the end of their", 1)
 
 
-def _lines(known: Mapping[int, Standing], silent: Sequence[int], stuck: Operation | None) -> list[str]:
+def _lines(known: Mapping[int, RankStatus], silent: Sequence[int], stuck: Operation | None) -> list[str]:
     """One line for each place, with the ranks that are there."""
     texts = {rank: _where(standing, stuck) for rank, standing in sorted(known.items())}
     texts |= dict.fromkeys(silent, "no answer: the process is gone, stopped, or its interpreter does not run")
     return [f"  {named_ranks(ranks)}: {text}" for text, ranks in _grouped(texts).items()]
 
 
-def _where(standing: Standing, stuck: Operation | None) -> str:
+def _where(standing: RankStatus, stuck: Operation | None) -> str:
     text = ", ".join(part for part in (standing.fate, str(standing.place or "")) if part)
     operation = None if stuck is None else _at(standing, stuck)
     return f"{text}  [{operation}]" if operation is not None else text
 
 
-def _advice(known: Mapping[int, Standing], inside: Sequence[int], missing: Sequence[int]) -> str:
+def _advice(known: Mapping[int, RankStatus], inside: Sequence[int], missing: Sequence[int]) -> str:
     calls = _collective_calls(known, missing) or _collective_calls(known, inside)
     if not any(rank in known for rank in missing):
         return "Look at what that rank wrote last, and whether its machine can still be reached"

@@ -14,7 +14,7 @@ from paceline.errors import PREEMPTED, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Allocation", "batch_options", "batch_script", "refuse_part_of_an_allocation", "submit"]
+__all__ = ["Allocation", "batch_options", "batch_script", "reject_partial_allocation", "submit"]
 
 _WARNING: Final = "USR1@120"
 """What Slurm sends to every launcher, and how many seconds before the time limit."""
@@ -100,7 +100,7 @@ def submit(script: Path, env: Mapping[str, str]) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def refuse_part_of_an_allocation(env: Mapping[str, str]) -> None:
+def reject_partial_allocation(env: Mapping[str, str]) -> None:
     """Raise `UsageError` in the batch script of a job with several machines, of which only this one would train."""
     nodes = env.get("SLURM_JOB_NUM_NODES", "1")
     if not env.get("SLURM_STEP_ID") and nodes.isdecimal() and int(nodes) > 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from paceline.config.schema.shapes import did_you_mean
 from paceline.errors import ConfigError, Problem
 from paceline.tracking.base import GeneralTracker, missing_parts
-from paceline.tracking.table import TRACKERS, load_backend
+from paceline.tracking.registry import TRACKERS, load_backend
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.errors import TrackingError
 from paceline.tracking.base import BlankTracker, GeneralTracker
-from paceline.tracking.table import load_backend
-from paceline.tracking.values import Entry, hold
+from paceline.tracking.log_values import LogEntry, copy_to_host
+from paceline.tracking.registry import load_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -34,11 +34,11 @@ class Trackers:
         chosen: Names and objects.
         folder: Where trackers keep their files.
         is_main: Whether this is rank 0.
-        is_asked: Whether somebody asked for trackers, so that forgetting to open them is an error.
+        is_requested: Whether somebody asked for trackers, so that forgetting to open them is an error.
     """
 
     def __init__(
-        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_asked: bool = True
+        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_requested: bool = True
     ) -> None:
         self.active: list[Any] = []
         self.was_started = False
@@ -46,8 +46,8 @@ class Trackers:
         self.chosen = list(chosen)
         self._folder = folder
         self._is_main = is_main
-        self._is_asked = is_asked and bool(chosen)
-        self._pending: deque[Entry] = deque()
+        self._is_asked = is_requested and bool(chosen)
+        self._pending: deque[LogEntry] = deque()
         self._failed: set[int] = set()
 
     def start(
@@ -106,8 +106,8 @@ class Trackers:
                 self._was_closed = False  # said once
                 logger.warning("log() after the trackers were closed: %s and what follows are lost.", ", ".join(values))
             return
-        held, copied = hold(values)
-        self._pending.append(Entry(held, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
+        held, copied = copy_to_host(values)
+        self._pending.append(LogEntry(held, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
         while self._pending and (self._pending[0].is_here or len(self._pending) > _MOST_PENDING):
             self._write(self._pending.popleft())
 
@@ -116,7 +116,7 @@ class Trackers:
         while self._pending:
             self._write(self._pending.popleft())
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: LogEntry) -> None:
         values = entry.read()
         for tracker in self.active:
             if id(tracker) in self._failed:

@@ -20,8 +20,8 @@ import paceline.launch.worker as worker_module
 from paceline.config import DeepSpeedPlugin
 from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError
 from paceline.launch.command import check_command
-from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import raise_for_end, run_starter
+from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from paceline.config import Resolved
     from paceline.launch.command import Command
 
-__all__ = ["MachinesPlan", "launch_machines", "plan_machines"]
+__all__ = ["DeepSpeedPlan", "launch_deepspeed", "plan_deepspeed"]
 
 _DEFAULT_HOSTFILE = "/job/hostfile"
 _DEFAULT_PORT = 29500
@@ -40,7 +40,7 @@ _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "mvapich": 
 
 
 @dataclass(frozen=True, slots=True)
-class MachinesPlan:
+class DeepSpeedPlan:
     """What a launch over a host file will start.
 
     Attributes:
@@ -80,7 +80,7 @@ class MachinesPlan:
         return self.as_text()
 
 
-def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) -> MachinesPlan:
+def plan_deepspeed(resolved: Resolved, command: Command, env: Mapping[str, str]) -> DeepSpeedPlan:
     """Check what can be checked here, and say what would be started.
 
     Raises:
@@ -88,7 +88,7 @@ def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) 
         UsageError: There is nothing to run under that name, or this is a launched process itself.
         MissingExtraError: DeepSpeed is not installed.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     runner = _import_runner()
     config, plugin = resolved.config, resolved.config.deepspeed_config or DeepSpeedPlugin()
@@ -121,7 +121,7 @@ def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) 
         ]
     )
     line, variables, stop = _command(runner, arguments, resolved, pool, active, env)
-    return MachinesPlan(
+    return DeepSpeedPlan(
         launcher=plugin.deepspeed_multinode_launcher,
         hosts=hosts,
         command=tuple(line),
@@ -225,14 +225,14 @@ def _launcher(runner: Any, arguments: Any, resolved: Resolved, world: str, pool:
         raise ConfigError([Problem(resolved.origin(key).where, key, str(error), "", hint)]) from error
 
 
-def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
+def launch_deepspeed(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
     """Run `command` on every machine of the host file and return when all ranks have ended well.
 
     Raises:
         WorkerError: A rank failed, or a signal came; it carries the exit code.
         UsageError: The launcher's program is not installed. Nothing was started.
     """
-    planned = plan_machines(resolved, command, env)
+    planned = plan_deepspeed(resolved, command, env)
     program = _PROGRAMS.get(planned.launcher)
     if planned.command[0] == program and shutil.which(program, path=env.get("PATH")) is None:
         raise UsageError(
@@ -241,5 +241,5 @@ def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, s
             "Install it, or choose nossh and give the same command on every machine, each with its machine_rank",
         )
     environment = {**env, **planned.variables}
-    code, received = run_starter(planned.command, environment, planned.stop)
-    raise_for_end(planned.launcher, code, received)
+    code, received = run_launcher(planned.command, environment, planned.stop)
+    raise_for_exit(planned.launcher, code, received)

@@ -15,13 +15,13 @@ from paceline.errors import WorkerError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["raise_for_end", "run_starter"]
+__all__ = ["raise_for_exit", "run_launcher"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHELLS = ("sh", "dash", "bash", "busybox", "ksh", "zsh")
 
 
-def run_starter(
+def run_launcher(
     command: Sequence[str], environment: Mapping[str, str], stop: Sequence[str] = ()
 ) -> tuple[int, int | None]:
     """Run a command to its end; return its exit code, and the first signal that came for it meanwhile.
@@ -67,8 +67,8 @@ def _receivers(pid: int) -> list[psutil.Process]:
         return []
 
 
-def raise_for_end(program: str, code: int, received: int | None) -> None:
-    """Raise `WorkerError` when a program that started ranks failed, or a signal came for it; see `run_starter`."""
+def raise_for_exit(program: str, code: int, received: int | None) -> None:
+    """Raise `WorkerError` when a program that started ranks failed, or a signal came for it; see `run_launcher`."""
     if received is not None:
         raise WorkerError(f"stopped by {signal.Signals(received).name}\n", 128 + received)
     if code:

@@ -12,11 +12,11 @@ from paceline.errors import MissingExtraError
 if TYPE_CHECKING:
     from paceline.tracking.base import Backend
 
-__all__ = ["TRACKERS", "Entry", "load_backend"]
+__all__ = ["TRACKERS", "TrackerEntry", "load_backend"]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TrackerEntry:
     """One tracker.
 
     Attributes:
@@ -44,17 +44,17 @@ class Entry:
         return found
 
 
-TRACKERS: dict[str, Entry] = {
-    "jsonl": Entry("files", "", ""),
-    "tensorboard": Entry("tensorboard", "tensorboard", "tensorboard"),
-    "wandb": Entry("wandb", "wandb", "wandb"),
-    "mlflow": Entry("mlflow", "mlflow", "mlflow"),
-    "comet_ml": Entry("comet", "comet_ml", "comet"),
-    "aim": Entry("aim", "aim", "aim"),
-    "clearml": Entry("clearml", "clearml", "clearml"),
-    "dvclive": Entry("dvclive", "dvclive", "dvclive"),
-    "swanlab": Entry("swanlab", "swanlab", "swanlab"),
-    "trackio": Entry("trackio", "trackio", "trackio"),
+TRACKERS: dict[str, TrackerEntry] = {
+    "jsonl": TrackerEntry("files", "", ""),
+    "tensorboard": TrackerEntry("tensorboard", "tensorboard", "tensorboard"),
+    "wandb": TrackerEntry("wandb", "wandb", "wandb"),
+    "mlflow": TrackerEntry("mlflow", "mlflow", "mlflow"),
+    "comet_ml": TrackerEntry("comet", "comet_ml", "comet"),
+    "aim": TrackerEntry("aim", "aim", "aim"),
+    "clearml": TrackerEntry("clearml", "clearml", "clearml"),
+    "dvclive": TrackerEntry("dvclive", "dvclive", "dvclive"),
+    "swanlab": TrackerEntry("swanlab", "swanlab", "swanlab"),
+    "trackio": TrackerEntry("trackio", "trackio", "trackio"),
 }
 
 

@@ -12,13 +12,13 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["RankStreams", "quiet_elastic"]
+__all__ = ["RankLogs", "silence_elastic_logs"]
 
 _ELASTIC = "torch.distributed.elastic"
 _SILENT = logging.CRITICAL + 1
 
 
-class RankStreams(LogsSpecs):
+class RankLogs(LogsSpecs):
     """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another.
 
     torch elastic numbers the ranks of this machine from 0; in the names of files stands their number among all.
@@ -95,7 +95,7 @@ class RankStreams(LogsSpecs):
 
 
 @contextlib.contextmanager
-def quiet_elastic() -> Iterator[None]:
+def silence_elastic_logs() -> Iterator[None]:
     """Keep torch elastic's own remarks about failing processes off the console: ours says it once."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith(_ELASTIC)]
     levels = {name: logging.getLogger(name).level for name in names}

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Usage", "measure_usage", "process_memory"]
+__all__ = ["MemoryUsage", "measure_memory", "process_memory"]
 
 _LARGEST = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class MemoryUsage:
     """Bytes on one rank's device, or in its process on a CPU.
 
     Attributes:
@@ -57,7 +57,7 @@ class Usage:
 
 
 @dataclass(slots=True)
-class _Held:
+class _Storages:
     """Storages by address, each counted once."""
 
     sizes: dict[int, int]
@@ -86,9 +86,9 @@ def process_memory(device: torch.device) -> int:
     return _taken(device)[0]
 
 
-def measure_usage(
+def measure_memory(
     models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device, *, libraries: int = 0
-) -> Usage:
+) -> MemoryUsage:
     """Measure what prepared models and optimizers hold now, and how much is held besides.
 
     Args:
@@ -97,7 +97,7 @@ def measure_usage(
         device: This rank's.
         libraries: What the process held before.
     """
-    held = _Held({}, {})
+    held = _Storages({}, {})
     models = list(models)
     parameters = sum(held.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
     gradients = sum(
@@ -110,7 +110,7 @@ def measure_usage(
     owned = parameters + gradients + optimizer
     free, total = _free(device)
     taken, unused = _taken(device)
-    return Usage(
+    return MemoryUsage(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
@@ -156,7 +156,7 @@ def _taken(device: torch.device) -> tuple[int, int]:
     return used, int(torch.accelerator.memory_reserved(device)) - used
 
 
-def _largest(held: _Held, device: torch.device) -> tuple[tuple[int, str], ...]:
+def _largest(held: _Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
     found = [(size, held.names[address]) for address, size in held.sizes.items()]
     if device.type == "cuda":
         snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
@@ -164,7 +164,7 @@ def _largest(held: _Held, device: torch.device) -> tuple[tuple[int, str], ...]:
     return tuple(sorted(found, reverse=True)[:_LARGEST])
 
 
-def _blocks(held: _Held, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
+def _blocks(held: _Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
     """What the allocator has given out and nobody known holds; where from, if the history was recorded."""
     for segment in snapshot:
         address = int(segment["address"])

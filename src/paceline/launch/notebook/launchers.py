@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.config import in_force, resolve
 from paceline.errors import WorkerError
-from paceline.launch.notebook.calling import CALL, result_file, results_in
+from paceline.launch.notebook.rank_main import CALL, result_file, results_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -128,7 +128,7 @@ def _run(
     file = None if config_file is None else Path(config_file)
     resolved = resolve(flags=flags, env=os.environ, file=file)
     if resolved.config.num_processes is None:
-        from paceline.launch.detection import count_accelerators
+        from paceline.launch.accelerators import count_accelerators
 
         found = 1 if resolved.config.use_cpu else count_accelerators()[1] or 1
         resolved = resolve(flags=flags, env=os.environ, file=file, detected={"num_processes": found})
@@ -142,7 +142,7 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resol
     from paceline.launch.command import Command
     from paceline.launch.launcher import launch
     from paceline.launch.notebook.pickling import pack_call
-    from paceline.launch.notebook.pipes import RankPipes, shows_elsewhere
+    from paceline.launch.notebook.pipes import RankPipes, is_stdout_redirected
 
     config = resolved.config
     # Ranks are dealt out to machines in order.
@@ -152,9 +152,9 @@ def _launch(function: Callable[..., Any], args: tuple[Any, ...], resolved: Resol
         folder = Path(name)
         head = pickle.dumps({"path": list(sys.path), "sources": _cells()})
         (folder / CALL).write_bytes(head + pack_call(function, args, {}))
-        command = Command("paceline.launch.notebook.calling", (name,), "module")
+        command = Command("paceline.launch.notebook.rank_main", (name,), "module")
         try:
-            if template is None and not shows_elsewhere():
+            if template is None and not is_stdout_redirected():
                 launch(resolved, command, env=_environment())
             else:
                 with RankPipes(folder, local, template, first=first) as pipes:

@@ -1,4 +1,4 @@
-"""Watching a launched script that has opened its process group itself, without an Accelerator."""
+"""The watchdog for a launched script that opens its process group itself, without an Accelerator."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ __all__ = ["start_bare_watchdog"]
 
 
 def start_bare_watchdog(env: Mapping[str, str]) -> None:
-    """Watch this process as an Accelerator would, by the launcher's variables."""
+    """Start the watchdog that an Accelerator would start, from the launcher's variables."""
     config = Resolved.from_json(env["PACELINE_CONFIG"]).config
     start_watch(World.read(env), ErrorFile.read(env), config.hang_timeout)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "Coordinator", "SingleNodeCoordinator"]
 
-_STORE_PATIENCE = timedelta(seconds=20)
+_STORE_TIMEOUT = timedelta(seconds=20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,10 @@ class Attempt:
 
     Attributes:
         plan: What this machine starts.
-        port: Where the ranks meet.
-        run_id: The same on all ranks and in all rounds.
-        number: How often ranks were started before.
-        remote_request: What happens on other machines meanwhile.
+        port: The port of the store in which the ranks meet.
+        run_id: The same on all ranks and in all attempts.
+        number: How often the ranks were started before.
+        remote_request: Returns what other machines request meanwhile.
     """
 
     plan: LaunchPlan
@@ -51,38 +51,38 @@ class Attempt:
 
 
 class Coordinator(Protocol):
-    """Where a launcher learns what to start, and what follows from how that ended."""
+    """Tells a launcher what to start, and what follows from how that ended."""
 
     def next(self) -> Attempt:
         """Return what to start now."""
 
     def conclude(self, outcome: AttemptOutcome) -> Decision:
-        """Say what follows from how this machine's ranks ended."""
+        """Return what follows from how this machine's ranks exited."""
 
     def close(self) -> None:
-        """Leave nothing open."""
+        """Close the store and end all threads."""
 
 
 class SingleNodeCoordinator:
-    """One machine: the launcher hosts the store of its own ranks."""
+    """Coordinator for one machine: the launcher hosts the store of its own ranks."""
 
     def __init__(self, resolved: Resolved, command: Command, env: Mapping[str, str]) -> None:
         self._plan = plan(resolved, command, env)
         self._run_id = uuid.uuid4().hex[:12]
-        self._started = 0
+        self._num_attempts = 0
         self._store: TCPStore | None = None
 
     def next(self) -> Attempt:
-        """Return the plan with a store of its own."""
-        self._store = None  # the port of the last one must be free
+        """Return the plan with a new store."""
+        self._store = None  # frees the port of the last one
         self._store = _open_store(self._plan.address, self._plan.port)
-        self._started += 1
-        return Attempt(self._plan, self._store.port, self._run_id, self._started - 1, lambda: "")
+        self._num_attempts += 1
+        return Attempt(self._plan, self._store.port, self._run_id, self._num_attempts - 1, lambda: "")
 
     def conclude(self, outcome: AttemptOutcome) -> Decision:
-        """Judge the ranks of this machine."""
+        """Decide from the ranks of this machine."""
         end = MachineExit.of(outcome, socket.gethostname(), self._plan)
-        return decide([end], may_restart=self._started <= self._plan.max_restarts)
+        return decide([end], may_restart=self._num_attempts <= self._plan.max_restarts)
 
     def close(self) -> None:
         """Close the store."""
@@ -91,11 +91,11 @@ class SingleNodeCoordinator:
 
 def _open_store(address: str, port: int) -> TCPStore:
     try:
-        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_PATIENCE)
+        return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=_STORE_TIMEOUT)
     except DistError as error:
         reason = first_line(error)
         raise WorldError(
-            f"The ranks cannot meet at {address}:{port or '(a free port)'} ({reason})",
-            "The address is not this machine's, or another program took the port this moment",
+            f"The launcher cannot listen at {address}:{port or '(a free port)'} ({reason})",
+            "The address is not this machine's, or another program has just taken the port",
             "Leave main_process_ip and main_process_port out: one machine needs neither",
         ) from error

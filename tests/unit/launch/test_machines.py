@@ -123,7 +123,7 @@ def test_a_launcher_that_cannot_filter_says_so() -> None:
     [
         ({"num_machines": 3}, "num_machines: 3 contradicts it"),
         ({"num_processes": 8}, "num_processes: 8 contradicts it"),
-        ({"machine_rank": 2}, "machine_rank: 2 is no machine of it"),
+        ({"machine_rank": 2}, "machine_rank: 2 is out of range"),
         ({"deepspeed_hostfile": "nowhere"}, "there is no host file nowhere"),
         ({"deepspeed_exclusion_filter": "worker-9"}, "'worker-9' does not fit hosts"),
         ({"deepspeed_inclusion_filter": "worker-1"}, "does not fit hosts"),

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.watchdog.diagnosis import RankStatus, diagnose
 from paceline.watchdog.locations import CodeLocation, all_stacks, here, location_in_traceback
-from paceline.watchdog.recorder import Operation, _read
+from paceline.watchdog.recorder import Operation, read_operation
 
 
 def operation(number: int, name: str = "all_reduce", what: str = "float32 (4,)", *, done: bool = False) -> Operation:
@@ -18,7 +18,7 @@ def operation(number: int, name: str = "all_reduce", what: str = "float32 (4,)",
 
 def standing(rank: int, line: int, *operations: Operation, call: str = "", collective: bool = False) -> RankStatus:
     place = CodeLocation(where=f"train.py:{line}", function="main", code="…", call=call, is_collective=collective)
-    return RankStatus(rank=rank, place=place, operations=operations)
+    return RankStatus(rank=rank, location=place, operations=operations)
 
 
 def test_the_rank_that_has_not_come_is_named_with_its_line() -> None:
@@ -81,8 +81,8 @@ def test_ranks_that_ended_or_do_not_answer() -> None:
         "rank 1 has ended without entering all_reduce #5 of float32 (4,), in which rank 0 has waited for 9 s"
     )
     silent = diagnose([waiting], 2, seconds=9)
-    assert silent.startswith("rank 1 does not answer; rank 0 has waited for 9 s in all_reduce #5")
-    assert "  rank 1: no answer" in silent
+    assert silent.startswith("rank 1 does not respond; rank 0 has waited for 9 s in all_reduce #5")
+    assert "  rank 1: no response" in silent
     gone = [RankStatus(rank=rank, fate="has ended") for rank in (1, 2)] + [
         RankStatus(rank=3, fate="failed (ValueError)")
     ]
@@ -128,11 +128,11 @@ def test_where_a_thread_is() -> None:
     assert sys.exc_info() == (None, None, None)
 
 
-def test_what_the_recorder_notes_is_read() -> None:
+def test_what_the_recorder_notes_isread_operation() -> None:
     entry = {
         "collective_seq_id": 5, "input_dtypes": ["Float", "Byte"], "input_sizes": [[3, 2], [7]], "retired": False,
         "process_group": ["0", "default_pg"], "profiling_name": "nccl:_all_gather_base", "state": "started",
     }  # fmt: skip
-    assert _read(entry) == Operation(
+    assert read_operation(entry) == Operation(
         group="nccl/0", number=5, name="all_gather_base", what="float32 (3, 2), 7 bytes", done=False
     )

@@ -1,4 +1,4 @@
-"""What a run will need, the least sharding that fits, and what to change when memory ran out."""
+"""Memory planning: what a run needs, the least sharding that fits, and what to change when memory runs out."""
 
 from paceline.planner.footprint import Footprint, measure
 from paceline.planner.memory_usage import MemoryUsage, measure_memory, process_memory

@@ -1,4 +1,4 @@
-"""Experiment trackers behind one small protocol, each on its own package; JSON lines need none."""
+"""Experiment trackers behind one small protocol, one module per package; JSON lines need no package."""
 
 from __future__ import annotations
 

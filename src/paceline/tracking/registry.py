@@ -17,12 +17,12 @@ __all__ = ["TRACKERS", "TrackerEntry", "load_backend"]
 
 @dataclass(frozen=True, slots=True)
 class TrackerEntry:
-    """One tracker.
+    """A tracker that paceline knows.
 
     Attributes:
-        module: Under `paceline.tracking`, with a class `Tracker` in it.
-        package: What it imports; empty when it needs nothing.
-        extra: Of paceline, that installs it.
+        module: Module in `paceline.tracking` that defines the class `Tracker`.
+        package: The package that it imports; empty when it needs none.
+        extra: The extra of paceline that installs the package.
     """
 
     module: str
@@ -31,7 +31,7 @@ class TrackerEntry:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package can be imported. A folder of that name in the working directory is none."""
+        """Whether its package can be imported. A folder of that name in the working directory does not count."""
         if not self.package:
             return True
         spec = find_spec(self.package)
@@ -40,8 +40,8 @@ class TrackerEntry:
     @property
     def backend(self) -> type[Backend]:
         """Its class, which imports the package only when a run is opened."""
-        found: type[Backend] = import_module(f"paceline.tracking.{self.module}").Tracker
-        return found
+        tracker: type[Backend] = import_module(f"paceline.tracking.{self.module}").Tracker
+        return tracker
 
 
 TRACKERS: dict[str, TrackerEntry] = {
@@ -62,7 +62,7 @@ def load_backend(name: str) -> type[Backend]:
     """Import the class of a tracker.
 
     Raises:
-        MissingExtraError: Its package is not installed; names the pip command.
+        MissingExtraError: Its package is not installed; the error names the pip command.
     """
     entry = TRACKERS[name]
     if not entry.is_installed:

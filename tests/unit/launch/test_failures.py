@@ -136,6 +136,7 @@ def test_the_call_in_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
     file.write_text(
         "Fatal Python error: Aborted\n\nThread 0x02 (most recent call first):\n"
         f'  File "{package / "collectives" / "group.py"}", line 5 in barrier\n'
-        f'  File "{package / "accelerator" / "communication.py"}", line 7 in wait_for_everyone\n  File "/home/me/train.py", line 8 in main\n'
+        f'  File "{package / "accelerator" / "communication.py"}", line 7 in wait_for_everyone\n'
+        '  File "/home/me/train.py", line 8 in main\n'
     )
     assert read_fatal_location(file) == "/home/me/train.py:8, in wait_for_everyone"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from paceline.planner import MemoryUsage, RunSettings, describe_out_of_memory, measure_memory, remedies, requested_bytes
-from paceline.planner.memory_usage import _blocks, _Storages
+from paceline.planner.memory_usage import _Storages, _unnamed_blocks
 
 GIB = 2**30
 # As 80 GB devices under DDP see it: 8 GiB of parameters in fp32 with Adam, batches of 8.
@@ -34,7 +34,7 @@ def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:
     assert more[0].startswith("batches of 1 with gradient_accumulation_steps=2")
     assert "enough" not in more[0]
     assert "activation_checkpointing" in more[1]
-    assert more[2] == "--use_fsdp: state cut in 4: frees about 24.00 GiB"
+    assert more[2] == "--use_fsdp: state sharded over 4: frees about 24.00 GiB"
     assert more[3].endswith("frees about 32.00 GiB, which is enough")
     short = remedies(FULL, RunSettings(ranks=1, micro_batch=1, checkpoints=True, offloads=True), 90 * GIB)
     assert short[-1] == "none of these is enough by itself: 89.00 GiB are missing"
@@ -43,7 +43,9 @@ def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:
 def test_memory_in_pieces_is_told_from_memory_in_use() -> None:
     pieces = MemoryUsage(other=60 * GIB, unused=10 * GIB, free=1 * GIB, total=79 * GIB)
     found = remedies(pieces, RunSettings(micro_batch=2), 4 * GIB)
-    assert found[0].startswith("the variable PYTORCH_ALLOC_CONF=expandable_segments:True might do: 10.00 GiB are held")
+    assert found[0].startswith(
+        "the variable PYTORCH_ALLOC_CONF=expandable_segments:True may be enough: 10.00 GiB are reserved"
+    )
     assert found[1].startswith("batches of 1 with gradient_accumulation_steps=2"), "a guess does not end the list"
 
 
@@ -58,7 +60,7 @@ def test_the_report_says_whose_it_is() -> None:
     lines = text.splitlines()
     assert lines[0] == (
         "memory of rank 2 on H100 (cuda:2): 78.00 GiB in use, 1.00 GiB of 79.00 GiB free, and 3.00 GiB more "
-        "were asked for"
+        "were requested"
     )
     assert (
         lines[1]
@@ -103,4 +105,6 @@ def test_what_nobody_known_holds_comes_from_the_allocators_snapshot() -> None:
         {"device": 1, "address": 1, "blocks": [{"size": 9, "state": "active_allocated"}]},
     ]
     held = _Storages({1000: 100}, {1000: "weight (parameter)"})
-    assert list(_blocks(held, snapshot, 0)) == [(300, "an activation or a buffer, made at /home/me/model.py:41")]
+    assert list(_unnamed_blocks(held, snapshot, 0)) == [
+        (300, "an activation or a buffer, allocated at /home/me/model.py:41")
+    ]

@@ -77,6 +77,6 @@ def test_the_reason_holds_the_numbers() -> None:
     assert "56.00 GB of 80.00 GB free on a device" in ddp
     fsdp = choose(10**10, big).reason
     assert fsdp.startswith("fsdp, ")
-    assert "4.00 GB when cut in 4" in fsdp
+    assert "4.00 GB sharded over 4" in fsdp
     assert "parameters in host memory" in choose(0, big).reason
     assert "0.00 MB" in choose(5).reason

@@ -288,6 +288,23 @@ def first_line(error: BaseException, limit: int | None = None) -> str:
     return str(error).partition("\n")[0][:limit]
 
 
+def did_you_mean(word: str, candidates: Iterable[str]) -> str:
+    """Return a hint such as `did you mean num_processes?`.
+
+    Args:
+        word: The unknown name.
+        candidates: The names that exist; upper and lower case do not matter.
+
+    Returns:
+        The hint with the closest candidate; empty when none is close.
+    """
+    from difflib import get_close_matches
+
+    folded = {candidate.casefold(): candidate for candidate in candidates}
+    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
+    return f"did you mean {folded[close[0]]}?" if close else ""
+
+
 def named(names: Sequence[str], limit: int = 8) -> str:
     """Write out the first few names and count the rest."""
     head = ", ".join(names[:limit])

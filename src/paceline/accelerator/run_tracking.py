@@ -7,10 +7,9 @@ import platform
 import sys
 from typing import TYPE_CHECKING, Any
 
-from paceline.config.schema.shapes import did_you_mean
 from paceline.environment.peaks import peak_flops
 from paceline.environment.profiling import peak_memory
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.stepping import steps_taken
 from paceline.tracking import TRACKERS
 from paceline.version import __version__

@@ -16,7 +16,6 @@ from paceline.config.schema.fsdp1 import translate
 from paceline.config.schema.names import sections
 from paceline.config.schema.parallelism import ParallelismConfig
 from paceline.config.schema.run import RunConfig
-from paceline.config.schema.shapes import did_you_mean
 from paceline.config.sources.layers import (
     Layer,
     detected_layer,
@@ -26,7 +25,7 @@ from paceline.config.sources.layers import (
     merge,
 )
 from paceline.config.sources.origin import Origin
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The random generators of this process, as numbers, lists and tensors."""
+"""The states of this process's random number generators, as numbers, lists and tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["get_rng_states", "set_rng_states"]
 
 
 def get_rng_states(device: torch.device) -> dict[str, Any]:
-    """Where Python's, numpy's and torch's generators stand, and the one of `device`."""
+    """Return the states of the generators of Python, NumPy, torch and `device`."""
     version, words, cached = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
@@ -29,7 +29,7 @@ def get_rng_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_states(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back where `get_rng_states` found them; the device's if it is of the same kind."""
+    """Restore the states that `get_rng_states` returned; the device's only if its type is the same."""
     version, words, cached = state["python"]
     random.setstate((version, tuple(words), cached))
     np.random.set_state(tuple(state["numpy"]))

@@ -60,7 +60,9 @@ class Tracker(Backend):
         """Record images; keywords are those of `mlflow.log_image`."""
         for name, images in values.items():
             for index, image in enumerate(images):
-                target = {"artifact_file": f"{name}_{step}_{index}.png"} if step is None else {"key": name, "step": step}
+                target = (
+                    {"artifact_file": f"{name}_{step}_{index}.png"} if step is None else {"key": name, "step": step}
+                )
                 self._package.log_image(image, **{**target, **kwargs})
 
     def log_table(

@@ -88,7 +88,9 @@ def _fits(name: str, folder: Path | None) -> bool:
     return folder is not None or not TRACKERS[name].backend.requires_logging_directory
 
 
-def _without_folder(trackers: list[str | GeneralTracker], folder: Path | None, where: str, key: str) -> Iterable[Problem]:
+def _without_folder(
+    trackers: list[str | GeneralTracker], folder: Path | None, where: str, key: str
+) -> Iterable[Problem]:
     if folder is not None:
         return
     for one in trackers:

@@ -46,7 +46,7 @@ class Trackers:
         self.chosen = list(chosen)
         self._folder = folder
         self._is_main = is_main
-        self._is_asked = is_requested and bool(chosen)
+        self._is_requested = is_requested and bool(chosen)
         self._pending: deque[LogEntry] = deque()
         self._failed: set[int] = set()
 
@@ -115,7 +115,7 @@ class Trackers:
             TrackingError: The requested trackers have not been opened.
         """
         if not self.active:
-            if self._is_asked and self._is_main and not self.was_started:
+            if self._is_requested and self._is_main and not self.was_started:
                 raise TrackingError(
                     "log() before init_trackers()",
                     "init_trackers opens the trackers; values logged before it would be lost",
@@ -123,7 +123,10 @@ class Trackers:
                 )
             if self._was_closed:
                 self._was_closed = False  # warn once
-                logger.warning("log() was called after the trackers were closed: %s and all later values are lost.", ", ".join(values))
+                logger.warning(
+                    "log() was called after the trackers were closed: %s and all later values are lost.",
+                    ", ".join(values),
+                )
             return
         copies, copied = copy_to_host(values)
         self._pending.append(LogEntry(copies, step, settings, {"time": round(time.time(), 3), **facts()}, copied))

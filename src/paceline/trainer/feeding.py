@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paceline.config.schema.shapes import did_you_mean
 from paceline.environment.logging import get_logger
-from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.errors import ConfigError, PrepareError, Problem, did_you_mean
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.trainer.arguments.arguments import TrainingArguments
 from paceline.trainer.batches.loaders import drop_columns, make_loader, train_sampler

@@ -132,8 +132,11 @@ class NoTracker:
     ("asked", "words"),
     [
         ("tensorbord", "'tensorbord' is unknown; did you mean tensorboard?"),
-        (["jsonl"], "jsonl without a folder; it keeps its files there; give project_dir"),
-        (NoTracker(), "a NoTracker, which lacks requires_logging_directory, tracker, store_init_configuration"),
+        (["jsonl"], "jsonl needs a folder; it writes its files there; pass project_dir"),
+        (
+            NoTracker(),
+            "a NoTracker is not a tracker: it lacks requires_logging_directory, tracker, store_init_configuration",
+        ),
         (["aim", "x"], "2 problems"),
     ],
     ids=str,

@@ -8,8 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.result import Conversion
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import Problem
+from paceline.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.deepspeed_file.keys import ARGUMENTS, OLD, REFUSED, REMOVED, REMOVED_FROM_ZERO, SECTIONS, TOP
-from paceline.config.schema.shapes import did_you_mean
 from paceline.config.sources.document import describe_json_error
-from paceline.errors import Problem
+from paceline.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, get_args
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from paceline.config.schema.shapes import Shape, did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.config.schema.shapes import Shape
+from paceline.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,7 +10,7 @@ from paceline.config.schema.base import Section, Slot, slots, slots_by_name
 from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
 from paceline.config.schema.fsdp1 import FsdpVersion1
 from paceline.config.schema.run import RunConfig
-from paceline.config.schema.shapes import did_you_mean
+from paceline.errors import did_you_mean
 
 PARADIGMS: Final = {
     "multi_gpu": "MULTI_GPU",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from paceline.errors import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -127,13 +128,6 @@ class Shape:
         if int in self.types and float(value).is_integer():
             return int(value)
         return float(value) if float in self.types else value
-
-
-def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """Return a hint naming the candidate that looks most like a word, or an empty string."""
-    folded = {candidate.casefold(): candidate for candidate in candidates}
-    close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
-    return f"did you mean {folded[close[0]]}?" if close else ""
 
 
 def _parts(annotation: Any) -> Iterable[type | tuple[object, ...]]:

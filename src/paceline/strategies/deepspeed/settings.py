@@ -14,8 +14,7 @@ import torch
 from paceline.config.deepspeed_file.keys import OPTIMIZERS, SCHEDULES
 from paceline.config.deepspeed_file.settings import AUTO, value_at, walk
 from paceline.config.deepspeed_file.values import decided_settings
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 
 if TYPE_CHECKING:

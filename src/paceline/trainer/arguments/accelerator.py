@@ -22,8 +22,7 @@ from paceline.config import (
     resolve,
 )
 from paceline.config.deepspeed_file.settings import AUTO, read_settings, value_at
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.trainer.arguments.checks import setting
 
 if TYPE_CHECKING:

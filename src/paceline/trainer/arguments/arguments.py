@@ -10,8 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.errors import ConfigError, PrepareError, Problem, did_you_mean
 from paceline.trainer.arguments import checks
 from paceline.trainer.arguments.command_line import parse_arguments
 from paceline.trainer.arguments.fields import AllFields

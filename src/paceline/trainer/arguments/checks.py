@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.deepspeed_file.settings import read_settings
-from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.trainer.arguments.parsing import read_mapping
 from paceline.trainer.callbacks.profiling import read_window
 from paceline.trainer.optim.optimizers import WARMING, known_optimizers, read_arguments

@@ -7,8 +7,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.trainer.arguments.parsing import fields_of, is_flag, read_mapping, read_value
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 import yaml
 
-from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS, did_you_mean
+from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
+from paceline.errors import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, MissingExtraError, Problem
+from paceline.errors import ConfigError, MissingExtraError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

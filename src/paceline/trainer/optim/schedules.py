@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from paceline.config.schema.shapes import did_you_mean
-from paceline.errors import ConfigError, Problem
+from paceline.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable

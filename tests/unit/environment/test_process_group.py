@@ -150,7 +150,8 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         port = other.getsockname()[1]
         world = World(rank=0, size=2, local_size=2, main_port=port)
-        with pytest.raises(WorldError, match=rf"cannot listen at 127.0.0.1:{port}.*Choose another with MASTER_PORT"):
+        text = rf"cannot listen at 127.0.0.1:{port}.*Choose another one with MASTER_PORT"
+        with pytest.raises(WorldError, match=text):
             open_process_group(world, CPU, timeout=timedelta(seconds=1))
 
 
@@ -164,7 +165,7 @@ def test_an_unknown_backend_lists_what_there_is() -> None:
 def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from paceline.environment import process_group
 
-    monkeypatch.setattr(process_group, "_SHORTEST_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(process_group, "_MIN_RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     world = World(rank=0, size=3, local_size=3, main_port=free_port())
     with pytest.raises(WorldError, match=r"Of 3 ranks, ranks 1-2 did not join at 127.0.0.1:\d+ within 1 s"):
         open_process_group(world, CPU, timeout=timedelta(seconds=1))

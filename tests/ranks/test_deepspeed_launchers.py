@@ -111,7 +111,7 @@ def test_a_failure_on_another_host_is_told(launcher: str, hosts: Shells, tmp_pat
     out, _ = (process := start(tmp_path, hosts, launcher, "fail")).communicate(timeout=300)
     assert process.returncode != 0, out
     assert "ValueError: the culprit" in out
-    assert f"{launcher} ended with code" in out
+    assert f"{launcher} exited with code" in out
 
 
 @needs_shells("pdsh")

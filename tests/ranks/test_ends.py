@@ -43,7 +43,7 @@ def test_the_exit_code_is_the_scripts(
         for line in ("done", "an early exit handler ran", "a late exit handler ran"):
             assert line in output.splitlines(), output
         assert "terminate called" not in output
-        assert "not waited for has not ended" not in output
+        assert "that it did not wait for is pending" not in output
 
 
 def launched(*launcher: str, way: str) -> subprocess.CompletedProcess[str]:

@@ -93,7 +93,7 @@ def test_a_rank_that_fails_is_told(tmp_path: Path) -> None:
     )
     assert code != 0
     assert said.count("ValueError: the culprit") == 1, said
-    assert "mpirun ended with code" in said
+    assert "mpirun exited with code" in said
 
 
 KINDS = {"intel": "Intel(R) MPI", "mpich": "HYDRA build details"}
@@ -186,7 +186,7 @@ def test_what_would_be_started_is_shown_and_what_cannot_be_is_told(
     shown = planned(num_processes="4").as_text()
     assert "MASTER_ADDR=node1" in shown
     assert "mpirun -n 4 --hostfile hosts --bind-to none" in shown
-    with pytest.raises(ConfigError, match="num_processes: it is not given"):
+    with pytest.raises(ConfigError, match="num_processes: it is required with a host file"):
         planned()
     with pytest.raises(ConfigError, match="there is no host file nowhere"):
         planned(mpirun_hostfile="nowhere", num_processes="4")

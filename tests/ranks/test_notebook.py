@@ -145,7 +145,7 @@ def test_cells_of_a_jupyter_kernel() -> None:
     [error] = [o for o in failed if o.output_type == "error"]
     assert error.ename == "WorkerError"
     assert 'raise ValueError("no such thing")\nValueError: no such thing' in error.evalue
-    assert _text(stopped, "stdout") == ["[0] asleep", "[1] asleep", "stopped: all ranks have ended"]
+    assert _text(stopped, "stdout") == ["[0] asleep", "[1] asleep", "stopped: all ranks have exited"]
 
 
 def _text(outputs: list[Any], name: str) -> list[str]:

@@ -49,7 +49,7 @@ def test_a_signal_saves_and_ends_the_run(whole: Path, tmp_path: Path, number: in
     os.kill(pid_of(run, 1) if to == "rank" else run.process.pid, number)
     code, out = run.end()
     assert code == PREEMPTED, out
-    assert "made room as asked" in out
+    assert "preempted: the state is saved" in out
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.manifest.step == run.lines(0)[-1]["step"] == run.lines(1)[-1]["step"]

@@ -77,5 +77,5 @@ def test_without_ray_the_command_that_installs_it_is_named() -> None:
 
 
 def test_another_number_of_ranks_is_a_contradiction() -> None:
-    with pytest.raises(ConfigError, match=r"4 contradicts 2 by ray_trainer\(num_workers=…\)"):
+    with pytest.raises(ConfigError, match=r"4 contradicts 2 from ray_trainer\(num_workers=…\)"):
         ray_trainer(print, num_workers=2, settings={"num_processes": 4})

@@ -28,7 +28,7 @@ def test_memory_that_runs_out_is_told_by_owner() -> None:
     assert code == 1, error
     assert error.count("you tried to allocate 67108864 bytes") == 1, error
     told = error[error.index("memory of rank 0 on cpu") :]
-    assert "and 64.00 MiB more were asked for" in told
+    assert "and 64.00 MiB more were requested" in told
     assert re.search(rf"parameters 8\.01 MiB, gradients 8\.01 MiB, optimizer state 16\.0\d MiB, .* else {SIZE}", told)
     assert re.search(r"^  4\.00 MiB  .*(optimizer state|gradient of|parameter)", told, re.MULTILINE)
     assert "batches of 4 with gradient_accumulation_steps=4, the same optimizer steps: frees about" in told

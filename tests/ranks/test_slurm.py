@@ -111,7 +111,7 @@ def test_what_slurm_says_is_shown_with_its_origin(slurm: Slurm) -> None:
 def test_a_machine_rank_that_the_shell_filled_in_too_early_is_found(slurm: Slurm) -> None:
     command = (*PACELINE, "config", "show", "--num_machines", "2", "--machine_rank", "0")
     said = slurm.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, check=False)
-    assert "--machine_rank: machine_rank: 0 contradicts 1 by Slurm (SLURM_NODEID)" in said, said
+    assert "--machine_rank: machine_rank: 0 contradicts 1 from Slurm (SLURM_NODEID)" in said, said
 
 
 @pytest.mark.slow
@@ -128,7 +128,7 @@ def test_a_batch_script_on_several_machines_needs_srun(slurm: Slurm, tmp_path: P
     line = f"{' '.join(PACELINE)} launch {script}"
     said = slurm.run("sbatch", "--nodes=2", "--output=log", f"--wrap={line}", cwd=tmp_path)
     log = wait_for_end(tmp_path / "log", "--num_machines 1")
-    assert f"Slurm gave this job 2 machines ({','.join(NODES)})" in log, said + log
+    assert f"Slurm has allocated 2 machines to this job ({','.join(NODES)})" in log, said + log
     assert "srun --ntasks-per-node=1 paceline launch" in log
 
 

@@ -61,7 +61,7 @@ PUBLIC_MODULES = (
     "environment/logging.py",
     "environment/seeding.py",
     "data/skipping.py",
-    "launch/notebook/calling.py",
+    "launch/notebook/launchers.py",
 )
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from paceline.collectives import SoloGroup, TorchGroup
 from paceline.config import with_arguments, worker_config
-from paceline.environment.accounts import Accounts
 from paceline.environment.device import choose_device
+from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
 from paceline.precision import LossScaler, policy_for
@@ -34,7 +34,7 @@ class RunComponents:
         context: What strategies know of the run.
         backend: The backend of the process group; None without one.
         scaler: The loss scaler of fp16.
-        accounts: Where a failure is reported to the launcher.
+        error_file: Where a failure is reported to the launcher.
     """
 
     resolved: Resolved
@@ -42,7 +42,7 @@ class RunComponents:
     context: RunContext
     backend: str | None
     scaler: LossScaler | None
-    accounts: Accounts
+    error_file: ErrorFile
 
 
 def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers) -> RunComponents:
@@ -79,11 +79,11 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         # FSDP2 and DeepSpeed need a process group even for a single process.
         force=config.strategy in ("fsdp", "deepspeed"),
     )
-    accounts = Accounts.read(env)
+    error_file = ErrorFile.read(env)
     if backend is not None:
-        start_watch(world, accounts, config.hang_timeout)
+        start_watch(world, error_file, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     context = RunContext(world=world, device=device, group=group, precision=precision, config=config)
-    return RunComponents(resolved, handlers, context, backend, scaler, accounts)
+    return RunComponents(resolved, handlers, context, backend, scaler, error_file)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from paceline.environment.device import describe_device
-from paceline.planner import Run, describe_out_of_memory, measure_usage, process_memory, requested_bytes
+from paceline.planner import RunSettings, describe_out_of_memory, measure_memory, process_memory, requested_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +85,7 @@ def explain_out_of_memory(
         libraries: Bytes that the process used before there was a model.
     """
     context, plugin = components.context, components.context.config.fsdp_config
-    run = Run(
+    run = RunSettings(
         ranks=context.world.size,
         micro_batch=snapshot.micro_batch,
         accumulation=snapshot.accumulation,
@@ -94,7 +94,7 @@ def explain_out_of_memory(
         on_cpu=context.device.type == "cpu",
     )
     return describe_out_of_memory(
-        measure_usage(snapshot.models, snapshot.optimizers, context.device, libraries=libraries),
+        measure_memory(snapshot.models, snapshot.optimizers, context.device, libraries=libraries),
         run,
         requested_bytes(str(error)),
         rank=context.world.rank,
@@ -115,5 +115,5 @@ def _report(
     # There may be no memory left for the report either.
     with contextlib.suppress(MemoryError, RuntimeError):
         text = explain_out_of_memory(components, method(), error, libraries=libraries)
-        components.accounts.remark(text)
-        components.accounts.tell(text)
+        components.error_file.add_remark(text)
+        components.error_file.print_unless_reported(text)

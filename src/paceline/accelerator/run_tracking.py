@@ -54,7 +54,7 @@ class RunTracker:
         folder = None if logging_dir is None else Path(logging_dir)
         is_main = components.context.world.is_main
         chosen = choose_trackers(log_with, folder)
-        self._trackers = Trackers(chosen, folder, is_main=is_main, is_required=log_with is not None)
+        self._trackers = Trackers(chosen, folder, is_main=is_main, is_requested=log_with is not None)
         self._components = components
         self._prepared = prepared
         self._selector = selector

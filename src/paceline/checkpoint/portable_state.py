@@ -107,7 +107,7 @@ class ForeignState:
         optimizers: In the order in which they were prepared.
         schedulers: Their state dicts.
         scaler: The state dict of a loss scaler.
-        generators: Of each rank that wrote some, as `generators_state` gives them.
+        generators: Of each rank that wrote some, as `get_rng_states` gives them.
         custom: State dicts of registered objects.
         step: Optimizer steps taken.
         epoch: As far as the folder says.

@@ -78,9 +78,9 @@ def program() -> None:
     except SystemExit as stop:
         if "torch" not in sys.modules or not isinstance(stop.code, int):
             raise
-        from paceline.launch.worker import end_at_once
+        from paceline.launch.worker import exit_now
 
-        end_at_once(stop.code)
+        exit_now(stop.code)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     # Of several machines each detects its own devices when it starts its ranks.
     if config.num_processes is None and config.max_machines == 1 and not config.spans_machines:
         import_torch()
-        from paceline.launch.detection import detect
+        from paceline.launch.accelerators import detect
 
         # Which devices count depends on use_cpu, which any source may set.
         devices = detect(os.environ, config.use_cpu)

@@ -1,1 +1,1 @@
-"""What this process finds around itself: ranks, devices, the process group, the log."""
+"""The process's environment: rank and world size, device, host, process group, logging."""

@@ -1,4 +1,4 @@
-"""The device of this rank and what it can do, asked through `torch.accelerator` whoever made it."""
+"""The device of this rank and its capabilities, for any vendor that `torch.accelerator` supports."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def choose_device(world: World, *, cpu: bool = False) -> torch.device:
-    """Return this rank's device and make it torch's current one.
+    """Return this rank's device, and make it torch's current device.
 
-    Under Slurm, a task that sees exactly one device uses it: Slurm has then bound one device to each task.
+    Under Slurm, a task that sees exactly one device uses it: Slurm has bound one device to each task.
 
     Raises:
         DeviceError: This machine has more processes than devices.
@@ -46,7 +46,7 @@ def choose_device(world: World, *, cpu: bool = False) -> torch.device:
 
 
 def supported_precisions(device: torch.device) -> frozenset[str]:
-    """Return which of "no", "bf16", "fp16", "fp8" the device computes in by itself, without emulation."""
+    """Return those of "no", "bf16", "fp16" and "fp8" that the device supports natively, without emulation."""
     names = {"no", "fp16"}
     if device.type == "cpu" or _has_bf16(device):
         names.add("bf16")
@@ -59,26 +59,26 @@ def memory_info(device: torch.device, *, local_size: int = 1) -> tuple[int, int]
     """Return (free, total) bytes of the device.
 
     Args:
-        device: The device asked about.
-        local_size: How many processes share the host's memory; each gets an equal part. It counts only for
-            devices without a memory of their own (the CPU, and chips that share the host's).
+        device: The device.
+        local_size: Number of processes that share the host's memory; each gets an equal part. It matters only for
+            devices without memory of their own (the CPU, and chips that share the host's).
     """
-    ask = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
-    if ask is not None:
-        free, total = ask(device)
+    query = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
+    if query is not None:
+        free, total = query(device)
         return int(free), int(total)
     available, total = host_memory()
     return available // max(local_size, 1), total // max(local_size, 1)
 
 
 def describe_device(device: torch.device) -> str:
-    """Name the device in one phrase, such as `NVIDIA H100 80GB HBM3 (cuda:0, 79.1 GiB)`."""
+    """Describe the device in one phrase, such as `NVIDIA H100 80GB HBM3 (cuda:0, 79.1 GiB)`."""
     gib = f"{memory_info(device)[1] / 2**30:.1f} GiB"
     if device.type == "cpu":
         cores = core_count()
         return f"cpu ({cores} core{'s' if cores != 1 else ''}, {gib})"
-    ask = getattr(_module(device), "get_device_name", None)
-    return f"{ask(device)} ({device}, {gib})" if ask is not None else f"{device} ({gib})"
+    name = getattr(_module(device), "get_device_name", None)
+    return f"{name(device)} ({device}, {gib})" if name is not None else f"{device} ({gib})"
 
 
 def _module(device: torch.device) -> Any:
@@ -86,12 +86,12 @@ def _module(device: torch.device) -> Any:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    ask = getattr(_module(device), "is_bf16_supported", None)
-    if ask is not None:
+    query = getattr(_module(device), "is_bf16_supported", None)
+    if query is not None:
         try:
-            return bool(ask(including_emulation=False))
-        except TypeError:  # not every device's module knows emulation
-            return bool(ask())
+            return bool(query(including_emulation=False))
+        except TypeError:  # not every device's module has this argument
+            return bool(query())
     try:
         torch.ones(1, dtype=torch.bfloat16, device=device).add_(1)
     except (RuntimeError, TypeError):
@@ -100,9 +100,9 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def _has_fp8(device: torch.device) -> bool:
-    # torch.version.cuda is None in builds for other vendors, whose capability numbers mean something else.
+    # torch.version.cuda is None in builds for other vendors, whose capability numbers differ in meaning.
     if device.type == "cpu" or torch.version.cuda is None:
         return False
-    ask = getattr(_module(device), "get_device_capability", None)
-    capability = ask(device) if ask is not None else None
+    query = getattr(_module(device), "get_device_capability", None)
+    capability = query(device) if query is not None else None
     return isinstance(capability, tuple) and capability >= _FP8_CAPABILITY

@@ -1,4 +1,4 @@
-"""What this machine has: memory and processor cores, within the limits that its container sets."""
+"""Memory and processor cores of this machine, within the limits of its container."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def host_memory() -> tuple[int, int]:
     used = _number(_CGROUP / "memory.current")
     if limit is None or used is None or limit >= total:
         return available, total
-    # Cached files count as used by the container, and go when memory is needed.
+    # Cached files count as used by the container, and are dropped when memory is needed.
     reclaimable = _counters(_CGROUP / "memory.stat").get("inactive_file", 0)
     return min(available, max(0, limit - used + reclaimable)), limit
 
 
 def core_count() -> int:
-    """Return how many physical cores this process may use; logical ones where physical are not known."""
+    """Return the number of physical cores that this process may use; logical ones where those are unknown."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def cpu_quota() -> float | None:
-    """Return how many cores' worth of time the container may use at once; None without such a limit."""
+    """Return the container's CPU quota in cores; None without one."""
     try:
         quota, _, period = (_CGROUP / "cpu.max").read_text().strip().partition(" ")
         return int(quota) / int(period)
@@ -42,7 +42,7 @@ def cpu_quota() -> float | None:
 
 
 def processor_name() -> str:
-    """Return what the machine calls its processor."""
+    """Return the model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -52,7 +52,7 @@ def processor_name() -> str:
 
 
 def oom_kill_count() -> int:
-    """Return how often the kernel has killed a process for lack of memory since it started."""
+    """Return how many processes the kernel's OOM killer has killed since boot."""
     return _counters(Path("/proc/vmstat")).get("oom_kill", 0)
 
 

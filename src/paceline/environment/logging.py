@@ -1,4 +1,4 @@
-"""A logger that knows its rank: a message appears once, not once for every process."""
+"""A rank-aware logger: a message appears once, not once per process."""
 
 from __future__ import annotations
 
@@ -26,18 +26,25 @@ _LEVEL_VARIABLE = "PACELINE_LOG_LEVEL"
 
 
 def get_logger(name: str, log_level: str | None = None, *, env: Mapping[str, str] | None = None) -> RankLogger:
-    """Return a logger whose messages come from rank 0 alone unless a call says otherwise.
+    """Return a logger whose messages come from rank 0 only, unless a call sets `main_process_only=False`.
 
-    Only the logger of that name is touched. While the program has set up no logging of its own, the messages
-    go to stderr as they are.
+    Only the logger of that name is changed. As long as the program has configured no logging, its messages go to
+    stderr without a prefix.
+
+    >>> logger = get_logger(__name__)
+    >>> logger.info("loaded %d samples", 1000)
+    >>> logger.info("rank is ready", main_process_only=False)
 
     Args:
-        name: As for `logging.getLogger`, usually `__name__`.
-        log_level: "DEBUG", "INFO" and so on; None takes PACELINE_LOG_LEVEL, and without it changes nothing.
-        env: The environment to read; the process's own when None.
+        name: The name for `logging.getLogger`, usually `__name__`.
+        log_level: "DEBUG", "INFO" and so on; None takes PACELINE_LOG_LEVEL, or leaves the level unchanged without it.
+        env: The environment to read; None reads the process's own.
+
+    Returns:
+        The logger; its calls take `main_process_only` and `in_order`.
 
     Raises:
-        UsageError: There is no such level.
+        UsageError: The level does not exist.
     """
     env = os.environ if env is None else env
     logger = logging.getLogger(name)
@@ -46,7 +53,7 @@ def get_logger(name: str, log_level: str | None = None, *, env: Mapping[str, str
         _set_level(logger, level, log_level is None)
     try:
         world = World.read(env)
-    except WorldError:  # whoever starts the training reports it; a message must not fail
+    except WorldError:  # reported when the training starts; logging must not fail
         world = World()
     return RankLogger(logger, world)
 
@@ -56,7 +63,7 @@ class RankLogger(_Adapter):
 
     * `main_process_only=True`, the default: only rank 0 writes.
     * `main_process_only=False`: every rank writes, with `[rank R]` before the message.
-    * `in_order=True` besides: the ranks write one after the other. Collective: every rank must call it.
+    * `in_order=True` in addition: the ranks write one after the other. Collective: every rank must call it.
     """
 
     def __init__(self, logger: logging.Logger, world: World) -> None:
@@ -65,17 +72,26 @@ class RankLogger(_Adapter):
         self._warned: set[str] = set()
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Write a message on the ranks that shall write it."""
+        """Log a message on rank 0, or on all ranks.
+
+        Collective with `in_order=True`: every rank must call it.
+
+        Args:
+            level: The level, such as `logging.INFO`.
+            msg: The message, with %-style placeholders.
+            args: Values of the placeholders.
+            kwargs: `main_process_only`, `in_order`, and those of `logging.Logger.log`.
+        """
         main_only = kwargs.pop("main_process_only", True)
         in_order = kwargs.pop("in_order", False)
         kwargs.setdefault("stacklevel", 2)
         kwargs["stacklevel"] += 1
-        rank, size = self._place()
+        rank, size = self._rank_and_size()
         if main_only or not in_order or size == 1:
             if rank == 0 or not main_only:
                 self._write(level, msg, args, kwargs, "" if main_only else f"[rank {rank}] ")
             return
-        # Every rank takes part in every barrier, even one whose level keeps it silent.
+        # Every rank takes part in every barrier, even if its level suppresses the message.
         for turn in range(size):
             if turn == rank:
                 self._write(level, msg, args, kwargs, f"[rank {rank}] ")
@@ -83,7 +99,13 @@ class RankLogger(_Adapter):
                 dist.barrier()
 
     def warning_once(self, msg: object, *args: object, **kwargs: Any) -> None:
-        """Write a warning the first time that this logger gets it, and never again."""
+        """Log a warning unless this logger has logged the same text before.
+
+        Args:
+            msg: The message, with %-style placeholders.
+            args: Values of the placeholders.
+            kwargs: As in `log`.
+        """
         text = str(msg) % args if args else str(msg)
         if text not in self._warned:
             self._warned.add(text)
@@ -91,10 +113,18 @@ class RankLogger(_Adapter):
             self.log(logging.WARNING, msg, *args, **kwargs)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Leave message and arguments as they are."""
+        """Return message and arguments unchanged; called by `logging`.
+
+        Args:
+            msg: The message.
+            kwargs: The keyword arguments.
+
+        Returns:
+            Both, unchanged.
+        """
         return msg, kwargs
 
-    def _place(self) -> tuple[int, int]:
+    def _rank_and_size(self) -> tuple[int, int]:
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return self._world.rank, self._world.size
@@ -105,7 +135,7 @@ class RankLogger(_Adapter):
 
 
 class _UntilConfigured(_Handler):
-    """Writes to stderr as long as no other handler would: a level that was asked for must show something."""
+    """Writes to stderr as long as no other handler does, so that a requested level shows something."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logger: logging.Logger | None = logging.getLogger(record.name)
@@ -120,7 +150,7 @@ def _set_level(logger: logging.Logger, level: str, from_variable: bool) -> None:
     number = logging.getLevelName(level.upper())
     if not isinstance(number, int):
         raise UsageError(
-            f"The log level {level!r} was asked for" + (f" in {_LEVEL_VARIABLE}" if from_variable else ""),
+            f"The log level is {level!r}" + (f" in {_LEVEL_VARIABLE}" if from_variable else ""),
             "There is no such level",
             "Choose one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
         )

@@ -1,4 +1,4 @@
-"""How much a device can compute at most, from its vendor's data sheet: the denominator of MFU."""
+"""Peak FLOPS of devices from the vendors' data sheets: the denominator of MFU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Peak", "peak_flops", "peak_of"]
 
 
 class Peak(NamedTuple):
-    """Operations per second in matrix products without sparsity, in units of 10^12.
+    """Dense matrix-product throughput in TFLOPS.
 
     Attributes:
         half: In bf16 or fp16.
@@ -23,7 +23,7 @@ class Peak(NamedTuple):
     full: float
 
 
-# The first that a device's name contains counts, so the longer names come first.
+# The first name that a device's name contains counts, so that longer names come first.
 _PEAKS: tuple[tuple[str, Peak], ...] = (
     ("GB200", Peak(2500, 1250, 80)),
     ("B200", Peak(2250, 1125, 75)),
@@ -50,7 +50,7 @@ _PEAKS: tuple[tuple[str, Peak], ...] = (
 
 
 def peak_of(name: str) -> Peak | None:
-    """The peak of a device by its name, None if it is not in the table.
+    """Return the peak of a device by name; None if it is not in the table.
 
     >>> peak_of("NVIDIA H100 80GB HBM3").half
     989.4
@@ -59,10 +59,10 @@ def peak_of(name: str) -> Peak | None:
 
 
 def peak_flops(device: torch.device, mode: str) -> float | None:
-    """Operations per second that a device reaches at most in this precision; None if nobody knows.
+    """Return the peak operations per second of a device in this precision; None if unknown.
 
     Args:
-        device: Where a rank computes.
+        device: The device.
         mode: `no`, `bf16` or `fp16`.
     """
     if device.type != "cuda":

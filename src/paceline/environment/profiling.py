@@ -1,4 +1,4 @@
-"""What a run uses: torch's profiler with a trace file for every rank, and peak memory."""
+"""torch's profiler with a trace file per rank, and peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profile]:
-    """Profile what runs inside; with `output_trace_dir`, write `profile_{rank}.json` at the end."""
+    """Profile the body; with `output_trace_dir`, write `profile_{rank}.json` at the end."""
     schedule = torch.profiler.schedule(**settings.schedule_option) if settings.schedule_option else None
     profiler = torch.profiler.profile(
         activities=_activities(settings.activities),
@@ -48,15 +48,15 @@ def _activities(names: Any) -> list[ProfilerActivity] | None:
     if unknown:
         raise PacelineError(
             f"ProfileKwargs(activities={list(names)!r})",
-            f"The profiler knows no activity {unknown[0]!r}",
+            f"torch's profiler has no activity {unknown[0]!r}",
             f"Choose among {', '.join(known)}",
         )
     return [known[name.lower()] for name in names]
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: of the device, or of host memory on a CPU."""
+    """Return the peak memory of this process in bytes: of the device, or of host memory on a CPU."""
     if device.type != "cpu":
         return int(torch.accelerator.max_memory_allocated(device))
-    # Linux counts kilobytes here.
+    # In kilobytes on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Which rank this process is among how many, read once from the launcher's variables into a frozen value."""
+"""The rank of this process and the world size, read once from the launcher's variables into a frozen value."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ WorldSource = Literal["none", "torchrun", "slurm", "openmpi", "pmi"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """Which rank this process is, among how many, and where they meet.
+    """The rank of this process, the world size, and where the ranks meet.
 
     Attributes:
-        rank: Number of this process among all, from 0.
-        size: How many processes there are.
-        local_rank: Number of this process among those of its machine, from 0.
-        local_size: How many processes this machine has.
-        node_rank: Number of this machine, from 0.
-        num_nodes: How many machines there are.
-        source: Whose variables said so.
+        rank: Global rank of this process, from 0.
+        size: Number of processes.
+        local_rank: Rank of this process on its machine, from 0.
+        local_size: Number of processes on this machine.
+        node_rank: Index of this machine, from 0.
+        num_nodes: Number of machines.
+        source: The launcher or scheduler whose variables were read.
         main_address: Host of rank 0.
         main_port: Port at which the ranks meet.
-        run_id: The same on all ranks of one job.
-        restart_count: How often the launcher has started the ranks again.
-        max_restarts: How often it would; 0 where it does not say.
-        use_agent_store: The launcher itself listens at the port, so that rank 0 must not.
+        run_id: ID of the job, the same on all ranks.
+        restart_count: How often the launcher has restarted the ranks.
+        max_restarts: How often it would; 0 if unknown.
+        use_agent_store: Whether the launcher itself listens at the port, so that rank 0 must not.
     """
 
     rank: int = 0
@@ -70,10 +70,16 @@ class World:
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> World:
-        """Read the variables of torchrun, MPI or Slurm, in that order; none of them means one process.
+        """Read the variables of torchrun, MPI or Slurm, in that order; without any there is one process.
+
+        Args:
+            env: The environment.
+
+        Returns:
+            The world.
 
         Raises:
-            WorldError: Variables are missing, are no numbers, or contradict each other; it names them.
+            WorldError: Variables are missing, not numbers, or contradict each other; the error names them.
         """
         for reader in (_read_torchrun, _read_openmpi, _read_pmi, _read_slurm):
             world = reader(env)
@@ -92,12 +98,12 @@ def _read_torchrun(env: Mapping[str, str]) -> World | None:
         given = [f"{name}={env[name]}" for name in needed if env.get(name)]
         raise WorldError(
             f"{', '.join(given)} {_is_or_are(given)} set but {' and '.join(missing)} {_is_or_are(missing)} not",
-            "A process knows its place among the others only by RANK, WORLD_SIZE and LOCAL_RANK together",
+            "A process needs all of RANK, WORLD_SIZE and LOCAL_RANK",
             "Start the script with `paceline launch` or torchrun, which set them all, "
             f"or unset {', '.join(name for name in needed if env.get(name))} to run one process",
         )
     rank, size, local_rank = (_integer(env, name) for name in needed)
-    # DeepSpeed's launcher sets the same three, and calls the rest by names of its own.
+    # DeepSpeed's launcher sets the same three, and uses its own names for the rest.
     local_size = _integer(env, "LOCAL_WORLD_SIZE", _integer(env, "LOCAL_SIZE", size))
     return World(
         rank=rank,
@@ -107,7 +113,7 @@ def _read_torchrun(env: Mapping[str, str]) -> World | None:
         node_rank=_integer(env, "GROUP_RANK", _integer(env, "CROSS_RANK", rank // max(local_size, 1))),
         num_nodes=_integer(env, "GROUP_WORLD_SIZE", _integer(env, "CROSS_SIZE", _ceil_div(size, local_size))),
         source="torchrun",
-        main_address=_main_address(env, alone=local_size >= size),
+        main_address=_main_address(env, one_machine=local_size >= size),
         main_port=_port(env, DEFAULT_PORT),
         run_id=env.get("TORCHELASTIC_RUN_ID") or "none",
         restart_count=_integer(env, "TORCHELASTIC_RESTART_COUNT", 0),
@@ -150,7 +156,7 @@ def _read_pmi(env: Mapping[str, str]) -> World | None:
         needed = (rank_name, local_rank_name, local_size_name)
         _require(env, needed, size_name, "mpirun")
         rank, local_rank, local_size = (_integer(env, name) for name in needed)
-        # Of the others no variable is the same on all ranks of one job and differs between jobs: PMI_ID numbers ranks.
+        # The others have no variable that is the same on all ranks and differs between jobs: PMI_ID numbers ranks.
         return _mpi_world(env, "pmi", rank, size, local_rank, local_size, env.get("I_MPI_HYDRA_UUID", ""))
     return None
 
@@ -172,7 +178,7 @@ def _mpi_world(
         node_rank=rank // max(local_size, 1),
         num_nodes=_ceil_div(size, local_size),
         source=source,
-        main_address=_main_address(env, alone=local_size >= size),
+        main_address=_main_address(env, one_machine=local_size >= size),
         main_port=_port(env, _derived_port(zlib.crc32(job.encode())) if job else DEFAULT_PORT),
         run_id=job or "none",
     )
@@ -198,7 +204,7 @@ def _read_slurm(env: Mapping[str, str]) -> World | None:
         node_rank=node_rank,
         num_nodes=num_nodes,
         source="slurm",
-        main_address=_main_address(env, alone=num_nodes == 1),
+        main_address=_main_address(env, one_machine=num_nodes == 1),
         main_port=_port(env, _derived_port(7 * job + step)),
         run_id=f"{job}.{step}",
         restart_count=_integer(env, "SLURM_RESTART_COUNT", 0),
@@ -206,7 +212,7 @@ def _read_slurm(env: Mapping[str, str]) -> World | None:
 
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several tasks; a shell inside an allocation is none."""
+    """Whether srun started this process as one of several tasks; a shell inside an allocation is not."""
     return bool(env.get("SLURM_STEP_ID")) and _slurm_tasks(env) > 1
 
 
@@ -241,20 +247,20 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", head).strip()
 
 
-def _main_address(env: Mapping[str, str], *, alone: bool) -> str:
+def _main_address(env: Mapping[str, str], *, one_machine: bool) -> str:
     """Return the host of rank 0: MASTER_ADDR, the first host of the allocation, or this one."""
     given = env.get("MASTER_ADDR")
     if given:
         return given
-    if alone:
+    if one_machine:
         return "127.0.0.1"
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if nodes:
         return first_host(nodes)
     raise WorldError(
         "The processes are on several machines and MASTER_ADDR is not set",
-        "They cannot find each other without the name of the machine that rank 0 runs on",
-        "Set MASTER_ADDR to that machine's name for every process, with mpirun: `-x MASTER_ADDR=<host>` "
+        "They cannot connect without the host name of rank 0",
+        "Set MASTER_ADDR to that host name for every process, with mpirun: `-x MASTER_ADDR=<host>` "
         "or `-genv MASTER_ADDR <host>`",
     )
 
@@ -271,7 +277,7 @@ def _port(env: Mapping[str, str], default: int) -> int:
 
 
 def _derived_port(number: int) -> int:
-    """Give every job its own port, below the range from which systems hand out ports by themselves."""
+    """Give every job its own port, below the ephemeral port range."""
     return 12000 + number % 20000
 
 
@@ -293,7 +299,7 @@ def _require(env: Mapping[str, str], needed: tuple[str, ...], known: str, launch
         raise WorldError(
             f"{known}={env[known]} is set but {' and '.join(missing)} {_is_or_are(missing)} not",
             f"Without {'it' if len(missing) == 1 else 'them'} this process does not know its rank and device",
-            f"Start the script with {launcher} and let it pass its variables on, or use `paceline launch`",
+            f"Start the script with {launcher} and let it set its variables, or use `paceline launch`",
         )
 
 
@@ -313,9 +319,9 @@ def _check(world: World) -> None:
         problems.append(f"restart count {world.restart_count}")
     if problems:
         raise WorldError(
-            f"The variables of {world.source} say: {'; '.join(problems)}",
-            "Ranks count from 0 and end below the number of processes",
-            "Let one launcher set all of them; a left-over `export` is the usual cause",
+            f"The variables of {world.source} are inconsistent: {'; '.join(problems)}",
+            "Ranks count from 0 and are below the number of processes",
+            "Let one launcher set all of them; a leftover `export` is the usual cause",
         )
 
 

@@ -1,59 +1,48 @@
-"""From one command to N ranks on this machine, and from their failures to one report.
+"""The launcher: it plans the ranks of this machine, starts and supervises them, and reports the first failure.
 
-The names are resolved on first use: every worker imports this package before the script, and must not pay
-for the launcher's own imports.
+Names are imported on first use: every worker imports this package before the script, and must not pay for the
+launcher's own imports.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from paceline.launch.accelerators import detect
     from paceline.launch.command import Command
-    from paceline.launch.deepspeed_runners import launch_machines, plan_machines
-    from paceline.launch.detection import detect
     from paceline.launch.launcher import launch
-    from paceline.launch.notebook.functions import debug_launcher, notebook_launcher
-    from paceline.launch.planning import Plan, plan
+    from paceline.launch.notebook.launchers import debug_launcher, notebook_launcher
+    from paceline.launch.planning import LaunchPlan, plan
+    from paceline.launch.schedulers.deepspeed import launch_deepspeed, plan_deepspeed
 
 __all__ = [
     "Command",
-    "Plan",
+    "LaunchPlan",
     "debug_launcher",
     "detect",
     "launch",
-    "launch_machines",
+    "launch_deepspeed",
     "notebook_launcher",
     "plan",
-    "plan_machines",
+    "plan_deepspeed",
 ]
+
+_MODULES = {
+    "Command": "command",
+    "LaunchPlan": "planning",
+    "debug_launcher": "notebook.launchers",
+    "detect": "accelerators",
+    "launch": "launcher",
+    "launch_deepspeed": "schedulers.deepspeed",
+    "notebook_launcher": "notebook.launchers",
+    "plan": "planning",
+    "plan_deepspeed": "schedulers.deepspeed",
+}
 
 
 def __getattr__(name: str) -> object:
-    match name:
-        case "Command":
-            from paceline.launch.command import Command
-
-            return Command
-        case "Plan" | "plan":
-            from paceline.launch import planning
-
-            return getattr(planning, name)
-        case "launch_machines" | "plan_machines":
-            from paceline.launch import deepspeed_runners
-
-            return getattr(deepspeed_runners, name)
-        case "debug_launcher" | "notebook_launcher":
-            from paceline.launch.notebook import functions
-
-            return getattr(functions, name)
-        case "detect":
-            from paceline.launch.detection import detect
-
-            return detect
-        case "launch":
-            from paceline.launch.launcher import launch
-
-            return launch
-        case _:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"paceline.launch.{_MODULES[name]}"), name)

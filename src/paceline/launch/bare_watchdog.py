@@ -1,11 +1,11 @@
-"""Watching a launched script that has opened its process group itself, without an Accelerator."""
+"""The watchdog for a launched script that opens its process group itself, without an Accelerator."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from paceline.config import Resolved
-from paceline.environment.accounts import Accounts
+from paceline.environment.error_file import ErrorFile
 from paceline.environment.world import World
 from paceline.watchdog.watch import start_watch
 
@@ -16,6 +16,6 @@ __all__ = ["start_bare_watchdog"]
 
 
 def start_bare_watchdog(env: Mapping[str, str]) -> None:
-    """Watch this process as an Accelerator would, by the launcher's variables."""
+    """Start the watchdog that an Accelerator would start, from the launcher's variables."""
     config = Resolved.from_json(env["PACELINE_CONFIG"]).config
-    start_watch(World.read(env), Accounts.read(env), config.hang_timeout)
+    start_watch(World.read(env), ErrorFile.read(env), config.hang_timeout)

@@ -1,4 +1,4 @@
-"""What to run on every rank, checked before anything starts."""
+"""The command that every rank runs, checked before anything starts."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Command:
     Attributes:
         script: Path of a script (or of a zip application or folder with a `__main__.py`), dotted name of a module,
             or name of a program.
-        arguments: Handed on as they are.
-        kind: Whether `script` is run as `python script`, as `python -m script`, or by itself.
+        arguments: Its arguments, passed on unchanged.
+        kind: How to run it: `python SCRIPT`, `python -m MODULE`, or as a program.
     """
 
     script: str
@@ -42,7 +42,7 @@ class Command:
 
 
 def check_command(command: Command, env: Mapping[str, str]) -> None:
-    """Raise `UsageError` when there is nothing that `command` could run."""
+    """Raise `UsageError` when the script, module or program does not exist or cannot be run."""
     match command.kind:
         case "script":
             _check_script(Path(command.script))
@@ -53,7 +53,7 @@ def check_command(command: Command, env: Mapping[str, str]) -> None:
                 raise UsageError(
                     f"There is no program {command.script!r}",
                     "It is neither a path to an executable file nor a name found in PATH",
-                    "Check the spelling, or leave --no_python out to run it with Python",
+                    "Check the spelling, or remove --no_python to run it with Python",
                 )
 
 
@@ -67,7 +67,7 @@ def _check_script(path: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise where a zip archive, or what is named like one, has nothing to run."""
+    """Raise where a zip archive, or a file named like one, cannot be run."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -91,7 +91,7 @@ def _check_folder(path: Path) -> None:
     scripts = sorted(p.name for p in path.glob("*.py"))[:8]
     raise UsageError(
         f"{str(path)!r} is a folder without {_MAIN}",
-        "Python runs a folder only by that file",
+        "Python runs a folder only through that file",
         f"Name a script in it ({', '.join(scripts)})" if scripts else "Name a script",
     )
 
@@ -101,28 +101,28 @@ def _refuse_missing(path: Path) -> None:
     if not folder.is_dir():
         raise UsageError(
             f"There is no script {str(path)!r}: the folder {str(folder)!r} does not exist",
-            f"Paths count from {Path.cwd()}",
+            f"Paths are relative to {Path.cwd()}",
             _or_option(path) or "Check the path",
         )
     names = [p.name for p in folder.iterdir() if p.is_file() and (p.suffix == ".py" or p.name == path.name)]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     hint = f"Did you mean {str(folder / close[0])!r}?" if close else _or_option(path) or "Check the path"
     raise UsageError(
-        f"There is no script {str(path)!r}", f"The folder {str(folder.resolve())!r} does not hold it", hint
+        f"There is no script {str(path)!r}", f"The folder {str(folder.resolve())!r} does not contain it", hint
     )
 
 
 def _or_option(path: Path) -> str:
-    """Say what a missing script may be instead, judging by its looks; may be empty."""
+    """Return what a missing script may be instead; may be empty."""
     if str(path).startswith("-"):
         return "Options of the launcher come before the script, the script's own after it; check the spelling"
     if path.suffix != ".py" and len(path.parts) == 1:
-        return "To run a module, give -m; to run a program that is not Python, give --no_python"
+        return "To run a module, add -m; to run a program that is not Python, add --no_python"
     return ""
 
 
 def _check_module(name: str) -> None:
-    # The workers, started with `python -m`, look in the current folder first; the command itself does not.
+    # The workers, started with `python -m`, search the current folder first; this command does not.
     with _current_folder_first():
         spec = _find_without_importing(name)
         if spec is None:
@@ -138,7 +138,7 @@ def _check_module(name: str) -> None:
 
 
 def _find_without_importing(name: str) -> ModuleSpec | None:
-    """Find a module; `importlib.util.find_spec` alone would run the packages that hold it."""
+    """Find a module; `importlib.util.find_spec` alone would import its parent packages."""
     if not all(part.isidentifier() for part in name.split(".")):
         return None
     head, *rest = name.split(".")
@@ -152,12 +152,12 @@ def _find_without_importing(name: str) -> ModuleSpec | None:
 
 
 def _no_module(name: str) -> UsageError:
-    hint = "Check the spelling, and that it is installed or lies under the current folder"
+    hint = "Check the spelling, and that it is installed or in the current folder"
     if Path(name).is_file():
-        hint = f"{name!r} is a file: leave -m out"
+        hint = f"{name!r} is a file: remove -m"
     return UsageError(
         f"There is no module {name!r}",
-        f"Modules are looked for from {Path.cwd()} and where packages are",
+        f"Modules are searched in {Path.cwd()} and on sys.path",
         hint,
     )
 

@@ -1,4 +1,4 @@
-"""From how the ranks ended to one report: the first failure last, with its own traceback, once."""
+"""One report on how the ranks exited: the first failure comes last, once, with its own traceback."""
 
 from __future__ import annotations
 
@@ -17,32 +17,41 @@ from paceline.launch.worker import is_library
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["Account", "RankEnd", "exit_code", "first_failure", "fold", "read_account", "read_fault", "report"]
+__all__ = [
+    "FailureRecord",
+    "RankExit",
+    "exit_code",
+    "first_failure",
+    "read_failure_record",
+    "read_fatal_location",
+    "report",
+    "summarize_others",
+]
 
 _ABORTED = (
-    "A library in it gave up, and printed why on its standard error. gloo does so when ranks are in "
-    "different calls, or bring different sizes to one: with --debug, paceline compares before each of its own "
-    "exchanges and names the odd rank"
+    "A library in the process aborted and printed the reason to stderr. gloo aborts when ranks are in different "
+    "collectives, or pass different sizes to one: with --debug, paceline compares the ranks before each of its own "
+    "collectives and names the one that differs"
 )
-# Public functions of modules directly in the package are what a script calls.
-_FACADE = Path(__file__).parents[1]
-# Letters that a rank which did not cause the failure gets.
-_FOLDED = 120
+# The methods of the facade are what a script calls.
+_FACADE = Path(__file__).parents[1] / "accelerator"
+# Characters of the summary of a rank that did not cause the failure.
+_SUMMARY_WIDTH = 120
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """What a failing process wrote about itself.
+class FailureRecord:
+    """What a failing process wrote to its error file.
 
     Attributes:
-        kind: "exception", "exit" (sys.exit), "interrupt", or "hang": ranks waited for others that did not come.
-        code: The exit code that goes with it.
-        headline: The exception's own line.
+        kind: "exception", "exit" (sys.exit), "interrupt", or "hang" (ranks waited for others that did not arrive).
+        code: The process's exit code.
+        headline: The exception's type and message.
         traceback: The whole traceback, from the script's first line on.
         where: `file:line` of the innermost line of the user's code; may be empty.
         time: Seconds since the epoch.
-        secondary: It looks as if another rank's end caused this one.
-        remark: What the rank found out besides, such as where the others were; may be empty.
+        secondary: Whether another rank's exit seems to have caused this failure.
+        remark: What the rank knows besides, such as where the others were; may be empty.
     """
 
     kind: str
@@ -56,18 +65,20 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class RankEnd:
-    """How one process ended.
+class RankExit:
+    """How one process exited.
 
     Attributes:
-        code: As `subprocess` gives it: negative for a signal.
+        rank: Its rank; within one launcher, its local rank.
+        pid: Its process ID.
+        code: Its return code as in `subprocess`: negative for a signal.
         time: When it was last seen alive, in seconds since the epoch.
-        stopped: The launcher ended it.
-        account: What it wrote about itself, if anything.
-        hint: What the launcher knows besides, such as the use of memory.
-        log: File with its output, if it did not go to the console.
-        where: `file:line` at which a signal such as SIGSEGV found it, and the method of ours that it had called there,
-            if it could note that.
+        stopped: Whether the launcher stopped it.
+        record: What it wrote to its error file, if anything.
+        hint: What the launcher adds, such as the use of host memory.
+        log: The file with its output, unless that went to the console.
+        where: `file:line` of the user's code at a fatal signal such as SIGSEGV, and the facade's method that was called
+            there, if the process could dump it.
         host: The machine it ran on; empty for this one.
     """
 
@@ -76,7 +87,7 @@ class RankEnd:
     code: int
     time: float
     stopped: bool = False
-    account: Account | None = None
+    record: FailureRecord | None = None
     hint: str = ""
     log: str = ""
     where: str = ""
@@ -84,29 +95,29 @@ class RankEnd:
 
     @property
     def is_secondary(self) -> bool:
-        """Whether another rank's end seems to have caused this one."""
-        return self.account is not None and self.account.secondary
+        """Whether another rank's exit seems to have caused this one."""
+        return self.record is not None and self.record.secondary
 
     @property
     def since(self) -> float:
-        """When the failure happened, as well as is known."""
-        return self.account.time if self.account is not None else self.time
+        """When the failure happened, as precisely as is known."""
+        return self.record.time if self.record is not None else self.time
 
 
-def read_account(path: Path) -> Account | None:
-    """Read what a process left in its error file, ours or torch elastic's own; None when there is nothing."""
+def read_failure_record(path: Path) -> FailureRecord | None:
+    """Read an error file in our format or torch elastic's; None when there is none."""
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    ours = data.get("paceline")
-    if ours is not None:
-        return Account(**{name: ours[name] for name in Account.__slots__ if name in ours})
+    fields = data.get("paceline")
+    if fields is not None:
+        return FailureRecord(**{name: fields[name] for name in FailureRecord.__slots__ if name in fields})
     message = data.get("message")
     if not isinstance(message, dict):
         return None
     extra = message.get("extraInfo", {})
-    return Account(
+    return FailureRecord(
         kind="exception",
         code=1,
         headline=str(message.get("message", "")),
@@ -117,17 +128,18 @@ def read_account(path: Path) -> Account | None:
     )
 
 
-def read_fault(path: Path) -> str:
-    """Return the user's line, and what of ours it called, from what Python noted when a signal ended a process."""
+def read_fatal_location(path: Path) -> str:
+    """Return the user's line and the facade's method it had called, from faulthandler's dump at a fatal signal."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    # Threads are told newest first, the main thread last; the one that got the signal is "Current".
+    # The dump lists the newest thread first and the main thread last; the one that got the signal is "Current".
     threads = re.split(r"^(?=(?:Current t|T)hread )", text, flags=re.MULTILINE)[1:]
-    told = next((t for t in threads if t.startswith("Current")), threads[-1] if threads else "")
+    default = threads[-1] if threads else ""
+    thread = next((t for t in threads if t.startswith("Current")), default)
     called = ""
-    for file, line, function in re.findall(r'^ *File "(.*)", line (\d+) in (.*)', told, re.MULTILINE):
+    for file, line, function in re.findall(r'^ *File "(.*)", line (\d+) in (.*)', thread, re.MULTILINE):
         if not is_library(file):
             return f"{file}:{line}{called}"
         is_facade = Path(file).parent == _FACADE and not function.startswith("_")
@@ -135,62 +147,62 @@ def read_fault(path: Path) -> str:
     return ""
 
 
-def first_failure(ends: Sequence[RankEnd]) -> RankEnd:
-    """Return the failure that caused the others: not one that looks caused by another, then the earliest."""
+def first_failure(ends: Sequence[RankExit]) -> RankExit:
+    """Return the failure that caused the others: the earliest that is not secondary, else the earliest."""
     failed = [end for end in ends if end.code != 0 and not end.stopped]
     return min(failed, key=lambda end: (end.is_secondary, end.since))
 
 
-def exit_code(end: RankEnd) -> int:
-    """Return what a shell would give: the process's own code, 128 + the signal's number for a signal."""
-    if end.account is not None and end.code < 0:  # it had failed by itself before it was killed
-        return end.account.code
+def exit_code(end: RankExit) -> int:
+    """Return the code a shell would report: the process's own, or 128 + the signal's number."""
+    if end.record is not None and end.code < 0:  # it failed by itself before it was killed
+        return end.record.code
     return end.code if end.code > 0 else 128 - end.code
 
 
-def fold(ends: Sequence[RankEnd]) -> str:
-    """Write how ranks ended that did not cause a failure."""
+def summarize_others(ends: Sequence[RankExit]) -> str:
+    """Return one line on ranks that did not cause a failure."""
     return _others(ends) + "\n"
 
 
-def report(ends: Sequence[RankEnd]) -> str:
-    """Write the report: the other ranks in one line, then the first failure with its traceback."""
+def report(ends: Sequence[RankExit]) -> str:
+    """Return the report: the other ranks in one line, then the first failure with its traceback."""
     cause = first_failure(ends)
     others = _others([end for end in ends if end is not cause])
     head = f"rank {cause.rank} on {cause.host or socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
     if cause.log:
         head += f"; its output is in {cause.log}"
     lines = [*([others] if others else []), head]
-    account = cause.account
-    if account is not None and account.kind in ("exception", "hang"):
-        lines += ["", account.traceback.rstrip("\n")]
-    if account is not None and account.remark:
-        lines += ["", account.remark]
+    record = cause.record
+    if record is not None and record.kind in ("exception", "hang"):
+        lines += ["", record.traceback.rstrip("\n")]
+    if record is not None and record.remark:
+        lines += ["", record.remark]
     elif cause.code == -signal.SIGABRT:
-        lines += ["", *_witness(ends), _ABORTED]
+        lines += ["", *_remarks(ends), _ABORTED]
     return "\n".join(lines) + "\n"
 
 
-def _witness(ends: Iterable[RankEnd]) -> list[str]:
-    """What the ranks that lost touch with one that was aborted say: in which exchange it happened."""
-    return [end.account.remark for end in ends if end.account is not None and end.account.remark]
+def _remarks(ends: Iterable[RankExit]) -> list[str]:
+    """The remarks of ranks that lost the connection to an aborted one: in which collective it happened."""
+    return [end.record.remark for end in ends if end.record is not None and end.record.remark]
 
 
-def _reason(end: RankEnd) -> str:
-    account = end.account
-    if account is not None:
-        at = f" at {account.where}" if account.where else ""
-        match account.kind:
+def _reason(end: RankExit) -> str:
+    record = end.record
+    if record is not None:
+        at = f" at {record.where}" if record.where else ""
+        match record.kind:
             case "exit":
-                said = account.headline.partition(": ")[2]
-                words = "" if not said or said.lstrip("-").isdigit() else f": {said}"
-                return f"exited with code {account.code}{at} (sys.exit{words})"
+                argument = record.headline.partition(": ")[2]
+                shown = "" if not argument or argument.lstrip("-").isdigit() else f": {argument}"
+                return f"exited with code {record.code}{at} (sys.exit{shown})"
             case "interrupt":
                 return f"was interrupted{at} (KeyboardInterrupt)"
             case "hang":
-                return "found that ranks wait for others that do not come, and all were ended"
+                return "found ranks waiting for others that do not arrive, and all were stopped"
             case _:
-                return f"raised {account.headline.partition(':')[0] or 'an exception'}{at}"
+                return f"raised {record.headline.partition(':')[0] or 'an exception'}{at}"
     if end.code < 0:
         at = f" at {end.where}" if end.where else ""
         hint = f" ({end.hint})" if end.hint else ""
@@ -205,25 +217,25 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _others(ends: Iterable[RankEnd]) -> str:
-    """Fold the ranks that did not cause the failure into one line."""
+def _others(ends: Iterable[RankExit]) -> str:
+    """Summarize the ranks that did not cause the failure in one line."""
     groups: dict[str, list[int]] = {}
     for end in ends:
         if end.stopped:
             what = "stopped by the launcher"
         elif end.code == 0:
             what = "had finished"
-        elif end.account is not None and end.account.kind == "hang":
-            what = "ended too"
-        elif end.account is not None:
-            how = "lost touch with it" if end.is_secondary else "failed too"
-            what = f"{how} ({_short(end.account.headline)})"
+        elif end.record is not None and end.record.kind == "hang":
+            what = "stopped too"
+        elif end.record is not None:
+            how = "lost the connection to it" if end.is_secondary else "failed too"
+            what = f"{how} ({_short(end.record.headline)})"
         else:
             what = _reason(end)
-        groups.setdefault(textwrap.shorten(what, _FOLDED, placeholder="…)"), []).append(end.rank)
+        groups.setdefault(textwrap.shorten(what, _SUMMARY_WIDTH, placeholder="…)"), []).append(end.rank)
     return "; ".join(f"{named_ranks(numbers)}: {what}" for what, numbers in groups.items())
 
 
 def _short(headline: str) -> str:
-    """Leave out the place in a library's own source that native errors begin with."""
+    """Drop the location in a library's C++ source that native errors begin with."""
     return re.sub(r"\[/[^\]]*\]\s*", "", headline)

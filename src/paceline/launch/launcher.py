@@ -1,7 +1,7 @@
-"""Starting the ranks of a plan through torch elastic's process API, and ending them all together.
+"""The launcher: starts the ranks of a plan through torch elastic's process API, and restarts or stops them all at once.
 
-The launcher itself hosts the store in which the ranks meet. So the port is taken before any rank starts, two
-launches at once cannot pick the same one, and a second attempt finds no address of a dead rank in it.
+The launcher hosts the store in which the ranks meet. So the port is taken before any rank starts, two launches at once
+cannot pick the same one, and a restarted rank finds no address of a dead one in it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,10 @@ from torch.distributed.elastic.multiprocessing import SignalException, start_pro
 from torch.numa.binding import AffinityMode, NumaOptions
 
 from paceline.errors import UsageError, WorkerError
-from paceline.launch.rendezvous.multi_node import MultiNodeRounds
-from paceline.launch.rounds import Alone, Round, Rounds
-from paceline.launch.stacks import keep_stacks
-from paceline.launch.streams import RankStreams, quiet_elastic
-from paceline.launch.supervision import Outcome, Signals, Timeouts, supervise
+from paceline.launch.coordination import Attempt, Coordinator, SingleNodeCoordinator
+from paceline.launch.rank_logs import RankLogs, move_stacks, silence_elastic_logs
+from paceline.launch.rendezvous.multi_node import MultiNodeCoordinator
+from paceline.launch.supervision import AttemptOutcome, Signals, Timeouts, supervise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from paceline.config import Resolved
     from paceline.launch.command import Command
-    from paceline.launch.planning import Plan
-    from paceline.launch.verdict import Verdict
+    from paceline.launch.decision import Decision
+    from paceline.launch.planning import LaunchPlan
 
 __all__ = ["launch"]
 
@@ -48,97 +48,100 @@ def launch(
     shutdown_timeout: float = 5.0,
     grace_period: float = 300.0,
 ) -> None:
-    """Run `command` on every rank of this machine and return when all have ended well.
+    """Run `command` on every rank of this machine and return when all have exited with code 0.
 
-    SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 are passed on to the ranks; a second one kills them. A run that
-    saved its state on a signal ends with exit code 75, and is not started again here.
+    SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 are forwarded to the ranks; a second signal kills them. A run that
+    saved its state on a signal exits with code 75, and is not restarted here.
 
     Args:
-        resolved: The configuration; the ranks get it whole, in PACELINE_CONFIG.
-        command: What to run.
+        resolved: The configuration; the ranks get all of it in PACELINE_CONFIG.
+        command: What each rank runs.
         env: The environment that the ranks inherit.
         log_dir: Folder for `rank_0.out`, `rank_0.err` and so on; the console then stays empty.
-        tee: Write each rank's lines to the console too, with the rank before them.
-        pipes: Folder of pipes into which each rank writes in place of the console; see `notebook_launcher`.
-        shutdown_timeout: Seconds from asking ranks to end to killing them.
+        tee: Show the ranks' output on the console too, each line with its rank.
+        pipes: Folder of named pipes into which each rank writes instead of the console; see `notebook_launcher`.
+        shutdown_timeout: Seconds from signalling the ranks to killing them.
         grace_period: The same after SIGTERM or SIGUSR1, on which ranks may save their state first.
 
     Raises:
         WorkerError: A rank failed, or a signal came; its text is the report and it carries the exit code.
         ConfigError: The configuration does not fit this machine. Nothing was started.
-        UsageError: There is nothing to run under that name. Nothing was started.
+        UsageError: The script, module or program does not exist. Nothing was started.
     """
     config = resolved.config
     numa = NumaOptions(affinity_mode=AffinityMode.NODE) if config.enable_cpu_affinity else None
-    times = Timeouts(shutdown_timeout, grace_period, config.monitor_interval)
-    rounds: Rounds
-    with quiet_elastic(), Signals() as signals:
-        if config.max_machines > 1:
-            signals.catch()
-            rounds = MultiNodeRounds(resolved, command, env, signals.received)
-        else:
-            rounds = Alone(resolved, command, env)
+    timeouts = Timeouts(shutdown_timeout, grace_period, config.monitor_interval)
+    with silence_elastic_logs(), Signals() as signals:
+        coordinator = _coordinator(resolved, command, env, signals)
         try:
             if log_dir is not None:
                 _make_folder(log_dir)
             failures = 0
             while True:
-                current = rounds.next()
+                attempt = coordinator.next()
                 with tempfile.TemporaryDirectory(prefix="paceline_") as folder:
-                    streams = RankStreams(
+                    logs = RankLogs(
                         Path(folder),
                         log_dir=log_dir,
                         tee=tee,
-                        attempt=current.number,
+                        attempt=attempt.number,
                         requeued=int(env.get("SLURM_RESTART_COUNT") or 0),
-                        first=current.plan.first,
+                        first=attempt.plan.first,
                         pipes=pipes,
                     )
-                    outcome = _run_once(current, env, streams, numa, times)
+                    outcome = _run_attempt(attempt, env, logs, numa, timeouts)
                 if log_dir is not None:
-                    outcome = keep_stacks(outcome, current.run_id, current.number, log_dir)
-                verdict = rounds.conclude(outcome)
-                if verdict.kind == "done":
+                    ends = move_stacks(outcome.ends, attempt.run_id, attempt.number, log_dir)
+                    outcome = replace(outcome, ends=ends)
+                decision = coordinator.conclude(outcome)
+                if decision.kind == "done":
                     return
-                if verdict.kind == "end":
-                    raise WorkerError(verdict.text, verdict.code)
-                failures += verdict.kind == "again"
-                _tell(verdict, failures, config.max_restarts)
+                if decision.kind == "end":
+                    raise WorkerError(decision.text, decision.code)
+                failures += decision.kind == "restart"
+                _announce(decision, failures, config.max_restarts)
         finally:
-            rounds.close()
+            coordinator.close()
 
 
-def _tell(verdict: Verdict, failures: int, allowed: int) -> None:
-    if verdict.kind == "again":
-        _LOG.warning("%s\nstarting again (%d of %d)", verdict.text, failures, allowed)
+def _coordinator(resolved: Resolved, command: Command, env: Mapping[str, str], signals: Signals) -> Coordinator:
+    if resolved.config.max_machines > 1:
+        signals.catch()
+        return MultiNodeCoordinator(resolved, command, env, signals.received)
+    return SingleNodeCoordinator(resolved, command, env)
+
+
+def _announce(decision: Decision, failures: int, max_restarts: int) -> None:
+    if decision.kind == "restart":
+        _LOG.warning("%s\nrestarting (%d of %d)", decision.text, failures, max_restarts)
     else:
-        _LOG.warning("paceline: another machine takes part; starting again with it")
+        _LOG.warning("paceline: another machine joins; restarting with it")
 
 
-def _run_once(
-    current: Round, env: Mapping[str, str], streams: RankStreams, numa: NumaOptions | None, times: Timeouts
-) -> Outcome:
-    """Start every rank, wait for the end of all; no process of theirs is left if one failed."""
-    planned = current.plan
+def _run_attempt(
+    attempt: Attempt, env: Mapping[str, str], logs: RankLogs, numa: NumaOptions | None, timeouts: Timeouts
+) -> AttemptOutcome:
+    """Start every rank and wait until all have exited; if one failed, no process of theirs is left."""
+    planned = attempt.plan
     environments = {
         local: {
             **env,
             **planned.variables,
             **r.variables,
-            "MASTER_PORT": str(current.port),
-            "TORCHELASTIC_RUN_ID": current.run_id,
-            "TORCHELASTIC_RESTART_COUNT": str(current.number),
-            **streams.variables(local),
+            "MASTER_PORT": str(attempt.port),
+            "TORCHELASTIC_RUN_ID": attempt.run_id,
+            "TORCHELASTIC_RESTART_COUNT": str(attempt.number),
+            **logs.variables(local),
         }
         for local, r in enumerate(planned.ranks)
     }
     with Signals() as signals:
         try:
-            context = _start(planned, environments, streams, numa)
+            context = _start(planned, environments, logs, numa)
         except SignalException as early:
-            return Outcome(signal=int(early.sigval))
+            return AttemptOutcome(signal=int(early.sigval))
         signals.catch()
-        return supervise(context, streams, signals, times, current.remote_request)
+        return supervise(context, logs, signals, timeouts, attempt.remote_request)
 
 
 def _make_folder(log_dir: Path) -> None:
@@ -146,26 +149,23 @@ def _make_folder(log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"The logs cannot be written to {str(log_dir)!r}",
+            f"The log folder {str(log_dir)!r} cannot be created",
             error.strerror or str(error),
-            "Give --log_dir a folder that can be made",
+            "Give --log_dir a folder that you can write to",
         ) from error
 
 
 def _start(
-    planned: Plan,
-    environments: dict[int, dict[str, str]],
-    streams: RankStreams,
-    numa: NumaOptions | None,
+    planned: LaunchPlan, environments: dict[int, dict[str, str]], logs: RankLogs, numa: NumaOptions | None
 ) -> PContext:
-    # The worker must know whose death it shall not outlive.
+    # A worker dies with this process.
     parent = ("--parent", str(os.getpid()))
     return start_processes(
         name="rank",
         entrypoint=planned.ranks[0].command[0],
         args={i: (*r.command[1:3], *parent, *r.command[3:]) for i, r in enumerate(planned.ranks)},
         envs=environments,
-        logs_specs=streams,
+        logs_specs=logs,
         log_line_prefixes={i: f"[rank {r.rank}] " for i, r in enumerate(planned.ranks)},
         numa_options=numa,
     )

@@ -1,4 +1,4 @@
-"""Where a machine stands in the network: what a name leads to, over which interface, at which port."""
+"""Addresses, interfaces and ports of this machine and of those it connects to."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = [
-    "address_towards",
-    "interface_of",
+    "connection_error",
+    "gloo_variables",
+    "interface_with",
     "is_loopback",
     "is_own_address",
+    "port_error",
     "resolve_host",
-    "variables_for",
-    "why_taken",
-    "why_unreachable",
+    "source_address",
 ]
 
 _PROBE_SECONDS = 3.0
 
 
 def resolve_host(name: str) -> str | None:
-    """Return the address that a name leads to, None when it leads nowhere."""
+    """Return the address of a host name; None when it cannot be resolved."""
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -34,25 +34,25 @@ def resolve_host(name: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address means the machine itself, whichever that is."""
+    """Whether an address is a loopback address."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def is_own_address(address: str) -> bool:
     """Whether an address is one of this machine's."""
-    return is_loopback(address) or interface_of(address) is not None
+    return is_loopback(address) or interface_with(address) is not None
 
 
-def interface_of(address: str) -> str | None:
-    """Return the name of the interface that has an address, None when no one here has."""
+def interface_with(address: str) -> str | None:
+    """Return the interface of this machine that has an address; None when there is none."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address.partition("%")[0] == address for found in addresses):
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
             return name
     return None
 
 
-def address_towards(address: str) -> str | None:
-    """Return the address of this machine from which it would send to another; nothing is sent."""
+def source_address(address: str) -> str | None:
+    """Return the address of this machine from which packets to `address` leave; nothing is sent."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -62,8 +62,8 @@ def address_towards(address: str) -> str | None:
             return None
 
 
-def why_unreachable(host: str, port: int) -> str | None:
-    """Say why nothing answers at a place; None when something does."""
+def connection_error(host: str, port: int) -> str | None:
+    """Return why no TCP connection can be made; None when one can."""
     try:
         with socket.create_connection((host, port), timeout=_PROBE_SECONDS):
             return None
@@ -73,8 +73,8 @@ def why_unreachable(host: str, port: int) -> str | None:
         return error.strerror or str(error)
 
 
-def why_taken(port: int) -> str | None:
-    """Say why nobody can listen at a port of this machine; None when somebody can."""
+def port_error(port: int) -> str | None:
+    """Return why a port of this machine cannot be listened on; None when it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -85,6 +85,6 @@ def why_taken(port: int) -> str | None:
     return None
 
 
-def variables_for(interface: str | None, env: Mapping[str, str]) -> dict[str, str]:
-    """What gloo must know: left alone, it takes the interface that this machine's own name leads to."""
+def gloo_variables(interface: str | None, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that sets gloo's interface: its default is the one that the host name resolves to."""
     return {"GLOO_SOCKET_IFNAME": interface} if interface and "GLOO_SOCKET_IFNAME" not in env else {}

@@ -1,4 +1,4 @@
-"""The plan of a launch: which processes with which variables, checked and printable before any starts."""
+"""The plan of a launch: the processes of this machine and their variables, checked and printable before the start."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.launch.accelerators import count_accelerators, detect, visible_devices_variable
 from paceline.launch.clusters.detection import detect_cluster
 from paceline.launch.command import check_command
-from paceline.launch.detection import count_accelerators, detect, visible_devices_variable
-from paceline.launch.network import why_taken
+from paceline.launch.network import port_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from paceline.launch.command import Command
 
 __all__ = [
-    "Plan",
+    "LaunchPlan",
     "PlannedRank",
     "command_line",
     "engine_variables",
     "local_size",
-    "meeting_place",
-    "place",
+    "performance_hints",
     "plan",
-    "refuse_inside_a_launch",
+    "plan_machine",
+    "reject_nested_launch",
+    "rendezvous_endpoint",
     "thread_variables",
 ]
 
@@ -41,7 +42,7 @@ _WORKER = "paceline.launch.worker"
 
 @dataclass(frozen=True, slots=True)
 class PlannedRank:
-    """One process: its command line and the variables that only it gets."""
+    """One process: its command line and its own variables."""
 
     rank: int
     command: tuple[str, ...]
@@ -49,17 +50,17 @@ class PlannedRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """What a launch will start on this machine.
 
     Attributes:
-        ranks: One entry for each process.
-        variables: What all processes get besides, as far as it differs from the launcher's environment.
-        address: Where the ranks meet.
-        port: The port there; 0 stands for a free one, chosen when the launch begins.
-        max_restarts: How often failed ranks are started again.
-        machine: Which machine this is.
-        machines: How many ranks each machine has, in their order, as far as this one knows.
+        ranks: One entry per process.
+        variables: Variables of all processes that differ from the launcher's environment.
+        address: Host of the store in which the ranks meet.
+        port: Its port; 0 stands for a free one, chosen at the start.
+        max_restarts: How often failed ranks are restarted.
+        machine: Index of this machine.
+        machines: Number of ranks of each machine, as far as this one knows.
     """
 
     ranks: tuple[PlannedRank, ...]
@@ -76,7 +77,7 @@ class Plan:
         return self.ranks[0].rank
 
     def as_dict(self) -> dict[str, object]:
-        """Return the plan as plain values that JSON can hold."""
+        """Return the plan as JSON-compatible values."""
         return {
             "address": self.address,
             "port": self.port,
@@ -88,11 +89,11 @@ class Plan:
         }
 
     def as_text(self) -> str:
-        """Return the plan as lines that a shell could run, but for the port while it is not chosen."""
+        """Return the plan as text, with commands that a shell could run once the port is chosen."""
         count = len(self.ranks)
         port = f"port {self.port}" if self.port else "a free port"
-        whose = f"machine {self.machine} of {len(self.machines)}" if len(self.machines) > 1 else "this machine"
-        lines = [f"{count} process{'es' if count != 1 else ''} on {whose}, meeting at {self.address}, {port}"]
+        machine = f"machine {self.machine} of {len(self.machines)}" if len(self.machines) > 1 else "this machine"
+        lines = [f"{count} process{'es' if count != 1 else ''} on {machine}, meeting at {self.address}, {port}"]
         lines.append("for all:")
         lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         for rank in self.ranks:
@@ -104,17 +105,17 @@ class Plan:
         return self.as_text()
 
 
-def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
-    """Check everything that can be checked without starting a process, and say what would be started here.
+def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> LaunchPlan:
+    """Check everything that can be checked without starting a process, and plan the ranks of this machine.
 
-    Of several machines each is taken to have as many ranks as this one; how many the others really have is known
-    when they have met, and `place` tells.
+    All machines are assumed to have as many ranks as this one; `plan_machine` takes the real numbers, which are known
+    after the rendezvous.
 
     Raises:
-        ConfigError: The configuration does not fit this machine; it holds every problem.
-        UsageError: There is nothing to run under that name, or this is a launched process itself.
+        ConfigError: The configuration does not fit this machine; the error lists every problem.
+        UsageError: The script, module or program does not exist, or this process is itself a launched rank.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     size = local_size(resolved.config, env)
     problems = list(_problems(resolved, size, env))
@@ -122,18 +123,18 @@ def plan(resolved: Resolved, command: Command, env: Mapping[str, str]) -> Plan:
         raise ConfigError(problems)
     config = resolved.config
     index = min(config.machine_rank, config.max_machines - 1)
-    return place(resolved, command, env, index, (size,) * config.max_machines)
+    return plan_machine(resolved, command, env, index, (size,) * config.max_machines)
 
 
 def local_size(config: RunConfig, env: Mapping[str, str]) -> int:
-    """Return how many ranks this machine starts: its share of `num_processes`, or one for each device."""
+    """Return the number of ranks of this machine: its share of `num_processes`, or one per device."""
     if config.num_processes is None:
         return int(str(detect(env, config.use_cpu)["num_processes"]))
     return max(1, config.num_processes // config.max_machines)
 
 
-def remarks(config: RunConfig, env: Mapping[str, str]) -> list[str]:
-    """What works, and is probably not what was meant."""
+def performance_hints(config: RunConfig, env: Mapping[str, str]) -> list[str]:
+    """Return warnings about settings that work but are probably not intended."""
     size, cores = local_size(config, env), core_count()
     on_cpu = config.use_cpu or count_accelerators()[0] is None
     if on_cpu and size > cores:
@@ -141,8 +142,8 @@ def remarks(config: RunConfig, env: Mapping[str, str]) -> list[str]:
     return []
 
 
-def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
-    """Return the address and the port where ranks meet; port 0 stands for a free one."""
+def rendezvous_endpoint(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
+    """Return address and port of the store in which the ranks meet; port 0 stands for a free one."""
     if config.max_machines == 1:
         return config.main_process_ip or "127.0.0.1", config.main_process_port or 0
     port = env.get("MASTER_PORT", "")
@@ -150,10 +151,10 @@ def meeting_place(config: RunConfig, env: Mapping[str, str]) -> tuple[str, int]:
     return address, config.main_process_port or (int(port) if port.isdecimal() else DEFAULT_PORT)
 
 
-def place(
+def plan_machine(
     resolved: Resolved, command: Command, env: Mapping[str, str], index: int, sizes: tuple[int, ...], **extra: str
-) -> Plan:
-    """Plan the ranks of one machine.
+) -> LaunchPlan:
+    """LaunchPlan the ranks of one machine.
 
     Args:
         resolved: The configuration.
@@ -166,10 +167,10 @@ def place(
     total, size, first = sum(sizes), sizes[index], sum(sizes[:index])
     config = resolved.config.model_copy(update={"num_processes": total})
     origins = dict(resolved.origins)
-    if config.max_machines > 1:  # what was asked for may be another number: machines differ, come and go
-        origins["num_processes"] = Origin("detected", "the machines that take part")
+    if config.max_machines > 1:  # may differ from the configured number: machines differ, join and leave
+        origins["num_processes"] = Origin("detected", "the machines that joined")
     resolved = replace(resolved, config=config, origins=origins)
-    address, port = meeting_place(config, env)
+    address, port = rendezvous_endpoint(config, env)
     shared = {
         **_device_variables(config),
         **engine_variables(config),
@@ -185,7 +186,7 @@ def place(
         **extra,
     }
     line = command_line(command)
-    return Plan(
+    return LaunchPlan(
         ranks=tuple(PlannedRank(first + local, line, _rank_variables(first, local, index)) for local in range(size)),
         variables={name: value for name, value in shared.items() if env.get(name) != value},
         address=address,
@@ -197,7 +198,7 @@ def place(
 
 
 def command_line(command: Command) -> tuple[str, ...]:
-    """Return what a rank runs: our worker, which runs the command."""
+    """Return the command line of a rank: the worker, which runs the command."""
     kind = () if command.kind == "script" else (f"--{command.kind}",)
     return (sys.executable, "-m", _WORKER, *kind, command.script, *command.arguments)
 
@@ -220,14 +221,14 @@ def _device_ids(config: RunConfig) -> tuple[str, ...]:
 
 
 def engine_variables(config: RunConfig) -> dict[str, str]:
-    """What an engine must know before it is imported: DeepSpeed takes any accelerator that it finds by then."""
+    """Variables that must be set before an engine is imported: DeepSpeed picks its accelerator on import."""
     if config.strategy == "deepspeed" and (config.use_cpu or count_accelerators()[0] is None):
         return {"DS_ACCELERATOR": "cpu"}
     return {}
 
 
 def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> dict[str, str]:
-    """Share the cores out: left alone, each of the N processes would start a thread for every core."""
+    """Divide the cores: by default each of the N processes would start a thread per core."""
     if config.num_cpu_threads_per_process is not None:
         return {"OMP_NUM_THREADS": str(config.num_cpu_threads_per_process)}
     if "OMP_NUM_THREADS" in env:
@@ -235,17 +236,17 @@ def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> di
     return {"OMP_NUM_THREADS": str(max(1, core_count() // size))}
 
 
-def refuse_inside_a_launch(env: Mapping[str, str]) -> None:
-    """Raise `UsageError` when this process is one of several ranks that something else launched."""
+def reject_nested_launch(env: Mapping[str, str]) -> None:
+    """Raise `UsageError` when this process is already a rank that another launcher started."""
     try:
         world, cluster = World.read(env), detect_cluster(env)
-    except WorldError:  # left-overs in a shell; the ranks get variables of their own
+    except WorldError:  # leftovers in a shell; the ranks get variables of their own
         return
     if world.size > 1 and (cluster is None or cluster.task == "rank"):
         raise UsageError(
-            f"This is already rank {world.rank} of {world.size} (by the variables of {world.source})",
-            f"Each of the {world.size} would start a run of its own",
-            "Run the script itself in place of `paceline launch`: paceline reads these variables",
+            f"This process is already rank {world.rank} of {world.size} (from the variables of {world.source})",
+            f"Each of the {world.size} processes would launch a run of its own",
+            "Run the script itself instead of `paceline launch`: paceline reads these variables",
         )
 
 
@@ -253,87 +254,90 @@ def _problems(resolved: Resolved, size: int, env: Mapping[str, str]) -> Iterator
     config = resolved.config
     yield from _device_problems(resolved, size)
     if config.max_machines > 1:
-        yield from _meeting_problems(resolved, env)
+        yield from _rendezvous_problems(resolved, env)
     elif config.main_process_port:
-        reason = why_taken(config.main_process_port)
+        reason = port_error(config.main_process_port)
         if reason is not None:
             yield Problem(
                 resolved.origin("main_process_port").where,
                 "main_process_port",
-                f"the port {config.main_process_port} cannot be used here: {reason}",
+                f"port {config.main_process_port} cannot be used: {reason}",
                 "the ranks meet there",
-                "choose another, or 0 for a free one",
+                "choose another one, or 0 for a free port",
             )
 
 
-def _meeting_problems(resolved: Resolved, env: Mapping[str, str]) -> Iterator[Problem]:
+def _rendezvous_problems(resolved: Resolved, env: Mapping[str, str]) -> Iterator[Problem]:
     config = resolved.config
-    if not meeting_place(config, env)[0]:
-        what = f"no address is given at which {config.max_machines} machines could meet"
-        why = "they meet at machine 0, and none knows which that is"
-        hint = "give --main_process_ip the address of machine 0, on every machine"
+    if not rendezvous_endpoint(config, env)[0]:
+        what = f"it is required with {config.max_machines} machines"
+        why = "they meet at machine 0, whose address is unknown"
+        hint = "set --main_process_ip to the address of machine 0, on every machine"
         yield Problem(resolved.origin("num_machines").where, "main_process_ip", what, why, hint)
     if config.main_process_port == 0:
         where = resolved.origin("main_process_port").where
-        why = "the other machines would not know which one it became"
-        yield Problem(where, "main_process_port", "0 takes a free port", why, "choose one port for all machines")
+        why = "the other machines would not know which port was chosen"
+        yield Problem(where, "main_process_port", "0 chooses a free port", why, "choose one port for all machines")
 
 
 def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
-    config, ids = resolved.config, _device_ids(resolved.config)
+    config = resolved.config
     kind, count = (None, 0) if config.use_cpu else count_accelerators()
+    ids = _device_ids(config)
     if kind is None and config.distributed_type == "MULTI_GPU":
         yield Problem(
             resolved.origin("distributed_type").where,
             "distributed_type",
-            "MULTI_GPU was asked for, and this machine has no GPU that torch can use",
+            "MULTI_GPU is requested, but torch finds no GPU that it can use on this machine",
             "DDP would silently run on the CPU",
-            "leave it out, or ask for the CPU with --cpu",
+            "remove it, or run on the CPU with --cpu",
         )
-    if ids and kind is None:
-        yield Problem(
-            resolved.origin("gpu_ids").where,
-            "gpu_ids",
-            f"devices {config.gpu_ids} were asked for, and this run has none",
-            "use_cpu is set" if config.use_cpu else "torch finds no accelerator on this machine",
-            "leave gpu_ids out",
-        )
-    elif ids and visible_devices_variable(str(kind)) is None:
-        yield Problem(
-            resolved.origin("gpu_ids").where,
-            "gpu_ids",
-            f"no variable is known that chooses among devices of type {kind}",
-            "the processes would use other devices than those",
-            "leave gpu_ids out, and hide devices with the vendor's own variable",
-        )
+    gpu_ids_problem = _gpu_ids_problem(resolved, kind, ids)
+    if gpu_ids_problem is not None:
+        yield gpu_ids_problem
     elif kind is not None and size > (len(ids) or count):
         what = f"the {len(ids)} of gpu_ids" if ids else f"the {count} that torch sees"
         yield Problem(
             resolved.origin("num_processes").where,
             "num_processes",
-            f"{size} processes, more than {kind} devices ({what})",
+            f"{size} processes are more than the {kind} devices ({what})",
             "each process needs a device of its own",
-            f"take num_processes {len(ids) or count}, or run on the CPU with --cpu",
+            f"set num_processes to {len(ids) or count}, or run on the CPU with --cpu",
         )
-    yield from _affinity_problems(resolved, kind, ids)
+    if config.enable_cpu_affinity:
+        yield from _affinity_problems(resolved, kind, ids)
+
+
+def _gpu_ids_problem(resolved: Resolved, kind: str | None, ids: tuple[str, ...]) -> Problem | None:
+    config, where = resolved.config, resolved.origin("gpu_ids").where
+    if not ids:
+        return None
+    if kind is None:
+        what = f"devices {config.gpu_ids} are requested, but this run uses none"
+        why = "use_cpu is set" if config.use_cpu else "torch finds no accelerator on this machine"
+        return Problem(where, "gpu_ids", what, why, "remove gpu_ids")
+    if visible_devices_variable(kind) is None:
+        return Problem(
+            where,
+            "gpu_ids",
+            f"it is not supported for device type {kind}",
+            "paceline knows no variable that selects such devices, so that the processes would use others",
+            "remove gpu_ids, and select devices with the vendor's own variable",
+        )
+    return None
 
 
 def _affinity_problems(resolved: Resolved, kind: str | None, ids: tuple[str, ...]) -> Iterator[Problem]:
-    config = resolved.config
-    if config.enable_cpu_affinity and (kind != "cuda" or shutil.which("numactl") is None):
+    key, gpu_ids = "enable_cpu_affinity", resolved.config.gpu_ids
+    where = resolved.origin(key).where
+    if kind != "cuda" or shutil.which("numactl") is None:
+        why = "pinning needs CUDA devices and the program numactl"
+        yield Problem(where, key, "processes cannot be pinned here", why, f"install numactl, or remove {key}")
+    elif ids:
         yield Problem(
-            resolved.origin("enable_cpu_affinity").where,
-            "enable_cpu_affinity",
-            "processes cannot be pinned to the cores near their device here",
-            "that takes CUDA devices and the program numactl",
-            "install numactl, or leave enable_cpu_affinity out",
-        )
-    elif config.enable_cpu_affinity and ids:
-        yield Problem(
-            resolved.origin("enable_cpu_affinity").where,
-            "enable_cpu_affinity",
-            f"it is asked for together with gpu_ids {config.gpu_ids}",
-            "processes are pinned by the number of the device among those that the launcher sees: near devices "
-            "0, 1, … and not near the chosen ones",
-            f"leave gpu_ids out and start with {visible_devices_variable(str(kind))}={config.gpu_ids} in its place",
+            where,
+            key,
+            f"it cannot be combined with gpu_ids {gpu_ids}",
+            "pinning follows the device indices that the launcher sees (0, 1, …), not the selected devices",
+            f"remove gpu_ids and start with {visible_devices_variable(kind)}={gpu_ids} instead",
         )

@@ -1,7 +1,7 @@
-"""Ranks as workers of a Ray cluster: a Ray Train `TorchTrainer` whose workers know the configuration.
+"""Ranks as workers of a Ray cluster: a Ray Train `TorchTrainer` whose workers get the configuration.
 
-Ray starts the workers, tells each which rank it is and opens their process group; `Accelerator()` in the training loop
-finds all that. Nothing here is needed in a program that does not use Ray, and Ray is imported only when asked for.
+Ray starts the workers, assigns their ranks and opens their process group; `Accelerator()` in the training loop uses
+both. Ray is imported only when `ray_trainer` is called.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ def ray_trainer(
     """Return a `ray.train.torch.TorchTrainer` that runs `train_loop` as one rank on each worker.
 
     Args:
-        train_loop: Called on every worker, as Ray's `train_loop_per_worker`; it makes an `Accelerator()`.
-        num_workers: How many ranks.
-        use_gpu: Give each rank a GPU; without it all train on the CPU.
-        settings: What flags of `paceline launch` would say, such as `{"mixed_precision": "bf16"}`.
-        config_file: The configuration file; without one the default file that is found.
+        train_loop: Called on every worker, as Ray's `train_loop_per_worker`; it creates an `Accelerator()`.
+        num_workers: Number of ranks.
+        use_gpu: Give each rank a GPU; otherwise all train on the CPU.
+        settings: Values as flags of `paceline launch` would give them, such as `{"mixed_precision": "bf16"}`.
+        config_file: The configuration file; None uses the default file if there is one.
         run_config: Ray's `RunConfig`.
         options: Any other argument of `TorchTrainer`, such as `train_loop_config`.
 
+    Returns:
+        The `TorchTrainer`; call its `fit()` to train.
+
     Raises:
-        ConfigError: The configuration cannot work, or contradicts the workers; it holds every problem.
+        ConfigError: The configuration cannot work, or contradicts the workers; the error lists every problem.
         MissingExtraError: Ray Train is not installed.
     """
     resolved = _resolve(num_workers, use_gpu, settings or {}, config_file)
@@ -54,7 +57,7 @@ def ray_trainer(
     except ImportError as error:
         raise MissingExtraError("ray[train]", "ray", "ray_trainer") from error
     options.setdefault("scaling_config", ScalingConfig(num_workers=num_workers, use_gpu=use_gpu))
-    # Values of the script and checkpoints travel on the CPU, beside the device's own backend.
+    # Python objects and checkpoints are exchanged on the CPU, through gloo beside the device's own backend.
     timeout = {} if resolved.config.timeout is None else {"timeout_s": int(resolved.config.timeout)}
     backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
     options.setdefault("torch_config", TorchConfig(backend=backend, **timeout))
@@ -74,7 +77,7 @@ def _resolve(num_workers: int, use_gpu: bool, settings: Mapping[str, object], co
 
 
 def _with_config(run_config: Any, resolved: Resolved) -> Any:
-    """Hand the configuration to the workers as the launcher does, in their environment and nobody else's."""
+    """Pass the configuration to the workers as the launcher does, in their environment only."""
     environment = dict(run_config.worker_runtime_env or {})
     variables = {**environment.get("env_vars", {}), "PACELINE_CONFIG": resolved.to_json()}
     return dataclasses.replace(run_config, worker_runtime_env={**environment, "env_vars": variables})

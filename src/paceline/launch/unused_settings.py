@@ -67,26 +67,28 @@ def _unused(resolved: Resolved) -> Iterator[str]:
         value = getattr(config, setting.field)
         if setting.field in _SECTIONS and isinstance(value, Section):
             yield from _of_section(resolved, setting.key, value)
-        elif setting.field in _VALUES and _is_said(resolved.origin(setting.key), RunConfig, setting.field, value):
+        elif setting.field in _VALUES and _is_explicit(resolved.origin(setting.key), RunConfig, setting.field, value):
             is_obvious = setting.field == "use_cpu" and not _has_device()
             if not is_obvious:
                 yield f"{setting.key} {value} ({resolved.origin(setting.key).where})"
 
 
 def _of_section(resolved: Resolved, name: str, section: Section) -> Iterator[str]:
-    """A section with the names of what was said in it."""
-    said = [
+    """A section with the names of its explicit values."""
+    explicit = [
         inner.key
         for inner in settings_of(type(section))
-        if _is_said(resolved.origin(f"{name}.{inner.key}"), type(section), inner.field, getattr(section, inner.field))
+        if _is_explicit(
+            resolved.origin(f"{name}.{inner.key}"), type(section), inner.field, getattr(section, inner.field)
+        )
     ]
-    if said:
-        where = resolved.origin(f"{name}.{said[0]}").where
-        more = f" and {len(said) - 1} more" if len(said) > 1 else ""
-        yield f"{name}.{said[0]}{more} ({where})"
+    if explicit:
+        where = resolved.origin(f"{name}.{explicit[0]}").where
+        more = f" and {len(explicit) - 1} more" if len(explicit) > 1 else ""
+        yield f"{name}.{explicit[0]}{more} ({where})"
 
 
-def _is_said(origin: Origin, model: type[Section], field: str, value: Any) -> bool:
+def _is_explicit(origin: Origin, model: type[Section], field: str, value: Any) -> bool:
     default = model.model_fields[field].get_default(call_default_factory=True)
     return origin.is_explicit and bool(value != default)
 

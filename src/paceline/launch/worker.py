@@ -1,8 +1,7 @@
-"""What every launched process runs first, as `python -m paceline.launch.worker`, before the user's script.
+"""The entry point of every launched process: `python -m paceline.launch.worker` runs the user's script.
 
-It runs the script as `python script.py` would, and when that fails leaves an account of it for the launcher,
-which prints the first failure once. It must start fast and alone: it imports neither torch nor the rest of
-paceline, and no module that the script could do without.
+It runs the script as `python script.py` would. When that fails it writes the failure to the error file for the
+launcher, which prints the first failure once. It must start fast: it imports neither torch nor the rest of paceline.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-__all__ = ["end_at_once", "is_library", "main", "pack", "unpack"]
+__all__ = ["exit_now", "is_library", "main", "pack", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
-# Frames of these files are not the script's.
-_OWN_FILES = {__file__, str(Path(__file__).with_name("notebook") / "calling.py")}
+# Frames of these files are not part of the script.
+_PACELINE_FILES = {__file__, str(Path(__file__).with_name("notebook") / "rank_main.py")}
 _FACADE = "paceline.accelerator.accelerator"
-# Seconds between two looks for a process group that the script opens itself.
-_PAUSE = 2.0
-# What a shell gives for a program that is there and cannot be run.
-_NOT_RUN = 126
+# Seconds between two checks for a process group that the script opens itself.
+_POLL = 2.0
+# The exit code of a shell for a file that exists and cannot be executed.
+_NOT_EXECUTABLE = 126
 
-# What a rank says when it failed only because another one went away (gloo, NCCL, torch's stores).
+# Errors of a rank that failed only because another one exited (gloo, NCCL, torch's stores).
 _SECONDARY_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _SECONDARY_TEXTS = (
     "Connection closed by peer",
@@ -62,114 +61,125 @@ _SECONDARY_TEXTS = (
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the script, module or program that `arguments` name; leave with its exit code."""
-    rest = list(arguments)
-    if rest[0] == "--parent":
-        _die_with(int(rest[1]))
-        del rest[:2]
-    if rest[0] == "--packed":
-        variables, rest = unpack(rest[1])
-        os.environ.update(variables)
-        # It was started by its path; modules of the script's are looked for as under `python -m`.
-        sys.path[0] = str(Path.cwd())
-    _note_faults()
-    _write_whole_lines()
-    if "PACELINE_CONFIG" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.meta_path.insert(0, _NoticeDistributed())
-    if "PACELINE_CONFIG" in os.environ and os.environ.get("RANK", "0") == "0":
-        sys.meta_path.insert(0, _NoticeAccelerate())
-    kind = rest.pop(0) if rest[0] in ("--module", "--program") else "--script"
+    """Run the script, module or program that `arguments` name; exit with its code."""
+    command = _read_options(list(arguments))
+    _enable_faulthandler()
+    _buffer_lines()
+    _install_import_hooks()
+    kind = command.pop(0) if command[0] in ("--module", "--program") else "--script"
     if kind == "--program":
-        _become(rest)
-    sys.argv = rest
+        _exec_program(command)
+    sys.argv = command
     try:
         if kind == "--module":
-            _run_module(rest[0])
+            _run_module(command[0])
         else:
-            _run_script(rest[0])
+            _run_script(command[0])
     except SystemExit as stop:
         code = _exit_code(stop)
         if code != 0:
-            _leave(stop, code)
+            _record_failure(stop, code)
         raise
     except KeyboardInterrupt as stop:
-        _leave(stop, 128 + signal.SIGINT)
+        _record_failure(stop, 128 + signal.SIGINT)
         sys.exit(128 + signal.SIGINT)
     except BaseException as error:
-        _tell_hook(error)
-        _leave(error, 1)
+        _call_excepthook(error)
+        _record_failure(error, 1)
         sys.exit(1)
 
 
-def _become(command: list[str]) -> None:
-    """Run a program in this one's place."""
+def _read_options(arguments: list[str]) -> list[str]:
+    """Apply the options for the worker itself, and return what follows them."""
+    if arguments[0] == "--parent":
+        _die_with_parent(int(arguments[1]))
+        del arguments[:2]
+    if arguments[0] == "--packed":
+        variables, arguments = unpack(arguments[1])
+        os.environ.update(variables)
+        # This file was run by path; the script's modules are searched as under `python -m`.
+        sys.path[0] = str(Path.cwd())
+    return arguments
+
+
+def _install_import_hooks() -> None:
+    if "PACELINE_CONFIG" not in os.environ:
+        return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.meta_path.insert(0, _DistributedImportHook())
+    if os.environ.get("RANK", "0") == "0":
+        sys.meta_path.insert(0, _AccelerateImportHook())
+
+
+def _exec_program(command: list[str]) -> None:
+    """Replace this process by a program."""
     try:
         os.execvp(command[0], command)
     except OSError as error:
-        words = error.strerror or str(error)
+        reason = error.strerror or str(error)
         if error.errno == errno.ENOEXEC:
-            words += "; it is no program of this machine, and a script needs a first line such as #!/bin/sh"
-        _leave(OSError(error.errno, words, command[0]), _NOT_RUN)
-        sys.exit(_NOT_RUN)
+            reason += "; it is not a binary for this machine, and a script needs a first line such as #!/bin/sh"
+        _record_failure(OSError(error.errno, reason, command[0]), _NOT_EXECUTABLE)
+        sys.exit(_NOT_EXECUTABLE)
 
 
-def _note_faults() -> None:
-    """Let Python note where it was when a signal such as SIGSEGV or SIGABRT ends this process."""
+def _enable_faulthandler() -> None:
+    """Dump the Python stack to a file when a fatal signal such as SIGSEGV or SIGABRT kills this process."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not faulthandler.is_enabled():
-        # It must stay open until the process ends, and be forgotten by what it starts.
+        # The file must stay open until the process exits; children do not inherit it.
         faulthandler.enable(os.open(f"{path}.fault", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
 
 
-def _write_whole_lines() -> None:
-    """Hand on a line when it is whole, and in one piece, so that lines of ranks that share a console stay apart.
+def _buffer_lines() -> None:
+    """Flush stdout and stderr line by line, so that the lines of ranks that share a console do not mix.
 
-    Into a pipe or a file python would hand on blocks, which end anywhere, or, unbuffered, each argument of a `print`.
+    To a pipe or a file Python would write blocks, which end anywhere, or, unbuffered, each argument of a `print`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
 
 
-class _NoticeDistributed:
-    """Starts a watch over exchanges between ranks once the script imports what they are made with.
+class _DistributedImportHook:
+    """Starts the watchdog once the script imports `torch.distributed`.
 
-    Until then nothing of it runs, so that a script without torch stays without a second thread.
+    Until then nothing of it runs, so that a script without torch has no second thread.
     """
 
     _module = "torch.distributed.distributed_c10d"
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-        """Leave finding modules to others."""
+        """Find nothing: other finders do."""
         if name == self._module and self in sys.meta_path:
             sys.meta_path.remove(self)
-            threading.Thread(target=self._watch, name="paceline-unasked", daemon=True).start()
+            threading.Thread(target=self._watch, name="paceline-bare-watchdog", daemon=True).start()
 
     def _watch(self) -> None:
         while not self._is_open():
-            if _FACADE in sys.modules:  # an Accelerator watches by itself, under the limit that it was given
+            if _FACADE in sys.modules:  # the Accelerator starts its own watchdog, with its own limit
                 return
-            time.sleep(_PAUSE)
+            time.sleep(_POLL)
         from paceline.launch.bare_watchdog import start_bare_watchdog
 
         start_bare_watchdog(os.environ)
 
     def _is_open(self) -> bool:
-        # The thread takes no part in the script's imports, so the module may be half there.
+        # This thread does not hold the import lock, so the module may be partially initialized.
         is_open: Callable[[], bool] | None = getattr(sys.modules.get(self._module), "is_initialized", None)
         return is_open is not None and is_open()
 
 
-class _NoticeAccelerate:
-    """Says what of the configuration is not used, when the script builds an Accelerator of Accelerate's.
+class _AccelerateImportHook:
+    """Reports unused settings when the script builds Accelerate's own Accelerator, as the Trainer of transformers does.
 
-    The Trainer of transformers builds one before it trains. Until the script imports it nothing of this runs.
+    Until the script imports it nothing of this runs.
     """
 
     _module = "accelerate.accelerator"
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        """Leave finding modules to others, and look at the one that is waited for once it is loaded."""
+        """Find Accelerate's module through the other finders, and patch it once it is loaded."""
         if name != self._module or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
@@ -178,28 +188,28 @@ class _NoticeAccelerate:
         load = getattr(loader, "exec_module", None)
         if load is not None:
 
-            def load_and_watch(module: ModuleType) -> None:
+            def load_and_patch(module: ModuleType) -> None:
                 load(module)
-                self._watch(getattr(module, "Accelerator", None))
+                self._patch(getattr(module, "Accelerator", None))
 
-            loader.exec_module = load_and_watch
+            loader.exec_module = load_and_patch
         return spec
 
-    def _watch(self, kind: Any) -> None:
-        """Put a note in front of the constructor until it is called first."""
+    def _patch(self, kind: Any) -> None:
+        """Wrap the constructor until its first call."""
         build = getattr(kind, "__init__", None)
         if not isinstance(kind, type) or build is None:
             return
 
         @functools.wraps(build)
-        def note_and_build(own: Any, *args: Any, **kwargs: Any) -> None:
+        def report_and_build(instance: Any, *args: Any, **kwargs: Any) -> None:
             kind.__init__ = build  # type: ignore[misc]
-            self._say()
-            build(own, *args, **kwargs)
+            self._report()
+            build(instance, *args, **kwargs)
 
-        kind.__init__ = note_and_build  # type: ignore[misc]
+        kind.__init__ = report_and_build  # type: ignore[misc]
 
-    def _say(self) -> None:
+    def _report(self) -> None:
         from paceline.launch.unused_settings import say_unused
 
         by = ", which the Trainer of transformers builds," if "transformers.trainer" in sys.modules else ""
@@ -207,31 +217,31 @@ class _NoticeAccelerate:
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:
-    """Variables and arguments of this module as one word that no shell reads anything into."""
+    """Encode variables and arguments for this module as one argument that no shell expands."""
     text = json.dumps([dict(variables), list(arguments)])
     return base64.urlsafe_b64encode(text.encode()).decode()
 
 
-def unpack(word: str) -> tuple[dict[str, str], list[str]]:
-    """Return what `pack` packed."""
-    variables, arguments = json.loads(base64.urlsafe_b64decode(word))
+def unpack(encoded: str) -> tuple[dict[str, str], list[str]]:
+    """Decode what `pack` returned."""
+    variables, arguments = json.loads(base64.urlsafe_b64decode(encoded))
     return variables, arguments
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when the launcher dies, however it dies; nothing outside Linux."""
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the launcher dies, however it dies; no-op outside Linux."""
     if sys.platform != "linux":
         return
     import ctypes
 
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked
+    if os.getppid() != parent:  # it died before the call above
         os._exit(128 + signal.SIGKILL)
 
 
 def _run_script(script: str) -> None:
     path = str(Path(script).absolute())
-    # A zip application or a folder; of a plain script no finder makes anything.
+    # A zip application or a folder; for a plain script no finder returns a spec.
     application = importlib.machinery.PathFinder.find_spec("__main__", [path])
     if application is not None:
         sys.path[0] = path
@@ -257,7 +267,7 @@ def _run_module(name: str) -> None:
 
 
 def _run_spec(spec: ModuleSpec) -> None:
-    """Run what an import would load, as `__main__`."""
+    """Run the module of a spec as `__main__`."""
     loader: Any = spec.loader
     names = {
         "__file__": spec.origin,
@@ -271,9 +281,9 @@ def _run_spec(spec: ModuleSpec) -> None:
 
 
 def _new_main(names: Mapping[str, object]) -> ModuleType:
-    """Put an empty `__main__` in this one's place, and keep it until the process ends, as python does.
+    """Replace `__main__` by an empty module, and keep it until the process exits, as Python does.
 
-    Pickling, `multiprocessing` and exit handlers of the script look for its names there.
+    Pickling, `multiprocessing` and the script's exit handlers look up its names there.
     """
     module = ModuleType("__main__")
     module.__dict__.update({"__builtins__": builtins, "__annotations__": {}, "__spec__": None, **names})
@@ -287,27 +297,27 @@ def _exit_code(stop: SystemExit) -> int:
     return stop.code & 0xFF if isinstance(stop.code, int) else 1
 
 
-def _tell_hook(error: BaseException) -> None:
-    """Call an exception hook that the script installed (trackers note a crash there), but print nothing."""
+def _call_excepthook(error: BaseException) -> None:
+    """Call the exception hook that the script installed (trackers record a crash there), but print nothing."""
     if sys.excepthook is not sys.__excepthook__:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
-            sys.excepthook(type(error), error, _own_traceback(error))
+            sys.excepthook(type(error), error, _script_traceback(error))
 
 
-def _leave(error: BaseException, code: int) -> None:
-    """Write the account of a failure where torch elastic looks for it, in its format, with fields added."""
-    # Exit handlers look here, as after any uncaught exception: they must not wait for other ranks now.
+def _record_failure(error: BaseException, code: int) -> None:
+    """Write the failure to torch elastic's error file, in its format with our fields added."""
+    # As after any uncaught exception; exit handlers read it, and must not wait for other ranks then.
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    own = _own_traceback(error)
-    text = "".join(traceback.format_exception(type(error), error.with_traceback(own), own))
+    trace = _script_traceback(error)
+    text = "".join(traceback.format_exception(type(error), error.with_traceback(trace), trace))
     if not path:
-        # Another launcher started this rank: nobody else would tell. Python says itself what sys.exit was given.
+        # Started by another launcher, nobody else would report it. Python itself prints the argument of sys.exit.
         if not isinstance(error, SystemExit):
             print(text, file=sys.stderr, end="", flush=True)
         return
     headline = traceback.format_exception_only(type(error), error)[-1].strip()
-    account = {
+    record = {
         "message": {
             "message": headline,
             "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))},
@@ -319,14 +329,14 @@ def _leave(error: BaseException, code: int) -> None:
             "pid": os.getpid(),
             "time": time.time(),
             "code": code,
-            "where": _place(own),
+            "where": _user_location(trace),
             "headline": headline,
             "traceback": text,
-            "secondary": _looks_secondary(error),
+            "secondary": _is_secondary(error),
         },
     }
     unfinished = Path(f"{path}.part")
-    unfinished.write_text(json.dumps(account), encoding="utf-8")
+    unfinished.write_text(json.dumps(record), encoding="utf-8")
     unfinished.rename(path)
 
 
@@ -336,55 +346,54 @@ def _kind(error: BaseException) -> str:
     return "interrupt" if isinstance(error, KeyboardInterrupt) else "exception"
 
 
-def _own_traceback(error: BaseException) -> TracebackType | None:
-    """Return the traceback from the script's first line on, without the frames that lead there."""
+def _script_traceback(error: BaseException) -> TracebackType | None:
+    """Return the traceback from the script's first line on, without the worker's frames."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in _OWN_FILES:
+    while trace is not None and trace.tb_frame.f_code.co_filename in _PACELINE_FILES:
         trace = trace.tb_next
     return trace
 
 
-def _place(trace: TracebackType | None) -> str:
-    """Return `file:line` of the innermost frame that belongs to no library."""
-    place = ""
+def _user_location(trace: TracebackType | None) -> str:
+    """Return `file:line` of the innermost frame outside of libraries."""
+    location = ""
     for frame, line in traceback.walk_tb(trace):
         name = frame.f_code.co_filename
-        if not place or not is_library(name):
-            place = f"{name}:{line}"
-    return place
+        if not location or not is_library(name):
+            location = f"{name}:{line}"
+    return location
 
 
 def is_library(file: str) -> bool:
-    """Whether a file of a traceback is Python's, paceline's or an installed package's, and not the script's."""
+    """Whether a file of a traceback belongs to Python, paceline or an installed package, not to the script."""
     libraries = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
     return file.startswith(libraries) or "site-packages" in file
 
 
-def _looks_secondary(error: BaseException) -> bool:
+def _is_secondary(error: BaseException) -> bool:
     cause: BaseException | None = error
     while cause is not None:
         names = {cls.__name__ for cls in type(cause).__mro__}
-        if names & _SECONDARY_TYPES or any(text in _words(cause) for text in _SECONDARY_TEXTS):
+        if names & _SECONDARY_TYPES or any(text in _message(cause) for text in _SECONDARY_TEXTS):
             return True
         cause = cause.__cause__
     return False
 
 
-def _words(error: BaseException) -> str:
-    """What an exception says, if its own method does not fail."""
+def _message(error: BaseException) -> str:
+    """The message of an exception; empty if its own `__str__` raises."""
     try:
         return str(error)
     except Exception:
         return ""
 
 
-def end_at_once(code: int) -> None:
-    """End a process whose work has come to its end, without taking the interpreter apart.
+def exit_now(code: int) -> None:
+    """Exit a process whose work is done, without finalizing the interpreter.
 
-    Everything that a program may rely on happens: threads are waited for, exit handlers run, output is flushed. What
-    is left out is the time in which threads of torch and gloo still run while Python ends under them: one that asks
-    for the interpreter then takes the process down with SIGABRT, after all work was done (1 of 24 ends of a script
-    under DDP on a busy machine, torch 2.13).
+    Threads are joined, exit handlers run and output is flushed. Finalization is left out because threads of torch and
+    gloo still run during it: one that acquires the GIL then aborts the process with SIGABRT, after all work was done
+    (1 of 24 exits of a script under DDP on a busy machine, torch 2.13).
     """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
@@ -395,13 +404,13 @@ def end_at_once(code: int) -> None:
 
 
 if __name__ == "__main__":
-    ended = 0
+    exit_status = 0
     try:
         main(sys.argv[1:])
     except SystemExit as stop:
-        ended = _exit_code(stop)
+        exit_status = _exit_code(stop)
         if not isinstance(stop.code, (int, type(None))):
             print(stop.code, file=sys.stderr)
     if "torch.distributed" not in sys.modules:
-        sys.exit(ended)
-    end_at_once(ended)
+        sys.exit(exit_status)
+    exit_now(exit_status)

@@ -1,19 +1,19 @@
-"""What a run will need, the least sharding that fits, and what to change when memory ran out."""
+"""Memory planning: what a run needs, the least sharding that fits, and what to change when memory runs out."""
 
-from paceline.planner.choice import Choice, choose_strategy
 from paceline.planner.footprint import Footprint, measure
-from paceline.planner.remedies import Run, describe_out_of_memory, remedies, requested_bytes
-from paceline.planner.usage import Usage, measure_usage, process_memory
+from paceline.planner.memory_usage import MemoryUsage, measure_memory, process_memory
+from paceline.planner.remedies import RunSettings, describe_out_of_memory, remedies, requested_bytes
+from paceline.planner.strategy_choice import StrategyChoice, choose_strategy
 
 __all__ = [
-    "Choice",
     "Footprint",
-    "Run",
-    "Usage",
+    "MemoryUsage",
+    "RunSettings",
+    "StrategyChoice",
     "choose_strategy",
     "describe_out_of_memory",
     "measure",
-    "measure_usage",
+    "measure_memory",
     "process_memory",
     "remedies",
     "requested_bytes",

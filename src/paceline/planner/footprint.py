@@ -1,4 +1,4 @@
-"""How many bytes training a model takes, measured on the model and the optimizer class at hand."""
+"""The memory footprint of the training state, measured on the model and the optimizer's class."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-# What Adam in fp32 keeps for an element; taken when an optimizer cannot be tried out, and before one is known.
+# Optimizer state of Adam in fp32; assumed when an optimizer cannot be probed, and before one is known.
 _ADAM_BYTES_PER_ELEMENT = 8.0
 _PROBE_ELEMENTS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """Bytes of one whole copy of the training state; activations come on top.
+    """Bytes of one unsharded copy of the training state, without activations.
 
     Attributes:
         parameters: All parameters and buffers.
-        gradients: One for each trainable parameter.
-        optimizer: What the optimizers keep between steps.
-        placed: How much of it is on the device already.
+        gradients: The gradients of all trainable parameters.
+        optimizer: The state of the optimizers.
+        placed: How much of `parameters` is already on the device.
     """
 
     parameters: int
@@ -37,29 +37,36 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """The sum of parameters, gradients and optimizer state."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def measure(models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device) -> Footprint:
-    """Measure what training these models with these optimizers keeps in memory.
+    """Measure the training state of these models and optimizers.
 
     Args:
         models: Before they are placed or sharded; those on the meta device count too.
-        optimizers: Each is tried out on a small parameter. Without any, Adam in fp32 is assumed.
-        device: Where training will run.
+        optimizers: Each is probed with a small parameter. Without any, Adam in fp32 is assumed.
+        device: The device that training will use.
     """
-    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
-    trained = [t for t in tensors.values() if t.requires_grad]
-    per_element = {id(p): cost for opt in optimizers for p, cost in _state_costs(opt)}
-    default = _ADAM_BYTES_PER_ELEMENT if not per_element else 0.0
-    state = sum(p.numel() * per_element.get(id(p), default) for p in trained)
+    tensors = list({id(t): t for model in models for t in (*model.parameters(), *model.buffers())}.values())
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
     return Footprint(
-        parameters=sum(t.numel() * t.element_size() for t in tensors.values()),
-        gradients=sum(t.numel() * t.element_size() for t in trained),
-        optimizer=int(state),
-        placed=sum(t.numel() * t.element_size() for t in tensors.values() if t.device.type == device.type),
+        parameters=_num_bytes(tensors),
+        gradients=_num_bytes(trained),
+        optimizer=_optimizer_bytes(trained, optimizers),
+        placed=_num_bytes(tensor for tensor in tensors if tensor.device.type == device.type),
     )
+
+
+def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _optimizer_bytes(trained: Iterable[torch.Tensor], optimizers: Iterable[Optimizer]) -> int:
+    per_element = {id(p): cost for optimizer in optimizers for p, cost in _state_costs(optimizer)}
+    default = 0.0 if per_element else _ADAM_BYTES_PER_ELEMENT
+    return int(sum(p.numel() * per_element.get(id(p), default) for p in trained))
 
 
 def _state_costs(optimizer: Optimizer) -> Iterable[tuple[torch.Tensor, float]]:
@@ -73,9 +80,9 @@ def _state_costs(optimizer: Optimizer) -> Iterable[tuple[torch.Tensor, float]]:
 
 
 def _bytes_per_element(cls: type[Optimizer], group: dict[str, Any], dtype: torch.dtype) -> float:
-    """Let an optimizer of this class take one step on a small parameter and weigh what it keeps."""
+    """Let an optimizer of this class take one step on a small parameter, and measure its state."""
     settings = {key: copy.copy(value) for key, value in group.items() if key not in ("params", "initial_lr")}
-    # Fused and capturable kernels may not exist for a probe on the CPU; what they keep is the same.
+    # Fused and capturable kernels may not exist on the CPU; their state is the same.
     settings |= {key: False for key in ("fused", "foreach", "capturable") if key in settings}
     probe = nn.Parameter(torch.zeros(_PROBE_ELEMENTS // 32, 32, dtype=dtype))
     probe.grad = torch.zeros_like(probe)
@@ -83,12 +90,12 @@ def _bytes_per_element(cls: type[Optimizer], group: dict[str, Any], dtype: torch
         trial: Any = cls([{"params": [probe], **settings}], **_required(cls, settings))
         trial.step()
     except Exception:
-        # Some optimizers step through a closure or a compiled kernel; none of that matters for an estimate.
+        # Some optimizers need a closure or a compiled kernel, which do not matter for an estimate.
         return _ADAM_BYTES_PER_ELEMENT
-    kept = [value for value in trial.state[probe].values() if torch.is_tensor(value) and value.numel() > 1]
-    return sum(value.numel() * value.element_size() for value in kept) / _PROBE_ELEMENTS
+    state = [value for value in trial.state[probe].values() if torch.is_tensor(value) and value.numel() > 1]
+    return sum(value.numel() * value.element_size() for value in state) / _PROBE_ELEMENTS
 
 
 def _required(cls: type[Optimizer], settings: dict[str, Any]) -> dict[str, Any]:
-    """`lr` is a required argument of some optimizers even when every group brings its own."""
+    """Some optimizers require `lr` even when every group has its own."""
     return {"lr": settings["lr"]} if "lr" in settings else {}

@@ -1,11 +1,11 @@
-"""Aim."""
+"""Tracker for Aim."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import flatten, to_json
+from paceline.tracking.log_values import flatten, to_json
 
 __all__ = ["Tracker"]
 
@@ -28,7 +28,7 @@ class Tracker(Backend):
             self._run.name = self.run_name
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as the run's hparams."""
+        """Store the settings as the run's hparams."""
         self._run["hparams"] = to_json(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -42,8 +42,8 @@ class Tracker(Backend):
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `aim.Image`."""
         for name, images in values.items():
-            made = [self._package.Image(image, **kwargs) for image in images]
-            self._run.track(made, name=name, step=step)
+            converted = [self._package.Image(image, **kwargs) for image in images]
+            self._run.track(converted, name=name, step=step)
 
     def finish(self) -> None:
         """Close the run."""

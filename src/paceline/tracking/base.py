@@ -1,4 +1,4 @@
-"""What a tracker is: derive from `GeneralTracker` to bring your own."""
+"""The tracker protocol: derive from `GeneralTracker` to add a tracker of your own."""
 
 from __future__ import annotations
 
@@ -11,21 +11,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "BlankTracker", "GeneralTracker", "TableBackend", "missing_parts"]
 
-# Not the logger that knows its rank: this room is read by commands that need no torch.
+# Not the rank-aware logger: commands that need no torch import this module.
 logger = logging.getLogger(__name__)
 
 
 class GeneralTracker:
-    """A place where a run is recorded.
+    """Base class of trackers, which record a run somewhere.
 
-    A subclass sets `name` and `requires_logging_directory`, and has `tracker`, `store_init_configuration` and `log`.
-    An object of it is what `Accelerator(log_with=...)` takes.
+    A subclass sets `name` and `requires_logging_directory`, and implements `tracker`, `store_init_configuration` and
+    `log`. Pass an instance to `Accelerator(log_with=...)`. All methods are called on rank 0 only, unless
+    `main_process_only` is False.
+
+    >>> class PrintTracker(GeneralTracker):
+    ...     name = "print"
+    ...     requires_logging_directory = False
+    ...
+    ...     @property
+    ...     def tracker(self):
+    ...         return self
+    ...
+    ...     def store_init_configuration(self, values):
+    ...         print(values)
+    ...
+    ...     def log(self, values, step=None, **kwargs):
+    ...         print(step, values)
+    >>> PrintTracker().log({"loss": 0.5}, step=3)
+    3 {'loss': 0.5}
 
     Attributes:
-        name: By which `get_tracker` finds it.
-        requires_logging_directory: Whether it cannot do without `project_dir` or `logging_dir`.
-        main_process_only: Whether only rank 0 talks to it; else every rank that calls `init_trackers` does.
-        crashed: Set before `finish` when the script ended with an error.
+        name: The name by which `get_tracker` returns it.
+        requires_logging_directory: Whether it needs `project_dir` or `logging_dir`.
+        main_process_only: Whether only rank 0 uses it; otherwise every rank that calls `init_trackers` does.
+        crashed: Set to True before `finish` when the script ended with an error.
     """
 
     name: str = ""
@@ -35,23 +52,50 @@ class GeneralTracker:
 
     @property
     def tracker(self) -> Any:
-        """The object of the package behind it."""
+        """The run object of the underlying package, which `get_tracker(name, unwrap=True)` returns.
+
+        Raises:
+            NotImplementedError: The subclass does not implement it.
+        """
         raise NotImplementedError
 
     def start(self) -> None:
         """Open the run; called once, by `init_trackers`."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings of the run."""
+        """Record the run's settings; called by `init_trackers(config=...)`.
+
+        Args:
+            values: The settings by name; may be nested.
+
+        Raises:
+            NotImplementedError: The subclass does not implement it.
+        """
         raise NotImplementedError
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Record numbers and text of a step; tensors have become numbers, or numpy arrays, before."""
+        """Record the values of a step. An exception disables the tracker; the run continues without it.
+
+        Args:
+            values: Numbers and text by name. Tensors of one element have been converted to numbers, others to numpy
+                arrays.
+            step: The step, or None when the script passed none.
+            kwargs: What the script passed in `log_kwargs` under the tracker's name.
+
+        Raises:
+            NotImplementedError: The subclass does not implement it.
+        """
         raise NotImplementedError
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Record lists of images, each an array of shape [height, width, channels]."""
-        self._tell_once("images")
+        """Record images; the default warns once that they are dropped.
+
+        Args:
+            values: A list of images by name, each an array of shape [height, width, channels].
+            step: The step, or None when the script passed none.
+            kwargs: Arguments of the underlying package.
+        """
+        self._warn_once("images")
 
     def log_table(
         self,
@@ -62,41 +106,63 @@ class GeneralTracker:
         step: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record a table, given as names and rows, or as a data frame of pandas."""
-        self._tell_once("tables")
+        """Record a table, given as columns and rows or as a data frame; the default warns once that it is dropped.
+
+        Args:
+            table_name: The table's name.
+            columns: Names of the columns.
+            data: The rows.
+            dataframe: A pandas data frame, instead of `columns` and `data`.
+            step: The step, or None when the script passed none.
+            kwargs: Arguments of the underlying package.
+        """
+        self._warn_once("tables")
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file with the run."""
-        self._tell_once("files")
+        """Store a file with the run; the default warns once that it is dropped.
+
+        Args:
+            path: The file's path.
+            name: The name to store it under; None leaves it to the tracker.
+            kwargs: Arguments of the underlying package.
+        """
+        self._warn_once("files")
 
     def finish(self) -> None:
-        """Close the run; called once."""
+        """Close the run; called once, by `end_training` or at interpreter exit."""
 
-    def _tell_once(self, what: str) -> None:
-        told = self.__dict__.setdefault("_told", set())
-        if what not in told:
-            told.add(what)
-            logger.warning("The tracker %s takes no %s; they are left out.", self.name, what)
+    def _warn_once(self, what: str) -> None:
+        warned = self.__dict__.setdefault("_warned", set())
+        if what not in warned:
+            warned.add(what)
+            logger.warning("The tracker %s does not support %s; they are dropped.", self.name, what)
 
 
 _PARTS = ("name", "requires_logging_directory", "tracker", "store_init_configuration", "log")
 
 
 def missing_parts(tracker: object) -> list[str]:
-    """What an object lacks of a tracker; it need not be derived from `GeneralTracker`."""
-    own = {name for cls in type(tracker).__mro__ if cls is not GeneralTracker for name in vars(cls)}
-    own |= set(getattr(tracker, "__dict__", ()))
-    return [part for part in _PARTS if part not in own]
+    """List the required members that an object lacks as a tracker.
+
+    Args:
+        tracker: Any object; it need not be derived from `GeneralTracker`.
+
+    Returns:
+        The names of the missing members; empty when the object is a tracker.
+    """
+    defined = {name for cls in type(tracker).__mro__ if cls is not GeneralTracker for name in vars(cls)}
+    defined |= set(getattr(tracker, "__dict__", ()))
+    return [part for part in _PARTS if part not in defined]
 
 
 class Backend(GeneralTracker):
-    """A tracker on a package of its own, which is imported when the run is opened.
+    """A tracker on top of a package, which is imported when the run is opened.
 
     Args:
-        project: The run's project.
-        folder: Where trackers keep their files; None leaves it to the package.
+        project: The project's name.
+        folder: Where the tracker writes its files; None leaves it to the package.
         run_name: The run's name; None leaves it to the package.
-        settings: Passed on to what opens the run.
+        settings: Keyword arguments of the call that opens the run.
     """
 
     def __init__(
@@ -110,17 +176,24 @@ class Backend(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """The object of the package behind it."""
+        """The run object of the underlying package."""
         return self._run
 
     def named(self, argument: str) -> dict[str, Any]:
-        """The settings, and the run's name under the argument by which the package takes it."""
+        """Combine the settings with the run's name.
+
+        Args:
+            argument: The keyword argument by which the package takes the run's name.
+
+        Returns:
+            The keyword arguments; the settings take precedence.
+        """
         name = {} if self.run_name is None else {argument: self.run_name}
         return {**name, **self.settings}
 
 
 class TableBackend(Backend):
-    """A package with a class `Table` of columns, data or a data frame, which its run logs like a value."""
+    """A package with a class `Table`, which its run logs like a value."""
 
     _package: Any
 
@@ -133,15 +206,24 @@ class TableBackend(Backend):
         step: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record a table."""
-        named = None if columns is None else list(columns)
+        """Record a table, given as columns and rows or as a data frame.
+
+        Args:
+            table_name: The table's name.
+            columns: Names of the columns.
+            data: The rows.
+            dataframe: A pandas data frame, instead of `columns` and `data`.
+            step: The step, or None when the script passed none.
+            kwargs: Ignored.
+        """
+        names = None if columns is None else list(columns)
         rows = None if data is None else [list(row) for row in data]
-        table = self._package.Table(columns=named, data=rows, dataframe=dataframe)
+        table = self._package.Table(columns=names, data=rows, dataframe=dataframe)
         self._run.log({table_name: table}, step=step)
 
 
 class BlankTracker:
-    """Stands on ranks that record nothing for what `get_tracker` gives on the others: every call does nothing."""
+    """What `get_tracker` returns on ranks that record nothing: every attribute and call returns this object."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -149,7 +231,7 @@ class BlankTracker:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> BlankTracker:
-        """Do nothing, and stand for whatever it would have given."""
+        """Do nothing, and return this object."""
         return self
 
     def __bool__(self) -> bool:

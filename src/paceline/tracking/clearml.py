@@ -1,11 +1,11 @@
-"""ClearML."""
+"""Tracker for ClearML."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import flatten, to_json
+from paceline.tracking.log_values import flatten, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,27 +16,27 @@ __all__ = ["Tracker"]
 class Tracker(Backend):
     """A task of `clearml`; settings are those of `Task.init`.
 
-    A task that the script has opened already is joined, and left open at the end.
+    A task that the script has already opened is used, and left open at the end.
     """
 
     name = "clearml"
 
     def start(self) -> None:
-        """Open a task, or join the one that is open."""
+        """Open a task, or use the one that is open."""
         from clearml import Task
 
         self._run = Task.current_task()
         self._is_own = self._run is None
         if self._is_own:
-            said = {"project_name": self.project, "task_name": self.run_name or self.project}
-            self._run = Task.init(**{**said, **self.settings})
+            names = {"project_name": self.project, "task_name": self.run_name or self.project}
+            self._run = Task.init(**{**names, **self.settings})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as the task's configuration."""
+        """Store the settings as the task's configuration."""
         self._run.connect_configuration(to_json(values), name="paceline")
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Record numbers: those of a step in a plot, others by themselves; text goes to the console log."""
+        """Record numbers with a step as scalars, others as single values; text goes to the console log."""
         logger = self._run.get_logger()
         for name, value in flatten(values).items():
             if isinstance(value, str):
@@ -44,13 +44,13 @@ class Tracker(Backend):
             elif isinstance(value, int | float) and step is None:
                 logger.report_single_value(name, value)
             elif isinstance(value, int | float):
-                title, series = _place(name)
+                title, series = _plot_and_curve(name)
                 logger.report_scalar(title, series, value, step, **kwargs)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `report_image`."""
         for name, images in values.items():
-            title, series = _place(name)
+            title, series = _plot_and_curve(name)
             for index, image in enumerate(images):
                 shown = {"iteration": step, "image": image, **kwargs}
                 self._run.get_logger().report_image(title, f"{series}_{index}", **shown)
@@ -66,15 +66,15 @@ class Tracker(Backend):
     ) -> None:
         """Record a table."""
         table = dataframe if dataframe is not None else [list(columns or ()), *map(list, data or ())]
-        title, series = _place(table_name)
+        title, series = _plot_and_curve(table_name)
         self._run.get_logger().report_table(title, series, iteration=step, table_plot=table, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file."""
+        """Store a file with the run."""
         self._run.upload_artifact(name or path, path, **kwargs)
 
     def finish(self) -> None:
-        """Close the task, unless it is the script's."""
+        """Close the task, unless the script opened it."""
         if not self._is_own:
             return
         if self.crashed:
@@ -82,9 +82,9 @@ class Tracker(Backend):
         self._run.close()
 
 
-def _place(name: str) -> tuple[str, str]:
-    """The plot and the curve in it: `eval_loss` is the curve eval of the plot loss."""
-    for before in ("eval", "test", "train"):
-        if name.startswith(f"{before}_"):
-            return name[len(before) + 1 :], before
+def _plot_and_curve(name: str) -> tuple[str, str]:
+    """The plot and the curve of a value: `eval_loss` is the curve eval of the plot loss."""
+    for split in ("eval", "test", "train"):
+        if name.startswith(f"{split}_"):
+            return name[len(split) + 1 :], split
     return name, "train"

@@ -1,11 +1,11 @@
-"""Comet."""
+"""Tracker for Comet."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import numbers, short_text
+from paceline.tracking.log_values import numbers, short_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Tracker(Backend):
             self._run.set_name(self.run_name)
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as parameters."""
+        """Store the settings as parameters."""
         self._run.log_parameters(short_text(values))
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class Tracker(Backend):
         self._run.log_table(f"{table_name}.csv", tabular_data=rows, headers=headers, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file."""
+        """Store a file with the run."""
         self._run.log_asset(path, file_name=name, **kwargs)
 
     def finish(self) -> None:

@@ -1,37 +1,37 @@
-"""DVCLive."""
+"""Tracker for DVCLive."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import numbers, to_json
+from paceline.tracking.log_values import numbers, to_json
 
 __all__ = ["Tracker"]
 
 
 class Tracker(Backend):
-    """A `dvclive.Live`, whose settings these are; a `live` among them is used, and left open at the end."""
+    """A run of `dvclive`; settings are those of `Live`. A `live` among them is used, and left open at the end."""
 
     name = "dvclive"
 
     def start(self) -> None:
-        """Open it."""
+        """Open a run, or use the script's."""
         from dvclive import Live
 
         settings = self.named("exp_name")
         self._run = settings.pop("live", None)
         self._is_own = self._run is None
         if self._is_own:
-            where = {} if self.folder is None else {"dir": str(self.folder / "dvclive")}
-            self._run = Live(**{**where, **settings})
+            location = {} if self.folder is None else {"dir": str(self.folder / "dvclive")}
+            self._run = Live(**{**location, **settings})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as parameters."""
+        """Store the settings as parameters."""
         self._run.log_params(to_json(values))
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Record the numbers of a step, and go on to the next."""
+        """Record the numbers of a step, and advance to the next."""
         if step is not None:
             self._run.step = step
         for name, value in numbers(values).items():
@@ -47,10 +47,10 @@ class Tracker(Backend):
                 self._run.log_image(f"{name}_{index}.png", image, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file."""
+        """Store a file with the run."""
         self._run.log_artifact(path, name=name, **kwargs)
 
     def finish(self) -> None:
-        """Close it, unless it is the script's."""
+        """Close it, unless the script opened it."""
         if self._is_own:
             self._run.end()

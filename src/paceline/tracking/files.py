@@ -1,4 +1,4 @@
-"""The record that every run leaves: `metrics.jsonl`, a line for each entry, and `run.json`, what it was."""
+"""The record that every run writes: `metrics.jsonl`, one line per entry, and `run.json`, its description."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import to_json
+from paceline.tracking.log_values import to_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,22 +17,22 @@ __all__ = ["METRICS_FILE", "RECORD_FILE", "Tracker"]
 
 METRICS_FILE = "metrics.jsonl"
 RECORD_FILE = "run.json"
-_STARTS_KEPT = 100
+_MAX_STARTS = 100
 
 
 class Tracker(Backend):
     """Appends lines of JSON; needs no package.
 
-    A line has `step`, `time` in seconds since 1970, the values, and what the run knows of itself, such as
-    `samples_seen` and `peak_memory_bytes`. It is on its way to the disk when `log` returns. Numbers that are none
-    are the texts `NaN`, `Infinity` and `-Infinity`, so that every reader of JSON can read them.
+    A line has `step`, `time` in seconds since 1970, the values, and what the run itself adds, such as `samples_seen`
+    and `peak_memory_bytes`. It is written when `log` returns. NaN and infinities are the texts `NaN`, `Infinity` and
+    `-Infinity`, so that every JSON parser can read them.
     """
 
     name = "jsonl"
     requires_logging_directory = True
 
     def start(self) -> None:
-        """Make the folder; what is in the file already stays."""
+        """Create the folder; an existing file is continued."""
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._record: dict[str, Any] = {}
@@ -43,7 +43,7 @@ class Tracker(Backend):
         self.store_record({"settings": values})
 
     def store_record(self, more: Mapping[str, Any]) -> None:
-        """Add to what `run.json` says."""
+        """Add to `run.json`."""
         assert self.folder is not None
         if not self._record:
             self._record = {"project": self.project, "run_name": self.run_name, "starts": _starts(self.folder)}
@@ -56,12 +56,12 @@ class Tracker(Backend):
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Write one line."""
         line = {"step": step, "time": round(time.time(), 3), **kwargs, **values}
-        # Opened for each line: what was logged before a kill is there after it, and no file is left open.
+        # Opened for each line, so that a kill loses nothing that was logged before, and no file is left open.
         with self._run.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(line)) + "\n")
 
     def finish(self) -> None:
-        """Note how the run ended."""
+        """Record how the run ended."""
         assert self.folder is not None
         if self._record and self.folder.is_dir():
             last = {**self._record["starts"][-1], "ended": time.time(), "crashed": self.crashed}
@@ -69,10 +69,10 @@ class Tracker(Backend):
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """When the run was started, earlier times in the same folder included."""
+    """When the run was started, including earlier starts in the same folder."""
     try:
-        before = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
+        earlier = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError, TypeError):
-        before = []
-    kept = [start for start in before if isinstance(start, dict)] if isinstance(before, list) else []
-    return [*kept[-_STARTS_KEPT:], {"began": time.time()}]
+        earlier = []
+    starts = [start for start in earlier if isinstance(start, dict)] if isinstance(earlier, list) else []
+    return [*starts[-_MAX_STARTS:], {"began": time.time()}]

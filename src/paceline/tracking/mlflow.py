@@ -1,4 +1,4 @@
-"""MLflow."""
+"""Tracker for MLflow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import numbers, short_text
+from paceline.tracking.log_values import numbers, short_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["Tracker"]
 
 logger = logging.getLogger(__name__)
-_PARAMS_AT_ONCE = 100
+_PARAMS_PER_CALL = 100
 
 
 class Tracker(Backend):
     """The active run of `mlflow`; settings are those of `mlflow.start_run`, and `tracking_uri`.
 
-    A run that the script has started already is joined, and left open at the end. Without `tracking_uri` MLflow's
-    own variables and defaults decide where it is kept.
+    A run that the script has already started is used, and left open at the end. Without `tracking_uri` MLflow's own
+    variables and defaults decide where it is stored.
     """
 
     name = "mlflow"
 
     def start(self) -> None:
-        """Open a run, or join the one that is open."""
+        """Open a run, or use the one that is open."""
         import mlflow
 
         self._package = mlflow
@@ -42,15 +42,15 @@ class Tracker(Backend):
             self._run = mlflow.start_run(**settings)
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as parameters; text that is too long for one is cut."""
+        """Store the settings as parameters; text that is too long is truncated."""
         longest = self._package.utils.validation.MAX_PARAM_VAL_LENGTH
         texts = {name.replace("/", "."): str(value) for name, value in short_text(values).items()}
         cut = [name for name, text in texts.items() if len(text) > longest]
         if cut:
-            logger.warning("MLflow keeps %d characters of a parameter; %s were cut.", longest, ", ".join(cut))
+            logger.warning("MLflow stores %d characters per parameter; %s were truncated.", longest, ", ".join(cut))
         pairs = [(name, text[:longest]) for name, text in texts.items()]
-        for first in range(0, len(pairs), _PARAMS_AT_ONCE):
-            self._package.log_params(dict(pairs[first : first + _PARAMS_AT_ONCE]))
+        for first in range(0, len(pairs), _PARAMS_PER_CALL):
+            self._package.log_params(dict(pairs[first : first + _PARAMS_PER_CALL]))
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record the numbers among the values."""
@@ -60,8 +60,10 @@ class Tracker(Backend):
         """Record images; keywords are those of `mlflow.log_image`."""
         for name, images in values.items():
             for index, image in enumerate(images):
-                place = {"artifact_file": f"{name}_{step}_{index}.png"} if step is None else {"key": name, "step": step}
-                self._package.log_image(image, **{**place, **kwargs})
+                target = (
+                    {"artifact_file": f"{name}_{step}_{index}.png"} if step is None else {"key": name, "step": step}
+                )
+                self._package.log_image(image, **{**target, **kwargs})
 
     def log_table(
         self,
@@ -76,23 +78,23 @@ class Tracker(Backend):
         if dataframe is not None:
             self._package.log_table(dataframe, f"{table_name}.json", **kwargs)
         else:
-            # What MLflow makes of a data frame, without pandas.
+            # The format in which MLflow stores a data frame, written without pandas.
             table = {"columns": list(columns or ()), "data": [list(row) for row in data or ()]}
             self._package.log_dict(table, f"{table_name}.json")
 
     def log_figure(self, figure: Any, artifact_file: str, **kwargs: Any) -> None:
-        """Keep a figure of matplotlib or plotly."""
+        """Store a figure of matplotlib or plotly."""
         self._package.log_figure(figure, artifact_file, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file; `name` is the folder it goes to."""
+        """Store a file with the run; `name` is its folder there."""
         self._package.log_artifact(path, name, **kwargs)
 
     def log_artifacts(self, local_dir: str, artifact_path: str | None = None) -> None:
-        """Keep the files of a folder."""
+        """Store the files of a folder with the run."""
         self._package.log_artifacts(local_dir, artifact_path)
 
     def finish(self) -> None:
-        """Close the run, marked as failed after a crash, unless it is the script's."""
+        """Close the run, marked as failed after a crash, unless the script started it."""
         if self._is_own:
             self._package.end_run("FAILED" if self.crashed else "FINISHED")

@@ -1,11 +1,11 @@
-"""SwanLab."""
+"""Tracker for SwanLab."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import flatten
+from paceline.tracking.log_values import flatten
 
 __all__ = ["Tracker"]
 
@@ -20,23 +20,23 @@ class Tracker(Backend):
         import swanlab
 
         self._package = swanlab
-        where = {} if self.folder is None else {"logdir": str(self.folder / "swanlog")}
-        self._run = swanlab.init(**{"project": self.project, **where, **self.named("experiment_name")})
+        location = {} if self.folder is None else {"logdir": str(self.folder / "swanlog")}
+        self._run = swanlab.init(**{"project": self.project, **location, **self.named("experiment_name")})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as the run's config."""
+        """Store the settings as the run's config."""
         self._package.config.update(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record numbers and text."""
-        kept = {name: value for name, value in flatten(values).items() if isinstance(value, int | float | str)}
-        texts = {name: self._package.Text(value) for name, value in kept.items() if isinstance(value, str)}
-        self._run.log({**kept, **texts}, step=step, **kwargs)
+        shown = {name: value for name, value in flatten(values).items() if isinstance(value, int | float | str)}
+        texts = {name: self._package.Text(value) for name, value in shown.items() if isinstance(value, str)}
+        self._run.log({**shown, **texts}, step=step, **kwargs)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `swanlab.Image`."""
-        made = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
-        self._run.log(made, step=step)
+        converted = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
+        self._run.log(converted, step=step)
 
     def finish(self) -> None:
         """Close the run."""

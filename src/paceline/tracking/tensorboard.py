@@ -1,11 +1,11 @@
-"""TensorBoard: event files under `<folder>/<project>`."""
+"""Tracker for TensorBoard: event files under `<folder>/<project>`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
-from paceline.tracking.values import short_text
+from paceline.tracking.log_values import short_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Tracker(Backend):
         self._run.flush()
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write numbers as scalars, mappings as scalars of one plot, text as text, arrays as histograms."""
+        """Write numbers as scalars, mappings as scalars in one plot, text as text, arrays as histograms."""
         for name, value in values.items():
             if isinstance(value, bool | int | float):
                 self._run.add_scalar(name, value, step, **kwargs)
@@ -47,7 +47,7 @@ class Tracker(Backend):
                 self._run.add_histogram(name, value, step)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write arrays of images; `dataformats` says how they are laid out, NHWC when it is left out."""
+        """Write batches of images; `dataformats` gives their layout, NHWC by default."""
         import numpy as np
 
         for name, images in values.items():
@@ -62,7 +62,7 @@ class Tracker(Backend):
         step: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the table as text in Markdown."""
+        """Write the table as Markdown text."""
         names, rows = (columns or (), data or ()) if dataframe is None else (dataframe.columns, dataframe.values)
         lines = [list(names), ["---"] * len(names), *rows]
         self._run.add_text(table_name, "\n".join("|" + "|".join(map(str, line)) + "|" for line in lines), step)

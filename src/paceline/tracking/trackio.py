@@ -1,4 +1,4 @@
-"""Trackio."""
+"""Tracker for Trackio."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Tracker(TableBackend):
         self._run = trackio.init(**{"project": self.project, **self.named("name")})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as the run's config."""
+        """Store the settings as the run's config."""
         self._run.config.update(values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Hand everything on."""
+        """Pass all values on."""
         self._run.log(values, step=step, **kwargs)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `trackio.Image`."""
         for name, images in values.items():
-            made = {f"{name}_{index}": self._package.Image(one, **kwargs) for index, one in enumerate(images)}
-            self._run.log(made, step=step)
+            converted = {f"{name}_{index}": self._package.Image(one, **kwargs) for index, one in enumerate(images)}
+            self._run.log(converted, step=step)
 
     def finish(self) -> None:
         """Close the run."""

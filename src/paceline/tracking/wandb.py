@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Tracker for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Tracker(TableBackend):
         import wandb
 
         self._package = wandb
-        where = {} if self.folder is None else {"dir": str(self.folder)}
+        location = {} if self.folder is None else {"dir": str(self.folder)}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(**{"project": self.project, **where, **self.named("name")})
+        self._run = wandb.init(**{"project": self.project, **location, **self.named("name")})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Keep the settings as the run's config."""
+        """Store the settings as the run's config."""
         self._run.config.update(values, allow_val_change=True)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Hand everything to `run.log`."""
+        """Pass all values to `run.log`."""
         self._run.log(values, step=step, **kwargs)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `wandb.Image`."""
-        made = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
-        self._run.log(made, step=step)
+        converted = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
+        self._run.log(converted, step=step)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
-        """Keep a file."""
+        """Store a file with the run."""
         self._run.log_artifact(path, name=name, **kwargs)
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.environment.generators import load_generators_state
+from paceline.environment.rng_state import set_rng_states
 from paceline.errors import CheckpointError, PacelineError, StateError, named, named_ranks
 from paceline.training_state.registered_tensors import LiveTensors
 from paceline.training_state.state import numbered
@@ -185,7 +185,7 @@ class _Adoption:
         held = self._found.generators.get(strategy.context.group.rank)
         whole = held is not None and {"python", "numpy", "torch"} <= held.keys()
         if held is not None and whole:
-            load_generators_state(held, strategy.context.device)
+            set_rng_states(held, strategy.context.device)
         taken = strategy.context.group.all_gather_object(whole)
         ranks = [rank for rank, did in enumerate(taken) if did]
         if ranks:

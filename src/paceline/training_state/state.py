@@ -16,8 +16,8 @@ import torch
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
 from paceline.checkpoint.format.dtypes import dtype_named
-from paceline.environment.generators import generators_state, load_generators_state
 from paceline.environment.logging import get_logger
+from paceline.environment.rng_state import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
@@ -132,7 +132,7 @@ class TrainingState:
     def _own(self) -> dict[str, Any]:
         return {
             "loaders": [to_plain(s.state_dict(), f"loader_{index}") for index, s in enumerate(self.loaders)],
-            "generators": to_plain(generators_state(self.strategy.context.device), "generators"),
+            "generators": to_plain(get_rng_states(self.strategy.context.device), "generators"),
         }
 
     def _facts(self) -> Manifest:
@@ -272,7 +272,7 @@ class TrainingState:
             for loader, held in _pairs(own, "loaders", self.loaders, strict=strict):
                 loader.load_state_dict(from_plain(held))
         if saved is not None and saved["generators"]:
-            load_generators_state(from_plain(saved["generators"]), self.strategy.context.device)
+            set_rng_states(from_plain(saved["generators"]), self.strategy.context.device)
         size = checkpoint.manifest.world_size
         if size != self._group.size:
             # A generator belongs to a rank; there is no right answer for more of them, or fewer.

@@ -1,7 +1,7 @@
-"""Noticing that a rank waits for others that do not come, and saying who is missing and where it is.
+"""Detects that ranks wait for others that do not arrive, and reports which are missing and where they are.
 
-Nothing of it runs in the path of a step: a thread looks now and then at what torch's flight recorder has noted anyway,
-and at the main thread's stack only once something stands still.
+Nothing of it runs in the path of a step: a thread polls torch's flight recorder, and the main thread's stack only while
+a collective is pending.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a thread is, in the words of the user's program: file and line, and which call it has made there."""
+"""Where a thread is in the user's program: file and line, and the call that it has made there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["CodeLocation", "all_stacks", "here", "location_in_traceback", "location_of", "main_stack"]
 
 _LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
-# Public methods of modules directly in the package are what a script calls; rooms below serve these.
-_FACADE = re.compile(r"paceline\.\w+")
-_CODE = 100
+# The methods of the facade are what a script calls.
+_FACADE = re.compile(r"paceline\.accelerator\.\w+")
+_MAX_CODE_LENGTH = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,9 @@ class CodeLocation:
 
     Attributes:
         where: `file:line`.
-        function: The function that the line is in.
-        code: The line itself, shortened.
-        call: What it has called: a method of the facade, else a function of a library; empty when it computes itself.
+        function: The function that contains the line.
+        code: The source line, shortened.
+        call: What it has called: a method of the facade, else a function of a library; empty when it calls nothing.
         is_collective: Whether `call` is a method of the facade that every rank must call.
     """
 
@@ -58,35 +58,38 @@ class _Level:
 
 
 def here() -> CodeLocation | None:
-    """Where the main thread is now."""
-    ident = threading.main_thread().ident
-    frame = None if ident is None else sys._current_frames().get(ident)
+    """Return where the main thread is now."""
+    frame = _main_frame()
     return None if frame is None else location_of(frame)
 
 
 def main_stack() -> tuple[tuple[int, int], ...]:
-    """Where the main thread is, for a look at whether it has moved."""
-    ident = threading.main_thread().ident
-    frame = None if ident is None else sys._current_frames().get(ident)
-    found = []
+    """Return the main thread's stack as values to compare: they differ once it has moved."""
+    frame = _main_frame()
+    stack = []
     while frame is not None:
-        found.append((id(frame.f_code), frame.f_lasti))
+        stack.append((id(frame.f_code), frame.f_lasti))
         frame = frame.f_back
-    return tuple(found)
+    return tuple(stack)
+
+
+def _main_frame() -> FrameType | None:
+    ident = threading.main_thread().ident
+    return None if ident is None else sys._current_frames().get(ident)
 
 
 def location_of(frame: FrameType) -> CodeLocation:
-    """Where a thread is whose innermost frame this is."""
-    return _place(reversed([(f, line) for f, line in traceback.walk_stack(frame)]))
+    """Return where the thread of an innermost frame is."""
+    return _locate(reversed([(f, line) for f, line in traceback.walk_stack(frame)]))
 
 
 def location_in_traceback(trace: TracebackType | None) -> CodeLocation | None:
-    """Where an exception came from."""
-    return None if trace is None else _place(traceback.walk_tb(trace))
+    """Return where an exception was raised."""
+    return None if trace is None else _locate(traceback.walk_tb(trace))
 
 
 def all_stacks() -> str:
-    """The stacks of all threads of this process, the main thread's first."""
+    """Return the stacks of all threads of this process, the main thread's first."""
     main = threading.main_thread().ident
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
@@ -95,17 +98,17 @@ def all_stacks() -> str:
     )
 
 
-def _place(frames: Iterable[tuple[FrameType, int]]) -> CodeLocation:
+def _locate(frames: Iterable[tuple[FrameType, int]]) -> CodeLocation:
     levels = [_level(frame, line) for frame, line in frames]
-    own = [index for index, level in enumerate(levels) if _is_own(level.file)]
-    index = own[-1] if own else len(levels) - 1
+    user = [index for index, level in enumerate(levels) if _is_user_code(level.file)]
+    index = user[-1] if user else len(levels) - 1
     level = levels[index]
     call, is_collective = _call(levels[index + 1 :])
     code = linecache.getline(level.file, level.line).strip()
     return CodeLocation(
         where=f"{level.file}:{level.line}",
         function=level.function,
-        code=textwrap.shorten(code, _CODE, placeholder=" …"),
+        code=textwrap.shorten(code, _MAX_CODE_LENGTH, placeholder=" …"),
         call=call,
         is_collective=is_collective,
     )
@@ -114,25 +117,25 @@ def _place(frames: Iterable[tuple[FrameType, int]]) -> CodeLocation:
 def _level(frame: FrameType, line: int) -> _Level:
     code = frame.f_code
     # The first constant of a function is its docstring.
-    words = next(iter(code.co_consts), None)
+    doc = next(iter(code.co_consts), None)
     module = str(frame.f_globals.get("__name__", ""))
-    collective = isinstance(words, str) and "Collective" in words
-    return _Level(code.co_filename, line, code.co_name, module, collective)
+    is_collective = isinstance(doc, str) and "Collective" in doc
+    return _Level(code.co_filename, line, code.co_name, module, is_collective)
 
 
-def _is_own(file: str) -> bool:
+def _is_user_code(file: str) -> bool:
     return not (file.startswith(_LIBRARIES) or "site-packages" in file)
 
 
 def _call(below: Sequence[_Level]) -> tuple[str, bool]:
-    """The call that says most about what the user's line is doing."""
+    """The call that tells most about what the user's line is doing."""
     public = [level for level in below if not level.function.startswith(("_", "<"))]
     for level in public:
         if _FACADE.fullmatch(level.module):
             return level.function, level.is_collective
     for prefix in ("paceline.", "torch.distributed.distributed_c10d", ""):
         for level in public:
-            # Names of decorators' inner functions say nothing.
+            # Names of decorators' inner functions tell nothing.
             if level.module.startswith(prefix) and level.function not in ("wrapper", "inner", "decorate_context"):
                 return level.function, False
     return "", False

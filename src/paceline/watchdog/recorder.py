@@ -1,4 +1,4 @@
-"""What torch's flight recorder has noted: the collectives that this process has entered, and which have not ended."""
+"""Reads torch's flight recorder: the collectives that this process has entered, and which of them are pending."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ import torch._C._distributed_c10d as c10d
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Operation", "Status", "current_status", "flight_record", "is_device_busy", "recent_operations"]
+__all__ = [
+    "GroupStatus",
+    "Operation",
+    "current_status",
+    "flight_record",
+    "is_device_busy",
+    "read_operation",
+    "recent_operations",
+]
 
-# Of gloo and of NCCL; a build of torch has one or both.
+# For gloo and for NCCL; a build of torch has one or both.
 _NCCL = "_dump_nccl_trace_json"
 _JSON_DUMPS = ("_dump_fr_trace_json", _NCCL)
 _DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
-# Operations of a group that are told; where ranks first differ is rarely further back than this.
-_RECENT = 24
+# Operations per group to report; ranks rarely diverge further back than this.
+_MAX_OPERATIONS = 24
 
-# For each group, the number of the last collective entered and of the last completed.
-Status = dict[str, tuple[str, str]]
+# By group, the number of the last collective entered and of the last completed.
+GroupStatus = dict[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +38,11 @@ class Operation:
     """A collective that this process has entered.
 
     Attributes:
-        group: The same on every rank that is in the group.
-        number: Counts the collectives of the group, from 1.
+        group: Name of the group, the same on all its ranks.
+        number: Index among the collectives of the group, from 1.
         name: Such as `all_reduce`.
-        what: The tensors brought, such as `float32 (4,)`.
-        done: Whether it has ended here.
+        what: The input tensors, such as `float32 (4,)`.
+        done: Whether it has completed on this rank.
     """
 
     group: str
@@ -47,35 +55,35 @@ class Operation:
         return f"{self.name} #{self.number}" + (f" of {self.what}" if self.what else "")
 
 
-def current_status() -> Status:
-    """How far each group is, at the cost of about a tenth of a millisecond; empty when nothing is recorded."""
-    found: Status = {}
+def current_status() -> GroupStatus:
+    """Return how far each group is; empty when nothing is recorded. Takes about 0.1 ms."""
+    groups: GroupStatus = {}
     for name in _JSON_DUMPS:
         for key, status in _dump(name, False).get("pg_status", {}).items():
             entered, completed = (str(status.get(f"last_{what}_collective")) for what in ("enqueued", "completed"))
-            found[f"{name}/{key}"] = (entered, completed)
-    return found
+            groups[f"{name}/{key}"] = (entered, completed)
+    return groups
 
 
 def is_device_busy() -> bool:
-    """Whether a collective of NCCL has been entered and has not ended."""
+    """Whether a NCCL collective has been entered and has not completed."""
     behind = any(name.startswith(_NCCL) and entered != done for name, (entered, done) in current_status().items())
     return behind and any(not o.done for o in recent_operations() if o.group.startswith("nccl"))
 
 
 def recent_operations() -> list[Operation]:
-    """The last collectives of each group, oldest first. It may take half a second."""
+    """Return the last collectives of each group, oldest first. It may take half a second."""
     groups: dict[str, list[Operation]] = {}
     for name in _JSON_DUMPS:
         for entry in _dump(name).get("entries", ()):
             if not entry.get("is_p2p"):
-                operation = _read(entry)
+                operation = read_operation(entry)
                 groups.setdefault(operation.group, []).append(operation)
-    return [operation for found in groups.values() for operation in found[-_RECENT:]]
+    return [operation for group in groups.values() for operation in group[-_MAX_OPERATIONS:]]
 
 
 def flight_record() -> bytes:
-    """The whole record, as torch's own tools read it; empty when there is none."""
+    """Return the whole record in the format of torch's own tools; empty when there is none."""
     for name in reversed(_DUMPS):
         dump: Callable[[], bytes] | None = getattr(c10d, name, None)
         with contextlib.suppress(RuntimeError):
@@ -89,13 +97,14 @@ def _dump(name: str, *arguments: bool) -> dict[str, Any]:
     if dump is None:
         return {}
     try:
-        found: dict[str, Any] = json.loads(dump(*arguments))
-    except (RuntimeError, ValueError):  # a build without a recorder says so by raising
+        record: dict[str, Any] = json.loads(dump(*arguments))
+    except (RuntimeError, ValueError):  # a build without a recorder raises
         return {}
-    return found
+    return record
 
 
-def _read(entry: dict[str, Any]) -> Operation:
+def read_operation(entry: dict[str, Any]) -> Operation:
+    """Return the collective that an entry of the record describes."""
     backend, _, name = str(entry.get("profiling_name", "")).rpartition(":")
     group = entry.get("process_group") or [entry.get("pg_id", 0)]
     dtypes = [_dtype(name) for name in entry.get("input_dtypes", ())]
@@ -111,7 +120,7 @@ def _read(entry: dict[str, Any]) -> Operation:
 
 
 def _described(dtype: str, shape: Sequence[int]) -> str:
-    if dtype in ("byte", "char") and len(shape) == 1:  # so the exchanges of this library travel, and pickled objects
+    if dtype in ("byte", "char") and len(shape) == 1:  # pickled objects, and this library's own messages
         return f"{shape[0]} bytes"
     return f"{dtype} ({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
 

@@ -1,8 +1,8 @@
-"""The thread that notices a standstill, and how the ranks then agree on one account of it.
+"""The watchdog thread of each rank: it detects a hang, and the ranks agree on one report.
 
-Every rank has such a thread with a connection of its own to the store in which the ranks have met. One that sees its
-process wait too long opens an inquiry there; each answers with where its rank is; the one that asked composes the
-verdict, leaves it for all, and all end with exit code 76. A rank whose collective raised asks too before it ends.
+Every rank has such a thread, with its own connection to the store in which the ranks have met. One that sees its
+process wait too long opens an inquiry there; each rank responds with its status; the rank that opened it writes the
+diagnosis for all, and all exit with code 76. A rank whose collective raised opens one as well before it exits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from paceline.environment.accounts import Accounts, stacks_folder
+from paceline.environment.error_file import ErrorFile, stacks_folder
 from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
+from paceline.watchdog.diagnosis import RankStatus, diagnose
 from paceline.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
-from paceline.watchdog.recorder import Status, current_status, flight_record, is_device_busy, recent_operations
-from paceline.watchdog.verdict import Standing, verdict
+from paceline.watchdog.recorder import GroupStatus, current_status, flight_record, is_device_busy, recent_operations
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -36,33 +36,38 @@ __all__ = ["Watch", "default_limit", "start_watch"]
 _LOG = get_logger(__name__)
 _NAME = "paceline-watchdog"
 _PREFIX = "paceline/watch"
-# Of the time that a collective may take: the verdict must come before torch ends the ranks.
-_SHARE = 0.9
-# Seconds between two looks, at most; and after how many of waiting it is remarked on.
+# Fraction of the timeout of collectives: the diagnosis must come before torch aborts the ranks.
+_FRACTION = 0.9
+# Seconds between two polls, at most; and of waiting before a warning.
 _INTERVAL = 2.0
-_REMARK = 120.0
-# For the other ranks to answer, beyond the time in which they look: a machine may be busy.
-_ANSWERS = 10.0
-# Between two looks at the end of the program.
-_PAUSE = 0.5
+_WARN_AFTER = 120.0
+# Seconds for the other ranks to respond, in addition to their polling interval: a machine may be busy.
+_RESPONSE_TIMEOUT = 10.0
+# Seconds between two polls at the end of the program, and while waiting for responses.
+_EXIT_POLL = 0.5
+_STORE_POLL = 0.05
 
 
 def default_limit() -> float:
-    """Somewhat less than the shortest time that a collective may take, in seconds."""
+    """Return somewhat less than the shortest timeout of the group's collectives, in seconds."""
     group = dist.group.WORLD
     assert group is not None
     backends = {id(b): b for b in map(group._get_backend, group._device_types)}.values()
-    seconds = [t.total_seconds() for b in backends if (t := getattr(b.options, "_timeout", None)) is not None]
-    return _SHARE * min(seconds, default=1800.0)
+    timeouts = [getattr(backend.options, "_timeout", None) for backend in backends]
+    seconds = [timeout.total_seconds() for timeout in timeouts if timeout is not None]
+    return _FRACTION * min(seconds, default=1800.0)
 
 
-def start_watch(world: World, accounts: Accounts, limit: float | None) -> Watch | None:
-    """Watch this process for as long as its process group is open; None where one does already, or it makes no sense.
+def start_watch(world: World, error_file: ErrorFile, limit: float | None) -> Watch | None:
+    """Start watching this process for as long as its process group is open.
 
     Args:
-        world: This rank's place.
-        accounts: Where the verdict goes.
-        limit: Seconds that a collective may stand still; None takes the default, 0 watches nothing.
+        world: This rank and its machine.
+        error_file: Where to write the diagnosis.
+        limit: Seconds after which a pending collective is a hang; None takes `default_limit`, 0 disables the watchdog.
+
+    Returns:
+        The watchdog; None when there is one already, or nothing to watch.
     """
     seconds = default_limit() if limit is None else limit
     running = any(thread.name == _NAME and thread.is_alive() for thread in threading.enumerate())
@@ -71,170 +76,178 @@ def start_watch(world: World, accounts: Accounts, limit: float | None) -> Watch 
     store = dist.distributed_c10d._get_default_store()
     if not hasattr(store, "clone"):
         return None
-    return Watch(store.clone(), world, accounts, seconds)
+    return Watch(store.clone(), world, error_file, seconds)
 
 
 class Watch:
-    """Watches one rank.
+    """The watchdog of one rank.
 
     Args:
         store: A connection that no other thread uses.
-        world: This rank's place.
-        accounts: Where the verdict goes.
-        limit: Seconds that a collective may stand still.
+        world: This rank and its machine.
+        error_file: Where to write the diagnosis.
+        limit: Seconds after which a pending collective is a hang.
     """
 
-    def __init__(self, store: Store, world: World, accounts: Accounts, limit: float) -> None:
+    def __init__(self, store: Store, world: World, error_file: ErrorFile, limit: float) -> None:
         self.limit = limit
         self._store = store
         self._world = world
-        self._accounts = accounts
+        self._error_file = error_file
         self._interval = min(_INTERVAL, limit / 10)
-        # A short limit makes its own remark.
-        self._remark_after = _REMARK if limit > 2 * _REMARK else limit
+        # With a short limit the diagnosis itself comes soon enough.
+        self._warn_after = _WARN_AFTER if limit > 2 * _WARN_AFTER else limit
         self._closed = threading.Event()
         self._is_at_end = False
-        self._progress = _Progress(min(limit / 2, _REMARK / 2))
-        self._inquiries = 0
+        self._timer = _CollectiveTimer(min(limit / 2, _WARN_AFTER / 2))
+        self._num_inquiries = 0
         self._group = id(dist.group.WORLD)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._watch, name=_NAME, daemon=True)
         self._thread.start()
-        # A thread that is in the store's C++ when the interpreter ends takes the process down with SIGABRT.
+        # A thread that is in the store's C++ code during finalization aborts the process with SIGABRT.
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Stop watching, and leave word for the others of how this rank ends."""
+        """Stop watching, and tell the other ranks how this one ends."""
         atexit.unregister(self.close)
         if os.getpid() != self._pid or self._closed.is_set():
             return
         error = getattr(sys, "last_value", None)
         if error is None:
-            self._let_finish()
+            self._wait_for_device()
         self._closed.set()
         self._thread.join(10 * self._interval)
         with contextlib.suppress(RuntimeError):
-            if error is not None and _is_of_an_exchange(error):
+            if error is not None and _came_from_collective(error):
                 self._explain(error)
             else:
                 fate = "has ended" if error is None else f"failed ({type(error).__name__})"
-                self._set(f"fate/{self._world.rank}", Standing(rank=self._world.rank, fate=fate))
+                self._set(f"fate/{self._world.rank}", RankStatus(rank=self._world.rank, fate=fate))
 
-    def _let_finish(self) -> None:
-        """Wait, still watched, for what a device has not ended yet: closing the group would wait for it unwatched."""
+    def _wait_for_device(self) -> None:
+        """Wait, still watched, for pending NCCL collectives: closing the group would wait for them unwatched."""
         deadline = time.monotonic() + self.limit + 5 * self._interval
         while is_device_busy() and time.monotonic() < deadline:
             self._is_at_end = True
-            self._closed.wait(_PAUSE)
+            self._closed.wait(_EXIT_POLL)
 
     # In the thread
 
     def _watch(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store has gone: so has who started us
+        with contextlib.suppress(RuntimeError):  # the store is gone, and the launcher with it
             while not self._closed.wait(self._interval) and self._is_open():
-                waited = self._progress.look()
+                waited = self._timer.seconds_waited()
                 if waited > self.limit:
-                    self._ask("hang", waited)
-                elif waited > self._remark_after and self._progress.remark_once():
-                    self._ask("remark", waited)
-                self._attend()
+                    self._open_inquiry("hang", waited)
+                elif waited > self._warn_after and self._timer.warn_once():
+                    self._open_inquiry("warning", waited)
+                self._respond()
 
     def _is_open(self) -> bool:
         return dist.is_initialized() and id(dist.group.WORLD) == self._group
 
-    def _attend(self) -> None:
-        """Answer what has been asked, by this rank or another."""
-        text = self._get(f"asked/{self._inquiries}")
+    def _respond(self) -> None:
+        """Respond to an inquiry of this rank or another."""
+        text = self._get(f"asked/{self._num_inquiries}")
         if text is None:
             return
-        number, asked = self._inquiries, json.loads(text)
-        self._inquiries += 1
-        if asked["why"] == "hang":
+        number, inquiry = self._num_inquiries, json.loads(text)
+        self._num_inquiries += 1
+        reason, seconds, is_local = inquiry["why"], inquiry["seconds"], inquiry["by"] == self._world.rank
+        if reason == "hang":
             self._write_stacks()
-        self._set(f"answer/{number}/{self._world.rank}", self._standing())
-        mine = asked["by"] == self._world.rank
-        if asked["why"] == "remark" and mine:
-            found = self._hear(number, asked["seconds"])
-            rest = self.limit - asked["seconds"]
-            _LOG.warning("%s\nThe run ends if this lasts %.0f s more.", found, rest, main_process_only=False)
-        if asked["why"] == "hang":
-            self._end(number, asked["seconds"], mine)
+        self._set(f"answer/{number}/{self._world.rank}", self._status())
+        if reason == "hang":
+            self._exit(number, seconds, is_local)
+        elif reason == "warning" and is_local:
+            text = self._diagnose(number, seconds)
+            left = self.limit - seconds
+            _LOG.warning("%s\nThe run ends if this lasts %.0f s more.", text, left, main_process_only=False)
 
-    def _ask(self, why: str, seconds: float) -> int:
-        """Open an inquiry, unless another rank has just done so."""
-        asked = json.dumps({"why": why, "by": self._world.rank, "seconds": seconds})
-        self._store.compare_set(f"{_PREFIX}/asked/{self._inquiries}", "", asked)
-        return self._inquiries
+    def _open_inquiry(self, reason: str, seconds: float) -> int:
+        """Open an inquiry, unless another rank has just done so; return its number."""
+        inquiry = json.dumps({"why": reason, "by": self._world.rank, "seconds": seconds})
+        self._store.compare_set(f"{_PREFIX}/asked/{self._num_inquiries}", "", inquiry)
+        return self._num_inquiries
 
-    def _hear(self, number: int, seconds: float) -> str:
-        """Wait a moment for all answers and say what they amount to."""
-        standings: dict[int, Standing] = {}
-        deadline = time.monotonic() + 2 * self._interval + _ANSWERS
-        while len(standings) < self._world.size and time.monotonic() < deadline:
+    def _diagnose(self, number: int, seconds: float) -> str:
+        """Wait for all responses to an inquiry, up to a limit, and return the diagnosis."""
+        statuses: dict[int, RankStatus] = {}
+        deadline = time.monotonic() + 2 * self._interval + _RESPONSE_TIMEOUT
+        while len(statuses) < self._world.size and time.monotonic() < deadline:
             for rank in range(self._world.size):
                 for key in (f"answer/{number}/{rank}", f"fate/{rank}"):
-                    text = self._get(key) if rank not in standings else None
+                    text = self._get(key) if rank not in statuses else None
                     if text is not None:
-                        standings[rank] = Standing.from_data(json.loads(text))
-            time.sleep(0.05)
-        return verdict(standings.values(), self._world.size, seconds=seconds)
+                        statuses[rank] = RankStatus.from_data(json.loads(text))
+            time.sleep(_STORE_POLL)
+        return diagnose(statuses.values(), self._world.size, seconds=seconds)
 
-    def _end(self, number: int, seconds: float, mine: bool) -> None:
-        """End this process with the verdict of the rank that asked."""
-        text: str | None
-        if mine:
-            found = self._hear(number, seconds)
+    def _exit(self, number: int, seconds: float, is_local: bool) -> None:
+        """Exit this process with the diagnosis of the rank that opened the inquiry."""
+        if is_local:
             folder = stacks_folder(self._world.run_id, self._world.restart_count)
-            text = f"{found}\nThe stacks of all threads of each rank are in {folder} on its machine"
+            diagnosis = self._diagnose(number, seconds)
+            text = f"{diagnosis}\nThe stacks of all threads of each rank are in {folder} on its machine"
             self._store.set(f"{_PREFIX}/verdict/{number}", text)
         else:
-            deadline = time.monotonic() + 2 * self._interval + 2 * _ANSWERS
-            while (text := self._get(f"verdict/{number}")) is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-        text = text or "ranks wait for each other; the one that was to say where did not"
+            text = self._wait_for_diagnosis(number)
         headline = text.partition("\n")[0]
-        self._accounts.leave("hang", headline, text, rank=self._world.rank, code=HUNG, secondary=not mine)
-        self._leave_together(number)
+        self._error_file.write("hang", headline, text, rank=self._world.rank, code=HUNG, secondary=not is_local)
+        self._wait_for_readers(number)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(HUNG)
 
-    def _leave_together(self, number: int) -> None:
-        """Rank 0 may hold the store in which the others still read."""
-        with contextlib.suppress(RuntimeError):
-            seen = self._store.add(f"{_PREFIX}/seen/{number}", 1)
-            deadline = time.monotonic() + self._interval + 1
-            while self._world.rank == 0 and seen < self._world.size and time.monotonic() < deadline:
-                time.sleep(0.05)
-                seen = self._store.add(f"{_PREFIX}/seen/{number}", 0)
+    def _wait_for_diagnosis(self, number: int) -> str:
+        deadline = time.monotonic() + 2 * self._interval + 2 * _RESPONSE_TIMEOUT
+        while time.monotonic() < deadline:
+            text = self._get(f"verdict/{number}")
+            if text is not None:
+                return text
+            time.sleep(_STORE_POLL)
+        return "ranks wait for each other; the rank that was to report where did not"
 
-    # At the end of a rank whose collective raised
+    def _wait_for_readers(self, number: int) -> None:
+        """On rank 0, wait until all ranks have read the diagnosis: its process may host the store."""
+        with contextlib.suppress(RuntimeError):
+            num_readers = self._store.add(f"{_PREFIX}/seen/{number}", 1)
+            deadline = time.monotonic() + self._interval + 1
+            while self._world.rank == 0 and num_readers < self._world.size and time.monotonic() < deadline:
+                time.sleep(_STORE_POLL)
+                num_readers = self._store.add(f"{_PREFIX}/seen/{number}", 0)
+
+    # At the exit of a rank whose collective raised
 
     def _explain(self, error: BaseException) -> None:
-        """Ask where the others are, and add that to the account of the failure."""
-        standing = self._standing(error)
-        # The launcher may end this process before the others have answered.
-        self._accounts.remark(str(standing))
-        self._set(f"fate/{self._world.rank}", standing)
-        while (text := self._get(f"asked/{self._inquiries}")) is not None and '"failure"' not in text:
-            self._inquiries += 1
-        found = self._hear(self._ask("failure", 0.0), 0.0)
-        self._accounts.remark(found)
-        self._accounts.tell(found)
+        """Find out where the other ranks are, and add that to the recorded failure."""
+        status = self._status(error)
+        # The launcher may stop this process before the others have responded.
+        self._error_file.add_remark(str(status))
+        self._set(f"fate/{self._world.rank}", status)
+        while (text := self._get(f"asked/{self._num_inquiries}")) is not None and '"failure"' not in text:
+            self._num_inquiries += 1
+        diagnosis = self._diagnose(self._open_inquiry("failure", 0.0), 0.0)
+        self._error_file.add_remark(diagnosis)
+        self._error_file.print_unless_reported(diagnosis)
 
-    # What is said
+    # The status of this rank
 
-    def _standing(self, error: BaseException | None = None) -> Standing:
-        place = None if self._is_at_end else here() if error is None else location_in_traceback(error.__traceback__)
-        fate = "" if error is None else f"failed ({type(error).__name__})"
-        return Standing(
+    def _status(self, error: BaseException | None = None) -> RankStatus:
+        location, fate = here(), ""
+        if error is not None:
+            location, fate = location_in_traceback(error.__traceback__), f"failed ({type(error).__name__})"
+        if self._is_at_end:
+            location, fate = None, "is at the end of its program"
+        return RankStatus(
             rank=self._world.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
-            place=place,
+            location=location,
             operations=tuple(recent_operations()),
-            fate="is at the end of its program" if self._is_at_end else fate,
+            fate=fate,
             raised=error is not None,
         )
 
@@ -249,46 +262,51 @@ class Watch:
         full = f"{_PREFIX}/{key}"
         return self._store.get(full).decode() if self._store.check([full]) else None
 
-    def _set(self, key: str, standing: Standing) -> None:
-        self._store.set(f"{_PREFIX}/{key}", json.dumps(standing.to_data()))
+    def _set(self, key: str, status: RankStatus) -> None:
+        self._store.set(f"{_PREFIX}/{key}", json.dumps(status.to_data()))
 
 
-class _Progress:
-    """How long this process has been in a collective that does not end, its main thread in one place."""
+class _CollectiveTimer:
+    """How long a collective has been pending in this process while its main thread stayed in one place.
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._status: Status = {}
+    Args:
+        min_seconds: Shorter waits count as none.
+    """
+
+    def __init__(self, min_seconds: float) -> None:
+        self._min_seconds = min_seconds
+        self._groups: GroupStatus = {}
         self._stack: tuple[tuple[int, int], ...] = ()
         self._since = time.monotonic()
-        self._waits: bool | None = None
-        self._remarked = False
+        self._is_pending: bool | None = None
+        self._has_warned = False
 
-    def look(self) -> float:
-        """Seconds of waiting; 0 while it does not wait, or not for long."""
-        status, now = current_status(), time.monotonic()
-        if all(entered == completed for entered, completed in status.values()):
+    def seconds_waited(self) -> float:
+        """Return the seconds of waiting; 0 while nothing is pending, or not for long."""
+        groups, now = current_status(), time.monotonic()
+        if all(entered == completed for entered, completed in groups.values()):
             return 0.0
-        # What is replayed from a captured graph may never be noted as ended: whoever goes on does not wait.
+        # Collectives replayed from a CUDA graph may never be recorded as completed: a main thread that moves is fine.
         stack = main_stack()
-        if (status, stack) != (self._status, self._stack):
-            self._status, self._stack, self._since, self._waits, self._remarked = status, stack, now, None, False
+        if (groups, stack) != (self._groups, self._stack):
+            self._groups, self._stack, self._since = groups, stack, now
+            self._is_pending, self._has_warned = None, False
         waited = now - self._since
-        if waited < self._patience:
+        if waited < self._min_seconds:
             return 0.0
-        if self._waits is None:
-            # The short status may show the last ones in the wrong order; only the record itself is sure.
-            self._waits = any(not operation.done for operation in recent_operations())
-        return waited if self._waits else 0.0
+        if self._is_pending is None:
+            # The short status may list the last ones in the wrong order; only the record itself is reliable.
+            self._is_pending = any(not operation.done for operation in recent_operations())
+        return waited if self._is_pending else 0.0
 
-    def remark_once(self) -> bool:
-        """Whether this wait has not been remarked on yet."""
-        first, self._remarked = not self._remarked, True
-        return first
+    def warn_once(self) -> bool:
+        """Return whether this wait has not been warned about yet."""
+        is_first, self._has_warned = not self._has_warned, True
+        return is_first
 
 
-def _is_of_an_exchange(error: BaseException | None) -> bool:
-    """Whether an exception came out of an exchange between ranks."""
+def _came_from_collective(error: BaseException | None) -> bool:
+    """Whether an exception was raised by a collective."""
     while error is not None:
         if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
             return True

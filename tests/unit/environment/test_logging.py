@@ -62,7 +62,7 @@ def test_the_level_is_this_loggers_alone(name: str) -> None:
 
 
 def test_an_unknown_level(name: str) -> None:
-    with pytest.raises(UsageError, match=r"'LOUD' was asked for in PACELINE_LOG_LEVEL.*DEBUG, INFO"):
+    with pytest.raises(UsageError, match=r"level is 'LOUD' in PACELINE_LOG_LEVEL.*DEBUG, INFO"):
         get_logger(name, env={"PACELINE_LOG_LEVEL": "LOUD"})
 
 

@@ -150,23 +150,24 @@ def test_a_port_that_is_taken() -> None:
         other.listen()
         port = other.getsockname()[1]
         world = World(rank=0, size=2, local_size=2, main_port=port)
-        with pytest.raises(WorldError, match=rf"cannot listen at 127.0.0.1:{port}.*Choose another with MASTER_PORT"):
+        text = rf"cannot listen at 127.0.0.1:{port}.*Choose another one with MASTER_PORT"
+        with pytest.raises(WorldError, match=text):
             open_process_group(world, CPU, timeout=timedelta(seconds=1))
 
 
 def test_an_unknown_backend_lists_what_there_is() -> None:
-    with pytest.raises(DeviceError, match=r"'nccl' was asked for on cpu.*has for cpu: gloo"):
+    with pytest.raises(DeviceError, match=r"'nccl' is requested for cpu.*has for cpu: gloo"):
         open_process_group(World(), CPU, backend="nccl", force=True)
-    with pytest.raises(DeviceError, match=r"'glooo' was asked for"):
+    with pytest.raises(DeviceError, match=r"'glooo' is requested"):
         open_process_group(World(), CPU, backend="glooo", force=True)
 
 
 def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from paceline.environment import process_group
 
-    monkeypatch.setattr(process_group, "_SHORTEST_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(process_group, "_MIN_RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     world = World(rank=0, size=3, local_size=3, main_port=free_port())
-    with pytest.raises(WorldError, match=r"Of 3 ranks, ranks 1-2 did not come to 127.0.0.1:\d+ within 1 s"):
+    with pytest.raises(WorldError, match=r"Of 3 ranks, ranks 1-2 did not join at 127.0.0.1:\d+ within 1 s"):
         open_process_group(world, CPU, timeout=timedelta(seconds=1))
 
 
@@ -175,6 +176,6 @@ def test_missing_ranks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     [("cpu", "gloo", "cpu:gloo"), ("cuda", "nccl", "cpu:gloo,cuda:nccl"), ("cuda", "cuda:nccl", "cuda:nccl")],
 )
 def test_a_device_gets_gloo_beside_its_backend(kind: str, backend: str, expected: str) -> None:
-    from paceline.environment.process_group import _with_devices
+    from paceline.environment.process_group import with_devices
 
-    assert _with_devices(torch.device(kind), backend) == expected
+    assert with_devices(torch.device(kind), backend) == expected

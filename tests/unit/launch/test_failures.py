@@ -6,41 +6,49 @@ from dataclasses import replace
 from pathlib import Path
 
 from paceline.launch import failures
-from paceline.launch.failures import Account, RankEnd, exit_code, first_failure, read_account, read_fault, report
+from paceline.launch.failures import (
+    FailureRecord,
+    RankExit,
+    exit_code,
+    first_failure,
+    read_failure_record,
+    read_fatal_location,
+    report,
+)
 
 
-def account(headline: str, time: float, *, secondary: bool = False, kind: str = "exception") -> Account:
-    return Account(
+def record(headline: str, time: float, *, secondary: bool = False, kind: str = "exception") -> FailureRecord:
+    return FailureRecord(
         kind, 1, headline, f"Traceback (most recent call last):\n{headline}\n", "train.py:8", time, secondary
     )
 
 
 def test_what_caused_the_others_comes_first_then_the_earliest() -> None:
-    lost = RankEnd(0, 10, 1, 1.0, account=account("RuntimeError: Connection closed by peer", 1.0, secondary=True))
-    late = RankEnd(1, 11, 1, 3.0, account=account("ValueError: b", 3.0))
-    early = RankEnd(2, 12, 1, 9.0, account=account("ValueError: a", 2.0))
-    stopped = RankEnd(3, 13, -15, 0.0, stopped=True)
+    lost = RankExit(0, 10, 1, 1.0, record=record("RuntimeError: Connection closed by peer", 1.0, secondary=True))
+    late = RankExit(1, 11, 1, 3.0, record=record("ValueError: b", 3.0))
+    early = RankExit(2, 12, 1, 9.0, record=record("ValueError: a", 2.0))
+    stopped = RankExit(3, 13, -15, 0.0, stopped=True)
     assert first_failure([lost, late, early, stopped]) is early
     assert first_failure([lost, stopped]) is lost
 
 
 def test_report_folds_the_others_into_one_line_and_ends_with_the_cause() -> None:
     ends = [
-        RankEnd(0, 10, -15, 0.0, stopped=True),
-        RankEnd(1, 11, 1, 2.0, account=account("KeyError: 'x'", 2.0)),
-        *(RankEnd(rank, 10 + rank, -15, 0.0, stopped=True) for rank in (2, 3, 4)),
-        RankEnd(
+        RankExit(0, 10, -15, 0.0, stopped=True),
+        RankExit(1, 11, 1, 2.0, record=record("KeyError: 'x'", 2.0)),
+        *(RankExit(rank, 10 + rank, -15, 0.0, stopped=True) for rank in (2, 3, 4)),
+        RankExit(
             5,
             15,
             1,
             3.0,
-            account=account("RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True),
+            record=record("RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True),
         ),
-        RankEnd(6, 16, 0, 1.0),
+        RankExit(6, 16, 0, 1.0),
     ]
     first, second, *rest = report(ends).splitlines()
     assert first.startswith(
-        "ranks 0, 2-4: stopped by the launcher; rank 5: lost touch with it (RuntimeError: Connection"
+        "ranks 0, 2-4: stopped by the launcher; rank 5: lost the connection to it (RuntimeError: Connection"
     )
     assert "rank 6: had finished" in first
     assert len(first) < 300
@@ -50,74 +58,76 @@ def test_report_folds_the_others_into_one_line_and_ends_with_the_cause() -> None
 
 
 def test_reasons_and_codes() -> None:
-    killed = RankEnd(1, 11, -9, 2.0, hint="out of host memory?", log="logs/rank_1.err")
+    killed = RankExit(1, 11, -9, 2.0, hint="out of host memory?", log="logs/rank_1.err")
     assert "was killed by SIGKILL (out of host memory?); its output is in logs/rank_1.err" in report([killed])
     assert exit_code(killed) == 137
-    assert "was killed by SIGSEGV" in report([RankEnd(0, 1, -11, 0.0)])
-    left = RankEnd(0, 1, 3, 0.0, account=account("SystemExit: 3", 0.0, kind="exit"))
+    assert "was killed by SIGSEGV" in report([RankExit(0, 1, -11, 0.0)])
+    left = RankExit(0, 1, 3, 0.0, record=record("SystemExit: 3", 0.0, kind="exit"))
     assert "train.py:8 (sys.exit)" in report([left])
     assert "Traceback" not in report([left])
     assert exit_code(left) == 3
-    worded = RankEnd(0, 1, 1, 0.0, account=account("SystemExit: no data in /data", 0.0, kind="exit"))
+    worded = RankExit(0, 1, 1, 0.0, record=record("SystemExit: no data in /data", 0.0, kind="exit"))
     assert "exited with code 1 at train.py:8 (sys.exit: no data in /data)" in report([worded])
-    assert "exited with code 4 without a Python error" in report([RankEnd(0, 1, 4, 0.0)])
-    caught_while_failing = RankEnd(0, 1, -15, 0.0, account=account("KeyError: 1", 0.0))
+    assert "exited with code 4 without a Python error" in report([RankExit(0, 1, 4, 0.0)])
+    caught_while_failing = RankExit(0, 1, -15, 0.0, record=record("KeyError: 1", 0.0))
     assert exit_code(caught_while_failing) == 1
 
 
 def test_accounts_of_torch_elastic_are_read_too(tmp_path: Path) -> None:
     file = tmp_path / "error.json"
-    assert read_account(file) is None
+    assert read_failure_record(file) is None
     file.write_text("{")
-    assert read_account(file) is None
+    assert read_failure_record(file) is None
     extra = {"py_callstack": "Traceback…\nValueError: v", "timestamp": "12"}
     file.write_text(json.dumps({"message": {"message": "ValueError: v", "extraInfo": extra}}))
-    found = read_account(file)
+    found = read_failure_record(file)
     assert found is not None
     assert (found.headline, found.time, found.secondary) == ("ValueError: v", 12.0, False)
 
 
 def test_what_a_rank_found_out_comes_last() -> None:
-    lost = replace(account("CollectiveError: lost", 1.0, secondary=True), remark="rank 1 has ended without entering it")
-    text = report([RankEnd(0, 10, 1, 1.0, account=lost), RankEnd(1, 11, 0, 0.5)])
+    lost = replace(record("CollectiveError: lost", 1.0, secondary=True), remark="rank 1 has ended without entering it")
+    text = report([RankExit(0, 10, 1, 1.0, record=lost), RankExit(1, 11, 0, 0.5)])
     assert text.splitlines()[0] == "rank 1: had finished"
     assert text.endswith("\n\nrank 1 has ended without entering it\n")
-    aborted = RankEnd(1, 11, -6, 2.0, where="train.py:8")
-    text = report([RankEnd(0, 10, 1, 1.0, account=lost), aborted])
+    aborted = RankExit(1, 11, -6, 2.0, where="train.py:8")
+    text = report([RankExit(0, 10, 1, 1.0, record=lost), aborted])
     assert "rank 1 on " in text
     assert "was killed by SIGABRT at train.py:8\n\nrank 1 has ended without entering it\n" in text
-    killed = RankEnd(1, 11, -9, 2.0)
-    assert "has ended without" not in report([RankEnd(0, 10, 1, 1.0, account=lost), killed]), "it died: that says all"
+    killed = RankExit(1, 11, -9, 2.0)
+    assert "has ended without" not in report([RankExit(0, 10, 1, 1.0, record=lost), killed]), "it died: that says all"
 
 
 def test_a_hang_is_told_once_with_all_that_was_found() -> None:
-    told = account("rank 1 has not entered gather", 2.0, kind="hang")
+    told = record("rank 1 has not entered gather", 2.0, kind="hang")
     told = replace(told, code=76, traceback="rank 1 has not entered gather\n  rank 1: train.py:8")
     ends = [
-        RankEnd(0, 10, 76, 2.0, account=told),
-        RankEnd(1, 11, 76, 1.0, account=replace(told, secondary=True, time=1.0)),
+        RankExit(0, 10, 76, 2.0, record=told),
+        RankExit(1, 11, 76, 1.0, record=replace(told, secondary=True, time=1.0)),
     ]
     first, second, *rest = report(ends).splitlines()
-    assert first == "rank 1: ended too"
-    assert second.endswith("found that ranks wait for others that do not come, and all were ended")
+    assert first == "rank 1: stopped too"
+    assert second.endswith("found ranks waiting for others that do not arrive, and all were stopped")
     assert rest == ["", "rank 1 has not entered gather", "  rank 1: train.py:8"]
     assert exit_code(ends[0]) == 76
 
 
 def test_the_line_at_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
     file = tmp_path / "rank_0.json.fault"
-    assert read_fault(file) == ""
+    assert read_fatal_location(file) == ""
     library = Path(os.__file__).with_name("threading.py")
     other = f'Thread 0x01 (most recent call first):\n  File "{library}", line 5 in wait\n'
-    mine = (
+    current = (
         f'  File "{library}", line 7 in read\n  File "/home/me/train.py", line 8 in load\n  File "/x.py", line 9 in m\n'
     )
     file.write_text(
-        f"Fatal Python error: Segmentation fault\n\nCurrent thread 0x02 (most recent call first):\n{mine}\n{other}"
+        f"Fatal Python error: Segmentation fault\n\nCurrent thread 0x02 (most recent call first):\n{current}\n{other}"
     )
-    assert read_fault(file) == "/home/me/train.py:8"
-    file.write_text(f"Fatal Python error: Aborted\n\n{other}\nThread 0x02 (most recent call first):\n{mine}")
-    assert read_fault(file) == "/home/me/train.py:8", "a thread that Python does not know: the main thread's line"
+    assert read_fatal_location(file) == "/home/me/train.py:8"
+    file.write_text(f"Fatal Python error: Aborted\n\n{other}\nThread 0x02 (most recent call first):\n{current}")
+    assert read_fatal_location(file) == "/home/me/train.py:8", (
+        "a thread that Python does not know: the main thread's line"
+    )
 
 
 def test_the_call_in_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
@@ -126,6 +136,7 @@ def test_the_call_in_which_a_signal_ended_a_rank(tmp_path: Path) -> None:
     file.write_text(
         "Fatal Python error: Aborted\n\nThread 0x02 (most recent call first):\n"
         f'  File "{package / "collectives" / "group.py"}", line 5 in barrier\n'
-        f'  File "{package / "ranks.py"}", line 7 in wait_for_everyone\n  File "/home/me/train.py", line 8 in main\n'
+        f'  File "{package / "accelerator" / "communication.py"}", line 7 in wait_for_everyone\n'
+        '  File "/home/me/train.py", line 8 in main\n'
     )
-    assert read_fault(file) == "/home/me/train.py:8, in wait_for_everyone"
+    assert read_fatal_location(file) == "/home/me/train.py:8, in wait_for_everyone"

@@ -10,7 +10,7 @@ import pytest
 
 from paceline.config import resolve
 from paceline.errors import ConfigError, UsageError
-from paceline.launch import Command, launch_machines, plan_machines
+from paceline.launch import Command, launch_deepspeed, plan_deepspeed
 from paceline.launch.worker import unpack
 from tests.support.engines import needs_deepspeed
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.config import Resolved
-    from paceline.launch.deepspeed_runners import MachinesPlan
+    from paceline.launch.schedulers.deepspeed import DeepSpeedPlan
 
 pytestmark = needs_deepspeed
 ENV = {"PATH": os.environ["PATH"], "NCCL_DEBUG": "INFO", "HOME": "/nowhere"}
@@ -44,11 +44,11 @@ def resolved(launcher: str = "pdsh", **flags: object) -> Resolved:
     return resolve(flags={k: v for k, v in (given | flags).items() if v is not None}, env={}, file=None)
 
 
-def planned(launcher: str = "pdsh", **flags: object) -> MachinesPlan:
-    return plan_machines(resolved(launcher, **flags), Command("train.py", ARGUMENTS), ENV)
+def planned(launcher: str = "pdsh", **flags: object) -> DeepSpeedPlan:
+    return plan_deepspeed(resolved(launcher, **flags), Command("train.py", ARGUMENTS), ENV)
 
 
-def packed(plan: MachinesPlan) -> tuple[dict[str, str], list[str]]:
+def packed(plan: DeepSpeedPlan) -> tuple[dict[str, str], list[str]]:
     return unpack(plan.command[-1])
 
 
@@ -123,7 +123,7 @@ def test_a_launcher_that_cannot_filter_says_so() -> None:
     [
         ({"num_machines": 3}, "num_machines: 3 contradicts it"),
         ({"num_processes": 8}, "num_processes: 8 contradicts it"),
-        ({"machine_rank": 2}, "machine_rank: 2 is no machine of it"),
+        ({"machine_rank": 2}, "machine_rank: 2 is out of range"),
         ({"deepspeed_hostfile": "nowhere"}, "there is no host file nowhere"),
         ({"deepspeed_exclusion_filter": "worker-9"}, "'worker-9' does not fit hosts"),
         ({"deepspeed_inclusion_filter": "worker-1"}, "does not fit hosts"),
@@ -144,7 +144,7 @@ def test_a_bad_host_file_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_program_is_named_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no program 'pdsh' in PATH"):
-        launch_machines(resolved(), Command("train.py"), env={"PATH": str(tmp_path)})
+        launch_deepspeed(resolved(), Command("train.py"), env={"PATH": str(tmp_path)})
 
 
 def test_when_deepspeed_starts_the_machines() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from paceline.config import Origin, Resolved, RunConfig, with_arguments
 from paceline.errors import ConfigError, UsageError
-from paceline.launch import Command, Plan, detect, plan, planning
+from paceline.launch import Command, LaunchPlan, detect, plan, planning
 from tests.support.ranks import free_port
 
 
@@ -78,13 +78,13 @@ def test_text_and_dict(script: Command, no_devices: None) -> None:
 
 def test_a_plan_is_frozen(script: Command, no_devices: None) -> None:
     planned = plan(resolved(num_processes=1), script, {})
-    assert isinstance(planned, Plan)
+    assert isinstance(planned, LaunchPlan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         planned.port = 1  # type: ignore[misc]
 
 
 def test_more_processes_than_devices(script: Command, four_devices: None) -> None:
-    with pytest.raises(ConfigError, match=r"--num_processes.*5 processes, more than cuda devices \(the 4"):
+    with pytest.raises(ConfigError, match=r"--num_processes.*5 processes are more than the cuda devices \(the 4"):
         plan(resolved(num_processes=5), script, {})
     assert len(plan(resolved(num_processes=5, use_cpu=True), script, {}).ranks) == 5
 
@@ -94,7 +94,7 @@ def test_device_numbers(script: Command, four_devices: None) -> None:
     assert planned.variables["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert "CUDA_VISIBLE_DEVICES" not in plan(resolved(num_processes=2, gpu_ids="all"), script, {}).variables
     assert "CUDA_VISIBLE_DEVICES" not in plan(resolved(num_processes=2), script, {}).variables
-    with pytest.raises(ConfigError, match=r"3 processes, more than cuda devices \(the 2 of gpu_ids"):
+    with pytest.raises(ConfigError, match=r"3 processes are more than the cuda devices \(the 2 of gpu_ids"):
         plan(resolved(num_processes=3, gpu_ids="1,3"), script, {})
 
 
@@ -103,12 +103,12 @@ def test_pinning_goes_by_the_devices_that_the_launcher_sees(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert len(plan(resolved(num_processes=2, enable_cpu_affinity=True), script, {}).ranks) == 2
-    with pytest.raises(ConfigError, match=r"gpu_ids 1,3.*CUDA_VISIBLE_DEVICES=1,3 in its place"):
+    with pytest.raises(ConfigError, match=r"gpu_ids 1,3.*CUDA_VISIBLE_DEVICES=1,3 instead"):
         plan(resolved(num_processes=2, enable_cpu_affinity=True, gpu_ids="1,3"), script, {})
 
 
 def test_device_numbers_without_devices(script: Command, no_devices: None) -> None:
-    with pytest.raises(ConfigError, match="--gpu_ids: gpu_ids: devices 0,1 were asked for"):
+    with pytest.raises(ConfigError, match="--gpu_ids: gpu_ids: devices 0,1 are requested"):
         plan(resolved(num_processes=2, gpu_ids="0,1"), script, {})
 
 
@@ -117,7 +117,7 @@ def test_a_busy_port_and_every_other_problem_at_once(script: Command, no_devices
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"the port {port} cannot be used .*0 for a free one") as caught:
+        with pytest.raises(ConfigError, match=rf"port {port} cannot be used.*0 for a free port") as caught:
             plan(resolved(num_processes=2, gpu_ids="0", main_process_port=port), script, {})
     assert {problem.key for problem in caught.value.problems} == {"gpu_ids", "main_process_port"}
 
@@ -148,7 +148,7 @@ def test_a_machine_among_several(script: Command, no_devices: None) -> None:
 
 def test_machines_of_other_sizes(script: Command, no_devices: None) -> None:
     settings = resolved(num_machines="1:4", rdzv_backend="c10d", main_process_ip="10.0.0.1")
-    planned = planning.place(settings, script, {}, 1, (1, 2, 3), GLOO_SOCKET_IFNAME="eth0")
+    planned = planning.plan_machine(settings, script, {}, 1, (1, 2, 3), GLOO_SOCKET_IFNAME="eth0")
     assert [r.rank for r in planned.ranks] == [1, 2]
     assert (planned.variables["WORLD_SIZE"], planned.variables["GLOO_SOCKET_IFNAME"]) == ("6", "eth0")
     sent = Resolved.from_json(planned.variables["PACELINE_CONFIG"])
@@ -171,12 +171,12 @@ def test_an_open_number_of_processes_is_detected(script: Command, no_devices: No
 
 
 def test_detection(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paceline.launch import detection
+    from paceline.launch import accelerators
 
-    monkeypatch.setattr(detection, "count_accelerators", lambda: ("cuda", 8))
+    monkeypatch.setattr(accelerators, "count_accelerators", lambda: ("cuda", 8))
     assert detect({}) == {"num_processes": 8}
     for cores, expected in ((1, 1), (2, 2), (64, 2)):
-        monkeypatch.setattr(detection, "core_count", lambda cores=cores: cores)
+        monkeypatch.setattr(accelerators, "core_count", lambda cores=cores: cores)
         assert detect({}, use_cpu=True) == {"num_processes": expected}
 
 
@@ -184,17 +184,17 @@ def test_detection(monkeypatch: pytest.MonkeyPatch) -> None:
     ("command", "expected"),
     [
         (Command("trian.py"), r"Did you mean 'train\.py'\?"),
-        (Command("nothing_like_it.py"), "does not hold it"),
+        (Command("nothing_like_it.py"), "does not contain it"),
         (Command("no/such/train.py"), "'no/such' does not exist"),
         (Command("package"), r"'package' is a folder without __main__\.py.*\(__init__\.py, part\.py\)"),
         (Command("empty.zip"), "'empty.zip' is a zip archive without __main__"),
         (Command("text.pyz"), "'text.pyz' is not a zip archive"),
         (Command("--lr"), "Options of the launcher come before the script"),
-        (Command("torchrun"), "To run a module, give -m"),
+        (Command("torchrun"), "To run a module, add -m"),
         (Command("no_such_module", kind="module"), "no module 'no_such_module'"),
         (Command("package.nope", kind="module"), r"no module 'package\.nope'"),
         (Command("package", kind="module"), "without a __main__"),
-        (Command("train.py", kind="module"), "is a file: leave -m out"),
+        (Command("train.py", kind="module"), "is a file: remove -m"),
         (Command("no-such-program", kind="program"), "no program 'no-such-program'"),
     ],
 )
@@ -213,11 +213,11 @@ def test_nothing_to_run(command: Command, expected: str, tmp_path: Path, monkeyp
 
 def test_more_processes_than_cores_are_remarked_on(monkeypatch: pytest.MonkeyPatch, no_devices: None) -> None:
     monkeypatch.setattr(planning, "core_count", lambda: 2)
-    assert planning.remarks(resolved(num_processes=2).config, {}) == []
-    [remark] = planning.remarks(resolved(num_processes=3).config, {})
+    assert planning.performance_hints(resolved(num_processes=2).config, {}) == []
+    [remark] = planning.performance_hints(resolved(num_processes=3).config, {})
     assert remark.startswith("3 processes share 2 CPU cores")
     monkeypatch.setattr(planning, "count_accelerators", lambda: ("cuda", 8))
-    assert planning.remarks(resolved(num_processes=8).config, {}) == []
+    assert planning.performance_hints(resolved(num_processes=8).config, {}) == []
 
 
 def test_a_module_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

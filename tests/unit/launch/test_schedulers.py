@@ -9,7 +9,7 @@ from paceline.config import resolve
 from paceline.errors import ConfigError, UsageError, WorldError
 from paceline.launch.clusters import Cluster, check_against, detect_cluster
 from paceline.launch.command import Command
-from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, refuse_part_of_an_allocation
+from paceline.launch.schedulers.sbatch import Allocation, batch_options, batch_script, reject_partial_allocation
 from paceline.launch.schedulers.task import plan_task
 
 # As printed by `srun -N2 --ntasks-per-node=1 env` of Slurm 22.05, second task.
@@ -172,8 +172,8 @@ def test_what_was_asked_must_be_what_the_job_has() -> None:
     resolved = resolve(flags={"num_processes": "2", "max_restarts": "1"}, env={}, file=None)
     with pytest.raises(ConfigError) as caught:
         check_against(cluster, resolved)
-    assert "--num_processes: num_processes: 2 contradicts 4 by Slurm (SLURM_STEP_NUM_TASKS)" in str(caught.value)
-    assert "--max_restarts: max_restarts: 1 is not used" in str(caught.value)
+    assert "--num_processes: num_processes: 2 contradicts 4 from Slurm (SLURM_STEP_NUM_TASKS)" in str(caught.value)
+    assert "--max_restarts: max_restarts: 1 would be ignored" in str(caught.value)
     check_against(cluster, resolve(flags={"num_processes": "4"}, env={}, file=None))
 
 
@@ -214,9 +214,9 @@ def test_the_batch_script_can_be_read_and_run() -> None:
 
 def test_several_machines_without_srun_are_refused() -> None:
     with pytest.raises(UsageError, match=r"srun --ntasks-per-node=1 paceline launch"):
-        refuse_part_of_an_allocation(BATCH)
-    refuse_part_of_an_allocation({**BATCH, "SLURM_JOB_NUM_NODES": "1"})
-    refuse_part_of_an_allocation({})
+        reject_partial_allocation(BATCH)
+    reject_partial_allocation({**BATCH, "SLURM_JOB_NUM_NODES": "1"})
+    reject_partial_allocation({})
 
 
 @pytest.mark.parametrize("name", ["pytorchjob", "trainjob"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from paceline.planner import Run, Usage, describe_out_of_memory, measure_usage, remedies, requested_bytes
-from paceline.planner.usage import _blocks, _Held
+from paceline.planner import MemoryUsage, RunSettings, describe_out_of_memory, measure_memory, remedies, requested_bytes
+from paceline.planner.memory_usage import _Storages, _unnamed_blocks
 
 GIB = 2**30
 # As 80 GB devices under DDP see it: 8 GiB of parameters in fp32 with Adam, batches of 8.
-FULL = Usage(
+FULL = MemoryUsage(
     parameters=8 * GIB, gradients=8 * GIB, optimizer=16 * GIB, other=46 * GIB, free=1 * GIB, total=79 * GIB,
     largest=((4 * GIB, "an activation or a buffer"),),
 )  # fmt: skip
@@ -25,40 +25,42 @@ def test_what_was_asked_for_is_read_from_what_torch_says() -> None:
 
 
 def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:
-    found = remedies(FULL, Run(ranks=4, micro_batch=8, accumulation=2), 3 * GIB)
+    found = remedies(FULL, RunSettings(ranks=4, micro_batch=8, accumulation=2), 3 * GIB)
     assert found == [
         "batches of 4 with gradient_accumulation_steps=4, the same optimizer steps: frees about 23.00 GiB, "
         "which is enough"
     ]
-    more = remedies(FULL, Run(ranks=4, micro_batch=2, accumulation=1), 26 * GIB)
+    more = remedies(FULL, RunSettings(ranks=4, micro_batch=2, accumulation=1), 26 * GIB)
     assert more[0].startswith("batches of 1 with gradient_accumulation_steps=2")
     assert "enough" not in more[0]
     assert "activation_checkpointing" in more[1]
-    assert more[2] == "--use_fsdp: state cut in 4: frees about 24.00 GiB"
+    assert more[2] == "--use_fsdp: state sharded over 4: frees about 24.00 GiB"
     assert more[3].endswith("frees about 32.00 GiB, which is enough")
-    short = remedies(FULL, Run(ranks=1, micro_batch=1, checkpoints=True, offloads=True), 90 * GIB)
+    short = remedies(FULL, RunSettings(ranks=1, micro_batch=1, checkpoints=True, offloads=True), 90 * GIB)
     assert short[-1] == "none of these is enough by itself: 89.00 GiB are missing"
 
 
 def test_memory_in_pieces_is_told_from_memory_in_use() -> None:
-    pieces = Usage(other=60 * GIB, unused=10 * GIB, free=1 * GIB, total=79 * GIB)
-    found = remedies(pieces, Run(micro_batch=2), 4 * GIB)
-    assert found[0].startswith("the variable PYTORCH_ALLOC_CONF=expandable_segments:True might do: 10.00 GiB are held")
+    pieces = MemoryUsage(other=60 * GIB, unused=10 * GIB, free=1 * GIB, total=79 * GIB)
+    found = remedies(pieces, RunSettings(micro_batch=2), 4 * GIB)
+    assert found[0].startswith(
+        "the variable PYTORCH_ALLOC_CONF=expandable_segments:True may be enough: 10.00 GiB are reserved"
+    )
     assert found[1].startswith("batches of 1 with gradient_accumulation_steps=2"), "a guess does not end the list"
 
 
 def test_a_limit_below_what_is_free_counts() -> None:
-    limited = Usage(other=6 * GIB, free=70 * GIB, total=79 * GIB)
-    first, *_ = remedies(limited, Run(micro_batch=8), 4 * GIB)
+    limited = MemoryUsage(other=6 * GIB, free=70 * GIB, total=79 * GIB)
+    first, *_ = remedies(limited, RunSettings(micro_batch=8), 4 * GIB)
     assert first.endswith("frees about 3.00 GiB"), "not enough, whatever others may have"
 
 
 def test_the_report_says_whose_it_is() -> None:
-    text = describe_out_of_memory(FULL, Run(micro_batch=8), 3 * GIB, rank=2, device="H100 (cuda:2)")
+    text = describe_out_of_memory(FULL, RunSettings(micro_batch=8), 3 * GIB, rank=2, device="H100 (cuda:2)")
     lines = text.splitlines()
     assert lines[0] == (
         "memory of rank 2 on H100 (cuda:2): 78.00 GiB in use, 1.00 GiB of 79.00 GiB free, and 3.00 GiB more "
-        "were asked for"
+        "were requested"
     )
     assert (
         lines[1]
@@ -72,7 +74,7 @@ def test_a_model_is_weighed_by_owner() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 256)).sum().backward()
     optimizer.step()
-    usage = measure_usage([model, model], [optimizer], torch.device("cpu"))
+    usage = measure_memory([model, model], [optimizer], torch.device("cpu"))
     weights = (256 * 256 + 256) * 4
     assert usage.parameters == weights
     assert usage.gradients == weights
@@ -102,5 +104,7 @@ def test_what_nobody_known_holds_comes_from_the_allocators_snapshot() -> None:
         },
         {"device": 1, "address": 1, "blocks": [{"size": 9, "state": "active_allocated"}]},
     ]
-    held = _Held({1000: 100}, {1000: "weight (parameter)"})
-    assert list(_blocks(held, snapshot, 0)) == [(300, "an activation or a buffer, made at /home/me/model.py:41")]
+    held = _Storages({1000: 100}, {1000: "weight (parameter)"})
+    assert list(_unnamed_blocks(held, snapshot, 0)) == [
+        (300, "an activation or a buffer, allocated at /home/me/model.py:41")
+    ]

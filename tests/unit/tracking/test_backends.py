@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from paceline.tracking.table import TRACKERS
+from paceline.tracking.registry import TRACKERS
 
 SCRIPT = Path(__file__).with_name("backend_script.py")
 

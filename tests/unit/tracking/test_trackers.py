@@ -16,7 +16,7 @@ import torch
 from paceline import Accelerator, ProjectConfiguration
 from paceline.errors import ConfigError, MissingExtraError, TrackingError
 from paceline.tracking import TRACKERS, GeneralTracker
-from paceline.tracking.table import Entry
+from paceline.tracking.registry import TrackerEntry
 from tests.support.ranks import run_on_ranks
 
 
@@ -132,8 +132,11 @@ class NoTracker:
     ("asked", "words"),
     [
         ("tensorbord", "'tensorbord' is unknown; did you mean tensorboard?"),
-        (["jsonl"], "jsonl without a folder; it keeps its files there; give project_dir"),
-        (NoTracker(), "a NoTracker, which lacks requires_logging_directory, tracker, store_init_configuration"),
+        (["jsonl"], "jsonl needs a folder; it writes its files there; pass project_dir"),
+        (
+            NoTracker(),
+            "a NoTracker is not a tracker: it lacks requires_logging_directory, tracker, store_init_configuration",
+        ),
         (["aim", "x"], "2 problems"),
     ],
     ids=str,
@@ -145,7 +148,7 @@ def test_what_is_no_tracker_is_an_error(asked: Any, words: str) -> None:
 
 
 def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TRACKERS, "wandb", Entry("wandb", "wandb_that_is_not_there", "wandb"))
+    monkeypatch.setitem(TRACKERS, "wandb", TrackerEntry("wandb", "wandb_that_is_not_there", "wandb"))
     with pytest.raises(MissingExtraError, match=r"pip install 'paceline\[wandb\]'"):
         Accelerator(cpu=True, log_with="wandb")
     # A folder of that name, which the package itself leaves behind, is no package.
@@ -157,7 +160,7 @@ def test_a_missing_package_is_an_error_with_the_command(monkeypatch: pytest.Monk
 
 def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in set(TRACKERS) - {"jsonl"}:
-        monkeypatch.setitem(TRACKERS, name, Entry(name, "not_there_at_all", name))
+        monkeypatch.setitem(TRACKERS, name, TrackerEntry(name, "not_there_at_all", name))
     assert Accelerator(cpu=True, log_with="all", project_dir=tmp_path).log_with == ("jsonl",)
     assert Accelerator(cpu=True, log_with="all").log_with == ()
 

@@ -41,7 +41,7 @@ def detect_machine(env: Mapping[str, str]) -> Machine:
     import torch
 
     from paceline.environment.device import describe_device, supported_precisions
-    from paceline.launch.detection import count_accelerators, detect
+    from paceline.launch.accelerators import count_accelerators, detect
 
     kind, count = count_accelerators()
     device = torch.device("cpu") if kind is None else torch.device(kind, 0)

@@ -107,9 +107,9 @@ def command(
     if _run_as_rank(resolved, to_run, log_dir, dry_run):
         return
     if not quiet:
-        from paceline.launch.planning import remarks
+        from paceline.launch.planning import performance_hints
 
-        _print_notes(remarks(resolved.config, os.environ))
+        _print_notes(performance_hints(resolved.config, os.environ))
     _start(resolved, to_run, log_dir=log_dir, tee=tee, dry_run=dry_run)
 
 
@@ -120,7 +120,7 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 def _start(resolved: Resolved, command: Command, *, log_dir: Path | None, tee: bool, dry_run: bool) -> None:
     """Start the ranks with torch elastic, DeepSpeed's launcher or mpirun; or print the plan."""
-    from paceline.launch import launch, launch_machines, plan, plan_machines
+    from paceline.launch import launch, launch_deepspeed, plan, plan_deepspeed
     from paceline.launch.schedulers.mpirun import launch_mpirun, plan_mpirun
 
     make_plan: Callable[..., object] = plan
@@ -129,7 +129,7 @@ def _start(resolved: Resolved, command: Command, *, log_dir: Path | None, tee: b
     if resolved.config.mpirun_config is not None:
         make_plan, start, other_launcher = plan_mpirun, launch_mpirun, "mpirun"
     elif resolved.config.spans_machines:
-        make_plan, start, other_launcher = plan_machines, launch_machines, "DeepSpeed's launcher"
+        make_plan, start, other_launcher = plan_deepspeed, launch_deepspeed, "DeepSpeed's launcher"
     if dry_run:
         click.echo(str(make_plan(resolved, command, os.environ)))
         return
@@ -145,12 +145,12 @@ def _run_as_rank(resolved: Resolved, command: Command, log_dir: Path | None, dry
         False where this process is not a rank; under `--dry_run` the plan is printed instead.
     """
     from paceline.launch.clusters import detect_cluster
-    from paceline.launch.schedulers.batch import refuse_part_of_an_allocation
+    from paceline.launch.schedulers.sbatch import reject_partial_allocation
     from paceline.launch.schedulers.task import plan_task, run_task
 
     cluster = detect_cluster(os.environ)
     if cluster is None and not resolved.origin("num_machines").is_explicit and not resolved.config.spans_machines:
-        refuse_part_of_an_allocation(os.environ)
+        reject_partial_allocation(os.environ)
     if cluster is None or cluster.task == "machine":
         return False
     if log_dir is not None:

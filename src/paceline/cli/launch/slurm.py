@@ -14,7 +14,7 @@ import click
 from paceline.config import Detected, find_config_file, resolve
 from paceline.errors import UsageError
 from paceline.launch.command import check_command
-from paceline.launch.schedulers.batch import Allocation, batch_options, batch_script, submit
+from paceline.launch.schedulers.sbatch import Allocation, batch_options, batch_script, submit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -9,7 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli.report.chart import Chart, draw, short
-from paceline.tracking.values import flatten
+from paceline.tracking.log_values import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

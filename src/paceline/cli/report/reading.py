@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from paceline.errors import TrackingError
 from paceline.tracking import METRICS_FILE, RECORD_FILE
-from paceline.tracking.values import flatten
+from paceline.tracking.log_values import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""What schedulers of clusters know about the job that this process belongs to, and how they start one.
+"""Read-only: the job that this process belongs to, from the variables of Slurm, MPI and Kubernetes.
 
-`detect_cluster` reads the variables of Slurm, MPI and Kubernetes into one value: which settings of a launch they
-decide, and whether each of their tasks is a whole machine, on which a launcher starts the ranks, or a rank itself.
+`detect_cluster` reads them into one value: which settings of a launch they determine, and whether each task of the job
+is a whole machine, on which the launcher starts ranks, or a single rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a scheduler says, as settings of a launch, and where the configuration says otherwise."""
+"""The job of a scheduler as settings of a launch, and the check that the configuration agrees with them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Cluster:
     """The job that this process is a task of.
 
     Attributes:
-        scheduler: Its name.
+        scheduler: The scheduler's name, for messages.
         task: What each task of the job is: a machine, on which the launcher starts ranks, or one rank.
-        values: Settings that follow, by configuration key.
-        world: Under `task="rank"`, which rank this is.
+        values: Settings that the job determines, by configuration key.
+        world: With `task="rank"`, the rank that this process is.
     """
 
     scheduler: str
@@ -36,7 +36,7 @@ class Cluster:
 
 
 def check_against(cluster: Cluster, resolved: Resolved) -> None:
-    """Raise `ConfigError` where somebody asked for another number of machines or ranks than the job has."""
+    """Raise `ConfigError` where the configuration sets another number of machines or ranks than the job has."""
     problems = list(_contradictions(cluster, resolved))
     if problems:
         raise ConfigError(problems)
@@ -44,16 +44,18 @@ def check_against(cluster: Cluster, resolved: Resolved) -> None:
 
 def _contradictions(cluster: Cluster, resolved: Resolved) -> Iterator[Problem]:
     for key in _FIXED:
-        found, asked = cluster.values.get(key), resolved.origin(key)
+        of_job, origin = cluster.values.get(key), resolved.origin(key)
         value = getattr(resolved.config, key)
-        if found is not None and asked.is_explicit and value != found.value:
-            what = f"{value} contradicts {found.value} by {found.where}"
-            why = "the job has as many machines and tasks as its scheduler started"
-            yield Problem(asked.where, key, what, why, f"leave {key} out, or ask {cluster.scheduler} for other numbers")
+        if of_job is not None and origin.is_explicit and value != of_job.value:
+            what = f"{value} contradicts {of_job.value} from {of_job.where}"
+            why = "the scheduler decides how many machines and tasks the job has"
+            yield Problem(
+                origin.where, key, what, why, f"remove {key}, or request other numbers from {cluster.scheduler}"
+            )
     if cluster.task == "rank":
         for key in ("max_restarts", "enable_cpu_affinity"):
-            value, asked = getattr(resolved.config, key), resolved.origin(key)
-            if value and asked.is_explicit:
-                what = f"{str(value).lower()} is not used"
-                why = f"each task of {cluster.scheduler} is a rank, which no launcher of ours starts"
-                yield Problem(asked.where, key, what, why, "start one task on each machine, or leave it out")
+            value, origin = getattr(resolved.config, key), resolved.origin(key)
+            if value and origin.is_explicit:
+                what = f"{str(value).lower()} would be ignored"
+                why = f"each task of {cluster.scheduler} is a rank, which paceline does not start"
+                yield Problem(origin.where, key, what, why, f"start one task per machine, or remove {key}")

@@ -1,4 +1,4 @@
-"""Reading the variables of the scheduler that started this process."""
+"""Detection of the scheduler that started this process, from its variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["detect_cluster"]
 
-# Whose variable says which rank this is, how many there are, on which machine, of how many.
+# By source: the scheduler's name, and its variables for the number of ranks, this machine and the machines.
 _VARIABLES: Final[Mapping[WorldSource, tuple[str, str, str, str]]] = {
     "slurm": ("Slurm", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_STEP_NUM_NODES"),
     "openmpi": ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -23,17 +23,17 @@ _VARIABLES: Final[Mapping[WorldSource, tuple[str, str, str, str]]] = {
 
 
 def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
-    """Return what a scheduler says about this process; None when none started it as one of several.
+    """Return the job that this process is a task of; None unless a scheduler started it as one of several.
 
-    Under Slurm, one task on each of several machines is a launcher there, several tasks on a machine are ranks.
+    Under Slurm, one task on each of several machines is a launcher there; several tasks per machine are ranks.
     Under MPI every task is a rank. In a pod of a PyTorchJob or TrainJob the launcher starts the pod's ranks.
 
     Raises:
-        WorldError: Variables are missing, are no numbers, or contradict each other; it names them.
+        WorldError: Variables are missing, not numbers, or contradict each other; the error names them.
     """
-    found = read_kubernetes(env)
-    if found is not None or any(env.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-        return found
+    pod = read_kubernetes(env)
+    if pod is not None or any(env.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return pod
     world = World.read(env)
     if world.size == 1 or world.source not in _VARIABLES:
         return None
@@ -41,7 +41,7 @@ def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
     values = {
         "num_machines": Detected(world.num_nodes, f"{scheduler} ({machines})"),
         "machine_rank": Detected(world.node_rank, f"{scheduler} ({machine})"),
-        **_meeting_place(env, scheduler, world),
+        **_rendezvous_endpoint(env, scheduler, world),
     }
     if world.source == "slurm" and world.size == world.num_nodes:
         return Cluster(scheduler=scheduler, task="machine", values=values)
@@ -49,9 +49,9 @@ def detect_cluster(env: Mapping[str, str]) -> Cluster | None:
     return Cluster(scheduler=scheduler, task="rank", values=values, world=world)
 
 
-def _meeting_place(env: Mapping[str, str], scheduler: str, world: World) -> dict[str, Detected]:
+def _rendezvous_endpoint(env: Mapping[str, str], scheduler: str, world: World) -> dict[str, Detected]:
     address = "MASTER_ADDR" if env.get("MASTER_ADDR") else f"{scheduler} (the job's first machine)"
-    port = "MASTER_PORT" if env.get("MASTER_PORT") else f"{scheduler} (from the job's number)"
+    port = "MASTER_PORT" if env.get("MASTER_PORT") else f"{scheduler} (from the job ID)"
     return {
         "main_process_ip": Detected(world.main_address, address),
         "main_process_port": Detected(world.main_port, port),

@@ -1,7 +1,7 @@
 """The variables that Kubeflow's operators set in the pods of a PyTorchJob or a TrainJob.
 
-Both write torchrun's own PET_ variables; older ones only MASTER_ADDR, MASTER_PORT, and WORLD_SIZE and RANK, which
-count pods there and not ranks.
+Both set torchrun's PET_ variables; older operators only MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK, the last two
+counting pods, not ranks.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["read_kubernetes"]
 
-# torchrun accepts these words in place of a number, for one rank on each device.
-_ONE_EACH = ("", "auto", "gpu", "cpu", "xpu")
+# torchrun accepts these words instead of a number, for one rank per device.
+_ONE_PER_DEVICE = ("", "auto", "gpu", "cpu", "xpu")
 _OTHER_KEYS = {"rdzv_backend": "PET_RDZV_BACKEND", "rdzv_conf": "PET_RDZV_CONF"}
 
 
 def read_kubernetes(env: Mapping[str, str]) -> Cluster | None:
-    """Return what the operator says, None outside such a pod and in a rank that was already started in one.
+    """Return the pod's job; None outside such a pod, and in a rank that was already started in one.
 
     Raises:
-        WorldError: A variable is no number, or one that is needed is missing.
+        WorldError: A variable is not a number, or a required one is missing.
     """
     if env.get("LOCAL_RANK"):
         return None
@@ -42,7 +42,7 @@ def read_kubernetes(env: Mapping[str, str]) -> Cluster | None:
     else:
         return None
     if values["num_machines"].value == 1:
-        values = {key: found for key, found in values.items() if key in ("num_processes", "max_restarts")}
+        values = {key: value for key, value in values.items() if key in ("num_processes", "max_restarts")}
     return Cluster(scheduler=scheduler, task="machine", values=values)
 
 
@@ -51,10 +51,10 @@ def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Detected]:
     if env.get("PET_NODE_RANK"):
         values["machine_rank"] = _number(env, "PET_NODE_RANK", scheduler)
     per_machine = env.get("PET_NPROC_PER_NODE", "")
-    if per_machine not in _ONE_EACH:
-        each = _read_number("PET_NPROC_PER_NODE", per_machine)
-        most = _read_number("PET_NNODES", str(values["num_machines"].value).rpartition(":")[2])
-        values["num_processes"] = Detected(each * most, f"{scheduler} (PET_NPROC_PER_NODE)")
+    if per_machine not in _ONE_PER_DEVICE:
+        ranks_per_machine = _read_number("PET_NPROC_PER_NODE", per_machine)
+        max_machines = _read_number("PET_NNODES", str(values["num_machines"].value).rpartition(":")[2])
+        values["num_processes"] = Detected(ranks_per_machine * max_machines, f"{scheduler} (PET_NPROC_PER_NODE)")
     host, _, port = env.get("PET_RDZV_ENDPOINT", "").rpartition(":")
     if host:
         values |= _address(env, scheduler, host, "PET_RDZV_ENDPOINT", port, "PET_RDZV_ENDPOINT")
@@ -71,7 +71,7 @@ def _read_pet(env: Mapping[str, str], scheduler: str) -> dict[str, Detected]:
 
 
 def _machines(env: Mapping[str, str], scheduler: str) -> Detected:
-    """Read `4`, and `2:4` of an elastic job."""
+    """Read `4`, or `2:4` for an elastic job."""
     low, _, high = env["PET_NNODES"].partition(":")
     if high and high != low:
         for part in (low, high):

@@ -1,1 +1,1 @@
-"""A function of a notebook or program on every rank, its output where the program shows its own."""
+"""Launching a function from a notebook or program, with the ranks' output shown where the program shows its own."""

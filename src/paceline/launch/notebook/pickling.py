@@ -1,6 +1,6 @@
-"""Functions and values on their way to ranks and back: also those that exist only in a notebook.
+"""Pickling of functions and values that are sent to ranks and back, including those defined in a notebook.
 
-cloudpickle sends by value what is defined in `__main__`, which plain pickle could only name.
+cloudpickle pickles by value what is defined in `__main__`, which plain pickle only references by name.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _restore_code(filename: str, kind: type[CodeType], arguments: tuple[Any, ...
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc,no-any-unimported,unused-ignore]
-    """Takes tensors off their device, and keeps the names of the files that code comes from.
+    """Moves tensors to the CPU, and keeps the file names of code objects.
 
-    The reader may have another device, or none, and each rank would fill rank 0's. Without the names, which cloudpickle
-    drops, a traceback could show no line of the function.
+    The reader may have another device, or none, and each rank would use rank 0's. Without the file names, which
+    cloudpickle drops, a traceback could not show the lines of the function.
     """
 
     def reducer_override(self, obj: Any) -> Any:
@@ -46,7 +46,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc,no-any-unimported,unus
 
 
 def pack_value(value: object) -> bytes:
-    """Pickle a value; raise what pickling raises."""
+    """Pickle a value; raises what pickling raises."""
     buffer = io.BytesIO()
     _Pickler(buffer).dump(value)
     return buffer.getvalue()
@@ -56,18 +56,18 @@ def pack_call(function: Callable[..., Any], arguments: tuple[Any, ...], extras: 
     """Pickle a function with its arguments.
 
     Raises:
-        UsageError: Something that they use cannot be sent to another process; it names what.
+        UsageError: Something that they use cannot be pickled; the error names it.
     """
     try:
         return pack_value({"function": function, "arguments": arguments, **extras})
     except Exception as error:
         name = getattr(function, "__name__", "the function")
         culprits = list(_culprits(function, arguments))
-        found = ", ".join(culprits) or "something that it uses"
+        names = ", ".join(culprits) or "something that it uses"
         raise UsageError(
-            f"{found} of {name}() cannot be sent to the ranks ({type(error).__name__}: {error})",
-            "Each rank is a process of its own that gets a copy, and this cannot be copied",
-            "Build it inside the function: the Accelerator, and what it prepared, first of all",
+            f"{names} of {name}() cannot be sent to the ranks ({type(error).__name__}: {error})",
+            "Each rank is a separate process that gets a pickled copy, and this cannot be pickled",
+            "Create it inside the function, in particular the Accelerator and what it prepares",
         ) from error
 
 

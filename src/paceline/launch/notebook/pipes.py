@@ -1,4 +1,4 @@
-"""The output of ranks, shown where this program shows its own: in a notebook that is the cell."""
+"""Forwarding of the ranks' output to `sys.stdout` and `sys.stderr` of this program: in a notebook, to the cell."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["RankPipes", "shows_elsewhere"]
+__all__ = ["RankPipes", "is_stdout_redirected"]
 
 _CHUNK = 65536
-_LAST_WORDS = 10.0
-"""Seconds to wait, when all ranks have ended, for what something that they left behind still writes."""
+_DRAIN_TIMEOUT = 10.0
+"""Seconds to wait, once all ranks have exited, for output of processes that they left behind."""
 
 
-def shows_elsewhere() -> bool:
+def is_stdout_redirected() -> bool:
     """Whether `sys.stdout` is not the console that a child process would inherit."""
     try:
         return sys.stdout.fileno() != 1
@@ -33,12 +33,12 @@ def shows_elsewhere() -> bool:
 
 
 class _Stream:
-    """One pipe: its two ends here, and where its text goes."""
+    """One pipe: both its ends, and the stream to which its text goes."""
 
     def __init__(self, path: Path, target: TextIO, prefix: str) -> None:
         os.mkfifo(path)
         self.reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        # While this is open the pipe outlives ranks that are started again.
+        # While this is open the pipe survives a restart of the ranks.
         self.writer = os.open(path, os.O_WRONLY)
         self._target = target
         self._prefix = prefix
@@ -46,33 +46,33 @@ class _Stream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def forward(self) -> bool:
-        """Show what has come; false at the end."""
+        """Forward what has arrived; False at the end."""
         try:
             data = os.read(self.reader, _CHUNK)
         except BlockingIOError:
             return True
         text = self._decoder.decode(data, final=not data)
         if self._prefix:
-            text = "".join(map(self._marked, text.splitlines(keepends=True)))
+            text = "".join(map(self._with_prefix, text.splitlines(keepends=True)))
         if text:
             self._target.write(text)
             self._target.flush()
         return bool(data)
 
-    def _marked(self, line: str) -> str:
-        marked = f"{self._prefix}{line}" if self._at_line_start else line
+    def _with_prefix(self, line: str) -> str:
+        prefixed = f"{self._prefix}{line}" if self._at_line_start else line
         self._at_line_start = line.endswith(("\n", "\r"))
-        return marked
+        return prefixed
 
 
 class RankPipes:
-    """A folder of pipes, two for each rank, and a thread that forwards what comes out of them.
+    """A folder of pipes, two for each rank, and a thread that forwards their contents.
 
     Args:
-        folder: Is to hold the pipes.
-        ranks: Of this machine.
-        template: What to put before each line: `$rank`, `$local_rank` and `$role_name` are filled in; None: nothing.
-        first: The number among all of the first of them.
+        folder: Where to create the pipes.
+        ranks: Number of ranks of this machine.
+        template: Prefix of each line, with `$rank`, `$local_rank` and `$role_name` substituted; None adds none.
+        first: The global rank of local rank 0.
     """
 
     def __init__(self, folder: Path, ranks: int, template: str | None = None, *, first: int = 0) -> None:
@@ -97,7 +97,7 @@ class RankPipes:
     ) -> None:
         for stream in self._streams:
             os.close(stream.writer)
-        self._thread.join(_LAST_WORDS)
+        self._thread.join(_DRAIN_TIMEOUT)
         if not self._thread.is_alive():
             self._selector.close()
 

@@ -1,7 +1,7 @@
-"""Signs of life between launchers, and what happened on other machines, seen by one thread.
+"""Heartbeats between launchers, and requests of other machines, read by one background thread.
 
-A store on the other side of a cut line does not answer, and nothing can end such a call. So the thread that
-watches the ranks never makes one: it looks at what this one saw last, and at how long ago that was.
+A store behind a broken connection does not respond, and a call to it cannot be cancelled. So the supervising thread
+never makes one: it uses what this thread read last, and how long ago that was.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Heartbeat"]
 
-_LOOK = 0.3
+_POLL = 0.3
 
 
 class Heartbeat:
-    """Beats for this launcher, and listens for the others."""
+    """Sends this launcher's heartbeat and listens for those of the others."""
 
     def __init__(self, store: Store, token: str, options: RendezvousOptions) -> None:
         self._store = store
@@ -47,12 +47,12 @@ class Heartbeat:
         self._thread.start()
 
     def watch(self, peers: Iterable[str], stop: str, waiting: Callable[[], int] | None) -> None:
-        """Look after one round.
+        """Watch the machines of one attempt.
 
         Args:
-            peers: Tokens of the other launchers of the round.
-            stop: The key that one of them writes when its ranks have failed.
-            waiting: How many machines wait to take part; None when none can.
+            peers: Tokens of the other launchers of the attempt.
+            stop: The key that one of them sets when its ranks have failed.
+            waiting: Returns how many machines wait to join; None when none can.
         """
         now = time.monotonic()
         self._heard = dict.fromkeys(peers, (b"", now))
@@ -60,12 +60,12 @@ class Heartbeat:
         self._stopped = self._joiners = False
         self._stop, self._waiting = stop, waiting
 
-    def rest(self) -> None:
-        """Look after no round; go on beating."""
+    def pause(self) -> None:
+        """Watch no attempt, and keep sending heartbeats."""
         self._stop, self._peers, self._waiting = "", (), None
 
     def close(self) -> None:
-        """Stop beating; a thread that hangs in a dead line is left to it."""
+        """Stop; a thread that hangs in a call to a dead store is left behind."""
         self._end.set()
         self._thread.join(timeout=2.0)
 
@@ -75,46 +75,46 @@ class Heartbeat:
         if self._broken:
             return self._broken
         silent = time.monotonic() - self._contact
-        return f"no answer from it for {silent:.0f} s" if silent > self._options.lost_after else ""
+        return f"no response for {silent:.0f} s" if silent > self._options.lost_after else ""
 
     @property
     def lost(self) -> dict[str, str]:
-        """Tokens of launchers that gave no sign of life for too long, and that in words."""
+        """Tokens of launchers without a heartbeat for too long, each with the reason in words."""
         now = time.monotonic()
         late = {token: now - heard for token, (_, heard) in list(self._heard.items()) if token in self._peers}
         return {
-            token: f"nothing was heard from it for {silent:.0f} s"
+            token: f"no heartbeat for {silent:.0f} s"
             for token, silent in late.items()
             if silent > self._options.lost_after
         }
 
     @property
     def regroup(self) -> bool:
-        """Whether another machine wants to take part."""
+        """Whether another machine wants to join."""
         return self._joiners
 
     def remote_request(self) -> RemoteRequest:
-        """What other machines mean for the ranks of this one."""
+        """What other machines request from the ranks of this one."""
         if self._stopped or self.cut_off or self.lost:
             return "end"
         return "save" if self._joiners else ""
 
     def _run(self) -> None:
         next_beat = 0.0
-        while not self._end.wait(_LOOK):
+        while not self._end.wait(_POLL):
             try:
                 beat = time.monotonic() >= next_beat
                 if beat:
                     next_beat = time.monotonic() + self._options.keep_alive_interval
-                self._look(beat)
+                self._sync(beat)
             except Exception as error:
-                # DistError and the errors of the rendezvous: all mean that the store is gone.
+                # DistError or an error of the rendezvous: both mean that the store is gone.
                 with contextlib.suppress(Exception):
                     self._broken = f"its launcher is gone ({first_line(error, 80)})"
                 return
             self._contact = time.monotonic()
 
-    def _look(self, beat: bool) -> None:
+    def _sync(self, beat: bool) -> None:
         if beat:
             self._beats += 1
             self._store.set(f"beat/{self._token}", str(self._beats))

@@ -1,4 +1,4 @@
-"""What one machine tells the others about itself before they train together, and what must agree."""
+"""What a machine reports to the others before they train together, and which of it must match."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from paceline.config import RunConfig
     from paceline.launch.command import Command
 
-__all__ = ["MachineInfo", "clocks_apart", "disagreements", "own_machine_info"]
+__all__ = ["MachineInfo", "clock_skews", "local_machine_info", "mismatches"]
 
-_OWN: Final = frozenset(
+_PER_MACHINE: Final = frozenset(
     {
         "compute_environment",
         "enable_cpu_affinity",
@@ -38,24 +38,24 @@ _OWN: Final = frozenset(
 )
 """Settings that may differ from machine to machine."""
 
-_CLOCKS_APART = 2.0
-_SHOWN = 6
+_MAX_CLOCK_SKEW = 2.0
+_MAX_SHOWN = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineInfo:
-    """One machine, as it presents itself.
+    """One machine, as it reports itself.
 
     Attributes:
-        token: Its launcher's own; another launcher on the same machine has another.
-        host: Its name.
+        token: Unique ID of its launcher; two launchers on one machine have different ones.
+        host: Host name.
         address: Its address in the network of machine 0.
-        machine_rank: Which machine it says it is.
-        num_machines: How many it was told take part.
-        processes: How many ranks it will start.
-        versions: By package.
-        config: Dotted key to value, as text, of all that must be the same everywhere.
-        script: What it runs, and a digest of the file if there is one.
+        machine_rank: Its configured machine_rank.
+        num_machines: Its configured num_machines.
+        processes: Number of ranks that it will start.
+        versions: Version by package.
+        config: Dotted key to value, as text, of all settings that must match.
+        script: The script, and a digest of the file if there is one.
         problems: Why it cannot start; empty when it can.
     """
 
@@ -74,30 +74,30 @@ class MachineInfo:
         return self.host
 
     def to_json(self) -> str:
-        """Write it as one line, which `from_json` reads."""
+        """Return one line of JSON, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> MachineInfo:
-        """Read what `to_json` wrote; fields of another release are left out."""
+        """Read what `to_json` wrote; fields of another release are ignored."""
         data: dict[str, Any] = json.loads(text)
         return cls(**{name: value for name, value in data.items() if name in cls.__slots__})
 
 
-def own_machine_info(
-    config: RunConfig, command: Command, address: str, *, processes: int, counted: bool, problems: Sequence[str] = ()
+def local_machine_info(
+    config: RunConfig, command: Command, address: str, *, processes: int, detected: bool, problems: Sequence[str] = ()
 ) -> MachineInfo:
-    """Collect the facts of this machine.
+    """Collect the information about this machine.
 
     Args:
-        config: What this machine was told.
+        config: Its configuration.
         command: What it runs.
-        address: Its address among the others.
-        processes: How many ranks it will start.
-        counted: That number was found out here, so that another machine may have another one.
+        address: Its address in the network of machine 0.
+        processes: Number of ranks that it will start.
+        detected: Whether that number was detected here, so that another machine may have another one.
         problems: Why it cannot start.
     """
-    own = _OWN | {"num_processes"} if counted else _OWN
+    ignored = _PER_MACHINE | {"num_processes"} if detected else _PER_MACHINE
     return MachineInfo(
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -106,7 +106,7 @@ def own_machine_info(
         num_machines=str(config.num_machines),
         processes=processes,
         versions={"paceline": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        config={key: str(value) for key, value in values_of(config) if key not in own},
+        config={key: str(value) for key, value in values_of(config) if key not in ignored},
         script=_script(command),
         problems=tuple(problems),
     )
@@ -119,12 +119,12 @@ def _script(command: Command) -> tuple[str, ...]:
     return (path.name, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
 
 
-def disagreements(machines: Sequence[MachineInfo]) -> list[str]:
-    """Say everything in which machines differ that must be alike; the first is what the others are held against."""
-    return [line for other in machines[1:] for line in _between(machines[0], other)]
+def mismatches(machines: Sequence[MachineInfo]) -> list[str]:
+    """Return a line for everything in which a machine must match the first one and does not."""
+    return [line for other in machines[1:] for line in _mismatches(machines[0], other)]
 
 
-def _between(one: MachineInfo, other: MachineInfo) -> Iterator[str]:
+def _mismatches(one: MachineInfo, other: MachineInfo) -> Iterator[str]:
     for name in sorted({*one.versions, *other.versions}):
         here, there = one.versions.get(name, "none"), other.versions.get(name, "none")
         if here != there:
@@ -134,11 +134,11 @@ def _between(one: MachineInfo, other: MachineInfo) -> Iterator[str]:
         for key in sorted({*one.config, *other.config})
         if one.config.get(key, "not set") != other.config.get(key, "not set")
     ]
-    for key in differing[:_SHOWN]:
+    for key in differing[:_MAX_SHOWN]:
         here, there = one.config.get(key, "not set"), other.config.get(key, "not set")
         yield f"{key} is {here} on {one} and {there} on {other}"
-    if differing[_SHOWN:]:
-        yield f"{len(differing) - _SHOWN} more settings differ between {one} and {other}"
+    if differing[_MAX_SHOWN:]:
+        yield f"{len(differing) - _MAX_SHOWN} more settings differ between {one} and {other}"
     if tuple(one.script) != tuple(other.script):
         yield _scripts(one, other)
 
@@ -146,13 +146,15 @@ def _between(one: MachineInfo, other: MachineInfo) -> Iterator[str]:
 def _scripts(one: MachineInfo, other: MachineInfo) -> str:
     if one.script[0] != other.script[0]:
         return f"{one} runs {one.script[0]} and {other} runs {other.script[0]}"
-    return f"{one.script[0]} on {other} is another file than on {one}"
+    return f"{one.script[0]} on {other} differs from the file on {one}"
 
 
-def clocks_apart(machines: Sequence[MachineInfo], times: Sequence[float]) -> list[str]:
-    """Name the machines whose clock differs from the first one's by more than reading them can take."""
-    return [
-        f"the clock of {machine} is {abs(gap):.0f} s {'ahead of' if gap > 0 else 'behind'} that of {machines[0]}"
-        for machine, time in zip(machines, times, strict=True)
-        if abs(gap := time - times[0]) > _CLOCKS_APART
-    ]
+def clock_skews(machines: Sequence[MachineInfo], times: Sequence[float]) -> list[str]:
+    """Return a line for every machine whose clock differs from the first one's by more than reading them can take."""
+    lines = []
+    for machine, time in zip(machines, times, strict=True):
+        skew = time - times[0]
+        if abs(skew) > _MAX_CLOCK_SKEW:
+            direction = "ahead of" if skew > 0 else "behind"
+            lines.append(f"the clock of {machine} is {abs(skew):.0f} s {direction} that of {machines[0]}")
+    return lines

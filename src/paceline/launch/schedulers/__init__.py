@@ -1,1 +1,1 @@
-"""Starting a launch through Slurm or MPI: job scripts, mpirun, tasks."""
+"""Starting ranks through other programs: sbatch, mpirun, DeepSpeed's launcher, and the tasks of a scheduler."""

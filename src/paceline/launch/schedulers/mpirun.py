@@ -1,7 +1,7 @@
-"""Starting ranks on CPUs by mpirun, of this machine or of those in a host file.
+"""Starting ranks on CPUs through mpirun, on this machine or those of a host file.
 
-Each rank reads its place from the variables that MPI sets. What paceline adds travels packed in one word, so that it
-does not depend on which variables a mpirun hands on.
+Each rank reads its rank from the variables that MPI sets. paceline's own variables are packed into one argument, so
+that it does not matter which variables an mpirun forwards.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import paceline.launch.worker as worker_module
 from paceline.environment.world import DEFAULT_PORT
 from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
 from paceline.launch.command import check_command
-from paceline.launch.network import why_taken
-from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import raise_for_end, run_starter
-from paceline.launch.verdict import MADE_ROOM
+from paceline.launch.decision import PREEMPTED_TEXT
+from paceline.launch.network import port_error
+from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ _TRIES = 20
 
 @dataclass(frozen=True, slots=True)
 class MpirunPlan:
-    """What a launch by mpirun will start.
+    """What a launch through mpirun will start.
 
     Attributes:
-        size: How many ranks.
-        command: What is run here.
-        worker: What each rank runs.
-        shared: The variables that each rank gets besides those of MPI.
+        size: Number of ranks.
+        command: The command line to run here.
+        worker: The command line of each rank.
+        shared: Variables of each rank besides those of MPI.
     """
 
     size: int
@@ -56,7 +56,7 @@ class MpirunPlan:
     shared: Mapping[str, str]
 
     def as_text(self) -> str:
-        """Return the plan as lines; the command is one that a shell could run."""
+        """Return the plan as text, with a command that a shell could run."""
         lines = [
             f"{self.size} process{'es' if self.size != 1 else ''}, started by mpirun",
             "for all:",
@@ -73,13 +73,14 @@ class MpirunPlan:
 
 
 def plan_mpirun(resolved: Resolved, command: Command, env: Mapping[str, str]) -> MpirunPlan:
-    """Check what can be checked here, and say what would be started.
+    """Check what can be checked here, and plan the launch.
 
     Raises:
-        ConfigError: The host file and the configuration do not fit each other; it holds every problem.
-        UsageError: There is no mpirun, or nothing to run under that name, or this is a launched process itself.
+        ConfigError: The host file and the configuration contradict each other; the error lists every problem.
+        UsageError: There is no mpirun, the script, module or program does not exist, or this process is itself a
+            launched rank.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     problems = list(_problems(resolved))
     if problems:
@@ -113,7 +114,7 @@ def _open_mpi_options(config: RunConfig, env: Mapping[str, str]) -> Iterator[str
         yield from ("--hostfile", config.mpirun_config.hostfile)
     if config.max_machines > 1:
         yield from ("--map-by", f"ppr:{(config.num_processes or 1) // config.max_machines}:node")
-    # It binds each rank to one core by itself, whatever the number of threads.
+    # By default it binds each rank to one core, whatever the number of threads.
     yield from ("--bind-to", "none")
     if env.get("PYTHONPATH"):
         yield from ("-x", "PYTHONPATH")
@@ -136,15 +137,16 @@ def _problems(resolved: Resolved) -> Iterator[Problem]:
         hint = 'write a line such as "node1 slots=8" (Open MPI) or "node1:8" (Intel MPI, MPICH) for each machine'
         yield Problem(resolved.origin(key).where, key, what, "mpirun reads the machines from it", hint)
     if path is not None and not resolved.origin("num_processes").is_explicit:
-        why = "what is found on this machine says nothing about the others"
-        yield Problem("", "num_processes", "it is not given", why, "say how many ranks all machines have together")
+        why = "the devices of this machine do not tell those of the others"
+        todo = "set it to the number of ranks on all machines"
+        yield Problem("", "num_processes", "it is required with a host file", why, todo)
     elif (config.num_processes or 1) % config.max_machines:
-        what = f"{config.num_processes} cannot be shared out among {config.max_machines} machines"
-        yield Problem(resolved.origin("num_processes").where, "num_processes", what, "each gets as many", "")
+        what = f"{config.num_processes} is not divisible by {config.max_machines} machines"
+        yield Problem(resolved.origin("num_processes").where, "num_processes", what, "all get the same number", "")
 
 
 def _hosts(path: str) -> list[str]:
-    """Return the machines of a host file, of which both kinds begin a line with a name."""
+    """Return the machines of a host file; in both formats a line starts with the name."""
     if not Path(path).is_file():
         return []
     lines = (line.partition("#")[0].split() for line in Path(path).read_text(encoding="utf-8").splitlines())
@@ -160,9 +162,9 @@ def _main_address(config: RunConfig) -> str:
 
 
 def _open_port() -> int:
-    """Return a port that nobody uses here, of those that no system hands out: two launches at once get two."""
+    """Return a free port below the ephemeral range: two launches at once get different ones."""
     ports = (random.randrange(*_PORTS) for _ in range(_TRIES))
-    return next((port for port in ports if why_taken(port) is None), DEFAULT_PORT)
+    return next((port for port in ports if port_error(port) is None), DEFAULT_PORT)
 
 
 def _find_mpirun(env: Mapping[str, str]) -> tuple[str, bool]:
@@ -170,24 +172,26 @@ def _find_mpirun(env: Mapping[str, str]) -> tuple[str, bool]:
     for name in ("mpirun", "mpiexec"):
         program = shutil.which(name, path=env.get("PATH"))
         if program is not None:
-            said = subprocess.run([program, "--version"], env=env, text=True, capture_output=True, check=False).stdout
-            return program, "Open MPI" in said or "OpenRTE" in said
+            version = subprocess.run(
+                [program, "--version"], env=env, text=True, capture_output=True, check=False
+            ).stdout
+            return program, "Open MPI" in version or "OpenRTE" in version
     raise UsageError(
         "There is no program 'mpirun' or 'mpiexec' in PATH",
-        f"{_SECTION} asks for ranks that it starts",
+        f"With {_SECTION}, mpirun starts the ranks",
         f"Install Open MPI, Intel MPI, MPICH or MVAPICH2, or remove {_SECTION}",
     )
 
 
 def launch_mpirun(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
-    """Run `command` on every rank and return when all have ended well.
+    """Run `command` on every rank and return when all have exited with code 0.
 
     Raises:
         WorkerError: A rank failed, or a signal came; it carries the exit code.
-        ConfigError: The host file and the configuration do not fit each other. Nothing was started.
-        UsageError: There is no mpirun, or nothing to run. Nothing was started.
+        ConfigError: The host file and the configuration contradict each other. Nothing was started.
+        UsageError: There is no mpirun, or no script, module or program of that name. Nothing was started.
     """
-    code, received = run_starter(plan_mpirun(resolved, command, env).command, env)
+    code, received = run_launcher(plan_mpirun(resolved, command, env).command, env)
     if code == PREEMPTED:
-        raise WorkerError(MADE_ROOM, PREEMPTED)
-    raise_for_end("mpirun", code, received)
+        raise WorkerError(PREEMPTED_TEXT, PREEMPTED)
+    raise_for_exit("mpirun", code, received)

@@ -1,4 +1,4 @@
-"""Being one rank of a job whose tasks a scheduler started: the script runs in this process's place."""
+"""Becoming one rank of a job whose tasks a scheduler started: the script replaces this process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class TaskPlan:
     """What this task becomes.
 
     Attributes:
-        scheduler: Who started the tasks.
-        rank: Which rank this is.
-        size: Of how many.
-        command: What runs in the place of the launcher.
-        variables: What it gets besides this environment.
+        scheduler: The scheduler that started the tasks.
+        rank: The rank of this task.
+        size: The number of ranks.
+        command: The command line that replaces the launcher.
+        variables: Variables to set in addition to this environment.
     """
 
     scheduler: str
@@ -42,7 +42,7 @@ class TaskPlan:
     variables: Mapping[str, str]
 
     def as_text(self) -> str:
-        """Return the plan as lines that a shell could run."""
+        """Return the plan as text, with a command that a shell could run."""
         own = [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         head = f"rank {self.rank} of {self.size}: {self.scheduler} started a task for each, and this one becomes"
         return "\n".join([head, *own, f"  {shlex.join(self.command)}"])
@@ -52,11 +52,11 @@ class TaskPlan:
 
 
 def plan_task(resolved: Resolved, command: Command, env: Mapping[str, str], cluster: Cluster) -> TaskPlan:
-    """Check what can be checked here, and say what this task becomes.
+    """Check what can be checked here, and plan what this task becomes.
 
     Raises:
-        ConfigError: The configuration contradicts the job; it holds every problem.
-        UsageError: There is nothing to run under that name.
+        ConfigError: The configuration contradicts the job; the error lists every problem.
+        UsageError: The script, module or program does not exist.
     """
     world = cluster.world
     assert world is not None
@@ -65,7 +65,7 @@ def plan_task(resolved: Resolved, command: Command, env: Mapping[str, str], clus
     shared = {
         **engine_variables(resolved.config),
         **thread_variables(resolved.config, world.local_size, env),
-        **_place(resolved, world),
+        **_rendezvous_variables(resolved, world),
         "PACELINE_CONFIG": resolved.to_json(),
     }
     return TaskPlan(
@@ -77,8 +77,8 @@ def plan_task(resolved: Resolved, command: Command, env: Mapping[str, str], clus
     )
 
 
-def _place(resolved: Resolved, world: World) -> dict[str, str]:
-    """The meeting place, and nothing of torchrun's: which rank this is, the scheduler's own variables say."""
+def _rendezvous_variables(resolved: Resolved, world: World) -> dict[str, str]:
+    """Where the ranks meet. torchrun's other variables stay unset: the scheduler's own give the rank."""
     return {
         "MASTER_ADDR": resolved.config.main_process_ip or world.main_address,
         "MASTER_PORT": str(resolved.config.main_process_port or world.main_port),
@@ -86,7 +86,7 @@ def _place(resolved: Resolved, world: World) -> dict[str, str]:
 
 
 def run_task(planned: TaskPlan, env: Mapping[str, str]) -> NoReturn:
-    """Become the rank: signals, output and the exit code are the scheduler's business from here on."""
+    """Replace this process by the rank: signals, output and exit code go to the scheduler."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, planned.command, {**env, **planned.variables})

@@ -1,9 +1,8 @@
-"""Starting ranks on several machines by DeepSpeed's own launcher, from its host file.
+"""Starting ranks on several machines through DeepSpeed's own launcher and its host file.
 
-DeepSpeed's classes make the command for each launcher that it knows: pdsh, Open MPI, MPICH, MVAPICH and Slurm reach
-the other machines by themselves; under `nossh` the same command is given on every machine, with its `machine_rank`.
-What paceline adds travels packed in one word, so that no shell on the way reads the configuration or the script's
-arguments.
+DeepSpeed's classes build the command of each launcher that it knows: pdsh, Open MPI, MPICH, MVAPICH and Slurm reach the
+other machines by themselves; with `nossh` the same command is run on every machine, with its `machine_rank`.
+paceline's variables and the script's arguments are packed into one argument, so that no shell on the way expands them.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import paceline.launch.worker as worker_module
 from paceline.config import DeepSpeedPlugin
 from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError
 from paceline.launch.command import check_command
-from paceline.launch.planning import engine_variables, refuse_inside_a_launch, thread_variables
-from paceline.launch.starters import raise_for_end, run_starter
+from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from paceline.config import Resolved
     from paceline.launch.command import Command
 
-__all__ = ["MachinesPlan", "launch_machines", "plan_machines"]
+__all__ = ["DeepSpeedPlan", "launch_deepspeed", "plan_deepspeed"]
 
 _DEFAULT_HOSTFILE = "/job/hostfile"
 _DEFAULT_PORT = 29500
@@ -40,17 +39,17 @@ _PROGRAMS = {"pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "mvapich": 
 
 
 @dataclass(frozen=True, slots=True)
-class MachinesPlan:
+class DeepSpeedPlan:
     """What a launch over a host file will start.
 
     Attributes:
-        launcher: Which of DeepSpeed's launchers.
-        hosts: How many ranks run on each machine, in the order of their ranks.
-        command: What is run here.
-        variables: What that command gets besides this environment.
-        worker: What each rank runs.
-        shared: The variables that each rank gets.
-        stop: What ends the ranks on all machines; empty where the launcher does that itself when it gets a signal.
+        launcher: The name of DeepSpeed's launcher.
+        hosts: Number of ranks per machine, in the order of their ranks.
+        command: The command line to run here.
+        variables: Variables of that command in addition to this environment.
+        worker: The command line of each rank.
+        shared: Variables of each rank.
+        stop: The command that stops the ranks on all machines; empty where the launcher itself does so on a signal.
     """
 
     launcher: str
@@ -62,7 +61,7 @@ class MachinesPlan:
     stop: tuple[str, ...] = ()
 
     def as_text(self) -> str:
-        """Return the plan as lines; the command is one that a shell could run."""
+        """Return the plan as text, with a command that a shell could run."""
         count, machines = sum(self.hosts.values()), len(self.hosts)
         lines = [
             f"{count} processes on {machines} machine{'s' if machines != 1 else ''}, started by {self.launcher}:",
@@ -80,15 +79,16 @@ class MachinesPlan:
         return self.as_text()
 
 
-def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) -> MachinesPlan:
-    """Check what can be checked here, and say what would be started.
+def plan_deepspeed(resolved: Resolved, command: Command, env: Mapping[str, str]) -> DeepSpeedPlan:
+    """Check what can be checked here, and plan the launch.
 
     Raises:
-        ConfigError: The host file, its filters and the configuration do not fit each other; it holds every problem.
-        UsageError: There is nothing to run under that name, or this is a launched process itself.
+        ConfigError: The host file, its filters and the configuration contradict each other; the error lists every
+            problem.
+        UsageError: The script, module or program does not exist, or this process is itself a launched rank.
         MissingExtraError: DeepSpeed is not installed.
     """
-    refuse_inside_a_launch(env)
+    reject_nested_launch(env)
     check_command(command, env)
     runner = _import_runner()
     config, plugin = resolved.config, resolved.config.deepspeed_config or DeepSpeedPlugin()
@@ -116,12 +116,12 @@ def plan_machines(resolved: Resolved, command: Command, env: Mapping[str, str]) 
             *("--include", plugin.deepspeed_inclusion_filter or ""),
             *("--exclude", plugin.deepspeed_exclusion_filter or ""),
             *("--master_addr", address, "--master_port", str(port), "--no_local_rank"),
-            # By its path: the makers of commands for Slurm and MPICH know scripts only.
+            # By path: the command builders for Slurm and MPICH accept scripts only.
             *(_WORKER, "--packed", pack(shared, worker)),
         ]
     )
     line, variables, stop = _command(runner, arguments, resolved, pool, active, env)
-    return MachinesPlan(
+    return DeepSpeedPlan(
         launcher=plugin.deepspeed_multinode_launcher,
         hosts=hosts,
         command=tuple(line),
@@ -141,7 +141,7 @@ def _import_runner() -> Any:
 
 
 def _read_hosts(runner: Any, resolved: Resolved, plugin: DeepSpeedPlugin) -> tuple[Any, Any]:
-    """All machines with their slots, and those that the filters leave with the indexes of theirs."""
+    """All machines with their slots, and those that the filters keep, with the indices of their slots."""
     path = plugin.deepspeed_hostfile or _DEFAULT_HOSTFILE
     key = f"{_SECTION}.deepspeed_hostfile"
     where = resolved.origin(key).where if plugin.deepspeed_hostfile else ""
@@ -160,30 +160,30 @@ def _read_hosts(runner: Any, resolved: Resolved, plugin: DeepSpeedPlugin) -> tup
     except ValueError as error:
         name = "deepspeed_inclusion_filter" if include else "deepspeed_exclusion_filter"
         what = f"{include or exclude!r} does not fit {path}: {error}"
-        hint = 'write "worker-1@worker-2:0,2", and one of the two filters'
-        found = Problem(resolved.origin(f"{_SECTION}.{name}").where, f"{_SECTION}.{name}", what, "", hint)
-        raise ConfigError([found]) from error
+        hint = 'write it like "worker-1@worker-2:0,2", and set only one of the two filters'
+        where = resolved.origin(f"{_SECTION}.{name}").where
+        raise ConfigError([Problem(where, f"{_SECTION}.{name}", what, "", hint)]) from error
 
 
 def _problems(resolved: Resolved, hosts: Mapping[str, int]) -> Iterator[Problem]:
     config, total = resolved.config, sum(hosts.values())
-    said = f"the host file and its filters leave {len(hosts)} machines with {total} slots"
+    why = f"the host file and its filters select {len(hosts)} machines with {total} slots"
     if config.num_machines not in (1, len(hosts)):
         where = resolved.origin("num_machines").where
-        yield Problem(where, "num_machines", f"{config.num_machines} contradicts it", said, f"write {len(hosts)}")
+        yield Problem(where, "num_machines", f"{config.num_machines} contradicts it", why, f"set it to {len(hosts)}")
     count = config.num_processes
     if count not in (None, total) and resolved.origin("num_processes").is_explicit:
         where = resolved.origin("num_processes").where
-        yield Problem(where, "num_processes", f"{count} contradicts it", said, f"write {total}, or leave it out")
+        yield Problem(where, "num_processes", f"{count} contradicts it", why, f"set it to {total}, or remove it")
     if not 0 <= config.machine_rank < len(hosts):
         where = resolved.origin("machine_rank").where
-        yield Problem(where, "machine_rank", f"{config.machine_rank} is no machine of it", said, "count from 0")
+        yield Problem(where, "machine_rank", f"{config.machine_rank} is out of range", why, "count from 0")
 
 
 def _command(
     runner: Any, arguments: Any, resolved: Resolved, pool: Any, active: Any, env: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str], list[str]]:
-    """What is run here, its own variables, and what ends the ranks elsewhere."""
+    """The command to run here, its own variables, and the command that stops the ranks on other machines."""
     world = runner.encode_world_info(active)
     plugin = resolved.config.deepspeed_config or DeepSpeedPlugin()
     if plugin.deepspeed_multinode_launcher == "nossh" or len(active) == 1:
@@ -225,21 +225,21 @@ def _launcher(runner: Any, arguments: Any, resolved: Resolved, world: str, pool:
         raise ConfigError([Problem(resolved.origin(key).where, key, str(error), "", hint)]) from error
 
 
-def launch_machines(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
-    """Run `command` on every machine of the host file and return when all ranks have ended well.
+def launch_deepspeed(resolved: Resolved, command: Command, *, env: Mapping[str, str]) -> None:
+    """Run `command` on every machine of the host file and return when all ranks have exited with code 0.
 
     Raises:
         WorkerError: A rank failed, or a signal came; it carries the exit code.
         UsageError: The launcher's program is not installed. Nothing was started.
     """
-    planned = plan_machines(resolved, command, env)
+    planned = plan_deepspeed(resolved, command, env)
     program = _PROGRAMS.get(planned.launcher)
     if planned.command[0] == program and shutil.which(program, path=env.get("PATH")) is None:
         raise UsageError(
             f"There is no program {program!r} in PATH",
-            f"deepspeed_multinode_launcher {planned.launcher} starts the other machines by it",
-            "Install it, or choose nossh and give the same command on every machine, each with its machine_rank",
+            f"deepspeed_multinode_launcher {planned.launcher} starts the ranks on other machines with it",
+            "Install it, or choose nossh and run the same command on every machine, each with its machine_rank",
         )
     environment = {**env, **planned.variables}
-    code, received = run_starter(planned.command, environment, planned.stop)
-    raise_for_end(planned.launcher, code, received)
+    code, received = run_launcher(planned.command, environment, planned.stop)
+    raise_for_exit(planned.launcher, code, received)

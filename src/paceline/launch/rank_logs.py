@@ -1,36 +1,42 @@
-"""Where the ranks' output and their accounts of failure go, told to torch elastic in its own terms."""
+"""Where the ranks' output and error files go, as a `LogsSpecs` of torch elastic."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
+from paceline.environment.error_file import stacks_folder
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["RankStreams", "quiet_elastic"]
+    from paceline.launch.failures import RankExit
+
+__all__ = ["RankLogs", "move_stacks", "silence_elastic_logs"]
 
 _ELASTIC = "torch.distributed.elastic"
 _SILENT = logging.CRITICAL + 1
 
 
-class RankStreams(LogsSpecs):
-    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; accounts in another.
+class RankLogs(LogsSpecs):
+    """`rank_0.out` and `rank_0.err` of each rank in one folder, or the console; error files in another.
 
-    torch elastic numbers the ranks of this machine from 0; in the names of files stands their number among all.
+    torch elastic passes local ranks; the names of files contain global ranks.
 
     Args:
-        folder: For the accounts.
-        log_dir: For the output; None leaves it on the console.
-        tee: Show the lines on the console as well.
+        folder: Folder of the error files.
+        log_dir: Folder of the output; None leaves it on the console.
+        tee: Whether to show the output on the console as well.
         attempt: How often the ranks were started before.
         requeued: How often Slurm started the whole job before; the files of those starts are kept.
-        first: The number among all of this machine's first rank.
-        pipes: A folder that holds a pipe of those names for each stream, which somebody reads.
+        first: The global rank of this machine's local rank 0.
+        pipes: A folder with a named pipe for each stream, which somebody reads.
     """
 
     def __init__(
@@ -55,29 +61,29 @@ class RankStreams(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
-        """The folder that holds the logs."""
+        """The folder of the logs."""
         return str(self._logs)
 
     def error_file(self, rank: int) -> Path:
-        """Return the file in which a rank leaves its account of a failure."""
+        """Return the file in which a rank records its failure."""
         return self._folder / f"rank_{self._first + rank}.json"
 
     def fault_file(self, rank: int) -> Path:
-        """Return the file in which Python notes where it was when a signal ended it."""
+        """Return the file into which faulthandler dumps a rank's stack at a fatal signal."""
         return Path(f"{self.error_file(rank)}.fault")
 
     def log(self, rank: int) -> str:
-        """Return the file that alone holds the rank's error output; empty when the console shows it."""
-        hidden = self._to_files and self._pipes is None and not self._tee_to_console
-        return self._stream(rank, "err") if hidden else ""
+        """Return the file with the rank's stderr; empty when the console shows it as well."""
+        is_hidden = self._to_files and self._pipes is None and not self._tee_to_console
+        return self._stream(rank, "err") if is_hidden else ""
 
     def variables(self, rank: int) -> dict[str, str]:
-        """Return the variables that go with this: into files, python's output would come late, or never."""
+        """Return the variables to set for a rank; into files, Python would write late, or never."""
         unbuffered = {"PYTHONUNBUFFERED": "1"} if self._to_files else {}
         return {"TORCHELASTIC_ERROR_FILE": str(self.error_file(rank)), **unbuffered}
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Say for each rank which files it writes; called by torch elastic."""
+        """Return the files that each rank writes; called by torch elastic."""
         out = {rank: self._stream(rank, "out") if self._to_files else "" for rank in envs}
         err = {rank: self._stream(rank, "err") if self._to_files else "" for rank in envs}
         return LogsDest(
@@ -94,9 +100,36 @@ class RankStreams(LogsSpecs):
         return str(self._logs / f"rank_{self._first + rank}{self._suffix}.{kind}")
 
 
+def move_stacks(ends: tuple[RankExit, ...], run_id: str, attempt: int, log_dir: Path) -> tuple[RankExit, ...]:
+    """Move the stacks that hanging ranks dumped to their logs, and return the exits with the new path in the report.
+
+    Args:
+        ends: The exits of the ranks.
+        run_id: ID of the launch.
+        attempt: How often the ranks were started before.
+        log_dir: Folder of the logs.
+    """
+    dumped = stacks_folder(run_id, attempt)
+    target = log_dir.absolute() / dumped.name
+    if not dumped.is_dir():
+        return ends
+    try:
+        shutil.move(dumped, target)
+    except OSError:  # they stay where they are
+        return ends
+    return tuple(_with_new_path(end, str(dumped), str(target)) for end in ends)
+
+
+def _with_new_path(end: RankExit, old: str, new: str) -> RankExit:
+    record = end.record
+    if record is None:
+        return end
+    return replace(end, record=replace(record, traceback=record.traceback.replace(old, new)))
+
+
 @contextlib.contextmanager
-def quiet_elastic() -> Iterator[None]:
-    """Keep torch elastic's own remarks about failing processes off the console: ours says it once."""
+def silence_elastic_logs() -> Iterator[None]:
+    """Silence torch elastic's own log messages about failing processes: our report replaces them."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith(_ELASTIC)]
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:

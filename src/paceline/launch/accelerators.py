@@ -1,4 +1,4 @@
-"""What the launcher finds on this machine when nobody says how many processes to start."""
+"""Accelerators of this machine, and the number of processes to start by default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["count_accelerators", "detect", "visible_devices_variable"]
 
-# Which variable hides devices from a process, by torch's name of the device type.
+# The variable that selects the devices a process sees, by torch's name of the device type.
 _VISIBLE = {
     "cuda": "CUDA_VISIBLE_DEVICES",
     "hpu": "HABANA_VISIBLE_MODULES",
@@ -24,17 +24,17 @@ _VISIBLE = {
 
 
 def detect(env: Mapping[str, str], use_cpu: bool = False) -> dict[str, object]:
-    """Return the configuration keys that follow from this machine, as `resolve(detected=…)` takes them.
+    """Return the configuration keys that follow from this machine, for `resolve(detected=…)`.
 
-    One process for each accelerator. Without any, or with `use_cpu`, two processes where there are two cores,
-    so that a script written for several ranks is tried as such, and one otherwise.
+    One process per accelerator. Without any, or with `use_cpu`, two processes if there are two cores, so that a script
+    written for several ranks is tested as such, and else one.
     """
     _, count = (None, 0) if use_cpu else count_accelerators()
     return {"num_processes": count or min(2, core_count())}
 
 
 def count_accelerators() -> tuple[str | None, int]:
-    """Return torch's name of the accelerator type here and how many are visible; (None, 0) without any."""
+    """Return torch's name of the accelerator type and the number of visible devices; (None, 0) without any."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -42,5 +42,5 @@ def count_accelerators() -> tuple[str | None, int]:
 
 
 def visible_devices_variable(device_type: str) -> str | None:
-    """Return the variable that chooses which devices of that type a process sees, None when unknown."""
+    """Return the variable that selects the devices of that type that a process sees; None when unknown."""
     return _VISIBLE.get(device_type)

@@ -1,4 +1,4 @@
-"""Who holds a rank's memory, in bytes: parameters, gradients, optimizer state, and all else."""
+"""What uses a rank's memory, in bytes: parameters, gradients, optimizer state, and everything else."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["Usage", "measure_usage", "process_memory"]
+__all__ = ["MemoryUsage", "measure_memory", "process_memory"]
 
-_LARGEST = 5
+_NUM_LARGEST = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class MemoryUsage:
     """Bytes on one rank's device, or in its process on a CPU.
 
     Attributes:
         parameters: Parameters and buffers, or this rank's shards of them.
-        gradients: Of those.
-        optimizer: What optimizers keep between steps.
-        other: All else: activations and temporary buffers.
-        libraries: What the process held before there was a model.
-        unused: Held by torch's allocator, in pieces too small for what was asked for.
-        free: What the device, or the machine, has left.
-        total: What it has.
-        is_sharded: Whether parameters or optimizer state are spread over the ranks.
-        largest: The largest allocations, with whose they are.
+        gradients: Gradients of those.
+        optimizer: The state of the optimizers.
+        other: Everything else: activations and temporary buffers.
+        libraries: Memory of the process before there was a model.
+        unused: Reserved by torch's allocator and not in use.
+        free: Free memory of the device, or of the machine.
+        total: All of its memory.
+        is_sharded: Whether parameters or optimizer state are sharded over the ranks.
+        largest: The largest allocations, each with a description.
     """
 
     parameters: int = 0
@@ -52,12 +52,12 @@ class Usage:
 
     @property
     def state(self) -> int:
-        """What a rank keeps from step to step."""
+        """Parameters, gradients and optimizer state together."""
         return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(slots=True)
-class _Held:
+class _Storages:
     """Storages by address, each counted once."""
 
     sizes: dict[int, int]
@@ -65,7 +65,7 @@ class _Held:
     is_sharded: bool = False
 
     def add(self, tensor: Any, name: str, device: torch.device) -> int:
-        """Bytes that were not counted before."""
+        """Count a tensor's storage; return its bytes unless it was counted before."""
         local = getattr(tensor, "_local_tensor", tensor)
         self.is_sharded |= local is not tensor and local.numel() < tensor.numel()
         if not isinstance(local, torch.Tensor) or local.device.type != device.type:
@@ -82,45 +82,45 @@ class _Held:
 
 
 def process_memory(device: torch.device) -> int:
-    """Bytes that this process holds on the device; in host memory on a CPU."""
-    return _taken(device)[0]
+    """Return the bytes that this process uses on the device; on a CPU, of host memory."""
+    return _used(device)[0]
 
 
-def measure_usage(
+def measure_memory(
     models: Iterable[nn.Module], optimizers: Iterable[Optimizer], device: torch.device, *, libraries: int = 0
-) -> Usage:
-    """Measure what prepared models and optimizers hold now, and how much is held besides.
+) -> MemoryUsage:
+    """Measure the memory of prepared models and optimizers, and what is used besides.
 
     Args:
-        models: Prepared ones.
-        optimizers: Theirs.
-        device: This rank's.
-        libraries: What the process held before.
+        models: Prepared models.
+        optimizers: Their optimizers.
+        device: This rank's device.
+        libraries: Bytes that the process used before there was a model.
     """
-    held = _Held({}, {})
+    storages = _Storages({}, {})
     models = list(models)
-    parameters = sum(held.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
+    parameters = sum(storages.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
     gradients = sum(
-        held.add(p.grad, f"gradient of {name}", device)
+        storages.add(p.grad, f"gradient of {name}", device)
         for model in models
         for name, p in model.named_parameters()
         if p.grad is not None
     )
-    optimizer = sum(held.add(t, f"optimizer state: {name}", device) for name, t in _state(optimizers))
-    owned = parameters + gradients + optimizer
+    optimizer = sum(storages.add(t, f"optimizer state: {name}", device) for name, t in _state(optimizers))
+    state = parameters + gradients + optimizer
     free, total = _free(device)
-    taken, unused = _taken(device)
-    return Usage(
+    used, unused = _used(device)
+    return MemoryUsage(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        other=max(taken - owned - libraries, 0),
+        other=max(used - state - libraries, 0),
         libraries=libraries,
         unused=unused,
         free=free,
         total=total,
-        is_sharded=held.is_sharded,
-        largest=_largest(held, device),
+        is_sharded=storages.is_sharded,
+        largest=_largest(storages, device),
     )
 
 
@@ -140,7 +140,7 @@ def _state(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _free(device: torch.device) -> tuple[int, int]:
-    """Bytes free and bytes in all; a limit on this process counts."""
+    """Free and total bytes; a limit on this process counts."""
     free, total = memory_info(device)
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if device.type != "cpu" or limit == resource.RLIM_INFINITY:
@@ -148,33 +148,33 @@ def _free(device: torch.device) -> tuple[int, int]:
     return min(free, max(limit - int(psutil.Process().memory_info().vms), 0)), min(total, limit)
 
 
-def _taken(device: torch.device) -> tuple[int, int]:
-    """Bytes in use, and bytes that the allocator holds without using them."""
+def _used(device: torch.device) -> tuple[int, int]:
+    """Bytes in use, and bytes that the allocator has reserved without using them."""
     if device.type == "cpu":
         return int(psutil.Process().memory_info().rss), 0
     used = int(torch.accelerator.memory_allocated(device))
     return used, int(torch.accelerator.memory_reserved(device)) - used
 
 
-def _largest(held: _Held, device: torch.device) -> tuple[tuple[int, str], ...]:
-    found = [(size, held.names[address]) for address, size in held.sizes.items()]
+def _largest(storages: _Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
+    allocations = [(size, storages.names[address]) for address, size in storages.sizes.items()]
     if device.type == "cuda":
         snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        found.extend(_blocks(held, snapshot, device.index or 0))
-    return tuple(sorted(found, reverse=True)[:_LARGEST])
+        allocations.extend(_unnamed_blocks(storages, snapshot, device.index or 0))
+    return tuple(sorted(allocations, reverse=True)[:_NUM_LARGEST])
 
 
-def _blocks(held: _Held, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
-    """What the allocator has given out and nobody known holds; where from, if the history was recorded."""
+def _unnamed_blocks(storages: _Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
+    """Allocated blocks that belong to no known tensor, with their origin if the history was recorded."""
     for segment in snapshot:
         address = int(segment["address"])
         for block in segment["blocks"] if segment.get("device", 0) == index else ():
             start, address = int(block.get("address", address)), address + int(block["size"])
-            if block["state"] == "active_allocated" and start not in held.sizes:
-                yield int(block["size"]), "an activation or a buffer" + _made_at(block)
+            if block["state"] == "active_allocated" and start not in storages.sizes:
+                yield int(block["size"]), "an activation or a buffer" + _origin(block)
 
 
-def _made_at(block: dict[str, Any]) -> str:
+def _origin(block: dict[str, Any]) -> str:
     frames = block.get("frames") or next((h.get("frames", ()) for h in block.get("history", ())), ())
-    own = [f for f in frames if str(f.get("filename", "")).endswith(".py") and "site-packages" not in f["filename"]]
-    return f", made at {own[0]['filename']}:{own[0]['line']}" if own else ""
+    user = [f for f in frames if str(f.get("filename", "")).endswith(".py") and "site-packages" not in f["filename"]]
+    return f", allocated at {user[0]['filename']}:{user[0]['line']}" if user else ""

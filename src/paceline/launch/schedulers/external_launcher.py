@@ -1,4 +1,4 @@
-"""Running a program that starts the ranks, such as mpirun: signals go on to it, and its end is waited for."""
+"""Running a program that starts the ranks, such as mpirun: signals are forwarded to it until it exits."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from paceline.errors import WorkerError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["raise_for_end", "run_starter"]
+__all__ = ["raise_for_exit", "run_launcher"]
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _SHELLS = ("sh", "dash", "bash", "busybox", "ksh", "zsh")
 
 
-def run_starter(
+def run_launcher(
     command: Sequence[str], environment: Mapping[str, str], stop: Sequence[str] = ()
 ) -> tuple[int, int | None]:
-    """Run a command to its end; return its exit code, and the first signal that came for it meanwhile.
+    """Run a command that starts ranks until it exits.
 
     Args:
-        command: What starts the ranks.
-        environment: Of it.
-        stop: A command that ends the ranks, for a starter that does not when it gets a signal; without one, signals
-            go on to the starter.
+        command: The launcher's command line.
+        environment: The launcher's environment.
+        stop: A command that stops the ranks, for a launcher that does not when it gets a signal; without one, signals
+            are forwarded to the launcher.
+
+    Returns:
+        The launcher's return code, and the first signal that came meanwhile; None without one.
     """
     process = subprocess.Popen(command, env=environment)
     received: list[int] = []
     stopping: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame: object) -> None:
+    def forward(number: int, _frame: object) -> None:
         received.append(number)
         if stop:
             if not stopping:
@@ -46,7 +49,7 @@ def run_starter(
             with contextlib.suppress(psutil.Error):
                 receiver.send_signal(number)
 
-    old = {number: signal.signal(number, pass_on) for number in _FORWARDED}
+    old = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         code = process.wait()
     finally:
@@ -58,7 +61,7 @@ def run_starter(
 
 
 def _receivers(pid: int) -> list[psutil.Process]:
-    """The program, or what it runs where it is a script of a shell, which keeps signals to itself (Intel MPI's)."""
+    """The program, or its children if it is a shell script, which does not forward signals (Intel MPI's mpirun)."""
     try:
         program = psutil.Process(pid)
         is_script = Path(program.exe()).name in _SHELLS
@@ -67,9 +70,9 @@ def _receivers(pid: int) -> list[psutil.Process]:
         return []
 
 
-def raise_for_end(program: str, code: int, received: int | None) -> None:
-    """Raise `WorkerError` when a program that started ranks failed, or a signal came for it; see `run_starter`."""
+def raise_for_exit(program: str, code: int, received: int | None) -> None:
+    """Raise `WorkerError` when the launcher failed or a signal came; takes what `run_launcher` returned."""
     if received is not None:
         raise WorkerError(f"stopped by {signal.Signals(received).name}\n", 128 + received)
     if code:
-        raise WorkerError(f"{program} ended with code {code}\n", code if code > 0 else 128 - code)
+        raise WorkerError(f"{program} exited with code {code}\n", code if code > 0 else 128 - code)

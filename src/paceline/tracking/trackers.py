@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.errors import TrackingError
 from paceline.tracking.base import BlankTracker, GeneralTracker
-from paceline.tracking.table import load_backend
-from paceline.tracking.values import Entry, hold
+from paceline.tracking.log_values import LogEntry, copy_to_host
+from paceline.tracking.registry import load_backend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 __all__ = ["Trackers"]
 
 logger = logging.getLogger(__name__)
-_MOST_PENDING = 64
+_MAX_PENDING = 64
 
 
 class Trackers:
-    """Opens trackers, hands them what is logged, and closes them, however the process ends.
+    """Opens trackers, passes on what is logged, and closes them, however the process ends.
 
-    A tracker that fails while training goes on is reported and left alone from then on: a full disk or a service that
-    is down should not end a training. What fails when it is opened is an error.
+    A tracker that fails during training is reported and skipped from then on: a full disk or an unavailable service
+    should not end the training. A tracker that fails to open is an error.
 
     Args:
-        chosen: Names and objects.
-        folder: Where trackers keep their files.
+        chosen: Names of known trackers, and tracker objects.
+        folder: Where trackers write their files.
         is_main: Whether this is rank 0.
-        is_required: Whether the script chose trackers, so that forgetting to open them is an error.
+        is_requested: Whether trackers were requested, so that logging before they are opened is an error.
     """
 
     def __init__(
-        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_required: bool = True
+        self, chosen: Sequence[str | GeneralTracker], folder: Path | None, *, is_main: bool, is_requested: bool = True
     ) -> None:
         self.active: list[Any] = []
         self.was_started = False
@@ -46,14 +46,23 @@ class Trackers:
         self.chosen = list(chosen)
         self._folder = folder
         self._is_main = is_main
-        self._is_required = is_required and bool(chosen)
-        self._pending: deque[Entry] = deque()
+        self._is_requested = is_requested and bool(chosen)
+        self._pending: deque[LogEntry] = deque()
         self._failed: set[int] = set()
 
     def start(
         self, project: str, *, settings: Mapping[str, Mapping[str, Any]], run_name: str | None = None
     ) -> Sequence[Any]:
-        """Open every tracker that speaks from this rank."""
+        """Open every tracker that records on this rank.
+
+        Args:
+            project: The project's name.
+            settings: Keyword arguments that open the trackers, by their names.
+            run_name: The run's name; None leaves it to the trackers.
+
+        Returns:
+            The open trackers.
+        """
         self.finish()
         self.was_started, self._was_closed = True, False
         try:
@@ -65,8 +74,8 @@ class Trackers:
                     backend = load_backend(one)
                     self._open(backend(project, self._folder, run_name, settings.get(one, {})))
         finally:
-            # A script that ends with an error, or forgets, still closes them. Registered last, it is called first:
-            # the packages' own handlers, from when they were imported, would call a crashed run finished.
+            # Closes them if the script fails or forgets to. Registered last, it is called first: the packages' own
+            # handlers, registered on import, would mark a crashed run as finished.
             atexit.register(self.finish_at_exit)
         return self.active
 
@@ -77,12 +86,12 @@ class Trackers:
         self.active.append(tracker)
 
     def store(self, config: Mapping[str, Any]) -> None:
-        """Hand every tracker the settings of the run."""
+        """Pass the run's settings to every tracker."""
         for tracker in self.active:
             tracker.store_init_configuration(dict(config))
 
     def record(self, more: Mapping[str, Any]) -> None:
-        """Add to what `run.json` says, where there is a folder for it."""
+        """Add to `run.json`, if there is a folder for it."""
         for tracker in self.active:
             if tracker.name == "jsonl":
                 tracker.store_record(more)
@@ -94,29 +103,42 @@ class Trackers:
         settings: Mapping[str, Mapping[str, Any]],
         facts: Callable[[], dict[str, Any]],
     ) -> None:
-        """Note values, and write what has come to the host by now."""
+        """Queue values, and write those that have reached the host.
+
+        Args:
+            values: Values by name; tensors are copied to the host asynchronously.
+            step: The run's step.
+            settings: Keyword arguments for trackers, by their names.
+            facts: Returns what the run adds to the JSON lines.
+
+        Raises:
+            TrackingError: The requested trackers have not been opened.
+        """
         if not self.active:
-            if self._is_required and self._is_main and not self.was_started:
+            if self._is_requested and self._is_main and not self.was_started:
                 raise TrackingError(
                     "log() before init_trackers()",
-                    "Trackers are opened by init_trackers, and what was logged before would be lost",
+                    "init_trackers opens the trackers; values logged before it would be lost",
                     "Call accelerator.init_trackers(project_name) before the loop",
                 )
             if self._was_closed:
-                self._was_closed = False  # said once
-                logger.warning("log() after the trackers were closed: %s and what follows are lost.", ", ".join(values))
+                self._was_closed = False  # warn once
+                logger.warning(
+                    "log() was called after the trackers were closed: %s and all later values are lost.",
+                    ", ".join(values),
+                )
             return
-        held, copied = hold(values)
-        self._pending.append(Entry(held, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
-        while self._pending and (self._pending[0].is_here or len(self._pending) > _MOST_PENDING):
+        copies, copied = copy_to_host(values)
+        self._pending.append(LogEntry(copies, step, settings, {"time": round(time.time(), 3), **facts()}, copied))
+        while self._pending and (self._pending[0].is_ready or len(self._pending) > _MAX_PENDING):
             self._write(self._pending.popleft())
 
     def flush(self) -> None:
-        """Write everything that was logged; waits for the device."""
+        """Write everything that is queued; waits for the device."""
         while self._pending:
             self._write(self._pending.popleft())
 
-    def _write(self, entry: Entry) -> None:
+    def _write(self, entry: LogEntry) -> None:
         values = entry.read()
         for tracker in self.active:
             if id(tracker) in self._failed:
@@ -127,31 +149,35 @@ class Trackers:
             try:
                 tracker.log(dict(values), step=entry.step, **more)
             except Exception as error:
-                self._give_up(tracker, error)
+                self._skip_from_now_on(tracker, error)
 
-    def _give_up(self, tracker: Any, error: Exception) -> None:
+    def _skip_from_now_on(self, tracker: Any, error: Exception) -> None:
         self._failed.add(id(tracker))
         logger.warning(
-            "The tracker %s failed (%s: %s); the run goes on without it.", tracker.name, type(error).__name__, error
+            "The tracker %s failed (%s: %s); the run continues without it.", tracker.name, type(error).__name__, error
         )
 
     def get(self, name: str, *, unwrap: bool) -> Any:
-        """A tracker by its name; on a rank that records nothing one that does nothing.
+        """Return a tracker by name; on a rank that records nothing, one whose calls do nothing.
+
+        Args:
+            name: The tracker's name.
+            unwrap: Return the object of its package instead.
 
         Raises:
-            TrackingError: There is none of that name, or none was opened yet.
+            TrackingError: There is no tracker of that name, or none has been opened yet.
         """
         names = [one if isinstance(one, str) else one.name for one in self.chosen]
         if name not in names:
             raise TrackingError(
                 f"get_tracker({name!r})",
                 f"The trackers of this run are {', '.join(names) or 'none'}",
-                "Name one of them, or add it to log_with",
+                "Pass one of these names, or add the tracker to log_with",
             )
         if not self.was_started and self._is_main:
             raise TrackingError(
                 f"get_tracker({name!r}) before init_trackers",
-                "Trackers are opened by init_trackers",
+                "init_trackers opens the trackers",
                 "Call accelerator.init_trackers(project_name) first",
             )
         for tracker in self.active:
@@ -160,14 +186,14 @@ class Trackers:
         return BlankTracker()
 
     def finish(self, *, crashed: bool = False) -> None:
-        """Write what is left and close every tracker; again is nothing."""
+        """Write what is queued and close every tracker; no-op when none is open."""
         if not self.active:
             return
         atexit.unregister(self.finish_at_exit)
         try:
             self.flush()
         except Exception as error:
-            logger.warning("The last log entries were lost (%s: %s).", type(error).__name__, error)
+            logger.warning("The last log entries are lost (%s: %s).", type(error).__name__, error)
             self._pending.clear()
         active, self.active = self.active, []
         self._was_closed = True
@@ -181,5 +207,5 @@ class Trackers:
                 logger.warning("The tracker %s did not close (%s: %s).", tracker.name, type(error).__name__, error)
 
     def finish_at_exit(self) -> None:
-        """Close every tracker when the interpreter ends; an uncaught exception left its trace by then."""
+        """Close every tracker at interpreter exit, as crashed after an uncaught exception."""
         self.finish(crashed=getattr(sys, "last_value", None) is not None)

@@ -1,4 +1,4 @@
-"""Values on their way into a record: tensors leave the device without making the step wait."""
+"""Logged values: tensors are copied to the host without blocking the step, then converted for the trackers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Entry", "flatten", "hold", "numbers", "plain", "short_text", "to_json"]
+__all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_text", "to_json"]
+
+
+_NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
 @dataclass
-class Entry:
-    """What one call of `log` said.
+class LogEntry:
+    """One call of `log`.
 
     Attributes:
-        values: By name; tensors are on the host, though their numbers may still be on the way there.
-        step: Of the run.
-        settings: Passed on to trackers, by their names.
-        facts: What the run knows itself: time, samples seen, memory.
-        copied: Is reached by the device when the numbers are there; None if they are.
+        values: Values by name; tensors are on the host, though the copy may still be in flight.
+        step: The run's step.
+        settings: Keyword arguments for trackers, by their names.
+        facts: What the run itself adds: time, samples seen, memory.
+        copied: Event that the device records after the copies; None when there are none.
     """
 
     values: dict[str, Any]
@@ -30,52 +33,52 @@ class Entry:
     copied: Any = None
 
     @property
-    def is_here(self) -> bool:
-        """Whether all numbers have come; does not wait."""
+    def is_ready(self) -> bool:
+        """Whether all copies have completed; does not wait."""
         return self.copied is None or bool(self.copied.query())
 
     def read(self) -> dict[str, Any]:
-        """The values with numbers in place of tensors; waits until they have come."""
+        """Return the values with numbers instead of tensors; waits for the copies."""
         if self.copied is not None:
             self.copied.synchronize()
             self.copied = None
         return {name: plain(value) for name, value in self.values.items()}
 
 
-def hold(values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Take a copy of values that no later change reaches, and say when it is there.
+def copy_to_host(values: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Copy values, so that later changes in place do not affect them.
 
-    Tensors on an accelerator are copied to the host behind the work that is queued there; nobody waits.
+    Tensors on an accelerator are copied to the host asynchronously, after the work that is queued there.
 
     Returns:
-        The values, and an event that the device reaches when they are on the host; None if they are.
+        The values, and an event that the device records after the copies; None when there are none in flight.
     """
     devices: list[Any] = []
-    held = {str(name): _hold(value, devices) for name, value in values.items()}
+    copies = {str(name): _copy(value, devices) for name, value in values.items()}
     if not devices:
-        return held, None
+        return copies, None
     import torch
 
     event = torch.Event(device=devices[0])
     event.record(torch.accelerator.current_stream(devices[0]))
-    return held, event
+    return copies, event
 
 
-def _hold(value: Any, devices: list[Any]) -> Any:
+def _copy(value: Any, devices: list[Any]) -> Any:
     if isinstance(value, Mapping):
-        return {str(name): _hold(part, devices) for name, part in value.items()}
+        return {str(name): _copy(part, devices) for name, part in value.items()}
     if not (hasattr(value, "detach") and hasattr(value, "device")):
         return value
     tensor = value.detach()
     if tensor.device.type in ("cuda", "xpu"):
         devices.append(tensor.device)
-        # torch makes the copy in pinned memory, so that it is queued like everything else.
+        # torch copies to pinned memory, so that the copy is queued like any kernel.
         return tensor.to("cpu", non_blocking=True)
     return plain(tensor.to("cpu"))
 
 
 def plain(value: Any) -> Any:
-    """A number for a tensor or array of one element, an array for a larger one; the rest as it is."""
+    """Convert a tensor or array of one element to a number, a larger one to an array; leave the rest as it is."""
     if isinstance(value, Mapping):
         return {name: plain(part) for name, part in value.items()}
     if hasattr(value, "detach"):
@@ -88,35 +91,35 @@ def plain(value: Any) -> Any:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among values; those in mappings under `name/part`."""
+    """Return the numbers among values; those in nested mappings as `name/part`."""
     return {name: value for name, value in flatten(values).items() if isinstance(value, int | float)}
 
 
 def flatten(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """One level in place of nested mappings, with `/` between names."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings, with `/` between names."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            found |= flatten(value, f"{before}{name}/")
+            flat |= flatten(value, f"{before}{name}/")
         else:
-            found[f"{before}{name}"] = value
-    return found
+            flat[f"{before}{name}"] = value
+    return flat
 
 
 def short_text(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Settings as numbers and text only, on one level."""
-    kept = (bool, int, float, str)
-    return {name: value if isinstance(value, kept) else str(value) for name, value in flatten(values).items()}
+    """Flatten settings to numbers and text only."""
+    allowed = (bool, int, float, str)
+    return {name: value if isinstance(value, allowed) else str(value) for name, value in flatten(values).items()}
 
 
 def to_json(value: Any) -> Any:
-    """What JSON can hold: numbers that are none, which it has no words for, become text."""
+    """Convert to JSON-compatible values: NaN and infinities, which JSON lacks, become text."""
     if isinstance(value, Mapping):
         return {str(name): to_json(part) for name, part in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_json(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return _NON_FINITE[str(value)]
     if hasattr(value, "tolist"):
         return to_json(value.tolist())
     try:

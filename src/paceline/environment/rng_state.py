@@ -1,4 +1,4 @@
-"""The random generators of this process, as numbers, lists and tensors."""
+"""The states of this process's random number generators, as numbers, lists and tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["generators_state", "load_generators_state"]
+__all__ = ["get_rng_states", "set_rng_states"]
 
 
-def generators_state(device: torch.device) -> dict[str, Any]:
-    """Where Python's, numpy's and torch's generators stand, and the one of `device`."""
+def get_rng_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of the generators of Python, NumPy, torch and `device`."""
     version, words, cached = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state: dict[str, Any] = {
@@ -28,8 +28,8 @@ def generators_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def load_generators_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put the generators back where `generators_state` found them; the device's if it is of the same kind."""
+def set_rng_states(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore the states that `get_rng_states` returned; the device's only if its type is the same."""
     version, words, cached = state["python"]
     random.setstate((version, tuple(words), cached))
     np.random.set_state(tuple(state["numpy"]))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from paceline.config import FullyShardedDataParallelPlugin
-from paceline.planner import Choice, Footprint, choose_strategy
+from paceline.planner import Footprint, StrategyChoice, choose_strategy
 
 RANKS = 4
 # Of one copy: 400 of parameters, 1600 in all; a shard is 400.
@@ -18,7 +18,7 @@ CHECKPOINTED: dict[str, Any] = {"activation_checkpointing": True}
 OFFLOADED: dict[str, Any] = {"cpu_offload": True, "activation_checkpointing": True}
 
 
-def choose(free: int, footprint: Footprint = MODEL, ranks: int = RANKS) -> Choice:
+def choose(free: int, footprint: Footprint = MODEL, ranks: int = RANKS) -> StrategyChoice:
     return choose_strategy(footprint, free=free, ranks=ranks, device="a device")
 
 
@@ -60,7 +60,7 @@ def test_what_is_placed_already_is_room_too() -> None:
 
 
 def test_one_process_needs_no_sharding() -> None:
-    assert choose(0, ranks=1) == Choice(strategy="single", reason="single: there is one process")
+    assert choose(0, ranks=1) == StrategyChoice(strategy="single", reason="single: there is one process")
 
 
 def test_more_ranks_need_less_each() -> None:
@@ -77,6 +77,6 @@ def test_the_reason_holds_the_numbers() -> None:
     assert "56.00 GB of 80.00 GB free on a device" in ddp
     fsdp = choose(10**10, big).reason
     assert fsdp.startswith("fsdp, ")
-    assert "4.00 GB when cut in 4" in fsdp
+    assert "4.00 GB sharded over 4" in fsdp
     assert "parameters in host memory" in choose(0, big).reason
     assert "0.00 MB" in choose(5).reason

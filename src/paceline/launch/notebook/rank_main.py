@@ -1,4 +1,4 @@
-"""What a rank of `notebook_launcher` runs: it calls the function that was sent, and sends back what that returns."""
+"""The script of a rank of `notebook_launcher`: it calls the pickled function and saves the result."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ CALL = "call"
 
 
 def result_file(folder: Path, rank: int) -> Path:
-    """Where a rank leaves what its function returned."""
+    """Return the file to which a rank saves its function's result."""
     return folder / f"result_{rank}"
 
 
 def results_in(folder: Path) -> list[tuple[int, Path]]:
-    """Every rank that has left something, and where."""
-    found = [path for path in folder.glob("result_*") if not path.suffix]
-    return [(int(path.name.removeprefix("result_")), path) for path in found]
+    """Return every rank that has saved a result, with its file."""
+    paths = [path for path in folder.glob("result_*") if not path.suffix]
+    return [(int(path.name.removeprefix("result_")), path) for path in paths]
 
 
 def _call(folder: Path) -> None:
     with (folder / CALL).open("rb") as file:
         head = pickle.load(file)
         sys.path[:] = [*head["path"], *(entry for entry in sys.path if entry not in head["path"])]
-        # Tracebacks show the lines of cells, which are in no file.
+        # So that tracebacks show the lines of cells, which are in no file.
         for name, lines in head["sources"].items():
             linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
         call = pickle.load(file)
@@ -39,10 +39,10 @@ def _call(folder: Path) -> None:
 
     from paceline.launch.notebook.pickling import pack_value
 
-    where = result_file(folder, int(os.environ["RANK"]))
-    unfinished = where.with_suffix(".part")
+    path = result_file(folder, int(os.environ["RANK"]))
+    unfinished = path.with_suffix(".part")
     unfinished.write_bytes(pack_value(value))
-    unfinished.rename(where)
+    unfinished.rename(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a rank leaves for whoever started it: an account of its end, in the file that torch elastic names for it.
+"""The error file in which a failing rank reports itself to the launcher, in torch elastic's format with our fields.
 
-The launcher's worker writes one when the script fails, without importing anything. This is for what only the rest of
-the library knows: an end that no exception tells of, and remarks that belong to a failure.
+The launcher's worker writes it when the script raises, without importing anything. This module adds what only the rest
+of the library knows: an end without an exception (a hang), and remarks on a failure.
 """
 
 from __future__ import annotations
@@ -19,45 +19,45 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Accounts", "stacks_folder"]
+__all__ = ["ErrorFile", "stacks_folder"]
 
 
 def stacks_folder(run_id: str, attempt: int) -> Path:
-    """Where ranks of one start write their stacks when they have waited for each other too long."""
+    """Return the folder into which the ranks of one attempt dump their stacks when they hang."""
     return Path(tempfile.gettempdir()) / f"paceline-hang-{run_id.replace(os.sep, '_')}-{attempt}"
 
 
 @dataclass(frozen=True, slots=True)
-class Accounts:
-    """Where accounts go.
+class ErrorFile:
+    """The error file of this rank.
 
     Attributes:
-        path: The file; None when nobody reads one.
-        told: Whether whoever started this process prints what is in it.
+        path: Where to write; None when no launcher reads it.
+        is_reported: Whether the launcher prints what the file contains.
     """
 
     path: Path | None = None
-    told: bool = False
+    is_reported: bool = False
 
     @classmethod
-    def read(cls, env: Mapping[str, str]) -> Accounts:
-        """Read the launcher's variables."""
+    def read(cls, env: Mapping[str, str]) -> ErrorFile:
+        """Find the file by the launcher's variables."""
         path = env.get("TORCHELASTIC_ERROR_FILE")
         return cls(Path(path) if path else None, bool(path) and "PACELINE_CONFIG" in env)
 
-    def leave(self, kind: str, headline: str, text: str, *, rank: int, code: int, secondary: bool) -> None:
-        """Write an account of an end without an exception.
+    def write(self, kind: str, headline: str, text: str, *, rank: int, code: int, secondary: bool) -> None:
+        """Record a failure that no exception describes.
 
         Args:
             kind: Such as "hang".
             headline: One line.
-            text: All there is to say.
-            rank: Whose.
-            code: The exit code that goes with it.
-            secondary: Another rank tells the same.
+            text: The whole report.
+            rank: The rank that failed.
+            code: The process's exit code.
+            secondary: Whether another rank reports the same failure.
         """
         now = time.time()
-        account = {
+        record = {
             "kind": kind,
             "rank": rank,
             "host": socket.gethostname(),
@@ -70,12 +70,12 @@ class Accounts:
             "secondary": secondary,
         }
         extra = {"py_callstack": text, "timestamp": str(int(now))}
-        self._write({"message": {"message": headline, "extraInfo": extra}, "paceline": account})
+        self._write({"message": {"message": headline, "extraInfo": extra}, "paceline": record})
         if not secondary:
-            self.tell(text)
+            self.print_unless_reported(text)
 
-    def remark(self, text: str) -> None:
-        """Put a remark beside the failure that this process has left an account of, over one that is there."""
+    def add_remark(self, text: str) -> None:
+        """Add a remark to the failure recorded in the file, in place of an earlier remark; no-op without a failure."""
         data: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
             data = json.loads(self.path.read_text(encoding="utf-8"))
@@ -83,9 +83,9 @@ class Accounts:
             data["paceline"]["remark"] = text
             self._write(data)
 
-    def tell(self, text: str) -> None:
-        """Print what nobody would read in the account."""
-        if not self.told:
+    def print_unless_reported(self, text: str) -> None:
+        """Print to stderr what no launcher would report."""
+        if not self.is_reported:
             print(f"\n{text}", file=sys.stderr, flush=True)
 
     def _write(self, data: Mapping[str, Any]) -> None:

@@ -1,13 +1,12 @@
-"""Train a small language model on the Python that runs this script.
+"""Train a small language model on the source code of Python's standard library.
 
-The text is the standard library's own source, so nothing is downloaded. The same file runs unchanged on one process
-and on many, on CPUs and GPUs, under DDP and FSDP2:
+Nothing is downloaded. The same file runs unchanged on one process or many, on CPUs or GPUs, under DDP or FSDP2:
 
     python examples/language_model.py
     paceline launch examples/language_model.py
     paceline launch --use_fsdp --mixed_precision bf16 examples/language_model.py --width 512 --layers 8
 
-It saves its state as it goes. Stop it with Ctrl-C and go on, on as many ranks as you like:
+It saves checkpoints as it goes. Stop it with Ctrl-C, then resume it on any number of ranks:
 
     paceline launch examples/language_model.py --resume
 """
@@ -41,7 +40,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix each position with those before it."""
+        """Let each position attend to itself and those before it."""
         batch, length, width = x.shape
         shape = (batch, length, 3, self.heads, width // self.heads)
         q, k, v = self.qkv(x).view(shape).permute(2, 0, 3, 1, 4)
@@ -61,14 +60,14 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what attention and the MLP have to say."""
+        """Apply attention and the MLP, each with a residual connection."""
         x = x + self.attention(self.norm1(x))
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
 
 
 class LanguageModel(nn.Module):
-    """A decoder-only transformer over bytes, its output tied to its embedding."""
+    """A decoder-only transformer over bytes, with tied input and output embeddings."""
 
     def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
@@ -96,7 +95,7 @@ class LanguageModel(nn.Module):
 
 
 class Windows(Dataset[Tensor]):
-    """Consecutive windows of `context` + 1 bytes: each byte is predicted from those before it."""
+    """Consecutive windows of `context` + 1 bytes; each byte is predicted from the bytes before it."""
 
     def __init__(self, text: bytes, context: int) -> None:
         self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -111,7 +110,7 @@ class Windows(Dataset[Tensor]):
 
 
 def read_text(limit: int) -> tuple[bytes, bytes]:
-    """The standard library's sources, cut into what is trained on and what is held out: every twentieth file."""
+    """Read the standard library's sources as a training text and a held-out text (every twentieth file)."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     files += sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*/*.py"))
     files = [file for file in files if "site-packages" not in file.parts and "test" not in file.parts]
@@ -121,14 +120,14 @@ def read_text(limit: int) -> tuple[bytes, bytes]:
 
 
 def losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """The mean loss of each window, in nats a byte. Shape [batch]."""
+    """Return the mean loss of each window, in nats per byte. Shape [batch]."""
     logits = model(windows[:, :-1])
     return F.cross_entropy(logits.transpose(1, 2).float(), windows[:, 1:], reduction="none").mean(dim=1)
 
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Tensor]) -> float:
-    """The mean loss over the held-out text; every window counts once, on any number of ranks."""
+    """Return the mean loss over the held-out text. Each window counts once on any number of ranks."""
     model.eval()
     gathered = [accelerator.gather_for_metrics(losses(model, windows)) for windows in loader]
     model.train()
@@ -137,7 +136,7 @@ def validate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Tens
 
 @torch.no_grad()
 def generate(model: nn.Module, prompt: str, length: int, context: int, device: torch.device) -> str:
-    """Continue a prompt. Every rank calls it and draws the same bytes: under FSDP a forward takes all of them."""
+    """Continue a prompt. Every rank must call it, since a forward under FSDP is collective; all draw the same bytes."""
     model.eval()
     draw = torch.Generator().manual_seed(0)
     text = torch.tensor([list(prompt.encode())], device=device)
@@ -149,7 +148,7 @@ def generate(model: nn.Module, prompt: str, length: int, context: int, device: t
 
 
 def main() -> None:
-    """Train, validate, show a sample, save."""
+    """Train, validate, print a sample, save the weights."""
     args = arguments()
     set_seed(args.seed)
     project = ProjectConfiguration(
@@ -171,12 +170,12 @@ def main() -> None:
     model, optimizer, train, held_out, scheduler = accelerator.prepare(model, optimizer, train, held_out, scheduler)
 
     accelerator.print(accelerator.describe())
-    accelerator.print(f"\n{size:,} parameters, {len(train_text):,} bytes of Python to learn from")
+    accelerator.print(f"\n{size:,} parameters, {len(train_text):,} bytes of Python to train on")
     if args.resume:
-        accelerator.print(f"going on from {accelerator.load_state() or 'the beginning: there is no checkpoint yet'}")
+        accelerator.print(f"resuming from {accelerator.load_state() or 'step 0: there is no checkpoint yet'}")
     step, tokens = optimizer.num_steps, 0
     before = validate(accelerator, model, held_out)
-    accelerator.print(f"validation loss at step {step}: {before:.3f} nats a byte\n")
+    accelerator.print(f"validation loss at step {step}: {before:.3f} nats per byte\n")
 
     bar = tqdm(total=args.steps, initial=step, unit="step", disable=not accelerator.is_main_process)
     started = time.perf_counter()
@@ -196,7 +195,7 @@ def main() -> None:
             step += 1
             bar.update()
             if step % 10 == 0 or step == args.steps:
-                # Reading a number waits for the device, so it is done now and then.
+                # loss.item() waits for the device, so do it only now and then.
                 speed = tokens / (time.perf_counter() - started)
                 memory = accelerator.peak_memory() / 1e9
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s, {memory:.2f} GB")
@@ -207,7 +206,7 @@ def main() -> None:
     bar.close()
 
     after = validate(accelerator, model, held_out)
-    accelerator.print(f"\nvalidation loss: {before:.3f} -> {after:.3f} nats a byte")
+    accelerator.print(f"\nvalidation loss: {before:.3f} -> {after:.3f} nats per byte")
     sample = generate(model, "def ", args.sample, args.context, accelerator.device)
     accelerator.print(f"\n--- a sample ---\n{sample}\n---")
     accelerator.save_model(model, args.output)
@@ -218,19 +217,19 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps (default 240)")
-    parser.add_argument("--batch-size", type=int, default=16, help="windows a rank and micro-batch (default 16)")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default 1)")
-    parser.add_argument("--context", type=int, default=128, help="bytes a window (default 128)")
+    parser.add_argument("--batch-size", type=int, default=16, help="windows per rank and micro-batch (default 16)")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per optimizer step (default 1)")
+    parser.add_argument("--context", type=int, default=128, help="bytes per window (default 128)")
     parser.add_argument("--width", type=int, default=160, help="width of the model (default 160)")
-    parser.add_argument("--layers", type=int, default=4, help="blocks (default 4)")
+    parser.add_argument("--layers", type=int, default=4, help="decoder blocks (default 4)")
     parser.add_argument("--heads", type=int, default=5, help="attention heads (default 5)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
-    parser.add_argument("--bytes", type=int, default=8_000_000, help="how much text (default 8,000,000)")
+    parser.add_argument("--bytes", type=int, default=8_000_000, help="bytes of training text (default 8,000,000)")
     parser.add_argument("--sample", type=int, default=300, help="bytes to generate at the end (default 300)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default 0)")
-    parser.add_argument("--output", default="runs/language_model", help="where checkpoints and weights go")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the sample order (default 0)")
+    parser.add_argument("--output", default="runs/language_model", help="folder for checkpoints and weights")
     parser.add_argument("--save-every", type=int, default=50, help="steps between two checkpoints (default 50)")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint in the output folder")
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""Tell code from prose with the Trainer: a model of one's own, a tokenizer, and metrics.
+"""Classify lines as code or prose with the Trainer: your own model, a tokenizer, and metrics.
 
-The texts are lines of the standard library, sorted by Python's own tokenizer, so nothing is downloaded. Samples are
-mappings, as data sets for transformers are; the tokenizer pads each batch to its longest line, and lines that are about
-as long come together.
+The lines come from Python's standard library and are labelled by Python's own tokenizer, so nothing is downloaded.
+Samples are dictionaries, as in transformers' data sets. The tokenizer pads each batch to its longest line, and batches
+are grouped by length.
 
     python examples/text_classification.py
     paceline launch examples/text_classification.py --num_train_epochs 2
@@ -30,14 +30,14 @@ LONGEST = 72
 
 
 class ByteTokenizer:
-    """Every byte is a token, 0 is padding."""
+    """Every byte is a token; 0 is padding."""
 
     def encode(self, text: str) -> list[int]:
-        """A line as tokens."""
+        """Turn a line into tokens."""
         return [byte + 1 for byte in text.encode()[:LONGEST]]
 
     def pad(self, samples: list[dict[str, Any]], return_tensors: str = "pt") -> dict[str, Tensor]:
-        """Pad to the longest sample; a mask says what is real."""
+        """Pad to the longest sample, with an attention mask."""
         longest = max(len(sample["input_ids"]) for sample in samples)
         rows = [sample["input_ids"] + [0] * (longest - len(sample["input_ids"])) for sample in samples]
         tokens = torch.tensor(rows)
@@ -49,7 +49,7 @@ class ByteTokenizer:
 
 
 class Classifier(nn.Module):
-    """Attention over bytes, then the mean over what is real."""
+    """A transformer encoder over bytes, mean-pooled over the tokens that are not padding."""
 
     def __init__(self, width: int = 64, layers: int = 2) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(width, len(NAMES))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Classify rows of bytes [batch, length]."""
+        """Classify padded lines of bytes [batch, length]."""
         hidden = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=~attention_mask)
@@ -72,7 +72,7 @@ class Classifier(nn.Module):
 
 
 def read_lines(per_kind: int) -> list[tuple[str, int]]:
-    """Lines of the standard library with what they are, as many of each kind."""
+    """Read lines of the standard library with their labels, `per_kind` of each."""
     found: list[list[str]] = [[], []]
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text = file.read_text(encoding="utf-8", errors="ignore")
@@ -89,14 +89,14 @@ def read_lines(per_kind: int) -> list[tuple[str, int]]:
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """The share of right answers, over all kinds and by kind."""
+    """Return the accuracy, overall and for each class."""
     right = prediction.predictions.argmax(-1) == prediction.label_ids
     by_kind = {name: float(right[prediction.label_ids == kind].mean()) for kind, name in enumerate(NAMES)}
     return {"accuracy": float(right.mean()), "counted": float(len(right)), **by_kind}
 
 
 def main() -> None:
-    """Train until it gets no better, then count right answers."""
+    """Train until accuracy stops improving, then evaluate the best checkpoint."""
     defaults = ["--output_dir", "runs/text_classification", "--learning_rate", "2e-3", "--num_train_epochs", "4"]
     defaults += ["--per_device_train_batch_size", "32", "--per_device_eval_batch_size", "64", "--warmup_steps", "0.1"]
     defaults += ["--train_sampling_strategy", "group_by_length", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
@@ -118,7 +118,7 @@ def main() -> None:
     trainer.train()
     found = trainer.evaluate()
     counted, right = int(found["eval_counted"]), found["eval_accuracy"]
-    trainer.accelerator.print(f"{right:.1%} of {counted} held-out lines right")
+    trainer.accelerator.print(f"{right:.1%} of {counted} held-out lines classified correctly")
 
 
 if __name__ == "__main__":

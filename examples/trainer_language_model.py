@@ -1,8 +1,8 @@
-"""Train a small Llama with the Trainer on the Python that runs this script; the arguments are in a YAML file.
+"""Train a small Llama with the Trainer, with its arguments in a YAML file.
 
-The text is the standard library's own source, a byte is a token, and nothing is downloaded; the model is transformers'
-(the extra `transformers` installs it). The same two files run on one process and on many; after an interruption
-`--resume_from_checkpoint true` goes on where it was:
+The text is the source code of Python's standard library, one token per byte, so nothing is downloaded. The model comes
+from transformers (install the extra `transformers`). The same two files run on one process or many; after an
+interruption, `--resume_from_checkpoint true` resumes from the newest checkpoint:
 
     python examples/trainer_language_model.py examples/trainer_language_model.yaml
     paceline launch examples/trainer_language_model.py examples/trainer_language_model.yaml --max_steps 1000
@@ -31,12 +31,12 @@ class ModelArguments:
     width: int = field(default=128, metadata={"help": "Width of the model."})
     layers: int = field(default=4, metadata={"help": "Decoder layers."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
-    context: int = field(default=128, metadata={"help": "Bytes of a training sample."})
+    context: int = field(default=128, metadata={"help": "Bytes per training sample."})
     text_bytes: int = field(default=2_000_000, metadata={"help": "Bytes to train on."})
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Consecutive windows of bytes; each byte is predicted from those before it."""
+    """Consecutive windows of bytes; each byte is predicted from the bytes before it."""
 
     def __init__(self, text: bytes, context: int) -> None:
         self.data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -51,7 +51,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def read_text(limit: int) -> tuple[bytes, bytes]:
-    """The standard library's sources: what is trained on, and every tenth file, which is held out."""
+    """Read the standard library's sources as a training text and a held-out text (every tenth file)."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train = b"".join(file.read_bytes() for i, file in enumerate(files) if i % 10)[:limit]
     held_out = b"".join(file.read_bytes() for i, file in enumerate(files) if not i % 10)
@@ -59,7 +59,7 @@ def read_text(limit: int) -> tuple[bytes, bytes]:
 
 
 def build_model(size: ModelArguments) -> LlamaForCausalLM:
-    """A Llama over bytes with first values."""
+    """Build a randomly initialised Llama over bytes."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256,
@@ -74,7 +74,7 @@ def build_model(size: ModelArguments) -> LlamaForCausalLM:
 
 
 def main() -> None:
-    """Train, say how well the held-out text is predicted, and write the weights."""
+    """Train, evaluate on the held-out text, and save the weights."""
     arguments, size = TrainingArguments.parse(ModelArguments)
     set_seed(arguments.seed)
     train, held_out = read_text(size.text_bytes)
@@ -87,7 +87,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     trainer.accelerator.print(trainer.accelerator.describe())
-    trainer.accelerator.print(f"held-out text: {loss:.4f} nats a byte, perplexity {math.exp(loss):.2f}")
+    trainer.accelerator.print(f"held-out text: {loss:.4f} nats per byte, perplexity {math.exp(loss):.2f}")
     trainer.save_model()
 
 

@@ -1,7 +1,7 @@
 """Recognise handwritten digits, and count every test image exactly once.
 
-The 1,797 images ship with scikit-learn. The test set does not divide by any usual number of ranks, so the last batches
-are filled up; `gather_for_metrics` drops what was added. It needs scikit-learn.
+The 1,797 images ship with scikit-learn, which must be installed. The 360 test images do not
+make whole global batches, so on several ranks the last one is filled up; `gather_for_metrics` drops the filler samples.
 
     paceline launch examples/vision.py
 """
@@ -20,7 +20,7 @@ from paceline import Accelerator, set_seed
 
 
 def build_model() -> nn.Module:
-    """A small convolutional network for 8 x 8 images."""
+    """Build a small convolutional network for 8 x 8 images."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -35,7 +35,7 @@ def build_model() -> nn.Module:
 def load(
     batch_size: int,
 ) -> tuple[DataLoader[tuple[torch.Tensor, ...]], DataLoader[tuple[torch.Tensor, ...]]]:
-    """The images as [n, 1, 8, 8] in 0..1, every fifth held out."""
+    """Load the images as [n, 1, 8, 8] in 0..1; every fifth is a test image."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
@@ -46,10 +46,10 @@ def load(
 
 
 def main() -> None:
-    """Train for a few epochs, then count right answers."""
+    """Train, and count the correct answers on the test images after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the training images (default 8)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a rank and step (default 32)")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs (default 8)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per rank and step (default 32)")
     args = parser.parse_args()
 
     set_seed(0)
@@ -75,7 +75,7 @@ def main() -> None:
             answers, labels = accelerator.gather_for_metrics((answers, labels))
             right += int((answers == labels).sum())
             seen += len(labels)
-        accelerator.print(f"epoch {epoch + 1}: {right} of {seen} test images right ({right / seen:.1%})")
+        accelerator.print(f"epoch {epoch + 1}: {right} of {seen} test images correct ({right / seen:.1%})")
 
 
 if __name__ == "__main__":

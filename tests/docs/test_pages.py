@@ -19,7 +19,8 @@ from paceline.cli.launch import command as launch
 from tests.support.examples import names_for
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted(p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")) if p.exists())
+FOLDERS = (ROOT / "docs", ROOT / "examples")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for f in FOLDERS for page in f.rglob("*.md"))])
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 

@@ -93,7 +93,7 @@ def test_the_demo_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(100) == PREEMPTED
     went_on = run(tmp_path, "launch", DEMO, *arguments, "--resume")
-    assert re.search(r"going on from weights/checkpoints/checkpoint_\d+", went_on)
+    assert re.search(r"resuming from weights/checkpoints/checkpoint_\d+", went_on)
     ends = [re.findall(r"validation loss: \S+ -> (\S+)", text) for text in (whole, went_on)]
     assert ends[0] == ends[1]
 
@@ -113,7 +113,7 @@ def test_every_test_image_is_counted_once(way: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("sklearn") is None:
         pytest.skip("the images ship with scikit-learn, which is not installed")
     text = run(tmp_path, way, "vision.py", "--epochs", "6")
-    epochs = re.findall(r"epoch (\d+): (\d+) of (\d+) test images right", text)
+    epochs = re.findall(r"epoch (\d+): (\d+) of (\d+) test images correct", text)
     assert [int(epoch) for epoch, *_ in epochs] == list(range(1, 7))
     # 1,797 images, every fifth from the first on: 360.
     assert {int(seen) for *_, seen in epochs} == {360}
@@ -156,6 +156,6 @@ def test_the_trainer_counts_every_line_once(tmp_path: Path) -> None:
     short = ["--num_train_epochs", "1", "--max_steps", "30", "--eval_strategy", "steps", "--eval_steps", "30"]
     short += ["--save_strategy", "steps", "--save_steps", "30", "--per_device_eval_batch_size", "24"]
     text = run(tmp_path, "launch", "text_classification.py", *short)
-    [(right, counted)] = re.findall(r"(\d+\.\d)% of (\d+) held-out lines right", text)
+    [(right, counted)] = re.findall(r"(\d+\.\d)% of (\d+) held-out lines classified correctly", text)
     assert int(counted) == 500
     assert float(right) > 60

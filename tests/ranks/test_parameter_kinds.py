@@ -79,7 +79,7 @@ def wanted(kind: str) -> dict[str, Tensor]:
     model = fresh(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x in batches():
-        loss_of(model(x)).backward()  # type: ignore[no-untyped-call]
+        loss_of(model(x)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.2)
         optimizer.step()
         optimizer.zero_grad()
@@ -177,7 +177,7 @@ def test_two_backwards_average_them_too(kind: str) -> None:
     model = fresh(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     out = model(batches()[0])
-    (loss_of(out) + out.tanh().mean()).backward()  # type: ignore[no-untyped-call]
+    (loss_of(out) + out.tanh().mean()).backward()
     optimizer.step()
     right = {name: p.detach() for name, p in model.named_parameters()}
     for found in run_on_ranks(2, told_twice, kind):

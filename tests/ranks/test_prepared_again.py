@@ -36,7 +36,8 @@ def train(accelerator: Accelerator, model: Any, seed: int, *, leave_open: bool =
     model, optimizer = accelerator.prepare(model, make_optimizer(model))
     losses = []
     share = 12 // accelerator.num_processes
-    for tokens in make_tokens(36, seed=seed).split(12):
+    batches: Any = make_tokens(36, seed=seed)
+    for tokens in batches.split(12):
         mine = tokens[accelerator.process_index * share :][:share]
         loss = token_losses(model(mine), mine).mean()
         accelerator.backward(loss)
@@ -107,8 +108,9 @@ def by_the_script(folder: str, how: str) -> list[float]:
     losses = train(accelerator, model, 1)
     accelerator.free_memory()
     losses += train(accelerator, model, 2)
+    parameters = list(model.parameters())
     assert isinstance(model, FSDPModule)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert all(isinstance(p, DTensor) for p in parameters)
     accelerator.save_state(folder)
     return losses
 

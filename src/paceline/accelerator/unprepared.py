@@ -43,7 +43,7 @@ __all__ = ["FirstSteps"]
 
 _LOG = get_logger(__name__)
 _REMEDY = "Write model, optimizer = accelerator.prepare(model, optimizer)"
-_PACELINE = str(Path(__file__).parent)
+_PACELINE = str(Path(__file__).parents[1])
 _TORCH = str(Path(torch.__file__).parent)
 
 

@@ -649,7 +649,8 @@ def test_what_json_and_tensors_do_not_hold_is_named(value: Any, kind: str) -> No
     ids=lambda value: f"{str(value.dtype)[6:]}-{list(value.shape)}",
 )
 def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
-    for tensors in ({}, None):
+    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in rooms:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert back.dtype == value.dtype
         assert back.shape == value.shape
@@ -670,7 +671,8 @@ def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
     ids=lambda value: f"{value.dtype}-{value.shape}",
 )
 def test_arrays_of_every_kind_come_back(value: Any) -> None:
-    for tensors in ({}, None):
+    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in rooms:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert isinstance(back, np.ndarray)
         assert (back.dtype, back.shape) == (value.dtype, value.shape)

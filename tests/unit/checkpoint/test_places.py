@@ -39,10 +39,10 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, *where: str | Path, steps: int = 1, **how: Any) -> str:
+    def save(self, where: str | Path | None = None, *, steps: int = 1, **how: Any) -> str:
         for _ in range(steps):
             self.step()
-        return self.accelerator.save_state(*where, **how)
+        return self.accelerator.save_state(where, **how)
 
     def holds(self, folder: str | Path) -> bool:
         """Whether the state in a folder is that of this moment."""

@@ -30,7 +30,8 @@ SCRIPT = """
     optimizer.step()
     if sys.argv[1:] != ["two words"]:
         raise ValueError(f"arguments {sys.argv[1:]}")
-    world = accelerator._parts.around.world
+    from paceline.environment.world import World
+    world = World.read(os.environ)
     print(f"rank {world.rank}/{world.size} node {world.node_rank}/{world.num_nodes}: {norm.item():.4f}")
 """
 

@@ -42,7 +42,8 @@ SCRIPT = """
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf"))
-    world = accelerator._parts.around.world
+    from paceline.environment.world import World
+    world = World.read(os.environ)
     print(f"rank {world.rank}/{world.size} by {world.source}: {norm.item():.4f} {sys.argv[1:]}"
           f" {accelerator.gradient_accumulation_steps} {os.environ.get('CCL_WORKER_COUNT')}", flush=True)
     if sys.argv[1:] == ["fail"] and world.rank == 1:

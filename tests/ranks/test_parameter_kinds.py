@@ -79,7 +79,8 @@ def wanted(kind: str) -> dict[str, Tensor]:
     model = fresh(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x in batches():
-        loss_of(model(x)).backward()
+        loss: Any = loss_of(model(x))
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.2)
         optimizer.step()
         optimizer.zero_grad()

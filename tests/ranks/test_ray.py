@@ -35,7 +35,8 @@ SCRIPT = """
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
         accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())
         norm = accelerator.clip_grad_norm_(model.parameters(), float("inf"))
-        world = accelerator._parts.around.world
+        from paceline.environment.world import World
+        world = World.read(os.environ)
         said = f"rank {world.rank}/{world.size} node {world.node_rank}/{world.num_nodes}: {norm.item():.4f}"
         with open(f"{config['folder']}/said-{world.rank}", "w") as file:
             file.write(f"{said} {accelerator.gradient_accumulation_steps} {accelerator.device}")

@@ -29,7 +29,9 @@ TRAIN = """
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     accelerator.backward(model(torch.full((1, 2), 1.0 + accelerator.process_index)).sum())
     norm = accelerator.clip_grad_norm_(model.parameters(), float("inf"))
-    world = accelerator._parts.around.world
+    import os
+    from paceline.environment.world import World
+    world = World.read(os.environ)
     print(f"rank {world.rank}/{world.size} node {world.node_rank}/{world.num_nodes}: {norm.item():.4f}", sys.argv[1:])
 """
 

@@ -74,8 +74,9 @@ class TrainingLoop:
         self.meter = LossMeter(self.accelerator, only_finite=self.args.logging_nan_inf_filter)
         self.tokens = TokenCounter.for_run(hooks)
         self.all_tokens = TokenCounter.for_throughput(hooks)
-        # Over all ranks; counted only if batches differ in size, else computed from the steps.
-        self.samples = 0
+        # Over all ranks; counted only if batches differ in size, else computed from the steps. None: a loader that
+        # batches by itself does not tell.
+        self.samples: int | None = 0
         self._counts_samples = getattr(loader, "total_batch_size", None) is None
         # Whether to look for labels in the first batch.
         self._checks_labels = bool(self.args.label_names) and hooks.eval_dataset is not None
@@ -202,8 +203,9 @@ class TrainingLoop:
         if self.tokens is not None:
             self.tokens.add(inputs)
         self.all_tokens.add_tokens(inputs)
-        if self._counts_samples:
-            self.samples += sum(self.loader.counts.real)
+        if self._counts_samples and self.samples is not None:
+            counts = self.loader.counts
+            self.samples = self.samples + sum(counts.real) if counts.counted else None
 
     def _optimizer_step(self) -> None:
         hooks, optimizer = self.hooks, self.hooks.optimizer
@@ -275,10 +277,11 @@ class TrainingLoop:
         steps = self.hooks.state.global_step - self._first_step
         samples = self.samples if self._counts_samples else steps * self.hooks.state.samples_per_step
         memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
+        throughput = {} if samples is None else {"train_samples_per_second": samples / seconds}
         return {
             **memory,
             "train_runtime": seconds,
-            "train_samples_per_second": samples / seconds,
+            **throughput,
             "train_steps_per_second": steps / seconds,
             "total_flos": 0.0,
             "train_loss": self.meter.mean_of_all(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS
+from paceline.checkpoint.foreign.writers import WRITERS
 from paceline.errors import CheckpointError, StateError
 from tests.data.foreign.make import Counter, Net, groups_of, loss_of
 from tests.support.engines import with_deepspeed

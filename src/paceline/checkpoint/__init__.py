@@ -1,21 +1,12 @@
 """Weights and whole training states on disk."""
 
-from paceline.checkpoint.folder import (
-    Checkpoint,
-    Found,
-    find_checkpoints,
-    find_foreign,
-    newest_checkpoint,
-    next_number,
-    open_checkpoint,
-    rank_document,
-)
+from paceline.checkpoint.catalog import Found, find_checkpoints, find_foreign, newest_checkpoint
+from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.manifest import Manifest
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.io.weights import parse_size, save_weights
 from paceline.checkpoint.saver import Saver
-from paceline.checkpoint.single_process import write_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -34,5 +25,4 @@ __all__ = [
     "rank_document",
     "save_weights",
     "to_plain",
-    "write_checkpoint",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from dataclasses import dataclass
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from paceline.checkpoint.format.dtypes import dtype_named
+from paceline.checkpoint.folder import TRAINING, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
+from paceline.checkpoint.format.layout import dtype_named
 from paceline.checkpoint.format.manifest import Manifest
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
-from paceline.checkpoint.single_process import write_checkpoint
+from paceline.checkpoint.writing import Common, Content, save_checkpoint
+from paceline.collectives import SoloGroup
 from paceline.version import __version__
 
 if TYPE_CHECKING:
@@ -101,11 +104,14 @@ def write_paceline(state: ForeignState, out: Path, on_progress: Callable[[int], 
     }
     config = state.folder / "config.json"
     documents = {config.name: config.read_text(encoding="utf-8")} if config.is_file() else {}
-    write_checkpoint(out, shards, training=training, ranks=ranks, facts=_facts(state), documents=documents)
+    documents[TRAINING] = json.dumps(training)
+    documents.update((rank_document(rank), json.dumps(own)) for rank, own in ranks.items())
+    content = Content(shards=shards, documents=documents, common=Common(), facts=_facts(state))
+    save_checkpoint(out, lambda _: content, SoloGroup())
     return []
 
 
-def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, Tensor | TensorShard]]:
+def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, TensorShard]]:
     """What is no tensor, and the tensors that it points to."""
     tensors: dict[str, Tensor] = {}
     training: dict[str, Any] = {
@@ -119,7 +125,7 @@ def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, Tensor | T
         "engine_settings": {},
         "custom": [to_plain(s, f"custom_{i}/state", tensors) for i, s in enumerate(state.custom)],
     }
-    return training, dict(tensors)
+    return training, {name: TensorShard.whole(tensor) for name, tensor in tensors.items()}
 
 
 def _ranks(state: ForeignState) -> int:

@@ -28,12 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
-    "Found",
     "check_place",
     "commit",
-    "find_checkpoints",
-    "find_foreign",
-    "newest_checkpoint",
     "next_number",
     "open_checkpoint",
     "parent_folder_hint",
@@ -47,7 +43,7 @@ TRAINING = "training.json"
 
 _LOG = get_logger(__name__)
 _NUMBERED = re.compile(r"checkpoint[_-](\d+)")
-_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
+LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
 _LARGEST_MANIFEST = 2 * 1024**3
 _NO_LINKS = "The folder itself may be a link, but no file in it: cp -rL makes a copy with the files themselves"
 
@@ -127,21 +123,6 @@ class Checkpoint:
         verify(self.folder, self.manifest, progress or (lambda _: None))
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder that is a checkpoint, or was to become one.
-
-    Attributes:
-        folder: Where it is.
-        checkpoint: The whole checkpoint, or None.
-        problem: Why it is not whole; empty if it is.
-    """
-
-    folder: Path
-    checkpoint: Checkpoint | None
-    problem: str = ""
-
-
 def real_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder that a name leads to: absolute, with `~`, `..` and links followed as far as they exist.
 
@@ -194,7 +175,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 def parent_folder_hint(folder: Path) -> str:
     """Advice for who named the folder around checkpoints in place of one; empty if it is none."""
-    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
+    numbered = [(number, path) for path in subfolders(folder) if (number := number_of(path)) is not None]
     return f"It is a folder around checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""
 
 
@@ -246,66 +227,18 @@ def _elsewhere(folder: Path, name: str) -> DamagedCheckpointError:
     )
 
 
-def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
-    """The checkpoints in a folder, newest first; what is not a checkpoint of ours is left out.
-
-    Args:
-        folder: A project's folder, or the `checkpoints` folder in it.
-    """
-    found = [entry for path in _children(folder) if (entry := _look(path)) is not None]
-    return sorted(found, key=_age, reverse=True)
-
-
-def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
-    """Training states of other libraries among the numbered checkpoints in a project's folder, newest first."""
-    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
-    return [path for _, path in sorted(numbered, reverse=True) if _is_foreign(path)]
-
-
-def _children(folder: str | os.PathLike[str]) -> list[Path]:
+def subfolders(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders in which a project's checkpoints may lie: those in `folder` and in its `checkpoints`."""
     root = Path(folder)
     roots = [root, root / "checkpoints"]
     # Also links that lead nowhere: the disk that one led to may be missing today only.
     return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir() or path.is_symlink()]
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether it is a training state of another library; weights alone may be what is left of one of ours."""
-    from paceline.checkpoint.foreign import recognise
-
-    return recognise(path) not in (None, "weights")
-
-
-def _look(path: Path) -> Found | None:
-    if _LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
-        return None
-    if _is_foreign(path):
-        return None
-    try:
-        return Found(path, open_checkpoint(path))
-    except DamagedCheckpointError as error:
-        return Found(path, None, str(error))
-
-
-def _age(found: Found) -> tuple[int, str]:
-    number = number_of(found.folder)
-    created = found.checkpoint.manifest.created if found.checkpoint else ""
-    return (-1 if number is None else number), created
-
-
 def number_of(path: Path) -> int | None:
     """The number in the name of a checkpoint that was named automatically."""
     matched = _NUMBERED.fullmatch(path.name)
     return int(matched[1]) if matched else None
-
-
-def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest whole checkpoint of a project; a line is logged for each newer one that is not whole."""
-    for found in find_checkpoints(folder):
-        if found.checkpoint is not None:
-            return found.checkpoint
-        _LOG.warning("skipped %s: %s", found.folder.name, found.problem)
-    return None
 
 
 def next_number(folder: Path, at_least: int) -> int:
@@ -389,7 +322,7 @@ def sync(path: Path) -> None:
 def _siblings(folder: Path, kind: str) -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError):
         for path in folder.parent.iterdir():
-            matched = _LEFTOVER.fullmatch(path.name)
+            matched = LEFTOVER.fullmatch(path.name)
             if matched and matched["kind"] == kind and matched["name"] == folder.name:
                 yield path
 
@@ -405,7 +338,7 @@ def remove_leftovers(folder: Path, *, all_names: bool) -> None:
     """
     with contextlib.suppress(FileNotFoundError):
         for path in list(folder.parent.iterdir()):
-            matched = _LEFTOVER.fullmatch(path.name)
+            matched = LEFTOVER.fullmatch(path.name)
             if matched is None or not (all_names or matched["name"] == folder.name):
                 continue
             if matched["kind"] == "replaced" and not path.with_name(matched["name"]).exists():

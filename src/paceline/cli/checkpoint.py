@@ -342,7 +342,7 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     --parameters, or load the folder in the script itself with `accelerator.load_state`, which knows them.
     """  # noqa: D301
     from paceline.checkpoint.foreign import open_any
-    from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+    from paceline.checkpoint.foreign.writers import WRITERS, total_bytes
     from paceline.errors import UsageError
 
     if out.exists() and any(out.iterdir()):

@@ -15,7 +15,7 @@ import torch
 
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
-from paceline.checkpoint.format.dtypes import dtype_named
+from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.generators import generators_state, load_generators_state
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, StateError, named

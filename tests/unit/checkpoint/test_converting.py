@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paceline.checkpoint import open_checkpoint
 from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Source, Tensors, open_any, open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+from paceline.checkpoint.foreign.writers import WRITERS, total_bytes
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
 from tests.data.foreign.make import Net, groups_of
@@ -99,7 +99,7 @@ def test_dcp_loads_what_is_written_for_fsdp(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", WRITERS)
 def test_few_tensors_at_a_time_are_in_memory(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.checkpoint.foreign.writing._FILE_BYTES", 4 * 4000)
+    monkeypatch.setattr("paceline.checkpoint.foreign.writers._FILE_BYTES", 4 * 4000)
     alive: list[weakref.ref[np.ndarray[Any, Any]]] = []
     most = 0
 

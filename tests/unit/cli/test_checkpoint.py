@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS
+from paceline.checkpoint.foreign.writers import WRITERS
 from tests.unit.checkpoint.test_foreign import DECAY, NO_DECAY, RECORDED
 
 if TYPE_CHECKING:

@@ -6,25 +6,20 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-
 from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_optimizer
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
-from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
 from paceline.checkpoint.foreign.pickles import load_pickled
-from paceline.checkpoint.format.dtypes import CODES, dtype_named
-from paceline.checkpoint.format.shards import Slot
-from paceline.checkpoint.portable_state import ForeignState, Source
+from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
+from paceline.checkpoint.foreign.weights import read_weight_files
+from paceline.checkpoint.portable_state import ForeignState
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["is_accelerate", "read_accelerate", "read_weight_files"]
+__all__ = ["is_accelerate", "read_accelerate"]
 
-_DTYPES = {code: dtype_named(name) for name, code in CODES.items()}
 _OPTIMIZERS = ("optimizer{}.bin", "optimizer{}.pt")
 _SCHEDULERS = ("scheduler{}.bin", "scheduler{}.pt")
 _WEIGHTS = (
@@ -106,40 +101,6 @@ def _read_models(folder: Path, state: ForeignState) -> None:
             "These are pieces whose places in the weights only the run that saved them knows",
             "Save with SHARDED_STATE_DICT or FULL_STATE_DICT",
         )
-
-
-def read_weight_files(path: Path) -> dict[str, Source]:
-    """The weights of one file, or of the files that an index names."""
-    if path.name.endswith(".index.json"):
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found: dict[str, Source] = {}
-        for name in sorted(set(table.values())):
-            if "/" in name or name.startswith("."):
-                raise CheckpointError(f"{path} names {name!r}", "Its files must lie beside it", "")
-            found.update(read_weight_files(path.with_name(name)))
-        return found
-    if path.suffix == ".safetensors":
-        return dict(_safetensors(path))
-    held = load_pickled(path)
-    return {str(name): Source.of(value) for name, value in held.items() if isinstance(value, torch.Tensor)}
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-        return read
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(name)
-                yield name, Source(Slot(tuple(part.get_shape()), _DTYPES[part.get_dtype()]), reader(name))
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read", str(error), "Copy the file again") from error
 
 
 def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Sequence[str]] | None) -> None:

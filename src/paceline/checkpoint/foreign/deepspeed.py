@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
+from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
 from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
 from paceline.errors import CheckpointError
 

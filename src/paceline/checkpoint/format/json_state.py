@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paceline.checkpoint.format.dtypes import CODES, dtype_named, name_of
+from paceline.checkpoint.format.layout import DTYPE_CODES, dtype_name, dtype_named
 from paceline.collectives import as_bytes
 from paceline.errors import StateError
 
@@ -99,7 +99,7 @@ def _plain_tensor(tensor: Tensor, owner: str, tensors: dict[str, Tensor] | None)
     if tensor.dtype is torch.complex128:
         # safetensors knows complex numbers of 64 bits only.
         return {_COMPLEX: _plain_tensor(torch.view_as_real(tensor), owner, tensors)}
-    if name_of(tensor.dtype) not in CODES:
+    if dtype_name(tensor.dtype) not in DTYPE_CODES:
         raise _unfit(owner, f"tensor of {tensor.dtype}, which safetensors files cannot hold")
     # `{"a.b": …}` and `{"a": {"b": …}}` would have one name.
     name = next(name for n in count() if (name := f"{owner}~{n}" if n else owner) not in tensors)
@@ -120,7 +120,7 @@ def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
 
 def _inline(tensor: Tensor) -> dict[str, Any]:
     raw = as_bytes(tensor.detach().cpu().contiguous()).numpy().tobytes()
-    return {_BYTES: base64.b64encode(raw).decode(), "dtype": name_of(tensor.dtype), "shape": list(tensor.shape)}
+    return {_BYTES: base64.b64encode(raw).decode(), "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
 def _plain_dict(value: Mapping[Any, Any], owner: str, tensors: dict[str, Tensor] | None) -> dict[str, Any]:

@@ -9,17 +9,61 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from paceline.checkpoint.format.dtypes import CODES, SIZES
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-__all__ = ["FileLayout", "FileOffset", "TensorShape", "lay_out"]
+__all__ = [
+    "DTYPE_CODES",
+    "DTYPE_SIZES",
+    "FileLayout",
+    "FileOffset",
+    "TensorShape",
+    "dtype_name",
+    "dtype_named",
+    "file_names",
+    "index_text",
+    "lay_out",
+]
 
 # Ranks that write into one file at once wait for each other in the kernel, so big states are spread over several.
 FILE_BYTES = 2 * 1024**3
+
+
+DTYPE_CODES: Final = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+}
+DTYPE_SIZES: Final[dict[str, int]] = {name: getattr(torch, name).itemsize for name in DTYPE_CODES}
+"""Bytes of one element."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of a name in `DTYPE_CODES`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +76,7 @@ class TensorShape:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return prod(self.shape) * SIZES[self.dtype]
+        return prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +120,7 @@ class FileLayout:
         for name, entry in self.entries.items():
             begins[name] = begin
             end = begin + entry.nbytes
-            table[name] = {"dtype": CODES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
+            table[name] = {"dtype": DTYPE_CODES[entry.dtype], "shape": entry.shape, "data_offsets": [begin, end]}
             begin = end
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

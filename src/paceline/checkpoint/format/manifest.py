@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint.format.checksums import Span, of_spans
-from paceline.checkpoint.format.dtypes import SIZES
+from paceline.checkpoint.format.layout import DTYPE_SIZES
 from paceline.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class TensorRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.numel * SIZES[self.dtype]
+        return self.numel * DTYPE_SIZES[self.dtype]
 
     @property
     def complete(self) -> bool:
@@ -76,7 +76,7 @@ class TensorRecord:
 
     def spans(self) -> Iterator[Span]:
         """Yield the bytes of the file that each piece is."""
-        size = SIZES[self.dtype]
+        size = DTYPE_SIZES[self.dtype]
         for piece in self.pieces:
             yield Span(self.offset + piece.start * size, self.offset + piece.stop * size, piece.crc32)
 
@@ -177,7 +177,7 @@ class Manifest:
         yield from self._overlaps()
 
     def _tensor_faults(self, name: str, tensor: TensorRecord) -> Iterator[str]:
-        if tensor.dtype not in SIZES:
+        if tensor.dtype not in DTYPE_SIZES:
             yield f"{name} has the dtype {tensor.dtype!r}, which torch does not have"
             return
         file = self.files.get(tensor.file)

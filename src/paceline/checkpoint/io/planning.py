@@ -28,8 +28,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from typing_extensions import override
 
-from paceline.checkpoint.format.dtypes import name_of
-from paceline.checkpoint.format.layout import TensorShape
+from paceline.checkpoint.format.layout import TensorShape, dtype_name
 
 if TYPE_CHECKING:
     import io
@@ -70,7 +69,7 @@ class ShardSavePlanner(DefaultSavePlanner):
     @override
     def create_local_plan(self) -> SavePlan:
         items = [_write_item(name, part, *span) for name, part in self._parts.items() for span in _spans(part)]
-        shapes = {name: TensorShape(part.shape, name_of(part.dtype)) for name, part in self._parts.items()}
+        shapes = {name: TensorShape(part.shape, dtype_name(part.dtype)) for name, part in self._parts.items()}
         return SavePlan(items, planner_data=shapes)
 
     @override

@@ -25,11 +25,17 @@ from torch.futures import Future
 from typing_extensions import override
 
 from paceline.checkpoint.format.checksums import Span, of_spans
-from paceline.checkpoint.format.dtypes import dtype_named, name_of
-from paceline.checkpoint.format.layout import FileLayout, FileOffset, TensorShape, index_text, lay_out
+from paceline.checkpoint.format.layout import (
+    FileLayout,
+    FileOffset,
+    TensorShape,
+    dtype_name,
+    dtype_named,
+    index_text,
+    lay_out,
+)
 from paceline.checkpoint.format.manifest import FileRecord, Piece, TensorRecord
-from paceline.checkpoint.io.buffers import HostBuffers
-from paceline.checkpoint.io.thread_pool import in_threads
+from paceline.checkpoint.io.transfer import HostBuffers, in_threads
 from paceline.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -330,7 +336,7 @@ def _plain(index: MetadataIndex) -> MetadataIndex:
 def _nbytes(item: WriteItem) -> int:
     assert item.tensor_data is not None
     dtype = item.tensor_data.properties.dtype
-    return int(item.tensor_data.chunk.sizes[0]) * dtype_named(name_of(dtype)).itemsize
+    return int(item.tensor_data.chunk.sizes[0]) * dtype_named(dtype_name(dtype)).itemsize
 
 
 def _make_file(path: Path, layout: FileLayout) -> None:

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.checkpoint.format.dtypes import name_of
-from paceline.checkpoint.format.layout import TensorShape, index_text, lay_out
-from paceline.checkpoint.io.buffers import bytes_of
+from paceline.checkpoint.format.layout import TensorShape, dtype_name, index_text, lay_out
+from paceline.checkpoint.io.transfer import bytes_of
 from paceline.checkpoint.io.weights import check_free_space, into_place, remove_others
 from paceline.collectives import as_bytes
 
@@ -64,7 +63,9 @@ def stream_weights(
 
 
 def _shape(slot: Slot, dtype: torch.dtype | None) -> TensorShape:
-    return TensorShape(slot.shape, name_of(dtype if dtype is not None and slot.dtype.is_floating_point else slot.dtype))
+    return TensorShape(
+        slot.shape, dtype_name(dtype if dtype is not None and slot.dtype.is_floating_point else slot.dtype)
+    )
 
 
 def _write(file: FileLayout, folder: Path, tensors: Tensors, progress: Callable[[int], None]) -> None:

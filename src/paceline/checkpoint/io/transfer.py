@@ -1,10 +1,11 @@
-"""Host memory through which pieces pass between a device and a file."""
+"""How pieces move between a device and a file: several threads at a time, through a few host buffers."""
 
 from __future__ import annotations
 
 import queue
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -12,13 +13,14 @@ from paceline.checkpoint.io.planning import PIECE_BYTES
 from paceline.collectives import as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-__all__ = ["HostBuffers", "bytes_of"]
+__all__ = ["HostBuffers", "bytes_of", "in_threads"]
 
-
+T = TypeVar("T")
+R = TypeVar("R")
 _SMALL = 1024**2
 
 
@@ -65,3 +67,41 @@ def bytes_of(raw: Tensor) -> memoryview:
     """The memory of a host tensor [n] of uint8."""
     array: Any = raw.detach().numpy()
     return memoryview(array)
+
+
+def in_threads(count: int, name: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Do some work on each item, `count` at a time; return what came of it, in the order of the items.
+
+    A pool of `concurrent.futures` takes no work once the main thread has come to its end, and a save in the
+    background that is still being written then would be lost.
+
+    Raises:
+        BaseException: The first failure; what was not begun by then is left.
+    """
+    done: dict[int, R] = {}
+    failures: list[BaseException] = []
+    waiting = iter(range(len(items)))
+
+    def take() -> None:
+        for index in waiting:
+            if failures:
+                return
+            try:
+                done[index] = work(items[index])
+            except BaseException as error:
+                failures.append(error)
+
+    threads = [Thread(target=take, name=f"{name}_{number}") for number in range(min(count, len(items)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        # Whoever interrupts this closes the files next, which nobody may use by then.
+        failures.append(error)
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return [done[index] for index in range(len(items))]

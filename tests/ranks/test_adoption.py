@@ -139,7 +139,7 @@ def fail(wrong: str) -> str:
     [
         ("more weights", "CheckpointError: .*extra.weight"),
         ("one group", "StateError: .*groups"),
-        ("no counter", "StateError: .*1 custom objects, and there are 0"),
+        ("no counter", "StateError: .*1 custom objects, and this run has 0"),
     ],
 )
 def test_what_does_not_fit_is_an_error(wrong: str, says: str) -> None:
@@ -179,6 +179,6 @@ def test_each_thing_taken_or_left_gets_a_line() -> None:
         "took: scheduler 0 at 6 after 3 optimizer steps",
         "took: custom object 0",
         "took: random generators of rank 0",
-        "left: positions of loaders",
+        "left: loader positions",
     ):
         assert words in said, said

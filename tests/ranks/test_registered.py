@@ -422,7 +422,7 @@ def late(folder: str) -> list[str]:
 
 def test_an_object_without_tensors_gets_them_whole_with_a_word(tmp_path: Path) -> None:
     told, _ = run_on_ranks(2, late, str(tmp_path / "state"))
-    assert ["was saved sharded and comes back whole" in line for line in told] == [True]
+    assert ["was saved sharded and is loaded whole" in line for line in told] == [True]
 
 
 class Fussy(Average):

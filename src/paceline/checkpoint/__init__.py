@@ -1,6 +1,12 @@
-"""Weights and whole training states on disk."""
+"""Weights and complete training states on disk."""
 
-from paceline.checkpoint.catalog import Found, find_checkpoints, find_foreign, newest_checkpoint
+from paceline.checkpoint.catalog import (
+    CatalogEntry,
+    find_checkpoints,
+    find_foreign,
+    is_foreign_state,
+    newest_checkpoint,
+)
 from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.manifest import Manifest
@@ -9,8 +15,8 @@ from paceline.checkpoint.io.weights import parse_size, save_weights
 from paceline.checkpoint.saver import Saver
 
 __all__ = [
+    "CatalogEntry",
     "Checkpoint",
-    "Found",
     "Manifest",
     "Saver",
     "Slot",
@@ -18,6 +24,7 @@ __all__ = [
     "find_checkpoints",
     "find_foreign",
     "from_plain",
+    "is_foreign_state",
     "newest_checkpoint",
     "next_number",
     "open_checkpoint",

@@ -1,11 +1,11 @@
-"""The checkpoints of a project: which there are, and which of them are complete."""
+"""The checkpoints of a project: which exist, and which of them are complete."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from paceline.checkpoint.folder import LEFTOVER, Checkpoint, number_of, open_checkpoint, subfolders
+from paceline.checkpoint.folder import LEFTOVER, Checkpoint, number_of, numbered_subfolders, open_checkpoint, subfolders
 from paceline.checkpoint.format.manifest import MANIFEST
 from paceline.environment.logging import get_logger
 from paceline.errors import DamagedCheckpointError
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-__all__ = ["Found", "find_checkpoints", "find_foreign", "newest_checkpoint"]
+__all__ = ["CatalogEntry", "find_checkpoints", "find_foreign", "is_foreign_state", "newest_checkpoint"]
 
 _LOG = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A folder that is a checkpoint, or was to become one.
+class CatalogEntry:
+    """A folder that holds a checkpoint, or what is left of one.
 
     Attributes:
-        folder: Where it is.
-        checkpoint: The whole checkpoint, or None.
-        problem: Why it is not whole; empty if it is.
+        folder: Its path.
+        checkpoint: The checkpoint; None if it is incomplete.
+        problem: Why it is incomplete; empty if it is not.
     """
 
     folder: Path
@@ -34,50 +34,56 @@ class Found:
     problem: str = ""
 
 
-def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
-    """The checkpoints in a folder, newest first; what is not a checkpoint of ours is left out.
+def find_checkpoints(folder: str | os.PathLike[str]) -> list[CatalogEntry]:
+    """The checkpoints in a folder, newest first. Those of other libraries are left out.
 
     Args:
-        folder: A project's folder, or the `checkpoints` folder in it.
+        folder: A project folder, or the `checkpoints` folder in it.
+
+    Returns:
+        Complete and incomplete ones.
     """
-    found = [entry for path in subfolders(folder) if (entry := _look(path)) is not None]
-    return sorted(found, key=_age, reverse=True)
+    entries = [_entry(path) for path in subfolders(folder)]
+    return sorted((entry for entry in entries if entry is not None), key=_age, reverse=True)
 
 
 def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
-    """Training states of other libraries among the numbered checkpoints in a project's folder, newest first."""
-    numbered = [(number, path) for path in subfolders(folder) if (number := number_of(path)) is not None]
-    return [path for _, path in sorted(numbered, reverse=True) if _is_foreign(path)]
+    """Training states of other libraries among the numbered checkpoints of a project folder, newest first."""
+    return [path for _, path in sorted(numbered_subfolders(folder), reverse=True) if is_foreign_state(path)]
 
 
 def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest whole checkpoint of a project; a line is logged for each newer one that is not whole."""
-    for found in find_checkpoints(folder):
-        if found.checkpoint is not None:
-            return found.checkpoint
-        _LOG.warning("skipped %s: %s", found.folder.name, found.problem)
+    """The newest complete checkpoint of a project, or None; logs a warning for each newer one that is incomplete."""
+    for entry in find_checkpoints(folder):
+        if entry.checkpoint is not None:
+            return entry.checkpoint
+        _LOG.warning("skipped %s: %s", entry.folder.name, entry.problem)
     return None
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether it is a training state of another library; weights alone may be what is left of one of ours."""
-    from paceline.checkpoint.foreign import recognise
+def is_foreign_state(path: Path) -> bool:
+    """Whether a folder holds a training state of another library.
 
-    return recognise(path) not in (None, "weights")
+    A folder with nothing but weights is not one: it may be a paceline checkpoint that lost its other files.
+    """
+    # Imports torch.distributed.checkpoint, which takes a second.
+    from paceline.checkpoint.foreign import detect_format
+
+    return detect_format(path) not in (None, "weights")
 
 
-def _look(path: Path) -> Found | None:
+def _entry(path: Path) -> CatalogEntry | None:
     if LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
         return None
-    if _is_foreign(path):
+    if is_foreign_state(path):
         return None
     try:
-        return Found(path, open_checkpoint(path))
+        return CatalogEntry(path, open_checkpoint(path))
     except DamagedCheckpointError as error:
-        return Found(path, None, str(error))
+        return CatalogEntry(path, None, str(error))
 
 
-def _age(found: Found) -> tuple[int, str]:
-    number = number_of(found.folder)
-    created = found.checkpoint.manifest.created if found.checkpoint else ""
+def _age(entry: CatalogEntry) -> tuple[int, str]:
+    number = number_of(entry.folder)
+    created = entry.checkpoint.manifest.created if entry.checkpoint else ""
     return (-1 if number is None else number), created

@@ -15,7 +15,7 @@ from paceline.cli.paths import PathType
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from paceline.checkpoint import Checkpoint, Found
+    from paceline.checkpoint import CatalogEntry, Checkpoint
     from paceline.checkpoint.foreign import ForeignState
 
 _HELP = """Look at checkpoints, check them, and turn them into something else.
@@ -73,30 +73,30 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 
 def _itself(folder: Path) -> str:
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
 
-    is_one = (folder / MANIFEST).exists() or recognise(folder) is not None
+    is_one = (folder / MANIFEST).exists() or detect_format(folder) is not None
     return f"; it is one itself: paceline checkpoint inspect {folder}" if is_one else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     from paceline.checkpoint import find_checkpoints
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
 
     ours = find_checkpoints(folder)
     known = {found.folder for found in ours}
     yield from (_row(found, folder) for found in ours)
     for root in (folder, folder / "checkpoints"):
         for path in sorted(root.iterdir()) if root.is_dir() else ():
-            kind = recognise(path) if path not in known and path.is_dir() else None
+            kind = detect_format(path) if path not in known and path.is_dir() else None
             if kind is not None:
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 name = str(path.relative_to(folder))
                 yield {"name": name, "format": kind, "size": size, "state": "", "problem": ""}
 
 
-def _row(found: Found, folder: Path) -> dict[str, Any]:
+def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": str(found.folder.relative_to(folder)), "format": "paceline"}
     if found.checkpoint is None:
         return row | {"state": "not whole", "problem": found.problem}
@@ -225,9 +225,9 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
 
 def _verify(folder: Path) -> str:
     from paceline.checkpoint import open_checkpoint
-    from paceline.checkpoint.foreign import open_foreign, recognise
+    from paceline.checkpoint.foreign import detect_format, open_foreign
 
-    if recognise(folder) is None:
+    if detect_format(folder) is None:
         checkpoint = open_checkpoint(folder)
         with _progress(f"verify {folder.name}", _size_of(checkpoint)) as told:
             checkpoint.verify(told)
@@ -301,11 +301,11 @@ def export(
 
 def _refuse_state(out: Path) -> None:
     """Refuse to write weights over those of a checkpoint, which would not be whole any more."""
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError
 
-    if (out / MANIFEST).exists() or recognise(out) not in (None, "weights"):
+    if (out / MANIFEST).exists() or detect_format(out) not in (None, "weights"):
         raise UsageError(f"{out} holds a checkpoint", "Its weights would be written over", "Name another folder")
 
 

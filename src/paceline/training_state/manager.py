@@ -1,4 +1,4 @@
-"""When and where a run's state is saved: names, hooks, the background, what is loaded, and room for others."""
+"""When and where a run's state is saved and loaded: folder names, hooks, background saves and preemption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import Saver, find_checkpoints, find_foreign, next_number, open_checkpoint
+from paceline.checkpoint import (
+    Saver,
+    find_checkpoints,
+    find_foreign,
+    is_foreign_state,
+    next_number,
+    open_checkpoint,
+)
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.training_state.preemption import Preempted, Preemption
@@ -27,26 +34,26 @@ _LOG = get_logger(__name__)
 
 
 class HookHandle:
-    """Takes a hook away again."""
+    """Removes a registered hook."""
 
     def __init__(self, hooks: list[Any], hook: Any) -> None:
         self._hooks, self._hook = hooks, hook
 
     def remove(self) -> None:
-        """Take the hook away; again is nothing."""
+        """Remove the hook. Does nothing if it was removed before."""
         if self._hook in self._hooks:
             self._hooks.remove(self._hook)
 
 
 class Checkpointing:
-    """Saves and loads one run.
+    """Saves and loads the state of one run.
 
     Args:
-        project: Where the run keeps its files.
+        project: Folder and naming options.
         group: All ranks.
 
     Attributes:
-        custom: The script's own objects, in the order in which they were registered.
+        custom: Objects registered by the script, in that order.
     """
 
     def __init__(self, project: ProjectConfiguration, group: Group) -> None:
@@ -58,35 +65,38 @@ class Checkpointing:
         self._load_hooks: list[Callable[..., Any]] = []
         self._preemption: Preemption | None = None
 
-    # What the script brings
+    # Registered objects and hooks
 
     def register(self, *objects: Any) -> None:
         """Add objects of the script to the state.
 
+        Args:
+            *objects: Instances with `state_dict` and `load_state_dict`; known ones are ignored.
+
         Raises:
-            StateError: Some have no `state_dict` and `load_state_dict`; lists them.
+            StateError: Some lack these methods, or are classes; lists them.
         """
         unfit = [
-            f"{f'the class {thing.__name__}' if isinstance(thing, type) else type(thing).__name__} (number {index})"
-            for index, thing in enumerate(objects)
-            if isinstance(thing, type)
-            or not all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+            f"{f'the class {item.__name__}' if isinstance(item, type) else type(item).__name__} (number {index})"
+            for index, item in enumerate(objects)
+            if isinstance(item, type)
+            or not all(callable(getattr(item, name, None)) for name in ("state_dict", "load_state_dict"))
         ]
         if unfit:
             raise StateError(
                 f"{', '.join(unfit)} cannot be registered for checkpoints",
-                "Their state is taken by state_dict() and given back by load_state_dict(state)",
-                "Add both methods, and register objects, not classes",
+                "Objects are saved with state_dict() and restored with load_state_dict(state)",
+                "Add both methods, and register instances, not classes",
             )
-        self.custom.extend(thing for thing in objects if not any(thing is known for known in self.custom))
+        self.custom.extend(item for item in objects if not any(item is known for known in self.custom))
 
     def on_save(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook before each save."""
+        """Call `hook(models, weights, folder)` before each save; returns a handle that removes it."""
         self._save_hooks.append(hook)
         return HookHandle(self._save_hooks, hook)
 
     def on_load(self, hook: Callable[..., Any]) -> HookHandle:
-        """Call a hook before each load."""
+        """Call `hook(models, folder)` before each load; returns a handle that removes it."""
         self._load_hooks.append(hook)
         return HookHandle(self._load_hooks, hook)
 
@@ -94,12 +104,12 @@ class Checkpointing:
 
     @property
     def times(self) -> SaveTimings | None:
-        """Seconds that the last save took on this rank; None before the first has ended."""
+        """How long the last save took on this rank; None before the first has ended."""
         return self._saver.times
 
     @property
     def next_iteration(self) -> int:
-        """Number of the next checkpoint that is named automatically."""
+        """Number of the next automatically named checkpoint."""
         folder = self._numbered_folder
         return self._project.iteration if folder is None else next_number(folder, self._project.iteration)
 
@@ -112,20 +122,23 @@ class Checkpointing:
     def save(
         self, state: TrainingState, output_dir: str | os.PathLike[str] | None, *, blocking: bool | None = None
     ) -> str:
-        """Save a state; see `Accelerator.save_state`."""
-        # A save in flight has a number that is not on the disk yet.
+        """Save a state; see `Accelerator.save_state`.
+
+        Collective: every rank must call it.
+        """
+        # The number of a save in flight is not on the disk yet.
         self.wait()
-        folder = self._where_to_save(output_dir)
-        now = not self._project.save_in_background if blocking is None else blocking
+        folder = self._save_folder(output_dir)
+        is_blocking = not self._project.save_in_background if blocking is None else blocking
         hook = self._run_save_hooks if self._save_hooks else None
-        if hook is not None and not now:
-            _LOG.info("%s is written at once: hooks that write files of their own are registered", folder)
-            now = True
+        if hook is not None and not is_blocking:
+            _LOG.info("saving %s in the foreground: registered hooks may write files of their own", folder)
+            is_blocking = True
         self._saver.save(
-            # A save in the background must not depend on where the script works meanwhile.
+            # The script may change its working directory during a background save.
             folder.absolute(),
             state,
-            blocking=now,
+            blocking=is_blocking,
             prepare=hook,
             keep=self._project.total_limit,
             numbered=self._numbered_folder is not None,
@@ -133,7 +146,7 @@ class Checkpointing:
         return str(folder)
 
     def _run_save_hooks(self, state: TrainingState, folder: Path) -> TrainingState:
-        """Let hooks write into the folder, and take over models by emptying the lists that they get."""
+        """Call the hooks. They may write into the folder, and empty `weights` to save those models themselves."""
         models = list(state.models)
         weights = [state.strategy.gather_state(model) for model in models]
         failure = None
@@ -142,27 +155,27 @@ class Checkpointing:
                 hook(models, weights, str(folder))
         except Exception as error:
             failure = error
-        # Scripts often write, and take from the lists, on the main process alone.
-        left = min(self._group.all_gather_object(len(weights)))
+        # Scripts often write, and empty the list, on the main process only.
+        num_left = min(self._group.all_gather_object(len(weights)))
         if failure is not None:
             raise failure
-        return state.without_weights(state.models[left:])
+        return state.without_weights(state.models[num_left:])
 
-    def _where_to_save(self, output_dir: str | os.PathLike[str] | None) -> Path:
+    def _save_folder(self, output_dir: str | os.PathLike[str] | None) -> Path:
         numbered = self._numbered_folder
         if numbered is None:
             if output_dir is None:
                 raise CheckpointError(
                     "save_state() was called without a folder",
-                    "Checkpoints are numbered only with ProjectConfiguration(automatic_checkpoint_naming=True)",
-                    "Pass a folder, or give the Accelerator such a project_config",
+                    "Only ProjectConfiguration(automatic_checkpoint_naming=True) names checkpoints automatically",
+                    "Pass a folder, or create the Accelerator with such a project_config",
                 )
-            return _named(output_dir)
+            return _expanded(output_dir)
         if output_dir is not None:
             raise CheckpointError(
                 f"save_state({os.fspath(output_dir)!r}) was called with automatic_checkpoint_naming",
                 f"Checkpoints are then numbered in {numbered}, and the folder would be ignored",
-                "Leave the folder out, or switch automatic_checkpoint_naming off",
+                "Omit the folder, or turn automatic_checkpoint_naming off",
             )
         number = self._group.broadcast_object(self.next_iteration if self._group.rank == 0 else 0)
         return numbered / f"checkpoint_{number}"
@@ -176,7 +189,7 @@ class Checkpointing:
         self._saver.wait()
 
     def close(self) -> None:
-        """Wait for the save in flight, give memory back, and let signals do what they did before."""
+        """Wait for the save in flight, free memory, and restore the signal handlers."""
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
@@ -187,12 +200,15 @@ class Checkpointing:
     def load(
         self, state: TrainingState, input_dir: str | os.PathLike[str] | None, *, strict: bool = True
     ) -> str | None:
-        """Load a state; see `Accelerator.load_state`."""
+        """Load a state; see `Accelerator.load_state`.
+
+        Collective: every rank must call it.
+        """
         self.wait()
         if input_dir is not None:
-            folder = _named(input_dir)
+            folder = _expanded(input_dir)
             if self._is_foreign(folder):
-                return self._adopt(state, folder, strict=strict)
+                return self._import_foreign(state, folder, strict=strict)
             self._load(state, self._open(folder), strict=strict)
             return str(folder)
         return self._load_newest(state, self._project_folder(), strict=strict)
@@ -204,14 +220,10 @@ class Checkpointing:
         state.without_weights(state.models[len(models) :]).load(checkpoint, strict=strict)
 
     def _is_foreign(self, folder: Path) -> bool:
-        """Whether all ranks see a folder of another library under this name."""
-        from paceline.checkpoint.foreign import recognise
+        """Whether all ranks see a training state of another library at this path."""
+        return all(self._group.all_gather_object(is_foreign_state(folder)))
 
-        # Weights alone are no training state.
-        foreign = recognise(folder) not in (None, "weights")
-        return all(self._group.all_gather_object(foreign))
-
-    def _adopt(self, state: TrainingState, folder: Path, *, strict: bool) -> str:
+    def _import_foreign(self, state: TrainingState, folder: Path, *, strict: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
 
         models = list(state.models)
@@ -226,30 +238,30 @@ class Checkpointing:
         if self._project.project_dir is None:
             raise CheckpointError(
                 "load_state() was called without a folder",
-                "Without project_dir there is no place where the newest checkpoint could be looked for",
-                "Pass a folder, or Accelerator(project_dir=…)",
+                "Without project_dir there is nowhere to look for the newest checkpoint",
+                "Pass a folder, or create the Accelerator with project_dir=…",
             )
         return Path(self._project.project_dir)
 
     def _open(self, folder: Path) -> Checkpoint:
-        """Open a checkpoint that all ranks see whole, and the same one."""
-        found: Checkpoint | None = None
+        """Open a checkpoint that is complete, and the same one, on all ranks."""
+        checkpoint: Checkpoint | None = None
         problem = ""
         try:
-            found = open_checkpoint(folder)
+            checkpoint = open_checkpoint(folder)
         except PacelineError as error:
             problem = f"rank {self._group.rank}: {error}"
-        told = self._group.all_gather_object((problem, found.manifest.id if found else ""))
-        problems = [text for text, _ in told if text]
-        if not problems and len({save_id for _, save_id in told}) > 1:
-            problems = ["the ranks see checkpoints of different saves under this name"]
-        if problems or found is None:
+        reports = self._group.all_gather_object((problem, checkpoint.manifest.id if checkpoint else ""))
+        problems = [text for text, _ in reports if text]
+        if not problems and len({save_id for _, save_id in reports}) > 1:
+            problems = ["the ranks see checkpoints of different saves at this path"]
+        if problems or checkpoint is None:
             raise DamagedCheckpointError(f"{folder} cannot be loaded", problems[0], "")
-        return found
+        return checkpoint
 
     def _load_newest(self, state: TrainingState, project: Path, *, strict: bool) -> str | None:
-        """Load the newest whole checkpoint, with a line for each newer one that is not whole."""
-        paths = [found.folder.relative_to(project) for found in find_checkpoints(project)]
+        """Load the newest complete checkpoint; logs a warning for each newer one that is incomplete."""
+        paths = [entry.folder.relative_to(project) for entry in find_checkpoints(project)]
         skipped = 0
         for path in self._group.broadcast_object(paths):
             try:
@@ -262,26 +274,26 @@ class Checkpointing:
             _LOG.info("resumed from %s", project / path)
             return str(project / path)
         for other in find_foreign(project)[:1]:
-            _LOG.warning("skipped %s: another library wrote it; load_state('%s') takes it over", other.name, other)
+            _LOG.warning("skipped %s: another library wrote it; load_state('%s') imports it", other.name, other)
         if skipped:
             raise DamagedCheckpointError(
-                f"None of the {skipped} checkpoints in {project} is whole",
-                "The lines before say what is wrong with each",
-                "Repair one, or move them away to start anew",
+                f"None of the {skipped} checkpoints in {project} is complete",
+                "The warnings above say what is wrong with each",
+                "Restore one of them, or move them away to start from scratch",
             )
         return None
 
-    # Making room for others
+    # Preemption
 
     def arm(self, save: Callable[[], Any] | None, *, always: bool = False) -> Preemption | None:
-        """Save and end when a signal comes; only where checkpoints are named automatically, or `always`.
+        """Save and end the run when a signal arrives.
 
         Args:
-            save: Called on all ranks at a point on which they agreed; the run ends after it. None stops listening.
-            always: Also without automatic names.
+            save: Called on all ranks at the same batch; the run ends after it. None stops listening.
+            always: Listen even if checkpoints are not named automatically.
 
         Returns:
-            What must be told of each point at which the run could be stopped; None if no signal is listened to.
+            The object whose `reach_point` must be called for each batch; None if no signal is listened for.
         """
         if self._preemption is not None:
             self._preemption.close()
@@ -297,6 +309,6 @@ class Checkpointing:
         return self._preemption
 
 
-def _named(folder: str | os.PathLike[str]) -> Path:
-    """A folder as the script names it, with `~` for the user's own."""
+def _expanded(folder: str | os.PathLike[str]) -> Path:
+    """A folder name with `~` expanded."""
     return Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup

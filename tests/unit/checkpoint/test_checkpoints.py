@@ -132,10 +132,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative": (edit(lambda d: d["tensors"][WEIGHT].update(offset=-8)), r"does not fit into"),
     "over": (
         edit(lambda d: d["tensors"]["model/0.bias"].update(offset=d["tensors"][WEIGHT]["offset"] + 4)),
-        r"model/0\.bias lies over model/0\.weight in model\.safetensors",
+        r"model/0\.bias and model/0\.weight overlap in model\.safetensors",
     ),
-    "less": (edit(lambda d: d["files"]["training.json"].update(size=-1)), r"gives training\.json -1 bytes"),
-    "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
+    "less": (edit(lambda d: d["files"]["training.json"].update(size=-1)), r"size of training\.json is -1 bytes"),
+    "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"lacks pieces of model/0\.weight"),
     "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
     "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
     "endless": (edit(lambda d: d["files"]["training.json"].update(size=float("inf"))), r"manifest is damaged"),
@@ -288,7 +288,7 @@ def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monke
     (work / "train.py").write_text("mine")
     monkeypatch.chdir(work)
     for name in (".", "..", str(tmp_path)):
-        with pytest.raises(CheckpointError, match="the folder that this process works in, or one around it"):
+        with pytest.raises(CheckpointError, match="the working directory of this process, or a parent of it"):
             run.accelerator.save_state(name)
     with pytest.raises(CheckpointError, match=r"train\.py is a file"):
         run.accelerator.save_state("train.py")
@@ -410,7 +410,7 @@ def test_other_objects_are_counted(project: Path) -> None:
     other = Accelerator(cpu=True, strategy="single")
     other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
     folder = newest(project)
-    with pytest.raises(StateError, match=r"1 optimizers, and there are 0 here"):
+    with pytest.raises(StateError, match=r"1 optimizers, and this run has 0"):
         other.load_state(folder)
 
 
@@ -500,11 +500,11 @@ def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
 def test_what_is_prepared_is_loaded_when_not_strict(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True, strategy="single")
     model: Any = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
-    with pytest.raises(StateError, match=r"holds 1 optimizers, and there are 0 here.*load with strict=False"):
+    with pytest.raises(StateError, match=r"holds 1 optimizers, and this run has 0.*load with strict=False"):
         accelerator.load_state(newest(project))
     with caplog.at_level(logging.WARNING):
         accelerator.load_state(newest(project), strict=False)
-    assert "holds 1 optimizers, and there are 0 here: the first 0 were loaded" in caplog.text
+    assert "holds 1 optimizers, and this run has 0: the first 0 were loaded" in caplog.text
     assert torch.equal(model[0].weight.cpu(), open_checkpoint(newest(project)).read("model/0.weight"))
 
 
@@ -514,7 +514,7 @@ def test_another_kind_of_optimizer_is_refused(project: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(12, 3)), 2, shuffle=True))
     for strict in (True, False):
-        with pytest.raises(StateError, match=r"has betas, eps, and the one here dampening, momentum"):
+        with pytest.raises(StateError, match=r"has betas, eps, but the one in this run has dampening, momentum"):
             accelerator.load_state(newest(project), strict=strict)
 
 

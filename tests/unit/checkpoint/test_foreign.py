@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paceline.checkpoint.foreign import ForeignState, Source, Tensors, open_foreign, recognise
+from paceline.checkpoint.foreign import ForeignState, Source, Tensors, detect_format, open_foreign
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
@@ -59,7 +59,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize(("name", "kind"), FOLDERS.items())
 def test_formats_are_recognised(name: str, kind: str) -> None:
-    assert recognise(RECORDED / name) == kind
+    assert detect_format(RECORDED / name) == kind
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -154,7 +154,7 @@ def test_client_state_of_deepspeed_is_named_as_left() -> None:
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    assert recognise(tmp_path) is None
+    assert detect_format(tmp_path) is None
     with pytest.raises(CheckpointError, match="no checkpoint of a known format"):
         open_foreign(tmp_path)
 
@@ -243,7 +243,7 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
 def test_our_own_without_its_manifest_is_broken_not_foreign(tmp_path: Path) -> None:
     for name in ("model.safetensors", "training.json"):
         (tmp_path / name).touch()
-    assert recognise(tmp_path) is None
+    assert detect_format(tmp_path) is None
 
 
 def test_looking_at_names_and_shapes_reads_nothing() -> None:

@@ -155,7 +155,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("paceline.checkpoint.weights.save_file", half)
+    monkeypatch.setattr("paceline.checkpoint.io.weights.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         save_weights(STATE, tmp_path)
     assert same(dict(load_file(tmp_path / "model.safetensors")), {"old": torch.ones(1)})

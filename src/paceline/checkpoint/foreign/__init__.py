@@ -1,4 +1,4 @@
-"""Folders of other libraries: which there are, and what is read out of them. Nothing in them is run."""
+"""Checkpoints of other libraries: detecting their format, and reading them without running code from them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
     "ForeignState",
     "Source",
     "Tensors",
+    "detect_format",
     "from_checkpoint",
     "open_any",
     "open_foreign",
-    "recognise",
 ]
 
-# In this order: an Accelerate folder may hold one of DeepSpeed or DCP, and weights are part of all of them.
+# In this order: an Accelerate folder may contain one of DeepSpeed or DCP, and all of them contain weights.
 _FORMATS = {
     "accelerate": is_accelerate,
     "deepspeed": is_deepspeed,
@@ -39,35 +39,36 @@ _FORMATS = {
 }
 
 
-def recognise(folder: str | os.PathLike[str]) -> str | None:
-    """The format of a folder: `accelerate`, `deepspeed`, `dcp`, `weights`; None for any other, and for our own.
+def detect_format(folder: str | os.PathLike[str]) -> str | None:
+    """The format of a folder: `accelerate`, `deepspeed`, `dcp` or `weights`.
 
-    A checkpoint of ours that lost its manifest is a broken one, not a folder of weights.
+    Returns:
+        None for any other folder, and for a paceline checkpoint, even one that lost its manifest.
     """
     path = Path(folder)
     if not path.is_dir() or (path / MANIFEST).exists() or (path / TRAINING).exists():
         return None
-    return next((name for name, looks in _FORMATS.items() if looks(path)), None)
+    return next((name for name, matches in _FORMATS.items() if matches(path)), None)
 
 
 def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
     """Read a folder that another library wrote.
 
     Args:
-        folder: Of Accelerate, DeepSpeed, torch.distributed.checkpoint, or with weights alone.
+        folder: Written by Accelerate, DeepSpeed or torch.distributed.checkpoint, or with nothing but weights.
         parameters: For each optimizer the names of its parameters, group by group, for formats that number them.
 
     Raises:
-        CheckpointError: It is none of these, cannot be read, or names something that could run.
+        CheckpointError: It has another format, cannot be read, or refers to code.
     """
     path = Path(folder)
-    kind = recognise(path)
+    kind = detect_format(path)
     if kind is None:
         raise CheckpointError(
             f"{path} is no checkpoint of a known format",
-            "Known are folders of Accelerate, of the transformers Trainer, of DeepSpeed, of "
-            "torch.distributed.checkpoint, and safetensors files",
-            parent_folder_hint(path) or "Name the folder that holds the files themselves",
+            "Known formats are those of Accelerate, the transformers Trainer, DeepSpeed, "
+            "torch.distributed.checkpoint and safetensors",
+            parent_folder_hint(path) or "Name the folder that contains the files themselves",
         )
     if kind == "accelerate":
         return read_accelerate(path, parameters)
@@ -77,10 +78,10 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
 
 
 def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
-    """Read a checkpoint of our own or of another library; see `open_foreign`.
+    """Read a checkpoint of paceline or of another library; see `open_foreign`.
 
     Raises:
-        CheckpointError: It is none, not whole, or cannot be read.
+        CheckpointError: It is not one, is incomplete, or cannot be read.
     """
     path = Path(folder)
     if (path / MANIFEST).exists() or (path / TRAINING).exists() or not path.exists():

@@ -1,4 +1,4 @@
-"""Folders of Accelerate's `save_state`, and checkpoints of the transformers Trainer, which look much the same."""
+"""Reading folders of Accelerate's `save_state`, and checkpoints of the transformers Trainer, which are similar."""
 
 from __future__ import annotations
 
@@ -27,10 +27,9 @@ _WEIGHTS = (
     "pytorch_model_fsdp{}.bin",
 )  # fmt: skip
 _RANDOM = re.compile(r"(?:random_states|rng_state)(?:_(\d+))?\.(?:pkl|pth)")
-_LEFT = {
-    "sampler.bin": "positions of loaders are counted in samples here, and it has none",
-    "dl_state_dict.bin": "every rank wrote it over the others', so it is one rank's position",
-    "scheduler.json": "",
+_LEFT_OUT = {
+    "sampler.bin": "loader positions are counted in samples here, and it has none",
+    "dl_state_dict.bin": "all ranks wrote to this file, so it has the position of only one",
 }
 
 
@@ -45,14 +44,14 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
     """Read such a folder.
 
     Args:
-        folder: As `save_state` wrote it.
+        folder: The folder that `save_state` wrote.
         parameters: For each optimizer the names of its parameters, group by group: `optimizer.bin` numbers them.
 
     Raises:
         CheckpointError: A file in it cannot be read.
     """
     state = ForeignState(kind="accelerate", folder=folder)
-    # Accelerate gives DeepSpeed a folder of that name, the Trainer gives it its own.
+    # Accelerate has DeepSpeed save into a subfolder of that name, the Trainer into the folder itself.
     engines = [path for path in (folder / "pytorch_model", folder) if path.is_dir() and is_deepspeed(path)]
     if engines:
         state = read_deepspeed(engines[0], parameters)
@@ -67,19 +66,20 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
     _read_ranks(folder, state)
     _read_custom(folder, state)
     _read_trainer(folder, state)
-    state.notes += [f"left: {name}; {why}" for name, why in _LEFT.items() if why and (folder / name).exists()]
-    state.settle_step()
+    state.notes += [f"left: {name}; {why}" for name, why in _LEFT_OUT.items() if (folder / name).exists()]
+    state.infer_step()
     return state
 
 
 def _numbered(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """The files of the first object, of the second, and so on; each under the first of its names that is there."""
+    """The files of the first object, of the second, and so on; for each the first of its possible names."""
     for index in range(1000):
         suffix = f"_{index}" if index else ""
-        found = next((path for pattern in patterns if (path := folder / pattern.format(suffix)).is_file()), None)
-        if found is None:
+        candidates = [folder / pattern.format(suffix) for pattern in patterns]
+        existing = [path for path in candidates if path.is_file()]
+        if not existing:
             return
-        yield found
+        yield existing[0]
 
 
 def _read_models(folder: Path, state: ForeignState) -> None:
@@ -98,24 +98,24 @@ def _read_models(folder: Path, state: ForeignState) -> None:
     if local and not state.weights:
         raise CheckpointError(
             f"{folder} holds {', '.join(local[:3])}",
-            "These are pieces whose places in the weights only the run that saved them knows",
+            "They are local shards, and only the run that saved them knows their position in the weights",
             "Save with SHARDED_STATE_DICT or FULL_STATE_DICT",
         )
 
 
 def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Sequence[str]] | None) -> None:
     for index, path in enumerate(_numbered(folder, _OPTIMIZERS)):
-        held = load_pickled(path)
-        names = own_names(held)
+        saved = load_pickled(path)
+        names = own_names(saved)
         if names is None and parameters is not None:
             if index >= len(parameters):
-                state.notes.append(f"left: {path.name}; there is no such optimizer here")
+                state.notes.append(f"left: {path.name}; this run has no such optimizer")
                 continue
             names = list(parameters[index])
         if names is None:
-            state.notes.append(f"left: {path.name}; it numbers its parameters, and nothing here says their names")
+            state.notes.append(f"left: {path.name}; it numbers its parameters, and their names are not known")
         else:
-            state.optimizers.append(name_optimizer(held, names, path))
+            state.optimizers.append(name_optimizer(saved, names, path))
     for index in range(1000):
         if not is_dcp(folder / f"optimizer_{index}"):
             break
@@ -127,31 +127,31 @@ def _read_ranks(folder: Path, state: ForeignState) -> None:
         matched = _RANDOM.fullmatch(path.name)
         if not matched:
             continue
-        held = load_pickled(path)
+        saved = load_pickled(path)
         rank = int(matched[1] or 0)
-        state.generators[rank] = _generators(held, rank)
-        if not rank and isinstance(held.get("step"), int):
-            state.step = max(state.step, held["step"])
+        state.generators[rank] = _generators(saved, rank)
+        if not rank and isinstance(saved.get("step"), int):
+            state.step = max(state.step, saved["step"])
 
 
-def _generators(held: dict[str, Any], rank: int) -> dict[str, Any]:
-    """One rank's generators under our names."""
+def _generators(saved: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One rank's random generators, by the names of `generators_state`."""
 
     def first(*names: str) -> Any:
-        return next((held[name] for name in names if name in held), None)
+        return next((saved[name] for name in names if name in saved), None)
 
-    found = {
+    generators = {
         "python": first("random_state", "python"),
         "numpy": first("numpy_random_seed", "numpy"),
         "torch": first("torch_manual_seed", "cpu"),
     }
     devices = first("torch_cuda_manual_seed", "cuda")
     if isinstance(devices, (list, tuple)):
-        # Accelerate keeps those of all devices of the machine.
+        # Accelerate saves those of all devices of the machine.
         devices = devices[rank % len(devices)] if devices else None
     if devices is not None:
-        found["cuda"] = devices
-    return {name: value for name, value in found.items() if value is not None}
+        generators["cuda"] = devices
+    return {name: value for name, value in generators.items() if value is not None}
 
 
 def _read_custom(folder: Path, state: ForeignState) -> None:
@@ -169,6 +169,6 @@ def _read_custom(folder: Path, state: ForeignState) -> None:
 def _read_trainer(folder: Path, state: ForeignState) -> None:
     path = folder / "trainer_state.json"
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        state.step = int(held.get("global_step") or 0)
-        state.epoch = int(held.get("epoch") or 0)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        state.step = int(saved.get("global_step") or 0)
+        state.epoch = int(saved.get("epoch") or 0)

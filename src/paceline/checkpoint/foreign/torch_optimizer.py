@@ -1,4 +1,4 @@
-"""Optimizer states as torch keeps them: by each parameter's place in the groups, not by its name."""
+"""Optimizer state dicts of torch, which number parameters by their position in the groups."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["name_optimizer", "own_names"]
 
 
 def own_names(state: Mapping[str, Any]) -> list[str] | None:
-    """The parameters' names in the order of the groups, where the optimizer's state has them."""
+    """The parameter names in the order of the groups, if the state dict has them."""
     names: list[str] = []
     for group in state["param_groups"]:
-        held = group.get("param_names") or [key for key in group["params"] if isinstance(key, str)]
-        if len(held) != len(group["params"]):
+        group_names = group.get("param_names") or [key for key in group["params"] if isinstance(key, str)]
+        if len(group_names) != len(group["params"]):
             return None
-        names += map(str, held)
+        names += map(str, group_names)
     return names
 
 
 def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -> ForeignOptimizer:
-    """Give a torch optimizer's state the names of its parameters.
+    """Replace the numbers of parameters in an optimizer's state dict by their names.
 
     Args:
-        state: An optimizer's state dict.
-        names: Of its parameters, group by group.
-        path: Where it is from, for messages.
+        state: The state dict.
+        names: Parameter names, group by group.
+        path: Its file, for messages.
 
     Raises:
         CheckpointError: There are more or fewer names than parameters.
@@ -42,24 +42,27 @@ def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -
     if len(keys) != len(names):
         raise CheckpointError(
             f"{path} holds {len(keys)} parameters in groups of {[len(g['params']) for g in state['param_groups']]}, "
-            f"and {len(names)} are named",
+            f"but {len(names)} names are given",
             "It numbers its parameters, so the names must come from the same groups in the same order",
             "Build the optimizer from the same groups as the run that saved it",
         )
     named = dict(zip(keys, names, strict=True))
-    found = ForeignOptimizer()
-    for key, held in state["state"].items():
-        name = named[key]
-        tensors = {slot: value for slot, value in held.items() if isinstance(value, torch.Tensor)}
-        numbers = {slot: value for slot, value in held.items() if slot not in tensors and _is_number(value)}
-        if tensors:
-            found.slots[name] = Tensors({slot: Source.of(value) for slot, value in tensors.items()})
-        if numbers:
-            found.numbers[name] = numbers
+    optimizer = ForeignOptimizer()
+    for key, values in state["state"].items():
+        _add_state(optimizer, named[key], values)
     for group in state["param_groups"]:
         options = {key: _option(value) for key, value in group.items() if key not in ("params", "param_names")}
-        found.groups.append({**options, "params": [named[key] for key in group["params"]]})
-    return found
+        optimizer.groups.append({**options, "params": [named[key] for key in group["params"]]})
+    return optimizer
+
+
+def _add_state(optimizer: ForeignOptimizer, name: str, values: Mapping[str, Any]) -> None:
+    tensors = {slot: Source.of(value) for slot, value in values.items() if isinstance(value, torch.Tensor)}
+    numbers = {slot: value for slot, value in values.items() if slot not in tensors and _is_number(value)}
+    if tensors:
+        optimizer.slots[name] = Tensors(tensors)
+    if numbers:
+        optimizer.numbers[name] = numbers
 
 
 def _is_number(value: Any) -> bool:

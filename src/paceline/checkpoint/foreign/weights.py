@@ -1,4 +1,4 @@
-"""Folders with weights alone, as `save_model` and transformers' `save_pretrained` write them."""
+"""Reading weight files, and folders with nothing else, as transformers' `save_pretrained` writes them."""
 
 from __future__ import annotations
 
@@ -35,24 +35,29 @@ def read_weights(folder: Path) -> ForeignState:
     Raises:
         CheckpointError: A file in it cannot be read.
     """
-    path = next(path for name in _NAMES if (path := folder / name).is_file())
+    paths = [folder / name for name in _NAMES]
+    path = next(path for path in paths if path.is_file())
     return ForeignState(kind="weights", folder=folder, weights=Tensors(read_weight_files(path)))
 
 
 def read_weight_files(path: Path) -> dict[str, Source]:
-    """The weights of one file, or of the files that an index names."""
+    """The weights in one file, or in the files that an index lists.
+
+    Raises:
+        CheckpointError: A file cannot be read, or the index lists a file in another folder.
+    """
     if path.name.endswith(".index.json"):
         table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found: dict[str, Source] = {}
+        sources: dict[str, Source] = {}
         for name in sorted(set(table.values())):
             if "/" in name or name.startswith("."):
-                raise CheckpointError(f"{path} names {name!r}", "Its files must lie beside it", "")
-            found.update(read_weight_files(path.with_name(name)))
-        return found
+                raise CheckpointError(f"{path} lists {name!r}", "Its files must be in the same folder", "")
+            sources.update(read_weight_files(path.with_name(name)))
+        return sources
     if path.suffix == ".safetensors":
         return dict(_safetensors(path))
-    held = load_pickled(path)
-    return {str(name): Source.of(value) for name, value in held.items() if isinstance(value, torch.Tensor)}
+    saved = load_pickled(path)
+    return {str(name): Source.of(value) for name, value in saved.items() if isinstance(value, torch.Tensor)}
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:

@@ -1,8 +1,7 @@
-"""A training state into the folders of other libraries, one tensor at a time."""
+"""Writing a portable state in the formats of other libraries, one tensor at a time."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -35,37 +34,37 @@ __all__ = ["WRITERS", "total_bytes"]
 
 _MAP_SHARED = 1
 _FILE_BYTES = 128 * 1024**2
-"""Of one file of DCP, whose tensors are in memory together; one that is larger has a file of its own."""
+"""Size of a DCP file. Its tensors are in memory together; a larger tensor has a file of its own."""
 
 
 def total_bytes(state: ForeignState) -> int:
-    """Bytes of all tensors of a state."""
+    """Bytes of all tensors in a state."""
     families = [state.weights, *(tensors for o in state.optimizers for tensors in o.slots.values())]
     slots = [tensors.slot(name) for tensors in families for name in tensors]
     return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in slots)
 
 
 def _models(state: ForeignState) -> list[Tensors]:
-    found: list[Tensors] = []
+    models: list[Tensors] = []
     while True:
         try:
-            found.append(state.model(len(found)))
+            models.append(state.model(len(models)))
         except CheckpointError:
-            return found
+            return models
 
 
 def _numbered(pattern: str, index: int) -> str:
     return pattern.format(f"_{index}" if index else "")
 
 
-# Plain torch, as Accelerate lays it out
+# Accelerate without sharding
 
 
 def write_accelerate(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
-    """Write what `Accelerator.load_state` reads without FSDP: safetensors, and torch's optimizer states.
+    """Write what `Accelerator.load_state` reads without FSDP: safetensors, and torch's optimizer state dicts.
 
     Returns:
-        What was left, and why.
+        Sentences about what was left out, and why.
     """
     out.mkdir(parents=True, exist_ok=True)
     models = _models(state)
@@ -77,165 +76,161 @@ def write_accelerate(state: ForeignState, out: Path, on_progress: Callable[[int]
         path.parent.rmdir()
     for index, optimizer in enumerate(state.optimizers):
         _save_lazily(_torch_optimizer(optimizer), out / _numbered("optimizer{}.bin", index), on_progress)
-    _write_rest(state, out)
+    _write_small_objects(state, out)
     return []
 
 
 def _torch_optimizer(optimizer: ForeignOptimizer) -> dict[str, Any]:
-    """An optimizer's state as torch has it, with readers in the place of tensors."""
+    """An optimizer's state dict, with readers in place of tensors."""
     order = [name for group in optimizer.groups for name in group["params"]]
     numbers = {name: index for index, name in enumerate(order)}
     states: dict[int, dict[str, Any]] = {}
     for name, index in numbers.items():
         tensors = optimizer.slots.get(name, Tensors())
-        held = {slot: _Later(tensors, slot) for slot in tensors}
-        entry = {**held, **optimizer.numbers.get(name, {})}
-        if entry:
-            states[index] = entry
+        lazy = {slot: _LazyTensor(tensors, slot) for slot in tensors}
+        values = {**lazy, **optimizer.numbers.get(name, {})}
+        if values:
+            states[index] = values
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer.groups]
     return {"state": states, "param_groups": groups}
 
 
 @dataclass(frozen=True, slots=True)
-class _Later:
-    """A tensor that is read when its place in the file is there."""
+class _LazyTensor:
+    """A tensor that is read when it is written to its file."""
 
     tensors: Tensors
     name: str
 
 
 def _save_lazily(value: Any, path: Path, on_progress: Callable[[int], None]) -> None:
-    """Do what `torch.save` does, without all tensors in memory: first the file with room for them, then each."""
+    """Save like `torch.save`, without all tensors in memory: first a file without their values, then one by one."""
     with FakeTensorMode():
-        promised = _replace(value, lambda later: _empty(later))
+        fake = _replace(value, _empty)
     crc = get_crc32_options()
     try:
-        set_crc32_options(False)  # the bytes that it would be over come later
+        set_crc32_options(False)  # the values that it would cover are not there yet
         with skip_data(materialize_fake_tensors=True):
-            torch.save(promised, path)
+            torch.save(fake, path)
     finally:
         set_crc32_options(crc)
-    with _shared_maps():
-        room = torch.load(path, weights_only=True, mmap=True)
-    for place, later in _pairs(room, value):
-        place.copy_(later.tensors[later.name])
-        on_progress(place.numel() * place.element_size())
+    # Shared: what is written into the mapped tensors reaches the file.
+    with set_default_mmap_options(_MAP_SHARED):
+        mapped = torch.load(path, weights_only=True, mmap=True)
+    for target, lazy in _pairs(mapped, value):
+        target.copy_(lazy.tensors[lazy.name])
+        on_progress(target.numel() * target.element_size())
 
 
-def _empty(later: _Later) -> Tensor:
-    slot = later.tensors.slot(later.name)
+def _empty(lazy: _LazyTensor) -> Tensor:
+    slot = lazy.tensors.slot(lazy.name)
     return torch.empty(slot.shape, dtype=slot.dtype)
 
 
-def _replace(value: Any, make: Callable[[_Later], Any]) -> Any:
-    if isinstance(value, _Later):
+def _replace(value: Any, make: Callable[[_LazyTensor], Any]) -> Any:
+    if isinstance(value, _LazyTensor):
         return make(value)
     if isinstance(value, dict):
         return {key: _replace(item, make) for key, item in value.items()}
     return [_replace(item, make) for item in value] if isinstance(value, list) else value
 
 
-def _pairs(room: Any, value: Any) -> Iterator[tuple[Tensor, _Later]]:
-    if isinstance(value, _Later):
-        yield room, value
+def _pairs(mapped: Any, value: Any) -> Iterator[tuple[Tensor, _LazyTensor]]:
+    if isinstance(value, _LazyTensor):
+        yield mapped, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _pairs(room[key], item)
+            yield from _pairs(mapped[key], item)
 
 
-@contextmanager
-def _shared_maps() -> Iterator[None]:
-    """Let what is written into mapped tensors reach their file."""
-    with set_default_mmap_options(_MAP_SHARED):
-        yield
-
-
-def _write_rest(state: ForeignState, out: Path) -> None:
-    """Everything that is small: schedulers, the scaler, generators and custom objects."""
-    for index, held in enumerate(state.schedulers):
-        torch.save(held, out / _numbered("scheduler{}.bin", index))
+def _write_small_objects(state: ForeignState, out: Path) -> None:
+    """Write schedulers, the loss scaler, random generators and custom objects."""
+    for index, scheduler in enumerate(state.schedulers):
+        torch.save(scheduler, out / _numbered("scheduler{}.bin", index))
     if state.scaler is not None:
         torch.save(state.scaler, out / "scaler.pt")
-    for rank, held in state.generators.items():
-        torch.save(_their_generators(held, state.step), out / f"random_states_{rank}.pkl")
-    for index, held in enumerate(state.custom):
-        torch.save(held, out / f"custom_checkpoint_{index}.pkl")
+    for rank, generators in state.generators.items():
+        torch.save(_accelerate_generators(generators, state.step), out / f"random_states_{rank}.pkl")
+    for index, custom in enumerate(state.custom):
+        torch.save(custom, out / f"custom_checkpoint_{index}.pkl")
 
 
-def _their_generators(held: dict[str, Any], step: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"step": step}
-    if "python" in held:
-        version, words, cached = held["python"]
-        found["random_state"] = (version, tuple(words), cached)
-    if "numpy" in held:
-        kind, keys, position, has_gauss, gauss = held["numpy"]
-        found["numpy_random_seed"] = (kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss)
-    if "torch" in held:
-        found["torch_manual_seed"] = held["torch"]
-    if "cuda" in held:
-        found["torch_cuda_manual_seed"] = [held["cuda"]]
-    return found
+def _accelerate_generators(generators: dict[str, Any], step: int) -> dict[str, Any]:
+    """One rank's random generators by Accelerate's names."""
+    renamed: dict[str, Any] = {"step": step}
+    if "python" in generators:
+        version, words, cached = generators["python"]
+        renamed["random_state"] = (version, tuple(words), cached)
+    if "numpy" in generators:
+        kind, keys, position, has_gauss, gauss = generators["numpy"]
+        renamed["numpy_random_seed"] = (kind, np.asarray(keys, dtype=np.uint32), position, has_gauss, gauss)
+    if "torch" in generators:
+        renamed["torch_manual_seed"] = generators["torch"]
+    if "cuda" in generators:
+        renamed["torch_cuda_manual_seed"] = [generators["cuda"]]
+    return renamed
 
 
-# FSDP, by torch.distributed.checkpoint
+# Accelerate with FSDP: torch.distributed.checkpoint
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Reads each tensor when it is its turn to be written."""
+    """Reads each tensor when it is written.
 
-    def __init__(self, on_progress: Callable[[int], None]) -> None:
+    Args:
+        value: The nested dictionary to save, with readers in place of tensors.
+        on_progress: Called with the bytes of each tensor.
+    """
+
+    def __init__(self, value: dict[str, Any], on_progress: Callable[[int], None]) -> None:
         super().__init__()
+        self._value = value
         self._on_progress = on_progress
 
     @override
     def resolve_data(self, write_item: WriteItem) -> Any:
-        held = super().resolve_data(write_item)
-        later = self.later.get(write_item.index.fqn)
-        if later is None:
-            return held
-        tensor = later.tensors[later.name]
+        value = self._value
+        for key in self.mappings[write_item.index.fqn]:
+            value = value[key]
+        if not isinstance(value, _LazyTensor):
+            return super().resolve_data(write_item)
+        tensor = value.tensors[value.name]
         self._on_progress(tensor.numel() * tensor.element_size())
         return tensor
 
-    later: dict[str, _Later]
-
 
 def write_fsdp(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
-    """Write what `Accelerator.load_state` reads under FSDP with SHARDED_STATE_DICT: folders of DCP.
+    """Write what `Accelerator.load_state` reads under FSDP with SHARDED_STATE_DICT: DCP folders.
 
     Returns:
-        What was left, and why.
+        Sentences about what was left out, and why.
     """
     out.mkdir(parents=True, exist_ok=True)
     for index, tensors in enumerate(_models(state)):
         names = {**{name: name for name in tensors}, **({} if index else state.ties)}
-        _save_dcp({"model": {alias: _Later(tensors, name) for alias, name in names.items()}},
+        _save_dcp({"model": {alias: _LazyTensor(tensors, name) for alias, name in names.items()}},
                   out / f"pytorch_model_fsdp_{index}", on_progress)  # fmt: skip
     for index, optimizer in enumerate(state.optimizers):
         states = {
-            name: {slot: _Later(tensors, slot) for slot in tensors} | optimizer.numbers.get(name, {})
+            name: {slot: _LazyTensor(tensors, slot) for slot in tensors} | optimizer.numbers.get(name, {})
             for name, tensors in optimizer.slots.items()
         }
-        whole = {"state": states, "param_groups": optimizer.groups}
-        _save_dcp({"optimizer": whole}, out / f"optimizer_{index}", on_progress)
-    _write_rest(state, out)
+        nested = {"state": states, "param_groups": optimizer.groups}
+        _save_dcp({"optimizer": nested}, out / f"optimizer_{index}", on_progress)
+    _write_small_objects(state, out)
     return []
 
 
 def _save_dcp(value: dict[str, Any], folder: Path, on_progress: Callable[[int], None]) -> None:
-    """Write one folder from this process alone; torch's own `save` would warn that there is only one."""
-    planner, writer = _LazyPlanner(on_progress), FileSystemWriter(folder, single_file_per_rank=True)
+    """Write one folder from a single process, without the warning of torch's own `save`."""
+    planner, writer = _LazyPlanner(value, on_progress), FileSystemWriter(folder, single_file_per_rank=True)
     writer.reset(folder)
-    promised = _replace(value, lambda later: _on_meta(later))
-    planner.set_up_planner(promised, writer.storage_meta(), is_coordinator=True)
-    planner.later = {
-        name: later for name, path in planner.mappings.items() if isinstance(later := _at(value, path), _Later)
-    }
+    planner.set_up_planner(_replace(value, _on_meta), writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_local_plan(planner.create_local_plan())
     (plan,), metadata = planner.create_global_plan([plan])
     planner.finish_plan(plan)
-    # The writer keeps what is in a file until the file is closed, so each gets a share, as if from a rank of its own.
+    # The writer keeps all tensors of a file until it is closed, so the plan is split as if for several ranks.
     shares = writer.prepare_global_plan([replace(plan, items=items) for items in _shares(plan.items)])
     writer.finish(metadata, [writer.write_data(share, planner).wait() for share in shares])
 
@@ -254,15 +249,9 @@ def _shares(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
     return shares
 
 
-def _on_meta(later: _Later) -> Tensor:
-    slot = later.tensors.slot(later.name)
+def _on_meta(lazy: _LazyTensor) -> Tensor:
+    slot = lazy.tensors.slot(lazy.name)
     return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
-
-
-def _at(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
 
 
 # DeepSpeed's universal layout
@@ -274,56 +263,56 @@ _DEEPSPEED_VERSION = "0.19.8"
 def write_deepspeed(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `engine.load_checkpoint` reads with `checkpoint.load_universal`, at every ZeRO stage from 1 on.
 
-    DeepSpeed's own tool writes one layout for stages 1 and 2 and another for stage 3; what is common to both readers
-    is written here, so any stage and any number of ranks reads it.
+    DeepSpeed's own tool writes one layout for stages 1 and 2 and another for stage 3. This one satisfies both readers,
+    so it can be loaded at any of these stages, by any number of ranks.
 
     Returns:
-        What was left, and why.
+        Sentences about what was left out, and why.
     """
     models, optimizers = _models(state), state.optimizers or [ForeignOptimizer()]
     if (len(models), len(optimizers)) != (1, 1):
         raise CheckpointError(
             f"{state.folder} holds {len(models)} models and {len(optimizers)} optimizers",
-            "One engine of DeepSpeed has one of each",
-            "Export each model by itself",
+            "A DeepSpeed engine has one of each",
+            "Convert each model separately",
         )
     (tensors,), (optimizer,) = models, optimizers
     outside = [name for name in tensors if Path(name).name != name]
     if outside:
         raise CheckpointError(
-            f"A weight is called {outside[0]!r}",
-            "Each weight gets a folder of its name, and this one would lie elsewhere",
+            f"A weight is named {outside[0]!r}",
+            "Each weight is written to a folder of its name, and this one would be elsewhere",
             "Rename it, or convert to another format",
         )
     folder = out / f"global_step{state.step}_universal"
     (folder / "zero").mkdir(parents=True, exist_ok=True)
     for name in tensors:
-        place = folder / "zero" / name
-        place.mkdir(exist_ok=True)
-        _write_slot(tensors[name].float(), place / "fp32.pt", on_progress)
-        held = optimizer.slots.get(name, Tensors())
-        for slot in held:
+        parameter = folder / "zero" / name
+        parameter.mkdir(exist_ok=True)
+        _write_slot(tensors[name].float(), parameter / "fp32.pt", on_progress)
+        slots = optimizer.slots.get(name, Tensors())
+        for slot in slots:
             if slot == "step":
-                torch.save(held[slot], place / "step.pt")
+                torch.save(slots[slot], parameter / "step.pt")
             else:
-                _write_slot(held[slot], place / f"{slot}.pt", on_progress)
+                _write_slot(slots[slot], parameter / f"{slot}.pt", on_progress)
     torch.save(_global_state(optimizer), folder / "zero" / "optimizer_state.pt")
-    facts = _facts(state, tensors, optimizer)
-    buffers = {name: tensors[name] for name in facts["buffer_names"]}
-    torch.save({**facts, "module": buffers}, folder / "mp_rank_00_model_states.pt")
-    torch.save({**facts, "module": buffers}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    model_states = _model_states(state, tensors, optimizer)
+    # One name for stages 1 and 2, the other for stage 3.
+    torch.save(model_states, folder / "mp_rank_00_model_states.pt")
+    torch.save(model_states, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     (out / "latest_universal").write_text(folder.name, encoding="utf-8")
     return _not_in_deepspeed(state, optimizer)
 
 
 def _write_slot(tensor: Tensor, path: Path, on_progress: Callable[[int], None]) -> None:
-    # A view would bring all of the memory that it is a view of.
+    # torch.save writes the whole storage behind a view.
     torch.save({"param": tensor.clone(), "cat_dim": 0}, path)
     on_progress(tensor.numel() * tensor.element_size())
 
 
 def _global_state(optimizer: ForeignOptimizer) -> dict[str, Any]:
-    """What is the same for all parameters: where stages 1 and 2 look for it, and where stage 3 does."""
+    """What is the same for all parameters, where stages 1 and 2 expect it, and where stage 3 does."""
     groups = [{**group, "params": [index]} for index, group in enumerate(optimizer.groups)]
     step = torch.tensor(float(optimizer.steps))
     return {
@@ -335,14 +324,16 @@ def _global_state(optimizer: ForeignOptimizer) -> dict[str, Any]:
     }
 
 
-def _facts(state: ForeignState, tensors: Tensors, optimizer: ForeignOptimizer) -> dict[str, Any]:
+def _model_states(state: ForeignState, tensors: Tensors, optimizer: ForeignOptimizer) -> dict[str, Any]:
     shapes = [
         {name: torch.Size(tensors.slot(name).shape) for name in group["params"] if name in tensors.sources}
         for group in optimizer.groups
     ]
     trained = {name for group in shapes for name in group}
+    buffers = {name: tensors[name] for name in tensors if name not in trained}
     return {
-        "buffer_names": [name for name in tensors if name not in trained],
+        "module": buffers,
+        "buffer_names": list(buffers),
         "optimizer": None,
         "param_shapes": shapes,
         "frozen_param_shapes": None,
@@ -362,11 +353,11 @@ def _facts(state: ForeignState, tensors: Tensors, optimizer: ForeignOptimizer) -
 
 
 def _not_in_deepspeed(state: ForeignState, optimizer: ForeignOptimizer) -> list[str]:
-    left = ["DeepSpeed reads only trained parameters from this layout: buffers and frozen ones are in it for others"]
+    left = ["DeepSpeed reads only trained parameters from this layout: it ignores the buffers and frozen ones in it"]
     if len(optimizer.groups) > 1:
-        left.append("stage 3 gives every group the options of the first one when it reads this layout")
+        left.append("stage 3 gives all parameter groups the options of the first one when it reads this layout")
     if state.generators or state.custom:
-        left.append("random generators and custom objects have no place in it")
+        left.append("this layout has no random generators and custom objects")
     return left
 
 
@@ -376,4 +367,4 @@ WRITERS: Final = {
     "fsdp": write_fsdp,
     "deepspeed": write_deepspeed,
 }
-"""What writes each format; each returns sentences about what the format has no place for."""
+"""The writer of each format; it returns sentences about what the format cannot hold."""

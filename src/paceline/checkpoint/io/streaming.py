@@ -1,4 +1,4 @@
-"""Tensors to safetensors files, one at a time: what does not fit into memory together need not."""
+"""Writing weights to safetensors files one tensor at a time, so that they need not fit into memory together."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def stream_weights(
     """Write weights in the layout that transformers' `from_pretrained` reads.
 
     Args:
-        tensors: Read one after another, in order.
-        folder: Made when missing; weights that an earlier call left there are replaced.
-        max_file_bytes: No file is larger, unless one tensor alone is.
-        dtype: What floating-point tensors become; None keeps theirs.
+        tensors: Weights by name, read one after another.
+        folder: Created if missing; weights of an earlier call are replaced.
+        max_file_bytes: Largest file size, unless a single tensor is larger.
+        dtype: Dtype for floating-point tensors; None keeps theirs.
         progress: Called with the bytes written since the last call.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        PacelineError: The disk has too little room.
+        PacelineError: The disk has too little free space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {f"model/{name}": _shape(tensors.slot(name), dtype) for name in tensors}

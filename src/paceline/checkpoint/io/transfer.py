@@ -1,4 +1,4 @@
-"""How pieces move between a device and a file: several threads at a time, through a few host buffers."""
+"""Moving pieces between a device and a file: in several threads, through a few host buffers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SMALL = 1024**2
 
 
 class HostBuffers:
-    """A few buffers of one piece each, made when first needed and handed from one piece to the next.
+    """A few buffers of one piece each, allocated when first needed and reused.
 
     Args:
-        count: How many pieces are in work at a time.
+        count: How many pieces are moved at a time.
     """
 
     def __init__(self, count: int) -> None:
@@ -38,22 +38,22 @@ class HostBuffers:
 
     @contextmanager
     def of_size(self, nbytes: int) -> Iterator[tuple[Tensor, memoryview]]:
-        """Lend `nbytes` bytes of host memory: as a tensor [nbytes] of uint8, and as a writable view of it."""
-        held = self._free.get()
+        """Lend `nbytes` bytes of host memory: as a uint8 tensor [nbytes], and as a writable view of it."""
+        buffer = self._free.get()
         try:
-            if held is None or held.numel() < nbytes:
-                # Pinned where an accelerator is in use: it copies from and to such memory at full speed.
+            if buffer is None or buffer.numel() < nbytes:
+                # A GPU copies to and from pinned memory at full speed.
                 pin = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
                 size = _SMALL if nbytes <= _SMALL else max(nbytes, PIECE_BYTES)
-                held = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-            lent = held[:nbytes]
+                buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+            lent = buffer[:nbytes]
             yield lent, bytes_of(lent)
         finally:
-            self._free.put(held)
+            self._free.put(buffer)
 
     @contextmanager
     def on_host(self, values: Tensor) -> Iterator[memoryview]:
-        """Lend the bytes of a tensor [n]: its own memory if that is on the host, else a copy."""
+        """Lend the bytes of a tensor [n]: its own memory if it is on the host, else a copy."""
         raw = as_bytes(values.contiguous())
         if values.device.type == "cpu":
             yield bytes_of(raw)
@@ -64,44 +64,47 @@ class HostBuffers:
 
 
 def bytes_of(raw: Tensor) -> memoryview:
-    """The memory of a host tensor [n] of uint8."""
+    """The memory of a uint8 tensor [n] on the host."""
     array: Any = raw.detach().numpy()
     return memoryview(array)
 
 
 def in_threads(count: int, name: str, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Do some work on each item, `count` at a time; return what came of it, in the order of the items.
+    """Call `work` on each item, in `count` threads.
 
-    A pool of `concurrent.futures` takes no work once the main thread has come to its end, and a save in the
-    background that is still being written then would be lost.
+    An executor of `concurrent.futures` refuses work once the main thread has ended, so a background save that is
+    still being written then would be lost.
+
+    Returns:
+        The results, in the order of the items.
 
     Raises:
-        BaseException: The first failure; what was not begun by then is left.
+        BaseException: The first failure; items that were not begun by then are skipped.
     """
-    done: dict[int, R] = {}
+    results: dict[int, R] = {}
     failures: list[BaseException] = []
-    waiting = iter(range(len(items)))
+    indices = iter(range(len(items)))
 
-    def take() -> None:
-        for index in waiting:
+    def run() -> None:
+        for index in indices:
             if failures:
                 return
             try:
-                done[index] = work(items[index])
+                results[index] = work(items[index])
             except BaseException as error:
                 failures.append(error)
 
-    threads = [Thread(target=take, name=f"{name}_{number}") for number in range(min(count, len(items)))]
+    threads = [Thread(target=run, name=f"{name}_{number}") for number in range(min(count, len(items)))]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
             thread.join()
     except BaseException as error:
-        # Whoever interrupts this closes the files next, which nobody may use by then.
+        # The caller closes the files next, so no thread may still use them.
         failures.append(error)
         for thread in threads:
             thread.join()
     if failures:
         raise failures[0]
-    return [done[index] for index in range(len(items))]
+    return [results[index] for index in range(len(items))]

@@ -261,7 +261,7 @@ def numbered(folder: str) -> list[str]:
     again.train(1)
     names.append(Path(again.accelerator.save_state()).name)
     for one in (run, again):
-        one.accelerator._checkpointing.close()
+        one.accelerator.free_memory()
     return names
 
 
@@ -278,7 +278,7 @@ def in_the_background(layout: Layout, folder: str, device: str = "cpu") -> tuple
     run.accelerator.save_state(folder, blocking=False)
     run.train(5)
     run.accelerator.wait_for_save()
-    run.accelerator._checkpointing.close()
+    run.accelerator.free_memory()
     again = Run(layout, seed=8, device=device)
     again.accelerator.load_state(folder)
     again.train(5)

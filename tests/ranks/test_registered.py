@@ -263,7 +263,7 @@ def placed(whole: Tensor, placements: list[Any], sizes: tuple[int, ...]) -> Any:
     return distribute_tensor(whole, mesh_of(*sizes), placements)
 
 
-WHOLE = {
+WHOLE: dict[str, tuple[Tensor, list[Any]]] = {
     "columns": (torch.arange(15.0).view(5, 3), [Shard(1)]),
     "rows": (torch.arange(21).view(7, 3), [Shard(0)]),
     "copies": (torch.arange(4).bool(), [Replicate()]),
@@ -282,7 +282,8 @@ def any_cut(folder: str) -> None:
     run.accelerator.save_state(folder)
     other = Run(DDP)
     # Back into whatever each is cut like now.
-    cuts = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()], [Replicate()], [Replicate()], [Shard(0)]]
+    rows, columns, copies = [Shard(0)], [Shard(1)], [Replicate()]
+    cuts: list[list[Any]] = [rows, columns, rows, copies, copies, copies, rows]
     again = [Holder(placed(torch.zeros_like(w), cut, (2,))) for (w, _), cut in zip(WHOLE.values(), cuts, strict=True)]
     inner = Holder([{"a.b": torch.zeros(3), "a": {"b": placed(torch.ones(3), [Shard(0)], (2,))}}])
     other.accelerator.register_for_checkpointing(*again, inner)
@@ -309,7 +310,8 @@ def test_tensors_may_be_cut_in_any_way(tmp_path: Path) -> None:
 def on_two_axes(folder: str) -> None:
     run = Run(Layout("ddp4", 4, "ddp"))
     whole = torch.arange(55.0).view(11, 5)
-    ways = [[Shard(0), Shard(0)], [Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Replicate()]]
+    rows, copies = Shard(0), Replicate()
+    ways: list[list[Any]] = [[rows, rows], [copies, rows], [rows, Shard(1)], [rows, copies]]
     run.accelerator.register_for_checkpointing(*[Holder(placed(whole, way, (2, 2))) for way in ways])
     run.accelerator.save_state(folder)
     other = Run(Layout("ddp4", 4, "ddp"))

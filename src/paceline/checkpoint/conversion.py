@@ -17,7 +17,7 @@ from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.layout import dtype_named
 from paceline.checkpoint.format.manifest import Manifest
 from paceline.checkpoint.format.shards import Slot, TensorShard
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.checkpoint.writing import Common, Content, save_checkpoint
 from paceline.collectives import SoloGroup
 from paceline.version import __version__
@@ -38,37 +38,37 @@ _MODEL = re.compile(r"model(?:_(\d+))?/(.+)")
 # Reading
 
 
-def from_checkpoint(checkpoint: Checkpoint) -> ForeignState:
+def from_checkpoint(checkpoint: Checkpoint) -> PortableState:
     """Everything that a checkpoint holds except the loader positions."""
     manifest, training = checkpoint.manifest, checkpoint.training
-    state = ForeignState(kind="paceline", folder=checkpoint.folder, step=manifest.step, epoch=manifest.epoch)
+    state = PortableState(kind="paceline", folder=checkpoint.folder, step=manifest.step, epoch=manifest.epoch)
     sources = {name: _source(checkpoint, name) for name in manifest.tensors}
-    state.weights = Tensors({_short(name): source for name, source in sources.items() if _MODEL.fullmatch(name)})
+    state.weights = LazyTensors({_short(name): source for name, source in sources.items() if _MODEL.fullmatch(name)})
     state.ties = {_short(alias): _short(name) for alias, name in manifest.ties.items()}
     state.optimizers = [_optimizer(i, saved, sources) for i, saved in enumerate(training["optimizers"])]
     others = {name: source for name, source in sources.items() if not name.startswith(("model", "optimizer"))}
-    _read_objects(state, training, Tensors(others))
+    _read_objects(state, training, LazyTensors(others))
     _read_ranks(state, checkpoint)
     return state
 
 
-def _optimizer(index: int, saved: Mapping[str, Any], sources: Mapping[str, Source]) -> ForeignOptimizer:
-    optimizer = ForeignOptimizer(numbers=dict(saved["numbers"]), groups=from_plain(saved["groups"]))
+def _optimizer(index: int, saved: Mapping[str, Any], sources: Mapping[str, TensorSource]) -> PortableOptimizer:
+    optimizer = PortableOptimizer(numbers=dict(saved["numbers"]), groups=from_plain(saved["groups"]))
     prefix = f"optimizer_{index}/" if index else "optimizer/"
     for full, source in sources.items():
         if full.startswith(prefix):
             parameter, _, slot = full.removeprefix(prefix).rpartition("/")
-            optimizer.slots.setdefault(parameter, Tensors()).sources[slot] = source
+            optimizer.slots.setdefault(parameter, LazyTensors()).sources[slot] = source
     return optimizer
 
 
-def _read_objects(state: ForeignState, training: Mapping[str, Any], tensors: Tensors) -> None:
+def _read_objects(state: PortableState, training: Mapping[str, Any], tensors: LazyTensors) -> None:
     state.schedulers = [from_plain(saved, tensors) for saved in training["schedulers"]]
     state.scaler = from_plain(training["scaler"], tensors) if training.get("scaler") else None
     state.custom = [from_plain(saved, tensors) for saved in training["custom"]]
 
 
-def _read_ranks(state: ForeignState, checkpoint: Checkpoint) -> None:
+def _read_ranks(state: PortableState, checkpoint: Checkpoint) -> None:
     for rank in range(checkpoint.manifest.world_size):
         saved = checkpoint.of_rank(rank)
         if saved is None:
@@ -83,15 +83,15 @@ def _short(full: str) -> str:
     return full.removeprefix("model/")
 
 
-def _source(checkpoint: Checkpoint, name: str) -> Source:
+def _source(checkpoint: Checkpoint, name: str) -> TensorSource:
     record = checkpoint.manifest.tensors[name]
-    return Source(Slot(record.shape, dtype_named(record.dtype)), lambda: checkpoint.read(name))
+    return TensorSource(Slot(record.shape, dtype_named(record.dtype)), lambda: checkpoint.read(name))
 
 
 # Writing
 
 
-def write_paceline(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
+def write_paceline(state: PortableState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write a paceline checkpoint.
 
     Returns:
@@ -121,7 +121,7 @@ def write_paceline(state: ForeignState, out: Path, on_progress: Callable[[int], 
     return []
 
 
-def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, TensorShard]]:
+def _training(state: PortableState) -> tuple[dict[str, Any], dict[str, TensorShard]]:
     """What is not a tensor, and the tensors that it refers to."""
     tensors: dict[str, Tensor] = {}
     training: dict[str, Any] = {
@@ -138,11 +138,11 @@ def _training(state: ForeignState) -> tuple[dict[str, Any], dict[str, TensorShar
     return training, {name: TensorShard.whole(tensor) for name, tensor in tensors.items()}
 
 
-def _num_ranks(state: ForeignState) -> int:
+def _num_ranks(state: PortableState) -> int:
     return max(state.generators, default=0) + 1
 
 
-def _manifest(state: ForeignState) -> Manifest:
+def _manifest(state: PortableState) -> Manifest:
     ties = {alias: name for alias, name in state.ties.items() if name in state.weights}
     return Manifest(
         id="",
@@ -184,7 +184,7 @@ class _LazyShard(TensorShard):
     fetch: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensors: Tensors, name: str, full: str, cache: _LatestTensor) -> _LazyShard:
+    def of(cls, tensors: LazyTensors, name: str, full: str, cache: _LatestTensor) -> _LazyShard:
         """A tensor of a state, under its name in the checkpoint."""
         slot = tensors.slot(name)
         empty = torch.empty(slot.shape, dtype=slot.dtype, device="meta")

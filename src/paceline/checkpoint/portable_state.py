@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 _MODEL = re.compile(r"model_\d+/")
 
-__all__ = ["ForeignOptimizer", "ForeignState", "Source", "Tensors"]
+__all__ = ["LazyTensors", "PortableOptimizer", "PortableState", "TensorSource"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorSource:
     """How one whole tensor is read.
 
     Attributes:
@@ -39,21 +39,21 @@ class Source:
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Source:
+    def of(cls, tensor: Tensor) -> TensorSource:
         """A tensor that is in memory already, or mapped from a file."""
         return cls(Slot(tuple(tensor.shape), tensor.dtype), lambda: tensor)
 
     @classmethod
-    def of_pieces(cls, shape: Sequence[int], pieces: Sequence[Tensor]) -> Source:
+    def of_pieces(cls, shape: Sequence[int], pieces: Sequence[Tensor]) -> TensorSource:
         """A tensor whose elements, in row-major order, are those of `pieces` one after another."""
         dtype = pieces[0].dtype if pieces else torch.float32
         return cls(Slot(tuple(shape), dtype), lambda: torch.cat([p.reshape(-1) for p in pieces]).view(tuple(shape)))
 
 
-class Tensors(Mapping[str, "Tensor"]):
-    """Tensors by name; each is read anew on every access, so that only those in use take memory."""
+class LazyTensors(Mapping[str, "Tensor"]):
+    """LazyTensors by name; each is read anew on every access, so that only those in use take memory."""
 
-    def __init__(self, sources: Mapping[str, Source] | None = None) -> None:
+    def __init__(self, sources: Mapping[str, TensorSource] | None = None) -> None:
         self.sources = dict(sources or {})
 
     @override
@@ -79,10 +79,10 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 @dataclass(slots=True)
-class ForeignOptimizer:
+class PortableOptimizer:
     """One optimizer's state by parameter name: the fields of `OptimizerState`, with whole tensors."""
 
-    slots: dict[str, Tensors] = field(default_factory=dict)
+    slots: dict[str, LazyTensors] = field(default_factory=dict)
     numbers: dict[str, dict[str, Number]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
 
@@ -95,7 +95,7 @@ class ForeignOptimizer:
 
 
 @dataclass(slots=True, kw_only=True)
-class ForeignState:
+class PortableState:
     """The training state in a folder, whatever library wrote it.
 
     Attributes:
@@ -116,9 +116,9 @@ class ForeignState:
 
     kind: str
     folder: Path
-    weights: Tensors = field(default_factory=Tensors)
+    weights: LazyTensors = field(default_factory=LazyTensors)
     ties: dict[str, str] = field(default_factory=dict)
-    optimizers: list[ForeignOptimizer] = field(default_factory=list)
+    optimizers: list[PortableOptimizer] = field(default_factory=list)
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] | None = None
     generators: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class ForeignState:
     epoch: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def model(self, index: int) -> Tensors:
+    def model(self, index: int) -> LazyTensors:
         """The weights of one model, by their names in that model.
 
         Raises:
@@ -137,7 +137,7 @@ class ForeignState:
         names = [name for name in self.weights if (name.startswith(prefix) if index else not _MODEL.match(name))]
         if not names:
             raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Models are counted from 0")
-        return Tensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
+        return LazyTensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
 
     def infer_step(self) -> None:
         """Take the number of steps from the optimizers if the folder itself does not say."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from paceline.checkpoint import CatalogEntry, Checkpoint
-    from paceline.checkpoint.foreign import ForeignState
+    from paceline.checkpoint.foreign import PortableState
 
 _HELP = """Look at checkpoints, check them, and turn them into something else.
 
@@ -145,7 +145,7 @@ def inspect_command(checkpoint: Path, tensors: bool, as_json: bool) -> None:
         _print_table(rows, ["tensor", "shape", "dtype", "size"])
 
 
-def _facts(state: ForeignState) -> dict[str, Any]:
+def _facts(state: PortableState) -> dict[str, Any]:
     from paceline.checkpoint import open_checkpoint
 
     facts: dict[str, Any] = {"folder": str(state.folder), "format": state.kind, "step": state.step}
@@ -176,7 +176,7 @@ def _facts(state: ForeignState) -> dict[str, Any]:
     return facts
 
 
-def _tensor_rows(state: ForeignState) -> Iterator[dict[str, Any]]:
+def _tensor_rows(state: PortableState) -> Iterator[dict[str, Any]]:
     families = [("model", state.weights)]
     for index, optimizer in enumerate(state.optimizers):
         family = f"optimizer_{index}" if index else "optimizer"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from paceline.checkpoint import TensorShard
-    from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Tensors
+    from paceline.checkpoint.foreign import LazyTensors, PortableOptimizer, PortableState
     from paceline.training_state.state import TrainingState
 
 __all__ = ["import_foreign_state"]
@@ -46,10 +46,10 @@ def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = T
     return _Import(state, _open(state, folder), strict).run()
 
 
-def _open(state: TrainingState, folder: Path) -> ForeignState:
+def _open(state: TrainingState, folder: Path) -> PortableState:
     """Open a folder that all ranks can read."""
     group = state.strategy.context.group
-    opened: ForeignState | None = None
+    opened: PortableState | None = None
     problem = ""
     try:
         opened = open_foreign(folder, [_parameter_order(state, index) for index in range(len(state.optimizers))])
@@ -70,7 +70,7 @@ def _parameter_order(state: TrainingState, index: int) -> list[str]:
 class _Import:
     """Loads one foreign state into one run."""
 
-    def __init__(self, state: TrainingState, foreign: ForeignState, strict: bool) -> None:
+    def __init__(self, state: TrainingState, foreign: PortableState, strict: bool) -> None:
         self._state = state
         self._foreign = foreign
         self._strict = strict
@@ -144,7 +144,7 @@ class _Import:
             self._load_optimizer(index, optimizer)
             self._lines.append(f"took: optimizer {index}, at step {optimizers[index].num_steps}")
 
-    def _load_optimizer(self, index: int, saved: ForeignOptimizer) -> None:
+    def _load_optimizer(self, index: int, saved: PortableOptimizer) -> None:
         wrapper, strategy, names = self._state.optimizers[index], self._state.strategy, self._state.names()
         slots = {name: {slot: tensors.slot(slot) for slot in tensors} for name, tensors in saved.slots.items()}
         strategy.make_slots(wrapper.optimizer, names, slots, saved.numbers)
@@ -206,7 +206,7 @@ class _Import:
             self._lines.append("left: random generators of the other ranks; the folder has none for them")
 
 
-def _fill(name: str, shard: TensorShard, tensors: Tensors, source: str) -> None:
+def _fill(name: str, shard: TensorShard, tensors: LazyTensors, source: str) -> None:
     """Copy this rank's shard from a whole tensor, which is released afterwards."""
     shape = tensors.slot(source).shape
     if shape != shard.shape:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
 class Run:
     """A tiny training in this process."""
 
-    def __init__(self, project: Path, **settings: Any) -> None:
-        config = ProjectConfiguration(
-            project_dir=str(project), automatic_checkpoint_naming=True, save_on_signals=(), **settings
-        )
+    def __init__(self, project: Path | None = None, **settings: Any) -> None:
+        config = ProjectConfiguration()
+        if project is not None:
+            config = ProjectConfiguration(
+                project_dir=str(project), automatic_checkpoint_naming=True, save_on_signals=(), **settings
+            )
         self.accelerator = Accelerator(cpu=True, strategy="single", project_config=config)
         torch.manual_seed(1)
         model: Any = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
@@ -230,8 +233,7 @@ def test_what_was_being_replaced_is_found(project: Path) -> None:
 
 
 def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     run.step()
     run.accelerator.save_state(tmp_path / "mine")
     run.step()
@@ -241,8 +243,7 @@ def test_a_folder_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
 
 
 def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     folder = tmp_path / "mine"
     (folder / "epoch_0").mkdir(parents=True)
     (folder / "epoch_0" / "deep.txt").write_text("deep")
@@ -257,8 +258,7 @@ def test_other_things_in_the_folder_stay(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_other_things_go_over_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     folder = tmp_path / "mine"
     folder.mkdir()
     for name in ("a.txt", "b.txt"):
@@ -281,8 +281,7 @@ def test_a_kill_while_other_things_go_over_loses_none(tmp_path: Path, monkeypatc
 
 
 def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     work = tmp_path / "project" / "src"
     work.mkdir(parents=True)
     (work / "train.py").write_text("mine")
@@ -296,8 +295,7 @@ def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monke
 
 
 def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
-    run = Run(tmp_path / "unused")
-    run.accelerator._checkpointing._project = ProjectConfiguration()
+    run = Run()
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "scratch")
     for _ in range(2):
@@ -397,9 +395,9 @@ def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         run.accelerator.save_state(blocking=False)
-        thread = run.accelerator._checkpointing._saver._thread
-        assert thread is not None
-        thread.join()
+        for thread in threading.enumerate():
+            if thread.name == "paceline-save":
+                thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(CheckpointError, match="File too large"):
@@ -416,7 +414,7 @@ def test_other_objects_are_counted(project: Path) -> None:
 
 def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     saver = Accelerator(cpu=True, strategy="single")
-    saver.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    saved = saver.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
     saver.save_state(project / "weights")
     other = Accelerator(cpu=True, strategy="single")
     model = other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Identity(), torch.nn.Linear(4, 1)))
@@ -427,7 +425,7 @@ def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         other.load_state(project / "weights", strict=False)
     assert "missing from it: model/2.weight" in caplog.text
-    assert torch.equal(model[0].weight, saver._models[0].get_parameter("0.weight"))
+    assert torch.equal(model[0].weight, saved[0].weight)
     assert torch.equal(model[2].weight, before)
 
 
@@ -654,7 +652,8 @@ def test_what_json_and_tensors_do_not_hold_is_named(value: Any, kind: str) -> No
     ids=lambda value: f"{str(value.dtype)[6:]}-{list(value.shape)}",
 )
 def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
-    for tensors in ({}, None):
+    choices: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in choices:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert back.dtype == value.dtype
         assert back.shape == value.shape
@@ -675,7 +674,8 @@ def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
     ids=lambda value: f"{value.dtype}-{value.shape}",
 )
 def test_arrays_of_every_kind_come_back(value: Any) -> None:
-    for tensors in ({}, None):
+    choices: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in choices:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert isinstance(back, np.ndarray)
         assert (back.dtype, back.shape) == (value.dtype, value.shape)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint import open_checkpoint
-from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Source, Tensors, open_any, open_foreign
+from paceline.checkpoint.foreign import (
+    LazyTensors,
+    PortableOptimizer,
+    PortableState,
+    TensorSource,
+    open_any,
+    open_foreign,
+)
 from paceline.checkpoint.foreign.writers import WRITERS, total_bytes
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
@@ -23,14 +30,14 @@ NAMES = [NO_DECAY + DECAY]
 SOURCES = ["accelerate_ddp", "accelerate_fsdp", "deepspeed_2", "deepspeed_3", "dcp"]
 
 
-def convert(state: ForeignState, out: Path, to: str) -> ForeignState:
+def convert(state: PortableState, out: Path, to: str) -> PortableState:
     told: list[int] = []
     WRITERS[to](state, out, told.append)
     assert sum(told) > 0
     return open_any(out, NAMES)
 
 
-def assert_equal(one: ForeignState, other: ForeignState) -> None:
+def assert_equal(one: PortableState, other: PortableState) -> None:
     aliases = set(one.ties) | set(other.ties)
     assert set(one.weights) - aliases <= set(other.weights)
     for name in set(one.weights) - aliases:
@@ -110,11 +117,11 @@ def test_few_tensors_at_a_time_are_in_memory(to: str, tmp_path: Path, monkeypatc
         most = max(most, sum(1 for ref in alive if ref() is not None))
         return torch.from_numpy(memory)
 
-    source = Source(Slot((1000,), torch.float32), read)
+    source = TensorSource(Slot((1000,), torch.float32), read)
     names = [f"layer{index}.weight" for index in range(30)]
-    state = ForeignState(kind="made up", folder=tmp_path, weights=Tensors(dict.fromkeys(names, source)))
-    slots = {name: Tensors({"exp_avg": source, "exp_avg_sq": source}) for name in names}
-    state.optimizers = [ForeignOptimizer(slots, {}, [{"lr": 0.1, "params": names}])]
+    state = PortableState(kind="made up", folder=tmp_path, weights=LazyTensors(dict.fromkeys(names, source)))
+    slots = {name: LazyTensors({"exp_avg": source, "exp_avg_sq": source}) for name in names}
+    state.optimizers = [PortableOptimizer(slots, {}, [{"lr": 0.1, "params": names}])]
     WRITERS[to](state, tmp_path / to, lambda _: None)
     assert len(alive) == 90
     assert most <= 8

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paceline.checkpoint.foreign import ForeignState, Source, Tensors, detect_format, open_foreign
+from paceline.checkpoint.foreign import LazyTensors, PortableState, TensorSource, detect_format, open_foreign
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
@@ -39,7 +39,7 @@ FOLDERS = {
 }
 
 
-def read(name: str) -> ForeignState:
+def read(name: str) -> PortableState:
     return open_foreign(RECORDED / name, [NO_DECAY + DECAY])
 
 
@@ -250,7 +250,7 @@ def test_looking_at_names_and_shapes_reads_nothing() -> None:
     def read() -> Tensor:
         raise AssertionError("read")
 
-    tensors = Tensors({"weight": Source(Slot((3,), torch.float32), read)})
+    tensors = LazyTensors({"weight": TensorSource(Slot((3,), torch.float32), read)})
     assert "weight" in tensors
     assert "bias" not in tensors
     assert list(tensors) == ["weight"]

@@ -39,7 +39,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, *where: str | Path, steps: int = 1, **how: Any) -> str:
+    def save(self, *where: Any, steps: int = 1, **how: Any) -> str:
         for _ in range(steps):
             self.step()
         return self.accelerator.save_state(*where, **how)

@@ -12,7 +12,7 @@ from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
 from paceline.checkpoint.foreign.weights import is_weights, read_weights
 from paceline.checkpoint.format.manifest import MANIFEST
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "ForeignOptimizer",
-    "ForeignState",
-    "Source",
-    "Tensors",
+    "LazyTensors",
+    "PortableOptimizer",
+    "PortableState",
+    "TensorSource",
     "detect_format",
     "from_checkpoint",
     "open_any",
@@ -51,7 +51,7 @@ def detect_format(folder: str | os.PathLike[str]) -> str | None:
     return next((name for name, matches in _FORMATS.items() if matches(path)), None)
 
 
-def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read a folder that another library wrote.
 
     Args:
@@ -77,7 +77,7 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
     return read_dcp(path) if kind == "dcp" else read_weights(path)
 
 
-def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read a checkpoint of paceline or of another library; see `open_foreign`.
 
     Raises:

@@ -11,7 +11,7 @@ from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
 from paceline.checkpoint.foreign.pickles import load_pickled
 from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
 from paceline.checkpoint.foreign.weights import read_weight_files
-from paceline.checkpoint.portable_state import ForeignState
+from paceline.checkpoint.portable_state import PortableState
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def is_accelerate(folder: Path) -> bool:
     return bool(names & marks) or any(_RANDOM.fullmatch(name) for name in names)
 
 
-def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read such a folder.
 
     Args:
@@ -50,7 +50,7 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
     Raises:
         CheckpointError: A file in it cannot be read.
     """
-    state = ForeignState(kind="accelerate", folder=folder)
+    state = PortableState(kind="accelerate", folder=folder)
     # Accelerate has DeepSpeed save into a subfolder of that name, the Trainer into the folder itself.
     engines = [path for path in (folder / "pytorch_model", folder) if path.is_dir() and is_deepspeed(path)]
     if engines:
@@ -82,7 +82,7 @@ def _numbered(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
         yield existing[0]
 
 
-def _read_models(folder: Path, state: ForeignState) -> None:
+def _read_models(folder: Path, state: PortableState) -> None:
     for index, path in enumerate(_numbered(folder, _WEIGHTS)):
         prefix = f"model_{index}/" if index else ""
         sources = read_weight_files(path)
@@ -103,7 +103,7 @@ def _read_models(folder: Path, state: ForeignState) -> None:
         )
 
 
-def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Sequence[str]] | None) -> None:
+def _read_optimizers(folder: Path, state: PortableState, parameters: Sequence[Sequence[str]] | None) -> None:
     for index, path in enumerate(_numbered(folder, _OPTIMIZERS)):
         saved = load_pickled(path)
         names = own_names(saved)
@@ -122,7 +122,7 @@ def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Seq
         state.optimizers.append(read_optimizer(DcpFolder(folder / f"optimizer_{index}")))
 
 
-def _read_ranks(folder: Path, state: ForeignState) -> None:
+def _read_ranks(folder: Path, state: PortableState) -> None:
     for path in sorted(folder.iterdir()):
         matched = _RANDOM.fullmatch(path.name)
         if not matched:
@@ -154,7 +154,7 @@ def _generators(saved: dict[str, Any], rank: int) -> dict[str, Any]:
     return {name: value for name, value in generators.items() if value is not None}
 
 
-def _read_custom(folder: Path, state: ForeignState) -> None:
+def _read_custom(folder: Path, state: PortableState) -> None:
     for index in range(1000):
         path = folder / f"custom_checkpoint_{index}.pkl"
         if not path.is_file():
@@ -166,7 +166,7 @@ def _read_custom(folder: Path, state: ForeignState) -> None:
             state.notes.append(f"left: {path.name}; {error}")
 
 
-def _read_trainer(folder: Path, state: ForeignState) -> None:
+def _read_trainer(folder: Path, state: PortableState) -> None:
     path = folder / "trainer_state.json"
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))

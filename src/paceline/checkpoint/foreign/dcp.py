@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from paceline.checkpoint.foreign.pickles import load_pickled_stream
 from paceline.checkpoint.format.shards import Slot
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -126,12 +126,12 @@ class DcpFolder:
         """Whether an entry is a tensor."""
         return isinstance(self._metadata.state_dict_metadata[name], TensorStorageMetadata)
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> TensorSource:
         """One tensor, assembled from its chunks when it is read."""
         entry = self._metadata.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
         slot = Slot(tuple(entry.size), entry.properties.dtype)
-        return Source(slot, lambda: self._tensor(name, slot))
+        return TensorSource(slot, lambda: self._tensor(name, slot))
 
     def _tensor(self, name: str, slot: Slot) -> Tensor:
         target = torch.empty(slot.shape, dtype=slot.dtype)
@@ -155,16 +155,16 @@ class DcpFolder:
         return planner.values
 
 
-def read_dcp(folder: Path) -> ForeignState:
+def read_dcp(folder: Path) -> PortableState:
     """Read a folder that holds `{"model": …, "optimizer": …}`, or only a model.
 
     Raises:
         CheckpointError: Something in it cannot be read.
     """
     opened = DcpFolder(folder)
-    state = ForeignState(kind="dcp", folder=folder)
+    state = PortableState(kind="dcp", folder=folder)
     weights = _weights(opened)
-    state.weights = Tensors({weight: opened.source(name) for name, weight in weights.items()})
+    state.weights = LazyTensors({weight: opened.source(name) for name, weight in weights.items()})
     in_optimizer = {name for name, path in opened.paths.items() if path[0] == "optimizer" and len(path) > 1}
     if in_optimizer:
         state.optimizers.append(read_optimizer(opened))
@@ -182,7 +182,7 @@ def _weights(opened: DcpFolder) -> dict[str, str]:
     return {name: str(path[0]) for name, path in tensors.items() if len(path) == 1}
 
 
-def _read_others(state: ForeignState, opened: DcpFolder, names: Sequence[str]) -> None:
+def _read_others(state: PortableState, opened: DcpFolder, names: Sequence[str]) -> None:
     """Read the step from entries of neither the model nor the optimizer, and note the others."""
     tensors = [name for name in names if opened.is_tensor(name)]
     other = [name for name in names if name not in tensors]
@@ -195,16 +195,16 @@ def _read_others(state: ForeignState, opened: DcpFolder, names: Sequence[str]) -
         state.notes.append(f"left: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
 
 
-def read_optimizer(opened: DcpFolder) -> ForeignOptimizer:
+def read_optimizer(opened: DcpFolder) -> PortableOptimizer:
     """The optimizer state in a folder, nested as torch's `get_optimizer_state_dict` returns it, or flattened."""
-    state = ForeignOptimizer()
+    state = PortableOptimizer()
     inside = {name: path[1:] for name, path in opened.paths.items() if path[0] == "optimizer"}
     plain = opened.values([name for name in inside if not opened.is_tensor(name)])
     options: dict[Any, dict[str, Any]] = {}
     for name, path in inside.items():
         section, owner, key = _split_path(path)
         if section == "state" and opened.is_tensor(name):
-            state.slots.setdefault(owner, Tensors()).sources[key] = opened.source(name)
+            state.slots.setdefault(owner, LazyTensors()).sources[key] = opened.source(name)
         elif section == "state":
             state.numbers.setdefault(owner, {})[key] = plain[name]
         elif section == "param_groups":

@@ -16,7 +16,7 @@ import torch
 
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(_MODEL.fullmatch(path.name) for path in folder.iterdir())
 
 
-def read_deepspeed(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def read_deepspeed(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read what `engine.save_checkpoint` wrote, or what `ds_to_universal` made of it.
 
     Args:
@@ -78,7 +78,7 @@ def read_deepspeed(folder: Path, parameters: Sequence[Sequence[str]] | None = No
         raise CheckpointError(f"{folder} holds no checkpoint of DeepSpeed", "It has no *_model_states.pt", "")
     models, optimizers = _files(located, _MODEL), _files(located, _OPTIMIZER)
     first = load_pickled(models[0])
-    state = ForeignState(kind="deepspeed", folder=folder)
+    state = PortableState(kind="deepspeed", folder=folder)
     state.step = int(first.get("global_steps") or 0)
     module = _tensors_in(first.get("module") or {})
     state.ties = {str(alias): str(name) for alias, name in dict(first.get("shared_params") or {}).items()}
@@ -126,18 +126,18 @@ def _files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [files[rank] for rank in sorted(files)]
 
 
-def _add_unpartitioned(state: ForeignState, module: Mapping[str, Tensor]) -> None:
+def _add_unpartitioned(state: PortableState, module: Mapping[str, Tensor]) -> None:
     """Add buffers, frozen parameters and other tensors that are in no partition."""
     for name, value in module.items():
         if name not in state.weights.sources and name not in state.ties and value.numel():
-            state.weights.sources[name] = Source.of(value)
+            state.weights.sources[name] = TensorSource.of(value)
 
 
 # Stage 0
 
 
 def _read_whole(
-    state: ForeignState, first: Mapping[str, Any], path: Path, parameters: Sequence[Sequence[str]] | None
+    state: PortableState, first: Mapping[str, Any], path: Path, parameters: Sequence[Sequence[str]] | None
 ) -> None:
     saved = first.get("optimizer")
     if not isinstance(saved, dict) or "state" not in saved:
@@ -161,7 +161,7 @@ class _Group:
 
 
 def _read_zero(
-    state: ForeignState, files: Sequence[Mapping[str, Any]], first: Mapping[str, Any], models: Sequence[Path]
+    state: PortableState, files: Sequence[Mapping[str, Any]], first: Mapping[str, Any], models: Sequence[Path]
 ) -> None:
     optimizers = [file["optimizer_state_dict"] for file in files]
     count = optimizers[0].get("partition_count")
@@ -222,7 +222,7 @@ def _groups_of(optimizer: Mapping[str, Any]) -> list[_Group]:
     return groups
 
 
-def _from_flat_partitions(optimizers: Sequence[Mapping[str, Any]], shapes: Sequence[_Shapes]) -> ForeignOptimizer:
+def _from_flat_partitions(optimizers: Sequence[Mapping[str, Any]], shapes: Sequence[_Shapes]) -> PortableOptimizer:
     """Stages 1 and 2: the ranges that each rank's file lists, one rank after another."""
     pieces: dict[str, dict[str, list[Tensor]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -244,7 +244,7 @@ def _from_flat_partitions(optimizers: Sequence[Mapping[str, Any]], shapes: Seque
     return _merge(pieces, numbers, shapes)
 
 
-def _from_equal_pieces(optimizers: Sequence[Mapping[str, Any]], shapes: Sequence[_Shapes]) -> ForeignOptimizer:
+def _from_equal_pieces(optimizers: Sequence[Mapping[str, Any]], shapes: Sequence[_Shapes]) -> PortableOptimizer:
     """Stage 3: equal pieces of each parameter; the last ones may be padded."""
     pieces: dict[str, dict[str, list[Tensor]]] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -266,9 +266,9 @@ def _merge(
     pieces: Mapping[str, Mapping[str, list[Tensor]]],
     numbers: Mapping[str, Mapping[str, Any]],
     shapes: Sequence[_Shapes],
-) -> ForeignOptimizer:
+) -> PortableOptimizer:
     """Whole tensors of pieces that follow each other, by parameter and slot."""
-    merged = ForeignOptimizer()
+    merged = PortableOptimizer()
     for name, shape in ((name, shape) for group in shapes for name, shape in group.items()):
         slots = pieces.get(name, {})
         incomplete = [slot for slot, parts in slots.items() if sum(part.numel() for part in parts) != prod(shape)]
@@ -278,19 +278,19 @@ def _merge(
                 f"Incomplete: {', '.join(incomplete) or 'everything'}",
                 "Save the checkpoint again",
             )
-        merged.slots[name] = Tensors({slot: Source.of_pieces(shape, parts) for slot, parts in slots.items()})
+        merged.slots[name] = LazyTensors({slot: TensorSource.of_pieces(shape, parts) for slot, parts in slots.items()})
         merged.numbers[name] = dict(numbers.get(name, {}))
     return merged
 
 
-def _normalize_step(optimizer: ForeignOptimizer, name: str, tensors: Tensors) -> None:
+def _normalize_step(optimizer: PortableOptimizer, name: str, tensors: LazyTensors) -> None:
     """Store the step count as the slot `step`, wherever the engine had it."""
     numbers = optimizer.numbers.pop(name, {})
     step = numbers.pop("step", None)
     if step is None:
         step = next((g["step"] for g in optimizer.groups if name in g["params"] and g.get("step") is not None), None)
     if step is not None:
-        tensors.sources["step"] = Source.of(torch.tensor(float(step), dtype=torch.float32))
+        tensors.sources["step"] = TensorSource.of(torch.tensor(float(step), dtype=torch.float32))
     others = {key: value for key, value in numbers.items() if value is None or isinstance(value, (bool, int, float))}
     if others:
         optimizer.numbers[name] = others
@@ -309,7 +309,7 @@ def _named_groups(groups: Sequence[Mapping[str, Any]], shapes: Sequence[_Shapes]
     return named
 
 
-def _read_frozen(state: ForeignState, first: Mapping[str, Any], models: Sequence[Path]) -> None:
+def _read_frozen(state: PortableState, first: Mapping[str, Any], models: Sequence[Path]) -> None:
     """Read parameters that are not trained: at stage 3 every rank's file has a piece of them."""
     shapes = first.get("frozen_param_shapes") or {}
     if not shapes:
@@ -327,25 +327,25 @@ def _read_frozen(state: ForeignState, first: Mapping[str, Any], models: Sequence
             raise CheckpointError(
                 f"{state.folder} does not hold all of {name}", f"{missing} of {size} elements are missing", ""
             )
-        state.weights.sources[str(name)] = Source.of_pieces(tuple(shape), pieces)
+        state.weights.sources[str(name)] = TensorSource.of_pieces(tuple(shape), pieces)
 
 
 # The universal layout
 
 
-def _read_universal(folder: Path, state: ForeignState, first: Mapping[str, Any], module: Mapping[str, Tensor]) -> None:
+def _read_universal(folder: Path, state: PortableState, first: Mapping[str, Any], module: Mapping[str, Tensor]) -> None:
     groups = _param_shapes(first)
     shapes = {name: tuple(value.shape) for name, value in module.items()}
     for group in groups:
         shapes.update(group)
-    optimizer = ForeignOptimizer()
+    optimizer = PortableOptimizer()
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         name = path.name
         slots = {file.stem: _universal(file, shapes.get(name)) for file in sorted(path.glob("*.pt"))}
         if "fp32" in slots:
             state.weights.sources[name] = slots.pop("fp32")
         if slots:
-            optimizer.slots[name] = Tensors(slots)
+            optimizer.slots[name] = LazyTensors(slots)
     if optimizer.slots:
         optimizer.groups = _named_groups(_universal_options(folder), groups)
         for name, tensors in optimizer.slots.items():
@@ -359,9 +359,9 @@ def _universal_options(folder: Path) -> list[dict[str, Any]]:
     return load_pickled(common).get("param_groups") or [] if common.is_file() else []
 
 
-def _universal(path: Path, shape: tuple[int, ...] | None) -> Source:
+def _universal(path: Path, shape: tuple[int, ...] | None) -> TensorSource:
     saved = load_pickled(path)
     tensor = saved["param"] if isinstance(saved, dict) else saved
     if path.stem == "step":
-        return Source.of(torch.tensor(float(tensor), dtype=torch.float32))
-    return Source.of(tensor.view(shape) if shape is not None and tensor.numel() == prod(shape) else tensor)
+        return TensorSource.of(torch.tensor(float(tensor), dtype=torch.float32))
+    return TensorSource.of(tensor.view(shape) if shape is not None and tensor.numel() == prod(shape) else tensor)

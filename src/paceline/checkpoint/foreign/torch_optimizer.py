@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.checkpoint.portable_state import ForeignOptimizer, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def own_names(state: Mapping[str, Any]) -> list[str] | None:
     return names
 
 
-def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -> ForeignOptimizer:
+def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -> PortableOptimizer:
     """Replace the numbers of parameters in an optimizer's state dict by their names.
 
     Args:
@@ -47,7 +47,7 @@ def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -
             "Build the optimizer from the same groups as the run that saved it",
         )
     named = dict(zip(keys, names, strict=True))
-    optimizer = ForeignOptimizer()
+    optimizer = PortableOptimizer()
     for key, values in state["state"].items():
         _add_state(optimizer, named[key], values)
     for group in state["param_groups"]:
@@ -56,11 +56,11 @@ def name_optimizer(state: Mapping[str, Any], names: Sequence[str], path: Path) -
     return optimizer
 
 
-def _add_state(optimizer: ForeignOptimizer, name: str, values: Mapping[str, Any]) -> None:
-    tensors = {slot: Source.of(value) for slot, value in values.items() if isinstance(value, torch.Tensor)}
+def _add_state(optimizer: PortableOptimizer, name: str, values: Mapping[str, Any]) -> None:
+    tensors = {slot: TensorSource.of(value) for slot, value in values.items() if isinstance(value, torch.Tensor)}
     numbers = {slot: value for slot, value in values.items() if slot not in tensors and _is_number(value)}
     if tensors:
-        optimizer.slots[name] = Tensors(tensors)
+        optimizer.slots[name] = LazyTensors(tensors)
     if numbers:
         optimizer.numbers[name] = numbers
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from paceline.checkpoint.foreign.pickles import load_pickled
 from paceline.checkpoint.format.layout import DTYPE_CODES, dtype_named
 from paceline.checkpoint.format.shards import Slot
-from paceline.checkpoint.portable_state import ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def is_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _NAMES)
 
 
-def read_weights(folder: Path) -> ForeignState:
+def read_weights(folder: Path) -> PortableState:
     """Read such a folder.
 
     Raises:
@@ -37,10 +37,10 @@ def read_weights(folder: Path) -> ForeignState:
     """
     paths = [folder / name for name in _NAMES]
     path = next(path for path in paths if path.is_file())
-    return ForeignState(kind="weights", folder=folder, weights=Tensors(read_weight_files(path)))
+    return PortableState(kind="weights", folder=folder, weights=LazyTensors(read_weight_files(path)))
 
 
-def read_weight_files(path: Path) -> dict[str, Source]:
+def read_weight_files(path: Path) -> dict[str, TensorSource]:
     """The weights in one file, or in the files that an index lists.
 
     Raises:
@@ -48,7 +48,7 @@ def read_weight_files(path: Path) -> dict[str, Source]:
     """
     if path.name.endswith(".index.json"):
         table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        sources: dict[str, Source] = {}
+        sources: dict[str, TensorSource] = {}
         for name in sorted(set(table.values())):
             if "/" in name or name.startswith("."):
                 raise CheckpointError(f"{path} lists {name!r}", "Its files must be in the same folder", "")
@@ -57,10 +57,10 @@ def read_weight_files(path: Path) -> dict[str, Source]:
     if path.suffix == ".safetensors":
         return dict(_safetensors(path))
     saved = load_pickled(path)
-    return {str(name): Source.of(value) for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    return {str(name): TensorSource.of(value) for name, value in saved.items() if isinstance(value, torch.Tensor)}
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:
+def _safetensors(path: Path) -> Iterator[tuple[str, TensorSource]]:
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
             with safe_open(path, framework="pt") as file:
@@ -73,6 +73,6 @@ def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                yield name, Source(Slot(tuple(part.get_shape()), _DTYPES[part.get_dtype()]), reader(name))
+                yield name, TensorSource(Slot(tuple(part.get_shape()), _DTYPES[part.get_dtype()]), reader(name))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read", str(error), "Copy the file again") from error

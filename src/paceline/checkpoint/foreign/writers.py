@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from paceline.checkpoint.conversion import write_paceline
 from paceline.checkpoint.io.streaming import stream_weights
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ _FILE_BYTES = 128 * 1024**2
 """Size of a DCP file. Its tensors are in memory together; a larger tensor has a file of its own."""
 
 
-def total_bytes(state: ForeignState) -> int:
+def total_bytes(state: PortableState) -> int:
     """Bytes of all tensors in a state."""
     families = [state.weights, *(tensors for o in state.optimizers for tensors in o.slots.values())]
     slots = [tensors.slot(name) for tensors in families for name in tensors]
     return sum(torch.Size(slot.shape).numel() * slot.dtype.itemsize for slot in slots)
 
 
-def _models(state: ForeignState) -> list[Tensors]:
-    models: list[Tensors] = []
+def _models(state: PortableState) -> list[LazyTensors]:
+    models: list[LazyTensors] = []
     while True:
         try:
             models.append(state.model(len(models)))
@@ -60,7 +60,7 @@ def _numbered(pattern: str, index: int) -> str:
 # Accelerate without sharding
 
 
-def write_accelerate(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
+def write_accelerate(state: PortableState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `Accelerator.load_state` reads without FSDP: safetensors, and torch's optimizer state dicts.
 
     Returns:
@@ -80,13 +80,13 @@ def write_accelerate(state: ForeignState, out: Path, on_progress: Callable[[int]
     return []
 
 
-def _torch_optimizer(optimizer: ForeignOptimizer) -> dict[str, Any]:
+def _torch_optimizer(optimizer: PortableOptimizer) -> dict[str, Any]:
     """An optimizer's state dict, with readers in place of tensors."""
     order = [name for group in optimizer.groups for name in group["params"]]
     numbers = {name: index for index, name in enumerate(order)}
     states: dict[int, dict[str, Any]] = {}
     for name, index in numbers.items():
-        tensors = optimizer.slots.get(name, Tensors())
+        tensors = optimizer.slots.get(name, LazyTensors())
         lazy = {slot: _LazyTensor(tensors, slot) for slot in tensors}
         values = {**lazy, **optimizer.numbers.get(name, {})}
         if values:
@@ -99,7 +99,7 @@ def _torch_optimizer(optimizer: ForeignOptimizer) -> dict[str, Any]:
 class _LazyTensor:
     """A tensor that is read when it is written to its file."""
 
-    tensors: Tensors
+    tensors: LazyTensors
     name: str
 
 
@@ -143,7 +143,7 @@ def _pairs(mapped: Any, value: Any) -> Iterator[tuple[Tensor, _LazyTensor]]:
             yield from _pairs(mapped[key], item)
 
 
-def _write_small_objects(state: ForeignState, out: Path) -> None:
+def _write_small_objects(state: PortableState, out: Path) -> None:
     """Write schedulers, the loss scaler, random generators and custom objects."""
     for index, scheduler in enumerate(state.schedulers):
         torch.save(scheduler, out / _numbered("scheduler{}.bin", index))
@@ -189,7 +189,7 @@ class _LazyPlanner(DefaultSavePlanner):
 
     @override
     def resolve_data(self, write_item: WriteItem) -> Any:
-        value = self._value
+        value: Any = self._value
         for key in self.mappings[write_item.index.fqn]:
             value = value[key]
         if not isinstance(value, _LazyTensor):
@@ -199,7 +199,7 @@ class _LazyPlanner(DefaultSavePlanner):
         return tensor
 
 
-def write_fsdp(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
+def write_fsdp(state: PortableState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `Accelerator.load_state` reads under FSDP with SHARDED_STATE_DICT: DCP folders.
 
     Returns:
@@ -260,7 +260,7 @@ _DEEPSPEED_VERSION = "0.19.8"
 """The release whose `ds_to_universal` this layout was compared with."""
 
 
-def write_deepspeed(state: ForeignState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
+def write_deepspeed(state: PortableState, out: Path, on_progress: Callable[[int], None]) -> list[str]:
     """Write what `engine.load_checkpoint` reads with `checkpoint.load_universal`, at every ZeRO stage from 1 on.
 
     DeepSpeed's own tool writes one layout for stages 1 and 2 and another for stage 3. This one satisfies both readers,
@@ -269,7 +269,7 @@ def write_deepspeed(state: ForeignState, out: Path, on_progress: Callable[[int],
     Returns:
         Sentences about what was left out, and why.
     """
-    models, optimizers = _models(state), state.optimizers or [ForeignOptimizer()]
+    models, optimizers = _models(state), state.optimizers or [PortableOptimizer()]
     if (len(models), len(optimizers)) != (1, 1):
         raise CheckpointError(
             f"{state.folder} holds {len(models)} models and {len(optimizers)} optimizers",
@@ -290,7 +290,7 @@ def write_deepspeed(state: ForeignState, out: Path, on_progress: Callable[[int],
         parameter = folder / "zero" / name
         parameter.mkdir(exist_ok=True)
         _write_slot(tensors[name].float(), parameter / "fp32.pt", on_progress)
-        slots = optimizer.slots.get(name, Tensors())
+        slots = optimizer.slots.get(name, LazyTensors())
         for slot in slots:
             if slot == "step":
                 torch.save(slots[slot], parameter / "step.pt")
@@ -311,7 +311,7 @@ def _write_slot(tensor: Tensor, path: Path, on_progress: Callable[[int], None]) 
     on_progress(tensor.numel() * tensor.element_size())
 
 
-def _global_state(optimizer: ForeignOptimizer) -> dict[str, Any]:
+def _global_state(optimizer: PortableOptimizer) -> dict[str, Any]:
     """What is the same for all parameters, where stages 1 and 2 expect it, and where stage 3 does."""
     groups = [{**group, "params": [index]} for index, group in enumerate(optimizer.groups)]
     step = torch.tensor(float(optimizer.steps))
@@ -324,7 +324,7 @@ def _global_state(optimizer: ForeignOptimizer) -> dict[str, Any]:
     }
 
 
-def _model_states(state: ForeignState, tensors: Tensors, optimizer: ForeignOptimizer) -> dict[str, Any]:
+def _model_states(state: PortableState, tensors: LazyTensors, optimizer: PortableOptimizer) -> dict[str, Any]:
     shapes = [
         {name: torch.Size(tensors.slot(name).shape) for name in group["params"] if name in tensors.sources}
         for group in optimizer.groups
@@ -352,7 +352,7 @@ def _model_states(state: ForeignState, tensors: Tensors, optimizer: ForeignOptim
     }
 
 
-def _not_in_deepspeed(state: ForeignState, optimizer: ForeignOptimizer) -> list[str]:
+def _not_in_deepspeed(state: PortableState, optimizer: PortableOptimizer) -> list[str]:
     left = ["DeepSpeed reads only trained parameters from this layout: it ignores the buffers and frozen ones in it"]
     if len(optimizer.groups) > 1:
         left.append("stage 3 gives all parameter groups the options of the first one when it reads this layout")

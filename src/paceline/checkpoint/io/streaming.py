@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from paceline.checkpoint.format.layout import FileLayout
     from paceline.checkpoint.format.shards import Slot
-    from paceline.checkpoint.portable_state import Tensors
+    from paceline.checkpoint.portable_state import LazyTensors
 
 __all__ = ["stream_weights"]
 
 
 def stream_weights(
-    tensors: Tensors,
+    tensors: LazyTensors,
     folder: Path,
     *,
     max_file_bytes: int,
@@ -68,7 +68,7 @@ def _shape(slot: Slot, dtype: torch.dtype | None) -> TensorShape:
     )
 
 
-def _write(file: FileLayout, folder: Path, tensors: Tensors, progress: Callable[[int], None]) -> None:
+def _write(file: FileLayout, folder: Path, tensors: LazyTensors, progress: Callable[[int], None]) -> None:
     partial = folder / f"{file.name}.partial"
     with partial.open("wb") as opened:
         opened.write(file.header)

@@ -174,11 +174,11 @@ def test_each_thing_taken_or_left_gets_a_line() -> None:
     (lines,) = run_on_ranks(1, listen, "accelerate_ddp")
     said = "\n".join(lines)
     for words in (
-        "took: 11 weights",
-        "took: optimizer 0, at step 3",
-        "took: scheduler 0 at 6 after 3 optimizer steps",
-        "took: custom object 0",
-        "took: random generators of rank 0",
-        "left: loader positions",
+        "loaded: 11 weights",
+        "loaded: optimizer 0, at step 3",
+        "loaded: scheduler 0 at 6 after 3 optimizer steps",
+        "loaded: custom object 0",
+        "loaded: random generators of rank 0",
+        "skipped: loader positions",
     ):
         assert words in said, said

@@ -76,7 +76,7 @@ def _read_ranks(state: PortableState, checkpoint: Checkpoint) -> None:
         if saved["generators"]:
             state.generators[rank] = from_plain(saved["generators"])
         if saved.get("loaders") and not rank:
-            state.notes.append("left: loader positions; a run that loads the result starts a new epoch")
+            state.notes.append("skipped: loader positions; a run that loads the result starts a new epoch")
 
 
 def _short(full: str) -> str:

@@ -231,7 +231,7 @@ class Checkpointing:
             hook(models, str(folder))
         lines = import_foreign_state(state.without_weights(state.models[len(models) :]), folder, strict=strict)
         for line in lines:
-            _LOG.log(logging.WARNING if line.startswith("left") else logging.INFO, "%s: %s", folder.name, line)
+            _LOG.log(logging.WARNING if line.startswith("skipped") else logging.INFO, "%s: %s", folder.name, line)
         return str(folder)
 
     def _project_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""Loading a training state that another library saved, under any strategy; reports what was taken and what was not.
+"""Loading a training state of another library, under any strategy; reports what was loaded and what was skipped.
 
 Every rank maps the files and copies its own shard of each tensor, one tensor at a time.
 """
@@ -37,7 +37,7 @@ def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = T
         strict: Refuse missing and unexpected weights; if False, they are only reported.
 
     Returns:
-        A line for each thing that was taken or left.
+        A line for each thing that was loaded or skipped.
 
     Raises:
         CheckpointError: It cannot be read, or its weights do not match the model.
@@ -86,7 +86,7 @@ class _Import:
         self._load_scaler()
         self._load_generators()
         if self._state.loaders:
-            self._lines.append("left: loader positions; the folder has none, so loaders start a new epoch")
+            self._lines.append("skipped: loader positions; the folder has none, so loaders start a new epoch")
         return [*self._lines, *self._foreign.notes]
 
     def _custom_states(self) -> list[Any]:
@@ -105,8 +105,8 @@ class _Import:
         for name, source in sources.items():
             if source is not None:
                 _fill(name, shards[name], self._foreign.weights, source)
-        self._lines.append(f"took: {len(shards) - len(missing)} weights")
-        self._lines += [f"left: weights {problem}" for problem in problems]
+        self._lines.append(f"loaded: {len(shards) - len(missing)} weights")
+        self._lines += [f"skipped: weights {problem}" for problem in problems]
 
     def _source_name(self, name: str, aliases: Mapping[str, Sequence[str]]) -> str | None:
         """The name under which the folder has a weight, or None."""
@@ -137,12 +137,12 @@ class _Import:
     def _load_optimizers(self) -> None:
         optimizers, saved = self._state.optimizers, self._foreign.optimizers
         if not saved:
-            self._lines += ["left: optimizer; the folder has none, so its state starts empty"] if optimizers else []
+            self._lines += ["skipped: optimizer; the folder has none, so its state starts empty"] if optimizers else []
             return
         self._compare_counts("optimizer", len(optimizers), len(saved))
         for index, optimizer in enumerate(saved[: len(optimizers)]):
             self._load_optimizer(index, optimizer)
-            self._lines.append(f"took: optimizer {index}, at step {optimizers[index].num_steps}")
+            self._lines.append(f"loaded: optimizer {index}, at step {optimizers[index].num_steps}")
 
     def _load_optimizer(self, index: int, saved: PortableOptimizer) -> None:
         wrapper, strategy, names = self._state.optimizers[index], self._state.strategy, self._state.names()
@@ -166,13 +166,13 @@ class _Import:
                 "Prepare and register the same objects in the same order before load_state, or load with strict=False, "
                 "which skips the others",
             )
-        self._lines.append(f"left: all but the first {min(num_prepared, num_saved)} of {counts}")
+        self._lines.append(f"skipped: all but the first {min(num_prepared, num_saved)} of {counts}")
 
     def _load_each(self, what: str, prepared: Sequence[Any], states: Sequence[Any]) -> None:
         if states:
             self._compare_counts(what, len(prepared), len(states))
         elif prepared:
-            self._lines.append(f"left: {what}s; the folder has none")
+            self._lines.append(f"skipped: {what}s; the folder has none")
         for index, (item, saved) in enumerate(zip(prepared, states, strict=False)):
             if saved is None:
                 continue
@@ -180,17 +180,17 @@ class _Import:
             epoch = saved.get("last_epoch") if isinstance(saved, dict) and what == "scheduler" else None
             if epoch is not None and self._foreign.step and epoch != self._foreign.step:
                 self._lines.append(
-                    f"took: scheduler {index} at {epoch} after {self._foreign.step} optimizer steps, unchanged; here "
+                    f"loaded: scheduler {index} at {epoch} after {self._foreign.step} optimizer steps, unchanged; here "
                     "it advances once per optimizer step, so check the number of steps that it was built for"
                 )
             else:
-                self._lines.append(f"took: {what} {index}")
+                self._lines.append(f"loaded: {what} {index}")
 
     def _load_scaler(self) -> None:
         scaler, saved = self._state.scaler, self._foreign.scaler
         if scaler is not None and saved:
             scaler.load_state_dict(saved)
-            self._lines.append("took: loss scaler")
+            self._lines.append("loaded: loss scaler")
 
     def _load_generators(self) -> None:
         context = self._state.strategy.context
@@ -201,9 +201,9 @@ class _Import:
         loaded = context.group.all_gather_object(complete)
         ranks = [rank for rank, done in enumerate(loaded) if done]
         if ranks:
-            self._lines.append(f"took: random generators of {named_ranks(ranks)}")
+            self._lines.append(f"loaded: random generators of {named_ranks(ranks)}")
         if len(ranks) < len(loaded):
-            self._lines.append("left: random generators of the other ranks; the folder has none for them")
+            self._lines.append("skipped: random generators of the other ranks; the folder has none for them")
 
 
 def _fill(name: str, shard: TensorShard, tensors: LazyTensors, source: str) -> None:

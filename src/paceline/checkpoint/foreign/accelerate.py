@@ -66,7 +66,7 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
     _read_ranks(folder, state)
     _read_custom(folder, state)
     _read_trainer(folder, state)
-    state.notes += [f"left: {name}; {why}" for name, why in _LEFT_OUT.items() if (folder / name).exists()]
+    state.notes += [f"skipped: {name}; {why}" for name, why in _LEFT_OUT.items() if (folder / name).exists()]
     state.infer_step()
     return state
 
@@ -109,11 +109,11 @@ def _read_optimizers(folder: Path, state: PortableState, parameters: Sequence[Se
         names = own_names(saved)
         if names is None and parameters is not None:
             if index >= len(parameters):
-                state.notes.append(f"left: {path.name}; this run has no such optimizer")
+                state.notes.append(f"skipped: {path.name}; this run has no such optimizer")
                 continue
             names = list(parameters[index])
         if names is None:
-            state.notes.append(f"left: {path.name}; it numbers its parameters, and their names are not known")
+            state.notes.append(f"skipped: {path.name}; it numbers its parameters, and their names are not known")
         else:
             state.optimizers.append(name_optimizer(saved, names, path))
     for index in range(1000):
@@ -163,7 +163,7 @@ def _read_custom(folder: Path, state: PortableState) -> None:
             state.custom.append(load_pickled(path))
         except CheckpointError as error:
             state.custom.append(None)
-            state.notes.append(f"left: {path.name}; {error}")
+            state.notes.append(f"skipped: {path.name}; {error}")
 
 
 def _read_trainer(folder: Path, state: PortableState) -> None:

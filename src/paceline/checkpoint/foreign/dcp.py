@@ -192,7 +192,7 @@ def _read_others(state: PortableState, opened: DcpFolder, names: Sequence[str]) 
     left = [name for name in (*tensors, *other) if name != "step"]
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        state.notes.append(f"left: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
+        state.notes.append(f"skipped: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
 
 
 def read_optimizer(opened: DcpFolder) -> PortableOptimizer:

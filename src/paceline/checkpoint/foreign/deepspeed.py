@@ -94,7 +94,7 @@ def read_deepspeed(folder: Path, parameters: Sequence[Sequence[str]] | None = No
         state.schedulers.append(dict(first["lr_scheduler"]))
     left = sorted(str(key) for key in set(first) - _KNOWN)
     if left:
-        state.notes.append(f"left: {', '.join(left)}; client_state belongs to the script that saved it")
+        state.notes.append(f"skipped: {', '.join(left)}; client_state belongs to the script that saved it")
     return state
 
 
@@ -146,7 +146,9 @@ def _read_whole(
     if names:
         state.optimizers.append(name_optimizer(saved, names, path))
     else:
-        state.notes.append("left: the optimizer; at stage 0 it numbers its parameters, and their names are not known")
+        state.notes.append(
+            "skipped: the optimizer; stage 0 numbers its parameters, and their names are not known"
+        )
 
 
 # Stages 1, 2 and 3

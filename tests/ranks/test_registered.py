@@ -354,7 +354,7 @@ def other_shapes(folder: str) -> None:
     run = Run(DDP, lambda _: Holder(placed(torch.ones(4, 2), [Shard(0)], (2,))))
     run.accelerator.save_state(folder)
     other = Run(DDP, lambda _: Holder(placed(torch.ones(5, 2), [Shard(0)], (2,))))
-    with pytest.raises(StateError, match=r"shape \(4, 2\) in the checkpoint and \(5, 2\) here, sharded"):
+    with pytest.raises(StateError, match=r"shape \(4, 2\) in the checkpoint and \(5, 2\) in this run, sharded"):
         other.accelerator.load_state(folder)
 
 

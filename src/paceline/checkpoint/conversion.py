@@ -18,7 +18,7 @@ from paceline.checkpoint.format.layout import dtype_named
 from paceline.checkpoint.format.manifest import Manifest
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
-from paceline.checkpoint.writing import Common, Content, save_checkpoint
+from paceline.checkpoint.save_load import Common, Content, save_checkpoint
 from paceline.collectives import SoloGroup
 from paceline.version import __version__
 

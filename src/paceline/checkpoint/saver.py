@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from paceline.checkpoint.writing import Content, SaveTimings
+    from paceline.checkpoint.save_load import Content, SaveTimings
     from paceline.collectives import Group
 
-__all__ = ["Saver", "State"]
+__all__ = ["SaveableState", "Saver"]
 
 _LOG = logging.getLogger(__name__)
 
 
-class State(Protocol):
+class SaveableState(Protocol):
     """Something that can be saved."""
 
     def collect(self) -> tuple[Content, set[str]]:
@@ -32,7 +32,7 @@ class State(Protocol):
         ...
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=SaveableState)
 
 
 class Saver:
@@ -89,7 +89,7 @@ class Saver:
         Raises:
             CheckpointError: This save or the one before failed on any rank.
         """
-        from paceline.checkpoint.writing import run_on_all_ranks, save_checkpoint
+        from paceline.checkpoint.save_load import run_on_all_ranks, save_checkpoint
 
         begin = time.perf_counter()
         self.wait()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from paceline.checkpoint import Checkpoint
-    from paceline.checkpoint.writing import SaveTimings
+    from paceline.checkpoint.save_load import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
     from paceline.training_state.state import TrainingState

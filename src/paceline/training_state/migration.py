@@ -94,7 +94,7 @@ class _Import:
         if not self._foreign.custom:
             return []
         live = LiveTensors(self._state.custom)
-        return [live.fitted(index, saved) for index, saved in enumerate(self._foreign.custom)]
+        return [live.shard_like_live(index, saved) for index, saved in enumerate(self._foreign.custom)]
 
     def _load_weights(self) -> None:
         shards = {name.removeprefix("model/"): shard for name, shard in self._state.model_shards().items()}

@@ -158,7 +158,7 @@ class LiveTensors:
             )
         return LoadTarget.like(live, dtype)  # type: ignore[arg-type]
 
-    def fitted(self, index: int, state: Any) -> Any:
+    def shard_like_live(self, index: int, state: Any) -> Any:
         """A state of whole tensors, with those sharded that the object has sharded."""
         tensors: dict[str, Tensor] = {}
         plain = to_plain(state, state_name(index), tensors)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from paceline.checkpoint import Checkpoint
-    from paceline.checkpoint.writing import Content
+    from paceline.checkpoint.save_load import Content
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
@@ -88,7 +88,7 @@ class TrainingState:
         Raises:
             StateError: Something cannot be saved; names it.
         """
-        from paceline.checkpoint.writing import Common, Content
+        from paceline.checkpoint.save_load import Common, Content
 
         frozen = self._frozen_bases()
         shards = {name: shard for name, shard in self.model_shards().items() if name not in frozen}
@@ -193,7 +193,7 @@ class TrainingState:
             CheckpointError: It is damaged, or its tensors do not match those of this run.
             StateError: A state does not fit what was prepared.
         """
-        from paceline.checkpoint.writing import load_shards, run_on_all_ranks
+        from paceline.checkpoint.save_load import load_shards, run_on_all_ranks
 
         # Damage that only one rank sees must reach the others before they wait for that rank.
         run_on_all_ranks(

@@ -10,7 +10,7 @@ from paceline.checkpoint.folder import TRAINING, open_checkpoint, parent_folder_
 from paceline.checkpoint.foreign.accelerate import is_accelerate, read_accelerate
 from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
-from paceline.checkpoint.foreign.weights import is_weights, read_weights
+from paceline.checkpoint.foreign.weight_files import is_weights, read_weights
 from paceline.checkpoint.format.manifest import MANIFEST
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError

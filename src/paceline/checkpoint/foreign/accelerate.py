@@ -10,7 +10,7 @@ from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_op
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
 from paceline.checkpoint.foreign.pickles import load_pickled
 from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
-from paceline.checkpoint.foreign.weights import read_weight_files
+from paceline.checkpoint.foreign.weight_files import read_weight_files
 from paceline.checkpoint.portable_state import PortableState
 from paceline.errors import CheckpointError
 

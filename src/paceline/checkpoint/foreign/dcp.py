@@ -77,13 +77,17 @@ def _read_metadata(folder: Path) -> Metadata:
             f"{path} cannot be read", str(error), "Save it again with torch.distributed.checkpoint"
         ) from error
     if not isinstance(loaded, Metadata):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}", "DCP's metadata is a Metadata object", "")
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}", "DCP's metadata is a Metadata object", "Save it again"
+        )
     names = {str(info.relative_path) for info in (loaded.storage_data or {}).values()}
     wrong = [name for name in names if not _DATA_FILE.fullmatch(name)]
     if not wrong:
         wrong = [f"{name}, which is missing" for name in names if not (folder / name).is_file()]
     if wrong:
-        raise CheckpointError(f"{path} names {', '.join(wrong[:4])}", "Its data must be in files beside it", "")
+        raise CheckpointError(
+            f"{path} names {', '.join(wrong[:4])}", "Its data must be in files beside it", "Copy the whole folder again"
+        )
     return loaded
 
 
@@ -151,7 +155,9 @@ class DcpFolder:
             (plan,) = reader.prepare_global_plan([plan])
             reader.read_data(plan, planner).wait()
         except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.folder} cannot be read", f"{next(iter(targets))}: {error}", "") from error
+            raise CheckpointError(
+                f"{self.folder} cannot be read", f"{next(iter(targets))}: {error}", "Copy the folder again"
+            ) from error
         return planner.values
 
 

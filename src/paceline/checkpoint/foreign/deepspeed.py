@@ -75,7 +75,11 @@ def read_deepspeed(folder: Path, parameters: Sequence[Sequence[str]] | None = No
     """
     located = locate(folder)
     if located is None:
-        raise CheckpointError(f"{folder} holds no checkpoint of DeepSpeed", "It has no *_model_states.pt", "")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint of DeepSpeed",
+            "It has no *_model_states.pt",
+            "Name the folder that save_checkpoint wrote",
+        )
     models, optimizers = _files(located, _MODEL), _files(located, _OPTIMIZER)
     first = load_pickled(models[0])
     state = PortableState(kind="deepspeed", folder=folder)
@@ -146,9 +150,7 @@ def _read_whole(
     if names:
         state.optimizers.append(name_optimizer(saved, names, path))
     else:
-        state.notes.append(
-            "skipped: the optimizer; stage 0 numbers its parameters, and their names are not known"
-        )
+        state.notes.append("skipped: the optimizer; stage 0 numbers its parameters, and their names are not known")
 
 
 # Stages 1, 2 and 3

@@ -51,7 +51,9 @@ def read_weight_files(path: Path) -> dict[str, TensorSource]:
         sources: dict[str, TensorSource] = {}
         for name in sorted(set(table.values())):
             if "/" in name or name.startswith("."):
-                raise CheckpointError(f"{path} lists {name!r}", "Its files must be in the same folder", "")
+                raise CheckpointError(
+                    f"{path} lists {name!r}", "Its files must be in the same folder", "Edit the index"
+                )
             sources.update(read_weight_files(path.with_name(name)))
         return sources
     if path.suffix == ".safetensors":

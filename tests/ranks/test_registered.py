@@ -413,18 +413,18 @@ def late(folder: str) -> list[str]:
     run.step()
     run.accelerator.save_state(folder)
     saved = run.values()
-    with warnings_of() as told:
+    with warnings_of() as warned:
         other = Run(FSDP, Late)
         other.accelerator.load_state(folder)
     for name, value in other.object.shadow.items():
         assert type(value) is torch.Tensor
         assert torch.equal(value, saved[name])
-    return told
+    return warned
 
 
 def test_an_object_without_tensors_gets_them_whole_with_a_word(tmp_path: Path) -> None:
-    told, _ = run_on_ranks(2, late, str(tmp_path / "state"))
-    assert ["was saved sharded and is loaded whole" in line for line in told] == [True]
+    warned, _ = run_on_ranks(2, late, str(tmp_path / "state"))
+    assert ["was saved sharded and is loaded whole" in line for line in warned] == [True]
 
 
 class Fussy(Average):

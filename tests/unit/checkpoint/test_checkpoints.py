@@ -100,7 +100,7 @@ def cut_manifest(folder: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
-def link_elsewhere(folder: Path) -> None:
+def link_outside(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.rename(folder.parent.parent / "elsewhere")
     path.symlink_to(folder.parent.parent / "elsewhere")
@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (remove, r"model\.safetensors is missing"),
     "no-manifest": (lose_manifest, r"has no manifest\.json"),
     "cut-manifest": (cut_manifest, r"manifest is damaged"),
-    "link": (link_elsewhere, r"model\.safetensors is a link.*cp -rL"),
+    "link": (link_outside, r"model\.safetensors is a link.*cp -rL"),
     "future": (edit(lambda d: d.update(format=9)), r"manifest has format 9.*reads formats 1 to 2"),
     "outside": (
         edit(lambda d: d["files"].update({"../../etc/passwd": d["files"]["training.json"]})),
@@ -193,9 +193,9 @@ def test_verify_finds_a_flipped_byte_anywhere(project: Path) -> None:
             with pytest.raises(DamagedCheckpointError, match="damaged"):
                 open_checkpoint(folder).verify()
             flip_in(name, where)(folder)
-    told: list[int] = []
-    open_checkpoint(folder).verify(told.append)
-    assert sum(told) == sum((folder / name).stat().st_size for name in names)
+    progress: list[int] = []
+    open_checkpoint(folder).verify(progress.append)
+    assert sum(progress) == sum((folder / name).stat().st_size for name in names)
 
 
 def test_verify_checks_a_file_and_its_pieces_apart(project: Path) -> None:
@@ -380,7 +380,7 @@ def test_the_end_of_the_program_waits_for_the_save(tmp_path: Path, end: str, cod
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_failed_save_is_said_at_the_end_of_the_program(tmp_path: Path) -> None:
+def test_a_failed_save_is_logged_at_the_end_of_the_program(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("mine")
     command = [sys.executable, "-c", ENDING.format(end="pass"), str(tmp_path / "state")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -487,8 +487,8 @@ def test_files_of_hooks_in_folders_of_their_own_are_checked_too(project: Path) -
 
 def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
     run = Run(project)
-    held: dict[str, int] = {}
-    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: held["unet"])
+    files: dict[str, int] = {}
+    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: files["unet"])
     with pytest.raises(CheckpointError, match=r"rank 0: KeyError: 'unet'") as caught:
         run.accelerator.save_state()
     assert isinstance(caught.value.__cause__, KeyError)
@@ -516,7 +516,7 @@ def test_another_kind_of_optimizer_is_refused(project: Path) -> None:
             accelerator.load_state(newest(project), strict=strict)
 
 
-def test_a_data_set_of_another_size_is_said(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_data_set_of_another_size_is_reported(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True, strategy="single")
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -549,7 +549,7 @@ def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> Non
         setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too
 
 
-def test_the_folder_around_checkpoints_is_told_from_one(project: Path) -> None:
+def test_the_parent_folder_of_checkpoints_is_recognized(project: Path) -> None:
     with pytest.raises(CheckpointError, match=r"name one of them, such as .*checkpoint_1"):
         Run(project).accelerator.load_state(project)
 

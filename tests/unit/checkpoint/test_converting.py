@@ -31,9 +31,9 @@ SOURCES = ["accelerate_ddp", "accelerate_fsdp", "deepspeed_2", "deepspeed_3", "d
 
 
 def convert(state: PortableState, out: Path, to: str) -> PortableState:
-    told: list[int] = []
-    WRITERS[to](state, out, told.append)
-    assert sum(told) > 0
+    progress: list[int] = []
+    WRITERS[to](state, out, progress.append)
+    assert sum(progress) > 0
     return open_any(out, NAMES)
 
 
@@ -42,15 +42,15 @@ def assert_equal(one: PortableState, other: PortableState) -> None:
     assert set(one.weights) - aliases <= set(other.weights)
     for name in set(one.weights) - aliases:
         assert same(one.weights[name], other.weights[name]), name
-    (mine,), (theirs,) = one.optimizers, other.optimizers
-    assert mine.slots.keys() == theirs.slots.keys()
-    for name, tensors in mine.slots.items():
-        assert set(tensors) == set(theirs.slots[name])
+    (first,), (second,) = one.optimizers, other.optimizers
+    assert first.slots.keys() == second.slots.keys()
+    for name, tensors in first.slots.items():
+        assert set(tensors) == set(second.slots[name])
         for slot in tensors:
-            assert same(tensors[slot], theirs.slots[name][slot]), f"{name}: {slot}"
-    for group, held in zip(mine.groups, theirs.groups, strict=True):
-        assert group["params"] == held["params"]
-        assert (group["lr"], group["weight_decay"]) == (held["lr"], held["weight_decay"])
+            assert same(tensors[slot], second.slots[name][slot]), f"{name}: {slot}"
+    for group, expected in zip(first.groups, second.groups, strict=True):
+        assert group["params"] == expected["params"]
+        assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
     assert one.step == other.step == 3
 
 
@@ -65,10 +65,10 @@ def test_what_is_converted_holds_the_same_bits(source: str, to: str, tmp_path: P
 
 @pytest.mark.parametrize("to", ["accelerate", "fsdp", "deepspeed"])
 def test_our_own_goes_out_and_comes_back(to: str, tmp_path: Path) -> None:
-    ours = convert(open_foreign(RECORDED / "accelerate_ddp", NAMES), tmp_path / "ours", "paceline")
-    assert_equal(ours, convert(ours, tmp_path / to, to))
+    converted = convert(open_foreign(RECORDED / "accelerate_ddp", NAMES), tmp_path / "ours", "paceline")
+    assert_equal(converted, convert(converted, tmp_path / to, to))
     again = convert(open_any(tmp_path / to, NAMES), tmp_path / "again", "paceline")
-    assert_equal(ours, again)
+    assert_equal(converted, again)
 
 
 def test_our_own_keeps_everything_else(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_size_is_known_before(tmp_path: Path) -> None:
     )
 
 
-def test_a_name_that_leads_elsewhere_is_refused_for_deepspeed(tmp_path: Path) -> None:
+def test_a_name_that_leads_outside_is_refused_for_deepspeed(tmp_path: Path) -> None:
     state = open_foreign(RECORDED / "dcp")
     state.weights.sources["../../elsewhere"] = state.weights.sources["gain"]
     with pytest.raises(CheckpointError, match="elsewhere"):

@@ -44,10 +44,10 @@ def read(name: str) -> PortableState:
 
 
 def expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and optimizer states by `NAME/SLOT`, as the writer held them."""
-    held = load_file(RECORDED / name / "expected.safetensors")
+    """Weights, and optimizer states by `NAME/SLOT`, as the writer saved them."""
+    saved = load_file(RECORDED / name / "expected.safetensors")
     families: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for full, value in held.items():
+    for full, value in saved.items():
         family, _, rest = full.partition("/")
         families[family][rest] = value
     return families["model"], families["optimizer"]
@@ -103,8 +103,8 @@ def test_accelerate_brings_scheduler_generators_and_custom_objects() -> None:
     torch.manual_seed(41)
     assert torch.equal(state.generators[1]["torch"], torch.get_rng_state())
     np.random.seed(7)
-    held: Any = np.random.get_state()
-    assert np.array_equal(np.asarray(state.generators[1]["numpy"][1]), held[1])
+    saved: Any = np.random.get_state()
+    assert np.array_equal(np.asarray(state.generators[1]["numpy"][1]), saved[1])
     assert state.custom[0]["seen"] == 12
     assert state.custom[0]["table"].tolist() == [0, 1, 2]
 
@@ -131,7 +131,7 @@ def test_checkpoints_of_the_trainer_are_read_too(tmp_path: Path) -> None:
     assert len(state.schedulers) == len(state.generators) == 1
 
 
-def test_without_names_a_numbered_optimizer_is_left_and_said_so() -> None:
+def test_a_numbered_optimizer_without_names_is_skipped() -> None:
     state = open_foreign(RECORDED / "accelerate")
     assert not state.optimizers
     assert any("optimizer.bin" in note and "names" in note for note in state.notes)
@@ -228,9 +228,9 @@ def test_a_script_module_is_refused(tmp_path: Path) -> None:
 
 def test_objects_of_the_writers_become_inert_records() -> None:
     (path,) = RECORDED.glob("deepspeed_2/global_step3/zero_pp_rank_0*")
-    held = load_pickled(path)
-    assert isinstance(held["optimizer_state_dict"]["zero_stage"], Inert)
-    assert held["optimizer_state_dict"]["zero_stage"].args == (2,)
+    saved = load_pickled(path)
+    assert isinstance(saved["optimizer_state_dict"]["zero_stage"], Inert)
+    assert saved["optimizer_state_dict"]["zero_stage"].args == (2,)
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def refusals(folder: str) -> None:
         run.accelerator.save_state(folder)
 
 
-def test_what_cannot_be_saved_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     run_on_ranks(2, refusals, str(tmp_path / "state"))
     assert list(tmp_path.iterdir()) == []
 
@@ -303,15 +303,15 @@ def checked_by_a_stranger(folder: Path) -> list[str]:
 
 def node_local(layout: Layout, folder: str) -> tuple[Whole, Whole, list[float], list[float]]:
     run = Run(layout)
-    mine = Path(folder) / f"disk{run.accelerator.process_index}" / "state"
-    mine.parent.mkdir(parents=True)
+    own_folder = Path(folder) / f"disk{run.accelerator.process_index}" / "state"
+    own_folder.parent.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
     run.train(3)
-    run.accelerator.save_state(mine)
+    run.accelerator.save_state(own_folder)
     state = take_state(run.accelerator)
     run.train(3)
     again = Run(layout, seed=8)
-    again.accelerator.load_state(mine)
+    again.accelerator.load_state(own_folder)
     loaded = take_state(again.accelerator)
     again.train(3)
     return state, loaded, run.losses[3:], again.losses
@@ -341,8 +341,8 @@ def hooks_on_the_main_process(folder: str) -> list[int]:
             weights.pop()
 
     def load(models: list[Any], input_dir: str) -> None:
-        held = torch.load(Path(input_dir) / "unet" / "weights.pt", weights_only=True)
-        accelerator.unwrap_model(models.pop()).load_state_dict(held)
+        weights = torch.load(Path(input_dir) / "unet" / "weights.pt", weights_only=True)
+        accelerator.unwrap_model(models.pop()).load_state_dict(weights)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -363,6 +363,6 @@ def hooks_on_the_main_process(folder: str) -> list[int]:
     return [len([name for name in open_checkpoint(folder).manifest.tensors if name.startswith("model/")])]
 
 
-def test_a_hook_may_do_its_work_on_the_main_process_alone(tmp_path: Path) -> None:
+def test_a_hook_may_work_on_the_main_process_only(tmp_path: Path) -> None:
     assert run_on_ranks(2, hooks_on_the_main_process, str(tmp_path / "state")) == [[0], [0]]
     assert [path.name for path in tmp_path.iterdir()] == ["state"]

@@ -282,8 +282,8 @@ def any_cut(folder: str) -> None:
     run.accelerator.save_state(folder)
     other = Run(DDP)
     # Back into whatever each is cut like now.
-    cuts: list[list[Any]]
-    cuts = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()], [Replicate()], [Replicate()], [Shard(0)]]
+    rows, columns, copies = [Shard(0)], [Shard(1)], [Replicate()]
+    cuts: list[list[Any]] = [rows, columns, rows, copies, copies, copies, rows]
     again = [Holder(placed(torch.zeros_like(w), cut, (2,))) for (w, _), cut in zip(WHOLE.values(), cuts, strict=True)]
     inner = Holder([{"a.b": torch.zeros(3), "a": {"b": placed(torch.ones(3), [Shard(0)], (2,))}}])
     other.accelerator.register_for_checkpointing(*again, inner)
@@ -310,8 +310,8 @@ def test_tensors_may_be_cut_in_any_way(tmp_path: Path) -> None:
 def on_two_axes(folder: str) -> None:
     run = Run(Layout("ddp4", 4, "ddp"))
     whole = torch.arange(55.0).view(11, 5)
-    ways: list[list[Any]]
-    ways = [[Shard(0), Shard(0)], [Replicate(), Shard(0)], [Shard(0), Shard(1)], [Shard(0), Replicate()]]
+    rows, copies = Shard(0), Replicate()
+    ways: list[list[Any]] = [[rows, rows], [copies, rows], [rows, Shard(1)], [rows, copies]]
     run.accelerator.register_for_checkpointing(*[Holder(placed(whole, way, (2, 2))) for way in ways])
     run.accelerator.save_state(folder)
     other = Run(Layout("ddp4", 4, "ddp"))
@@ -354,7 +354,7 @@ def other_shapes(folder: str) -> None:
     run = Run(DDP, lambda _: Holder(placed(torch.ones(4, 2), [Shard(0)], (2,))))
     run.accelerator.save_state(folder)
     other = Run(DDP, lambda _: Holder(placed(torch.ones(5, 2), [Shard(0)], (2,))))
-    with pytest.raises(StateError, match=r"shape \(4, 2\) in the checkpoint and \(5, 2\) here, sharded"):
+    with pytest.raises(StateError, match=r"shape \(4, 2\) in the checkpoint and \(5, 2\) in this run, sharded"):
         other.accelerator.load_state(folder)
 
 
@@ -413,18 +413,18 @@ def late(folder: str) -> list[str]:
     run.step()
     run.accelerator.save_state(folder)
     saved = run.values()
-    with warnings_of() as told:
+    with warnings_of() as warned:
         other = Run(FSDP, Late)
         other.accelerator.load_state(folder)
     for name, value in other.object.shadow.items():
         assert type(value) is torch.Tensor
         assert torch.equal(value, saved[name])
-    return told
+    return warned
 
 
 def test_an_object_without_tensors_gets_them_whole_with_a_word(tmp_path: Path) -> None:
-    told, _ = run_on_ranks(2, late, str(tmp_path / "state"))
-    assert ["was saved sharded and comes back whole" in line for line in told] == [True]
+    warned, _ = run_on_ranks(2, late, str(tmp_path / "state"))
+    assert ["was saved sharded and is loaded whole" in line for line in warned] == [True]
 
 
 class Fussy(Average):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS
+from paceline.checkpoint.foreign.writers import WRITERS
 from tests.data.foreign.make import Net, _expected_of_engine, groups_of, loss_of
 from tests.support.engines import needs_deepspeed
 from tests.support.ranks import run_on_ranks

@@ -1,25 +1,22 @@
-"""Weights and whole training states on disk."""
+"""Weights and complete training states on disk."""
 
-from paceline.checkpoint.folder import (
-    Checkpoint,
-    Found,
+from paceline.checkpoint.catalog import (
+    CatalogEntry,
     find_checkpoints,
     find_foreign,
+    is_foreign_state,
     newest_checkpoint,
-    next_number,
-    open_checkpoint,
-    rank_document,
 )
+from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.manifest import Manifest
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.io.weights import parse_size, save_weights
 from paceline.checkpoint.saver import Saver
-from paceline.checkpoint.single_process import write_checkpoint
 
 __all__ = [
+    "CatalogEntry",
     "Checkpoint",
-    "Found",
     "Manifest",
     "Saver",
     "Slot",
@@ -27,6 +24,7 @@ __all__ = [
     "find_checkpoints",
     "find_foreign",
     "from_plain",
+    "is_foreign_state",
     "newest_checkpoint",
     "next_number",
     "open_checkpoint",
@@ -34,5 +32,4 @@ __all__ = [
     "rank_document",
     "save_weights",
     "to_plain",
-    "write_checkpoint",
 ]

@@ -1,7 +1,7 @@
-"""Folders of checkpoints: their names, which of them are whole, and how a new one takes its place.
+"""One checkpoint folder: its name, how it is opened and checked, and how a new one replaces it.
 
-A checkpoint is written under a name that says it is partial, gets its manifest when all ranks have written, and is
-renamed last. So a folder under its own name is whole, unless something happened to it later.
+A checkpoint is written under a temporary name, gets its manifest once all ranks have written, and is renamed last. So
+a folder under its final name is complete, unless it was damaged later.
 """
 
 from __future__ import annotations
@@ -26,39 +26,44 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from paceline.checkpoint.format.manifest import FileRecord
+
 __all__ = [
+    "LEFTOVER",
+    "TRAINING",
     "Checkpoint",
-    "Found",
-    "check_place",
+    "check_target",
     "commit",
-    "find_checkpoints",
-    "find_foreign",
-    "newest_checkpoint",
     "next_number",
+    "number_of",
+    "numbered_subfolders",
     "open_checkpoint",
     "parent_folder_hint",
     "partial_name",
+    "rank_document",
     "real_folder",
     "remove_leftovers",
     "remove_oldest",
+    "subfolders",
+    "sync",
 ]
 
 TRAINING = "training.json"
+LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
 
 _LOG = get_logger(__name__)
 _NUMBERED = re.compile(r"checkpoint[_-](\d+)")
-_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>partial|replaced)-(?P<id>[0-9a-f]{8})")
 _LARGEST_MANIFEST = 2 * 1024**3
-_NO_LINKS = "The folder itself may be a link, but no file in it: cp -rL makes a copy with the files themselves"
+_NO_LINKS = "The folder may be a symbolic link, but no file in it: cp -rL makes a copy with the files themselves"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk.
+    """A complete checkpoint on disk.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it says of itself, checked against the files' names and sizes.
+        folder: Its path.
+        manifest: Its manifest, checked against the names and sizes of the files.
     """
 
     folder: Path
@@ -67,48 +72,52 @@ class Checkpoint:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Everything about the training that is no tensor and the same on all ranks."""
+        """Everything about the training that is not a tensor and is the same on all ranks."""
         return self.document(TRAINING)
 
     def of_rank(self, rank: int) -> dict[str, Any] | None:
-        """What one rank noted for itself; None for a rank that was not there."""
+        """What one rank saved for itself alone; None if no such rank took part in the save."""
         name = rank_document(rank)
         return self.document(name) if name in self.manifest.files else None
 
     def document(self, name: str) -> dict[str, Any]:
-        """One of the JSON files; kept once it was read.
+        """One of the JSON files, read once and cached.
 
         Raises:
-            DamagedCheckpointError: It is not what was written.
+            DamagedCheckpointError: It is missing or its checksum differs.
         """
         if name in self._documents:
             return self._documents[name]
         record = self.manifest.files.get(name)
         if record is None:
-            raise DamagedCheckpointError(f"{self.folder} lists no {name}", "It is not a training state of this library")
+            raise DamagedCheckpointError(f"{self.folder} lists no {name}", "It is not a paceline training state")
         data = _read(self.folder / name)
         if zlib.crc32(data) != record.crc32:
             raise DamagedCheckpointError(
                 f"{name} of {self.folder} is damaged", "Its checksum differs", "Load another checkpoint"
             )
-        found: dict[str, Any] = json.loads(data)
-        self._documents[name] = found
-        return found
+        document: dict[str, Any] = json.loads(data)
+        self._documents[name] = document
+        return document
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, mapped from its file: memory is used for what is looked at.
+        """One whole tensor, memory-mapped: only the pages that are accessed are read.
 
         Args:
-            name: As the manifest lists it.
+            name: Its name in the manifest.
 
         Raises:
-            DamagedCheckpointError: Not all of it is on this disk.
+            DamagedCheckpointError: Part of it is on another machine's disk.
         """
         from safetensors import safe_open
 
         record = self.manifest.tensors[name]
         if not record.complete:
-            raise _elsewhere(self.folder, name)
+            raise DamagedCheckpointError(
+                f"{self.folder} holds only a part of {name}",
+                "It was saved to disks that the machines do not share, and the rest is on the others",
+                "Load it on as many ranks of the same machines, under the same strategy",
+            )
         with safe_open(self.folder / record.file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name.partition("/")[2])
         return tensor
@@ -120,103 +129,130 @@ class Checkpoint:
             progress: Called with the bytes checked since the last call.
 
         Raises:
-            DamagedCheckpointError: Something is not what was written.
+            DamagedCheckpointError: A checksum differs.
         """
         from paceline.checkpoint.io.verification import verify
 
         verify(self.folder, self.manifest, progress or (lambda _: None))
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A folder that is a checkpoint, or was to become one.
-
-    Attributes:
-        folder: Where it is.
-        checkpoint: The whole checkpoint, or None.
-        problem: Why it is not whole; empty if it is.
-    """
-
-    folder: Path
-    checkpoint: Checkpoint | None
-    problem: str = ""
+# Names
 
 
 def real_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder that a name leads to: absolute, with `~`, `..` and links followed as far as they exist.
+    """The absolute path of a folder, with `~`, `..` and symbolic links resolved as far as they exist.
 
     Raises:
-        DamagedCheckpointError: Links lead in a circle.
+        DamagedCheckpointError: The links form a loop.
     """
-    named = Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup
+    path = Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup
     try:
-        return named.resolve()
+        return path.resolve()
     except (OSError, RuntimeError) as error:
         # Python before 3.13 raises RuntimeError for a loop.
         raise DamagedCheckpointError(
-            f"{named} cannot be followed",
-            "It is a link that leads back to itself, or lies behind one",
+            f"{path} cannot be followed",
+            "It is, or lies behind, a link that leads back to itself",
             "Remove the link, or name the folder itself",
         ) from error
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Open a checkpoint, checking its manifest and the names, kinds and sizes of its files.
+def rank_document(rank: int) -> str:
+    """The name of the file with what one rank saves for itself alone."""
+    return f"rank-{rank:05d}.json"
 
-    A link to a checkpoint is what it leads to. A checkpoint that was being replaced when its process was killed is
-    found under its old content.
+
+def number_of(path: Path) -> int | None:
+    """The number of a checkpoint that was named automatically, or None."""
+    matched = _NUMBERED.fullmatch(path.name)
+    return int(matched[1]) if matched else None
+
+
+def next_number(folder: Path, at_least: int) -> int:
+    """The number of the next checkpoint: above all existing ones."""
+    numbers = [number_of(path) for path in folder.iterdir()] if folder.is_dir() else []
+    return max([at_least, *(number + 1 for number in numbers if number is not None)])
+
+
+def subfolders(folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders in a project folder, and in the `checkpoints` folder in it."""
+    root = Path(folder)
+    parents = [parent for parent in (root, root / "checkpoints") if parent.is_dir()]
+    # Broken links too: the disk that one leads to may only be missing today.
+    return [path for parent in parents for path in parent.iterdir() if path.is_dir() or path.is_symlink()]
+
+
+def numbered_subfolders(folder: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """The subfolders named like numbered checkpoints, with their numbers."""
+    numbered = [(number_of(path), path) for path in subfolders(folder)]
+    return [(number, path) for number, path in numbered if number is not None]
+
+
+def parent_folder_hint(folder: Path) -> str:
+    """Advice for a user who named the parent folder of checkpoints instead of one; empty if it is not one."""
+    numbered = numbered_subfolders(folder)
+    return f"It contains checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""
+
+
+# Opening
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint and check its manifest, and the names, kinds and sizes of its files.
+
+    Args:
+        folder: Its path; may be a symbolic link. If a save was killed while replacing it, the old content is opened.
 
     Raises:
-        DamagedCheckpointError: There is none, or it is not whole.
+        DamagedCheckpointError: There is none, or it is incomplete.
     """
-    # Followed once: a link such as `latest` may be moved on while the files are read.
-    path, named = real_folder(folder), Path(folder)
-    if not (path / MANIFEST).exists() and not path.exists():
-        path = next((kept for kept in _siblings(path, "replaced") if (kept / MANIFEST).is_file()), path)
+    # Resolved once: a link such as `latest` may be moved on while the files are read.
+    path, original = real_folder(folder), Path(folder)
+    if not path.exists():
+        path = next((old for old in _siblings(path, "replaced") if (old / MANIFEST).is_file()), path)
     if not path.is_dir():
         seen = f"{path} is a file, not a folder" if path.exists() else f"There is no folder {path}"
-        if named.is_symlink():
-            seen += f", and {named} is a link to it"
+        if original.is_symlink():
+            seen += f", and {original} is a link to it"
         raise DamagedCheckpointError(seen, "", "Name a folder that save_state wrote")
     if not (path / MANIFEST).exists():
         raise DamagedCheckpointError(
             f"{path} has no {MANIFEST}",
-            "The manifest is written last, when everything else is there",
-            parent_folder_hint(path) or "Name a folder that save_state wrote to its end",
+            "The manifest is written last, once everything else is there",
+            parent_folder_hint(path) or "Name a folder that save_state finished writing",
         )
     try:
         manifest = Manifest.from_json(_read(path / MANIFEST))
         _check_files(path, manifest)
     except DamagedCheckpointError as error:
-        raise DamagedCheckpointError(f"{path} is no whole checkpoint", str(error)) from error
+        raise DamagedCheckpointError(f"{path} is not a complete checkpoint", str(error)) from error
     return Checkpoint(path, manifest)
 
 
-def parent_folder_hint(folder: Path) -> str:
-    """Advice for who named the folder around checkpoints in place of one; empty if it is none."""
-    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
-    return f"It is a folder around checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""
-
-
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    wrong = []
-    for name, record in manifest.files.items():
-        try:
-            found = (folder / name).lstat()
-        except OSError as error:
-            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            wrong.append(f"{name} is missing" if missing else f"{name[:80]} cannot be looked at: {error.strerror}")
-            continue
-        if stat.S_ISLNK(found.st_mode) or _behind_link(folder, name):
-            wrong.append(f"{name} is a link or lies behind one")
-        elif not stat.S_ISREG(found.st_mode):
-            wrong.append(f"{name} is not a plain file")
-        elif found.st_size != record.size:
-            wrong.append(f"{name} has {found.st_size:,} of {record.size:,} bytes")
-    if wrong:
-        shown = "; ".join(wrong[:4])
-        advice = _NO_LINKS if any("is a link" in text for text in wrong) else ""
-        raise DamagedCheckpointError(f"incomplete: {len(wrong)} of {len(manifest.files)} files ({shown})", "", advice)
+    checked = [_file_problem(folder, name, record) for name, record in manifest.files.items()]
+    problems = [problem for problem in checked if problem]
+    if problems:
+        shown = "; ".join(problems[:4])
+        advice = _NO_LINKS if any("is a link" in problem for problem in problems) else ""
+        raise DamagedCheckpointError(f"incomplete: {len(problems)} of {len(checked)} files ({shown})", "", advice)
+
+
+def _file_problem(folder: Path, name: str, record: FileRecord) -> str:
+    """What is wrong with one file of a checkpoint; empty if nothing is."""
+    try:
+        status = (folder / name).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name[:80]} cannot be accessed: {error.strerror}"
+    if stat.S_ISLNK(status.st_mode) or _behind_link(folder, name):
+        return f"{name} is a link or lies behind one"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is not a plain file"
+    if status.st_size != record.size:
+        return f"{name} has {status.st_size:,} of {record.size:,} bytes"
+    return ""
 
 
 def _behind_link(folder: Path, name: str) -> bool:
@@ -225,12 +261,12 @@ def _behind_link(folder: Path, name: str) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    """Read a small file, following no link."""
+    """Read a small file without following links."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(handle, "rb") as file:  # noqa: PTH123 - from the handle
             if os.fstat(handle).st_size > _LARGEST_MANIFEST:
-                raise DamagedCheckpointError(f"{path} is larger than any such file can be")
+                raise DamagedCheckpointError(f"{path} is too large to be a manifest or a JSON file of a checkpoint")
             return file.read()
     except OSError as error:
         if path.is_symlink():
@@ -238,147 +274,66 @@ def _read(path: Path) -> bytes:
         raise DamagedCheckpointError(f"{path} cannot be read", error.strerror or str(error), "") from error
 
 
-def _elsewhere(folder: Path, name: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError(
-        f"{folder} holds only a part of {name}",
-        "It was saved to disks that the machines do not share, and the rest is on the others",
-        "Load it on as many ranks of the same machines, under the same strategy",
-    )
-
-
-def find_checkpoints(folder: str | os.PathLike[str]) -> list[Found]:
-    """The checkpoints in a folder, newest first; what is not a checkpoint of ours is left out.
-
-    Args:
-        folder: A project's folder, or the `checkpoints` folder in it.
-    """
-    found = [entry for path in _children(folder) if (entry := _look(path)) is not None]
-    return sorted(found, key=_age, reverse=True)
-
-
-def find_foreign(folder: str | os.PathLike[str]) -> list[Path]:
-    """Training states of other libraries among the numbered checkpoints in a project's folder, newest first."""
-    numbered = [(number, path) for path in _children(folder) if (number := number_of(path)) is not None]
-    return [path for _, path in sorted(numbered, reverse=True) if _is_foreign(path)]
-
-
-def _children(folder: str | os.PathLike[str]) -> list[Path]:
-    root = Path(folder)
-    roots = [root, root / "checkpoints"]
-    # Also links that lead nowhere: the disk that one led to may be missing today only.
-    return [path for root in roots if root.is_dir() for path in root.iterdir() if path.is_dir() or path.is_symlink()]
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether it is a training state of another library; weights alone may be what is left of one of ours."""
-    from paceline.checkpoint.foreign import recognise
-
-    return recognise(path) not in (None, "weights")
-
-
-def _look(path: Path) -> Found | None:
-    if _LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
-        return None
-    if _is_foreign(path):
-        return None
-    try:
-        return Found(path, open_checkpoint(path))
-    except DamagedCheckpointError as error:
-        return Found(path, None, str(error))
-
-
-def _age(found: Found) -> tuple[int, str]:
-    number = number_of(found.folder)
-    created = found.checkpoint.manifest.created if found.checkpoint else ""
-    return (-1 if number is None else number), created
-
-
-def number_of(path: Path) -> int | None:
-    """The number in the name of a checkpoint that was named automatically."""
-    matched = _NUMBERED.fullmatch(path.name)
-    return int(matched[1]) if matched else None
-
-
-def newest_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest whole checkpoint of a project; a line is logged for each newer one that is not whole."""
-    for found in find_checkpoints(folder):
-        if found.checkpoint is not None:
-            return found.checkpoint
-        _LOG.warning("skipped %s: %s", found.folder.name, found.problem)
-    return None
-
-
-def next_number(folder: Path, at_least: int) -> int:
-    """The number of the next checkpoint: above all that are there."""
-    numbers = [number_of(path) for path in folder.iterdir()] if folder.is_dir() else []
-    return max([at_least, *(number + 1 for number in numbers if number is not None)])
-
-
-def rank_document(rank: int) -> str:
-    """The name of the file in which a rank notes what is its own."""
-    return f"rank-{rank:05d}.json"
-
-
-# Taking a place
+# Writing
 
 
 def partial_name(folder: Path, save_id: str) -> Path:
-    """The folder that a checkpoint is written into before it is whole."""
+    """The folder that a checkpoint is written into until it is complete."""
     return folder.with_name(f"{folder.name}.partial-{save_id[:8]}")
 
 
 def commit(partial: Path, folder: Path, manifest: Manifest) -> None:
-    """Make a written folder a checkpoint: its manifest last, then its name.
+    """Turn a written folder into a checkpoint: write its manifest, then rename it.
 
-    A checkpoint that had the name before stays until then, and is removed afterwards. What else lay in its folder
-    stays there.
+    An older checkpoint of that name stays until then and is removed afterwards. Other files in its folder are moved
+    to the new one.
     """
     path = partial / MANIFEST
     path.write_text(manifest.as_json(), encoding="utf-8")
     sync(path)
     sync(partial)
-    kept = folder.with_name(f"{folder.name}.replaced-{manifest.id[:8]}")
+    replaced = folder.with_name(f"{folder.name}.replaced-{manifest.id[:8]}")
     if folder.exists():
-        folder.rename(kept)
+        folder.rename(replaced)
     partial.rename(folder)
     sync(folder.parent)
-    if kept.is_dir():
-        _remove_replaced(kept, folder)
+    if replaced.is_dir():
+        _remove_replaced(replaced, folder)
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a name that a checkpoint could only take by harming what has it.
+def check_target(folder: Path) -> None:
+    """Refuse a path that a checkpoint must not replace.
 
     Raises:
-        CheckpointError: It is a file, or the folder that this process works in.
+        CheckpointError: It is a file, or the working directory or a parent of it.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file", "A checkpoint is a folder", "Save under another name")
     if Path.cwd().is_relative_to(folder):
         raise CheckpointError(
-            f"{folder} is the folder that this process works in, or one around it",
-            "A checkpoint takes the place of the folder of its name when it is whole",
-            "Save into a folder of its own, such as 'checkpoint'",
+            f"{folder} is the working directory of this process, or a parent of it",
+            "A new checkpoint replaces the folder of its name",
+            "Save into a separate folder, such as 'checkpoint'",
         )
 
 
-def _remove_replaced(kept: Path, folder: Path) -> None:
-    """Remove a checkpoint that was replaced, but not what else lay in its folder: that goes on in the new one.
+def _remove_replaced(replaced: Path, folder: Path) -> None:
+    """Remove a replaced checkpoint, but move other files that lay in its folder to the new one.
 
-    A kill on the way leaves each thing in one of both; the next save ends the work.
+    If the process is killed meanwhile, every file is in one of the two, and the next save finishes the work.
     """
     try:
-        own = {PurePosixPath(name).parts[0] for name in Manifest.from_json(_read(kept / MANIFEST)).files}
+        names = {PurePosixPath(name).parts[0] for name in Manifest.from_json(_read(replaced / MANIFEST)).files}
     except DamagedCheckpointError:
-        own = set()
-    for path in list(kept.iterdir()):
-        if path.name not in own | {MANIFEST} and not os.path.lexists(folder / path.name):
+        names = set()
+    for path in list(replaced.iterdir()):
+        if path.name not in names | {MANIFEST} and not os.path.lexists(folder / path.name):
             path.rename(folder / path.name)
-    shutil.rmtree(kept, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -386,26 +341,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+# Removing
+
+
 def _siblings(folder: Path, kind: str) -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError):
         for path in folder.parent.iterdir():
-            matched = _LEFTOVER.fullmatch(path.name)
+            matched = LEFTOVER.fullmatch(path.name)
             if matched and matched["kind"] == kind and matched["name"] == folder.name:
                 yield path
 
 
 def remove_leftovers(folder: Path, *, all_names: bool) -> None:
-    """Remove what saves left behind that were killed.
+    """Remove what killed saves left behind.
 
-    What a checkpoint was replaced by is kept as long as the new one is not there.
+    A replaced checkpoint is restored if the new one is not there.
 
     Args:
-        folder: Of the checkpoint that is about to be written.
-        all_names: Also leftovers of other checkpoints in the same folder.
+        folder: The checkpoint that is about to be written.
+        all_names: Also remove leftovers of other checkpoints in the same parent folder.
     """
     with contextlib.suppress(FileNotFoundError):
         for path in list(folder.parent.iterdir()):
-            matched = _LEFTOVER.fullmatch(path.name)
+            matched = LEFTOVER.fullmatch(path.name)
             if matched is None or not (all_names or matched["name"] == folder.name):
                 continue
             if matched["kind"] == "replaced" and not path.with_name(matched["name"]).exists():
@@ -421,27 +379,38 @@ def remove_leftovers(folder: Path, *, all_names: bool) -> None:
 def remove_oldest(folder: Path, keep: int) -> None:
     """Remove numbered checkpoints of a folder beyond the newest `keep`.
 
-    Of a link only the link goes: what it leads to lies elsewhere, and may be used there. A checkpoint that another
-    link in the folder or in the one around it leads to, such as `best`, stays as long as that does.
+    If a checkpoint is a symbolic link, only the link is removed, since its target may be used elsewhere. A checkpoint
+    to which another link in the folder or its parent leads, such as `best`, is kept as long as that link exists.
     """
-    numbered = sorted((number, path) for path in folder.iterdir() if (number := number_of(path)) is not None)
-    places = list(dict.fromkeys(_place(path) for _, path in reversed(numbered)))
-    doomed = [path for _, path in numbered if _place(path) in places[keep:]]
-    links = [path for place in (folder, folder.parent) for path in place.iterdir() if path.is_symlink()]
-    pins = {_place(path): path for path in links if path not in doomed}
-    for path in doomed:
-        pin = next((link for place, link in pins.items() if place.is_relative_to(_place(path))), None)
+    excess = _beyond(keep, folder)
+    pins = _pins(folder, excess)
+    for path in excess:
+        pin = next((link for target, link in pins.items() if target.is_relative_to(_target(path))), None)
         if pin is not None and not path.is_symlink():
-            _LOG.info("%s stays beyond total_limit: %s leads to it", path.name, pin)
+            _LOG.info("kept %s beyond total_limit: %s links to it", path.name, pin)
             continue
         try:
             _remove(path)
         except OSError as error:
-            _LOG.warning("%s stays beyond total_limit: %s", path.name, error)
+            _LOG.warning("could not remove %s to keep total_limit: %s", path.name, error)
 
 
-def _place(path: Path) -> Path:
-    """What a checkpoint's name leads to; itself where that cannot be told."""
+def _beyond(keep: int, folder: Path) -> list[Path]:
+    """The numbered checkpoints of a folder beyond the newest `keep`, oldest first; a link counts as its target."""
+    numbers = {path: number_of(path) for path in folder.iterdir()}
+    oldest_first = sorted((number, path) for path, number in numbers.items() if number is not None)
+    targets = list(dict.fromkeys(_target(path) for _, path in reversed(oldest_first)))
+    return [path for _, path in oldest_first if _target(path) in targets[keep:]]
+
+
+def _pins(folder: Path, excess: list[Path]) -> dict[Path, Path]:
+    """The links in a folder and its parent that are not to be removed themselves, by their targets."""
+    links = [path for parent in (folder, folder.parent) for path in parent.iterdir() if path.is_symlink()]
+    return {_target(path): path for path in links if path not in excess}
+
+
+def _target(path: Path) -> Path:
+    """Where a path leads once links are resolved; the absolute path if they cannot be."""
     try:
         return path.resolve()
     except (OSError, RuntimeError):
@@ -449,11 +418,11 @@ def _place(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, which loses its name first, so that it is never half there under it."""
+    """Remove a checkpoint, renaming it first so that a partly removed one is never found under its name."""
     if path.is_symlink():
-        _LOG.info("%s led to %s, which stays", path.name, _place(path))
+        _LOG.info("removed the link %s; its target %s is kept", path.name, _target(path))
         path.unlink()
         return
-    aside = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    renamed = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
+    path.rename(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)

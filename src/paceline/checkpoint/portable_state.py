@@ -1,4 +1,4 @@
-"""A training state out of another library's folder, whatever its format: whole tensors, read when asked for."""
+"""A training state in neutral form, read from any format: whole tensors by name, each read only when accessed."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ if TYPE_CHECKING:
 
 _MODEL = re.compile(r"model_\d+/")
 
-__all__ = ["ForeignOptimizer", "ForeignState", "Source", "Tensors"]
+__all__ = ["LazyTensors", "PortableOptimizer", "PortableState", "TensorSource"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Where one whole tensor comes from.
+class TensorSource:
+    """How one whole tensor is read.
 
     Attributes:
-        slot: What it looks like.
-        read: Puts it together; memory is used for one tensor at a time.
+        slot: Its shape and dtype.
+        read: Reads it. Nothing is cached, so only the tensors in use take memory.
     """
 
     slot: Slot
     read: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Source:
-        """A tensor that is there already, or mapped from a file."""
+    def of(cls, tensor: Tensor) -> TensorSource:
+        """A tensor that is in memory already, or mapped from a file."""
         return cls(Slot(tuple(tensor.shape), tensor.dtype), lambda: tensor)
 
     @classmethod
-    def of_pieces(cls, shape: Sequence[int], pieces: Sequence[Tensor]) -> Source:
-        """A tensor whose elements, row by row, are those of `pieces` one after another."""
+    def of_pieces(cls, shape: Sequence[int], pieces: Sequence[Tensor]) -> TensorSource:
+        """A tensor whose elements, in row-major order, are those of `pieces` one after another."""
         dtype = pieces[0].dtype if pieces else torch.float32
         return cls(Slot(tuple(shape), dtype), lambda: torch.cat([p.reshape(-1) for p in pieces]).view(tuple(shape)))
 
 
-class Tensors(Mapping[str, "Tensor"]):
-    """Tensors by name; each is read anew when it is asked for, so that only those in use take memory."""
+class LazyTensors(Mapping[str, "Tensor"]):
+    """LazyTensors by name; each is read anew on every access, so that only those in use take memory."""
 
-    def __init__(self, sources: Mapping[str, Source] | None = None) -> None:
+    def __init__(self, sources: Mapping[str, TensorSource] | None = None) -> None:
         self.sources = dict(sources or {})
 
     @override
@@ -62,7 +62,7 @@ class Tensors(Mapping[str, "Tensor"]):
 
     @override
     def __contains__(self, name: object) -> bool:
-        # A mapping would read the tensor to know.
+        # Mapping's own version would read the tensor.
         return name in self.sources
 
     @override
@@ -79,46 +79,46 @@ class Tensors(Mapping[str, "Tensor"]):
 
 
 @dataclass(slots=True)
-class ForeignOptimizer:
-    """One optimizer's state by parameter name; the same three fields as `OptimizerState`, with whole tensors."""
+class PortableOptimizer:
+    """One optimizer's state by parameter name: the fields of `OptimizerState`, with whole tensors."""
 
-    slots: dict[str, Tensors] = field(default_factory=dict)
+    slots: dict[str, LazyTensors] = field(default_factory=dict)
     numbers: dict[str, dict[str, Number]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
-        """Steps that it has taken: the most that any parameter says."""
+        """Steps taken: the highest count of any parameter."""
         counts = [float(tensors["step"]) for tensors in self.slots.values() if "step" in tensors]
         counts += [float(numbers.get("step") or 0) for numbers in self.numbers.values()]
         return int(max(counts, default=0))
 
 
 @dataclass(slots=True, kw_only=True)
-class ForeignState:
-    """What was found in a folder that another library wrote.
+class PortableState:
+    """The training state in a folder, whatever library wrote it.
 
     Attributes:
-        kind: The format's name.
-        folder: Where it is.
+        kind: The name of the format.
+        folder: Its path.
         weights: Parameters and buffers by their names in the user's module; those of a second model begin with
-            `model_1/`. Of tied weights, the names are in `ties`.
-        ties: Further names of tensors in `weights`, with the name under which it has them.
+            `model_1/`. Tied weights are here once; their other names are in `ties`.
+        ties: Other names of tensors in `weights`, each with the name that it has there.
         optimizers: In the order in which they were prepared.
         schedulers: Their state dicts.
         scaler: The state dict of a loss scaler.
-        generators: Of each rank that wrote some, as `get_rng_states` gives them.
+        generators: Random generators by rank, as `get_rng_states` returns them.
         custom: State dicts of registered objects.
         step: Optimizer steps taken.
-        epoch: As far as the folder says.
-        notes: Sentences about what was left behind, and why.
+        epoch: Current epoch; 0 if the folder does not say.
+        notes: Sentences about what was left out, and why.
     """
 
     kind: str
     folder: Path
-    weights: Tensors = field(default_factory=Tensors)
+    weights: LazyTensors = field(default_factory=LazyTensors)
     ties: dict[str, str] = field(default_factory=dict)
-    optimizers: list[ForeignOptimizer] = field(default_factory=list)
+    optimizers: list[PortableOptimizer] = field(default_factory=list)
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, Any] | None = None
     generators: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -127,8 +127,8 @@ class ForeignState:
     epoch: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def model(self, index: int) -> Tensors:
-        """The weights of one model, by the names in that model.
+    def model(self, index: int) -> LazyTensors:
+        """The weights of one model, by their names in that model.
 
         Raises:
             CheckpointError: There is no such model.
@@ -136,10 +136,10 @@ class ForeignState:
         prefix = f"model_{index}/" if index else ""
         names = [name for name in self.weights if (name.startswith(prefix) if index else not _MODEL.match(name))]
         if not names:
-            raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Count models from 0")
-        return Tensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
+            raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Models are counted from 0")
+        return LazyTensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})
 
-    def settle_step(self) -> None:
-        """Take the count of steps from the optimizers where the folder itself has none."""
+    def infer_step(self) -> None:
+        """Take the number of steps from the optimizers if the folder itself does not say."""
         if not self.step:
             self.step = max((optimizer.steps for optimizer in self.optimizers), default=0)

@@ -1,4 +1,4 @@
-"""One save at a time: now, or beside the training that goes on."""
+"""Saving one checkpoint at a time, either blocking or in a background thread while training continues."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable
 
-    from paceline.checkpoint.writing import Content, SaveTimings
+    from paceline.checkpoint.save_load import Content, SaveTimings
     from paceline.collectives import Group
 
-__all__ = ["Saver", "State"]
+__all__ = ["SaveableState", "Saver"]
 
 _LOG = logging.getLogger(__name__)
 
 
-class State(Protocol):
+class SaveableState(Protocol):
     """Something that can be saved."""
 
-    def take(self) -> tuple[Content, set[str]]:
-        """What this rank brings, in live memory, and the names of the parts that only an optimizer's step changes."""
+    def collect(self) -> tuple[Content, set[str]]:
+        """What this rank saves, in live memory, and the names of the shards that only an optimizer step changes."""
         ...
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=SaveableState)
 
 
 class Saver:
-    """Writes checkpoints of one run.
+    """Writes the checkpoints of one run.
 
-    A save that does not block copies the state to host memory, which is kept for the next one, and a thread writes
-    it. A failure of that thread comes up at the next call: of `save`, of `wait`, or at the next step; if none
-    follows, a line says it at the end of the program, which waits for the thread.
+    A non-blocking save copies the state to host memory, which is reused by the next one, and a thread writes it. If
+    the thread fails, the next call of `save`, `wait` or `before_step` raises its error. If none follows, the error is
+    logged at the end of the program, which waits for the thread.
 
     Args:
         group: All ranks.
 
     Attributes:
-        times: Seconds that the last save took on this rank; None before the first has ended.
+        times: How long the last save took on this rank; None before the first has ended.
     """
 
     def __init__(self, group: Group) -> None:
@@ -55,13 +55,13 @@ class Saver:
         self._stager = Stager()
         self._thread: threading.Thread | None = None
         self._failures: list[BaseException] = []
-        self._listens = False
-        self._holds_step = False
+        self._reports_at_exit = False
+        self._next_step_waits = False
         self.times: SaveTimings | None = None
 
     @property
     def in_flight(self) -> bool:
-        """Whether a save has been begun whose end nobody has seen yet."""
+        """Whether a background save was started and not yet waited for."""
         return self._thread is not None
 
     def save(
@@ -74,38 +74,36 @@ class Saver:
         keep: int | None = None,
         numbered: bool = False,
     ) -> None:
-        """Write a checkpoint, after the one that is still being written.
+        """Write a checkpoint, after waiting for a background save that is still in flight.
 
         Collective: every rank must call it.
 
         Args:
-            folder: Its name.
+            folder: Its path.
             state: What to save.
-            blocking: Return when the checkpoint is whole; else as soon as training may go on.
-            prepare: Gets the state and the folder that is written into, and returns the state to save; only with
-                `blocking`.
-            keep: How many numbered checkpoints stay.
-            numbered: Whether it is one of those.
+            blocking: Return when the checkpoint is complete; else as soon as training may continue.
+            prepare: Called with the state and the folder being written; returns the state to save. Only if `blocking`.
+            keep: How many numbered checkpoints to keep.
+            numbered: Whether this is a numbered one.
 
         Raises:
-            CheckpointError: This save failed, or the one before, on any rank.
+            CheckpointError: This save or the one before failed on any rank.
         """
-        from paceline.checkpoint.writing import run_on_all_ranks, save_checkpoint
+        from paceline.checkpoint.save_load import run_on_all_ranks, save_checkpoint
 
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         self.wait()
+        group = self._group
         if blocking:
 
             def collect_content(partial: Path) -> Content:
-                return (state if prepare is None else prepare(state, partial)).take()[0]
+                prepared = state if prepare is None else prepare(state, partial)
+                return prepared.collect()[0]
 
-            self.times = save_checkpoint(folder, collect_content, self._group, keep=keep, numbered=numbered)
-            self.times.blocked = time.perf_counter() - begun
+            self.times = save_checkpoint(folder, collect_content, group, keep=keep, numbered=numbered)
+            self.times.blocked = time.perf_counter() - begin
             return
-        group = self._group
-        staged: list[Content] = []
-        run_on_all_ranks(group, "taken", Path(folder), lambda: staged.append(self._stage(*state.take())))
-        (copied,) = staged
+        copied = run_on_all_ranks(group, "copied to host memory", Path(folder), lambda: self._stage(*state.collect()))
 
         def write() -> None:
             try:
@@ -118,38 +116,36 @@ class Saver:
             except BaseException as error:
                 self._failures.append(error)
 
-        if not self._listens:
-            self._listens = True
+        if not self._reports_at_exit:
+            self._reports_at_exit = True
             atexit.register(_report, self._failures)
         self._thread = threading.Thread(target=write, name="paceline-save")
-        self._holds_step = True
-        blocked = time.perf_counter() - begun
+        self._next_step_waits = True
+        blocked = time.perf_counter() - begin
         self._thread.start()
 
     def _stage(self, content: Content, updated_by_step: set[str]) -> Content:
         common = content.common
         copies = self._stager.stage({**content.shards, **common.tensors}, updated_by_step=updated_by_step)
-        kept = replace(common, tensors={name: copies.pop(name) for name in common.tensors})
-        return replace(content, shards=copies, common=kept)
+        copied_common = replace(common, tensors={name: copies.pop(name) for name in common.tensors})
+        return replace(content, shards=copies, common=copied_common)
 
     @property
     def _group(self) -> Group:
-        """Ranks that may be spoken to while training speaks to them, too."""
+        """A second process group, whose collectives do not mix with those of training."""
         if self._second is None:
             self._second = self._ranks.open_second()
         return self._second
 
     def before_step(self) -> None:
-        """Let a step that would change what is being copied wait for it, on the device.
+        """Make the next optimizer step wait, on the device, for the copies of what it changes.
 
         Raises:
             CheckpointError: The save in flight has failed.
         """
         if self._thread is None:
             return
-        if self._holds_step:
-            self._holds_step = False
-            self._stager.hold_stream()
+        self._hold_stream()
         if not self._thread.is_alive():
             self.wait()
 
@@ -162,19 +158,22 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-            if self._holds_step:
-                self._holds_step = False
-                self._stager.hold_stream()
+            self._hold_stream()
         if self._failures:
             raise self._failures.pop()
 
+    def _hold_stream(self) -> None:
+        if self._next_step_waits:
+            self._next_step_waits = False
+            self._stager.hold_stream()
+
     def release(self) -> None:
-        """Wait for the save in flight, and give the host memory back."""
+        """Wait for the save in flight, and free the host memory."""
         self.wait()
         self._stager.release()
 
 
 def _report(failures: list[BaseException]) -> None:
-    """Say at the end of the program what nobody has asked for since."""
+    """Log at the end of the program the failures that no call has raised."""
     for failure in failures:
         _LOG.error("the last save failed: %s", failure)

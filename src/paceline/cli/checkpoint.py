@@ -14,9 +14,9 @@ from paceline.cli.click_helpers import PathType, examples
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from paceline.checkpoint import Checkpoint, Found
-    from paceline.checkpoint.foreign import ForeignState
-    from paceline.checkpoint.portable_state import ForeignOptimizer
+    from paceline.checkpoint import CatalogEntry, Checkpoint
+    from paceline.checkpoint.foreign import PortableState
+    from paceline.checkpoint.portable_state import PortableOptimizer
 
 _HELP = """List, inspect and verify checkpoints; export their weights; convert them to other formats.
 
@@ -73,30 +73,30 @@ def list_command(folder: Path, as_json: bool) -> None:
 
 
 def _inspect_hint(folder: Path) -> str:
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
 
-    is_one = (folder / MANIFEST).exists() or recognise(folder) is not None
+    is_one = (folder / MANIFEST).exists() or detect_format(folder) is not None
     return f"; it is a checkpoint itself: paceline checkpoint inspect {folder}" if is_one else ""
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     from paceline.checkpoint import find_checkpoints
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
 
     checkpoints = find_checkpoints(folder)
     known = {found.folder for found in checkpoints}
     yield from (_row(found, folder) for found in checkpoints)
     for root in (folder, folder / "checkpoints"):
         for path in sorted(root.iterdir()) if root.is_dir() else ():
-            kind = recognise(path) if path not in known and path.is_dir() else None
+            kind = detect_format(path) if path not in known and path.is_dir() else None
             if kind is not None:
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 name = str(path.relative_to(folder))
                 yield {"name": name, "format": kind, "size": size, "state": "", "problem": ""}
 
 
-def _row(found: Found, folder: Path) -> dict[str, Any]:
+def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": str(found.folder.relative_to(folder)), "format": "paceline"}
     if found.checkpoint is None:
         return row | {"state": "not whole", "problem": found.problem}
@@ -145,7 +145,7 @@ def inspect_command(checkpoint: Path, tensors: bool, as_json: bool) -> None:
         _print_table(rows, ["tensor", "shape", "dtype", "size"])
 
 
-def _summary(state: ForeignState) -> dict[str, Any]:
+def _summary(state: PortableState) -> dict[str, Any]:
     summary: dict[str, Any] = {"folder": str(state.folder), "format": state.kind, "step": state.step}
     if state.kind == "paceline":
         summary |= _manifest_summary(state.folder)
@@ -167,7 +167,7 @@ def _summary(state: ForeignState) -> dict[str, Any]:
     return summary
 
 
-def _describe_optimizer(optimizer: ForeignOptimizer) -> str:
+def _describe_optimizer(optimizer: PortableOptimizer) -> str:
     kinds = sorted({slot for tensors in optimizer.slots.values() for slot in tensors})
     state = ", ".join(kinds) or "no tensors"
     return f"{state} of {len(optimizer.slots)} parameters in {len(optimizer.groups)} groups"
@@ -189,7 +189,7 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
     }
 
 
-def _tensor_rows(state: ForeignState) -> Iterator[dict[str, Any]]:
+def _tensor_rows(state: PortableState) -> Iterator[dict[str, Any]]:
     families = [("model", state.weights)]
     for index, optimizer in enumerate(state.optimizers):
         family = f"optimizer_{index}" if index else "optimizer"
@@ -239,9 +239,9 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
 
 def _verify(folder: Path) -> str:
     from paceline.checkpoint import open_checkpoint
-    from paceline.checkpoint.foreign import open_foreign, recognise
+    from paceline.checkpoint.foreign import detect_format, open_foreign
 
-    if recognise(folder) is None:
+    if detect_format(folder) is None:
         checkpoint = open_checkpoint(folder)
         with _progress(f"verify {folder.name}", _size_of(checkpoint)) as advance:
             checkpoint.verify(advance)
@@ -317,11 +317,11 @@ def export(
 
 def _refuse_state(out: Path) -> None:
     """Refuse to write into a checkpoint, which would no longer be whole."""
-    from paceline.checkpoint.foreign import recognise
+    from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError
 
-    if (out / MANIFEST).exists() or recognise(out) not in (None, "weights"):
+    if (out / MANIFEST).exists() or detect_format(out) not in (None, "weights"):
         raise UsageError(f"{out} holds a checkpoint", "Its weights would be overwritten", "Name another folder")
 
 
@@ -358,7 +358,7 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     --parameters, or load the folder in the script itself with `accelerator.load_state`, which knows them.
     """  # noqa: D301
     from paceline.checkpoint.foreign import open_any
-    from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+    from paceline.checkpoint.foreign.writers import WRITERS, total_bytes
     from paceline.errors import UsageError
 
     if out.exists() and any(out.iterdir()):

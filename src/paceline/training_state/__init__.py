@@ -1,1 +1,1 @@
-"""What the state of a run is, when and where it is saved, and how it comes back."""
+"""The state of a run: what it consists of, when and where it is saved, and how it is loaded."""

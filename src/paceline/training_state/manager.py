@@ -8,7 +8,14 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import Saver, find_checkpoints, find_foreign, next_number, open_checkpoint
+from paceline.checkpoint import (
+    Saver,
+    find_checkpoints,
+    find_foreign,
+    is_foreign_state,
+    next_number,
+    open_checkpoint,
+)
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.training_state.preemption import Preempted, Preemption
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from paceline.checkpoint import Checkpoint
-    from paceline.checkpoint.writing import SaveTimings
+    from paceline.checkpoint.save_load import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
     from paceline.data import ActiveLoaders
@@ -47,7 +54,7 @@ class CheckpointManager:
     Prepared optimizers keep it alive, prepared loaders do not.
 
     Args:
-        project: Where the run keeps its files.
+        project: Folder and naming options.
         group: All ranks.
         take_state: Returns the training state, in live memory.
         registered: Objects of the script that checkpoints contain; `register` adds to it.
@@ -81,8 +88,11 @@ class CheckpointManager:
     def register(self, *objects: Any) -> None:
         """Add objects of the script to the state.
 
+        Args:
+            *objects: Instances with `state_dict` and `load_state_dict`; known ones are ignored.
+
         Raises:
-            StateError: Some have no `state_dict` and `load_state_dict`; lists them.
+            StateError: Some lack these methods, or are classes; lists them.
         """
         unfit = [
             f"{_kind_of(item)} (number {index})"
@@ -93,8 +103,8 @@ class CheckpointManager:
         if unfit:
             raise StateError(
                 f"{', '.join(unfit)} cannot be registered for checkpoints",
-                "Their state is taken by state_dict() and given back by load_state_dict(state)",
-                "Add both methods, and register objects, not classes",
+                "Objects are saved with state_dict() and restored with load_state_dict(state)",
+                "Add both methods, and register instances, not classes",
             )
         self._registered.extend(item for item in objects if not any(item is known for known in self._registered))
 
@@ -112,12 +122,12 @@ class CheckpointManager:
 
     @property
     def times(self) -> SaveTimings | None:
-        """Seconds that the last save took on this rank; None before the first has ended."""
+        """How long the last save took on this rank; None before the first has ended."""
         return self._saver.times
 
     @property
     def next_iteration(self) -> int:
-        """Number of the next checkpoint that is named automatically."""
+        """Number of the next automatically named checkpoint."""
         folder = self._numbered_folder
         return self._project.iteration if folder is None else next_number(folder, self._project.iteration)
 
@@ -139,7 +149,7 @@ class CheckpointManager:
         self._window.require_no_gradients("save_state")
         # The folder of a save in flight is not on the disk yet, so its number is not known.
         self.wait()
-        folder = self._where_to_save(output_dir)
+        folder = self._save_folder(output_dir)
         if blocking is None:
             blocking = not self._project.save_in_background
         hook = self._run_save_hooks if self._save_hooks else None
@@ -168,26 +178,26 @@ class CheckpointManager:
         except Exception as error:
             failure = error
         # Scripts often write, and empty the lists, on the main process only.
-        left = min(self._group.all_gather_object(len(weights)))
+        num_left = min(self._group.all_gather_object(len(weights)))
         if failure is not None:
             raise failure
-        return state.without_weights(state.models[left:])
+        return state.without_weights(state.models[num_left:])
 
-    def _where_to_save(self, output_dir: str | os.PathLike[str] | None) -> Path:
+    def _save_folder(self, output_dir: str | os.PathLike[str] | None) -> Path:
         numbered = self._numbered_folder
         if numbered is None:
             if output_dir is None:
                 raise CheckpointError(
                     "save_state() was called without a folder",
-                    "Checkpoints are numbered only with ProjectConfiguration(automatic_checkpoint_naming=True)",
-                    "Pass a folder, or give the Accelerator such a project_config",
+                    "Only ProjectConfiguration(automatic_checkpoint_naming=True) names checkpoints automatically",
+                    "Pass a folder, or create the Accelerator with such a project_config",
                 )
             return _expanded(output_dir)
         if output_dir is not None:
             raise CheckpointError(
                 f"save_state({os.fspath(output_dir)!r}) was called with automatic_checkpoint_naming",
                 f"Checkpoints are then numbered in {numbered}, and the folder would be ignored",
-                "Leave the folder out, or switch automatic_checkpoint_naming off",
+                "Omit the folder, or turn automatic_checkpoint_naming off",
             )
         number = self._group.broadcast_object(self.next_iteration if self._group.rank == 0 else 0)
         return numbered / f"checkpoint_{number}"
@@ -240,17 +250,13 @@ class CheckpointManager:
 
     def _is_foreign(self, folder: Path) -> bool:
         """Whether all ranks see a training state of another library in this folder."""
-        from paceline.checkpoint.foreign import recognise
-
-        # Weights alone are no training state.
-        foreign = recognise(folder) not in (None, "weights")
-        return all(self._group.all_gather_object(foreign))
+        return all(self._group.all_gather_object(is_foreign_state(folder)))
 
     def _import_foreign(self, folder: Path, *, strict: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
 
         for line in import_foreign_state(self._run_load_hooks(folder), folder, strict=strict):
-            _LOG.log(logging.WARNING if line.startswith("left") else logging.INFO, "%s: %s", folder.name, line)
+            _LOG.log(logging.WARNING if line.startswith("skipped") else logging.INFO, "%s: %s", folder.name, line)
         return str(folder)
 
     def _project_folder(self) -> Path:
@@ -296,9 +302,9 @@ class CheckpointManager:
             _LOG.warning("skipped %s: another library wrote it; load_state('%s') imports it", other.name, other)
         if skipped:
             raise DamagedCheckpointError(
-                f"None of the {skipped} checkpoints in {project} is whole",
-                "The lines before say what is wrong with each",
-                "Repair one, or move them away to start anew",
+                f"None of the {skipped} checkpoints in {project} is complete",
+                "The warnings above say what is wrong with each",
+                "Restore one of them, or move them away to start from scratch",
             )
         return None
 

@@ -1,6 +1,6 @@
-"""Taking over a training that another library has saved, under any strategy: what fits, with a line for each thing.
+"""Loading a training state of another library, under any strategy; reports what was loaded and what was skipped.
 
-Every rank maps the files and copies its own runs of each tensor, one tensor at a time.
+Every rank maps the files and copies its own shard of each tensor, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -11,206 +11,221 @@ import torch
 
 from paceline.checkpoint.foreign import open_foreign
 from paceline.environment.rng_state import set_rng_states
-from paceline.errors import CheckpointError, PacelineError, StateError, named, named_ranks
+from paceline.errors import CheckpointError, PacelineError, StateError, named_ranks
 from paceline.training_state.registered_tensors import LiveTensors
-from paceline.training_state.state import numbered
+from paceline.training_state.state import name_differences, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from paceline.checkpoint import TensorShard
-    from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Tensors
+    from paceline.checkpoint.foreign import LazyTensors, PortableOptimizer, PortableState
     from paceline.training_state.state import TrainingState
 
 __all__ = ["import_foreign_state"]
 
 
 def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = True) -> list[str]:
-    """Fill a prepared run from a folder of Accelerate, DeepSpeed or torch.distributed.checkpoint.
+    """Load a folder of Accelerate, DeepSpeed or torch.distributed.checkpoint into a prepared run.
 
     Collective: every rank must call it.
 
     Args:
-        state: Of this run.
+        state: The state of this run.
         folder: The same on all ranks.
-        strict: Refuse weights that are missing or too many; else they are named in a line.
+        strict: Refuse missing and unexpected weights; if False, they are only reported.
 
     Returns:
-        A sentence for each thing that was taken or left.
+        A line for each thing that was loaded or skipped.
 
     Raises:
-        CheckpointError: It cannot be read, or holds other weights than this run.
-        StateError: An optimizer or an object of the script does not fit.
+        CheckpointError: It cannot be read, or its weights do not match the model.
+        StateError: An optimizer or a registered object does not fit.
     """
-    return _Adoption(state, _open(state, folder), strict).lines()
+    return _Import(state, _open(state, folder), strict).run()
 
 
-def _open(state: TrainingState, folder: Path) -> ForeignState:
+def _open(state: TrainingState, folder: Path) -> PortableState:
     """Open a folder that all ranks can read."""
     group = state.strategy.context.group
-    found: ForeignState | None = None
+    opened: PortableState | None = None
     problem = ""
     try:
-        found = open_foreign(folder, [_order(state, index) for index in range(len(state.optimizers))])
+        opened = open_foreign(folder, [_parameter_order(state, index) for index in range(len(state.optimizers))])
     except (PacelineError, OSError, ValueError, KeyError, TypeError) as error:
         problem = f"rank {group.rank}: {error}"
     problems = [text for text in group.all_gather_object(problem) if text]
-    if problems or found is None:
+    if problems or opened is None:
         raise CheckpointError(f"{folder} cannot be loaded", problems[0], "")
-    return found
+    return opened
 
 
-def _order(state: TrainingState, index: int) -> list[str]:
+def _parameter_order(state: TrainingState, index: int) -> list[str]:
     """The names of an optimizer's parameters, group by group."""
     groups = state.strategy.optimizer_state(state.optimizers[index].optimizer, state.names()).groups
     return [name for group in groups for name in group["params"]]
 
 
-class _Adoption:
-    """One run taking over one folder."""
+class _Import:
+    """Loads one foreign state into one run."""
 
-    def __init__(self, state: TrainingState, found: ForeignState, strict: bool) -> None:
+    def __init__(self, state: TrainingState, foreign: PortableState, strict: bool) -> None:
         self._state = state
-        self._found = found
+        self._foreign = foreign
         self._strict = strict
         self._lines: list[str] = []
 
-    def lines(self) -> list[str]:
-        """Take everything, in an order in which nothing is lost; say what."""
-        self._take_weights()
-        self._take_optimizers()
+    def run(self) -> list[str]:
+        """Load everything; return the report."""
+        self._load_weights()
+        self._load_optimizers()
         self._state.strategy.state_written()
-        self._take_each("scheduler", self._state.schedulers, self._found.schedulers)
-        live = LiveTensors(self._state.custom) if self._found.custom else None
-        custom = [held if live is None else live.fitted(i, held) for i, held in enumerate(self._found.custom)]
-        self._take_each("custom object", self._state.custom, custom)
-        self._take_scaler()
-        self._take_generators()
+        self._load_each("scheduler", self._state.schedulers, self._foreign.schedulers)
+        self._load_each("custom object", self._state.custom, self._custom_states())
+        self._load_scaler()
+        self._load_generators()
         if self._state.loaders:
-            self._lines.append("left: positions of loaders; the folder has none, so the next pass begins an epoch")
-        return [*self._lines, *self._found.notes]
+            self._lines.append("skipped: loader positions; the folder has none, so loaders start a new epoch")
+        return [*self._lines, *self._foreign.notes]
 
-    def _take_weights(self) -> None:
-        shards = {name.removeprefix("model/"): part for name, part in self._state.model_parts().items()}
+    def _custom_states(self) -> list[Any]:
+        """The states of custom objects, with the tensors sharded that the objects have sharded."""
+        if not self._foreign.custom:
+            return []
+        live = LiveTensors(self._state.custom)
+        return [live.shard_like_live(index, saved) for index, saved in enumerate(self._foreign.custom)]
+
+    def _load_weights(self) -> None:
+        shards = {name.removeprefix("model/"): shard for name, shard in self._state.model_shards().items()}
         aliases = self._aliases()
-        weights = self._found.weights
-        held = {name: next((n for n in (name, *aliases.get(name, ())) if n in weights), None) for name in shards}
-        missing = [name for name, source in held.items() if source is None]
-        known = set(shards) | {alias for others in aliases.values() for alias in others}
-        unexpected = [name for name in weights if name not in known]
-        sides = [f"missing from it: {named(missing)}"] if missing else []
-        sides += [f"only in it: {named(unexpected)}"] if unexpected else []
-        if sides and self._strict:
+        sources = {name: self._source_name(name, aliases) for name in shards}
+        missing = [name for name, source in sources.items() if source is None]
+        problems = self._mismatches(missing, set(shards).union(*aliases.values()))
+        for name, source in sources.items():
+            if source is not None:
+                _fill(name, shards[name], self._foreign.weights, source)
+        self._lines.append(f"loaded: {len(shards) - len(missing)} weights")
+        self._lines += [f"skipped: weights {problem}" for problem in problems]
+
+    def _source_name(self, name: str, aliases: Mapping[str, Sequence[str]]) -> str | None:
+        """The name under which the folder has a weight, or None."""
+        names = (name, *aliases.get(name, ()))
+        return next((each for each in names if each in self._foreign.weights), None)
+
+    def _mismatches(self, missing: Sequence[str], known: set[str]) -> list[str]:
+        """What differs between the weights of the folder and of the model; an error if strict."""
+        unexpected = [name for name in self._foreign.weights if name not in known]
+        problems = name_differences(missing, unexpected)
+        if problems and self._strict:
             raise CheckpointError(
-                f"{self._found.folder} holds other weights than this run",
-                "; ".join(sides),
+                f"The weights in {self._foreign.folder} do not match the model",
+                "; ".join(problems),
                 "Build the same model, or load with strict=False",
             )
-        for name, part in shards.items():
-            source = held[name]
-            if source is not None:
-                _fill(name, part, weights, source)
-        self._lines += [f"took: {len(shards) - len(missing)} weights", *(f"left: weights {side}" for side in sides)]
+        return problems
 
     def _aliases(self) -> dict[str, list[str]]:
-        """For each weight the further names of it, of which a folder may have any."""
-        found: dict[str, list[str]] = {}
+        """For each tied weight its other names; a folder may have any of them."""
+        aliases: dict[str, list[str]] = {}
         for index, model in enumerate(self._state.models):
             prefix = f"{numbered('model', index)}/" if index else ""
             for alias, name in self._state.strategy.tied_names(model).items():
-                found.setdefault(prefix + name, []).append(prefix + alias)
-        return found
+                aliases.setdefault(prefix + name, []).append(prefix + alias)
+        return aliases
 
-    def _take_optimizers(self) -> None:
-        mine, theirs = self._state.optimizers, self._found.optimizers
-        if not theirs:
-            self._lines += ["left: optimizer; the folder has none, so it begins anew"] if mine else []
+    def _load_optimizers(self) -> None:
+        optimizers, saved = self._state.optimizers, self._foreign.optimizers
+        if not saved:
+            self._lines += ["skipped: optimizer; the folder has none, so its state starts empty"] if optimizers else []
             return
-        self._compare_counts("optimizer", len(mine), len(theirs))
-        for index, held in enumerate(theirs[: len(mine)]):
-            self._take_optimizer(index, held)
-            self._lines.append(f"took: optimizer {index}, at step {mine[index].num_steps}")
+        self._compare_counts("optimizer", len(optimizers), len(saved))
+        for index, optimizer in enumerate(saved[: len(optimizers)]):
+            self._load_optimizer(index, optimizer)
+            self._lines.append(f"loaded: optimizer {index}, at step {optimizers[index].num_steps}")
 
-    def _take_optimizer(self, index: int, held: ForeignOptimizer) -> None:
+    def _load_optimizer(self, index: int, saved: PortableOptimizer) -> None:
         wrapper, strategy, names = self._state.optimizers[index], self._state.strategy, self._state.names()
-        slots = {name: {slot: tensors.slot(slot) for slot in tensors} for name, tensors in held.slots.items()}
-        strategy.make_slots(wrapper.optimizer, names, slots, held.numbers)
-        mine = strategy.optimizer_state(wrapper.optimizer, names)
-        strategy.set_groups(wrapper.optimizer, names, _in_order(held.groups, mine.groups))
-        for name, shards in mine.slots.items():
-            for slot, part in shards.items():
-                _fill(f"{name}: {slot}", part, held.slots[name], slot)
-        wrapper.num_steps = self._found.step or held.steps
+        slots = {name: {slot: tensors.slot(slot) for slot in tensors} for name, tensors in saved.slots.items()}
+        strategy.make_slots(wrapper.optimizer, names, slots, saved.numbers)
+        live = strategy.optimizer_state(wrapper.optimizer, names)
+        strategy.set_groups(wrapper.optimizer, names, _in_live_order(saved.groups, live.groups))
+        for name, shards in live.slots.items():
+            for slot, shard in shards.items():
+                _fill(f"{name}: {slot}", shard, saved.slots[name], slot)
+        wrapper.num_steps = self._foreign.step or saved.steps
 
-    def _compare_counts(self, what: str, mine: int, theirs: int) -> None:
-        if mine == theirs:
+    def _compare_counts(self, what: str, num_prepared: int, num_saved: int) -> None:
+        if num_prepared == num_saved:
             return
-        seen = f"{theirs} {what}s, and there are {mine} here"
+        counts = f"{num_saved} {what}s, and this run has {num_prepared}"
         if self._strict:
             raise StateError(
-                f"{self._found.folder} holds {seen}",
+                f"{self._foreign.folder} holds {counts}",
                 "They are matched by the order in which they were prepared or registered",
                 "Prepare and register the same objects in the same order before load_state, or load with strict=False, "
-                "which leaves the others out",
+                "which skips the others",
             )
-        self._lines.append(f"left: all but the first {min(mine, theirs)} of {seen}")
+        self._lines.append(f"skipped: all but the first {min(num_prepared, num_saved)} of {counts}")
 
-    def _take_each(self, what: str, mine: Sequence[Any], theirs: Sequence[Any]) -> None:
-        if theirs:
-            self._compare_counts(what, len(mine), len(theirs))
-        if mine and not theirs:
-            self._lines.append(f"left: {what}s; the folder has none")
-        for index, (item, held) in enumerate(zip(mine, theirs, strict=False)):
-            if held is None:
+    def _load_each(self, what: str, prepared: Sequence[Any], states: Sequence[Any]) -> None:
+        if states:
+            self._compare_counts(what, len(prepared), len(states))
+        elif prepared:
+            self._lines.append(f"skipped: {what}s; the folder has none")
+        for index, (item, saved) in enumerate(zip(prepared, states, strict=False)):
+            if saved is None:
                 continue
-            item.load_state_dict(held)
-            counted = held.get("last_epoch") if isinstance(held, dict) and what == "scheduler" else None
-            if counted is not None and self._found.step and counted != self._found.step:
+            item.load_state_dict(saved)
+            epoch = saved.get("last_epoch") if isinstance(saved, dict) and what == "scheduler" else None
+            if epoch is not None and self._foreign.step and epoch != self._foreign.step:
                 self._lines.append(
-                    f"took: scheduler {index} at {counted} after {self._found.step} optimizer steps, as it was; here "
-                    "it moves once per optimizer step, so check how many steps it was built for"
+                    f"loaded: scheduler {index} at {epoch} after {self._foreign.step} optimizer steps, unchanged; here "
+                    "it advances once per optimizer step, so check the number of steps that it was built for"
                 )
             else:
-                self._lines.append(f"took: {what} {index}")
+                self._lines.append(f"loaded: {what} {index}")
 
-    def _take_scaler(self) -> None:
-        scaler, held = self._state.scaler, self._found.scaler
-        if scaler is not None and held:
-            scaler.load_state_dict(held)
-            self._lines.append("took: loss scaler")
+    def _load_scaler(self) -> None:
+        scaler, saved = self._state.scaler, self._foreign.scaler
+        if scaler is not None and saved:
+            scaler.load_state_dict(saved)
+            self._lines.append("loaded: loss scaler")
 
-    def _take_generators(self) -> None:
-        strategy = self._state.strategy
-        held = self._found.generators.get(strategy.context.group.rank)
-        whole = held is not None and {"python", "numpy", "torch"} <= held.keys()
-        if held is not None and whole:
-            set_rng_states(held, strategy.context.device)
-        taken = strategy.context.group.all_gather_object(whole)
-        ranks = [rank for rank, did in enumerate(taken) if did]
+    def _load_generators(self) -> None:
+        context = self._state.strategy.context
+        saved = self._foreign.generators.get(context.group.rank, {})
+        complete = {"python", "numpy", "torch"} <= saved.keys()
+        if complete:
+            set_rng_states(saved, context.device)
+        loaded = context.group.all_gather_object(complete)
+        ranks = [rank for rank, done in enumerate(loaded) if done]
         if ranks:
-            self._lines.append(f"took: random generators of {named_ranks(ranks)}")
-        if len(ranks) < len(taken):
-            self._lines.append("left: random generators of the other ranks; the folder has none for them")
+            self._lines.append(f"loaded: random generators of {named_ranks(ranks)}")
+        if len(ranks) < len(loaded):
+            self._lines.append("skipped: random generators of the other ranks; the folder has none for them")
 
 
-def _fill(name: str, part: TensorShard, tensors: Tensors, source: str) -> None:
-    """Copy this rank's run out of a whole tensor, which is let go afterwards."""
+def _fill(name: str, shard: TensorShard, tensors: LazyTensors, source: str) -> None:
+    """Copy this rank's shard from a whole tensor, which is released afterwards."""
     shape = tensors.slot(source).shape
-    if shape != part.shape:
+    if shape != shard.shape:
         raise CheckpointError(
-            f"{name} has shape {shape} in the folder and {part.shape} here",
+            f"{name} has shape {shape} in the folder and {shard.shape} in this run",
             "A tensor of another shape cannot be loaded",
             "Build the model that was saved",
         )
-    if part.stop > part.start:
-        values = tensors[source].reshape(-1)[part.start : part.stop]
+    if shard.stop > shard.start:
+        values = tensors[source].reshape(-1)[shard.start : shard.stop]
         with torch.no_grad():
-            part.write(part.start, values.to(device=part.values.device, dtype=part.dtype))
+            shard.write(shard.start, values.to(device=shard.values.device, dtype=shard.dtype))
 
 
-def _in_order(theirs: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Saved groups with their parameters in this run's order, where the same ones stand in each group."""
-    if len(theirs) != len(mine) or any(set(a["params"]) != set(b["params"]) for a, b in zip(theirs, mine, strict=True)):
-        return [dict(group) for group in theirs]
-    return [{**held, "params": list(own["params"])} for held, own in zip(theirs, mine, strict=True)]
+def _in_live_order(saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Saved groups with their parameters in this run's order, if every group has the same parameters."""
+    same = len(saved) == len(live) and all(
+        set(group["params"]) == set(own["params"]) for group, own in zip(saved, live, strict=True)
+    )
+    if not same:
+        return [dict(group) for group in saved]
+    return [{**group, "params": list(own["params"])} for group, own in zip(saved, live, strict=True)]

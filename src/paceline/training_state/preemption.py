@@ -1,8 +1,8 @@
-"""A signal that asks a run to make room: one rank gets it, all agree where to stop, and stop there.
+"""Preemption: when one rank receives a signal, all ranks agree on a batch, save there and stop.
 
-Nothing is exchanged while no signal comes. A rank that gets one leaves a note for the others; each then says how far
-it may go before it knows more, and the farthest of these points is where all stop. The points are batches handed out
-by prepared loaders, which all ranks count alike.
+Nothing is exchanged until a signal arrives. The rank that receives one posts it to the others. Each rank then posts
+the earliest batch at which it could stop, and all stop at the latest of them. Batches are those of prepared loaders,
+which all ranks count alike.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 __all__ = ["Preempted", "Preemption"]
 
 _LOG = get_logger(__name__)
-_POLL = 0.25
-_PATIENCE = 60.0
+_POLL_SECONDS = 0.25
+_TIMEOUT = 60.0
 
 
 class Preempted(SystemExit):
-    """Ends a run that was asked to make room, after its state was saved."""
+    """Ends a preempted run, after its state was saved."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
 
 
 class Preemption:
-    """Watches for signals on all ranks and finds a point at which all of them can act.
+    """Watches for signals on all ranks and finds a batch at which all of them can stop.
 
-    The first signal is noted; a second one does what it did before.
+    The first signal is recorded; a second one has its original effect.
 
     Args:
         group: All ranks.
         signals: Names, such as `SIGTERM`.
-        act: Called on all ranks at the point that was agreed on.
+        act: Called on all ranks at the batch agreed on.
     """
 
     def __init__(self, group: Group, signals: Iterable[str], act: Callable[[], None]) -> None:
@@ -55,39 +55,39 @@ class Preemption:
         self._limit: int | None = None
         self._agreed = threading.Event()
         self._lock = threading.Lock()
-        self._old: dict[int, Any] = {}
+        self._original_handlers: dict[int, Any] = {}
         self._closed = threading.Event()
         self._board = group.open_board(group.broadcast_object(f"preemption/{time.time_ns()}"))
         if threading.current_thread() is threading.main_thread():
             for name in signals:
                 number = signal.Signals[name]
-                self._old[number] = signal.signal(number, self._note)
+                self._original_handlers[number] = signal.signal(number, self._on_signal)
         self._watcher = threading.Thread(target=self._watch, name="paceline-preemption", daemon=True)
         self._watcher.start()
-        # A thread that is in the store's C++ when the interpreter ends takes the process down with SIGABRT.
+        # A thread inside the store's C++ code when the interpreter ends aborts the process (SIGABRT).
         atexit.register(self.close)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        # Nothing else is safe inside a handler; the watcher tells the others.
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        # Nothing else is safe inside a signal handler; the watcher notifies the other ranks.
         self._received = signal.Signals(number).name
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._original_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._old.clear()
+        self._original_handlers.clear()
 
     def close(self) -> None:
-        """Stop watching; signals do again what they did before."""
+        """Stop watching and restore the signal handlers."""
         self._closed.set()
         atexit.unregister(self.close)
         if threading.current_thread() is not self._watcher:
-            self._watcher.join(_PATIENCE)
+            self._watcher.join(_TIMEOUT)
         if threading.current_thread() is threading.main_thread():
             self._restore()
 
     def reach_point(self) -> None:
-        """Pass a point at which the run could be stopped, or act there if it is the one agreed on."""
+        """Count one batch; save and stop here if the ranks agreed on it."""
         with self._lock:
             self._points += 1
             limit = self._limit
@@ -95,10 +95,10 @@ class Preemption:
             self._stop_or_pass()
 
     def _stop_or_pass(self) -> None:
-        if not self._agreed.wait(_PATIENCE):
+        if not self._agreed.wait(_TIMEOUT):
             raise CollectiveError(
-                f"Rank {self._group.rank} was asked to stop and did not hear where within {_PATIENCE:.0f} s",
-                "Some rank does not run any more",
+                f"The ranks did not agree within {_TIMEOUT:.0f} s where to stop (rank {self._group.rank})",
+                "Some rank is no longer running",
                 "Look for the first error among the other ranks",
             )
         assert self._limit is not None
@@ -107,22 +107,22 @@ class Preemption:
             self.close()
             self.act()
 
-    # In the watcher's thread
+    # In the watcher thread
 
     def _watch(self) -> None:
-        while not self._closed.wait(_POLL):
+        while not self._closed.wait(_POLL_SECONDS):
             if self._received is not None:
-                self._board.post("asked", f"{self._received} to rank {self._group.rank}")
-            asked = self._board.read("asked")
-            if asked is not None:
-                _LOG.warning("%s: all ranks stop at the next batch and save", asked)
+                self._board.post("signal", f"{self._received} to rank {self._group.rank}")
+            received = self._board.read("signal")
+            if received is not None:
+                _LOG.warning("%s: all ranks stop at the next batch and save", received)
                 self._agree()
                 return
 
     def _agree(self) -> None:
         with self._lock:
-            self._limit = mine = self._points + 1
-        self._board.post(f"limit/{self._group.rank}", str(mine))
+            self._limit = earliest = self._points + 1
+        self._board.post(f"limit/{self._group.rank}", str(earliest))
         limits: dict[int, int] = {}
         while len(limits) < self._group.size and not self._closed.wait(0.01):
             for rank in range(self._group.size):

@@ -1,7 +1,7 @@
-"""The tensors that objects of the script hold, out and in: of what is sharded, each rank brings its own part.
+"""Saving and loading the tensors of registered objects, of which some may be sharded (DTensors).
 
-An average of FSDP2's parameters, say, is sharded as they are. It is saved like them, in parts that make one whole
-tensor, and comes back as the object has it when it is loaded: sharded, in whatever layout, or whole.
+An average of FSDP2's parameters, for example, is sharded like them. Each rank saves its shard of the whole tensor, and
+when it is loaded, the tensor gets the layout that the object has then: sharded in any way, or whole.
 """
 
 from __future__ import annotations
@@ -22,49 +22,57 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.tensor import DTensor
 
-__all__ = ["LiveTensors", "Room", "give_back", "is_sharded", "refuse_placeholders", "split_sharded"]
+__all__ = [
+    "LiveTensors",
+    "LoadTarget",
+    "is_sharded",
+    "refuse_placeholders",
+    "restore_object",
+    "split_sharded",
+    "state_name",
+]
 
 _LOG = get_logger(__name__)
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is spread over ranks (a DTensor)."""
-    # Nobody has made one as long as the module was not imported, which takes half a second.
+    # Importing the module takes half a second, and without it there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-# Out
+# Saving
 
 
 def split_sharded(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorShard], dict[str, TensorShard]]:
-    """This rank's parts of sharded tensors, and the others, which are whole.
+    """Split tensors into this rank's shards of sharded ones, and whole ones.
 
-    Collective, where a tensor is cut otherwise than into runs of rows: such a one is gathered.
+    Collective: every rank must call it, as a tensor that is not sharded by rows is gathered.
     """
     sharded, whole = {}, {}
     for name, tensor in tensors.items():
         if is_sharded(tensor):
-            sharded[name] = _part_of(tensor)  # type: ignore[arg-type]
+            sharded[name] = _shard_of(tensor)  # type: ignore[arg-type]
         else:
             whole[name] = TensorShard.whole(tensor)
     return sharded, whole
 
 
 @torch.no_grad()
-def _part_of(tensor: DTensor) -> TensorShard:
-    if not _is_cut_by_rows(tensor):
+def _shard_of(tensor: DTensor) -> TensorShard:
+    if not _is_sharded_by_rows(tensor):
         return TensorShard.whole(tensor.full_tensor())
     local = tensor.to_local().detach()
     start = _first_element(tensor) if local.numel() else 0
     return TensorShard(tuple(tensor.shape), start, local)
 
 
-def _is_cut_by_rows(tensor: DTensor) -> bool:
-    """Whether each rank holds one run of the tensor laid out row by row."""
+def _is_sharded_by_rows(tensor: DTensor) -> bool:
+    """Whether each rank has a contiguous range of the tensor in row-major order."""
     from torch.distributed.tensor import Replicate, Shard
 
-    # Not isinstance: a strided shard is one of rows that do not follow each other.
+    # Not isinstance: a _StridedShard has rows that do not follow each other.
     return all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements)
 
 
@@ -76,15 +84,15 @@ def _first_element(tensor: DTensor) -> int:
 
 
 def refuse_placeholders(tensors: Mapping[str, Tensor], released: Iterable[str], count: int) -> None:
-    """Refuse empty copies of parameters whose values the engine has taken away (ZeRO stage 3).
+    """Refuse empty copies of parameters that the engine had released (ZeRO stage 3).
 
     Args:
-        tensors: Of the script's objects.
+        tensors: Tensors of registered objects, by name.
         released: Names of the parameters that are empty between two forwards.
         count: How many parameters the models have.
 
     Raises:
-        StateError: An object holds such copies; names them.
+        StateError: An object has such copies; names them.
     """
     empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
     if not empty:
@@ -93,21 +101,21 @@ def refuse_placeholders(tensors: Mapping[str, Tensor], released: Iterable[str], 
     for name in tensors:
         siblings[name.rpartition(".")[0]] = siblings.get(name.rpartition(".")[0], 0) + 1
     endings = tuple(f".{name}" for name in released)
-    # Averages are kept by name, or in a list of all parameters.
+    # Averages are stored by name, or in a list of all parameters.
     copies = [name for name in empty if name.endswith(endings) or siblings[name.rpartition(".")[0]] == count]
     if endings and copies:
         raise StateError(
             f"{named(copies)} of registered objects are empty copies of parameters",
             "The engine shards every parameter, and leaves an empty one in its place between two forwards",
-            "Take copies inside `with accelerator.gather_parameters(model):`, where the parameters are whole",
+            "Copy them inside `with accelerator.gather_parameters(model):`, where the parameters are whole",
         )
 
 
-# In
+# Loading
 
 
 class LiveTensors:
-    """The tensors that registered objects hold now, by the names that a checkpoint has for them.
+    """The current tensors of registered objects, by their names in a checkpoint.
 
     Args:
         custom: The objects, in the order in which they were registered.
@@ -116,119 +124,116 @@ class LiveTensors:
     def __init__(self, custom: Sequence[Any]) -> None:
         self._tensors: dict[str, Tensor] = {}
         for index, item in enumerate(custom):
-            found: dict[str, Tensor] = {}
+            tensors: dict[str, Tensor] = {}
             try:
-                to_plain(item.state_dict(), state_name(index), found)
+                to_plain(item.state_dict(), state_name(index), tensors)
             except Exception as error:
-                # It may be able to take a state before it can give one.
-                _LOG.debug("registered object %d gives no state before it is loaded: %s", index, error)
-            self._tensors.update(found)
+                # Some objects can load a state before they can return one.
+                _LOG.debug("registered object %d has no state before it is loaded: %s", index, error)
+            self._tensors.update(tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     @property
     def names(self) -> list[str]:
-        """Of all of them."""
+        """The names of all tensors."""
         return list(self._tensors)
 
-    def room(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Room:
-        """Memory for a saved tensor, laid out and placed as the object has it; whole and on the host if it has none.
+    def target(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> LoadTarget:
+        """Memory for a saved tensor, with the layout and device of the object's own; if it has none, whole on the CPU.
 
         Raises:
-            StateError: The object has a sharded one of another shape, or one that is not summed up yet.
+            StateError: The object has a sharded tensor of another shape, or a partial one (pending reduction).
         """
         live = self._tensors.get(name)
         if live is None or not is_sharded(live):
             device = "cpu" if live is None else live.device
-            return Room(TensorShard(shape, 0, torch.empty(shape, dtype=dtype, device=device)))
+            return LoadTarget(TensorShard(shape, 0, torch.empty(shape, dtype=dtype, device=device)))
         if tuple(live.shape) != shape:
             raise StateError(
-                f"{name} has shape {shape} in the checkpoint and {tuple(live.shape)} here, sharded",
-                "A registered object gets its tensors as it has them",
+                f"{name} has shape {shape} in the checkpoint and {tuple(live.shape)} in this run, sharded",
+                "A sharded tensor is loaded with the shape and layout that the object already has",
                 "Build the object from the model that was saved",
             )
-        return Room.like(live, dtype)  # type: ignore[arg-type]
+        return LoadTarget.like(live, dtype)  # type: ignore[arg-type]
 
-    def fitted(self, index: int, state: Any) -> Any:
-        """A state of whole tensors with those sharded that the object has sharded."""
+    def shard_like_live(self, index: int, state: Any) -> Any:
+        """A state of whole tensors, with those sharded that the object has sharded."""
         tensors: dict[str, Tensor] = {}
         plain = to_plain(state, state_name(index), tensors)
         if not any(name in self and is_sharded(self._tensors[name]) for name in tensors):
             return state
         fitted = {}
         for name, tensor in tensors.items():
-            room = self.room(name, tuple(tensor.shape), tensor.dtype)
-            run = tensor.reshape(-1)[room.part.start : room.part.stop]
-            room.part.write(room.part.start, run)
-            fitted[name] = room.tensor()
+            target = self.target(name, tuple(tensor.shape), tensor.dtype)
+            shard = target.shard
+            shard.write(shard.start, tensor.reshape(-1)[shard.start : shard.stop])
+            fitted[name] = target.tensor()
         return from_plain(plain, fitted)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class LoadTarget:
     """Memory that a saved tensor is read into.
 
     Attributes:
-        part: What this rank reads.
-        model: The sharded tensor that it comes back like; None for a whole one.
+        shard: What this rank reads.
+        template: A DTensor with the layout that the result gets; None for a whole tensor.
     """
 
-    part: TensorShard
-    model: DTensor | None = None
+    shard: TensorShard
+    template: DTensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def like(cls, model: DTensor, dtype: torch.dtype) -> Room:
-        """Room for the rows that this rank holds of a tensor like `model`, or for all where it is cut otherwise."""
-        if any(placement.is_partial() for placement in model.placements):
+    def like(cls, template: DTensor, dtype: torch.dtype) -> LoadTarget:
+        """Memory for this rank's rows of a tensor like `template`, or for all of it if it is not sharded by rows."""
+        shape = tuple(template.shape)
+        if any(placement.is_partial() for placement in template.placements):
             raise StateError(
-                f"A registered object holds a tensor of shape {tuple(model.shape)} placed {tuple(model.placements)}",
-                "Its ranks hold summands of it, and what is loaded is the sum",
-                "Let state_dict() give redistributed tensors",
+                f"A registered object has a tensor of shape {shape} placed {tuple(template.placements)}",
+                "Its ranks have summands, and the checkpoint has the sum",
+                "Return redistributed tensors from state_dict()",
             )
-        local = model.to_local()
-        if _is_cut_by_rows(model):
-            start = _first_element(model) if local.numel() else 0
-            values = torch.empty(local.shape, dtype=dtype, device=local.device)
-            return cls(TensorShard(tuple(model.shape), start, values), model)
-        return cls(
-            TensorShard(tuple(model.shape), 0, torch.empty(model.shape, dtype=dtype, device=local.device)), model
-        )
+        local = template.to_local()
+        by_rows = _is_sharded_by_rows(template)
+        start = _first_element(template) if by_rows and local.numel() else 0
+        values = torch.empty(local.shape if by_rows else shape, dtype=dtype, device=local.device)
+        return cls(TensorShard(shape, start, values), template)
 
     def tensor(self) -> Tensor:
-        """What was read, in the layout of the object."""
-        model = self.model
-        if model is None:
-            return self.part.values
+        """The tensor that was read, in the layout of the template."""
+        if self.template is None:
+            return self.shard.values
         from torch.distributed.tensor import DTensor, distribute_tensor
 
-        if not _is_cut_by_rows(model):
-            # Every rank has read all of it, so none has to be sent its part.
-            return distribute_tensor(self.part.values, model.device_mesh, model.placements, src_data_rank=None)
-        stride = torch.empty(model.shape, device="meta").stride()
-        return DTensor.from_local(
-            self.part.values, model.device_mesh, model.placements, run_check=False, shape=model.shape, stride=stride
-        )
+        values, shape = self.shard.values, self.template.shape
+        mesh, placements = self.template.device_mesh, self.template.placements
+        if not _is_sharded_by_rows(self.template):
+            # Every rank has read all of it, so nothing has to be sent.
+            return distribute_tensor(values, mesh, placements, src_data_rank=None)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def state_name(index: int) -> str:
-    """What the names of a registered object's tensors begin with."""
+    """The prefix of the names of a registered object's tensors."""
     return f"custom_{index}/state"
 
 
-def give_back(index: int, item: Any, state: Any, saved: Iterable[str], live: LiveTensors) -> None:
-    """Let a registered object take its state.
+def restore_object(index: int, item: Any, state: Any, saved: Iterable[str], live: LiveTensors) -> None:
+    """Call a registered object's `load_state_dict`.
 
     Args:
-        index: Its place among them.
+        index: Its position among the registered objects.
         item: The object.
-        state: What it gave when it was saved.
+        state: The state to load.
         saved: Names of all tensors in the checkpoint.
-        live: What the objects hold.
+        live: The current tensors of the objects.
 
     Raises:
-        StateError: It failed; says which tensors only one side has.
+        StateError: `load_state_dict` failed; lists the tensors that only one side has.
     """
     try:
         item.load_state_dict(state)
@@ -236,15 +241,19 @@ def give_back(index: int, item: Any, state: Any, saved: Iterable[str], live: Liv
         raise
     except Exception as error:
         prefix = f"{state_name(index)}."
-        theirs = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
-        ours = {name.removeprefix(prefix) for name in live.names if name.startswith(prefix)}
-        sides = [("only saved", theirs - ours), ("only here", ours - theirs)]
-        told = [f"{side}: {named(sorted(names))}" for side, names in sides if names and ours]
+        saved_names = {name.removeprefix(prefix) for name in saved if name.startswith(prefix)}
+        live_names = {name.removeprefix(prefix) for name in live.names if name.startswith(prefix)}
+        only_saved, only_live = sorted(saved_names - live_names), sorted(live_names - saved_names)
+        differences = []
+        if only_saved and live_names:
+            differences.append(f"only saved: {named(only_saved)}")
+        if only_live:
+            differences.append(f"only here: {named(only_live)}")
         raise StateError(
-            f"Registered object {index} ({type(item).__name__}) did not take its state: "
+            f"Registered object {index} ({type(item).__name__}) did not load its state: "
             f"{type(error).__name__}: {error}",
-            "; ".join(told) or "Its load_state_dict raised this",
+            "; ".join(differences) or "Its load_state_dict raised this error",
             "Build it from accelerator.unwrap_model(model), whose names are the same under every strategy"
-            if told
-            else "Let load_state_dict take what state_dict gives",
+            if differences
+            else "Make load_state_dict accept what state_dict returns",
         ) from error

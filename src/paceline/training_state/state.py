@@ -1,7 +1,7 @@
-"""A run's whole training state: what is in it, how it goes to disk and comes back, under any strategy.
+"""A run's complete training state: what it consists of, and how it is saved and loaded under any strategy.
 
-Tensors go by the names that they have in the user's own modules, so ranks, strategies and engines may differ between
-saving and loading. Everything else is JSON. Nothing that is loaded is ever unpickled.
+Tensors have the names of the user's own modules, so the number of ranks and the strategy may differ between saving
+and loading. Everything else is JSON. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
-from paceline.checkpoint.format.dtypes import dtype_named
+from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.logging import get_logger
 from paceline.environment.rng_state import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, named
@@ -23,9 +23,9 @@ from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.training_state.registered_tensors import (
     LiveTensors,
-    give_back,
     is_sharded,
     refuse_placeholders,
+    restore_object,
     split_sharded,
     state_name,
 )
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from paceline.checkpoint import Checkpoint
-    from paceline.checkpoint.writing import Content
+    from paceline.checkpoint.save_load import Content
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import Strategy
-    from paceline.training_state.registered_tensors import Room
+    from paceline.training_state.registered_tensors import LoadTarget
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "name_differences", "numbered"]
 
 _LOG = get_logger(__name__)
 
@@ -54,14 +54,14 @@ class TrainingState:
     """Everything that changes while a run trains.
 
     Attributes:
-        strategy: In force.
-        models: As `prepare` returned them.
-        optimizers: As `prepare` returned them.
-        schedulers: As `prepare` returned them.
-        loaders: As `prepare` returned them.
-        scaler: Of fp16, where the strategy's engine has none.
-        custom: Objects of the script with `state_dict` and `load_state_dict`.
-        omitted: Models whose weights somebody else saves and loads.
+        strategy: The strategy of the run.
+        models: Prepared models.
+        optimizers: Prepared optimizers.
+        schedulers: Prepared schedulers.
+        loaders: Prepared loaders.
+        scaler: The fp16 loss scaler; None if there is none, or the engine has its own.
+        custom: Registered objects with `state_dict` and `load_state_dict`.
+        omitted: Models whose weights are saved and loaded by hooks.
     """
 
     strategy: Strategy
@@ -74,23 +74,26 @@ class TrainingState:
     omitted: Sequence[nn.Module] = ()
 
     def without_weights(self, models: Sequence[nn.Module]) -> TrainingState:
-        """The same state less the weights of some models."""
+        """The same state without the weights of some models."""
         return replace(self, omitted=models)
 
-    # Out
+    # Saving
 
-    def take(self) -> tuple[Content, set[str]]:
-        """What this rank brings to a checkpoint, in live memory, and which parts only an optimizer's step changes.
+    def collect(self) -> tuple[Content, set[str]]:
+        """Collect what this rank saves, in live memory.
+
+        Returns:
+            The content, and the names of the shards that only an optimizer step changes.
 
         Raises:
             StateError: Something cannot be saved; names it.
         """
-        from paceline.checkpoint.writing import Common, Content
+        from paceline.checkpoint.save_load import Common, Content
 
-        left_out = self._frozen_bases()
-        shards = {name: part for name, part in self.model_parts().items() if name not in left_out}
-        groups = self._optimizer_parts(shards)
-        documents = {rank_document(self._rank): json.dumps(self._own())}
+        frozen = self._frozen_bases()
+        shards = {name: shard for name, shard in self.model_shards().items() if name not in frozen}
+        groups = self._add_optimizer_shards(shards)
+        documents = {rank_document(self._rank): json.dumps(self._rank_state())}
         tensors: dict[str, Tensor] = {}
         training = self._training(groups, tensors)
         self._check_custom(tensors, shards)
@@ -100,11 +103,11 @@ class TrainingState:
         common = Common()
         if self._rank == 0:
             common = Common(whole, {TRAINING: json.dumps(training), **self._model_config()})
-        content = Content(shards=shards, documents=documents, common=common, facts=self._facts())
+        content = Content(shards=shards, documents=documents, common=common, manifest=self._manifest())
         return content, self._updated_by_step(shards)
 
     def _check_custom(self, tensors: Mapping[str, Tensor], shards: Mapping[str, TensorShard]) -> None:
-        """Refuse copies of parameters that hold nothing, because the engine had released them."""
+        """Refuse copies of parameters that are empty because the engine had released them."""
         if not any(tensor.numel() == 0 for tensor in tensors.values()):
             return
         released, count = [], 0
@@ -112,8 +115,8 @@ class TrainingState:
             named_parameters = dict(self.strategy.named_parameters(model))
             count += len(named_parameters)
             empty = [name for name, parameter in named_parameters.items() if parameter.numel() == 0]
-            held = self.strategy.model_state(model) if empty else {}
-            released += [name for name in empty if name in held and held[name].numel]
+            states = self.strategy.model_state(model) if empty else {}
+            released += [name for name in empty if name in states and states[name].numel]
         refuse_placeholders(tensors, released, count)
 
     def _training(self, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -129,20 +132,20 @@ class TrainingState:
             "custom": [to_plain(item.state_dict(), state_name(i), tensors) for i, item in enumerate(self.custom)],
         }
 
-    def _own(self) -> dict[str, Any]:
+    def _rank_state(self) -> dict[str, Any]:
         return {
             "loaders": [to_plain(s.state_dict(), f"loader_{index}") for index, s in enumerate(self.loaders)],
             "generators": to_plain(get_rng_states(self.strategy.context.device), "generators"),
         }
 
-    def _facts(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         position = self.loaders[0].state_dict() if self.loaders else {}
         ties: dict[str, str] = {}
         for index, model in enumerate(self.models):
             family = numbered("model", index)
             pairs = self.strategy.tied_names(model).items()
             ties.update((f"{family}/{alias}", f"{family}/{name}") for alias, name in pairs)
-        left_out = self._frozen_bases()
+        frozen = self._frozen_bases()
         return Manifest(
             id="",
             paceline=__version__,
@@ -154,101 +157,104 @@ class TrainingState:
             world_size=self.strategy.context.group.size,
             strategy=self.strategy.name,
             mixed_precision=self.strategy.context.precision.mode,
-            ties={alias: name for alias, name in ties.items() if name not in left_out},
+            ties={alias: name for alias, name in ties.items() if name not in frozen},
         )
 
     def _model_config(self) -> dict[str, str]:
-        """The description that transformers reads beside a model's weights."""
+        """The `config.json` that transformers reads beside a model's weights."""
         model = self.strategy.unwrap(self.models[0]) if self.models else None
-        # Beside adapters it would say that the base model is here.
+        # Beside adapters it would claim that the base model is here.
         config = None if model is None or is_adapted(model) else getattr(model, "config", None)
         text = getattr(config, "to_json_string", None)
         return {"config.json": str(text())} if callable(text) else {}
 
     def _updated_by_step(self, shards: Mapping[str, TensorShard]) -> set[str]:
-        """Names of what an optimizer updates, and of its own state."""
+        """Names of the shards that an optimizer updates, and of its own state."""
         stepped = {id(p) for wrapper in self.optimizers for p in self.strategy.parameters_of(wrapper.optimizer)}
-        names = {f"{self._family(name)}" for key, name in self.names().items() if key in stepped}
+        names = {self._full_name(name) for key, name in self.names().items() if key in stepped}
         return {name for name in shards if name in names or name.startswith("optimizer")}
 
     @staticmethod
-    def _family(name: str) -> str:
+    def _full_name(name: str) -> str:
         return name if name.startswith("model_") and "/" in name else f"model/{name}"
 
-    # In
+    # Loading
 
     def load(self, checkpoint: Checkpoint, *, strict: bool = True) -> None:
-        """Bring everything back, whatever the ranks and the strategy that saved it.
+        """Load everything, whatever number of ranks and strategy saved it.
 
         Collective: every rank must call it.
 
+        Args:
+            checkpoint: On this rank's disk; the same save on all ranks.
+            strict: Refuse missing and unexpected tensors and objects; if False, log a warning.
+
         Raises:
-            CheckpointError: It is damaged, or holds other tensors than this run.
+            CheckpointError: It is damaged, or its tensors do not match those of this run.
             StateError: A state does not fit what was prepared.
         """
-        from paceline.checkpoint.writing import load_shards, run_on_all_ranks
+        from paceline.checkpoint.save_load import load_shards, run_on_all_ranks
 
-        # Damage that only one rank sees must reach the others before they wait for it.
+        # Damage that only one rank sees must reach the others before they wait for that rank.
         run_on_all_ranks(
             self._group, "read", checkpoint.folder, lambda: (checkpoint.training, checkpoint.of_rank(self._rank))
         )
         training = checkpoint.training
-        self._make_room(checkpoint, training, strict=strict)
-        shards = self.model_parts()
-        self._optimizer_parts(shards)
-        known = self._check_names(checkpoint, shards, strict=strict)
+        self._allocate_optimizer_state(checkpoint, training, strict=strict)
+        shards = self.model_shards()
+        self._add_optimizer_shards(shards)
+        matching = self._matching(checkpoint, shards, strict=strict)
         live = LiveTensors(self.custom)
-        rooms = self._rooms(checkpoint, live)
-        self._tell_unsharded(training, live)
-        load_shards(checkpoint, {**known, **{name: room.part for name, room in rooms.items()}}, self._group)
+        targets = self._load_targets(checkpoint, live)
+        self._warn_unsharded(training, live)
+        load_shards(checkpoint, {**matching, **{name: t.shard for name, t in targets.items()}}, self._group)
         self.strategy.state_written()
-        self._load_training(training, {name: room.tensor() for name, room in rooms.items()}, live, strict=strict)
-        self._load_own(checkpoint, strict=strict)
+        self._load_training(training, {name: t.tensor() for name, t in targets.items()}, live, strict=strict)
+        self._load_rank_state(checkpoint, strict=strict)
 
-    def _make_room(self, checkpoint: Checkpoint, training: Mapping[str, Any], *, strict: bool) -> None:
-        for index, (wrapper, held) in enumerate(_pairs(training, "optimizers", self.optimizers, strict=strict)):
-            _check_kind(index, from_plain(held["groups"]), wrapper.param_groups)
+    def _allocate_optimizer_state(self, checkpoint: Checkpoint, training: Mapping[str, Any], *, strict: bool) -> None:
+        for index, (wrapper, saved) in enumerate(_pairs(training, "optimizers", self.optimizers, strict=strict)):
+            _check_kind(index, from_plain(saved["groups"]), wrapper.param_groups)
             names = self.names()
             slots = _slots(checkpoint, f"{numbered('optimizer', index)}/")
-            self.strategy.make_slots(wrapper.optimizer, names, slots, held["numbers"])
-            self.strategy.set_groups(wrapper.optimizer, names, from_plain(held["groups"]))
-            wrapper.num_steps = int(held["steps"])
+            self.strategy.make_slots(wrapper.optimizer, names, slots, saved["numbers"])
+            self.strategy.set_groups(wrapper.optimizer, names, from_plain(saved["groups"]))
+            wrapper.num_steps = int(saved["steps"])
 
-    def _check_names(
+    def _matching(
         self, checkpoint: Checkpoint, shards: Mapping[str, TensorShard], *, strict: bool
     ) -> dict[str, TensorShard]:
-        held = checkpoint.manifest.tensors
-        left_out = self._frozen_bases()
-        missing = [name for name in shards if name not in held and name not in left_out]
-        ours = [name for name in held if name.partition("/")[0].partition("_")[0] in ("model", "optimizer")]
-        unexpected = [name for name in ours if name not in shards]
-        sides = [f"missing from it: {named(missing)}"] if missing else []
-        sides += [f"only in it: {named(unexpected)}"] if unexpected else []
-        if sides and strict:
+        """The shards that the checkpoint has; if strict, it must have all of them and no others."""
+        saved = checkpoint.manifest.tensors
+        frozen = self._frozen_bases()
+        missing = [name for name in shards if name not in saved and name not in frozen]
+        unexpected = [name for name in saved if _kind(name) in ("model", "optimizer") and name not in shards]
+        problems = name_differences(missing, unexpected)
+        if problems and strict:
             raise CheckpointError(
-                f"{checkpoint.folder} holds other tensors than this run",
-                "; ".join(sides),
+                f"The tensors in {checkpoint.folder} do not match this run",
+                "; ".join(problems),
                 "Build the same model and optimizer, or load with strict=False",
             )
-        if sides:
-            _LOG.warning("%s holds other tensors than this run; %s", checkpoint.folder, "; ".join(sides))
-        return {name: part for name, part in shards.items() if name in held}
+        if problems:
+            _LOG.warning("the tensors in %s do not match this run; %s", checkpoint.folder, "; ".join(problems))
+        return {name: shard for name, shard in shards.items() if name in saved}
 
-    def _rooms(self, checkpoint: Checkpoint, live: LiveTensors) -> dict[str, Room]:
-        """Room for the tensors of schedulers and of the script's own objects."""
+    def _load_targets(self, checkpoint: Checkpoint, live: LiveTensors) -> dict[str, LoadTarget]:
+        """Memory for the tensors of schedulers and of registered objects."""
         return {
-            name: live.room(name, record.shape, dtype_named(record.dtype))
+            name: live.target(name, record.shape, dtype_named(record.dtype))
             for name, record in checkpoint.manifest.tensors.items()
-            if name.partition("_")[0] in ("custom", "scheduler") or name.startswith(("scaler/", "engine/"))
+            if _kind(name) in ("scheduler", "scaler", "engine", "custom")
         }
 
-    def _tell_unsharded(self, training: Mapping[str, Any], live: LiveTensors) -> None:
-        """Say which tensors were sharded and come back whole, where the object could have them sharded again."""
+    def _warn_unsharded(self, training: Mapping[str, Any], live: LiveTensors) -> None:
+        """Warn about tensors that were saved sharded and are loaded whole, if the model is sharded in this run."""
         whole = [name for name in training.get("sharded", ()) if name not in live]
         if whole and any(is_sharded(p) for model in self.models for p in model.parameters()):
             _LOG.warning(
-                "%s was saved sharded and comes back whole: the registered object holds nothing there yet. Give it "
-                "its tensors before load_state (an average of parameters: from the prepared model)",
+                "%s was saved sharded and is loaded whole: the registered object has no such tensor yet. Create its "
+                "tensors before load_state (for an average of parameters, from the prepared model)",
                 named(whole),
             )
 
@@ -256,32 +262,32 @@ class TrainingState:
         self, training: Mapping[str, Any], tensors: Mapping[str, Tensor], live: LiveTensors, *, strict: bool
     ) -> None:
         self.strategy.load_engine_state(from_plain(training.get("engine") or {}, tensors))
-        for scheduler, held in _pairs(training, "schedulers", self.schedulers, strict=strict):
-            scheduler.load_state_dict(from_plain(held, tensors))
-        for index, (item, held) in enumerate(_pairs(training, "custom", self.custom, strict=strict)):
-            give_back(index, item, from_plain(held, tensors), tensors, live)
+        for scheduler, saved in _pairs(training, "schedulers", self.schedulers, strict=strict):
+            scheduler.load_state_dict(from_plain(saved, tensors))
+        for index, (item, saved) in enumerate(_pairs(training, "custom", self.custom, strict=strict)):
+            restore_object(index, item, from_plain(saved, tensors), tensors, live)
         if self.scaler is not None and training.get("scaler"):
             self.scaler.load_state_dict(from_plain(training["scaler"], tensors))
 
-    def _load_own(self, checkpoint: Checkpoint, *, strict: bool) -> None:
-        saved = checkpoint.of_rank(self._rank)
-        own = saved or checkpoint.of_rank(0) or {}
-        if own.get("loaders", ()) is None:
-            _LOG.info("%s holds no positions of loaders: the next pass begins an epoch", checkpoint.folder)
+    def _load_rank_state(self, checkpoint: Checkpoint, *, strict: bool) -> None:
+        own = checkpoint.of_rank(self._rank)
+        saved = own or checkpoint.of_rank(0) or {}
+        if saved.get("loaders", ()) is None:
+            _LOG.info("%s has no loader positions: loaders start a new epoch", checkpoint.folder)
         else:
-            for loader, held in _pairs(own, "loaders", self.loaders, strict=strict):
-                loader.load_state_dict(from_plain(held))
-        if saved is not None and saved["generators"]:
-            set_rng_states(from_plain(saved["generators"]), self.strategy.context.device)
+            for loader, position in _pairs(saved, "loaders", self.loaders, strict=strict):
+                loader.load_state_dict(from_plain(position))
+        if own is not None and own["generators"]:
+            set_rng_states(from_plain(own["generators"]), self.strategy.context.device)
         size = checkpoint.manifest.world_size
         if size != self._group.size:
-            # A generator belongs to a rank; there is no right answer for more of them, or fewer.
+            # Each rank has its own generators, so another number of ranks cannot continue them exactly.
             _LOG.info(
-                "%s was saved by %d ranks and is loaded by %d: random generators of ranks from %d on go on as they are",
+                "%s was saved by %d ranks and is loaded by %d: random generators from rank %d on are left unchanged",
                 checkpoint.folder, size, self._group.size, min(size, self._group.size),
             )  # fmt: skip
 
-    # What it is made of
+    # Names and shards
 
     @property
     def _group(self) -> Any:
@@ -293,7 +299,7 @@ class TrainingState:
         return rank
 
     def names(self) -> dict[int, str]:
-        """The names of all parameters by identity; those of further models begin with their family."""
+        """The names of all parameters by `id()`; from the second model on they begin with `model_1/` and so on."""
         names: dict[int, str] = {}
         for index, model in enumerate(self.models):
             prefix = f"{numbered('model', index)}/" if index else ""
@@ -301,17 +307,17 @@ class TrainingState:
                 names.setdefault(id(parameter), prefix + name)
         return names
 
-    def model_parts(self) -> dict[str, TensorShard]:
-        """This rank's part of every weight that is not left to somebody else, by its name in a checkpoint."""
+    def model_shards(self) -> dict[str, TensorShard]:
+        """This rank's shard of every weight, by its name in a checkpoint; without those of `omitted` models."""
         return {
-            f"{numbered('model', index)}/{name}": part
+            f"{numbered('model', index)}/{name}": shard
             for index, model in enumerate(self.models)
             if not any(model is other for other in self.omitted)
-            for name, part in self.strategy.model_state(model).items()
+            for name, shard in self.strategy.model_state(model).items()
         }
 
     def _frozen_bases(self) -> set[str]:
-        """Weights that no checkpoint holds: of base models under PEFT's adapters, as they came from elsewhere."""
+        """Weights that no checkpoint holds: those of frozen base models under PEFT adapters."""
         trained = {id(p) for wrapper in self.optimizers for p in self.strategy.parameters_of(wrapper.optimizer)}
         return {
             f"{numbered('model', index)}/{name}"
@@ -319,16 +325,22 @@ class TrainingState:
             for name in frozen_base(self.strategy.unwrap(model), self.strategy.named_parameters(model), trained)
         }
 
-    def _optimizer_parts(self, shards: dict[str, TensorShard]) -> list[dict[str, Any]]:
-        """Add the optimizers' tensors to `shards`; return what else there is to each."""
-        found = []
+    def _add_optimizer_shards(self, shards: dict[str, TensorShard]) -> list[dict[str, Any]]:
+        """Add the tensors of optimizers to `shards`; return the rest of their states."""
+        states = []
         for index, wrapper in enumerate(self.optimizers):
             state = self.strategy.optimizer_state(wrapper.optimizer, self.names())
             family = numbered("optimizer", index)
             for name, slots in state.slots.items():
-                shards.update((f"{family}/{name}/{key}", part) for key, part in slots.items())
-            found.append({"groups": state.groups, "numbers": state.numbers, "steps": wrapper.num_steps})
-        return found
+                shards.update((f"{family}/{name}/{key}", shard) for key, shard in slots.items())
+            states.append({"groups": state.groups, "numbers": state.numbers, "steps": wrapper.num_steps})
+        return states
+
+
+def name_differences(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
+    """What differs between the tensors of a folder and those of a run, as parts of a sentence."""
+    problems = [f"missing from it: {named(missing)}"] if missing else []
+    return [*problems, f"only in it: {named(unexpected)}"] if unexpected else problems
 
 
 def numbered(what: str, index: int) -> str:
@@ -336,55 +348,65 @@ def numbered(what: str, index: int) -> str:
     return f"{what}_{index}" if index else what
 
 
+def _kind(name: str) -> str:
+    """What a tensor of a checkpoint belongs to: `model` for `model_1/head.weight`."""
+    return name.partition("/")[0].partition("_")[0]
+
+
 def _slots(checkpoint: Checkpoint, prefix: str) -> dict[str, dict[str, Slot]]:
-    found: dict[str, dict[str, Slot]] = {}
+    slots: dict[str, dict[str, Slot]] = {}
     for full, record in checkpoint.manifest.tensors.items():
         if full.startswith(prefix):
             name, _, key = full.removeprefix(prefix).rpartition("/")
-            found.setdefault(name, {})[key] = Slot(record.shape, dtype_named(record.dtype))
-    return found
+            slots.setdefault(name, {})[key] = Slot(record.shape, dtype_named(record.dtype))
+    return slots
 
 
-_SPOKEN = {"custom": "registered objects"}
+_LABELS = {"custom": "registered objects"}
 
 
-def _pairs(saved: Mapping[str, Any], what: str, mine: Sequence[Any], *, strict: bool) -> list[tuple[Any, Any]]:
-    held = saved.get(what) or []
-    seen = f"The checkpoint holds {len(held)} {_SPOKEN.get(what, what)}, and there are {len(mine)} here"
-    if len(held) != len(mine) and strict:
+def _pairs(state: Mapping[str, Any], what: str, prepared: Sequence[Any], *, strict: bool) -> list[tuple[Any, Any]]:
+    """Each prepared object with its saved state."""
+    saved = state.get(what) or []
+    counts = f"The checkpoint holds {len(saved)} {_LABELS.get(what, what)}, and this run has {len(prepared)}"
+    if len(saved) != len(prepared) and strict:
         raise StateError(
-            seen,
+            counts,
             "They are matched by the order in which they were prepared or registered",
             "Prepare and register the same objects in the same order before load_state, or load with strict=False, "
-            "which leaves the others out",
+            "which skips the others",
         )
-    if len(held) != len(mine):
-        _LOG.warning("%s: the first %d were loaded", seen, min(len(held), len(mine)))
-    return list(zip(mine, held, strict=False))
+    if len(saved) != len(prepared):
+        _LOG.warning("%s: the first %d were loaded", counts, min(len(saved), len(prepared)))
+    return list(zip(prepared, saved, strict=False))
 
 
-_OF_SCHEDULES = {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+_SET_BY_SCHEDULERS = {"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 
 
-def _check_kind(index: int, saved: Sequence[Mapping[str, Any]], mine: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse the state of another kind of optimizer: each has numbers that the other does not know.
+def _check_kind(index: int, saved: Sequence[Mapping[str, Any]], prepared: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse the state of another kind of optimizer: each kind has hyperparameters that the other lacks.
 
-    Only numbers tell: switches come and go with versions, and engines have some of their own.
+    Only numbers are compared: flags differ between versions, and engines add their own.
     """
-
-    def numbers(groups: Sequence[Mapping[str, Any]]) -> set[str]:
-        return {
-            key
-            for group in groups
-            for key, value in group.items()
-            if key != "params" and isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool)
-        } - _OF_SCHEDULES
-
-    theirs, ours = numbers(saved) - numbers(mine), numbers(mine) - numbers(saved)
-    if saved and mine and theirs and ours:
+    saved_numbers, prepared_numbers = _hyperparameters(saved), _hyperparameters(prepared)
+    only_saved = sorted(saved_numbers - prepared_numbers)
+    only_prepared = sorted(prepared_numbers - saved_numbers)
+    if saved and prepared and only_saved and only_prepared:
         raise StateError(
-            f"Optimizer {index} of the checkpoint has {named(sorted(theirs))}, and the one here {named(sorted(ours))}",
-            "They are of different kinds, and the state of one means nothing to the other",
-            "Make the optimizer that was saved; for the weights alone, prepare the model without one and load with "
+            f"Optimizer {index} of the checkpoint has {named(only_saved)}, but the one in this run has "
+            f"{named(only_prepared)}",
+            "They are of different kinds, so the state of one cannot be loaded into the other",
+            "Create the optimizer that was saved; to load only the weights, prepare the model without one and use "
             "strict=False",
         )
+
+
+def _hyperparameters(groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The names of the numbers in parameter groups, without those that schedulers add."""
+    numbers = {key for group in groups for key, value in group.items() if _is_numeric(value)}
+    return numbers - _SET_BY_SCHEDULERS - {"params"}
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (int, float, list, tuple)) and not isinstance(value, bool)

@@ -36,9 +36,11 @@ class Run:
     """A tiny training in this process, whose checkpoints are numbered if it has a project."""
 
     def __init__(self, project: Path | None = None, **settings: Any) -> None:
-        config = ProjectConfiguration(save_on_signals=(), **settings)
+        config = ProjectConfiguration()
         if project is not None:
-            config = config.changed(project_dir=str(project), automatic_checkpoint_naming=True)
+            config = ProjectConfiguration(
+                project_dir=str(project), automatic_checkpoint_naming=True, save_on_signals=(), **settings
+            )
         self.accelerator = Accelerator(cpu=True, strategy="single", project_config=config)
         torch.manual_seed(1)
         model: Any = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
@@ -98,7 +100,7 @@ def cut_manifest(folder: Path) -> None:
     path.write_text(path.read_text()[:-20])
 
 
-def link_elsewhere(folder: Path) -> None:
+def link_outside(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.rename(folder.parent.parent / "elsewhere")
     path.symlink_to(folder.parent.parent / "elsewhere")
@@ -123,7 +125,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (remove, r"model\.safetensors is missing"),
     "no-manifest": (lose_manifest, r"has no manifest\.json"),
     "cut-manifest": (cut_manifest, r"manifest is damaged"),
-    "link": (link_elsewhere, r"model\.safetensors is a link.*cp -rL"),
+    "link": (link_outside, r"model\.safetensors is a link.*cp -rL"),
     "future": (edit(lambda d: d.update(format=9)), r"manifest has format 9.*reads formats 1 to 2"),
     "outside": (
         edit(lambda d: d["files"].update({"../../etc/passwd": d["files"]["training.json"]})),
@@ -133,10 +135,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "negative": (edit(lambda d: d["tensors"][WEIGHT].update(offset=-8)), r"does not fit into"),
     "over": (
         edit(lambda d: d["tensors"]["model/0.bias"].update(offset=d["tensors"][WEIGHT]["offset"] + 4)),
-        r"model/0\.bias lies over model/0\.weight in model\.safetensors",
+        r"model/0\.bias and model/0\.weight overlap in model\.safetensors",
     ),
-    "less": (edit(lambda d: d["files"]["training.json"].update(size=-1)), r"gives training\.json -1 bytes"),
-    "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"Pieces of model/0\.weight are missing"),
+    "less": (edit(lambda d: d["files"]["training.json"].update(size=-1)), r"size of training\.json is -1 bytes"),
+    "gap": (edit(lambda d: d["tensors"][WEIGHT].update(pieces=[])), r"lacks pieces of model/0\.weight"),
     "overlap": (edit(lambda d: d["tensors"][WEIGHT]["pieces"].append([0, 3, 1])), r"out of order"),
     "dtype": (edit(lambda d: d["tensors"][WEIGHT].update(dtype="save")), r"dtype 'save', which torch does not have"),
     "endless": (edit(lambda d: d["files"]["training.json"].update(size=float("inf"))), r"manifest is damaged"),
@@ -191,9 +193,9 @@ def test_verify_finds_a_flipped_byte_anywhere(project: Path) -> None:
             with pytest.raises(DamagedCheckpointError, match="damaged"):
                 open_checkpoint(folder).verify()
             flip_in(name, where)(folder)
-    told: list[int] = []
-    open_checkpoint(folder).verify(told.append)
-    assert sum(told) == sum((folder / name).stat().st_size for name in names)
+    progress: list[int] = []
+    open_checkpoint(folder).verify(progress.append)
+    assert sum(progress) == sum((folder / name).stat().st_size for name in names)
 
 
 def test_verify_checks_a_file_and_its_pieces_apart(project: Path) -> None:
@@ -285,7 +287,7 @@ def test_the_folder_that_a_script_works_in_is_not_replaced(tmp_path: Path, monke
     (work / "train.py").write_text("mine")
     monkeypatch.chdir(work)
     for name in (".", "..", str(tmp_path)):
-        with pytest.raises(CheckpointError, match="the folder that this process works in, or one around it"):
+        with pytest.raises(CheckpointError, match="the working directory of this process, or a parent of it"):
             run.accelerator.save_state(name)
     with pytest.raises(CheckpointError, match=r"train\.py is a file"):
         run.accelerator.save_state("train.py")
@@ -378,7 +380,7 @@ def test_the_end_of_the_program_waits_for_the_save(tmp_path: Path, end: str, cod
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_failed_save_is_said_at_the_end_of_the_program(tmp_path: Path) -> None:
+def test_a_failed_save_is_logged_at_the_end_of_the_program(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("mine")
     command = [sys.executable, "-c", ENDING.format(end="pass"), str(tmp_path / "state")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -393,8 +395,9 @@ def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> No
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         run.accelerator.save_state(blocking=False)
-        (thread,) = [each for each in threading.enumerate() if each.name == "paceline-save"]
-        thread.join()
+        for thread in threading.enumerate():
+            if thread.name == "paceline-save":
+                thread.join()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(CheckpointError, match="File too large"):
@@ -405,13 +408,13 @@ def test_other_objects_are_counted(project: Path) -> None:
     other = Accelerator(cpu=True, strategy="single")
     other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
     folder = newest(project)
-    with pytest.raises(StateError, match=r"1 optimizers, and there are 0 here"):
+    with pytest.raises(StateError, match=r"1 optimizers, and this run has 0"):
         other.load_state(folder)
 
 
 def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     saver = Accelerator(cpu=True, strategy="single")
-    saver.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
+    saved = saver.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
     saver.save_state(project / "weights")
     other = Accelerator(cpu=True, strategy="single")
     model = other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Identity(), torch.nn.Linear(4, 1)))
@@ -422,7 +425,7 @@ def test_strict_loading_names_both_sides(project: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         other.load_state(project / "weights", strict=False)
     assert "missing from it: model/2.weight" in caplog.text
-    assert torch.equal(model[0].weight, saver._prepared.models[0].get_parameter("0.weight"))
+    assert torch.equal(model[0].weight, saved[0].weight)
     assert torch.equal(model[2].weight, before)
 
 
@@ -484,8 +487,8 @@ def test_files_of_hooks_in_folders_of_their_own_are_checked_too(project: Path) -
 
 def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
     run = Run(project)
-    held: dict[str, int] = {}
-    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: held["unet"])
+    files: dict[str, int] = {}
+    run.accelerator.register_save_state_pre_hook(lambda models, weights, folder: files["unet"])
     with pytest.raises(CheckpointError, match=r"rank 0: KeyError: 'unet'") as caught:
         run.accelerator.save_state()
     assert isinstance(caught.value.__cause__, KeyError)
@@ -495,11 +498,11 @@ def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
 def test_what_is_prepared_is_loaded_when_not_strict(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True, strategy="single")
     model: Any = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
-    with pytest.raises(StateError, match=r"holds 1 optimizers, and there are 0 here.*load with strict=False"):
+    with pytest.raises(StateError, match=r"holds 1 optimizers, and this run has 0.*load with strict=False"):
         accelerator.load_state(newest(project))
     with caplog.at_level(logging.WARNING):
         accelerator.load_state(newest(project), strict=False)
-    assert "holds 1 optimizers, and there are 0 here: the first 0 were loaded" in caplog.text
+    assert "holds 1 optimizers, and this run has 0: the first 0 were loaded" in caplog.text
     assert torch.equal(model[0].weight.cpu(), open_checkpoint(newest(project)).read("model/0.weight"))
 
 
@@ -509,11 +512,11 @@ def test_another_kind_of_optimizer_is_refused(project: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(12, 3)), 2, shuffle=True))
     for strict in (True, False):
-        with pytest.raises(StateError, match=r"has betas, eps, and the one here dampening, momentum"):
+        with pytest.raises(StateError, match=r"has betas, eps, but the one in this run has dampening, momentum"):
             accelerator.load_state(newest(project), strict=strict)
 
 
-def test_a_data_set_of_another_size_is_said(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_data_set_of_another_size_is_reported(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True, strategy="single")
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -546,7 +549,7 @@ def test_the_folder_may_be_given_beside_the_configuration(tmp_path: Path) -> Non
         setattr(accelerator.project_configuration, "iteration", 7)  # noqa: B010 - a type checker refuses it too
 
 
-def test_the_folder_around_checkpoints_is_told_from_one(project: Path) -> None:
+def test_the_parent_folder_of_checkpoints_is_recognized(project: Path) -> None:
     with pytest.raises(CheckpointError, match=r"name one of them, such as .*checkpoint_1"):
         Run(project).accelerator.load_state(project)
 
@@ -649,8 +652,8 @@ def test_what_json_and_tensors_do_not_hold_is_named(value: Any, kind: str) -> No
     ids=lambda value: f"{str(value.dtype)[6:]}-{list(value.shape)}",
 )
 def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
-    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
-    for tensors in rooms:
+    choices: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in choices:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert back.dtype == value.dtype
         assert back.shape == value.shape
@@ -671,8 +674,8 @@ def test_tensors_of_every_kind_come_back(value: torch.Tensor) -> None:
     ids=lambda value: f"{value.dtype}-{value.shape}",
 )
 def test_arrays_of_every_kind_come_back(value: Any) -> None:
-    rooms: list[dict[str, torch.Tensor] | None] = [{}, None]
-    for tensors in rooms:
+    choices: list[dict[str, torch.Tensor] | None] = [{}, None]
+    for tensors in choices:
         back = from_plain(json.loads(json.dumps(to_plain([value], "custom_0/state", tensors))), tensors)[0]
         assert isinstance(back, np.ndarray)
         assert (back.dtype, back.shape) == (value.dtype, value.shape)

@@ -19,7 +19,7 @@ from tests.unit.checkpoint.test_checkpoints import Run, flip_in
 FORMAT_1 = Path(__file__).with_name("format_1")
 
 
-def test_two_runs_of_bytes_have_the_checksum_of_both_together() -> None:
+def test_checksums_of_two_ranges_combine() -> None:
     draw = random.Random(3)
     for length in [0, 1, 2, 31, 32, 1000, 70_001]:
         data = draw.randbytes(length)
@@ -43,14 +43,14 @@ def test_a_checkpoint_of_format_1_is_loaded_and_verified(tmp_path: Path) -> None
     folder = tmp_path / "old"
     shutil.copytree(FORMAT_1, folder)
     checkpoint = open_checkpoint(folder)
-    # It held the checksum of a header only; that of the file follows.
-    held = json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"]
-    assert held["checked"] < held["size"]
+    # Format 1 has a checksum of the header only; that of the file is computed.
+    record = json.loads((folder / "manifest.json").read_text())["files"]["model.safetensors"]
+    assert record["checked"] < record["size"]
     for name, record in checkpoint.manifest.files.items():
         assert record.crc32 == zlib.crc32((folder / name).read_bytes())
-    told: list[int] = []
-    checkpoint.verify(told.append)
-    assert sum(told) == sum(record.size for record in checkpoint.manifest.files.values())
+    progress: list[int] = []
+    checkpoint.verify(progress.append)
+    assert sum(progress) == sum(record.size for record in checkpoint.manifest.files.values())
     run = Run(tmp_path / "run")
     run.accelerator.load_state(folder)
     assert torch.equal(run.model[0].weight, checkpoint.read("model/0.weight"))

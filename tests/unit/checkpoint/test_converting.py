@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from paceline.checkpoint import open_checkpoint
-from paceline.checkpoint.foreign import ForeignOptimizer, ForeignState, Source, Tensors, open_any, open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS, total_bytes
+from paceline.checkpoint.foreign import (
+    LazyTensors,
+    PortableOptimizer,
+    PortableState,
+    TensorSource,
+    open_any,
+    open_foreign,
+)
+from paceline.checkpoint.foreign.writers import WRITERS, total_bytes
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
 from tests.data.foreign.make import Net, groups_of
@@ -23,27 +30,27 @@ NAMES = [NO_DECAY + DECAY]
 SOURCES = ["accelerate_ddp", "accelerate_fsdp", "deepspeed_2", "deepspeed_3", "dcp"]
 
 
-def convert(state: ForeignState, out: Path, to: str) -> ForeignState:
-    told: list[int] = []
-    WRITERS[to](state, out, told.append)
-    assert sum(told) > 0
+def convert(state: PortableState, out: Path, to: str) -> PortableState:
+    progress: list[int] = []
+    WRITERS[to](state, out, progress.append)
+    assert sum(progress) > 0
     return open_any(out, NAMES)
 
 
-def assert_equal(one: ForeignState, other: ForeignState) -> None:
+def assert_equal(one: PortableState, other: PortableState) -> None:
     aliases = set(one.ties) | set(other.ties)
     assert set(one.weights) - aliases <= set(other.weights)
     for name in set(one.weights) - aliases:
         assert same(one.weights[name], other.weights[name]), name
-    (mine,), (theirs,) = one.optimizers, other.optimizers
-    assert mine.slots.keys() == theirs.slots.keys()
-    for name, tensors in mine.slots.items():
-        assert set(tensors) == set(theirs.slots[name])
+    (first,), (second,) = one.optimizers, other.optimizers
+    assert first.slots.keys() == second.slots.keys()
+    for name, tensors in first.slots.items():
+        assert set(tensors) == set(second.slots[name])
         for slot in tensors:
-            assert same(tensors[slot], theirs.slots[name][slot]), f"{name}: {slot}"
-    for group, held in zip(mine.groups, theirs.groups, strict=True):
-        assert group["params"] == held["params"]
-        assert (group["lr"], group["weight_decay"]) == (held["lr"], held["weight_decay"])
+            assert same(tensors[slot], second.slots[name][slot]), f"{name}: {slot}"
+    for group, expected in zip(first.groups, second.groups, strict=True):
+        assert group["params"] == expected["params"]
+        assert (group["lr"], group["weight_decay"]) == (expected["lr"], expected["weight_decay"])
     assert one.step == other.step == 3
 
 
@@ -58,10 +65,10 @@ def test_what_is_converted_holds_the_same_bits(source: str, to: str, tmp_path: P
 
 @pytest.mark.parametrize("to", ["accelerate", "fsdp", "deepspeed"])
 def test_our_own_goes_out_and_comes_back(to: str, tmp_path: Path) -> None:
-    ours = convert(open_foreign(RECORDED / "accelerate_ddp", NAMES), tmp_path / "ours", "paceline")
-    assert_equal(ours, convert(ours, tmp_path / to, to))
+    converted = convert(open_foreign(RECORDED / "accelerate_ddp", NAMES), tmp_path / "ours", "paceline")
+    assert_equal(converted, convert(converted, tmp_path / to, to))
     again = convert(open_any(tmp_path / to, NAMES), tmp_path / "again", "paceline")
-    assert_equal(ours, again)
+    assert_equal(converted, again)
 
 
 def test_our_own_keeps_everything_else(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_dcp_loads_what_is_written_for_fsdp(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", WRITERS)
 def test_few_tensors_at_a_time_are_in_memory(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.checkpoint.foreign.writing._FILE_BYTES", 4 * 4000)
+    monkeypatch.setattr("paceline.checkpoint.foreign.writers._FILE_BYTES", 4 * 4000)
     alive: list[weakref.ref[np.ndarray[Any, Any]]] = []
     most = 0
 
@@ -110,11 +117,11 @@ def test_few_tensors_at_a_time_are_in_memory(to: str, tmp_path: Path, monkeypatc
         most = max(most, sum(1 for ref in alive if ref() is not None))
         return torch.from_numpy(memory)
 
-    source = Source(Slot((1000,), torch.float32), read)
+    source = TensorSource(Slot((1000,), torch.float32), read)
     names = [f"layer{index}.weight" for index in range(30)]
-    state = ForeignState(kind="made up", folder=tmp_path, weights=Tensors(dict.fromkeys(names, source)))
-    slots = {name: Tensors({"exp_avg": source, "exp_avg_sq": source}) for name in names}
-    state.optimizers = [ForeignOptimizer(slots, {}, [{"lr": 0.1, "params": names}])]
+    state = PortableState(kind="made up", folder=tmp_path, weights=LazyTensors(dict.fromkeys(names, source)))
+    slots = {name: LazyTensors({"exp_avg": source, "exp_avg_sq": source}) for name in names}
+    state.optimizers = [PortableOptimizer(slots, {}, [{"lr": 0.1, "params": names}])]
     WRITERS[to](state, tmp_path / to, lambda _: None)
     assert len(alive) == 90
     assert most <= 8
@@ -129,7 +136,7 @@ def test_the_size_is_known_before(tmp_path: Path) -> None:
     )
 
 
-def test_a_name_that_leads_elsewhere_is_refused_for_deepspeed(tmp_path: Path) -> None:
+def test_a_name_that_leads_outside_is_refused_for_deepspeed(tmp_path: Path) -> None:
     state = open_foreign(RECORDED / "dcp")
     state.weights.sources["../../elsewhere"] = state.weights.sources["gain"]
     with pytest.raises(CheckpointError, match="elsewhere"):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paceline.checkpoint.foreign import ForeignState, Source, Tensors, open_foreign, recognise
+from paceline.checkpoint.foreign import LazyTensors, PortableState, TensorSource, detect_format, open_foreign
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
@@ -39,15 +39,15 @@ FOLDERS = {
 }
 
 
-def read(name: str) -> ForeignState:
+def read(name: str) -> PortableState:
     return open_foreign(RECORDED / name, [NO_DECAY + DECAY])
 
 
 def expected(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, and optimizer states by `NAME/SLOT`, as the writer held them."""
-    held = load_file(RECORDED / name / "expected.safetensors")
+    """Weights, and optimizer states by `NAME/SLOT`, as the writer saved them."""
+    saved = load_file(RECORDED / name / "expected.safetensors")
     families: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
-    for full, value in held.items():
+    for full, value in saved.items():
         family, _, rest = full.partition("/")
         families[family][rest] = value
     return families["model"], families["optimizer"]
@@ -59,7 +59,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 @pytest.mark.parametrize(("name", "kind"), FOLDERS.items())
 def test_formats_are_recognised(name: str, kind: str) -> None:
-    assert recognise(RECORDED / name) == kind
+    assert detect_format(RECORDED / name) == kind
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -103,8 +103,8 @@ def test_accelerate_brings_scheduler_generators_and_custom_objects() -> None:
     torch.manual_seed(41)
     assert torch.equal(state.generators[1]["torch"], torch.get_rng_state())
     np.random.seed(7)
-    held: Any = np.random.get_state()
-    assert np.array_equal(np.asarray(state.generators[1]["numpy"][1]), held[1])
+    saved: Any = np.random.get_state()
+    assert np.array_equal(np.asarray(state.generators[1]["numpy"][1]), saved[1])
     assert state.custom[0]["seen"] == 12
     assert state.custom[0]["table"].tolist() == [0, 1, 2]
 
@@ -131,7 +131,7 @@ def test_checkpoints_of_the_trainer_are_read_too(tmp_path: Path) -> None:
     assert len(state.schedulers) == len(state.generators) == 1
 
 
-def test_without_names_a_numbered_optimizer_is_left_and_said_so() -> None:
+def test_a_numbered_optimizer_without_names_is_skipped() -> None:
     state = open_foreign(RECORDED / "accelerate")
     assert not state.optimizers
     assert any("optimizer.bin" in note and "names" in note for note in state.notes)
@@ -154,7 +154,7 @@ def test_client_state_of_deepspeed_is_named_as_left() -> None:
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    assert recognise(tmp_path) is None
+    assert detect_format(tmp_path) is None
     with pytest.raises(CheckpointError, match="no checkpoint of a known format"):
         open_foreign(tmp_path)
 
@@ -228,9 +228,9 @@ def test_a_script_module_is_refused(tmp_path: Path) -> None:
 
 def test_objects_of_the_writers_become_inert_records() -> None:
     (path,) = RECORDED.glob("deepspeed_2/global_step3/zero_pp_rank_0*")
-    held = load_pickled(path)
-    assert isinstance(held["optimizer_state_dict"]["zero_stage"], Inert)
-    assert held["optimizer_state_dict"]["zero_stage"].args == (2,)
+    saved = load_pickled(path)
+    assert isinstance(saved["optimizer_state_dict"]["zero_stage"], Inert)
+    assert saved["optimizer_state_dict"]["zero_stage"].args == (2,)
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
@@ -243,14 +243,14 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
 def test_our_own_without_its_manifest_is_broken_not_foreign(tmp_path: Path) -> None:
     for name in ("model.safetensors", "training.json"):
         (tmp_path / name).touch()
-    assert recognise(tmp_path) is None
+    assert detect_format(tmp_path) is None
 
 
 def test_looking_at_names_and_shapes_reads_nothing() -> None:
     def read() -> Tensor:
         raise AssertionError("read")
 
-    tensors = Tensors({"weight": Source(Slot((3,), torch.float32), read)})
+    tensors = LazyTensors({"weight": TensorSource(Slot((3,), torch.float32), read)})
     assert "weight" in tensors
     assert "bias" not in tensors
     assert list(tensors) == ["weight"]

@@ -182,7 +182,7 @@ def test_the_folder_that_a_script_works_in_is_found_behind_a_link(here: Path, mo
     (here / "work").mkdir()
     (here / "link").symlink_to("work")
     monkeypatch.chdir(here / "work")
-    with pytest.raises(CheckpointError, match="the folder that this process works in"):
+    with pytest.raises(CheckpointError, match="the working directory of this process"):
         Run().save(here / "link")
 
 
@@ -257,7 +257,7 @@ def test_what_a_link_pins_stays(here: Path, where: str, caplog: pytest.LogCaptur
     inside = here / "project" / "checkpoints"
     assert {"checkpoint_0", "checkpoint_2"} == names(inside) - {"best"}
     assert open_checkpoint(here / where).manifest.step == 1
-    assert "checkpoint_0 stays beyond total_limit" in caplog.text
+    assert "kept checkpoint_0 beyond total_limit" in caplog.text
     # The newest goes on, not what is pinned.
     assert str(Run("project").accelerator.load_state()).endswith("checkpoint_2")
     (here / where).unlink()

@@ -60,7 +60,7 @@ def test_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("limit", "files"), [(500, 1), ("0.5KB", 1), (499, 2), (400, 2), (300, 2), (200, 3), (199, 5), (1, 5)]
 )
-def test_files_are_no_larger_than_asked(tmp_path: Path, limit: str | int, files: int) -> None:
+def test_files_are_no_larger_than_the_limit(tmp_path: Path, limit: str | int, files: int) -> None:
     written = save_weights(STATE, tmp_path, max_shard_size=limit)
     assert len(written) == files
     assert same(load(tmp_path), STATE)
@@ -136,7 +136,9 @@ def test_a_weight_without_values_is_named(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_an_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_weights({"old": torch.ones(1)}, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=499))
     with pytest.raises(PacelineError, match="nothing was written"):
@@ -190,7 +192,7 @@ def test_wrong_sizes(wrong: str | int) -> None:
     assert "'5GB'" in str(error.value)
 
 
-def test_a_wrong_size_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_wrong_size_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         save_weights(STATE, tmp_path, max_shard_size="huge")
     assert names(tmp_path) == []

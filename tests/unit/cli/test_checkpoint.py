@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS
+from paceline.checkpoint.foreign.writers import WRITERS
 from tests.unit.checkpoint.test_foreign import DECAY, NO_DECAY, RECORDED
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_inspect_shows_facts_and_tensors(paceline: Paceline, project: Path) -> N
 def test_inspect_of_another_library_says_what_is_left(paceline: Paceline) -> None:
     answer = paceline("checkpoint", "inspect", str(RECORDED / "accelerate"))
     assert answer.code == 0
-    assert "left: optimizer.bin" in answer.out
+    assert "skipped: optimizer.bin" in answer.out
 
 
 def test_verify_ends_with_one_if_any_is_not_whole(paceline: Paceline, project: Path) -> None:
@@ -129,7 +129,7 @@ def test_merge_weights_reads_folders_of_dcp(paceline: Paceline, tmp_path: Path) 
 def test_convert_says_what_it_left(paceline: Paceline, tmp_path: Path) -> None:
     answer = paceline("checkpoint", "convert", str(RECORDED / "accelerate"), "out", "--to", "paceline")
     assert answer.code == 0
-    assert "note: left: optimizer.bin" in answer.out
+    assert "note: skipped: optimizer.bin" in answer.out
     answer = paceline("checkpoint", "convert", str(RECORDED / "accelerate"), "out", "--to", "fsdp")
     assert answer.code == 2
     assert "out is not empty" in answer.err

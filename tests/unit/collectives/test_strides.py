@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paceline.checkpoint.format.json_state import from_plain, to_plain
-from paceline.checkpoint.io.buffers import HostBuffers
+from paceline.checkpoint.io.transfer import HostBuffers
 from paceline.collectives import FakeGroup, as_bytes, gather_samples, run_fake_ranks
 from paceline.collectives.samples import BatchCounts
 from paceline.data.batch_packing import Parcel, unpack

@@ -1,4 +1,4 @@
-"""Folders of other libraries: which there are, and what is read out of them. Nothing in them is run."""
+"""Checkpoints of other libraries: detecting their format, and reading them without running code from them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from paceline.checkpoint.folder import TRAINING, open_checkpoint, parent_folder_
 from paceline.checkpoint.foreign.accelerate import is_accelerate, read_accelerate
 from paceline.checkpoint.foreign.dcp import is_dcp, read_dcp
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
-from paceline.checkpoint.foreign.weights import is_weights, read_weights
+from paceline.checkpoint.foreign.weight_files import is_weights, read_weights
 from paceline.checkpoint.format.manifest import MANIFEST
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
-    "ForeignOptimizer",
-    "ForeignState",
-    "Source",
-    "Tensors",
+    "LazyTensors",
+    "PortableOptimizer",
+    "PortableState",
+    "TensorSource",
+    "detect_format",
     "from_checkpoint",
     "open_any",
     "open_foreign",
-    "recognise",
 ]
 
-# In this order: an Accelerate folder may hold one of DeepSpeed or DCP, and weights are part of all of them.
+# In this order: an Accelerate folder may contain one of DeepSpeed or DCP, and all of them contain weights.
 _FORMATS = {
     "accelerate": is_accelerate,
     "deepspeed": is_deepspeed,
@@ -39,35 +39,36 @@ _FORMATS = {
 }
 
 
-def recognise(folder: str | os.PathLike[str]) -> str | None:
-    """The format of a folder: `accelerate`, `deepspeed`, `dcp`, `weights`; None for any other, and for our own.
+def detect_format(folder: str | os.PathLike[str]) -> str | None:
+    """The format of a folder: `accelerate`, `deepspeed`, `dcp` or `weights`.
 
-    A checkpoint of ours that lost its manifest is a broken one, not a folder of weights.
+    Returns:
+        None for any other folder, and for a paceline checkpoint, even one that lost its manifest.
     """
     path = Path(folder)
     if not path.is_dir() or (path / MANIFEST).exists() or (path / TRAINING).exists():
         return None
-    return next((name for name, looks in _FORMATS.items() if looks(path)), None)
+    return next((name for name, matches in _FORMATS.items() if matches(path)), None)
 
 
-def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read a folder that another library wrote.
 
     Args:
-        folder: Of Accelerate, DeepSpeed, torch.distributed.checkpoint, or with weights alone.
+        folder: Written by Accelerate, DeepSpeed or torch.distributed.checkpoint, or with nothing but weights.
         parameters: For each optimizer the names of its parameters, group by group, for formats that number them.
 
     Raises:
-        CheckpointError: It is none of these, cannot be read, or names something that could run.
+        CheckpointError: It has another format, cannot be read, or refers to code.
     """
     path = Path(folder)
-    kind = recognise(path)
+    kind = detect_format(path)
     if kind is None:
         raise CheckpointError(
             f"{path} is no checkpoint of a known format",
-            "Known are folders of Accelerate, of the transformers Trainer, of DeepSpeed, of "
-            "torch.distributed.checkpoint, and safetensors files",
-            parent_folder_hint(path) or "Name the folder that holds the files themselves",
+            "Known formats are those of Accelerate, the transformers Trainer, DeepSpeed, "
+            "torch.distributed.checkpoint and safetensors",
+            parent_folder_hint(path) or "Name the folder that contains the files themselves",
         )
     if kind == "accelerate":
         return read_accelerate(path, parameters)
@@ -76,11 +77,11 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
     return read_dcp(path) if kind == "dcp" else read_weights(path)
 
 
-def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
-    """Read a checkpoint of our own or of another library; see `open_foreign`.
+def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
+    """Read a checkpoint of paceline or of another library; see `open_foreign`.
 
     Raises:
-        CheckpointError: It is none, not whole, or cannot be read.
+        CheckpointError: It is not one, is incomplete, or cannot be read.
     """
     path = Path(folder)
     if (path / MANIFEST).exists() or (path / TRAINING).exists() or not path.exists():

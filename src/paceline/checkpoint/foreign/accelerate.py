@@ -1,4 +1,4 @@
-"""Folders of Accelerate's `save_state`, and checkpoints of the transformers Trainer, which look much the same."""
+"""Reading folders of Accelerate's `save_state`, and checkpoints of the transformers Trainer, which are similar."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import safe_open
-
 from paceline.checkpoint.foreign.dcp import DcpFolder, is_dcp, read_dcp, read_optimizer
 from paceline.checkpoint.foreign.deepspeed import is_deepspeed, read_deepspeed
-from paceline.checkpoint.foreign.indexed import name_optimizer, own_names
 from paceline.checkpoint.foreign.pickles import load_pickled
-from paceline.checkpoint.format.dtypes import CODES, dtype_named
-from paceline.checkpoint.format.shards import Slot
-from paceline.checkpoint.portable_state import ForeignState, Source
+from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
+from paceline.checkpoint.foreign.weight_files import read_weight_files
+from paceline.checkpoint.portable_state import PortableState
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["is_accelerate", "read_accelerate", "read_weight_files"]
+__all__ = ["is_accelerate", "read_accelerate"]
 
-_DTYPES = {code: dtype_named(name) for name, code in CODES.items()}
 _OPTIMIZERS = ("optimizer{}.bin", "optimizer{}.pt")
 _SCHEDULERS = ("scheduler{}.bin", "scheduler{}.pt")
 _WEIGHTS = (
@@ -32,10 +27,9 @@ _WEIGHTS = (
     "pytorch_model_fsdp{}.bin",
 )  # fmt: skip
 _RANDOM = re.compile(r"(?:random_states|rng_state)(?:_(\d+))?\.(?:pkl|pth)")
-_LEFT = {
-    "sampler.bin": "positions of loaders are counted in samples here, and it has none",
-    "dl_state_dict.bin": "every rank wrote it over the others', so it is one rank's position",
-    "scheduler.json": "",
+_LEFT_OUT = {
+    "sampler.bin": "loader positions are counted in samples here, and it has none",
+    "dl_state_dict.bin": "all ranks wrote to this file, so it has the position of only one",
 }
 
 
@@ -46,18 +40,18 @@ def is_accelerate(folder: Path) -> bool:
     return bool(names & marks) or any(_RANDOM.fullmatch(name) for name in names)
 
 
-def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> ForeignState:
+def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = None) -> PortableState:
     """Read such a folder.
 
     Args:
-        folder: As `save_state` wrote it.
+        folder: The folder that `save_state` wrote.
         parameters: For each optimizer the names of its parameters, group by group: `optimizer.bin` numbers them.
 
     Raises:
         CheckpointError: A file in it cannot be read.
     """
-    state = ForeignState(kind="accelerate", folder=folder)
-    # Accelerate gives DeepSpeed a folder of that name, the Trainer gives it its own.
+    state = PortableState(kind="accelerate", folder=folder)
+    # Accelerate has DeepSpeed save into a subfolder of that name, the Trainer into the folder itself.
     engines = [path for path in (folder / "pytorch_model", folder) if path.is_dir() and is_deepspeed(path)]
     if engines:
         state = read_deepspeed(engines[0], parameters)
@@ -72,22 +66,23 @@ def read_accelerate(folder: Path, parameters: Sequence[Sequence[str]] | None = N
     _read_ranks(folder, state)
     _read_custom(folder, state)
     _read_trainer(folder, state)
-    state.notes += [f"left: {name}; {why}" for name, why in _LEFT.items() if why and (folder / name).exists()]
-    state.settle_step()
+    state.notes += [f"skipped: {name}; {why}" for name, why in _LEFT_OUT.items() if (folder / name).exists()]
+    state.infer_step()
     return state
 
 
 def _numbered(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """The files of the first object, of the second, and so on; each under the first of its names that is there."""
+    """The files of the first object, of the second, and so on; for each the first of its possible names."""
     for index in range(1000):
         suffix = f"_{index}" if index else ""
-        found = next((path for pattern in patterns if (path := folder / pattern.format(suffix)).is_file()), None)
-        if found is None:
+        candidates = [folder / pattern.format(suffix) for pattern in patterns]
+        existing = [path for path in candidates if path.is_file()]
+        if not existing:
             return
-        yield found
+        yield existing[0]
 
 
-def _read_models(folder: Path, state: ForeignState) -> None:
+def _read_models(folder: Path, state: PortableState) -> None:
     for index, path in enumerate(_numbered(folder, _WEIGHTS)):
         prefix = f"model_{index}/" if index else ""
         sources = read_weight_files(path)
@@ -103,97 +98,63 @@ def _read_models(folder: Path, state: ForeignState) -> None:
     if local and not state.weights:
         raise CheckpointError(
             f"{folder} holds {', '.join(local[:3])}",
-            "These are pieces whose places in the weights only the run that saved them knows",
+            "They are local shards, and only the run that saved them knows their position in the weights",
             "Save with SHARDED_STATE_DICT or FULL_STATE_DICT",
         )
 
 
-def read_weight_files(path: Path) -> dict[str, Source]:
-    """The weights of one file, or of the files that an index names."""
-    if path.name.endswith(".index.json"):
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        found: dict[str, Source] = {}
-        for name in sorted(set(table.values())):
-            if "/" in name or name.startswith("."):
-                raise CheckpointError(f"{path} names {name!r}", "Its files must lie beside it", "")
-            found.update(read_weight_files(path.with_name(name)))
-        return found
-    if path.suffix == ".safetensors":
-        return dict(_safetensors(path))
-    held = load_pickled(path)
-    return {str(name): Source.of(value) for name, value in held.items() if isinstance(value, torch.Tensor)}
-
-
-def _safetensors(path: Path) -> Iterator[tuple[str, Source]]:
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-        return read
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(name)
-                yield name, Source(Slot(tuple(part.get_shape()), _DTYPES[part.get_dtype()]), reader(name))
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read", str(error), "Copy the file again") from error
-
-
-def _read_optimizers(folder: Path, state: ForeignState, parameters: Sequence[Sequence[str]] | None) -> None:
+def _read_optimizers(folder: Path, state: PortableState, parameters: Sequence[Sequence[str]] | None) -> None:
     for index, path in enumerate(_numbered(folder, _OPTIMIZERS)):
-        held = load_pickled(path)
-        names = own_names(held)
+        saved = load_pickled(path)
+        names = own_names(saved)
         if names is None and parameters is not None:
             if index >= len(parameters):
-                state.notes.append(f"left: {path.name}; there is no such optimizer here")
+                state.notes.append(f"skipped: {path.name}; this run has no such optimizer")
                 continue
             names = list(parameters[index])
         if names is None:
-            state.notes.append(f"left: {path.name}; it numbers its parameters, and nothing here says their names")
+            state.notes.append(f"skipped: {path.name}; it numbers its parameters, and their names are not known")
         else:
-            state.optimizers.append(name_optimizer(held, names, path))
+            state.optimizers.append(name_optimizer(saved, names, path))
     for index in range(1000):
         if not is_dcp(folder / f"optimizer_{index}"):
             break
         state.optimizers.append(read_optimizer(DcpFolder(folder / f"optimizer_{index}")))
 
 
-def _read_ranks(folder: Path, state: ForeignState) -> None:
+def _read_ranks(folder: Path, state: PortableState) -> None:
     for path in sorted(folder.iterdir()):
         matched = _RANDOM.fullmatch(path.name)
         if not matched:
             continue
-        held = load_pickled(path)
+        saved = load_pickled(path)
         rank = int(matched[1] or 0)
-        state.generators[rank] = _generators(held, rank)
-        if not rank and isinstance(held.get("step"), int):
-            state.step = max(state.step, held["step"])
+        state.generators[rank] = _generators(saved, rank)
+        if not rank and isinstance(saved.get("step"), int):
+            state.step = max(state.step, saved["step"])
 
 
-def _generators(held: dict[str, Any], rank: int) -> dict[str, Any]:
-    """One rank's generators under our names."""
+def _generators(saved: dict[str, Any], rank: int) -> dict[str, Any]:
+    """One rank's random generators, by the names of `get_rng_states`."""
 
     def first(*names: str) -> Any:
-        return next((held[name] for name in names if name in held), None)
+        return next((saved[name] for name in names if name in saved), None)
 
-    found = {
+    generators = {
         "python": first("random_state", "python"),
         "numpy": first("numpy_random_seed", "numpy"),
         "torch": first("torch_manual_seed", "cpu"),
     }
     devices = first("torch_cuda_manual_seed", "cuda")
     if isinstance(devices, (list, tuple)):
-        # Accelerate keeps those of all devices of the machine.
+        # Accelerate saves those of all devices of the machine.
         devices = devices[rank % len(devices)] if devices else None
     if devices is not None:
-        found["cuda"] = devices
-    return {name: value for name, value in found.items() if value is not None}
+        generators["cuda"] = devices
+    return {name: value for name, value in generators.items() if value is not None}
 
 
-def _read_custom(folder: Path, state: ForeignState) -> None:
+def _read_custom(folder: Path, state: PortableState) -> None:
     for index in range(1000):
         path = folder / f"custom_checkpoint_{index}.pkl"
         if not path.is_file():
@@ -202,12 +163,12 @@ def _read_custom(folder: Path, state: ForeignState) -> None:
             state.custom.append(load_pickled(path))
         except CheckpointError as error:
             state.custom.append(None)
-            state.notes.append(f"left: {path.name}; {error}")
+            state.notes.append(f"skipped: {path.name}; {error}")
 
 
-def _read_trainer(folder: Path, state: ForeignState) -> None:
+def _read_trainer(folder: Path, state: PortableState) -> None:
     path = folder / "trainer_state.json"
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
-        state.step = int(held.get("global_step") or 0)
-        state.epoch = int(held.get("epoch") or 0)
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        state.step = int(saved.get("global_step") or 0)
+        state.epoch = int(saved.get("epoch") or 0)

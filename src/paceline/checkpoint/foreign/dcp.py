@@ -1,4 +1,4 @@
-"""Folders that torch.distributed.checkpoint wrote: plain ones, and those of Accelerate's sharded FSDP states."""
+"""Reading folders of torch.distributed.checkpoint, including those of Accelerate's sharded FSDP states."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing_extensions import override
 
 from paceline.checkpoint.foreign.pickles import load_pickled_stream
 from paceline.checkpoint.format.shards import Slot
-from paceline.checkpoint.portable_state import ForeignOptimizer, ForeignState, Source, Tensors
+from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -42,12 +42,12 @@ _CLASSES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def is_dcp(folder: Path) -> bool:
-    """Whether torch.distributed.checkpoint has written a folder to its end."""
+    """Whether a folder is a complete one of torch.distributed.checkpoint."""
     return (folder / _METADATA).is_file()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes the few plain classes of which DCP's metadata consists."""
+    """Builds only the few plain classes of which DCP's metadata consists."""
 
     @override
     def find_class(self, module_name: str, global_name: str) -> Any:
@@ -69,37 +69,42 @@ def _read_metadata(folder: Path) -> Metadata:
     path = folder / _METADATA
     try:
         if path.stat().st_size > _LARGEST_METADATA:
-            raise pickle.UnpicklingError("it is larger than any such file can be")
+            raise pickle.UnpicklingError(f"it is larger than {_LARGEST_METADATA / 1e9:.0f} GB")
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
+            loaded = _Unpickler(file).load()
     except Exception as error:
         raise CheckpointError(
-            f"{path} cannot be read", str(error), "It is not what torch.distributed.checkpoint writes"
+            f"{path} cannot be read", str(error), "Save it again with torch.distributed.checkpoint"
         ) from error
-    wrong = [] if isinstance(found, Metadata) else ["another kind of object"]
+    if not isinstance(loaded, Metadata):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}", "DCP's metadata is a Metadata object", "Save it again"
+        )
+    names = {str(info.relative_path) for info in (loaded.storage_data or {}).values()}
+    wrong = [name for name in names if not _DATA_FILE.fullmatch(name)]
     if not wrong:
-        names = {str(info.relative_path) for info in (found.storage_data or {}).values()}
-        wrong = [name for name in names if not _DATA_FILE.fullmatch(name)]
-        wrong += [f"{name}, which is missing" for name in names if not wrong and not (folder / name).is_file()]
+        wrong = [f"{name}, which is missing" for name in names if not (folder / name).is_file()]
     if wrong:
-        raise CheckpointError(f"{path} names {', '.join(wrong[:4])}", "Its data must lie in files beside it", "")
-    return found  # type: ignore[no-any-return]
+        raise CheckpointError(
+            f"{path} names {', '.join(wrong[:4])}", "Its data must be in files beside it", "Copy the whole folder again"
+        )
+    return loaded
 
 
 class _Reader(filesystem.FileSystemReader):
-    """torch's reader, given metadata that was read safely."""
+    """torch's reader, with metadata that was read without running code."""
 
-    def __init__(self, folder: Path, found: Metadata) -> None:
+    def __init__(self, folder: Path, safe_metadata: Metadata) -> None:
         super().__init__(folder)
-        self._found = found
+        self._safe_metadata = safe_metadata
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._found
+        return self._safe_metadata
 
 
 class _Planner(DefaultLoadPlanner):
-    """Loads what is no tensor without running it."""
+    """Loads entries that are not tensors without running code."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -112,7 +117,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 class DcpFolder:
-    """One folder, with the names that its state dict had before it was flattened."""
+    """One folder, with the paths that entries had in the state dict before it was flattened."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,12 +130,12 @@ class DcpFolder:
         """Whether an entry is a tensor."""
         return isinstance(self._metadata.state_dict_metadata[name], TensorStorageMetadata)
 
-    def source(self, name: str) -> Source:
-        """One tensor, put together from its chunks when it is read."""
-        held = self._metadata.state_dict_metadata[name]
-        assert isinstance(held, TensorStorageMetadata)
-        slot = Slot(tuple(held.size), held.properties.dtype)
-        return Source(slot, lambda: self._tensor(name, slot))
+    def source(self, name: str) -> TensorSource:
+        """One tensor, assembled from its chunks when it is read."""
+        entry = self._metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        slot = Slot(tuple(entry.size), entry.properties.dtype)
+        return TensorSource(slot, lambda: self._tensor(name, slot))
 
     def _tensor(self, name: str, slot: Slot) -> Tensor:
         target = torch.empty(slot.shape, dtype=slot.dtype)
@@ -138,7 +143,7 @@ class DcpFolder:
         return target
 
     def values(self, names: list[str]) -> dict[str, Any]:
-        """Entries that are no tensors."""
+        """Entries that are not tensors."""
         return self._load(dict.fromkeys(names)) if names else {}
 
     def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
@@ -150,78 +155,89 @@ class DcpFolder:
             (plan,) = reader.prepare_global_plan([plan])
             reader.read_data(plan, planner).wait()
         except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.folder} cannot be read", f"{next(iter(targets))}: {error}", "") from error
+            raise CheckpointError(
+                f"{self.folder} cannot be read", f"{next(iter(targets))}: {error}", "Copy the folder again"
+            ) from error
         return planner.values
 
 
-def read_dcp(folder: Path) -> ForeignState:
-    """Read a folder that holds `{"model": …, "optimizer": …}`, or a model alone.
+def read_dcp(folder: Path) -> PortableState:
+    """Read a folder that holds `{"model": …, "optimizer": …}`, or only a model.
 
     Raises:
         CheckpointError: Something in it cannot be read.
     """
     opened = DcpFolder(folder)
-    state = ForeignState(kind="dcp", folder=folder)
-    rooted = any(path[0] == "model" and len(path) > 1 for path in opened.paths.values())
-    others: list[str] = []
-    values: list[str] = []
-    for name, path in opened.paths.items():
-        if path[0] == "optimizer" and len(path) > 1:
-            continue
-        if opened.is_tensor(name) and (path[0] == "model" if rooted else len(path) == 1):
-            state.weights.sources[".".join(map(str, path[1:] if rooted else path))] = opened.source(name)
-        else:
-            (others if opened.is_tensor(name) else values).append(name)
-    if any(path[0] == "optimizer" and len(path) > 1 for path in opened.paths.values()):
+    state = PortableState(kind="dcp", folder=folder)
+    weights = _weights(opened)
+    state.weights = LazyTensors({weight: opened.source(name) for name, weight in weights.items()})
+    in_optimizer = {name for name, path in opened.paths.items() if path[0] == "optimizer" and len(path) > 1}
+    if in_optimizer:
         state.optimizers.append(read_optimizer(opened))
-    found = opened.values(values)
-    state.settle_step()
-    if isinstance(found.get("step"), int):
-        state.step = found["step"]
-    left = [name for name in (*others, *values) if name != "step"]
-    if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        state.notes.append(f"left: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
+    others = [name for name in opened.paths if name not in in_optimizer.union(weights)]
+    state.infer_step()
+    _read_others(state, opened, others)
     return state
 
 
-def read_optimizer(opened: DcpFolder) -> ForeignOptimizer:
-    """The optimizer of a folder, nested as torch's `get_optimizer_state_dict` gives it, or flattened."""
-    state = ForeignOptimizer()
+def _weights(opened: DcpFolder) -> dict[str, str]:
+    """The entries that are weights of the model, each with its name in the model."""
+    tensors = {name: path for name, path in opened.paths.items() if opened.is_tensor(name)}
+    if any(path[0] == "model" and len(path) > 1 for path in opened.paths.values()):
+        return {name: ".".join(map(str, path[1:])) for name, path in tensors.items() if path[0] == "model"}
+    return {name: str(path[0]) for name, path in tensors.items() if len(path) == 1}
+
+
+def _read_others(state: PortableState, opened: DcpFolder, names: Sequence[str]) -> None:
+    """Read the step from entries of neither the model nor the optimizer, and note the others."""
+    tensors = [name for name in names if opened.is_tensor(name)]
+    other = [name for name in names if name not in tensors]
+    step = opened.values(other).get("step")
+    if isinstance(step, int):
+        state.step = step
+    left = [name for name in (*tensors, *other) if name != "step"]
+    if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        state.notes.append(f"skipped: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
+
+
+def read_optimizer(opened: DcpFolder) -> PortableOptimizer:
+    """The optimizer state in a folder, nested as torch's `get_optimizer_state_dict` returns it, or flattened."""
+    state = PortableOptimizer()
     inside = {name: path[1:] for name, path in opened.paths.items() if path[0] == "optimizer"}
     plain = opened.values([name for name in inside if not opened.is_tensor(name)])
     options: dict[Any, dict[str, Any]] = {}
     for name, path in inside.items():
-        where, owner, key = _place(path)
-        if where == "state" and opened.is_tensor(name):
-            state.slots.setdefault(owner, Tensors()).sources[key] = opened.source(name)
-        elif where == "state":
+        section, owner, key = _split_path(path)
+        if section == "state" and opened.is_tensor(name):
+            state.slots.setdefault(owner, LazyTensors()).sources[key] = opened.source(name)
+        elif section == "state":
             state.numbers.setdefault(owner, {})[key] = plain[name]
-        elif where == "param_groups":
+        elif section == "param_groups":
             value = plain[name] if name in plain else opened.source(name).read()
             options.setdefault(owner, {})[key] = value.item() if isinstance(value, torch.Tensor) else value
     state.groups = _groups(options)
     return state
 
 
-def _place(path: tuple[Any, ...]) -> tuple[str, Any, str]:
-    """Which of `state` and `param_groups` an entry is in, whose it is, and what it is called."""
+def _split_path(path: tuple[Any, ...]) -> tuple[str, Any, str]:
+    """Whether an entry is in `state` or `param_groups`, its parameter or group, and its key."""
     if len(path) == 3:
         return str(path[0]), path[1], str(path[2])
-    where, _, rest = ".".join(map(str, path)).partition(".")
+    section, _, rest = ".".join(map(str, path)).partition(".")
     owner, _, key = rest.rpartition(".")
-    return where, owner, key
+    return section, owner, key
 
 
 def _groups(options: Mapping[Any, dict[str, Any]]) -> list[dict[str, Any]]:
     if all(isinstance(owner, int) for owner in options):
         return [options[index] for index in sorted(options)]
-    # Flattened, every parameter has the options of its group.
+    # In flattened form every parameter has a copy of its group's options.
     groups: list[dict[str, Any]] = []
-    for name, held in options.items():
-        group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == held), None)
+    for name, own in options.items():
+        group = next((g for g in groups if {k: v for k, v in g.items() if k != "params"} == own), None)
         if group is None:
-            groups.append({**held, "params": []})
+            groups.append({**own, "params": []})
             group = groups[-1]
         group["params"].append(name)
     return groups

@@ -1,8 +1,8 @@
-"""Pickled files, read without running what they name.
+"""Reading pickled files without running code from them.
 
-torch's weights-only unpickler builds tensors and plain containers and nothing else. What a file names beyond that is
-listed before anything is read: classes of the libraries that write checkpoints become inert records, a few of numpy's
-are harmless, and any other name is refused.
+torch's weights-only unpickler builds only tensors and plain containers. Other names in a file are listed before
+anything is read: classes of the libraries that write checkpoints become inert records, a few of NumPy's are harmless,
+and any other name is refused.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ _NUMPY_TYPES = [type(np.dtype(name)) for name in ("uint32", "int64", "float64", 
 
 
 class Inert:
-    """What stands in for an object of another library: its arguments and fields, and no behaviour."""
+    """Stands in for an object of another library: has its arguments and fields, but no behavior."""
 
     args: tuple[Any, ...]
     fields: dict[str, Any]
 
     def __new__(cls, *args: Any) -> Inert:
-        """Keep the arguments."""
-        made = super().__new__(cls)
-        made.__dict__.update(args=args, fields={})
-        return made
+        """Store the arguments."""
+        record = super().__new__(cls)
+        record.__dict__.update(args=args, fields={})
+        return record
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__["fields"] = state if isinstance(state, dict) else {"state": state}
 
 
 def load_pickled(path: Path) -> Any:
-    """Read a file that `torch.save` wrote; tensors are mapped from it.
+    """Read a file that `torch.save` wrote; its tensors are memory-mapped.
 
     Raises:
-        CheckpointError: It cannot be read, or names something that could run.
+        CheckpointError: It cannot be read, or refers to code.
     """
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
-            f"{path} is not a file of torch.save as torch has written it since 1.6",
-            "An older or damaged file cannot be read without running what is in it",
+            f"{path} is not a zip-format torch.save file (torch >= 1.6)",
+            "An older or damaged file cannot be read without running code from it",
             "Save it again with a newer torch",
         )
     return _load(path, str(path), mmap=True)
@@ -68,7 +68,7 @@ def load_pickled_stream(stream: io.BytesIO, where: str) -> Any:
     """Read a small value that `torch.save` wrote.
 
     Raises:
-        CheckpointError: It cannot be read, or names something that could run.
+        CheckpointError: It cannot be read, or refers to code.
     """
     return _load(stream, where, mmap=False)
 
@@ -82,8 +82,8 @@ def _load(source: Any, where: str, *, mmap: bool) -> Any:
         if refused:
             raise CheckpointError(
                 f"{where} names {', '.join(sorted(refused)[:5])}",
-                "Reading it as it was meant would run code out of the file",
-                "If it is yours, save tensors, numbers, texts and lists and dictionaries of them instead",
+                "Loading it would run code from the file",
+                "If you wrote it, save only tensors, numbers, strings, and lists and dictionaries of them",
             )
         allowed = [(_NUMPY.get(name, Inert), name) for name in named]
         with safe_globals([*allowed, *_NUMPY_TYPES]):
@@ -91,6 +91,6 @@ def _load(source: Any, where: str, *, mmap: bool) -> Any:
     except CheckpointError:
         raise
     except Exception as error:
-        # Whatever is wrong with the bytes of a file, it is the file that cannot be read.
+        # Damaged bytes raise all kinds of errors.
         reason = first_line(error)
         raise CheckpointError(f"{where} cannot be read", reason, "Copy the file again, or load another") from error

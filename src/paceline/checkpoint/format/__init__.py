@@ -1,1 +1,1 @@
-"""What a checkpoint folder holds: the manifest, tensor layout, shards, checksums."""
+"""The format of a checkpoint: manifest, tensor layout, shards, JSON state and checksums."""

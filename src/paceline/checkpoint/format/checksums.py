@@ -1,8 +1,8 @@
-"""CRC-32 of what is known piece by piece: the checksum of a file that many ranks wrote, without reading it again.
+"""CRC-32 of a file from the checksums of its pieces, so that a file written by many ranks is not read again.
 
-The sum of two runs of bytes follows from the sums of both and the length of the second: it is multiplication of
-polynomials modulo that of CRC-32. The way is zlib's own `crc32_combine` (`multmodp` and `x2nmodp` in
-https://github.com/madler/zlib/blob/v1.3.1/crc32.c), which Python's zlib does not hand on.
+The checksum of two byte ranges follows from the checksums of both and the length of the second, by multiplication of
+polynomials modulo that of CRC-32. This is zlib's `crc32_combine` (`multmodp` and `x2nmodp` in
+https://github.com/madler/zlib/blob/v1.3.1/crc32.c), which Python's zlib does not expose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _X_TO_THE_8 = 1 << 23
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
-    """Bytes `[start, stop)` of a file, and the CRC-32 of them."""
+    """Bytes `[start, stop)` of a file, and their CRC-32."""
 
     start: int
     stop: int
@@ -32,21 +32,21 @@ class Span:
 
 
 def combine(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two runs of bytes, one after the other.
+    """The CRC-32 of two byte ranges, one after the other.
 
     Args:
-        first: CRC-32 of the first run.
-        second: CRC-32 of the second.
-        length: Of the second, in bytes.
+        first: CRC-32 of the first range.
+        second: CRC-32 of the second range.
+        length: Bytes of the second range.
     """
     return _product(_shift(length), first) ^ second
 
 
 def of_spans(size: int, spans: Iterable[Span]) -> int:
-    """The CRC-32 of a file of `size` bytes that holds `spans`, and zeros everywhere else.
+    """The CRC-32 of a file of `size` bytes that holds `spans` and zeros everywhere else.
 
     Raises:
-        ValueError: They lie over each other, or do not fit into the file.
+        ValueError: They overlap, or do not fit into the file.
     """
     whole, reached = 0, 0
     for span in sorted(spans):
@@ -58,7 +58,7 @@ def of_spans(size: int, spans: Iterable[Span]) -> int:
 
 
 def _with_zeros(crc: int, count: int) -> int:
-    # CRC-32 begins at, and ends by flipping, all 32 bits.
+    # CRC-32 starts from all 32 bits set and flips them at the end.
     return _product(_shift(count), crc ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
@@ -76,7 +76,7 @@ def _product(a: int, b: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _shift(count: int) -> int:
-    """What moves a checksum up by `count` bytes: x to the 8 x `count`. Most pieces are of few sizes, so it is kept."""
+    """The factor that moves a checksum by `count` bytes: x to the 8 x `count`. Cached, as pieces have few sizes."""
     power, square = _ONE, _X_TO_THE_8
     while count:
         if count & 1:

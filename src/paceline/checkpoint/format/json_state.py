@@ -1,4 +1,4 @@
-"""States as JSON can hold them, with their tensors aside: what is loaded later runs no code."""
+"""State dicts as JSON, with their tensors kept apart, so that loading them never runs code."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import base64
 import sys
 from dataclasses import is_dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paceline.checkpoint.format.dtypes import CODES, dtype_named, name_of
+from paceline.checkpoint.format.layout import DTYPE_CODES, dtype_name, dtype_named
 from paceline.collectives import as_bytes
 from paceline.errors import StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
@@ -33,20 +33,19 @@ _MARKS = {_TENSOR, _BYTES, _ITEMS, _TUPLE, _ARRAY, _COMPLEX}
 
 
 def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -> Any:
-    """A state as JSON holds it.
+    """Convert a state to what JSON can hold.
 
     Args:
-        value: Numbers, texts, tensors, arrays, and lists, tuples and dictionaries of them.
-        owner: Whose state it is, and where in it `value` stands; names the tensors too.
-        tensors: Gets the tensors, by name; None puts them into the JSON itself, for small ones.
+        value: Numbers, strings, tensors, arrays, and lists, tuples and dictionaries of them.
+        owner: Where `value` comes from, such as `custom_0/state.shadow`; also names the tensors.
+        tensors: Receives the tensors, by name; None puts them into the JSON itself, which suits small ones.
 
     Raises:
         StateError: It holds anything else; says where.
     """
+    value = _as_python(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, np.generic) and isinstance(value.item(), (bool, int, float, str, complex)):
-        return to_plain(value.item(), owner)
     if isinstance(value, complex):
         return {_COMPLEX: [value.real, value.imag]}
     if isinstance(value, np.ndarray):
@@ -59,17 +58,24 @@ def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -
     if isinstance(value, dict):
         return _plain_dict(value, owner, tensors)
     if is_dataclass(value):
-        advice = "Let state_dict() give dataclasses.asdict(…) of it, and load_state_dict() make it again"
-        raise _unfit(owner, f"dataclass, {type(value).__name__}", advice)
-    raise _unfit(owner, type(value).__name__)
+        advice = "Return dataclasses.asdict(…) from state_dict(), and rebuild it in load_state_dict()"
+        raise _unsupported(owner, f"dataclass, {type(value).__name__}", advice)
+    raise _unsupported(owner, type(value).__name__)
 
 
-def _unfit(
-    owner: str, kind: str, advice: str = "Leave it out of state_dict(), or put what it stands for in its place"
+def _as_python(value: Any) -> Any:
+    """A NumPy scalar as a Python number or string; any other value unchanged."""
+    if isinstance(value, np.generic) and isinstance(value.item(), (bool, int, float, str, complex)):
+        return value.item()
+    return value
+
+
+def _unsupported(
+    owner: str, kind: str, advice: str = "Leave it out of state_dict(), or store plain values in its place"
 ) -> StateError:
     return StateError(
         f"{owner} is a {kind}",
-        "A checkpoint holds numbers, texts, tensors and lists and dictionaries of them: loading it runs no code",
+        "A checkpoint holds only numbers, strings, tensors and containers of them, so that loading it runs no code",
         advice,
     )
 
@@ -78,37 +84,44 @@ def _as_tensor(array: np.ndarray[Any, Any], owner: str) -> Tensor:
     try:
         return torch.from_numpy(array.copy())
     except (TypeError, ValueError) as error:
-        raise _unfit(owner, f"array of {array.dtype}, which torch does not have") from error
+        raise _unsupported(owner, f"array of {array.dtype}, which torch does not have") from error
 
 
 def _plain_tensor(tensor: Tensor, owner: str, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
-    # First: a class of its own may not even answer what its layout is.
+    # Checked first: a tensor subclass may not even implement `layout`.
     if _is_opaque(tensor, sharded=tensors is not None):
-        advice = "Give a DTensor, which each rank saves its part of, or a whole tensor in its place"
-        raise _unfit(owner, type(tensor).__name__, advice)
+        advice = "Give a DTensor, of which each rank saves its shard, or a whole tensor"
+        raise _unsupported(owner, type(tensor).__name__, advice)
     tensor = tensor.detach()
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise _unfit(owner, "tensor that is sparse, nested or quantized")
+        raise _unsupported(owner, "tensor that is sparse, nested or quantized")
     if tensor.is_meta:
-        raise _unfit(owner, "tensor on the meta device, which has no values")
+        raise _unsupported(owner, "tensor on the meta device, which has no values")
     if tensor.is_complex() or tensor.is_neg():
-        # What is conjugated or negated only when it is read.
+        # The conjugate and negative bits are not part of the bytes.
         tensor = tensor.resolve_conj().resolve_neg()
     if tensors is None:
         return _inline(tensor)
     if tensor.dtype is torch.complex128:
-        # safetensors knows complex numbers of 64 bits only.
+        # safetensors supports only complex64.
         return {_COMPLEX: _plain_tensor(torch.view_as_real(tensor), owner, tensors)}
-    if name_of(tensor.dtype) not in CODES:
-        raise _unfit(owner, f"tensor of {tensor.dtype}, which safetensors files cannot hold")
-    # `{"a.b": …}` and `{"a": {"b": …}}` would have one name.
-    name = next(name for n in count() if (name := f"{owner}~{n}" if n else owner) not in tensors)
+    if dtype_name(tensor.dtype) not in DTYPE_CODES:
+        raise _unsupported(owner, f"tensor of {tensor.dtype}, which safetensors files cannot hold")
+    name = _unused_name(owner, tensors)
     tensors[name] = tensor
     return {_TENSOR: name}
 
 
+def _unused_name(owner: str, tensors: Mapping[str, Tensor]) -> str:
+    """A name for a tensor: `{"a.b": …}` and `{"a": {"b": …}}` must not share one."""
+    name, attempts = owner, count()
+    while name in tensors:
+        name = f"{owner}~{next(attempts) + 1}"
+    return name
+
+
 def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
-    """Whether a tensor is of a class whose values are not all in memory of its own; `sharded` lets DTensors pass."""
+    """Whether a tensor subclass keeps its values outside its own memory; `sharded` allows DTensors."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         return False
     module = sys.modules.get("torch.distributed.tensor")
@@ -120,41 +133,47 @@ def _is_opaque(tensor: Tensor, *, sharded: bool) -> bool:
 
 def _inline(tensor: Tensor) -> dict[str, Any]:
     raw = as_bytes(tensor.detach().cpu().contiguous()).numpy().tobytes()
-    return {_BYTES: base64.b64encode(raw).decode(), "dtype": name_of(tensor.dtype), "shape": list(tensor.shape)}
+    return {_BYTES: base64.b64encode(raw).decode(), "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
 def _plain_dict(value: Mapping[Any, Any], owner: str, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
     if all(isinstance(key, str) for key in value) and not _MARKS & value.keys():
         return {key: to_plain(item, f"{owner}.{key}", tensors) for key, item in value.items()}
-    # JSON's keys are texts, and those of milestones, say, are numbers.
+    # JSON keys are strings; those of a scheduler's milestones, for example, are numbers.
     items = [[key, item] for key, item in value.items()]
     return {_ITEMS: to_plain(items, owner, tensors)}
 
 
 def from_plain(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
-    """What `to_plain` was given; a named tuple comes back as a tuple, a number of numpy as one of Python."""
+    """Undo `to_plain`. Named tuples come back as tuples, NumPy scalars as Python numbers."""
     tensors = tensors or {}
     if isinstance(value, list):
         return [from_plain(item, tensors) for item in value]
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return tensors[value[_TENSOR]]
-        if _BYTES in value:
-            content = bytearray(base64.b64decode(value[_BYTES]))
-            # torch.frombuffer refuses an empty buffer, which a tensor without elements has.
-            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            return raw.view(dtype_named(value["dtype"])).reshape(value["shape"])
-        if set(value) == {_TUPLE}:
-            return tuple(from_plain(item, tensors) for item in value[_TUPLE])
-        if set(value) == {_COMPLEX}:
-            return _complex(from_plain(value[_COMPLEX], tensors))
-        if set(value) == {_ARRAY}:
-            return from_plain(value[_ARRAY], tensors).numpy()
-        if set(value) == {_ITEMS}:
-            return {from_plain(key): from_plain(item, tensors) for key, item in value[_ITEMS]}
-        return {key: from_plain(item, tensors) for key, item in value.items()}
-    return value
+    if not isinstance(value, dict):
+        return value
+    if _BYTES in value:
+        return _from_inline(value)
+    mark = next(iter(value)) if len(value) == 1 else ""
+    if mark in _DECODERS:
+        return _DECODERS[mark](value[mark], tensors)
+    return {key: from_plain(item, tensors) for key, item in value.items()}
 
 
-def _complex(shards: Any) -> Any:
-    return torch.view_as_complex(shards) if isinstance(shards, torch.Tensor) else complex(*shards)
+_DECODERS: Final[dict[str, Callable[[Any, Mapping[str, Tensor]], Any]]] = {
+    _TENSOR: lambda name, tensors: tensors[name],
+    _TUPLE: lambda items, tensors: tuple(from_plain(item, tensors) for item in items),
+    _COMPLEX: lambda parts, tensors: _complex(from_plain(parts, tensors)),
+    _ARRAY: lambda array, tensors: from_plain(array, tensors).numpy(),
+    _ITEMS: lambda items, tensors: {from_plain(key): from_plain(item, tensors) for key, item in items},
+}
+
+
+def _from_inline(value: Mapping[str, Any]) -> Tensor:
+    content = bytearray(base64.b64decode(value[_BYTES]))
+    # torch.frombuffer refuses the empty buffer of a tensor without elements.
+    raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return raw.view(dtype_named(value["dtype"])).reshape(value["shape"])
+
+
+def _complex(parts: Any) -> Any:
+    return torch.view_as_complex(parts) if isinstance(parts, torch.Tensor) else complex(*parts)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: facts about the run, every file, every tensor and every piece of it.
+"""The manifest of a checkpoint: the run that wrote it, and every file, tensor and piece with its checksum.
 
-It is JSON, and nothing in it is believed before it was checked: a name that leads out of the folder, a size that
-does not fit or a piece that is missing is an error, not a read.
+It is JSON, and all of it is validated before anything is read: a path out of the folder, a size that does not fit or
+a missing piece is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint.format.checksums import Span, of_spans
-from paceline.checkpoint.format.dtypes import SIZES
+from paceline.checkpoint.format.layout import DTYPE_SIZES
 from paceline.errors import DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecor
 MANIFEST = "manifest.json"
 FORMAT = 2
 
-_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
+_PATH_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements `[start, stop)` of a tensor laid out row by row, and the CRC-32 of their bytes."""
+    """Elements `[start, stop)` of a tensor in row-major order, and the CRC-32 of their bytes."""
 
     start: int
     stop: int
@@ -38,14 +38,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Where one whole tensor lies.
+    """Where one whole tensor is stored.
 
     Attributes:
-        shape: Of the whole tensor.
-        dtype: As torch calls it, without `torch.`.
-        file: In the checkpoint's folder.
-        offset: Of its first byte in the file.
-        pieces: In order, without gaps. On disks that machines do not share, those of other machines are missing.
+        shape: Shape of the whole tensor.
+        dtype: Name in torch, without `torch.`.
+        file: File name in the checkpoint's folder.
+        offset: Offset of its first byte in the file.
+        pieces: In order, without gaps. If machines do not share the disk, the pieces of other machines are missing.
     """
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class TensorRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.numel * SIZES[self.dtype]
+        return self.numel * DTYPE_SIZES[self.dtype]
 
     @property
     def complete(self) -> bool:
@@ -75,8 +75,8 @@ class TensorRecord:
         return reached == self.numel
 
     def spans(self) -> Iterator[Span]:
-        """Yield the bytes of the file that each piece is."""
-        size = SIZES[self.dtype]
+        """Yield the byte range of each piece in the file."""
+        size = DTYPE_SIZES[self.dtype]
         for piece in self.pieces:
             yield Span(self.offset + piece.start * size, self.offset + piece.stop * size, piece.crc32)
 
@@ -86,8 +86,8 @@ class FileRecord:
     """One file.
 
     Attributes:
-        size: In bytes.
-        crc32: CRC-32 of all its bytes. Pieces of a tensor that are on the disks of other machines are zeros here.
+        size: Bytes.
+        crc32: CRC-32 of all bytes. Pieces that are on the disks of other machines are zeros here.
     """
 
     size: int
@@ -96,23 +96,23 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What `manifest.json` holds.
+    """The content of `manifest.json`.
 
     Attributes:
-        id: Of this save, the same on all machines.
-        paceline: Version that wrote it.
-        torch: Version that wrote it.
+        id: Identifies the save; the same on all machines.
+        paceline: Version of paceline that wrote it.
+        torch: Version of torch that wrote it.
         created: Time in UTC, ISO 8601.
         step: Optimizer steps taken.
-        epoch: Of the first prepared loader.
-        samples: Position in that epoch, over all ranks.
-        world_size: Ranks that wrote it.
-        strategy: That they trained under.
+        epoch: Epoch of the first prepared loader.
+        samples: Samples of that epoch that were handed out, over all ranks.
+        world_size: Number of ranks that wrote it.
+        strategy: Strategy that they trained under.
         mixed_precision: `no`, `bf16` or `fp16`.
-        shared: Whether the folder holds everything; else what the ranks of one machine wrote.
-        files: By name.
-        tensors: By name: `model/<parameter>`, `optimizer/<parameter>/<slot>`; a second model is `model_1`.
-        ties: Further names of tensors.
+        shared: Whether the folder holds everything; if not, it holds what the ranks of one machine wrote.
+        files: Files by name.
+        tensors: Tensors by name: `model/<parameter>`, `optimizer/<parameter>/<slot>`; a second model is `model_1`.
+        ties: Other names of tensors (tied weights), each with the name in `tensors`.
     """
 
     id: str
@@ -142,47 +142,47 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            DamagedCheckpointError: It is of a later format, not well formed, or claims what cannot be.
+            DamagedCheckpointError: It has a newer format, is not valid JSON, or contradicts itself.
         """
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _damaged(f"It is no JSON: {error}") from error
+            raise _damaged(f"It is not valid JSON: {error}") from error
         if not isinstance(document, dict):
-            raise _damaged("It holds no JSON object")
+            raise _damaged("It is not a JSON object")
         version = document.pop("format", None)
         if version not in (1, FORMAT):
             raise DamagedCheckpointError(
                 f"Its manifest has format {version!r}",
-                f"This paceline reads formats 1 to {FORMAT}",
+                f"This version of paceline reads formats 1 to {FORMAT}",
                 "Load it with the version of paceline that wrote it",
             )
         try:
-            made = cls(**{**_facts(document), **_records(document)})
-            for fault in made._faults():
+            manifest = cls(**_run_fields(document), **_records(document))
+            for fault in manifest._faults():
                 raise _damaged(fault)
-            return made if version == FORMAT else _from_format_1(made, document["files"])
+            return manifest if version == FORMAT else _from_format_1(manifest, document["files"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
 
     def _faults(self) -> Iterator[str]:
-        """Yield what cannot be true."""
+        """Yield contradictions."""
         for name, file in self.files.items():
-            if name == MANIFEST or not all(_PART.fullmatch(part) for part in name.split("/")):
-                yield f"It names the file {name!r}, which does not lie inside the folder"
+            if name == MANIFEST or not all(_PATH_PART.fullmatch(part) for part in name.split("/")):
+                yield f"It names the file {name!r}, which is not inside the folder"
             if file.size < 0:
-                yield f"It gives {name} {file.size} bytes"
+                yield f"The size of {name} is {file.size} bytes"
         for name, tensor in self.tensors.items():
             yield from self._tensor_faults(name, tensor)
         yield from self._overlaps()
 
     def _tensor_faults(self, name: str, tensor: TensorRecord) -> Iterator[str]:
-        if tensor.dtype not in SIZES:
+        if tensor.dtype not in DTYPE_SIZES:
             yield f"{name} has the dtype {tensor.dtype!r}, which torch does not have"
             return
         file = self.files.get(tensor.file)
         if file is None or "/" in tensor.file:
-            yield f"{name} lies in {tensor.file!r}, which it does not list"
+            yield f"{name} is in {tensor.file!r}, which it does not list"
             return
         if min(tensor.shape, default=0) < 0 or tensor.offset < 0 or tensor.offset + tensor.nbytes > file.size:
             yield f"{name} of shape {tensor.shape} does not fit into the {file.size} bytes of {tensor.file}"
@@ -193,41 +193,41 @@ class Manifest:
                 return
             reached = piece.stop
         if self.shared and not tensor.complete:
-            yield f"Pieces of {name} are missing from it"
+            yield f"It lacks pieces of {name}"
 
     def _overlaps(self) -> Iterator[str]:
-        file, reached, before = "", 0, ""
+        file, reached, previous = "", 0, ""
         for name, tensor in sorted(self.tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
             if tensor.file == file and tensor.offset < reached and tensor.nbytes:
-                yield f"{name} lies over {before} in {file}"
+                yield f"{name} and {previous} overlap in {file}"
             if tensor.nbytes or tensor.file != file:
-                file, reached, before = tensor.file, tensor.offset + tensor.nbytes, name
+                file, reached, previous = tensor.file, tensor.offset + tensor.nbytes, name
 
 
-def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
+def _run_fields(document: Mapping[str, Any]) -> dict[str, Any]:
     texts = {key: str(document[key]) for key in ("id", "paceline", "torch", "created", "strategy", "mixed_precision")}
     numbers = {key: int(document[key]) for key in ("step", "epoch", "samples", "world_size")}
     return {**texts, **numbers, "shared": bool(document["shared"])}
 
 
 def _records(document: Mapping[str, Any]) -> dict[str, Any]:
-    files = {str(name): FileRecord(int(held["size"]), int(held["crc32"])) for name, held in document["files"].items()}
+    files = {str(name): FileRecord(int(file["size"]), int(file["crc32"])) for name, file in document["files"].items()}
     tensors = {
         str(name): TensorRecord(
-            shape=tuple(int(size) for size in held["shape"]),
-            dtype=str(held["dtype"]),
-            file=str(held["file"]),
-            offset=int(held["offset"]),
-            pieces=tuple(Piece(int(start), int(stop), int(crc)) for start, stop, crc in held["pieces"]),
+            shape=tuple(int(size) for size in entry["shape"]),
+            dtype=str(entry["dtype"]),
+            file=str(entry["file"]),
+            offset=int(entry["offset"]),
+            pieces=tuple(Piece(int(start), int(stop), int(crc)) for start, stop, crc in entry["pieces"]),
         )
-        for name, held in document["tensors"].items()
+        for name, entry in document["tensors"].items()
     }
     ties = {str(alias): str(name) for alias, name in document["ties"].items()}
     return {"files": files, "tensors": tensors, "ties": ties}
 
 
 def _from_format_1(manifest: Manifest, files: Mapping[str, Any]) -> Manifest:
-    """Give every file a checksum of its own: format 1 had one of its first `checked` bytes, its header."""
+    """Compute a checksum of every file: format 1 has only one of the header, the first `checked` bytes."""
     spans = {name: [Span(0, int(files[name]["checked"]), record.crc32)] for name, record in manifest.files.items()}
     for tensor in manifest.tensors.values():
         spans[tensor.file] += tensor.spans()
@@ -236,4 +236,4 @@ def _from_format_1(manifest: Manifest, files: Mapping[str, Any]) -> Manifest:
 
 
 def _damaged(why: str) -> DamagedCheckpointError:
-    return DamagedCheckpointError("Its manifest is damaged, or somebody changed it", why, "Load another checkpoint")
+    return DamagedCheckpointError("Its manifest is damaged or was edited", why, "Load another checkpoint")

@@ -1,8 +1,8 @@
-"""What every strategy can say of its state: which run of which tensor this rank holds.
+"""Tensor shards and optimizer states in the form that every strategy can provide.
 
-A sharded tensor is cut differently by each engine, but every cut in use (whole copies, FSDP2's rows, ZeRO's flat
-partitions) leaves each rank one contiguous run of the tensor laid out row by row. That run is what is saved, and
-what is asked for when a state is loaded on other ranks or by another strategy.
+Each engine shards differently, but every scheme in use (whole copies, FSDP2's rows, ZeRO's flat partitions) leaves
+each rank one contiguous range of the tensor in row-major order. That range is what a rank saves, and what it needs
+when a state is loaded by other ranks or under another strategy.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Number = float | int | bool | None
 
 @dataclass(frozen=True, slots=True)
 class TensorShard:
-    """One rank's run of one tensor, in live memory.
+    """The contiguous range of one tensor that one rank has, in live memory.
 
     Attributes:
-        shape: Of the whole tensor.
-        start: Index of the run's first element in the whole tensor, laid out row by row.
-        values: The run. Of any shape; laid out row by row it is elements `[start, stop)`. Writing into it in place
-            changes what is trained, once the strategy has been told by `state_written`.
+        shape: Shape of the whole tensor.
+        start: Index of the first element of the range in the whole tensor, in row-major order.
+        values: Elements `[start, stop)`, in a tensor of any shape. Writing into it changes what is trained, once
+            `Strategy.state_written` was called.
     """
 
     shape: tuple[int, ...]
@@ -37,12 +37,12 @@ class TensorShard:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> TensorShard:
-        """A tensor of which this rank holds all."""
+        """A tensor that this rank has all of."""
         return cls(tuple(tensor.shape), 0, tensor.detach())
 
     @property
     def stop(self) -> int:
-        """Index after the run's last element."""
+        """Index after the last element of the range."""
         return self.start + self.values.numel()
 
     @property
@@ -52,15 +52,15 @@ class TensorShard:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the values."""
+        """Dtype of the values."""
         return self.values.dtype
 
     def flat(self) -> Tensor:
-        """The run as one dimension: a view where the memory allows it, else a copy."""
+        """The range as a tensor of one dimension: a view if memory allows, else a copy."""
         return self.values.reshape(-1)
 
     def write(self, start: int, values: Tensor) -> None:
-        """Copy `values` (one dimension) over the run's elements from index `start` of the whole tensor on."""
+        """Copy `values` [n] over elements `[start, start + n)` of the whole tensor."""
         begin = start - self.start
         if self.values.is_contiguous():
             self.values.view(-1)[begin : begin + values.numel()].copy_(values)
@@ -72,7 +72,7 @@ class TensorShard:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What one tensor of an optimizer's state looks like when whole."""
+    """Shape and dtype of a whole tensor, such as one of an optimizer's state."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -80,12 +80,12 @@ class Slot:
 
 @dataclass(slots=True)
 class OptimizerState:
-    """An optimizer's state by the names of the parameters that it is about.
+    """An optimizer's state by parameter name.
 
     Attributes:
-        slots: For each parameter, its tensors by torch's names of them (`exp_avg`, `exp_avg_sq`, ...). A count of
-            steps is always the slot `step`, of shape [] and fp32, however the engine keeps it.
-        numbers: For each parameter, what is no tensor.
+        slots: For each parameter, its tensors by their names in torch (`exp_avg`, `exp_avg_sq`, ...). A step count is
+            always the slot `step`, of shape [] and fp32, however the engine stores it.
+        numbers: For each parameter, its values that are not tensors.
         groups: For each parameter group its options, as JSON can hold them, and under `params` the names.
     """
 

@@ -1,8 +1,8 @@
-"""Copies of a training state in host memory, from which it is written while training goes on.
+"""Copies of a training state in host memory, from which it is written while training continues.
 
-On an accelerator the copies run on a stream of their own beside the next forward and backward. What only an
-optimizer's step changes may be copied until that step begins, so the step waits for the copies, on the device; what
-the forward itself changes is copied before anything else runs.
+On a GPU the copies run on a separate stream, during the next forward and backward. What only an optimizer step
+changes may be copied until that step, which waits for the copies on the device. What the forward changes, such as
+buffers, is copied before anything else runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SLAB_BYTES = 2 * 1024**3
 
 
 class Stager:
-    """Host memory for one copy of the state, kept from one save to the next."""
+    """Host memory for one copy of the state, reused from one save to the next."""
 
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
@@ -36,26 +36,29 @@ class Stager:
 
     @torch.no_grad()
     def stage(self, shards: Mapping[str, TensorShard], *, updated_by_step: Collection[str]) -> dict[str, TensorShard]:
-        """Copy parts to the host, and return at once where an accelerator does the copying.
+        """Copy shards to the host; a GPU copies asynchronously.
 
-        Call `wait` before reading the copies, and `hold_stream` before the state is changed.
+        Call `wait` before reading the copies, and `hold_stream` before changing the state.
 
         Args:
-            shards: In live memory.
-            updated_by_step: Names of those that only an optimizer's step changes.
+            shards: Live memory.
+            updated_by_step: Names of the shards that only an optimizer step changes.
+
+        Returns:
+            The copies.
         """
-        room = self._room({name: part.values.numel() * part.values.element_size() for name, part in shards.items()})
+        memory = self._allocate({name: s.values.numel() * s.values.element_size() for name, s in shards.items()})
         device = next((p.values.device for p in shards.values() if p.values.device.type == "cuda"), None)
         ordered = sorted(shards, key=lambda name: name in updated_by_step)
         if device is None:
-            return {name: self._copy(shards[name], room[name]) for name in ordered}
-        return self._on_stream(device, shards, room, ordered, updated_by_step)
+            return {name: self._copy(shards[name], memory[name]) for name in ordered}
+        return self._on_stream(device, shards, memory, ordered, updated_by_step)
 
     def _on_stream(
         self,
         device: torch.device,
         shards: Mapping[str, TensorShard],
-        room: Mapping[str, Tensor],
+        memory: Mapping[str, Tensor],
         ordered: list[str],
         updated_by_step: Collection[str],
     ) -> dict[str, TensorShard]:
@@ -65,49 +68,49 @@ class Stager:
         self._stream.wait_stream(current)
         staged = {}
         with torch.cuda.stream(self._stream):
-            hasty = [name for name in ordered if name not in updated_by_step]
-            staged.update({name: self._copy(shards[name], room[name]) for name in hasty})
+            urgent = [name for name in ordered if name not in updated_by_step]
+            staged.update({name: self._copy(shards[name], memory[name]) for name in urgent})
             current.wait_event(self._stream.record_event())
-            staged.update({name: self._copy(shards[name], room[name]) for name in ordered[len(hasty) :]})
+            staged.update({name: self._copy(shards[name], memory[name]) for name in ordered[len(urgent) :]})
             self._copied = self._stream.record_event()
         return staged
 
     @staticmethod
-    def _copy(part: TensorShard, raw: Tensor) -> TensorShard:
-        kept = raw.view(part.dtype)
-        source = part.values
+    def _copy(shard: TensorShard, raw: Tensor) -> TensorShard:
+        copy = raw.view(shard.dtype)
+        source = shard.values
         if source.device.type == "cuda" and not source.is_contiguous():
             source = source.contiguous()
             source.record_stream(torch.cuda.current_stream(source.device))
-        kept.copy_(source.reshape(-1), non_blocking=True)
-        return replace(part, values=kept)
+        copy.copy_(source.reshape(-1), non_blocking=True)
+        return replace(shard, values=copy)
 
     def wait(self) -> None:
-        """Let the calling thread wait until the copies are there."""
+        """Block the calling thread until the copies are complete."""
         if self._copied is not None:
             self._copied.synchronize()
 
     def hold_stream(self) -> None:
-        """Let the device, not the host, finish the copies before it goes on."""
+        """Make the current stream wait for the copies; the host does not wait."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def _room(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Memory for each part, out of slabs that fit this state."""
-        wanted = _pack(sizes)
-        if [slab.numel() for slab in self._slabs] != [end for end, _ in wanted]:
+    def _allocate(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Memory for each shard, from slabs that fit this state."""
+        packed = _pack(sizes)
+        if [slab.numel() for slab in self._slabs] != [end for end, _ in packed]:
             self.release()
-            self._slabs = [torch.empty(end, dtype=torch.uint8) for end, _ in wanted]
+            self._slabs = [torch.empty(end, dtype=torch.uint8) for end, _ in packed]
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 self._pin()
         return {
             name: slab[begin : begin + sizes[name]]
-            for slab, (_, begins) in zip(self._slabs, wanted, strict=True)
-            for name, begin in begins.items()
+            for slab, (_, offsets) in zip(self._slabs, packed, strict=True)
+            for name, begin in offsets.items()
         }
 
     def _pin(self) -> None:
-        # torch's own pinned allocator would round each slab up to a power of two.
+        # torch's pinned-memory allocator would round each slab up to a power of two.
         for slab in self._slabs:
             if slab.numel():
                 cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -115,7 +118,7 @@ class Stager:
                 self._registered.append(slab.data_ptr())
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.wait()
         for address in self._registered:
             cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -125,13 +128,13 @@ class Stager:
 
 
 def _pack(sizes: Mapping[str, int]) -> list[tuple[int, dict[str, int]]]:
-    """For each slab its bytes, and where in it each part begins."""
+    """The size of each slab, and the offset of each shard in it."""
     slabs: list[tuple[int, dict[str, int]]] = []
     for name, size in sizes.items():
         padded = -(-size // _ALIGNMENT) * _ALIGNMENT
         if not slabs or (slabs[-1][0] and slabs[-1][0] + padded > _SLAB_BYTES):
             slabs.append((0, {}))
-        end, begins = slabs[-1]
-        begins[name] = end
-        slabs[-1] = end + padded, begins
+        end, offsets = slabs[-1]
+        offsets[name] = end
+        slabs[-1] = end + padded, offsets
     return slabs

@@ -1,7 +1,7 @@
-"""The storage behind torch.distributed.checkpoint: whole tensors in safetensors files that all ranks write at once.
+"""Storage for torch.distributed.checkpoint: whole tensors in safetensors files that all ranks write at once.
 
-Each rank writes its pieces to their place in the files, several at a time, and makes sure that they are on the disk.
-Reading checks every piece that it touches before a byte of it is used.
+Each rank writes its pieces in place, several at a time, and calls fsync. Reading verifies the checksum of every piece
+before any of its bytes is used.
 """
 
 from __future__ import annotations
@@ -25,11 +25,17 @@ from torch.futures import Future
 from typing_extensions import override
 
 from paceline.checkpoint.format.checksums import Span, of_spans
-from paceline.checkpoint.format.dtypes import dtype_named, name_of
-from paceline.checkpoint.format.layout import FileLayout, FileOffset, TensorShape, index_text, lay_out
+from paceline.checkpoint.format.layout import (
+    FileLayout,
+    FileOffset,
+    TensorShape,
+    dtype_name,
+    dtype_named,
+    index_text,
+    lay_out,
+)
 from paceline.checkpoint.format.manifest import FileRecord, Piece, TensorRecord
-from paceline.checkpoint.io.buffers import HostBuffers
-from paceline.checkpoint.io.thread_pool import in_threads
+from paceline.checkpoint.io.transfer import HostBuffers, in_threads
 from paceline.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
 
     from paceline.checkpoint.format.manifest import Manifest
 
-__all__ = ["FolderReader", "FolderWriter", "Written"]
+__all__ = ["FolderReader", "FolderWriter", "Written", "damaged_piece"]
 
 
 @dataclass(slots=True)
@@ -48,8 +54,8 @@ class Written:
     """What all ranks have written.
 
     Attributes:
-        files: By name, with the disk (its lowest rank) that each is on.
-        tensors: By disk, then by name.
+        files: Files by disk (its lowest rank), then by name.
+        tensors: Tensors by disk, then by name.
     """
 
     files: dict[int, dict[str, FileRecord]]
@@ -57,16 +63,16 @@ class Written:
 
 
 class FolderWriter(StorageWriter):
-    """Writes pieces into a folder that is not the checkpoint yet.
+    """Writes pieces into the folder of an unfinished checkpoint.
 
     Args:
-        folder: Where to write, on this rank's disk.
+        folder: Folder on this rank's disk.
         rank: This rank.
         disk_owners: For each rank, the lowest rank that sees the same disk.
-        documents: Texts to be written beside the tensors, by file name: this rank's own.
+        documents: Texts that this rank writes beside the tensors, by file name.
         threads: How many pieces to write at a time.
-        check_free_space: Called with the bytes to come on this disk, before the first is written.
-        is_blocking: Whether somebody waits for the end: the disk then begins at once, beside the copying.
+        check_free_space: Called with the bytes that this disk needs, before the first is written.
+        is_blocking: Whether training waits for the end: write-back to disk is then started at once.
     """
 
     def __init__(
@@ -114,31 +120,31 @@ class FolderWriter(StorageWriter):
             for name, shape in plan.planner_data.items():
                 if shapes.setdefault(name, shape) != shape:
                     raise CheckpointError(f"{name} is {shapes[name]} on one rank and {shape} on another")
-        files, places = lay_out(shapes)
-        self._shapes, self._files, self._places = shapes, files, places
-        coming = dict.fromkeys(self._disk_owners, 0)
-        for home, plan in zip(self._disk_owners, plans, strict=True):
-            coming[home] += sum(_nbytes(item) for item in plan.items)
-        # Here, where a failure reaches all ranks before any of them has begun.
-        self._make_files(files, coming[self._rank])
+        files, offsets = lay_out(shapes)
+        self._shapes, self._files, self._offsets = shapes, files, offsets
+        nbytes = dict.fromkeys(self._disk_owners, 0)
+        for disk, plan in zip(self._disk_owners, plans, strict=True):
+            nbytes[disk] += sum(_nbytes(item) for item in plan.items)
+        # Here, so that a failure reaches all ranks before any of them writes.
+        self._make_files(files, nbytes[self._rank])
         pairs = zip(self._disk_owners, plans, strict=True)
-        return [replace(plan, storage_data=(files, places, coming[home])) for home, plan in pairs]
+        return [replace(plan, storage_data=(files, offsets, nbytes[disk])) for disk, plan in pairs]
 
-    def _make_files(self, files: Iterable[FileLayout], coming: int) -> None:
-        self._check_free_space(coming)
+    def _make_files(self, files: Iterable[FileLayout], nbytes: int) -> None:
+        self._check_free_space(nbytes)
         for file in files:
             _make_file(self._folder / file.name, file)
 
     @override
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        files, places, coming = plan.storage_data
+        files, offsets, nbytes = plan.storage_data
         if self._disk_owners[self._rank] == self._rank:
             if self._rank:
-                self._make_files(files, coming)
+                self._make_files(files, nbytes)
             self._documents.update(_indices(files))
         results = [self._write_document(name, text) for name, text in self._documents.items()]
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results + self._write_pieces(plan.items, planner, places))
+        done.set_result(results + self._write_pieces(plan.items, planner, offsets))
         return done
 
     def _write_document(self, name: str, text: str) -> WriteResult:
@@ -150,32 +156,32 @@ class FolderWriter(StorageWriter):
         return WriteResult(MetadataIndex(name), len(data), (self._disk_owners[self._rank], zlib.crc32(data)))
 
     def _write_pieces(
-        self, items: Sequence[WriteItem], planner: SavePlanner, places: Mapping[str, FileOffset]
+        self, items: Sequence[WriteItem], planner: SavePlanner, offsets: Mapping[str, FileOffset]
     ) -> list[WriteResult]:
-        # Each rank begins elsewhere, so that they meet in a file as seldom as possible.
-        turn = len(items) * self._rank // len(self._disk_owners)
-        names = {places[item.index.fqn].file for item in items}
-        handles = {name: _open_when_there(self._folder / name) for name in names}
+        # Each rank starts at another item, so that few ranks write to the same file at once.
+        first = len(items) * self._rank // len(self._disk_owners)
+        names = {offsets[item.index.fqn].file for item in items}
+        handles = {name: _open_when_created(self._folder / name) for name in names}
         buffers = HostBuffers(self._threads)
         try:
 
             def write(item: WriteItem) -> WriteResult:
-                place = places[item.index.fqn]
+                location = offsets[item.index.fqn]
                 values = planner.resolve_data(item)
                 assert isinstance(values, torch.Tensor)
                 assert item.tensor_data is not None
-                offset = place.offset + item.tensor_data.chunk.offsets[0] * values.element_size()
+                offset = location.offset + item.tensor_data.chunk.offsets[0] * values.element_size()
                 with buffers.on_host(values) as data:
                     crc = zlib.crc32(data)
-                    _write_all(handles[place.file], data, offset)
+                    _write_all(handles[location.file], data, offset)
                     if self._is_blocking:
-                        _begin_writeback(handles[place.file], offset, len(data))
+                        _begin_writeback(handles[location.file], offset, len(data))
                 return WriteResult(item.index, len(data), (self._disk_owners[self._rank], crc))
 
-            results = in_threads(self._threads, "paceline-write", write, [*items[turn:], *items[:turn]])
-            begun = time.perf_counter()
+            results = in_threads(self._threads, "paceline-write", write, [*items[first:], *items[:first]])
+            begin = time.perf_counter()
             in_threads(self._threads, "paceline-sync", os.fsync, list(handles.values()))
-            self.fsync_seconds = time.perf_counter() - begun
+            self.fsync_seconds = time.perf_counter() - begin
         finally:
             for handle in handles.values():
                 os.close(handle)
@@ -183,21 +189,21 @@ class FolderWriter(StorageWriter):
 
     @override
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        disk_owners = sorted(set(self._disk_owners))
-        files: dict[int, dict[str, FileRecord]] = {home: {} for home in disk_owners}
-        pieces: dict[int, dict[str, list[Piece]]] = {home: {name: [] for name in self._shapes} for home in disk_owners}
+        disks = sorted(set(self._disk_owners))
+        files: dict[int, dict[str, FileRecord]] = {disk: {} for disk in disks}
+        pieces: dict[int, dict[str, list[Piece]]] = {disk: {name: [] for name in self._shapes} for disk in disks}
         for result in (result for of_rank in results for result in of_rank):
-            home, crc = result.storage_data
+            disk, crc = result.storage_data
             name = result.index.fqn
             if result.index.offset is None:
-                files[home][name] = FileRecord(result.size_in_bytes, crc)
+                files[disk][name] = FileRecord(result.size_in_bytes, crc)
             else:
                 start = result.index.offset[0]
                 size = dtype_named(self._shapes[name].dtype).itemsize
-                pieces[home][name].append(Piece(start, start + result.size_in_bytes // size, crc))
-        tensors = {home: self._records(found) for home, found in pieces.items()}
-        for home, records in tensors.items():
-            files[home] |= self._file_records(records.values())
+                pieces[disk][name].append(Piece(start, start + result.size_in_bytes // size, crc))
+        tensors = {disk: self._records(of_disk) for disk, of_disk in pieces.items()}
+        for disk, records in tensors.items():
+            files[disk] |= self._file_records(records.values())
         self.written = Written(files, tensors)
 
     def _file_records(self, tensors: Iterable[TensorRecord]) -> dict[str, FileRecord]:
@@ -211,8 +217,8 @@ class FolderWriter(StorageWriter):
             name: TensorRecord(
                 shape.shape,
                 shape.dtype,
-                self._places[name].file,
-                self._places[name].offset,
+                self._offsets[name].file,
+                self._offsets[name].offset,
                 tuple(sorted(pieces[name], key=lambda piece: piece.start)),
             )
             for name, shape in self._shapes.items()
@@ -224,7 +230,7 @@ class FolderReader(StorageReader):
 
     Args:
         folder: The checkpoint.
-        manifest: What it says of itself.
+        manifest: Its manifest.
         threads: How many pieces to read at a time.
     """
 
@@ -271,12 +277,12 @@ class FolderReader(StorageReader):
     @override
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         buffers = HostBuffers(self._threads)
-        names = {self._pieces[_plain(item.storage_index)][0].file for item in plan.items}
+        names = {self._pieces[_bare_index(item.storage_index)][0].file for item in plan.items}
         handles = {name: os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW) for name in names}
         try:
 
             def read(item: ReadItem) -> None:
-                record, piece = self._pieces[_plain(item.storage_index)]
+                record, piece = self._pieces[_bare_index(item.storage_index)]
                 with buffers.of_size(_piece_bytes(record, piece)) as (raw, data):
                     read_piece(handles[record.file], data, record, piece, item.storage_index.fqn)
                     values = raw.view(dtype_named(record.dtype))
@@ -297,21 +303,21 @@ def read_piece(handle: int, data: memoryview, record: TensorRecord, piece: Piece
     """Read one piece into memory and check it.
 
     Raises:
-        DamagedCheckpointError: Its bytes are not those that were written.
+        DamagedCheckpointError: Its checksum differs.
     """
     size = dtype_named(record.dtype).itemsize
     read = 0
     while read < len(data):
-        got = os.preadv(handle, [data[read:]], record.offset + piece.start * size + read)
-        if not got:
+        count = os.preadv(handle, [data[read:]], record.offset + piece.start * size + read)
+        if not count:
             break
-        read += got
+        read += count
     if read < len(data) or zlib.crc32(data) != piece.crc32:
         raise damaged_piece(record, piece, name)
 
 
 def damaged_piece(record: TensorRecord, piece: Piece, name: str) -> DamagedCheckpointError:
-    """The error for a piece whose bytes are not those that were written."""
+    """The error for a piece whose checksum differs."""
     return DamagedCheckpointError(
         f"{record.file} is damaged: elements {piece.start} to {piece.stop} of {name} are not what was written",
         "Their checksum differs",
@@ -323,18 +329,18 @@ def _piece_bytes(record: TensorRecord, piece: Piece) -> int:
     return (piece.stop - piece.start) * dtype_named(record.dtype).itemsize
 
 
-def _plain(index: MetadataIndex) -> MetadataIndex:
+def _bare_index(index: MetadataIndex) -> MetadataIndex:
     return MetadataIndex(index.fqn, index.offset)
 
 
 def _nbytes(item: WriteItem) -> int:
     assert item.tensor_data is not None
     dtype = item.tensor_data.properties.dtype
-    return int(item.tensor_data.chunk.sizes[0]) * dtype_named(name_of(dtype)).itemsize
+    return int(item.tensor_data.chunk.sizes[0]) * dtype_named(dtype_name(dtype)).itemsize
 
 
 def _make_file(path: Path, layout: FileLayout) -> None:
-    """Make a file of its full size under a name of its own, then show it to the other ranks."""
+    """Create a file of its full size under a temporary name, then rename it, so that other ranks see it complete."""
     hidden = path.with_name(f".{path.name}")
     with hidden.open("wb") as file:
         file.write(layout.header)
@@ -342,9 +348,9 @@ def _make_file(path: Path, layout: FileLayout) -> None:
     hidden.rename(path)
 
 
-def _open_when_there(path: Path, patience: float = 60.0) -> int:
-    """Open a file that another rank is making at this moment."""
-    deadline = time.monotonic() + patience
+def _open_when_created(path: Path, timeout: float = 60.0) -> int:
+    """Open a file that another rank is creating at this moment."""
+    deadline = time.monotonic() + timeout
     while True:
         try:
             return os.open(path, os.O_WRONLY)
@@ -361,16 +367,16 @@ def _write_all(handle: int, data: memoryview, offset: int) -> None:
 
 
 def _begin_writeback(handle: int, offset: int, length: int) -> None:
-    """Let the disk begin now what fsync will wait for."""
+    """Start writing to the disk now what fsync will wait for later."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _indices(files: Iterable[FileLayout]) -> dict[str, str]:
-    """The texts of the indices over families of several files."""
+    """The index files of families that have several files, by name."""
     families: dict[str, list[FileLayout]] = {}
     for file in files:
         family, several, _ = file.name.partition("-")
         if several:
             families.setdefault(family, []).append(file)
-    return {f"{family}.safetensors.index.json": index_text(held) for family, held in families.items()}
+    return {f"{family}.safetensors.index.json": index_text(layouts) for family, layouts in families.items()}

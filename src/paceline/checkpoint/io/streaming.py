@@ -1,4 +1,4 @@
-"""Tensors to safetensors files, one at a time: what does not fit into memory together need not."""
+"""Writing weights to safetensors files one tensor at a time, so that they need not fit into memory together."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.checkpoint.format.dtypes import name_of
-from paceline.checkpoint.format.layout import TensorShape, index_text, lay_out
-from paceline.checkpoint.io.buffers import bytes_of
+from paceline.checkpoint.format.layout import TensorShape, dtype_name, index_text, lay_out
+from paceline.checkpoint.io.transfer import bytes_of
 from paceline.checkpoint.io.weights import check_free_space, into_place, remove_others
 from paceline.collectives import as_bytes
 
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 
     from paceline.checkpoint.format.layout import FileLayout
     from paceline.checkpoint.format.shards import Slot
-    from paceline.checkpoint.portable_state import Tensors
+    from paceline.checkpoint.portable_state import LazyTensors
 
 __all__ = ["stream_weights"]
 
 
 def stream_weights(
-    tensors: Tensors,
+    tensors: LazyTensors,
     folder: Path,
     *,
     max_file_bytes: int,
@@ -36,17 +35,17 @@ def stream_weights(
     """Write weights in the layout that transformers' `from_pretrained` reads.
 
     Args:
-        tensors: Read one after another, in order.
-        folder: Made when missing; weights that an earlier call left there are replaced.
-        max_file_bytes: No file is larger, unless one tensor alone is.
-        dtype: What floating-point tensors become; None keeps theirs.
+        tensors: Weights by name, read one after another.
+        folder: Created if missing; weights of an earlier call are replaced.
+        max_file_bytes: Largest file size, unless a single tensor is larger.
+        dtype: Dtype for floating-point tensors; None keeps theirs.
         progress: Called with the bytes written since the last call.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        PacelineError: The disk has too little room.
+        PacelineError: The disk has too little free space.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shapes = {f"model/{name}": _shape(tensors.slot(name), dtype) for name in tensors}
@@ -64,10 +63,12 @@ def stream_weights(
 
 
 def _shape(slot: Slot, dtype: torch.dtype | None) -> TensorShape:
-    return TensorShape(slot.shape, name_of(dtype if dtype is not None and slot.dtype.is_floating_point else slot.dtype))
+    return TensorShape(
+        slot.shape, dtype_name(dtype if dtype is not None and slot.dtype.is_floating_point else slot.dtype)
+    )
 
 
-def _write(file: FileLayout, folder: Path, tensors: Tensors, progress: Callable[[int], None]) -> None:
+def _write(file: FileLayout, folder: Path, tensors: LazyTensors, progress: Callable[[int], None]) -> None:
     partial = folder / f"{file.name}.partial"
     with partial.open("wb") as opened:
         opened.write(file.header)

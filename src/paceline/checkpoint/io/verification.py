@@ -1,4 +1,4 @@
-"""Reading all of a checkpoint once, in order, and comparing it with the checksums of its files and pieces."""
+"""Checking a whole checkpoint against the checksums of its files and pieces, reading it once and in order."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ if TYPE_CHECKING:
 
     from paceline.checkpoint.format.manifest import Manifest, Piece, TensorRecord
 
-    Known = dict[Span, tuple[TensorRecord, Piece, str]]
+    Pieces = dict[Span, tuple[TensorRecord, Piece, str]]
 
 __all__ = ["verify"]
 
 _CHUNK = 16 * 1024**2
 
 
-def verify(folder: Path, manifest: Manifest, told: Callable[[int], None]) -> None:
+def verify(folder: Path, manifest: Manifest, on_progress: Callable[[int], None]) -> None:
     """Compare every byte of a checkpoint with its checksums.
 
     Args:
         folder: The checkpoint.
-        manifest: What it says of itself.
-        told: Called with the bytes checked since the last call.
+        manifest: Its manifest.
+        on_progress: Called with the bytes checked since the last call.
 
     Raises:
-        DamagedCheckpointError: Something is not what was written.
+        DamagedCheckpointError: A checksum differs.
     """
-    pieces: dict[str, Known] = {name: {} for name in manifest.files}
+    pieces: dict[str, Pieces] = {name: {} for name in manifest.files}
     for name, record in manifest.tensors.items():
-        known = zip(record.spans(), record.pieces, strict=True)
-        pieces[record.file].update((span, (record, piece, name)) for span, piece in known)
+        spans = zip(record.spans(), record.pieces, strict=True)
+        pieces[record.file].update((span, (record, piece, name)) for span, piece in spans)
     for name, file in manifest.files.items():
-        if _checksum(folder / name, file.size, pieces[name], told) != file.crc32:
+        if _checksum(folder / name, file.size, pieces[name], on_progress) != file.crc32:
             raise DamagedCheckpointError(
                 f"{name} of {folder} is damaged", "The checksum of the file differs", "Load another checkpoint"
             )
 
 
-def _checksum(path: Path, size: int, pieces: Known, told: Callable[[int], None]) -> int:
-    """The CRC-32 of a file, put together from the runs that it is read in; those of pieces are compared on the way."""
+def _checksum(path: Path, size: int, pieces: Pieces, on_progress: Callable[[int], None]) -> int:
+    """The CRC-32 of a file, combined from its spans; each piece is checked on the way."""
     whole = 0
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with os.fdopen(handle, "rb") as opened:
-        for span in _runs(size, pieces):
+        for span in _all_spans(size, pieces):
             crc = 0
             for begin in range(span.start, span.stop, _CHUNK):
                 data = opened.read(min(_CHUNK, span.stop - begin))
                 crc = zlib.crc32(data, crc)
-                told(len(data))
+                on_progress(len(data))
             if span in pieces and crc != span.crc32:
                 raise damaged_piece(*pieces[span])
             whole = combine(whole, crc, span.stop - span.start)
     return whole
 
 
-def _runs(size: int, pieces: Iterable[Span]) -> Iterator[Span]:
-    """Every byte of a file once, in order: its pieces, and what lies between them."""
+def _all_spans(size: int, pieces: Iterable[Span]) -> Iterator[Span]:
+    """Spans that cover a file once and in order: its pieces, and the gaps between them."""
     reached = 0
     for piece in sorted(pieces):
         if reached < piece.start:

@@ -1,8 +1,8 @@
-"""A model's weights as safetensors files, in the layout that transformers' `from_pretrained` reads.
+"""Saving a model's weights as safetensors files, in the layout that transformers' `from_pretrained` reads.
 
 One file `model.safetensors`, or `model-00001-of-0000N.safetensors` with `model.safetensors.index.json` beside them
-(https://huggingface.co/docs/safetensors). Files are written under another name and renamed when whole, so that a kill
-never leaves half a file under a real name.
+(https://huggingface.co/docs/safetensors). Files are written under a temporary name and renamed once complete, so that
+a killed process never leaves a truncated file under a final name.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def save_weights(
     """Write weights into `folder`, replacing those of an earlier save.
 
     Args:
-        state: CPU tensors by name. Names that share memory (tied weights) are written once.
-        folder: Made when missing.
-        max_shard_size: Bytes, or a text such as `"5GB"`, that no file exceeds unless one tensor alone does.
+        state: CPU tensors by name. Of several names for the same memory (tied weights) the first is written.
+        folder: Created if missing.
+        max_shard_size: Largest file size in bytes, or a string such as `"5GB"`, unless a single tensor is larger.
 
     Returns:
         The files written.
 
     Raises:
-        PacelineError: A tensor is on the meta device, or the disk has too little room.
-        UsageError: `max_shard_size` cannot be read.
+        PacelineError: A tensor is on the meta device, or the disk has too little free space.
+        UsageError: `max_shard_size` is not a size.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,33 +62,42 @@ def save_weights(
 
 
 def parse_size(size: str | int) -> int:
-    """Read `"5GB"`, `"512 MiB"` or a number of bytes.
+    """Parse `"5GB"`, `"512 MiB"` or a number of bytes.
+
+    Returns:
+        Bytes.
 
     Raises:
         UsageError: It is neither, or not positive.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size) if isinstance(size, str) else None
-    factor = _UNITS.get(found[2].upper()) if found else None
-    number = size if isinstance(size, int) else int(float(found[1]) * factor) if found and factor else 0
+    number = size if isinstance(size, int) else _bytes_in(size)
     if number <= 0:
         raise UsageError(
             f"max_shard_size={size!r}",
-            "It must be a positive number of bytes or a text with a unit",
-            f"Write for example '5GB'; units are {', '.join(_UNITS)}",
+            "It must be a positive number of bytes, or a string with a unit",
+            f"Write '5GB', for example; units are {', '.join(_UNITS)}",
         )
     return number
 
 
+def _bytes_in(text: object) -> int:
+    """The bytes in a string such as `5GB`; 0 if it is not one."""
+    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
+    if matched is None:
+        return 0
+    return int(float(matched[1]) * _UNITS.get(matched[2].upper(), 0))
+
+
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the first of several names for the same memory: safetensors refuses to write it twice."""
+    """Keep the first of several names for the same memory: safetensors refuses duplicates."""
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if tensor.is_meta:
             raise PacelineError(
                 f"The weight {name} is on the meta device",
-                "It has no values that could be saved",
-                "Load or initialise the model before saving it",
+                "It has no values to save",
+                "Load or initialize the model before saving it",
             )
         key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
         if tensor.numel() == 0 or key not in seen:
@@ -98,7 +107,7 @@ def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors that are views into memory larger than themselves or shared with another."""
+    """Copy tensors that share their storage with another one."""
     users: dict[int, int] = {}
     for tensor in state.values():
         storage = tensor.untyped_storage().data_ptr()
@@ -132,13 +141,13 @@ def _names(count: int) -> list[str]:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise a PacelineError if the disk has less room than `needed` bytes."""
+    """Raise a PacelineError if the disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise PacelineError(
             f"Saving needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
-            "The files would be cut short",
-            "Free some space or save elsewhere; nothing was written",
+            "The files would be truncated",
+            "Free some space or save to another disk; nothing was written",
         )
 
 
@@ -147,9 +156,9 @@ def _commit(path: Path, tensors: dict[str, Tensor]) -> None:
     partial.unlink(missing_ok=True)
     partial.touch()
     mode = partial.stat().st_mode
-    # The metadata says who may read it: transformers asks for this key.
+    # transformers refuses files without this metadata.
     save_file(tensors, partial, metadata={"format": "pt"})
-    # safetensors makes files that only their owner may read; the others in the folder go by the umask.
+    # safetensors creates files that only their owner can read; other files follow the umask.
     partial.chmod(mode)
     into_place(partial, path)
 
@@ -165,14 +174,14 @@ def _write_index(folder: Path, names: list[str], shards: list[dict[str, Tensor]]
 
 
 def into_place(partial: Path, path: Path) -> None:
-    """Give a written file its own name, once it is on the disk."""
+    """Rename a written file to its final name, once it is on the disk."""
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
 
 
 def remove_others(folder: Path, names: list[str]) -> None:
-    """Remove what an earlier save with another number of files left: a reader would mix them up."""
+    """Remove files of an earlier save that had another number of them: a reader would mix them up."""
     for path in folder.iterdir():
         stale_shard = _SHARD.fullmatch(path.name) or path.name == WEIGHTS_NAME
         stale_index = path.name == INDEX_NAME and len(names) == 1

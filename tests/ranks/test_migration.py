@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.checkpoint.foreign import open_foreign
-from paceline.checkpoint.foreign.writing import WRITERS
+from paceline.checkpoint.foreign.writers import WRITERS
 from paceline.errors import CheckpointError, StateError
 from tests.data.foreign.make import Counter, Net, groups_of, loss_of
 from tests.support.engines import with_deepspeed
@@ -67,7 +67,7 @@ def test_weights_moments_and_counts_arrive_bit_by_bit(layout: Layout, folder: st
 
 
 @pytest.mark.parametrize("layout", [SINGLE, FSDP], ids=str)
-def test_what_was_converted_to_ours_is_loaded(layout: Layout, tmp_path: Path) -> None:
+def test_what_was_converted_to_paceline_is_loaded(layout: Layout, tmp_path: Path) -> None:
     WRITERS["paceline"](open_foreign(RECORDED / "deepspeed_3"), tmp_path / "ours", lambda _: None)
     for state, rate, _, _ in run_on_ranks(layout.ranks, load, layout, str(tmp_path / "ours")):
         compare(state, load_file(RECORDED / "deepspeed_3" / "expected.safetensors"))
@@ -78,12 +78,12 @@ def compare(state: Whole, expected: dict[str, Tensor]) -> None:
     for full, value in expected.items():
         family, _, name = full.partition("/")
         if family == "model":
-            held = state.weights.get("tokens.weight" if name == "head.weight" else name)
+            loaded = state.weights.get("tokens.weight" if name == "head.weight" else name)
         else:
             owner, _, slot = name.rpartition("/")
-            held = state.slots[owner][slot]
-        assert held is not None, full
-        assert torch.equal(held, value), full
+            loaded = state.slots[owner][slot]
+        assert loaded is not None, full
+        assert torch.equal(loaded, value), full
     assert {float(slots["step"]) for slots in state.slots.values()} == {3.0}
 
 
@@ -139,14 +139,14 @@ def fail(wrong: str) -> str:
     [
         ("more weights", "CheckpointError: .*extra.weight"),
         ("one group", "StateError: .*groups"),
-        ("no counter", "StateError: .*1 custom objects, and there are 0"),
+        ("no counter", "StateError: .*1 custom objects, and this run has 0"),
     ],
 )
 def test_what_does_not_fit_is_an_error(wrong: str, says: str) -> None:
     import re
 
-    (said,) = run_on_ranks(1, fail, wrong)
-    assert re.match(says, said), said
+    (report,) = run_on_ranks(1, fail, wrong)
+    assert re.match(says, report), report
 
 
 def listen(folder: str) -> list[str]:
@@ -172,13 +172,13 @@ def listen(folder: str) -> list[str]:
 
 def test_each_thing_taken_or_left_gets_a_line() -> None:
     (lines,) = run_on_ranks(1, listen, "accelerate_ddp")
-    said = "\n".join(lines)
+    report = "\n".join(lines)
     for words in (
-        "took: 11 weights",
-        "took: optimizer 0, at step 3",
-        "took: scheduler 0 at 6 after 3 optimizer steps",
-        "took: custom object 0",
-        "took: random generators of rank 0",
-        "left: positions of loaders",
+        "loaded: 11 weights",
+        "loaded: optimizer 0, at step 3",
+        "loaded: scheduler 0 at 6 after 3 optimizer steps",
+        "loaded: custom object 0",
+        "loaded: random generators of rank 0",
+        "skipped: loader positions",
     ):
-        assert words in said, said
+        assert words in report, report

@@ -1,4 +1,4 @@
-"""Writing a checkpoint and reading one back, by all ranks together."""
+"""Saving a checkpoint, and loading its tensors, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from paceline.checkpoint.folder import (
-    check_place,
+    check_target,
     commit,
     partial_name,
     real_folder,
@@ -40,33 +40,34 @@ if TYPE_CHECKING:
     from paceline.checkpoint.io.storage import Written
     from paceline.collectives import Group
 
-__all__ = ["Common", "Content", "SaveTimings", "load_shards", "save_checkpoint"]
+__all__ = ["Common", "Content", "SaveTimings", "load_shards", "run_on_all_ranks", "save_checkpoint"]
 
+T = TypeVar("T")
 _CHUNK = 16 * 1024**2
 _SPARE = 16 * 1024**2
-"""Bytes left free beside the tensors, for documents and the file system's own."""
+"""Bytes to leave free beside the tensors, for JSON files and the file system's own data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
-    """What one rank brings to a checkpoint.
+    """What one rank writes into a checkpoint.
 
     Attributes:
-        shards: Its runs of the tensors, by the names that the manifest lists.
-        documents: Its JSON texts, by file name; no two ranks bring the same name.
-        common: Further tensors and texts that are the same for all; those of rank 0 count.
-        facts: The manifest without files and tensors; that of rank 0 counts.
+        shards: Its shards of the tensors, by their names in the manifest.
+        documents: Its JSON texts, by file name; no two ranks have the same name.
+        common: Tensors and texts that are the same on all ranks; only those of rank 0 are used.
+        manifest: The manifest without files and tensors; only that of rank 0 is used.
     """
 
     shards: Mapping[str, TensorShard]
     documents: Mapping[str, str]
     common: Common
-    facts: Manifest
+    manifest: Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Common:
-    """What is the same for all ranks: whole tensors, and JSON texts by file name."""
+    """What is the same on all ranks: whole tensors, and JSON texts by file name."""
 
     tensors: Mapping[str, TensorShard] = field(default_factory=dict)
     documents: Mapping[str, str] = field(default_factory=dict)
@@ -79,9 +80,9 @@ class SaveTimings:
     Attributes:
         planned: Until the first byte could be written.
         written: Writing, without `synced`.
-        synced: Waiting for the disk.
-        committed: From the last rank's last byte to the checkpoint's own name.
-        blocked: How long the training thread was held up.
+        synced: Waiting for fsync.
+        committed: From the last byte of the last rank until the checkpoint had its final name.
+        blocked: How long the training thread waited.
     """
 
     planned: float = 0.0
@@ -92,13 +93,13 @@ class SaveTimings:
 
     @property
     def total(self) -> float:
-        """From the beginning of the write to the checkpoint's own name."""
+        """From the start of the save until the checkpoint had its final name."""
         return self.planned + self.written + self.synced + self.committed
 
 
 @dataclass(slots=True)
 class _Disks:
-    """Which ranks see the same folder: for each rank the lowest one that does."""
+    """Which ranks see the same folder: for each rank, the lowest rank that does."""
 
     disk_owners: list[int] = field(default_factory=list)
 
@@ -116,31 +117,34 @@ def save_checkpoint(
     numbered: bool = False,
     is_blocking: bool = True,
 ) -> SaveTimings:
-    """Write a checkpoint; until it is whole, what was under its name before stays.
+    """Write a checkpoint. An older one of the same name stays until the new one is complete.
 
     Collective: every rank must call it.
 
     Args:
-        folder: Its name, on this rank's disk.
-        collect_content: Gives what this rank brings. It gets the folder being written, and may put files there itself.
+        folder: Its path, on this rank's disk.
+        collect_content: Returns what this rank writes. It gets the folder being written and may put files there.
         group: All ranks.
-        keep: How many numbered checkpoints of the folder around it stay; None keeps all.
-        numbered: Whether it is one of those.
-        is_blocking: Whether somebody waits for the end.
+        keep: How many numbered checkpoints to keep in the parent folder; None keeps all.
+        numbered: Whether this is a numbered one.
+        is_blocking: Whether training waits for the end.
+
+    Returns:
+        How long it took.
 
     Raises:
-        CheckpointError: On every rank, with the first failure of any; nothing is left of it.
+        CheckpointError: On every rank, with the first failure of any; what was written is removed.
     """
-    times, begun = SaveTimings(), time.perf_counter()
-    folder = _followed(Path(folder), group)
+    timings, begin = SaveTimings(), time.perf_counter()
+    path = Path(folder)
+    folder = run_on_all_ranks(group, "written", path, lambda: real_folder(path))
     save_id = group.broadcast_object(uuid.uuid4().hex)
     partial = partial_name(folder, save_id)
     disks = _open_partial(folder, partial, group, numbered=numbered)
-    writes_for_disk = disks.disk_owners[group.rank] == group.rank
-    brought: list[Content] = []
+    disk = disks.disk_owners[group.rank]
+    writes_for_disk = disk == group.rank
     try:
-        run_on_all_ranks(group, "written", folder, lambda: brought.append(collect_content(partial)))
-        (content,) = brought
+        content = run_on_all_ranks(group, "written", folder, lambda: collect_content(partial))
         shards, documents = _with_common(content, group, disks, writes_for_disk=writes_for_disk)
         writer = FolderWriter(
             partial,
@@ -148,46 +152,40 @@ def save_checkpoint(
             disks.disk_owners,
             documents,
             _threads(),
-            lambda coming: _check_free_space(folder, coming),
+            lambda nbytes: _check_free_space(folder, nbytes),
             is_blocking=is_blocking,
         )
-        times.planned = time.perf_counter() - begun
-        begun = time.perf_counter()
+        timings.planned = time.perf_counter() - begin
+        begin = time.perf_counter()
         with _translated("written", folder):
             _write(shards, writer, ShardSavePlanner(disks.disk_owners), group)
-        times.synced = writer.fsync_seconds
-        times.written = time.perf_counter() - begun - times.synced
-        begun = time.perf_counter()
+        timings.synced = writer.fsync_seconds
+        timings.written = time.perf_counter() - begin - timings.synced
+        begin = time.perf_counter()
         written: Written = group.broadcast_object(writer.written)  # type: ignore[assignment]
-        facts = group.broadcast_object(content.facts)
-        home = disks.disk_owners[group.rank]
-        manifest = replace(
-            facts, id=save_id, shared=disks.shared, files=written.files[home], tensors=written.tensors[home]
-        )
-        run_on_all_ranks(
-            group, "written", folder, lambda: _finish(partial, folder, manifest) if writes_for_disk else None
-        )
+        manifest = group.broadcast_object(content.manifest)
+        files, tensors = written.files[disk], written.tensors[disk]
+        manifest = replace(manifest, id=save_id, shared=disks.shared, files=files, tensors=tensors)
+
+        def finish() -> None:
+            if writes_for_disk:
+                _finish(partial, folder, manifest)
+
+        run_on_all_ranks(group, "written", folder, finish)
     except CheckpointError:
         if writes_for_disk:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if writes_for_disk and numbered and keep is not None:
         remove_oldest(folder.parent, keep)
-    times.committed = time.perf_counter() - begun
-    return times
-
-
-def _followed(folder: Path, group: Group) -> Path:
-    """What the name leads to on this rank's disk: of a link, that is replaced."""
-    found: list[Path] = []
-    run_on_all_ranks(group, "written", folder, lambda: found.append(real_folder(folder)))
-    return found[0]
+    timings.committed = time.perf_counter() - begin
+    return timings
 
 
 def _with_common(
     content: Content, group: Group, disks: _Disks, *, writes_for_disk: bool
 ) -> tuple[dict[str, TensorShard], dict[str, str]]:
-    """What this rank writes, with what all share: on one disk rank 0 brings that, else a rank of each disk."""
+    """What this rank writes. What all ranks share is written by rank 0, or by one rank of each disk."""
     common = content.common if disks.shared else group.broadcast_object(content.common)
     if not writes_for_disk:
         return dict(content.shards), dict(content.documents)
@@ -195,15 +193,15 @@ def _with_common(
 
 
 def _finish(partial: Path, folder: Path, manifest: Manifest) -> None:
-    """List what else was put into the folder, and make it the checkpoint."""
+    """List the other files that were put into the folder, and make it the checkpoint."""
     listed = dict(manifest.files)
-    for inner, _, names in os.walk(partial):
-        for path in (Path(inner) / name for name in sorted(names)):
+    for parent, _, names in os.walk(partial):
+        for path in (Path(parent) / name for name in sorted(names)):
             name = path.relative_to(partial).as_posix()
             if name not in listed and path.is_file() and not path.is_symlink():
                 sync(path)
                 listed[name] = _record_of(path)
-        sync(Path(inner))
+        sync(Path(parent))
     commit(partial, folder, replace(manifest, files=listed))
 
 
@@ -220,7 +218,7 @@ def _write(shards: Mapping[str, TensorShard], writer: FolderWriter, planner: Sha
         process_group = getattr(group, "process_group", None)
         dcp_save(dict(shards), storage_writer=writer, planner=planner, process_group=process_group)
         return
-    # The same steps for one process, where DCP would warn that there is only one.
+    # The same steps without DCP's warning about a single process.
     planner.set_up_planner(shards, is_coordinator=True)
     (plan,), metadata = planner.create_global_plan([planner.create_local_plan()])
     (plan,) = writer.prepare_global_plan([plan])
@@ -242,31 +240,38 @@ def _open_partial(folder: Path, partial: Path, group: Group, *, numbered: bool) 
     """Make the folder to write into, on every disk."""
 
     def make() -> None:
-        check_place(folder)
+        check_target(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, all_names=numbered)
         partial.mkdir()
         sync(partial.parent)
 
-    run_on_all_ranks(group, "written", folder, lambda: make() if group.rank == 0 else None)
-    # A rank on another machine may see another disk under the same name.
-    mine = None if partial.is_dir() else (socket.gethostname(), str(partial))
-    seen = group.all_gather_object(mine)
-    disk_owners = [0 if place is None else seen.index(place) for place in seen]
+    def make_on_rank_0() -> None:
+        if group.rank == 0:
+            make()
+
+    def make_on_other_disks() -> None:
+        if disk_owners[group.rank] == group.rank != 0:
+            make()
+
+    run_on_all_ranks(group, "written", folder, make_on_rank_0)
+    # A rank on another machine may see another disk at the same path.
+    own_disk = None if partial.is_dir() else (socket.gethostname(), str(partial))
+    disks = group.all_gather_object(own_disk)
+    disk_owners = [0 if disk is None else disks.index(disk) for disk in disks]
     if any(disk_owners):
-        run_on_all_ranks(
-            group, "written", folder, lambda: make() if disk_owners[group.rank] == group.rank != 0 else None
-        )
+        run_on_all_ranks(group, "written", folder, make_on_other_disks)
     return _Disks(disk_owners)
 
 
-def _check_free_space(folder: Path, coming: int) -> None:
+def _check_free_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder.parent).free
-    if free < coming + _SPARE:
+    needed = nbytes + _SPARE
+    if free < needed:
         raise CheckpointError(
-            f"The checkpoint needs {_size(coming + _SPARE)}, and {_size(free)} are free at {folder.parent}",
-            "Its files would be cut short",
-            "Free some space or save elsewhere; nothing was written, and older checkpoints are as they were",
+            f"The checkpoint needs {_size(needed)}, and {_size(free)} are free at {folder.parent}",
+            "Its files would be truncated",
+            "Free some space or save to another disk; nothing was written, and older checkpoints are unchanged",
         )
 
 
@@ -275,29 +280,39 @@ def _size(count: int) -> str:
 
 
 def _threads() -> int:
-    """How many pieces a rank works on at a time: its share of the cores, within bounds that keep a disk busy."""
+    """How many pieces a rank writes at a time: its share of the cores, but enough to keep a disk busy."""
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
     return min(8, max(2, (os.cpu_count() or 2) // ranks))
 
 
-def run_on_all_ranks(group: Group, what: str, folder: Path, work: Callable[[], Any]) -> None:
-    """Do something on every rank; when one fails, all do.
+def run_on_all_ranks(group: Group, what: str, folder: Path, work: Callable[[], T]) -> T:
+    """Call `work` on every rank; if it fails on one rank, it fails on all.
 
     Collective: every rank must call it.
 
+    Args:
+        group: All ranks.
+        what: What could not be done with the checkpoint if it fails: `written`, `read`.
+        folder: The checkpoint, for the message.
+        work: What to do on this rank.
+
+    Returns:
+        What `work` returned on this rank.
+
     Raises:
-        CheckpointError: With the first failure; on the rank that had one of the script's own, its traceback too.
+        CheckpointError: With the first failure; on the rank where the user's own code failed, chained to its error.
     """
-    failure, cause = None, None
+    failure, cause, result = None, None, None
     try:
-        work()
+        result = work()
     except Exception as error:
-        # Whatever it is, the other ranks wait to hear of it.
+        # Whatever it is, the other ranks wait for the outcome.
         failure = f"rank {group.rank}: {_reason(error)}", isinstance(error, DamagedCheckpointError)
         cause = None if isinstance(error, PacelineError) else error
-    failures = [failed for failed in group.all_gather_object(failure) if failed]
+    failures = [each for each in group.all_gather_object(failure) if each]
     if failures:
         raise _failed(what, folder, *failures[0]) from cause
+    return result  # type: ignore[return-value]
 
 
 def _failed(what: str, folder: Path, reason: str, damaged: bool) -> CheckpointError:
@@ -311,7 +326,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _translated(what: str, folder: Path) -> Iterator[None]:
-    """Let the first failing rank's own words come up in place of DCP's summary of all."""
+    """Raise the error of the first failing rank in place of DCP's summary of all of them."""
     try:
         yield
     except CheckpointException as error:
@@ -323,17 +338,17 @@ def _translated(what: str, folder: Path) -> Iterator[None]:
 
 
 def load_shards(checkpoint: Checkpoint, shards: Mapping[str, TensorShard], group: Group) -> None:
-    """Fill live memory from a checkpoint, however it was cut; values are converted to the parts' dtype.
+    """Read tensors from a checkpoint into live memory, however they were sharded; dtypes are converted.
 
     Collective: every rank must call it.
 
     Args:
         checkpoint: On this rank's disk.
-        shards: Live memory to write into; names that the checkpoint does not list are an error.
+        shards: Live memory to write into, by names that the manifest lists.
         group: All ranks.
 
     Raises:
-        CheckpointError: On every rank, when a tensor is not there, has another shape or is damaged.
+        CheckpointError: On every rank, if a tensor is missing, has another shape or is damaged.
     """
     run_on_all_ranks(group, "read", checkpoint.folder, lambda: _check_shapes(checkpoint, shards))
     with _translated("read", checkpoint.folder):
@@ -342,16 +357,16 @@ def load_shards(checkpoint: Checkpoint, shards: Mapping[str, TensorShard], group
 
 def _check_shapes(checkpoint: Checkpoint, shards: Mapping[str, TensorShard]) -> None:
     tensors = checkpoint.manifest.tensors
-    other = [name for name, part in shards.items() if tensors[name].shape != part.shape]
-    if other:
-        first = other[0]
+    mismatched = [name for name, shard in shards.items() if tensors[name].shape != shard.shape]
+    if mismatched:
+        first, others = mismatched[0], mismatched[1:]
         raise CheckpointError(
-            f"{first} has shape {tensors[first].shape} in the checkpoint and {shards[first].shape} here"
-            + (f", and so have others: {named(other[1:])}" if len(other) > 1 else ""),
+            f"{first} has shape {tensors[first].shape} in the checkpoint and {shards[first].shape} in this run"
+            + (f"; the shapes of others differ too: {named(others)}" if others else ""),
             "A tensor of another shape cannot be loaded",
             "Build the model that was saved",
         )
-    absent = [name for name, part in shards.items() if not _covers(checkpoint, name, part)]
+    absent = [name for name, shard in shards.items() if not _covers(checkpoint, name, shard)]
     if absent:
         raise CheckpointError(
             f"{checkpoint.folder} does not hold what this rank needs of {named(absent)}",
@@ -360,9 +375,9 @@ def _check_shapes(checkpoint: Checkpoint, shards: Mapping[str, TensorShard]) -> 
         )
 
 
-def _covers(checkpoint: Checkpoint, name: str, part: TensorShard) -> bool:
-    reached = part.start
+def _covers(checkpoint: Checkpoint, name: str, shard: TensorShard) -> bool:
+    reached = shard.start
     for piece in checkpoint.manifest.tensors[name].pieces:
         if piece.start <= reached < piece.stop:
             reached = piece.stop
-    return reached >= part.stop
+    return reached >= shard.stop

@@ -159,7 +159,8 @@ class Accelerator(Preparing, Saving, Reporting, Ranks):
         self._schedulers: list[AcceleratedScheduler] = []
         self._dataloaders: list[PreparedDataLoader] = []
         self._lengths = ScheduleLengths(self._components.group.size, lambda: window.num_steps)
-        self._loaders.begin_pass, self._loaders.end_pass = self._lengths.begin_pass, self._lengths.end_pass
+        self._loaders.on_iteration_start = self._lengths.begin_pass
+        self._loaders.on_iteration_end = self._lengths.end_pass
         weakref.finalize(self, say, self._lengths.verdict)
         self._checkpointing = Checkpointing(self.project_configuration, self._components.group)
         self._recorder = self._start_recording()

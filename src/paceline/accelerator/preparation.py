@@ -140,13 +140,14 @@ class Preparing:
                 first sample, of which there may be any number.
         """
         place = self.device_placement if device_placement is None else device_placement
+        recording = self._components.resolved.recording
         prepared = prepare_loader(
             data_loader,
             group=self._components.group,
             device=self._components.context.device if place else None,
             config=self.dataloader_config,
             active=self._loaders,
-            plays=1 if self._components.resolved.recording is None else self._components.resolved.recording.plays,
+            num_merged_ranks=1 if recording is None else recording.plays,
         )
         if saved and prepared not in self._dataloaders:
             self._dataloaders.append(prepared)

@@ -1,4 +1,4 @@
-"""One process that gets the batches of several ranks as one, for `paceline parity`."""
+"""Merges the batches of several ranks into one batch of a single process, for `paceline parity`."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from paceline.collectives import BatchCounts
-from paceline.data.plan import Plan
+from paceline.data.epoch_plan import EpochPlan
 from paceline.data.sharding import PlannedSharding
 
 if TYPE_CHECKING:
     from paceline.collectives import Group
-    from paceline.data.plan import Layout
+    from paceline.data.epoch_plan import Layout
 
 __all__ = ["MergedRanksSharding"]
 
 
-class _MergedRanksPlan(Plan):
-    """The batches of all ranks of another plan, one after the other."""
+class _MergedRanksPlan(EpochPlan):
+    """The batches of all ranks of another plan, concatenated in rank order."""
 
-    def __init__(self, plan: Plan, layout: Layout) -> None:
+    def __init__(self, plan: EpochPlan, layout: Layout) -> None:
         self._plan = plan
         self._layout = layout
-        self.rounds = plan.rounds
+        self.num_global_batches = plan.num_global_batches
 
     def num_batches(self, rank: int) -> int:
-        """See `Plan.num_batches`."""
-        return self.rounds
+        """See `EpochPlan.num_batches`."""
+        return self.num_global_batches
 
     def batch(self, index: int, rank: int) -> list[Any]:
-        """See `Plan.batch`."""
-        having = [r for r in range(self._layout.size) if index < self._plan.num_batches(r)]
+        """See `EpochPlan.batch`."""
+        ranks = [rank for rank in range(self._layout.num_ranks) if index < self._plan.num_batches(rank)]
         if not self._layout.fill:
-            # A batch that a rank is given to take part with is needed by nobody here.
-            having = [r for r in having if self._plan.counts(index).real[r]]
-        return list(chain.from_iterable(self._plan.batch(index, r) for r in having))
+            # A batch that is all padding is not needed here.
+            ranks = [rank for rank in ranks if self._plan.counts(index).real[rank]]
+        return list(chain.from_iterable(self._plan.batch(index, rank) for rank in ranks))
 
     def counts(self, index: int) -> BatchCounts:
-        """See `Plan.counts`."""
+        """See `EpochPlan.counts`."""
         counts = self._plan.counts(index)
         real = sum(counts.real)
         return BatchCounts(rows=(sum(counts.rows) if self._layout.fill else real,), real=(real,))
 
-    def samples_after(self, rounds: int) -> int:
-        """See `Plan.samples_after`."""
-        return self._plan.samples_after(rounds)
+    def samples_after(self, num_batches: int) -> int:
+        """See `EpochPlan.samples_after`."""
+        return self._plan.samples_after(num_batches)
 
 
 class MergedRanksSharding(PlannedSharding):
-    """Deals all that several ranks would get out to one.
+    """Gives one rank everything that several ranks would get.
 
     Args:
-        inner: Deals out to those ranks.
-        layout: How it does.
-        group: This process alone.
+        inner: Distributes the samples over those ranks.
+        layout: The layout of `inner`.
+        group: This process only.
     """
 
     def __init__(self, inner: PlannedSharding, layout: Layout, group: Group) -> None:
@@ -63,19 +63,19 @@ class MergedRanksSharding(PlannedSharding):
         self.total_batch_size = inner.total_batch_size
         self.splits = inner.splits
 
-    def plan(self, seed: int, epoch: int, samples: int) -> Plan:
+    def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
         """See `PlannedSharding.plan`."""
         plan = self._inner.plan(seed, epoch, samples)
-        self.planned_rows = self._inner.planned_rows * self._layout.size
+        self.planned_batch_size = self._inner.planned_batch_size * self._layout.num_ranks
         return _MergedRanksPlan(plan, self._layout)
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
-        return self._inner.num_rounds() or 0
+        return self._inner.num_global_batches() or 0
 
-    def num_rounds(self) -> int | None:
-        """See `Sharding.num_rounds`."""
-        return self._inner.num_rounds()
+    def num_global_batches(self) -> int | None:
+        """See `Sharding.num_global_batches`."""
+        return self._inner.num_global_batches()
 
     def size(self) -> int | None:
         """See `Sharding.size`."""
@@ -83,4 +83,4 @@ class MergedRanksSharding(PlannedSharding):
 
     def describe(self, seed: int) -> str:
         """See `Sharding.describe`."""
-        return f"{self._inner.describe(seed)}, the batches of {self._layout.size} ranks as one"
+        return f"{self._inner.describe(seed)}, the batches of {self._layout.num_ranks} ranks merged into one"

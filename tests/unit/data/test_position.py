@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler
 
 from paceline.data import ActiveLoaders
-from paceline.data.order import TensorOrder
+from paceline.data.sample_order import TensorOrder
 from paceline.errors import DataError
 from tests.unit.data.support import Numbers, PlainStream, Seat, ids, prepared
 
@@ -411,7 +411,7 @@ def test_a_loader_with_its_own_iteration_is_wrapped_on_one_rank() -> None:
     assert ends == [False, False, False, True]
     assert ids(loader) == [[100, 101], [102, 103], [104, 105], [106]]
     assert len(loader) == 4
-    with pytest.raises(DataError, match="OwnLoop has an __iter__ of its own"):
+    with pytest.raises(DataError, match="OwnLoop has its own __iter__"):
         prepared(OwnLoop(Numbers(7), 2), Seat(0, 2))
 
 
@@ -541,5 +541,5 @@ def test_two_loaders_go_on_together(events: int, within: bool) -> None:
 
 
 def test_an_empty_stream_raises_instead_of_doing_nothing() -> None:
-    with pytest.raises(DataError, match="PlainStream gave no batch"):
+    with pytest.raises(DataError, match="PlainStream has no batch"):
         ids(prepared(DataLoader(PlainStream(0), 3)))

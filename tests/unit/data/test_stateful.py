@@ -220,7 +220,7 @@ def test_a_state_given_before_prepare_is_not_forgotten() -> None:
     next(iter(loader))
     other = torchdata_loader(Resumable(11), batch_size=2)
     other.load_state_dict(loader.state_dict())
-    with pytest.raises(DataError, match="was given a state before it was prepared"):
+    with pytest.raises(DataError, match="had a state loaded before it was prepared"):
         prepared(other)
 
 
@@ -326,7 +326,7 @@ def test_a_state_that_cannot_be_saved_names_loader_and_place() -> None:
     loader = prepared(DataLoader(Odd(11), 2))
     for _ in loader:
         with pytest.raises(
-            DataError, match=r"stream Odd of a prepared loader holds set at state\['state'\].*\['lock'\]"
+            DataError, match=r"stream Odd of a prepared loader contains a set at state\['state'\].*\['lock'\]"
         ):
             loader.state_dict()
         break

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from paceline.collectives import Evidence, is_plain_entries, is_unclear, maybe_per_sample, tensors_alike
+from paceline.collectives import SampleEvidence, is_ambiguous, is_entry_list, is_uniform_tensor_tuple, maybe_per_sample
 from paceline.errors import PacelineError
 from paceline.trainer.batches.nested import leaves_of, like, map_leaves
 
@@ -80,7 +80,7 @@ def join_ranks(own: Any, gathered: Any) -> Any:
         return _cat(gathered, "what was gathered")
     if isinstance(own, Mapping):
         return {name: join_ranks(own[name], part) for name, part in gathered.items()}
-    if isinstance(own, tuple) and not is_plain_entries(own) and len(own) == len(gathered):
+    if isinstance(own, tuple) and not is_entry_list(own) and len(own) == len(gathered):
         return like(own, [join_ranks(mine, part) for mine, part in zip(own, gathered, strict=True)])
     return gathered
 
@@ -120,14 +120,14 @@ def _are_entries(parts: list[Any], samples: Sequence[int | None], where: str) ->
     Raises:
         PacelineError: That cannot be told, so that samples of different batches might be merged.
     """
-    if len(parts) == 1 or all(map(is_plain_entries, parts)):
+    if len(parts) == 1 or all(map(is_entry_list, parts)):
         return True
     kind, sizes = type(parts[0]), {len(part) for part in parts}
-    seen = [Evidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
+    seen = [SampleEvidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
     per_sample: bool | None = None
-    if any(map(is_unclear, parts)):
+    if any(map(is_ambiguous, parts)):
         per_sample = maybe_per_sample(seen, kind) if len(seen) == len(parts) else None
-    elif not any(map(tensors_alike, parts)) or maybe_per_sample(seen, kind) is not True:
+    elif not any(map(is_uniform_tensor_tuple, parts)) or maybe_per_sample(seen, kind) is not True:
         # A tuple of tensors is structure, unless they look like those of single samples.
         per_sample = False
     if per_sample is None or (not per_sample and len(sizes) > 1):

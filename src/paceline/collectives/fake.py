@@ -175,28 +175,23 @@ class FakeGroup(Group):
 
     def all_gather_object(self, value: T) -> list[T]:
         """See `Group.all_gather_object`. Collective: every rank must call it."""
-        return [
-            unpickle_from(s, rank)
-            for rank, s in enumerate(self._exchange_values("all_gather_object", pickle_or_reason(value)))
-        ]
+        pickled = self._exchange_values("all_gather_object", pickle_or_reason(value))
+        return [unpickle_from(data, rank) for rank, data in enumerate(pickled)]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """See `Group.broadcast_object`. Collective: every rank must call it."""
         self.check_source(source)
         pickled = pickle_or_reason(value) if self.rank == source else b""
-        received: T = unpickle_from(
-            self._exchange_values(f"broadcast_object(source={source})", pickled)[source], source
-        )
+        by_rank = self._exchange_values(f"broadcast_object(source={source})", pickled)
+        received: T = unpickle_from(by_rank[source], source)
         return received
 
     def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
         """See `Group.scatter_object`. Collective: every rank must call it."""
         self.check_source(source)
         values_to_send = [pickle_or_reason(v) for v in values] if self.rank == source and values is not None else None
-        pickled = self.check_scattered(
-            self._exchange_values(f"scatter_object(source={source})", values_to_send)[source]
-        )
-        received: T = unpickle_from(pickled[self.rank], source)
+        by_rank = self._exchange_values(f"scatter_object(source={source})", values_to_send)
+        received: T = unpickle_from(self.check_scattered(by_rank[source])[self.rank], source)
         return received
 
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:

@@ -1,4 +1,4 @@
-"""The group of ranks that collectives run over: one process, a `torch.distributed` process group, or threads."""
+"""The group of ranks that collectives run over: a single process, or a process group of `torch.distributed`."""
 
 from __future__ import annotations
 

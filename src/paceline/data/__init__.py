@@ -1,4 +1,4 @@
-"""Loaders that share data out among ranks, know where they are, and go on from there."""
+"""Prepared data loaders: they distribute data over the ranks, and their position can be saved and resumed."""
 
 from __future__ import annotations
 

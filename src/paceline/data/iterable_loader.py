@@ -72,39 +72,42 @@ class _StatefulIterableLoader(IterableLoader):
         self.batches.load_state_dict(state)
 
 
-def as_loader(thing: Any) -> DataLoader[Any]:
+def as_loader(value: Any) -> DataLoader[Any]:
     """Return a `DataLoader` as it is, and wrap any other iterable of batches.
 
     Raises:
         DataError: It does not yield batches: it is a data set, or not an iterable.
     """
-    if isinstance(thing, DataLoader):
-        return thing
-    kind = type(thing).__name__
-    if _is_dataset(thing):
+    if isinstance(value, DataLoader):
+        return value
+    kind = type(value).__name__
+    if _is_dataset(value):
         raise DataError(
             f"A {kind}, which is a data set, was passed as a loader",
             "It yields single samples, not batches",
             f"Pass DataLoader({kind.lower()}, batch_size=…)",
         )
-    if not hasattr(thing, "__iter__") or isinstance(thing, str | bytes | Mapping):
+    if not hasattr(value, "__iter__") or isinstance(value, str | bytes | Mapping):
         why = "It is not an iterable of batches"
         raise DataError(f"A {kind} was passed as a loader", why, "Pass a DataLoader, or a list of batches")
-    return _StatefulIterableLoader(thing) if isinstance(thing, Stateful) else IterableLoader(thing)
+    return _StatefulIterableLoader(value) if isinstance(value, Stateful) else IterableLoader(value)
 
 
-def looks_like_batches(thing: Any) -> bool:
+def looks_like_batches(value: Any) -> bool:
     """Whether an argument was probably meant as a loader: it is a data set, or an iterable of batches.
 
     Args:
-        thing: Any argument; False for a `DataLoader`, which needs no guess.
+        value: Any argument.
+
+    Returns:
+        False for a `DataLoader`, which is one without a guess.
     """
-    if isinstance(thing, DataLoader | nn.Module | torch.Tensor | np.ndarray | str | bytes | Mapping | Set | type):
+    if isinstance(value, DataLoader | nn.Module | torch.Tensor | np.ndarray | str | bytes | Mapping | Set | type):
         return False
-    if isinstance(thing, list | tuple):
-        return bool(thing) and any(not isinstance(tensor, nn.Parameter) for tensor in tensors(thing[0]))
-    return _is_dataset(thing) or hasattr(type(thing), "__iter__")
+    if isinstance(value, list | tuple):
+        return bool(value) and any(not isinstance(tensor, nn.Parameter) for tensor in tensors(value[0]))
+    return _is_dataset(value) or hasattr(type(value), "__iter__")
 
 
-def _is_dataset(thing: Any) -> bool:
-    return isinstance(thing, Dataset) or type(thing).__module__.startswith("datasets.")
+def _is_dataset(value: Any) -> bool:
+    return isinstance(value, Dataset) or type(value).__module__.startswith("datasets.")

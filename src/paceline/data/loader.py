@@ -62,7 +62,7 @@ class PreparedDataLoader(DataLoader[Any]):
         name: The class of the user's loader, for messages.
         seed: The seed of the order, the same on all ranks.
         group: The ranks.
-        active: Is told about iterations.
+        active: Tracks the iterations.
         layout: How global batches are distributed.
         prefetcher: Copies batches to the device; None leaves them where they are.
         batch_size: Samples in this rank's batches, if known.
@@ -95,7 +95,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._layout = layout
         self._worker_copies = WorkerCopies(self.dataset) if self.persistent_workers else None
         self._prefetcher = prefetcher
-        # Where the next iteration begins, and the end of a stream with a state that lies between two iterations.
+        # Where the next iteration begins; after the end of a stream with a state, also the position of that end.
         self._next = Position()
         self._stream_end: Position | None = None
         self._iteration: LoaderIteration | None = None

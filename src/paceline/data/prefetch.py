@@ -26,7 +26,7 @@ class DevicePrefetcher:
 
     On an accelerator the next batch is copied from pinned memory on a separate stream while the current one is in use.
     Small batches are copied when they are yielded. So are batches with other objects than dense tensors that have a
-    method `to`, because the allocator cannot be told which tensors they contain.
+    method `to`, because the tensors inside them cannot be recorded on the stream.
 
     Args:
         device: The target device.
@@ -49,7 +49,7 @@ class DevicePrefetcher:
     def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
         ready = self._start(next(batches, _NONE), stream)
         while ready is not None:
-            # The copy of the next batch is queued before this one is handed out.
+            # The copy of the next batch is queued before this one is yielded.
             following = self._start(next(batches, _NONE), stream)
             yield self._finish(*ready)
             ready = following

@@ -22,11 +22,11 @@ from paceline.data.epoch_plan import Layout
 from paceline.data.epochs import has_set_epoch
 from paceline.data.iterable_loader import IterableLoader, as_loader
 from paceline.data.loader import PreparedDataLoader
-from paceline.data.merged_ranks import MergedRanksSharding
 from paceline.data.prefetch import DevicePrefetcher
 from paceline.data.sample_order import maybe_length, order_source, sampler_generators
 from paceline.data.sharding import (
     BatchSharding,
+    MergedRanksSharding,
     PlannedSharding,
     SampleSharding,
     ShardedBatchSampler,
@@ -73,7 +73,7 @@ def prepare_loader(
         group: The ranks that share the data.
         device: Where batches are copied to; None leaves them where the loader puts them.
         config: The data loader settings.
-        active: Is told about iterations over the loader.
+        active: Tracks the iterations over the loader.
         num_merged_ranks: The number of ranks whose batches this process gets as one; more than 1 only in a group of one
             rank.
 

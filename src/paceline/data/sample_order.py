@@ -277,9 +277,9 @@ def set_sampler_epoch(sampler: Any, epoch: int) -> None:
             set_epoch(epoch)
 
 
-def maybe_length(thing: Any) -> int | None:
-    """Return `len(thing)`, or None if it has no length."""
+def maybe_length(value: Any) -> int | None:
+    """Return `len(value)`, or None if it has no length."""
     try:
-        return len(thing)
+        return len(value)
     except (TypeError, NotImplementedError):
         return None

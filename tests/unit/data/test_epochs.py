@@ -86,8 +86,8 @@ def epochs_in(batch: Any) -> set[int]:
     return {int(value) for part in parts for value in part.reshape(-1)}
 
 
-def seen(loader: Any, passes: int = 3) -> list[list[int]]:
-    return [sorted(set().union(*(epochs_in(batch) for batch in loader))) for _ in range(passes)]
+def seen(loader: Any, epochs: int = 3) -> list[list[int]]:
+    return [sorted(set().union(*(epochs_in(batch) for batch in loader))) for _ in range(epochs)]
 
 
 @pytest.mark.parametrize(("workers", "persistent"), WORKERS)
@@ -117,7 +117,7 @@ class Counting(OfEpoch):
 
 def test_a_worker_is_told_once_an_epoch() -> None:
     loader = prepared(DataLoader(Counting(), 1, num_workers=1, persistent_workers=True))
-    # Once before the workers were started, and once in each of them for every pass.
+    # Once before the workers were started, and once in each of them for every epoch.
     assert [max(int(told) for told in loader) for _ in range(3)] == [2, 3, 4]
 
 

@@ -50,7 +50,7 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
 
 
 def walk(loader: PreparedDataLoader, rank: int, split_rows: int) -> tuple[list[int], list[Any]]:
-    """Run a pass, checking what the loader says about itself; return the real samples and the counts."""
+    """Run an epoch, checking what the loader says about itself; return the real samples and the counts."""
     real: list[int] = []
     counts = []
     number = 0

@@ -37,7 +37,7 @@ class Items(IterableDataset[int]):
 
 
 def walk(loader: Any, group: Group, gathered: bool = True) -> tuple[list[list[int]], list[Any], list[int]]:
-    """Run a pass; return the batches, the counts and what gather_samples makes of the batches."""
+    """Run an epoch; return the batches, the counts and what gather_samples makes of the batches."""
     batches, counts, samples = [], [], []
     ends = []
     for batch in loader:

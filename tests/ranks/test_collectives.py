@@ -26,7 +26,7 @@ def exchange_in_a_subgroup() -> str:
     members = [0, 2]
     process_group = dist.new_group(members)
     if dist.get_rank() not in members:
-        with pytest.raises(CollectiveError, match="Rank 1 built a TorchGroup"):
+        with pytest.raises(CollectiveError, match="Rank 1 created a TorchGroup"):
             TorchGroup(process_group=process_group)
         return "outside"
     group = TorchGroup(process_group=process_group)
@@ -47,5 +47,5 @@ def test_a_subgroup_has_its_own_ranks() -> None:
 
 
 def test_without_a_process_group() -> None:
-    with pytest.raises(CollectiveError, match="No process group is open"):
+    with pytest.raises(CollectiveError, match="No process group is initialized"):
         TorchGroup()

@@ -140,7 +140,7 @@ def test_more_ways_to_wait(folder: Path) -> None:
 
     code, error = launched(folder, "shapes", "--debug")
     assert code == 1, error
-    assert "brings" in error
+    assert "passes" in error
     assert "of shape (400,)" in error
 
 

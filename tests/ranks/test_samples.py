@@ -91,7 +91,7 @@ def refused(name: str) -> str:
 def test_what_cannot_be_cut_is_refused_by_name(name: str) -> None:
     for text in run_on_ranks(2, refused, name):
         assert "data['out']" in text
-        assert "of those of rank 0 only 3 are its own" in text
+        assert "only 3 of those of rank 0 are its own" in text
         assert "Set fill_batches = False on the prepared loader" in text
 
 

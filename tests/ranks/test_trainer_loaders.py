@@ -148,7 +148,7 @@ def refused(kind: str, folder: str) -> tuple[str, str]:
 def test_two_ranks_that_are_not_told_refuse_it(kind: str, name: str, tmp_path: Path) -> None:
     for both in run_on_ranks(2, refused, kind, str(tmp_path)):
         for words in both:
-            assert f"The loader {name} has an __iter__ of its own" in words
+            assert f"The loader {name} has its own __iter__" in words
             assert "dispatch_batches=True" in words
             assert "accelerator_config of the Trainer" in words
 

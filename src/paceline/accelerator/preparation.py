@@ -94,11 +94,12 @@ class Preparer:
         self._before_step = before_step
         self._recorder = recorder
         recording = components.resolved.recording
-        self._plays = 1 if recording is None else recording.plays
+        self._num_merged_ranks = 1 if recording is None else recording.plays
         self._lengths = ScheduleLengthCheck(self._context.group.size, window)
         # Not `self`: see above.
         loaders.micro_batches = lambda: window.num_steps
-        loaders.begin_pass, loaders.end_pass = self._lengths.begin_epoch, self._lengths.end_epoch
+        loaders.on_iteration_start = self._lengths.begin_epoch
+        loaders.on_iteration_end = self._lengths.end_epoch
         weakref.finalize(self, warn_once, self._lengths.pending)
         self._first_steps = FirstSteps(self._context.group, window, loaders, prepared.models, scaler, selector)
 
@@ -154,7 +155,7 @@ class Preparer:
             device=self._context.device if place else None,
             config=self.dataloader_config,
             active=self._loaders,
-            plays=self._plays,
+            num_merged_ranks=self._num_merged_ranks,
         )
         if saved and prepared not in self._prepared.loaders:
             self._prepared.loaders.append(prepared)

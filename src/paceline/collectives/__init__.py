@@ -1,8 +1,7 @@
-"""What ranks do together: groups, nested batches, and the operations on them."""
+"""Collectives on nested batches, over groups of ranks."""
 
 from __future__ import annotations
 
-from paceline.collectives.entries import Evidence, is_plain_entries, is_unclear, maybe_per_sample, tensors_alike
 from paceline.collectives.fake import FakeGroup, run_fake_ranks
 from paceline.collectives.group import Board, Group, Op, Pending, SoloGroup, TorchGroup
 from paceline.collectives.nested import (
@@ -23,20 +22,27 @@ from paceline.collectives.operations import (
     pad_across_processes,
     reduce,
 )
+from paceline.collectives.per_sample import (
+    SampleEvidence,
+    is_ambiguous,
+    is_entry_list,
+    is_uniform_tensor_tuple,
+    maybe_per_sample,
+)
+from paceline.collectives.process_order import main_process_first
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
-from paceline.collectives.turns import main_process_first
-from paceline.collectives.wire import as_bytes
+from paceline.collectives.transport import as_bytes
 
 __all__ = [
     "BatchCounts",
     "Board",
-    "Evidence",
     "FakeGroup",
     "Group",
     "Op",
     "Pending",
     "Reduction",
+    "SampleEvidence",
     "SoloGroup",
     "TorchGroup",
     "as_bytes",
@@ -47,8 +53,9 @@ __all__ = [
     "gather",
     "gather_object",
     "gather_samples",
-    "is_plain_entries",
-    "is_unclear",
+    "is_ambiguous",
+    "is_entry_list",
+    "is_uniform_tensor_tuple",
     "leaves",
     "main_process_first",
     "map_leaves",
@@ -60,5 +67,4 @@ __all__ = [
     "send_to_device",
     "slice_tensors",
     "split_between_processes",
-    "tensors_alike",
 ]

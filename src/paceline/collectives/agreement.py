@@ -1,4 +1,4 @@
-"""The debug check: do all ranks bring the same thing to a collective, and if not, which rank is odd."""
+"""The debug check: compares what the ranks pass to a collective, and names the ranks that differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from paceline.collectives.group import Group
 
-# What one rank brings: the operation, and for each leaf its path and what it is, in words.
-Account = tuple[str, dict[str, tuple[str, str]]]
-
 
 def check_agreement(
     group: Group, operation: str, data: Any, free_dim: Callable[[torch.Tensor], int | None] | None = None
@@ -29,45 +26,46 @@ def check_agreement(
 
     Args:
         group: The ranks to compare.
-        operation: The name of the call with the arguments that must agree.
-        data: What this rank brings.
-        free_dim: Says of a tensor which dimension may differ from rank to rank, if any.
+        operation: The name of the call, with the arguments that must agree.
+        data: What this rank passes.
+        free_dim: Returns the dimension of a tensor that may differ between ranks, or None.
 
     Raises:
-        CollectiveError: On every rank, if the ranks differ; it names the odd ranks and what they bring.
+        CollectiveError: On every rank, if the ranks differ; it names the ranks in the minority and what they passed.
     """
-    accounts = group.all_gather_object((operation, _account(data, free_dim)))
+    calls = group.all_gather_object((operation, _describe_leaves(data, free_dim)))
     _require_same(
-        [name for name, _ in accounts],
+        [name for name, _ in calls],
         lambda odd, usual, value, norm: f"{odd} in {value} where {usual} in {norm}",
         ("is", "are"),
     )
-    paths = list(dict.fromkeys(path for _, account in accounts for path in account))
+    paths = list(dict.fromkeys(path for _, description in calls for path in description))
     for path in paths:
-        _require_same([account.get(path, ("nothing", "")) for _, account in accounts], partial(_difference, path))
+        _require_same([description.get(path, ("nothing", "")) for _, description in calls], partial(_difference, path))
 
 
-def _account(data: Any, free_dim: Callable[[torch.Tensor], int | None] | None) -> dict[str, tuple[str, str]]:
-    account = {}
+def _describe_leaves(data: Any, free_dim: Callable[[torch.Tensor], int | None] | None) -> dict[str, tuple[str, str]]:
+    """Return, by path, what each leaf is: its shape or type, and its dtype and device."""
+    description = {}
     for path, leaf in leaves(data):
         if not isinstance(leaf, torch.Tensor):
-            account[path_text(path)] = (f"a {type(leaf).__name__}", "")
+            description[path_text(path)] = (f"a {type(leaf).__name__}", "")
             continue
         shape: list[int | str] = list(leaf.shape)
         free = None if free_dim is None else free_dim(leaf)
         if free is not None:
             shape[free] = "*"
         text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
-        account[path_text(path)] = (f"({text})", f"{leaf.dtype} on {leaf.device.type}")
+        description[path_text(path)] = (f"({text})", f"{leaf.dtype} on {leaf.device.type}")
     if maybe_children(data) == []:
-        account[path_text(())] = (f"an empty {type(data).__name__}", "")
-    return account
+        description[path_text(())] = (f"an empty {type(data).__name__}", "")
+    return description
 
 
 def _require_same(
     values: list[Any],
     sentence: Callable[[str, str, Any, Any], str],
-    verb: tuple[str, str] = ("brings", "bring"),
+    verb: tuple[str, str] = ("passes", "pass"),
 ) -> None:
     counted: Counter[Hashable] = Counter(values)
     if len(counted) <= 1:
@@ -77,13 +75,13 @@ def _require_same(
     odd = [rank for rank, value in enumerate(values) if value == odd_value]
     usual = [rank for rank, value in enumerate(values) if value == norm]
     others = [rank for rank in range(len(values)) if rank not in odd and rank not in usual]
-    saw = sentence(named_ranks(odd, *verb), named_ranks(usual, *verb), odd_value, norm)
+    seen = sentence(named_ranks(odd, *verb), named_ranks(usual, *verb), odd_value, norm)
     if others:
-        saw += f"; {named_ranks(others, 'differs', 'differ')} too"
+        seen += f"; {named_ranks(others, 'differs', 'differ')} too"
     raise CollectiveError(
-        saw[0].upper() + saw[1:],
+        seen[0].upper() + seen[1:],
         "A collective needs the same call with the same structure, shapes and dtypes on every rank",
-        "Pad with pad_across_processes first, or exchange unequal things with gather_object",
+        "Pad with pad_across_processes first, or use gather_object for what differs",
     )
 
 

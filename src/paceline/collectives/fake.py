@@ -1,7 +1,7 @@
-"""A make-believe group whose ranks are threads of this process.
+"""A fake group whose ranks are threads of this process.
 
-Different values on different ranks, ranks that disagree and ranks that never arrive can be tried out in one
-process, without a process group.
+Tests use it for different values on different ranks, ranks that disagree and ranks that never arrive, without a process
+group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from paceline.collectives.group import Board, Group, Pending
-from paceline.collectives.wire import Op, WireOp, plain, reduce_over_wire, seal, unseal
+from paceline.collectives.transport import Op, TransportOp, as_contiguous, pickle_or_reason, reduce_with, unpickle_from
 from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Exchange:
-    """One exchange: which ranks have come, in which operation, with what."""
+    """One exchange: the operation and the value of each rank that has arrived."""
 
     operations: dict[int, str] = field(default_factory=dict)
     values: dict[int, Any] = field(default_factory=dict)
 
 
-class Room:
-    """Where the ranks of one make-believe group meet; their n-th exchanges belong together.
+class FakeTransport:
+    """Passes values between the ranks of one fake group; the n-th exchange of one rank meets the n-th of the others.
 
     Args:
-        size: How many ranks there are.
+        size: The number of ranks.
         timeout: Seconds that a rank waits for the others.
     """
 
@@ -48,10 +48,10 @@ class Room:
         self._exchanges: dict[int, Exchange] = {}
         self._made = [0] * size
         self._ended: dict[int, str] = {}
-        self.notes = HashStore()
+        self.store = HashStore()
 
     def arrive(self, rank: int, operation: str, value: Any) -> Exchange:
-        """Bring `value` to this rank's next exchange and return that."""
+        """Add `value` to this rank's next exchange and return that exchange."""
         with self._changed:
             number = self._made[rank]
             self._made[rank] += 1
@@ -64,29 +64,29 @@ class Room:
         return exchange
 
     def collect(self, exchange: Exchange) -> list[Any]:
-        """Wait until every rank has come; return their values in rank order.
+        """Wait until every rank has arrived; return their values in rank order.
 
         Raises:
-            CollectiveError: A rank has ended, is in another operation, or did not come in time.
+            CollectiveError: A rank has ended, is in another operation, or did not arrive in time.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._settled(exchange), self.timeout)
+            self._changed.wait_for(lambda: self._is_decided(exchange), self.timeout)
             if len(set(exchange.operations.values())) > 1:
-                raise _disagreement(exchange)
+                raise _different_operations_error(exchange)
             missing = self._missing(exchange)
             if missing:
-                # While one has ended, the others may merely be on their way.
+                # If a rank has ended, others may only be late.
                 ended = [rank for rank in missing if rank in self._ended]
-                raise self._absence(exchange, ended or missing)
+                raise self._missing_ranks_error(exchange, ended or missing)
             return [exchange.values[rank] for rank in range(self.size)]
 
     def end(self, rank: int, how: str) -> None:
-        """Note that a rank will come to no further exchange."""
+        """Note that a rank will take part in no further exchange."""
         with self._changed:
             self._ended[rank] = how
             self._changed.notify_all()
 
-    def _settled(self, exchange: Exchange) -> bool:
+    def _is_decided(self, exchange: Exchange) -> bool:
         missing = self._missing(exchange)
         disagree = len(set(exchange.operations.values())) > 1
         return not missing or disagree or any(rank in self._ended for rank in missing)
@@ -94,23 +94,23 @@ class Room:
     def _missing(self, exchange: Exchange) -> list[int]:
         return [rank for rank in range(self.size) if rank not in exchange.values]
 
-    def _absence(self, exchange: Exchange, missing: list[int]) -> CollectiveError:
+    def _missing_ranks_error(self, exchange: Exchange, missing: list[int]) -> CollectiveError:
         operation = next(iter(exchange.operations.values()))
-        where = "; ".join(f"rank {rank} {self._whereabouts(rank)}" for rank in missing)
+        where = "; ".join(f"rank {rank} {self._last_seen(rank)}" for rank in missing)
         return CollectiveError(
-            f"{named_ranks(missing).capitalize()} did not come to the {operation} that "
+            f"{named_ranks(missing).capitalize()} did not reach the {operation} that "
             f"{named_ranks(exchange.values, 'is', 'are')} in: {where}",
             "A collective returns only when every rank has called it",
             "Make the call on every rank, outside of any branch on the rank",
         )
 
-    def _whereabouts(self, rank: int) -> str:
+    def _last_seen(self, rank: int) -> str:
         if rank in self._ended:
             return f"has ended ({self._ended[rank]})"
         return f"made {self._made[rank]} exchanges and no further one in {self.timeout:g} s"
 
 
-def _disagreement(exchange: Exchange) -> CollectiveError:
+def _different_operations_error(exchange: Exchange) -> CollectiveError:
     by_operation: dict[str, list[int]] = {}
     for rank, operation in sorted(exchange.operations.items()):
         by_operation.setdefault(operation, []).append(rank)
@@ -123,17 +123,21 @@ def _disagreement(exchange: Exchange) -> CollectiveError:
 
 
 class FakeGroup(Group):
-    """One rank of a make-believe group; `run_fake_ranks` builds one for each of its threads.
+    """One rank of a fake group; `run_fake_ranks` creates one for each of its threads.
 
-    It behaves as `TorchGroup` does, except that it checks shapes and dtypes, and that a rank which does not
-    come, or comes to something else, is named at once.
+    It behaves like `TorchGroup`, but also checks shapes and dtypes, and names ranks that are missing or in another
+    operation.
+
+    Args:
+        rank: The rank of this thread.
+        transport: Connects it with the other ranks.
     """
 
-    def __init__(self, rank: int, room: Room) -> None:
+    def __init__(self, rank: int, transport: FakeTransport) -> None:
         self.rank = rank
-        self.size = room.size
+        self.size = transport.size
         self.device = torch.device("cpu")
-        self.room = room
+        self.transport = transport
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.all_gather`. Collective: every rank must call it."""
@@ -141,16 +145,16 @@ class FakeGroup(Group):
 
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         """See `Group.start_all_gather`. Collective: every rank must call it."""
-        exchange = self.room.arrive(self.rank, "all_gather", plain(tensor).clone())
-        return Pending(lambda: torch.stack(_alike(self.room.collect(exchange), "all_gather")))
+        exchange = self.transport.arrive(self.rank, "all_gather", as_contiguous(tensor).clone())
+        return Pending(lambda: torch.stack(_same_shapes(self.transport.collect(exchange), "all_gather")))
 
     def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """See `Group.all_reduce`. Collective: every rank must call it."""
 
-        def exchange(buffer: torch.Tensor, wire_op: WireOp) -> None:
+        def exchange(buffer: torch.Tensor, transport_op: TransportOp) -> None:
             label = f"all_reduce({op})"
-            values = torch.stack(_alike(self._swap(label, buffer.clone()), label))
-            match wire_op:
+            values = torch.stack(_same_shapes(self._exchange_values(label, buffer.clone()), label))
+            match transport_op:
                 case "sum":
                     torch.sum(values, 0, dtype=values.dtype, out=buffer)
                 case "max":
@@ -158,111 +162,116 @@ class FakeGroup(Group):
                 case "min":
                     buffer.copy_(values.amin(0))
 
-        return reduce_over_wire(tensor, op, self.size, exchange)
+        return reduce_with(tensor, op, self.size, exchange)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """See `Group.broadcast`. Collective: every rank must call it."""
         self.check_source(source)
         label = f"broadcast(source={source})"
-        values = _alike(self._swap(label, plain(tensor).clone()), label)
+        values = _same_shapes(self._exchange_values(label, as_contiguous(tensor).clone()), label)
         if self.rank != source:
             tensor.detach().copy_(values[source])
         return tensor
 
     def all_gather_object(self, value: T) -> list[T]:
         """See `Group.all_gather_object`. Collective: every rank must call it."""
-        return [unseal(s, rank) for rank, s in enumerate(self._swap("all_gather_object", seal(value)))]
+        pickled = self._exchange_values("all_gather_object", pickle_or_reason(value))
+        return [unpickle_from(data, rank) for rank, data in enumerate(pickled)]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """See `Group.broadcast_object`. Collective: every rank must call it."""
         self.check_source(source)
-        sealed = seal(value) if self.rank == source else b""
-        received: T = unseal(self._swap(f"broadcast_object(source={source})", sealed)[source], source)
+        pickled = pickle_or_reason(value) if self.rank == source else b""
+        by_rank = self._exchange_values(f"broadcast_object(source={source})", pickled)
+        received: T = unpickle_from(by_rank[source], source)
         return received
 
     def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
         """See `Group.scatter_object`. Collective: every rank must call it."""
         self.check_source(source)
-        given = [seal(v) for v in values] if self.rank == source and values is not None else None
-        sealed = self.check_scattered(self._swap(f"scatter_object(source={source})", given)[source])
-        received: T = unseal(sealed[self.rank], source)
+        values_to_send = [pickle_or_reason(v) for v in values] if self.rank == source and values is not None else None
+        by_rank = self._exchange_values(f"scatter_object(source={source})", values_to_send)
+        received: T = unpickle_from(self.check_scattered(by_rank[source])[self.rank], source)
         return received
 
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
         self.check_source(source)
-        given = [part.clone() for part in self.check_scattered(parts)] if self.rank == source else None
+        values_to_send = [part.clone() for part in self.check_scattered(parts)] if self.rank == source else None
         label = f"scatter(source={source})"
-        exchange = self.room.arrive(self.rank, label, (given, into.clone()))
+        exchange = self.transport.arrive(self.rank, label, (values_to_send, into.clone()))
 
         def finish() -> torch.Tensor:
-            brought = self.room.collect(exchange)
-            _alike([*brought[source][0], *(place for _, place in brought)], label)
-            return into.copy_(brought[source][0][self.rank])
+            by_rank = self.transport.collect(exchange)
+            sent = by_rank[source][0]
+            _same_shapes([*sent, *(receiver for _, receiver in by_rank)], label)
+            return into.copy_(sent[self.rank])
 
         return Pending(finish)
 
     def barrier(self) -> None:
         """See `Group.barrier`. Collective: every rank must call it."""
-        self._swap("barrier", None)
+        self._exchange_values("barrier", None)
 
     def open_board(self, name: str) -> Board:
         """See `Group.open_board`."""
-        return Board(self.room.notes, name)
+        return Board(self.transport.store, name)
 
-    def _swap(self, operation: str, value: Any) -> list[Any]:
-        return self.room.collect(self.room.arrive(self.rank, operation, value))
+    def _exchange_values(self, operation: str, value: Any) -> list[Any]:
+        return self.transport.collect(self.transport.arrive(self.rank, operation, value))
 
 
-def _alike(tensors: list[torch.Tensor], operation: str) -> list[torch.Tensor]:
+def _same_shapes(tensors: list[torch.Tensor], operation: str) -> list[torch.Tensor]:
     seen: dict[str, list[int]] = {}
     for rank, tensor in enumerate(tensors):
         seen.setdefault(f"{tuple(tensor.shape)} {tensor.dtype}", []).append(rank)
     if len(seen) > 1:
-        brought = ", ".join(f"{named_ranks(ranks)}: {what}" for what, ranks in seen.items())
+        description = ", ".join(f"{named_ranks(ranks)}: {what}" for what, ranks in seen.items())
         raise CollectiveError(
-            f"The ranks brought different tensors to {operation} ({brought})",
+            f"The ranks passed different tensors to {operation} ({description})",
             "It needs the same shape and dtype on every rank",
-            "Pad with pad_across_processes first, or exchange with gather_object",
+            "Pad with pad_across_processes first, or use gather_object",
         )
     return tensors
 
 
 def run_fake_ranks(size: int, function: Callable[[FakeGroup], T], *, timeout: float = 30.0) -> list[T]:
-    """Run `function(group)` on `size` threads, one per rank; return what each returned, in rank order.
+    """Run `function(group)` on `size` threads, one per rank.
 
     Args:
-        size: How many ranks.
+        size: The number of ranks.
         function: Called once per rank with that rank's `FakeGroup`.
-        timeout: Seconds that a rank waits for the others in one exchange, and that the last ranks get to
-            end after another has failed.
+        timeout: Seconds that a rank waits for the others in one exchange.
+
+    Returns:
+        What each rank returned, in rank order.
 
     Raises:
-        CollectiveError: A rank did not come to an exchange, or came to another one.
+        CollectiveError: A rank was missing in an exchange, or was in another one.
         BaseException: Whatever the first failing rank raised.
     """
-    room = Room(size, timeout)
+    transport = FakeTransport(size, timeout)
     results: dict[int, T] = {}
     failures: list[BaseException] = []
 
-    def serve(rank: int) -> None:
+    def run_rank(rank: int) -> None:
         try:
-            results[rank] = function(FakeGroup(rank, room))
+            results[rank] = function(FakeGroup(rank, transport))
         except BaseException as error:
             failures.append(error)
-            room.end(rank, f"{type(error).__name__}: {error}")
+            transport.end(rank, f"{type(error).__name__}: {error}")
         else:
-            room.end(rank, "it returned")
+            transport.end(rank, "it returned")
 
     threads = [
-        threading.Thread(target=serve, args=(rank,), name=f"fake rank {rank}", daemon=True) for rank in range(size)
+        threading.Thread(target=run_rank, args=(rank,), name=f"fake rank {rank}", daemon=True) for rank in range(size)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         while thread.is_alive() and not failures:
             thread.join(0.05)
-    # After a failure the others find out at their next exchange; one that is stuck elsewhere is left behind.
+    # After a failure the others fail at their next exchange; a thread that hangs outside of one is abandoned.
     for thread in threads:
         thread.join(1.0 if failures else None)
     if failures:

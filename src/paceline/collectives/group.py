@@ -1,4 +1,4 @@
-"""A group of ranks and what they do together; one class per way of being connected."""
+"""The group of ranks that collectives run over: a single process, or a process group of `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from paceline.collectives.wire import Op, WireOp, as_bytes, plain, reduce_over_wire, seal, unseal
+from paceline.collectives.transport import (
+    Op,
+    TransportOp,
+    as_bytes,
+    as_contiguous,
+    pickle_or_reason,
+    reduce_with,
+    unpickle_from,
+)
 from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -27,11 +35,15 @@ T = TypeVar("T")
 _all_gather_flat: Callable[..., Any] = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 )
-_WIRE_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_TORCH_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
 class Pending:
-    """A collective that has been started and whose result is not there yet."""
+    """A collective that has been started and may not have finished.
+
+    Args:
+        finish: Waits for the collective and returns its result.
+    """
 
     def __init__(self, finish: Callable[[], torch.Tensor]) -> None:
         self._finish = finish
@@ -40,7 +52,7 @@ class Pending:
     def wait(self) -> torch.Tensor:
         """Wait for the result and return it; further calls return the same tensor.
 
-        On an accelerator it is the current stream that waits, not the host.
+        On an accelerator the current stream waits, not the host.
         """
         if self._result is None:
             self._result = self._finish()
@@ -53,41 +65,41 @@ def _finished() -> torch.Tensor:
 
 
 class Board:
-    """Notes that ranks leave for each other without meeting; any thread may read and write them.
+    """Notes that ranks leave for each other in a key-value store, without a collective. Thread-safe.
 
     Args:
-        notes: Where they are kept.
-        name: Tells the notes of one purpose from all others.
+        store: Keeps the store.
+        name: Prefix of the keys, one for each purpose.
     """
 
-    def __init__(self, notes: Store, name: str) -> None:
-        self._notes = notes
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
         self._name = name
 
     def post(self, key: str, text: str) -> None:
-        """Leave a note, over one that is there."""
-        self._notes.set(f"{self._name}/{key}", text)
+        """Write a note, replacing an earlier one."""
+        self._store.set(f"{self._name}/{key}", text)
 
     def count(self, key: str) -> int:
-        """Add one to a number and return it; the first call, by any rank, gives 1."""
-        return int(self._notes.add(f"{self._name}/{key}", 1))
+        """Add one to a counter and return it; the first call, by any rank, returns 1."""
+        return int(self._store.add(f"{self._name}/{key}", 1))
 
     def read(self, key: str) -> str | None:
-        """The note left under a key by any rank; None while there is none. Never waits for it."""
+        """Return the note that any rank wrote under a key, or None if there is none yet. Never waits."""
         full = f"{self._name}/{key}"
-        return self._notes.get(full).decode() if self._notes.check([full]) else None
+        return self._store.get(full).decode() if self._store.check([full]) else None
 
 
 class Group(ABC):
     """Ranks that exchange tensors and objects.
 
-    Tensors of every dtype and shape may be given, also without dimensions, empty or not contiguous. No
-    gradient flows through an exchange. `source` is a rank of this group.
+    Tensors may have any dtype and shape, no dimension, no element, or be non-contiguous. No gradient flows through an
+    exchange. `source` is always a rank within this group.
 
     Attributes:
-        rank: Of this process within the group, from 0.
-        size: How many ranks there are.
-        device: Where tensors that this library makes for an exchange are put.
+        rank: The rank of this process within the group, from 0.
+        size: The number of ranks.
+        device: Where tensors that this library creates for an exchange are put.
     """
 
     rank: int
@@ -103,7 +115,7 @@ class Group(ABC):
 
     @abstractmethod
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
-        """Start an `all_gather` and return at once; leave `tensor` alone until `wait` has returned.
+        """Start an `all_gather` and return at once; do not modify `tensor` until `wait` has returned.
 
         Collective: every rank must call it, and call `wait`.
         """
@@ -112,11 +124,11 @@ class Group(ABC):
     def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """Reduce over the ranks, element by element, in place, and return the result.
 
-        A sum of bool is int64 and a mean of bool or integers is float32: these come as a new tensor.
+        A sum of bool is int64 and a mean of bool or integers is float32: these are new tensors.
         Collective: every rank must call it.
 
         Raises:
-            CollectiveError: `op` is not known.
+            CollectiveError: `op` is unknown.
         """
 
     @abstractmethod
@@ -135,7 +147,7 @@ class Group(ABC):
 
     @abstractmethod
     def broadcast_object(self, value: T, source: int = 0) -> T:
-        """Give every rank the object of rank `source`; what the others hand in is not looked at.
+        """Give every rank the object of rank `source`; what the others pass is ignored.
 
         Collective: every rank must call it.
         """
@@ -144,7 +156,7 @@ class Group(ABC):
     def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
         """Give each rank its own entry of the `values` of rank `source`.
 
-        There is one per rank; the other ranks hand in None. Collective: every rank must call it.
+        `values` has one entry per rank; the other ranks pass None. Collective: every rank must call it.
 
         Raises:
             CollectiveError: Rank `source` has not exactly one value per rank.
@@ -152,26 +164,26 @@ class Group(ABC):
 
     @abstractmethod
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
-        """Start to give each rank its own entry of the `parts` of rank `source`; `wait` returns `into` filled with it.
+        """Start to give each rank its own entry of the `parts` of rank `source`; `wait` returns it in `into`.
 
-        All parts and every `into` are contiguous tensors of bytes in host memory, of one size. The other ranks hand
-        in None for the parts. Leave the tensors alone until `wait` has returned.
+        All parts and every `into` are contiguous tensors of bytes in host memory, of one size. The other ranks pass
+        None for the parts. Do not modify the tensors until `wait` has returned.
         Collective: every rank must call it, and call `wait`.
         """
 
     @abstractmethod
     def barrier(self) -> None:
-        """Return when every rank has arrived; the host waits, on an accelerator too.
+        """Return when every rank has arrived. The host waits, also with an accelerator.
 
         Collective: every rank must call it.
         """
 
     @abstractmethod
     def open_board(self, name: str) -> Board:
-        """Notes that the ranks of this group can leave for each other under the same `name`."""
+        """Return the notes that all ranks of this group share under `name`."""
 
     def open_second(self) -> Group:
-        """The same ranks over host memory, for exchanges of another thread beside those of this group.
+        """Return a group of the same ranks in host memory, for another thread to use beside this one.
 
         Collective: every rank must call it.
         """
@@ -181,9 +193,9 @@ class Group(ABC):
         """Raise `CollectiveError` if there is no rank `source` here."""
         if not 0 <= source < self.size:
             raise CollectiveError(
-                f"Rank {source} was named as the source",
+                f"A collective got rank {source} as its source",
                 f"This group has the ranks 0 to {self.size - 1}",
-                "Name one of them",
+                "Use one of these",
             )
 
     def check_scattered(self, values: Sequence[Any] | None) -> Sequence[Any]:
@@ -191,15 +203,19 @@ class Group(ABC):
         if values is None or len(values) != self.size:
             count = "no values" if values is None else f"{len(values)} values"
             raise CollectiveError(
-                f"The source rank has {count} to hand out to {self.size} ranks",
+                f"The source rank has {count} to scatter to {self.size} ranks",
                 "Each rank gets exactly one",
-                "Give a sequence with one entry per rank",
+                "Pass a sequence with one entry per rank",
             )
         return values
 
 
 class SoloGroup(Group):
-    """A group of one rank, where every exchange gives back what was handed in."""
+    """A group of one rank: every collective returns what it was passed.
+
+    Args:
+        device: Where tensors that this library creates are put.
+    """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank = 0
@@ -216,7 +232,7 @@ class SoloGroup(Group):
 
     def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """Return the tensor, in the dtype that `op` gives."""
-        return reduce_over_wire(tensor, op, 1, lambda buffer, op: None)
+        return reduce_with(tensor, op, 1, lambda buffer, op: None)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Return the tensor as it is."""
@@ -255,24 +271,23 @@ class SoloGroup(Group):
 class TorchGroup(Group):
     """The ranks of a process group of `torch.distributed`.
 
-    A tensor is exchanged by the backend of its own device: host tensors over gloo, device tensors over the
-    device's backend. Where the process group has no backend for a tensor's device, the tensor makes the
-    journey as a copy on a device that has one. Objects and barriers go through host memory where that is
-    possible.
+    A tensor is exchanged by the backend of its own device: host tensors over gloo, device tensors over the device's
+    backend. If the process group has no backend for a tensor's device, a copy on a device that has one is exchanged.
+    Objects and barriers go through host memory if possible.
 
     Args:
-        device: Where tensors that this library makes for an exchange are put.
+        device: Where tensors that this library creates for an exchange are put.
         process_group: The default process group if None.
 
     Raises:
-        CollectiveError: No process group is open, or this process is not in it.
+        CollectiveError: No process group is initialized, or this process is not a member.
     """
 
     def __init__(self, device: torch.device | str = "cpu", process_group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise CollectiveError(
-                "No process group is open",
-                "Ranks can only exchange through one",
+                "No process group is initialized",
+                "Ranks can only communicate through one",
                 "Open it with paceline.environment.open_process_group, or use SoloGroup for one process",
             )
         self.process_group = process_group
@@ -281,12 +296,12 @@ class TorchGroup(Group):
         self.device = torch.device(device)
         if self.rank < 0:
             raise CollectiveError(
-                f"Rank {dist.get_rank()} built a TorchGroup over a process group that it is not in",
-                "Only members take part in its exchanges",
-                "Build the TorchGroup on member ranks only",
+                f"Rank {dist.get_rank()} created a TorchGroup for a process group that it does not belong to",
+                "Only members take part in its collectives",
+                "Create the TorchGroup on member ranks only",
             )
-        self._reachable = _devices_served(process_group)
-        self._host = self._carrier(torch.device("cpu"))
+        self._backend_devices = _devices_with_backend(process_group)
+        self._host_device = self._exchange_device(torch.device("cpu"))
 
     def open_board(self, name: str) -> Board:
         """See `Group.open_board`."""
@@ -299,134 +314,134 @@ class TorchGroup(Group):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.all_gather`. Collective: every rank must call it."""
-        return self._all_gather(tensor, later=False).wait()
+        return self._all_gather(tensor, async_op=False).wait()
 
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         """See `Group.start_all_gather`. Collective: every rank must call it."""
-        return self._all_gather(tensor, later=True)
+        return self._all_gather(tensor, async_op=True)
 
     def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """See `Group.all_reduce`. Collective: every rank must call it."""
-        return reduce_over_wire(tensor, op, self.size, self._reduce_flat)
+        return reduce_with(tensor, op, self.size, self._reduce_flat)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """See `Group.broadcast`. Collective: every rank must call it."""
         self.check_source(source)
-        carried = plain(tensor).to(self._carrier(tensor.device))
-        if carried.numel():
-            with self._translated("broadcast"):
-                dist.broadcast(as_bytes(carried), group=self.process_group, group_src=source)
-        if carried.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(carried)
+        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
+        if staged.numel():
+            with self._translating_errors("broadcast"):
+                dist.broadcast(as_bytes(staged), group=self.process_group, group_src=source)
+        if staged.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(staged)
         return tensor
 
     def all_gather_object(self, value: T) -> list[T]:
         """See `Group.all_gather_object`. Collective: every rank must call it."""
-        sealed: list[Any] = [None] * self.size
-        with self._translated("all_gather_object"):
-            dist.all_gather_object(sealed, seal(value), group=self.process_group)
-        return [unseal(s, rank) for rank, s in enumerate(sealed)]
+        pickled: list[Any] = [None] * self.size
+        with self._translating_errors("all_gather_object"):
+            dist.all_gather_object(pickled, pickle_or_reason(value), group=self.process_group)
+        return [unpickle_from(s, rank) for rank, s in enumerate(pickled)]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """See `Group.broadcast_object`. Collective: every rank must call it."""
         self.check_source(source)
-        box: list[Any] = [seal(value) if self.rank == source else None]
-        with self._translated("broadcast_object"):
-            dist.broadcast_object_list(box, group=self.process_group, group_src=source, device=self._host)
-        received: T = unseal(box[0], source)
+        slot: list[Any] = [pickle_or_reason(value) if self.rank == source else None]
+        with self._translating_errors("broadcast_object"):
+            dist.broadcast_object_list(slot, group=self.process_group, group_src=source, device=self._host_device)
+        received: T = unpickle_from(slot[0], source)
         return received
 
     def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
         """See `Group.scatter_object`. Collective: every rank must call it."""
         self.check_source(source)
-        # All ranks learn of a wrong list; the source alone raising would leave the others waiting.
+        # Every rank must learn of a wrong list: if only the source raised, the others would wait.
         count = self.broadcast_object(None if values is None else len(values), source)
-        given = self.check_scattered(None if count is None else [None] * count)
+        values_to_send = self.check_scattered(None if count is None else [None] * count)
         if self.rank == source and values is not None:
-            given = [seal(value) for value in values]
-        box: list[Any] = [None]
-        with self._translated("scatter_object"):
-            dist.scatter_object_list(box, list(given), group=self.process_group, group_src=source)
-        received: T = unseal(box[0], source)
+            values_to_send = [pickle_or_reason(value) for value in values]
+        slot: list[Any] = [None]
+        with self._translating_errors("scatter_object"):
+            dist.scatter_object_list(slot, list(values_to_send), group=self.process_group, group_src=source)
+        received: T = unpickle_from(slot[0], source)
         return received
 
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
         self.check_source(source)
-        given = list(self.check_scattered(parts)) if self.rank == source else None
-        carried = into
-        if self._host.type != "cpu":
-            carried = into.to(self._host)
-            given = None if given is None else [part.to(self._host) for part in given]
-        with self._translated("scatter"):
-            work = dist.scatter(carried, given, group=self.process_group, group_src=source, async_op=True)
+        values_to_send = list(self.check_scattered(parts)) if self.rank == source else None
+        staged = into
+        if self._host_device.type != "cpu":
+            staged = into.to(self._host_device)
+            values_to_send = None if values_to_send is None else [part.to(self._host_device) for part in values_to_send]
+        with self._translating_errors("scatter"):
+            work = dist.scatter(staged, values_to_send, group=self.process_group, group_src=source, async_op=True)
 
         def finish() -> torch.Tensor:
             if work is not None:
-                with self._translated("scatter"):
+                with self._translating_errors("scatter"):
                     work.wait()
-            return into if carried is into else into.copy_(carried)
+            return into if staged is into else into.copy_(staged)
 
         return Pending(finish)
 
     def barrier(self) -> None:
         """See `Group.barrier`. Collective: every rank must call it."""
-        # Not dist.barrier: with NCCL that guesses a device and makes the stream wait, not the host.
-        arrived = torch.ones(1, dtype=torch.int32, device=self._host)
+        # Not dist.barrier: with NCCL it guesses a device and makes the stream wait, not the host.
+        arrived = torch.ones(1, dtype=torch.int32, device=self._host_device)
         self._reduce_flat(arrived, "sum", operation="barrier")
         arrived.item()
 
-    def _all_gather(self, tensor: torch.Tensor, *, later: bool) -> Pending:
-        carried = plain(tensor).to(self._carrier(tensor.device))
-        result = carried.new_empty((self.size, *carried.shape))
-        if not carried.numel():
+    def _all_gather(self, tensor: torch.Tensor, *, async_op: bool) -> Pending:
+        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
+        result = staged.new_empty((self.size, *staged.shape))
+        if not staged.numel():
             return Pending(lambda: result.to(tensor.device))
-        with self._translated("all_gather"):
-            work = _all_gather_flat(as_bytes(result), as_bytes(carried), group=self.process_group, async_op=later)
+        with self._translating_errors("all_gather"):
+            work = _all_gather_flat(as_bytes(result), as_bytes(staged), group=self.process_group, async_op=async_op)
 
         def finish() -> torch.Tensor:
             if work is not None:
-                with self._translated("all_gather"):
+                with self._translating_errors("all_gather"):
                     work.wait()
-            # `carried` is named here so that it outlives the exchange.
-            return result if carried.device == tensor.device else result.to(tensor.device)
+            # `staged` is used here so that it outlives the exchange.
+            return result if staged.device == tensor.device else result.to(tensor.device)
 
         return Pending(finish)
 
-    def _reduce_flat(self, buffer: torch.Tensor, op: WireOp, operation: str = "all_reduce") -> None:
-        carried = buffer.to(self._carrier(buffer.device))
-        with self._translated(operation):
-            dist.all_reduce(carried, op=_WIRE_OPS[op], group=self.process_group)
-        if carried is not buffer:
-            buffer.copy_(carried)
+    def _reduce_flat(self, buffer: torch.Tensor, op: TransportOp, operation: str = "all_reduce") -> None:
+        staged = buffer.to(self._exchange_device(buffer.device))
+        with self._translating_errors(operation):
+            dist.all_reduce(staged, op=_TORCH_OPS[op], group=self.process_group)
+        if staged is not buffer:
+            buffer.copy_(staged)
 
-    def _carrier(self, device: torch.device) -> torch.device:
-        """Return the device over which a tensor on `device` travels."""
-        if device.type in self._reachable or not self._reachable:
+    def _exchange_device(self, device: torch.device) -> torch.device:
+        """Return the device on which a tensor of `device` is exchanged."""
+        if device.type in self._backend_devices or not self._backend_devices:
             return device
-        if self.device.type in self._reachable:
+        if self.device.type in self._backend_devices:
             return self.device
-        return torch.device(min(self._reachable))
+        return torch.device(min(self._backend_devices))
 
     @contextmanager
-    def _translated(self, operation: str) -> Iterator[None]:
+    def _translating_errors(self, operation: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
             raise CollectiveError(
-                f"Rank {self.rank} of {self.size} failed in {operation}: {_plain(error)}",
-                "Another rank ended, did not arrive in time, or brought another shape or dtype",
-                "Look for the first error among the other ranks; every rank must make the same calls in the same order",
+                f"Rank {self.rank} of {self.size} failed in {operation}: {_cleaned_message(error)}",
+                "Another rank exited, did not arrive in time, or passed another shape or dtype",
+                "Look for the first error on the other ranks; every rank must make the same calls in the same order",
             ) from error
 
 
-def _plain(error: BaseException) -> str:
-    """What a native library says, without the place in its own source and its greetings."""
+def _cleaned_message(error: BaseException) -> str:
+    """The message of a native library, without its source location and general advice."""
     text = re.sub(r"^\[[^\]]*\]\s*", "", str(error))
     return text.partition(" This is typically caused by")[0].rstrip(".")
 
 
-def _devices_served(process_group: dist.ProcessGroup | None) -> frozenset[str]:
-    """Return the device types that the process group has a backend for; empty if torch does not say."""
+def _devices_with_backend(process_group: dist.ProcessGroup | None) -> frozenset[str]:
+    """Return the device types that the process group has a backend for; empty if unknown."""
     group = dist.group.WORLD if process_group is None else process_group
     return frozenset(device.type for device in getattr(group, "_device_types", ()))

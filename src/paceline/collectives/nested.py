@@ -1,7 +1,6 @@
-"""Batches as users make them: tensors inside lists, tuples, named tuples, mappings and dataclasses.
+"""Walks, rebuilds and moves nested batches: tensors in lists, tuples, named tuples, mappings and dataclasses.
 
-Every function keeps the structure and its types: a named tuple stays one, so does an `OrderedDict` or any
-other mapping, and a dataclass.
+Every function keeps the structure and its types, such as named tuples, `OrderedDict`s and dataclasses.
 """
 
 from __future__ import annotations
@@ -94,8 +93,8 @@ def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if isinstance(like, MappingProxyType):
         return MappingProxyType(items)
     if isinstance(like, dict | UserDict):
-        # A subclass may ask its constructor for other arguments and carry attributes: go past the constructor
-        # and fill it key by key, as some refuse `update`.
+        # A subclass may have attributes and a constructor with other arguments, so the constructor is not called. It
+        # is filled key by key, as some reject `update`.
         fresh = copy.copy(like) if isinstance(like, UserDict) else _bare_copy(like)
         for key, value in items.items():
             fresh[key] = value
@@ -114,7 +113,7 @@ def _bare_copy(like: dict[Any, Any]) -> Any:
 def _rebuild_dataclass(like: Any, children: list[Any]) -> Any:
     fresh = copy.copy(like)
     for field, value in zip(dataclasses.fields(like), children, strict=True):
-        # Past the guard of a frozen dataclass: the copy is nobody else's yet.
+        # Works for frozen dataclasses, too; nobody else has seen the copy yet.
         object.__setattr__(fresh, field.name, value)
     return fresh
 
@@ -124,7 +123,7 @@ def leaves(data: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[
 
     Args:
         data: The nested batch.
-        is_leaf: Says of a container whether it is to be taken for a leaf.
+        is_leaf: Says of a container whether to treat it as a leaf.
     """
     children = None if is_leaf is not None and is_leaf(data) else maybe_children(data)
     if children is None:
@@ -143,7 +142,7 @@ def tensors(data: Any) -> Iterator[torch.Tensor]:
 
 
 def path_text(path: Path, root: str = "data") -> str:
-    """Write a path as the subscripts that lead there: `data['logits'][0]`."""
+    """Format a path as subscripts: `data['logits'][0]`."""
     return root + "".join(f"[{key!r}]" for key in path)
 
 
@@ -153,7 +152,7 @@ def map_leaves(function: Callable[[Any], Any], data: Any, is_leaf: Callable[[Any
     Args:
         function: Called once per leaf.
         data: The nested batch.
-        is_leaf: Says of a container whether it is to be taken for a leaf.
+        is_leaf: Says of a container whether to treat it as a leaf.
     """
     children = None if is_leaf is not None and is_leaf(data) else maybe_children(data)
     if children is None:
@@ -172,16 +171,19 @@ def send_to_device(
     non_blocking: bool = False,
     skip_keys: str | Collection[str] | None = None,
 ) -> Any:
-    """Return the same structure with everything that can move on `device`.
+    """Return the same structure with everything that can be moved on `device`.
 
-    Tensors move, and so does any other object with a method `to`, a container among them; all else stays as
-    it is.
+    Tensors are moved, and so is any other object with a method `to`, containers included; everything else is returned
+    unchanged.
 
     Args:
         data: The nested batch.
-        device: Where to.
-        non_blocking: Do not make the host wait for a copy out of pinned memory.
-        skip_keys: Keys of mappings whose values stay where they are, at any depth.
+        device: The target device.
+        non_blocking: Return before a copy out of pinned memory has finished.
+        skip_keys: Keys of mappings whose values are not moved, at any depth.
+
+    Returns:
+        A new structure of the same types; tensors already on `device` are shared with `data`.
     """
     skipped = (skip_keys,) if isinstance(skip_keys, str) else tuple(skip_keys or ())
     return _send(data, device, non_blocking, skipped)
@@ -208,7 +210,7 @@ def _move(data: Any, device: torch.device | str | int, non_blocking: bool) -> An
     try:
         return data.to(device, non_blocking=non_blocking)
     except TypeError as error:
-        # Only a `to` that does not know the keyword is asked again without it.
+        # Try again without the keyword, but only if the keyword was the reason.
         if "non_blocking" not in str(error):
             raise
         return data.to(device)
@@ -218,15 +220,15 @@ def find_batch_size(data: Any) -> int:
     """Return the size of dimension 0 of the first tensor that has one.
 
     Raises:
-        CollectiveError: There is no such tensor.
+        CollectiveError: No tensor in `data` has a dimension.
     """
     for tensor in tensors(data):
         if tensor.dim():
             return tensor.shape[0]
     raise CollectiveError(
-        f"A {type(data).__name__} without any tensor that has a dimension was given",
-        "The batch size is read off dimension 0 of the first tensor",
-        "Give a batch that holds at least one tensor",
+        f"find_batch_size got a {type(data).__name__} without any tensor that has a dimension",
+        "The batch size is dimension 0 of the first tensor",
+        "Pass a batch with at least one tensor",
     )
 
 
@@ -240,27 +242,36 @@ def concatenate(batches: list[Any], dim: int = 0) -> Any:
 
     Tensors without dimensions become one dimension; other leaves are taken from the first batch.
 
+    Args:
+        batches: At least one nested batch; all have the same structure.
+        dim: The dimension along which tensors are joined.
+
+    Returns:
+        One nested batch of that structure.
+
     Raises:
         CollectiveError: The list is empty, or the structures differ.
     """
     if not batches:
-        raise CollectiveError(
-            "An empty list of batches was given", "There is nothing to join", "Give one batch or more"
-        )
+        raise CollectiveError("concatenate got an empty list", "There is nothing to join", "Pass at least one batch")
     first = batches[0]
     if isinstance(first, torch.Tensor):
         return torch.cat([batch if batch.dim() else batch.reshape(1) for batch in batches], dim=dim)
     children = maybe_children(first)
     if children is None:
         return first
-    columns = [maybe_children(batch) for batch in batches]
     keys = [key for key, _ in children]
-    for index, column in enumerate(columns):
-        if column is None or [key for key, _ in column] != keys:
-            raise CollectiveError(
-                f"Batch {index} has not the structure of batch 0, a {type(first).__name__} with {keys}",
-                "Batches are joined leaf by leaf",
-                "Give every batch the same keys in the same order",
-            )
-    parts = [[column[i][1] for column in columns if column is not None] for i in range(len(keys))]
-    return rebuild(first, [concatenate(part, dim) for part in parts])
+    values = [_values_with_keys(batch, keys, index, first) for index, batch in enumerate(batches)]
+    return rebuild(first, [concatenate(list(parts), dim) for parts in zip(*values, strict=True)])
+
+
+def _values_with_keys(batch: Any, keys: list[object], index: int, first: Any) -> list[Any]:
+    """Return a batch's children; raise `CollectiveError` if its keys are not those of the first batch."""
+    children = maybe_children(batch)
+    if children is None or [key for key, _ in children] != keys:
+        raise CollectiveError(
+            f"Batch {index} does not have the structure of batch 0, a {type(first).__name__} with {keys}",
+            "Batches are joined leaf by leaf",
+            "Give every batch the same keys in the same order",
+        )
+    return [child for _, child in children]

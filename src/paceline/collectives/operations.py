@@ -1,8 +1,8 @@
-"""Collectives on nested batches, a few exchanges for all leaves together.
+"""Collectives on nested batches, with a few exchanges for all leaves.
 
-`data` is a tensor, or tensors in lists, tuples, named tuples, mappings and dataclasses, nested at will; the
-result has the same structure. With `debug=True` the ranks first compare what they bring, at the price of one
-more exchange, and the odd rank is named.
+`data` is a tensor, or tensors in lists, tuples, named tuples, mappings and dataclasses at any depth; the result has the
+same structure. With `debug=True` the ranks first compare what they pass, in one more exchange, and an error names the
+ranks that differ.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from paceline.collectives.agreement import check_agreement
+from paceline.collectives.coalescing import all_gather_coalesced, all_reduce_coalesced, broadcast_coalesced
 from paceline.collectives.nested import leaves, map_tensors, path_text, send_to_device
-from paceline.collectives.packing import all_gather_many, all_reduce_many, broadcast_many
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
 from paceline.errors import CollectiveError
@@ -41,30 +41,46 @@ Reduction = Literal["sum", "mean", "max", "min", "none"]
 def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
     """Concatenate every tensor over the ranks along dimension 0, in rank order.
 
-    A tensor of shape [n, ...] becomes [size * n, ...], one without dimensions becomes [size]. Shapes must be
-    the same on all ranks. In a group of one rank nothing is copied. Collective: every rank must call it.
+    Shapes must be the same on all ranks. Collective: every rank must call it.
+
+    Args:
+        group: The ranks.
+        data: Tensors, nested.
+        debug: Compare over the ranks first.
+
+    Returns:
+        The same structure; a tensor of shape [n, ...] becomes [size * n, ...], one without dimensions becomes [size].
+        A group of one rank shares memory with `data`.
 
     Raises:
-        CollectiveError: A leaf is no tensor; with `debug`, also when the ranks differ.
+        CollectiveError: A leaf is not a tensor; with `debug`, also if the ranks differ.
     """
     if debug:
         check_agreement(group, "gather", data)
-    found = tensors_only(data, "gather")
+    tensors = tensors_only(data, "gather")
     if group.size == 1:
         return map_tensors(_at_least_1d, data)
-    results = iter(all_gather_many(group, found))
-    return map_tensors(lambda _: _joined(next(results)), data)
+    results = iter(all_gather_coalesced(group, tensors))
+    return map_tensors(lambda _: _ranks_concatenated(next(results)), data)
 
 
 def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
-    """Give every rank the objects of all ranks; they are pickled.
+    """Give every rank the objects of all ranks, by pickling them.
 
-    Lists are concatenated in rank order and may differ in length. Anything else comes as a list with one
-    entry per rank. Tensors on an accelerator arrive in host memory. Collective: every rank must call it.
+    Collective: every rank must call it.
+
+    Args:
+        group: The ranks.
+        obj: Any object that can be pickled.
+        debug: Check first that all ranks call `gather_object`.
+
+    Returns:
+        If all ranks pass lists, their concatenation in rank order; they may differ in length. Otherwise a list with one
+        entry per rank. Tensors of an accelerator arrive in host memory.
     """
     if debug:
         check_agreement(group, "gather_object", None)
-    # A pickled tensor would come back on the sender's device, whose memory the receiver should not touch.
+    # A pickled tensor would be restored on the sender's device, whose memory the receiver should not use.
     portable = obj if group.device.type == "cpu" else send_to_device(obj, "cpu")
     values = group.all_gather_object(portable)
     if all(isinstance(value, list) for value in values):
@@ -75,61 +91,80 @@ def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
 def reduce(group: Group, data: Any, reduction: Reduction = "mean", scale: float = 1.0, *, debug: bool = False) -> Any:
     """Reduce every tensor over the ranks, element by element, into a new tensor.
 
-    The mean of integers is float32, as the sum of bool is int64. Collective: every rank must call it.
+    Collective: every rank must call it.
 
     Args:
         group: The ranks.
-        data: Tensors, nested.
-        reduction: "none" exchanges nothing and gives copies.
-        scale: The result is multiplied by this.
+        data: Tensors, nested; the same shapes on all ranks.
+        reduction: "none" exchanges nothing and returns copies.
+        scale: Factor for the result.
         debug: Compare over the ranks first.
 
+    Returns:
+        The same structure with new tensors. The mean of bool or integers is float32, the sum of bool is int64.
+
     Raises:
-        CollectiveError: A leaf is no tensor, or the reduction is not known; with `debug`, also when the ranks
-            differ.
+        CollectiveError: A leaf is not a tensor, or the reduction is unknown; with `debug`, also if the ranks differ.
     """
     if reduction not in get_args(Reduction):
         raise CollectiveError(
-            f"reduce was asked for {reduction!r}",
-            "No such reduction is known",
-            f"Choose one of {', '.join(get_args(Reduction))}",
+            f"reduce got reduction={reduction!r}",
+            "There is no such reduction",
+            f"Use one of {', '.join(get_args(Reduction))}",
         )
     if debug:
         check_agreement(group, f"reduce({reduction!r})", data)
-    found = tensors_only(data, "reduce")
+    tensors = tensors_only(data, "reduce")
     if reduction == "none":
-        reduced = [tensor.detach().clone() for tensor in found]
+        reduced = [tensor.detach().clone() for tensor in tensors]
     else:
-        reduced = all_reduce_many(group, found, reduction)
+        reduced = all_reduce_coalesced(group, tensors, reduction)
     results = iter(reduced)
     return map_tensors(lambda _: _scaled(next(results), scale), data)
 
 
 def broadcast(group: Group, data: T, from_process: int = 0, *, debug: bool = False) -> T:
-    """Overwrite every tensor, in place, with that of rank `from_process`; return `data`.
+    """Overwrite every tensor, in place, with that of rank `from_process`.
 
     Collective: every rank must call it.
 
+    Args:
+        group: The ranks.
+        data: Tensors, nested; the same shapes and dtypes on all ranks.
+        from_process: The rank within the group whose values are sent.
+        debug: Compare over the ranks first.
+
+    Returns:
+        `data` itself.
+
     Raises:
-        CollectiveError: A leaf is no tensor, or there is no such rank; with `debug`, also when the ranks
-            differ.
+        CollectiveError: A leaf is not a tensor, or there is no such rank; with `debug`, also if the ranks differ.
     """
     group.check_source(from_process)
     if debug:
         check_agreement(group, f"broadcast(from_process={from_process})", data)
-    found = tensors_only(data, "broadcast")
+    tensors = tensors_only(data, "broadcast")
     if group.size > 1:
-        broadcast_many(group, found, from_process)
+        broadcast_coalesced(group, tensors, from_process)
     return data
 
 
 def broadcast_object_list(group: Group, objects: list[T], from_process: int = 0, *, debug: bool = False) -> list[T]:
-    """Overwrite the entries of a list, in place, with those of rank `from_process`; return the list.
+    """Overwrite the entries of a list, in place, with those of rank `from_process`, by pickling them.
 
-    The entries are pickled. Collective: every rank must call it.
+    Collective: every rank must call it.
+
+    Args:
+        group: The ranks.
+        objects: Any objects that can be pickled.
+        from_process: The rank within the group whose objects are sent.
+        debug: Compare the lengths over the ranks first.
+
+    Returns:
+        The list `objects` itself.
 
     Raises:
-        CollectiveError: There is no such rank; with `debug`, also when the lengths differ.
+        CollectiveError: There is no such rank; with `debug`, also if the lengths differ.
     """
     group.check_source(from_process)
     if debug:
@@ -149,56 +184,58 @@ def pad_across_processes(
 ) -> Any:
     """Pad every tensor along `dim` to the largest size that it has on any rank.
 
-    A tensor that has no such dimension stays as it is, and so does one that is the largest already. The sizes
-    of all tensors are compared in one exchange. Collective: every rank must call it.
+    The sizes of all tensors are compared in one exchange. Collective: every rank must call it.
 
     Args:
         group: The ranks.
         data: Tensors, nested.
-        dim: Counts from the end if negative.
+        dim: The dimension to pad; negative values count from the end.
         pad_index: The value to pad with.
         pad_first: Put the padding before the data.
         debug: Compare over the ranks first.
 
+    Returns:
+        The same structure. Tensors that do not have the dimension, or already have the largest size, are not copied.
+
     Raises:
-        CollectiveError: A leaf is no tensor; with `debug`, also when the ranks differ in anything but the
-            sizes along `dim`.
+        CollectiveError: A leaf is not a tensor; with `debug`, also if the ranks differ in anything but the sizes
+            along `dim`.
     """
     if debug:
         call = f"pad_across_processes(dim={dim})"
         check_agreement(group, call, data, lambda tensor: dim if _has_dim(tensor, dim) else None)
-    found = tensors_only(data, "pad_across_processes")
-    if group.size == 1 or not found:
+    tensors = tensors_only(data, "pad_across_processes")
+    if group.size == 1 or not tensors:
         return data
-    # In host memory: shapes are known there, and a device would have to be waited for.
-    sizes = torch.tensor([tensor.shape[dim] if _has_dim(tensor, dim) else -1 for tensor in found])
+    # In host memory: reading the result back from a device would synchronize with it.
+    sizes = torch.tensor([tensor.shape[dim] if _has_dim(tensor, dim) else -1 for tensor in tensors])
     largest = iter(group.all_gather(sizes).amax(0).tolist())
     return map_tensors(lambda tensor: _padded(tensor, dim, next(largest), pad_index, pad_first), data)
 
 
 def tensors_only(data: Any, operation: str) -> list[torch.Tensor]:
-    """Return all leaves, depth first; raise `CollectiveError` for one that is no tensor."""
-    found = []
+    """Return all leaves, depth first; raise `CollectiveError` if one is not a tensor."""
+    tensors = []
     for path, leaf in leaves(data):
         if not isinstance(leaf, torch.Tensor):
             raise CollectiveError(
-                f"{operation} was given {path_text(path)}, a {type(leaf).__name__}",
-                "It exchanges tensors only",
-                "Use gather_object for other objects, or make it a tensor",
+                f"{operation} got {path_text(path)}, a {type(leaf).__name__}",
+                "It exchanges only tensors",
+                "Use gather_object for other objects, or convert it to a tensor",
             )
-        found.append(leaf)
-    return found
+        tensors.append(leaf)
+    return tensors
 
 
 def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
 
 
-def _joined(gathered: torch.Tensor) -> torch.Tensor:
+def _ranks_concatenated(gathered: torch.Tensor) -> torch.Tensor:
     """Turn [size, n, ...] into [size * n, ...]; leave [size] as it is."""
     if gathered.dim() == 1:
         return gathered.contiguous()
-    # Contiguous, so that a small result does not keep the buffer that it came in alive.
+    # Contiguous, so that a small result does not keep the whole receive buffer alive.
     return gathered.contiguous().flatten(0, 1)
 
 

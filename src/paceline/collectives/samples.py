@@ -1,4 +1,4 @@
-"""Gathering what belongs to samples: one entry per real sample, whatever was padded to share them out."""
+"""Gathers per-sample results from all ranks and drops what belongs to padding."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import numpy as np
 import torch
 
 from paceline.collectives.agreement import check_agreement
-from paceline.collectives.entries import Evidence, is_plain_entries, is_unclear, maybe_per_sample, tensors_alike
+from paceline.collectives.coalescing import all_gather_coalesced
 from paceline.collectives.nested import leaves, map_leaves, maybe_children, path_text, send_to_device
-from paceline.collectives.packing import all_gather_many
+from paceline.collectives.per_sample import (
+    SampleEvidence,
+    is_ambiguous,
+    is_entry_list,
+    is_uniform_tensor_tuple,
+    maybe_per_sample,
+)
 from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -24,9 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["BatchCounts", "gather_samples"]
 
 
-_SEQUENCES = (list, tuple)
-
-
 @dataclass(frozen=True)
 class BatchCounts:
     """How many samples of the current batch each rank has.
@@ -34,8 +37,8 @@ class BatchCounts:
     Attributes:
         rows: Per rank, the samples in its batch.
         real: Per rank, how many of those are its own; the rest, at the end, is padding.
-        counted: Whether samples were counted, before they were collated. A loader that collates by itself is counted
-            in whole batches: `rows` is 1 for a rank that has a batch, and `real` is 0 where that is a filler.
+        counted: Whether samples were counted, before they were collated. The batches of a loader that makes them itself
+            are counted whole: `rows` is 1 for a rank that has a batch, and `real` is 0 where that batch is padding.
     """
 
     rows: tuple[int, ...]
@@ -48,9 +51,9 @@ class BatchCounts:
         )
         if not fits:
             raise CollectiveError(
-                f"Batches with {self.rows} rows were said to hold {self.real} samples",
-                "Each rank has from 0 to as many samples as rows",
-                "Give one number per rank in both, the second no larger than the first",
+                f"BatchCounts got rows={self.rows} and real={self.real}",
+                "Each rank can have from 0 to as many samples of its own as its batch has rows",
+                "Pass one number per rank in both, the second no larger than the first",
             )
 
 
@@ -65,46 +68,48 @@ def gather_samples(
 ) -> Any:
     """Gather what was computed on the current batch, once per sample, in rank order.
 
-    What is left out is decided by how many samples each rank's batch was made of. A rank whose batch holds no padding
-    brings everything, whatever its shape; a rank whose batch is all padding brings nothing. Only a batch that is
-    filled up in part has to be cut, and only what has one row per sample, on every rank, can be: dimension 0 as long
-    as the batch has samples. Anything else in such a batch is an error that names it. What merely happens to be as
-    long there (an `edge_index` [2, E] in a batch of two) cannot be told apart from rows: leave such a thing out,
-    or set `fill_batches = False` on the prepared loader, so that no batch is ever filled up in part.
+    The number of samples in each rank's batch decides what is left out. A rank whose batch has no padding contributes
+    everything, whatever its shape; a rank whose batch is all padding contributes nothing. Only a partly padded batch
+    has to be cut, and only what has one row per sample on every rank (dimension 0 as long as the batch) can be.
+    Anything else in such a batch raises an error that names it. A tensor that has that length by coincidence (an
+    `edge_index` [2, E] in a batch of two) looks like rows: leave it out, or set `fill_batches = False` on the prepared
+    loader, so that no batch is ever partly padded.
 
-    The structure stays; of its parts
+    The structure stays the same. Of its parts
 
     - a tensor or NumPy array is concatenated along dimension 0, [n of all ranks, ...]; n may differ.
-    - a tensor without dimensions is a value of the rank: one from each rank that brings something.
+    - a tensor without dimensions is a value of the rank: the result has one from each contributing rank.
     - a list of anything but tensors, and the tuple of strings that torch's collate makes, is concatenated. A list of
-      mappings is one of these: the targets of single samples.
-    - a list of tensors (or of tuples of tensors) that are alike in all but size is one entry per sample where it has as
-      many entries as the batch has samples, and structure where every tensor has a row per sample. Where it may be
-      both, or is neither, it is an error on several ranks. A tuple of alike mappings is one entry per sample in the
-      same case; any other tuple is structure.
-    - any other object becomes a list with one entry per rank that brings something.
+      mappings, the usual form of targets for single samples, is one of these.
+    - a list of tensors (or of tuples of tensors) that are equal in all but size is one entry per sample if it has as
+      many entries as the batch has samples, and a structure if every tensor has one row per sample. If both hold, or
+      neither, it is an error on several ranks. A tuple of mappings with the same keys is one entry per sample under the
+      same condition; any other tuple is a structure.
+    - any other object becomes a list with one entry per contributing rank.
 
     Collective: every rank must call it.
 
     Args:
         group: The ranks.
         data: Tensors and objects, nested.
-        counts: Of the batch in use; None if there is none, then nothing is left out.
-        use_gather_object: Pickle the tensors too, as their shapes may differ in any dimension: lists are concatenated,
-            and other tensors become lists with one entry per rank, without the rows of padding. They arrive
-            in host memory.
-        pad_index: Where tensors differ in dimension 1, as sequences do in length, pad them with this to the longest.
+        counts: Samples per rank in the current batch. None leaves nothing out.
+        use_gather_object: Pickle tensors too, so that they may differ in any dimension: lists are concatenated, and
+            other tensors become lists with one entry per rank, without the padded rows, in host memory.
+        pad_index: The value that pads dimension 1 of tensors to the widest rank, for sequences of different lengths.
         debug: Compare the structure over the ranks first.
 
+    Returns:
+        The same structure, with the samples of all ranks.
+
     Raises:
-        CollectiveError: The counts are for another number of ranks, something cannot be cut, or tensors differ in
+        CollectiveError: The counts are for another number of ranks, a padded part cannot be cut, or tensors differ in
             more than dimension 0; with `debug`, also when the ranks differ in anything else.
     """
     if counts is not None and len(counts.rows) != group.size:
         raise CollectiveError(
             f"Counts for {len(counts.rows)} ranks were given to a group of {group.size}",
-            "Each rank needs its own",
-            "Gather over the group that the loader shares its data out to",
+            "Each rank needs its own count",
+            "Gather over the group that the loader was prepared for",
         )
     gathering = _SampleGather(group, counts, pickle_tensors=use_gather_object, pad_index=pad_index)
     if debug:
@@ -113,25 +118,33 @@ def gather_samples(
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """What ranks must know of each other's tensors, in three numbers; -1 for a dimension that is not there.
+class _TensorShape:
+    """What the ranks must know of each other's tensors, as three integers; -1 for a missing dimension.
 
-    Everything but the first two dimensions must be equal, and a checksum tells whether it is.
+    Everything but the first two dimensions must be equal, which a checksum verifies.
     """
 
     rows: int
     width: int
-    rest: int
+    checksum: int
 
     @classmethod
-    def of(cls, value: torch.Tensor) -> _Shape:
-        rest = zlib.crc32(repr((value.dim(), tuple(value.shape[2:]), value.dtype)).encode())
-        rows, width = (*value.shape[:2], -1, -1)[:2]
-        return cls(rows, width, rest)
+    def of(cls, tensor: torch.Tensor) -> _TensorShape:
+        checksum = zlib.crc32(repr((tensor.dim(), tuple(tensor.shape[2:]), tensor.dtype)).encode())
+        rows, width = (*tensor.shape[:2], -1, -1)[:2]
+        return cls(rows, width, checksum)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contribution:
+    """The rows of a tensor that this rank sends, and how many rows each rank sends."""
+
+    tensor: torch.Tensor
+    rows_by_rank: list[int]
 
 
 class _SampleGather:
-    """One call of `gather_samples`: collects the parts, exchanges them, puts the results in their places."""
+    """One call of `gather_samples`."""
 
     def __init__(
         self, group: Group, counts: BatchCounts | None, *, pickle_tensors: bool, pad_index: float | None
@@ -140,284 +153,331 @@ class _SampleGather:
         self.counts = counts
         self.pickle_tensors = pickle_tensors
         self.pad_index = pad_index
-        # By identity: sequences of tensors that turned out to be one entry a sample, or structure.
-        self._entries: set[int] = set()
-        self._structure: set[int] = set()
+        # A rank whose batch is all padding contributes nothing.
+        self._contributors = [rank for rank in range(group.size) if _contributes(counts, rank)]
+        # Sequences of tensors, by `id`: one entry per sample, or a structure of tensors.
+        self._entry_lists: set[int] = set()
+        self._structures: set[int] = set()
 
     def run(self, data: Any) -> Any:
-        self._settle(data)
-        places = list(leaves(data, self._is_part))
-        travelling = [(path, part.detach()) for path, part in places if self._travels_as_tensor(part)]
-        objects = [(path, part) for path, part in places if not self._travels_as_tensor(part)]
-        shapes, columns = self._exchange([_Shape.of(value) for _, value in travelling], [part for _, part in objects])
-        # All ranks refuse the same things here, before any of them waits for a tensor.
-        if self.group.size > 1 and self.counts is not None and self.counts.counted:
-            there = [rank for rank in range(self.group.size) if self._brings(rank)]
-            rows_at = {path: [seen[r].rows for r in there] for (path, _), seen in zip(travelling, shapes, strict=True)}
-            _check_tuples(data, self._is_part, rows_at, tuple(self.counts.rows[rank] for rank in there))
-        pieces = [self._piece(path, value, seen) for (path, value), seen in zip(travelling, shapes, strict=True)]
-        joined = iter([self._joined(path, column) for (path, _), column in zip(objects, columns, strict=True)])
-        gathered = iter(self._gather(pieces))
+        self._classify_sequences(data)
+        parts = list(leaves(data, self._is_part))
+        tensors = [(path, part.detach()) for path, part in parts if self._is_sent_as_tensor(part)]
+        objects = [(path, part) for path, part in parts if not self._is_sent_as_tensor(part)]
+        shapes, objects_by_rank = self._exchange(
+            [_TensorShape.of(tensor) for _, tensor in tensors], [part for _, part in objects]
+        )
+        # Every rank raises the same errors here, before any of them waits for a tensor.
+        self._check_tuples(data, [path for path, _ in tensors], shapes)
+        contributions = [
+            self._contribution(path, tensor, by_rank) for (path, tensor), by_rank in zip(tensors, shapes, strict=True)
+        ]
+        joined_objects = iter(
+            [self._join_objects(path, values) for (path, _), values in zip(objects, objects_by_rank, strict=True)]
+        )
+        joined_tensors = iter(self._gather_tensors(contributions))
 
-        def place(part: Any) -> Any:
-            return next(gathered if self._travels_as_tensor(part) else joined)
+        def replacement(part: Any) -> Any:
+            return next(joined_tensors if self._is_sent_as_tensor(part) else joined_objects)
 
-        return map_leaves(place, data, self._is_part)
+        return map_leaves(replacement, data, self._is_part)
 
     def comparable(self, data: Any) -> Any:
         """Return the structure without what may differ between ranks: entries, pickled tensors, padded lengths."""
 
-        def kind(part: Any) -> Any:
+        def comparable_part(part: Any) -> Any:
             if not isinstance(part, torch.Tensor):
                 return None if isinstance(part, list | tuple | np.ndarray) else part
             if self.pickle_tensors:
                 return None
             return part if self.pad_index is None or part.dim() < 2 else part.narrow(1, 0, 0)
 
-        return map_leaves(kind, data, lambda value: self._is_part(value) or self._is_open(value))
+        return map_leaves(comparable_part, data, self._is_part_or_ambiguous)
 
-    # What is what
+    # Which containers are lists of entries, and which are structure
 
-    def _travels_as_tensor(self, part: Any) -> bool:
+    def _is_sent_as_tensor(self, part: Any) -> bool:
         return isinstance(part, torch.Tensor) and not self.pickle_tensors
 
     def _is_part(self, value: Any) -> bool:
         """Say whether a container is a list of entries, rather than structure."""
-        if not isinstance(value, _SEQUENCES):
+        if not isinstance(value, list | tuple):
             return False
         if self.pickle_tensors and isinstance(value, list):
             return True
-        return id(value) in self._entries or is_plain_entries(value)
+        return id(value) in self._entry_lists or is_entry_list(value)
 
-    def _is_open(self, value: Any) -> bool:
+    def _is_ambiguous(self, value: Any) -> bool:
         """Say whether only all ranks together can tell what a sequence is."""
-        if not isinstance(value, _SEQUENCES) or self.counts is None or id(value) in self._structure:
+        if not isinstance(value, list | tuple) or self.counts is None or id(value) in self._structures:
             return False
-        return not self._is_part(value) and is_unclear(value)
+        return not self._is_part(value) and is_ambiguous(value)
 
-    def _settle(self, data: Any) -> None:
-        """Find out which sequences of tensors are one entry a sample, and which are structure."""
+    def _is_part_or_ambiguous(self, value: Any) -> bool:
+        return self._is_part(value) or self._is_ambiguous(value)
+
+    def _classify_sequences(self, data: Any) -> None:
+        """Find out which sequences of tensors hold one entry per sample, and which are structure."""
         if self.counts is None:
             return
-        while places := list(filter(self._is_open_place, leaves(data, lambda v: self._is_part(v) or self._is_open(v)))):
-            samples = self.counts.rows[self.group.rank]
-            seen = self.group.all_gather_object([Evidence.of(value, samples) for _, value in places])
-            for (path, value), evidence in zip(places, zip(*seen, strict=True), strict=True):
-                chosen = self._entries if self._is_per_sample(path, value, evidence) else self._structure
-                chosen.add(id(value))
-            # What is structure may hold further sequences.
+        samples = self.counts.rows[self.group.rank]
+        while True:
+            candidates = leaves(data, self._is_part_or_ambiguous)
+            ambiguous = [(path, value) for path, value in candidates if self._is_ambiguous(value)]
+            if not ambiguous:
+                return
+            local = [SampleEvidence.of(value, samples) for _, value in ambiguous]
+            by_rank = self.group.all_gather_object(local)
+            for (path, value), evidence in zip(ambiguous, zip(*by_rank, strict=True), strict=True):
+                is_entries = self._has_entry_per_sample(path, value, evidence)
+                (self._entry_lists if is_entries else self._structures).add(id(value))
+            # What turned out to be structure may contain further sequences.
 
-    def _is_open_place(self, place: tuple[Path, Any]) -> bool:
-        return self._is_open(place[1])
-
-    def _is_per_sample(self, path: Path, value: Any, evidence: Sequence[Evidence]) -> bool:
+    def _has_entry_per_sample(self, path: Path, value: Any, evidence: Sequence[SampleEvidence]) -> bool:
         assert self.counts is not None
+        counts, contributors = self.counts, self._contributors
         if self.group.size == 1:
-            # Whatever is unclear comes back as it is.
-            return evidence[0].per_sample and not evidence[0].per_row and self.counts.counted
-        # A batch that only fills up may be of another size.
-        there = [rank for rank in range(self.group.size) if self._brings(rank)]
-        evidence = [evidence[rank] for rank in there]
-        per_sample = maybe_per_sample(evidence, type(value)) if self.counts.counted else None
-        if per_sample is None and len(there) == 1 and self.counts.real[there[0]] == self.counts.rows[there[0]]:
-            # One rank alone brings something, and all of it, so that it comes as it is either way.
+            # An ambiguous sequence is returned unchanged.
+            return evidence[0].per_sample and not evidence[0].per_row and counts.counted
+        # Batches that are all padding may have another size.
+        evidence = [evidence[rank] for rank in contributors]
+        per_sample = maybe_per_sample(evidence, type(value)) if counts.counted else None
+        if per_sample is not None:
+            return per_sample
+        if len(contributors) == 1 and counts.real[contributors[0]] == counts.rows[contributors[0]]:
+            # A single rank contributes, and it contributes everything: either reading gives the same result.
             return True
-        if per_sample is None and self.counts.counted:
-            raise _cannot_be_told(path_text(path), type(value), either=evidence[0].per_sample)
-        if per_sample is None:
-            raise _not_counted(path_text(path), type(value))
-        return per_sample
+        if counts.counted:
+            raise _ambiguous_sequence(path_text(path), type(value), either=evidence[0].per_sample)
+        raise _uncounted_batch(path_text(path), type(value))
 
-    # How much of it
+    def _check_tuples(self, data: Any, paths: list[Path], shapes: list[list[_TensorShape]]) -> None:
+        """Reject tuples whose tensors belong to single samples: they would be taken for structure."""
+        if self.group.size == 1 or self.counts is None or not self.counts.counted:
+            return
+        rows_at = {
+            path: [by_rank[rank].rows for rank in self._contributors]
+            for path, by_rank in zip(paths, shapes, strict=True)
+        }
+        batch_sizes = tuple(self.counts.rows[rank] for rank in self._contributors)
+        _check_tuples(data, self._is_part, rows_at, batch_sizes)
 
-    def _kept(self, path: Path, what: str, sizes: Sequence[int]) -> list[int]:
-        """Return how much each rank brings of something with `sizes` rows or entries on the ranks.
+    # How many rows or entries each rank contributes
+
+    def _rows_without_padding(self, path: Path, what: str, sizes: Sequence[int]) -> list[int]:
+        """Return how much each rank contributes of something that has `sizes` rows or entries on the ranks.
 
         Raises:
-            CollectiveError: A batch that is filled up in part has to be cut, and this has not one row per sample.
+            CollectiveError: A partly padded batch has to be cut, and this does not have one row per sample.
         """
         if self.counts is None:
             return list(sizes)
         counts = self.counts
-        in_part = [rank for rank, real in enumerate(counts.real) if 0 < real < counts.rows[rank]]
-        if in_part and tuple(sizes) != counts.rows:
-            raise _cannot_be_cut(path_text(path), what, sizes, counts, in_part)
+        partly_padded = [rank for rank, real in enumerate(counts.real) if 0 < real < counts.rows[rank]]
+        if partly_padded and tuple(sizes) != counts.rows:
+            raise _cannot_be_cut(path_text(path), what, sizes, counts, partly_padded[0])
         return [
             size if real == rows else real for size, rows, real in zip(sizes, counts.rows, counts.real, strict=True)
         ]
 
-    def _brings(self, rank: int) -> bool:
-        """Say whether a rank brings anything: not if its batch is all padding."""
-        counts = self.counts
-        return counts is None or counts.real[rank] > 0 or counts.rows[rank] == 0
-
     # The exchange
 
-    def _exchange(self, shapes: list[_Shape], objects: list[Any]) -> tuple[list[list[_Shape]], list[list[Any]]]:
-        """Return, for each tensor and each object, what all ranks have there."""
+    def _exchange(
+        self, shapes: list[_TensorShape], objects: list[Any]
+    ) -> tuple[list[list[_TensorShape]], list[list[Any]]]:
+        """Return, for each tensor and each object, the shapes and the objects of all ranks."""
         if objects:
-            # In one message: objects are pickled in any case.
+            # In one message, as objects are pickled in any case.
             portable = objects if self.group.device.type == "cpu" else send_to_device(objects, "cpu")
-            seen = self.group.all_gather_object((shapes, portable))
-            return _columns([one for one, _ in seen], shapes), _columns([one for _, one in seen], objects)
+            by_rank = self.group.all_gather_object((shapes, portable))
+            shapes_by_rank = [rank_shapes for rank_shapes, _ in by_rank]
+            objects_by_rank = [rank_objects for _, rank_objects in by_rank]
+            return _transposed(shapes_by_rank, shapes), _transposed(objects_by_rank, objects)
         if self.group.size == 1 or not shapes:
             return [[shape] for shape in shapes], []
-        # In host memory: a device would have to be waited for.
-        numbers = torch.tensor([(shape.rows, shape.width, shape.rest) for shape in shapes])
-        by_rank = self.group.all_gather(numbers).tolist()
-        return [[_Shape(*one[index]) for one in by_rank] for index in range(len(shapes))], []
+        # In host memory: reading the result back from a device would synchronize with it.
+        numbers = torch.tensor([(shape.rows, shape.width, shape.checksum) for shape in shapes])
+        table = self.group.all_gather(numbers).tolist()
+        return [[_TensorShape(*rank_row[index]) for rank_row in table] for index in range(len(shapes))], []
 
-    def _joined(self, path: Path, column: list[Any]) -> Any:
-        """Put together the objects of all ranks."""
-        there = [rank for rank in range(self.group.size) if self._brings(rank)]
-        if not all(isinstance(value, list | tuple | np.ndarray | torch.Tensor) for value in column) or any(
-            isinstance(value, np.ndarray | torch.Tensor) and not value.ndim for value in column
-        ):
-            return [column[rank] for rank in there]
-        first = column[0]
-        kept = self._kept(path, type(first).__name__, [len(value) for value in column])
-        values = [column[rank][: kept[rank]] for rank in there]
+    def _join_objects(self, path: Path, values: list[Any]) -> Any:
+        """Join the objects of all ranks that stand at one place of the structure."""
+        if not all(map(_can_be_concatenated, values)):
+            return [values[rank] for rank in self._contributors]
+        first = values[0]
+        rows = self._rows_without_padding(path, type(first).__name__, [len(value) for value in values])
+        values = [values[rank][: rows[rank]] for rank in self._contributors]
         if isinstance(first, list | tuple):
             return type(first)(entry for entries in values for entry in entries)
-        shapes = {value.shape[1:] for value in values}
-        if not isinstance(first, np.ndarray) or (self.pickle_tensors and len(shapes) > 1):
+        return self._join_arrays(path, first, values)
+
+    def _join_arrays(self, path: Path, first: Any, values: list[Any]) -> Any:
+        differ = len({value.shape[1:] for value in values}) > 1
+        if not isinstance(first, np.ndarray) or (self.pickle_tensors and differ):
             return values
-        if len(shapes) > 1:
-            raise _differ(path_text(path), [tuple(value.shape) for value in values], padded=True)
+        if differ:
+            raise _shapes_differ(path_text(path), [tuple(value.shape) for value in values], can_be_padded=False)
         return np.concatenate(values) if values else first[:0]
 
-    def _piece(self, path: Path, value: torch.Tensor, seen: list[_Shape]) -> _Piece:
-        """Say what this rank sends of a tensor, and what comes of it.
+    def _contribution(self, path: Path, tensor: torch.Tensor, shapes: list[_TensorShape]) -> _Contribution:
+        """Return what this rank sends of a tensor.
 
         Raises:
-            CollectiveError: The tensors of the ranks do not fit together.
+            CollectiveError: The tensors of the ranks cannot be joined.
         """
-        where = path_text(path)
-        if len({shape.rest for shape in seen}) > 1:
-            told = self.group.all_gather_object((tuple(value.shape), str(value.dtype)))
-            raise _differ(where, told, padded=True)
-        if not value.dim():
-            kept = [int(self._brings(rank)) for rank in range(self.group.size)]
-            return _Piece(value.reshape(1)[: kept[self.group.rank]], kept)
-        kept = self._kept(path, f"tensor {list(value.shape)}", [shape.rows for shape in seen])
-        own = kept[self.group.rank]
-        piece = value if own == value.shape[0] else value[:own]
-        if value.dim() == 1:
-            return _Piece(piece, kept)
-        widths = [shape.width for shape, count in zip(seen, kept, strict=True) if count]
-        if len(set(widths)) > 1 and self.pad_index is None:
-            raise _differ(where, [(shape.rows, shape.width, *value.shape[2:]) for shape in seen], padded=False)
-        width = max(widths, default=value.shape[1])
-        fill = 0 if self.pad_index is None else self.pad_index
-        if width < value.shape[1]:
-            # Padding that is longer than every sample.
-            piece = piece[:, :width]
-        return _Piece(_sized(piece, 1, width, fill), kept)
+        rank = self.group.rank
+        if len({shape.checksum for shape in shapes}) > 1:
+            full_shapes = self.group.all_gather_object((tuple(tensor.shape), str(tensor.dtype)))
+            raise _shapes_differ(path_text(path), full_shapes, can_be_padded=False)
+        if not tensor.dim():
+            rows = [int(other in self._contributors) for other in range(self.group.size)]
+            return _Contribution(tensor.reshape(1)[: rows[rank]], rows)
+        rows = self._rows_without_padding(path, f"tensor {list(tensor.shape)}", [shape.rows for shape in shapes])
+        kept = tensor if rows[rank] == tensor.shape[0] else tensor[: rows[rank]]
+        if tensor.dim() > 1:
+            kept = self._with_common_width(path, tensor, kept, shapes, rows)
+        return _Contribution(kept, rows)
 
-    def _gather(self, pieces: list[_Piece]) -> Iterator[torch.Tensor]:
-        if not pieces:
+    def _with_common_width(
+        self, path: Path, tensor: torch.Tensor, kept: torch.Tensor, shapes: list[_TensorShape], rows: list[int]
+    ) -> torch.Tensor:
+        """Pad dimension 1 to the widest of the contributing ranks."""
+        widths = [shape.width for shape, count in zip(shapes, rows, strict=True) if count]
+        if len(set(widths)) > 1 and self.pad_index is None:
+            full_shapes = [(shape.rows, shape.width, *tensor.shape[2:]) for shape in shapes]
+            raise _shapes_differ(path_text(path), full_shapes, can_be_padded=True)
+        width = max(widths, default=tensor.shape[1])
+        if width < tensor.shape[1]:
+            # Only this rank's padding is wider than every sample.
+            kept = kept[:, :width]
+        return _extended(kept, 1, width, 0 if self.pad_index is None else self.pad_index)
+
+    def _gather_tensors(self, contributions: list[_Contribution]) -> Iterator[torch.Tensor]:
+        if not contributions:
             return
         if self.group.size == 1:
-            yield from (piece.value for piece in pieces)
+            yield from (contribution.tensor for contribution in contributions)
             return
-        sent = [_sized(piece.value, 0, max(piece.kept), 0) for piece in pieces]
-        for piece, blocks in zip(pieces, all_gather_many(self.group, sent), strict=True):
-            if len(set(piece.kept)) == 1:
-                # Contiguous, so that a small result does not keep the buffer that it came in alive.
+        sent = [_extended(contribution.tensor, 0, max(contribution.rows_by_rank), 0) for contribution in contributions]
+        for contribution, blocks in zip(contributions, all_gather_coalesced(self.group, sent), strict=True):
+            rows = contribution.rows_by_rank
+            if len(set(rows)) == 1:
+                # Contiguous, so that a small result does not keep the whole receive buffer alive.
                 yield blocks.contiguous().flatten(0, 1)
             else:
-                yield torch.cat([block[:count] for block, count in zip(blocks, piece.kept, strict=True)])
+                yield torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """What a rank brings of a tensor, and how many rows each rank brings."""
-
-    value: torch.Tensor
-    kept: list[int]
+def _contributes(counts: BatchCounts | None, rank: int) -> bool:
+    return counts is None or counts.real[rank] > 0 or counts.rows[rank] == 0
 
 
-def _sized(value: torch.Tensor, dim: int, size: int, fill: float) -> torch.Tensor:
-    """Fill a tensor up along a dimension."""
-    missing = size - value.shape[dim]
+def _can_be_concatenated(value: Any) -> bool:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.ndim > 0
+    return isinstance(value, list | tuple)
+
+
+def _extended(tensor: torch.Tensor, dim: int, size: int, fill: float) -> torch.Tensor:
+    """Pad a tensor to `size` along a dimension."""
+    missing = size - tensor.shape[dim]
     if not missing:
-        return value
-    shape = list(value.shape)
+        return tensor
+    shape = list(tensor.shape)
     shape[dim] = missing
-    return torch.cat([value, value.new_full(shape, fill)], dim)
+    return torch.cat([tensor, tensor.new_full(shape, fill)], dim)
 
 
-def _columns(by_rank: list[list[Any]], own: list[Any]) -> list[list[Any]]:
-    if any(len(values) != len(own) for values in by_rank):
+def _transposed(by_rank: list[list[Any]], local: list[Any]) -> list[list[Any]]:
+    """Turn one list per rank into one list per part; `local` is this rank's list."""
+    if any(len(values) != len(local) for values in by_rank):
         raise CollectiveError(
-            f"The ranks bring {[len(values) for values in by_rank]} tensors and objects to be gathered",
-            "They are gathered one by one",
-            "Give the same structure on every rank; a list that belongs to single samples holds dictionaries",
+            f"The ranks gather {[len(values) for values in by_rank]} tensors and objects",
+            "They are matched one by one, so every rank needs the same number",
+            "Pass the same structure on every rank; if a list has one entry per sample, make its entries dictionaries",
         )
     return [list(column) for column in zip(*by_rank, strict=True)]
 
 
 def _check_tuples(
-    data: Any, is_part: Callable[[Any], bool], rows_at: dict[Path, list[int]], rows: tuple[int, ...], path: Path = ()
+    data: Any,
+    is_part: Callable[[Any], bool],
+    rows_at: dict[Path, list[int]],
+    batch_sizes: tuple[int, ...],
+    path: Path = (),
 ) -> None:
-    """Refuse a tuple of tensors that belong to single samples: it would be taken for structure."""
+    """Reject a tuple of tensors that belong to single samples: it would be taken for structure.
+
+    Args:
+        data: The nested batch.
+        is_part: Says of a container whether it is a list of entries.
+        rows_at: The rows of each tensor on the contributing ranks, by path.
+        batch_sizes: Samples in the batches of those ranks.
+        path: Where `data` stands.
+    """
     children = None if is_part(data) else maybe_children(data)
     if children is None:
         return
-    paths = [(*path, key) for key, _ in children]
-    if all(each in rows_at for each in paths) and tensors_alike(data) and (len(data),) * len(rows) == rows:
-        seen = [(size, count) for each in paths for size, count in zip(rows_at[each], rows, strict=True)]
-        if any(size not in (-1, count) for size, count in seen):
+    child_paths = [(*path, key) for key, _ in children]
+    is_tensor_tuple = is_uniform_tensor_tuple(data) and all(child_path in rows_at for child_path in child_paths)
+    if is_tensor_tuple and set(batch_sizes) <= {len(data)}:
+        rows = [rows_at[child_path] for child_path in child_paths]
+        if not all(_has_row_per_sample(tensor_rows, batch_sizes) for tensor_rows in rows):
             raise _looks_per_sample(path_text(path), len(data))
-    for inner, (_, child) in zip(paths, children, strict=True):
-        _check_tuples(child, is_part, rows_at, rows, inner)
+    for child_path, (_, child) in zip(child_paths, children, strict=True):
+        _check_tuples(child, is_part, rows_at, batch_sizes, child_path)
+
+
+def _has_row_per_sample(rows: list[int], batch_sizes: tuple[int, ...]) -> bool:
+    """Say whether a tensor has as many rows as its batch has samples, or no dimension, on every rank."""
+    return all(count in (-1, batch_size) for count, batch_size in zip(rows, batch_sizes, strict=True))
 
 
 def _looks_per_sample(where: str, count: int) -> CollectiveError:
     return CollectiveError(
-        f"{where} is a tuple of {count} tensors in a batch of {count} samples, and they have not a row per sample",
-        "A tuple is taken for a set of tensors, so that those of different samples would be joined",
-        "Make it a list, if each belongs to one sample; a set of tensors goes into a dictionary",
+        f"{where} is a tuple of {count} tensors in a batch of {count} samples, and they do not have one row per sample",
+        "A tuple counts as a structure of tensors, so tensors of different samples would be joined",
+        "Make it a list if each tensor belongs to one sample; put a structure of tensors into a dictionary",
     )
 
 
-def _cannot_be_told(where: str, kind: type, *, either: bool) -> CollectiveError:
+def _ambiguous_sequence(where: str, kind: type, *, either: bool) -> CollectiveError:
     if either:
-        saw = "as many entries as the batch has samples, whose tensors have as many rows"
+        seen = "with as many entries as the batch has samples, whose tensors have as many rows"
     else:
-        saw = "neither as many entries as the batch has samples, nor tensors of as many rows"
+        seen = "with neither as many entries as the batch has samples nor tensors with as many rows"
     return CollectiveError(
-        f"{where} is a {kind.__name__} of {saw}",
-        "It cannot be told whether each entry belongs to a sample or each row does",
-        "Stack it to one tensor, or make it a list of dictionaries, one a sample; a set of tensors that have a row a "
-        "sample each goes into a dictionary",
+        f"{where} is a {kind.__name__} {seen}",
+        "It is ambiguous whether each entry or each row belongs to one sample",
+        "Stack it into one tensor, make it a list with one dictionary per sample, or, if each tensor has one row per "
+        "sample, put the tensors into a dictionary",
     )
 
 
-def _not_counted(where: str, kind: type) -> CollectiveError:
+def _uncounted_batch(where: str, kind: type) -> CollectiveError:
     return CollectiveError(
-        f"{where} is a {kind.__name__} of tensors, from a loader that collates by itself",
-        "How many samples the batch has is not known, so that it cannot be told whether each entry belongs to one",
-        "Make it a list of dictionaries, one a sample; a set of tensors goes into a dictionary",
+        f"{where} is a {kind.__name__} of tensors, from a loader that makes its batches itself",
+        "The number of samples in the batch is unknown, so whether each entry belongs to one sample is, too",
+        "Make it a list with one dictionary per sample; put a structure of tensors into a dictionary",
     )
 
 
-def _cannot_be_cut(
-    where: str, what: str, sizes: Sequence[int], counts: BatchCounts, in_part: list[int]
-) -> CollectiveError:
-    rank = in_part[0]
+def _cannot_be_cut(where: str, what: str, sizes: Sequence[int], counts: BatchCounts, rank: int) -> CollectiveError:
     return CollectiveError(
         f"{where} is a {what} with {list(sizes)} rows on the ranks, whose batches have {list(counts.rows)} samples; "
-        f"of those of rank {rank} only {counts.real[rank]} are its own, and the rest fills up the last batch",
-        "What has not one row per sample cannot be cut to the samples that count",
-        "Set fill_batches = False on the prepared loader: then that batch stays short; or use gather or reduce for "
-        "a value of the rank",
+        f"only {counts.real[rank]} of those of rank {rank} are its own, the rest is padding",
+        "The padding cannot be cut off what does not have one row per sample",
+        "Set fill_batches = False on the prepared loader, which leaves the last batch short; or use gather or reduce "
+        "for a value that belongs to the rank",
     )
 
 
-def _differ(where: str, shapes: list[Any], *, padded: bool) -> CollectiveError:
+def _shapes_differ(where: str, shapes: list[Any], *, can_be_padded: bool) -> CollectiveError:
+    hint = "Pass use_gather_object=True"
+    if can_be_padded:
+        hint = "Pass pad_index, which pads dimension 1, or use_gather_object=True"
     return CollectiveError(
         f"{where} has the shapes {', '.join(map(str, shapes))} on the ranks",
-        "Tensors are joined along dimension 0, and must be alike in the others",
-        "Use use_gather_object=True" if padded else "Give pad_index, which pads dimension 1, or use_gather_object=True",
+        "Tensors are concatenated along dimension 0 and must be equal in all others",
+        hint,
     )

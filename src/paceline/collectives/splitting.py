@@ -1,4 +1,4 @@
-"""Sharing inputs out between ranks."""
+"""Splits inputs between ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @runtime_checkable
 class Selectable(Protocol):
-    """Something with rows that can be picked by index, such as a `datasets.Dataset`."""
+    """Something with rows that can be selected by index, such as a `datasets.Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -34,22 +34,24 @@ class Selectable(Protocol):
 def split_between_processes(
     group: Group, inputs: T, apply_padding: bool = False, *, debug: bool = False
 ) -> Iterator[T]:
-    """Give each rank its run of `inputs`; of n inputs the first n % size ranks get one more than the others.
+    """Give each rank a contiguous part of `inputs`; the first n % size ranks get one more of the n inputs.
 
-    `inputs` is a list, tuple or other sequence, a tensor or array (along dimension 0), anything with
-    `select`, or a mapping, named tuple or dataclass of such, all of one length. It is never changed; in a
-    group of one rank it is yielded itself. Nothing is exchanged, so all ranks must hold the same `inputs`.
-    With fewer inputs than ranks and no padding, the last ranks get none.
+    Nothing is exchanged, so all ranks must pass the same `inputs`. They are never modified; a group of one rank gets
+    them back as they are. With fewer inputs than ranks and no padding, the last ranks get none.
 
     Args:
         group: The ranks.
-        inputs: What all ranks hold.
-        apply_padding: Give every rank equally many, by repeating the last one that it has.
-        debug: Compare the number of inputs over the ranks first. Collective then: every rank must call it.
+        inputs: A list, tuple or other sequence, a tensor or array (split along dimension 0), anything with `select`, or
+            a mapping, named tuple or dataclass of these, all of one length.
+        apply_padding: Give every rank the same number, by repeating its last input.
+        debug: Compare the number of inputs over the ranks first. Then it is a collective: every rank must call it.
+
+    Yields:
+        This rank's part, of the type of `inputs`.
 
     Raises:
-        CollectiveError: The lengths of the columns differ, or something cannot be split; with `debug`, also
-            when the ranks hold different numbers of inputs.
+        CollectiveError: The lengths of the columns differ, or something cannot be split; with `debug`, also if the
+            ranks pass different numbers of inputs.
     """
     total = _common_length(inputs)
     if debug:
@@ -86,9 +88,9 @@ def _common_length(inputs: Any) -> int:
     if len(set(lengths.values())) > 1:
         seen = ", ".join(f"{key!r}: {length}" for key, length in lengths.items())
         raise CollectiveError(
-            f"Columns of different lengths were to be split between ranks ({seen})",
-            "Rows that belong together would end up on different ranks",
-            "Give columns of one length",
+            f"split_between_processes got columns of different lengths ({seen})",
+            "Rows that belong to one sample would end up on different ranks",
+            "Pass columns of one length",
         )
     return next(iter(lengths.values()), 0)
 
@@ -100,15 +102,15 @@ def _length(inputs: Any) -> int:
         has_rows = isinstance(inputs, Sequence) or _is_selectable(inputs)
     if not has_rows or isinstance(inputs, str | bytes):
         raise CollectiveError(
-            f"A {type(inputs).__name__} was to be split between ranks",
-            "It has no rows to share out",
-            "Give a list, tuple, tensor, array or dataset, or a dict of those",
+            f"split_between_processes got a {type(inputs).__name__}",
+            "It has no rows to split",
+            "Pass a list, tuple, tensor, array or dataset, or a dict of those",
         )
     return len(inputs)
 
 
 def _is_selectable(inputs: Any) -> bool:
-    # A tensor has a method `select` too, of another meaning.
+    # A tensor's `select` does something else.
     return isinstance(inputs, Selectable) and not isinstance(inputs, torch.Tensor)
 
 
@@ -129,7 +131,7 @@ def _pick(inputs: Any, indices: list[int]) -> Any:
 def _check_totals(totals: list[int]) -> None:
     if len(set(totals)) > 1:
         raise CollectiveError(
-            f"The ranks hold {totals} inputs to be split between them",
-            "Each rank takes its share of what all hold alike",
-            "Give the same inputs on every rank",
+            f"split_between_processes got {totals} inputs on the ranks",
+            "Each rank takes its part of inputs that are the same on all ranks",
+            "Pass the same inputs on every rank",
         )

@@ -1,12 +1,12 @@
-"""Loaders that share data out among ranks, know where they are, and go on from there."""
+"""Prepared data loaders: they distribute data over the ranks, and their position can be saved and resumed."""
 
 from __future__ import annotations
 
-from paceline.data.active import ActiveLoaders
+from paceline.data.active_loaders import ActiveLoaders
+from paceline.data.iterable_loader import looks_like_batches
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.prefetch import DevicePrefetcher
 from paceline.data.prepare import prepare_loader
-from paceline.data.ready_batches import looks_like_batches
 from paceline.data.sharding import ShardedBatchSampler
 from paceline.data.skipping import skip_first_batches
 

@@ -1,4 +1,4 @@
-"""Counts samples, and completes a batch with whole ones, where they are still samples: before they are collated."""
+"""Counts and pads the samples of a batch before they are collated."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["CountedBatch", "CountingCollate"]
 
 
 class CountedBatch:
-    """What a user's collate function made, and out of how many samples.
+    """A collated batch and the number of its samples.
 
     Attributes:
         data: The batch.
-        real: How many samples it was asked to hold; 1 for a whole batch that nobody can count.
-        rows: How many it holds, with the ones that were repeated to complete it.
+        real: Samples without padding; 1 for a whole batch whose samples cannot be counted.
+        rows: Samples including those that were repeated as padding.
     """
 
     __slots__ = ("data", "real", "rows")
@@ -34,37 +34,37 @@ class CountedBatch:
         return CountedBatch, (self.data, self.real, self.rows)
 
     def pin_memory(self) -> CountedBatch:
-        """Pin what can be pinned; torch calls this in its pinning thread."""
+        """Pin the batch; torch calls this in its pinning thread."""
         self.data = pin_memory(self.data)  # type: ignore[no-untyped-call]
         return self
 
 
 class CountingCollate:
-    """The user's collate function for a reader whose batches are counted.
+    """A collate function that counts samples, and pads short batches on request.
 
     Args:
-        collate: The user's own.
-        rows: Samples in a whole batch; 0 where that varies, then nothing is completed.
-        shared: Workers call it, in processes of their own.
+        collate: The user's collate function.
+        batch_size: Samples in a whole batch; 0 if that varies, then nothing is padded.
+        shared: Whether loader workers call it, in other processes.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any], rows: int, *, shared: bool) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], batch_size: int, *, shared: bool) -> None:
         self._collate = collate
-        self._rows = rows
-        self._completes = torch.zeros(1, dtype=torch.bool)
+        self._batch_size = batch_size
+        self._pads = torch.zeros(1, dtype=torch.bool)
         if shared:
-            # Workers that live on learn only through shared memory what holds for the next pass.
-            self._completes.share_memory_()  # type: ignore[no-untyped-call]
+            # Persistent workers learn of a change only through shared memory.
+            self._pads.share_memory_()  # type: ignore[no-untyped-call]
 
-    def complete(self, wanted: bool) -> None:
-        """Say whether a short batch is completed from now on, by samples of its own from the first."""
-        self._completes[0] = wanted
+    def set_padding(self, enabled: bool) -> None:
+        """Set whether short batches are padded from now on, by repeating their own samples."""
+        self._pads[0] = enabled
 
     def __call__(self, samples: list[Any]) -> CountedBatch:
-        """Collate some samples, and the ones that complete them."""
+        """Collate samples, and the padding that completes them."""
         real = rows = len(samples)
-        if real < self._rows and self._completes[0]:
-            # A collate function may change the samples that it is given, so the same one is not given twice.
-            samples = samples + [copy.deepcopy(samples[n % real]) for n in range(self._rows - real)]
-            rows = self._rows
+        if real < self._batch_size and self._pads[0]:
+            # Copied, because a collate function may modify its samples.
+            samples = samples + [copy.deepcopy(samples[n % real]) for n in range(self._batch_size - real)]
+            rows = self._batch_size
         return CountedBatch(self._collate(samples), real, rows)

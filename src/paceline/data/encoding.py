@@ -1,4 +1,4 @@
-"""Puts the state of a data set into what a checkpoint holds: JSON values and tensors."""
+"""Encodes the state of a data set as what a checkpoint can store: JSON values and tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ TAG = "__paceline__"
 def encode(value: Any, owner: str, path: str = "state") -> Any:
     """Return `value` as numbers, strings, booleans, None, lists, dicts with string keys, and tensors.
 
-    Tuples, bytes, numpy arrays and dicts with other keys are written so that `decode` returns them as they were.
+    Tuples, bytes, numpy arrays and dicts with other keys are encoded so that `decode` restores them.
 
     Args:
-        value: What a `state_dict` returned.
-        owner: Whose state it is, for errors.
-        path: Where in the state `value` is, for errors.
+        value: What a `state_dict()` returned.
+        owner: What the state belongs to, for errors.
+        path: Where `value` stands in the state, for errors.
 
     Raises:
-        DataError: It holds an object of another kind.
+        DataError: It contains an object of another type.
     """
     match value:
         case None | bool() | str() | torch.Tensor():
@@ -47,8 +47,8 @@ def encode(value: Any, owner: str, path: str = "state") -> Any:
             return _encode_dict(value, owner, path)
         case _:
             raise DataError(
-                f"The state of {owner} holds {type(value).__name__} at {path}",
-                "A checkpoint holds numbers, strings, bytes, lists, tuples, dicts, arrays and tensors, and is never "
+                f"The state of {owner} contains a {type(value).__name__} at {path}",
+                "A checkpoint can store numbers, strings, bytes, lists, tuples, dicts, arrays and tensors; it is never "
                 "unpickled",
                 "Return only such values from its state_dict()",
             )
@@ -56,7 +56,7 @@ def encode(value: Any, owner: str, path: str = "state") -> Any:
 
 def _encode_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
-    # A tensor of bytes, because torch lacks some of numpy's types.
+    # As bytes, because torch lacks some of numpy's dtypes.
     return {TAG: "array", "dtype": array.dtype.str, "shape": list(array.shape), "bytes": torch.from_numpy(data.copy())}
 
 
@@ -87,7 +87,7 @@ def decode(value: Any) -> Any:
             return {decode(key): decode(item) for key, item in value["items"]}
         case kind:
             raise DataError(
-                f"The state of a stream holds a value of kind {kind!r}",
-                "This release knows bytes, tuple, array and dict",
-                "Load it with the release of paceline that wrote it",
+                f"The state of a stream contains a value of kind {kind!r}",
+                "This release can decode bytes, tuple, array and dict",
+                "Load it with the paceline release that saved it",
             )

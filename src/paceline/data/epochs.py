@@ -1,4 +1,4 @@
-"""Telling a data set which epoch is read, also where workers that live on hold copies of it."""
+"""Sets the epoch of data sets, including the copies in persistent workers."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from paceline.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["WorkerCopies", "set_dataset_epoch", "takes_epoch", "tell_worker"]
+__all__ = ["WorkerCopies", "has_set_epoch", "set_dataset_epoch", "set_worker_epoch"]
 
-# The epoch that this worker was told last.
-_told: int | None = None
+# The epoch that was last set in this worker.
+_worker_epoch: int | None = None
 
 
 def set_dataset_epoch(dataset: Any, epoch: int) -> None:
-    """Call the data set's `set_epoch`, or those of the data sets that it is made of."""
+    """Call the `set_epoch` of a data set, or of the data sets it consists of."""
     for part in _parts(dataset):
         if _has_set_epoch(part):
             part.set_epoch(epoch)
 
 
-def takes_epoch(dataset: Any) -> bool:
-    """Whether a data set, or one that it is made of, wants to know the epoch."""
+def has_set_epoch(dataset: Any) -> bool:
+    """Whether a data set, or one that it consists of, has a `set_epoch`."""
     return any(_has_set_epoch(part) for part in _parts(dataset))
 
 
-def tell_worker(dataset: Any, epoch: int) -> None:
-    """Tell the copy that this worker holds, once an epoch."""
-    global _told
-    if _told != epoch:
-        _told = epoch
+def set_worker_epoch(dataset: Any, epoch: int) -> None:
+    """Set the epoch of this worker's copy of a data set, once per epoch."""
+    global _worker_epoch
+    if _worker_epoch != epoch:
+        _worker_epoch = epoch
         set_dataset_epoch(dataset, epoch)
 
 
@@ -40,9 +40,9 @@ def _has_set_epoch(dataset: Any) -> bool:
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
-    """A data set and what it is made of (`Subset`, `ConcatDataset` and the like), each once.
+    """Yield a data set and the data sets it consists of (`Subset`, `ConcatDataset` and the like), each once.
 
-    What is inside one with a `set_epoch` of its own is that one's business.
+    A data set with a `set_epoch` is responsible for the data sets inside it.
     """
     waiting, seen = [dataset], set()
     while waiting:
@@ -56,36 +56,40 @@ def _parts(dataset: Any) -> Iterator[Any]:
 
 
 def _inside(dataset: Any) -> list[Any]:
-    several = getattr(dataset, "datasets", None)
-    if isinstance(several, dict):
-        several = list(several.values())
-    found = [*several] if isinstance(several, list | tuple) else []
-    return [*found, getattr(dataset, "dataset", None)]
+    parts = getattr(dataset, "datasets", None)
+    if isinstance(parts, dict):
+        parts = list(parts.values())
+    inner = [*parts] if isinstance(parts, list | tuple) else []
+    return [*inner, getattr(dataset, "dataset", None)]
 
 
 class WorkerCopies:
-    """What persistent workers have copied of a data set, as far as that tells the epoch."""
+    """Detects an `epoch` attribute that changed after persistent workers copied the data set.
+
+    Args:
+        dataset: The data set of the loader.
+    """
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self._copied: list[Any] | None = None
 
     def check(self) -> None:
-        """Refuse a pass whose workers would not see an `epoch` that was set since they were started.
+        """Record the epochs that the workers copy when they start; compare them in later iterations.
 
         Raises:
-            DataError: They would not.
+            DataError: An `epoch` was set since the workers were started, and they would not see it.
         """
-        now = [_own_epoch(part) for part in _parts(self._dataset) if not _has_set_epoch(part)]
+        current = [_own_epoch(part) for part in _parts(self._dataset) if not _has_set_epoch(part)]
         if self._copied is None:
-            self._copied = now
-        changed = [(then, new) for then, new in zip(self._copied, now, strict=False) if then != new]
+            self._copied = current
+        changed = [(old, new) for old, new in zip(self._copied, current, strict=False) if old != new]
         if changed:
             raise DataError(
-                f"epoch of the data set {type(self._dataset).__name__} is {changed[0][1]} now, and its persistent "
-                f"workers hold copies made when it was {changed[0][0]}",
+                f"The data set {type(self._dataset).__name__} has epoch={changed[0][1]}, but its persistent workers "
+                f"have copies with epoch={changed[0][0]}",
                 "They would read the samples of that epoch again",
-                "Give the data set a set_epoch(epoch), which is called in every worker, or write "
+                "Give the data set a method set_epoch(epoch), which is called in every worker, or set "
                 "persistent_workers=False (dataloader_persistent_workers of the Trainer)",
             )
 

@@ -1,4 +1,4 @@
-"""Copies batches to the device, one ahead of the batch in use where the device has streams."""
+"""Copies batches to the device, one batch ahead if the device has streams."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["DevicePrefetcher"]
 
 _NONE: Any = object()
 
-# A copy of up to this many bytes out of pageable memory is staged by the driver and returns at once (CUDA runtime
-# API, "API synchronization behavior"), so pinning it and a stream of its own would cost more than they hide: about
-# 0.1 ms of host time a batch on an H200 machine.
+# A copy of up to this many bytes from pageable memory is staged by the driver and returns at once (CUDA runtime API,
+# "API synchronization behavior"), so pinning and a separate stream would cost more than they hide: about 0.1 ms of host
+# time per batch on an H200 machine.
 _SMALL = 64 * 1024
 
 
 class DevicePrefetcher:
-    """Puts batches on a device; on a CPU device they pass through untouched.
+    """Copies batches to a device; with a CPU device they are passed through unchanged.
 
-    On an accelerator the copy of the next batch runs on a stream of its own, out of pinned memory, while the current
-    one is in use. Small batches are copied when they are handed out. So is a batch that holds something other than
-    dense tensors that can move itself (a method `to`), since nobody can tell the allocator which tensors it hides.
+    On an accelerator the next batch is copied from pinned memory on a separate stream while the current one is in use.
+    Small batches are copied when they are yielded. So are batches with other objects than dense tensors that have a
+    method `to`, because the tensors inside them cannot be recorded on the stream.
 
     Args:
-        device: Where batches go.
-        non_blocking: Let the host go on during a copy.
+        device: The target device.
+        non_blocking: Whether the host continues during a copy.
     """
 
     def __init__(self, device: torch.device, *, non_blocking: bool) -> None:
@@ -49,7 +49,7 @@ class DevicePrefetcher:
     def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
         ready = self._start(next(batches, _NONE), stream)
         while ready is not None:
-            # The copy of the next batch is queued before this one is handed out.
+            # The copy of the next batch is queued before this one is yielded.
             following = self._start(next(batches, _NONE), stream)
             yield self._finish(*ready)
             ready = following
@@ -79,7 +79,7 @@ class DevicePrefetcher:
         current = torch.accelerator.current_stream(self._device)
         current.wait_event(copied)
         for _, leaf in leaves(batch):
-            # The memory belongs to the copy stream, which could use it again while it is still read here.
+            # The memory belongs to the copy stream, which could reuse it while it is still read here.
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self._device.type:
                 leaf.record_stream(current)
         return batch

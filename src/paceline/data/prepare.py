@@ -1,4 +1,4 @@
-"""Builds a prepared loader from the user's own: decides how its data is read and dealt out."""
+"""Builds a prepared loader from the user's own: decides how its data is read and distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from paceline.collectives import Group, SoloGroup
+from paceline.data.batch_source import BatchSource, MapBatchSource
 from paceline.data.counting import CountingCollate
-from paceline.data.dispatch import DispatchReading, Feed, PlannedFeed, ReadFeed, SplitBatches
-from paceline.data.epochs import takes_epoch
+from paceline.data.dispatch import (
+    DispatchBatchSource,
+    GlobalBatches,
+    MapGlobalBatches,
+    SplitBatches,
+    StreamGlobalBatches,
+)
+from paceline.data.epoch_plan import Layout
+from paceline.data.epochs import has_set_epoch
+from paceline.data.iterable_loader import IterableLoader, as_loader
 from paceline.data.loader import PreparedDataLoader
-from paceline.data.merged_ranks import MergedRanksSharding
-from paceline.data.order import order_source, own_generators, size_of
-from paceline.data.plan import Layout
 from paceline.data.prefetch import DevicePrefetcher
-from paceline.data.reading import MapReading, Reading
-from paceline.data.ready_batches import ReadyBatches, as_loader
+from paceline.data.sample_order import maybe_length, order_source, sampler_generators
 from paceline.data.sharding import (
     BatchSharding,
+    MergedRanksSharding,
     PlannedSharding,
     SampleSharding,
     ShardedBatchSampler,
     Sharding,
     UnsizedSharding,
-    split_rows,
+    split_batch_size,
 )
 from paceline.data.skipping import SkippedDataLoader
 from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
-from paceline.data.stream import StreamReading, StreamSource
+from paceline.data.stream import StreamBatchSource, StreamReader
 from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from paceline.config import DataLoaderConfiguration
-    from paceline.data.active import ActiveLoaders
+    from paceline.data.active_loaders import ActiveLoaders
 
 __all__ = ["prepare_loader"]
 
@@ -52,41 +58,44 @@ def prepare_loader(
     device: torch.device | None,
     config: DataLoaderConfiguration,
     active: ActiveLoaders,
-    plays: int = 1,
+    num_merged_ranks: int = 1,
 ) -> PreparedDataLoader:
-    """Make a loader that yields this rank's part of what `loader` yields.
+    """Return a loader that yields this rank's part of what `loader` yields.
 
-    A map-style data set is dealt out by its indices. An iterable one is split among the workers of all ranks
-    and read once; rank 0 reads for all only with `dispatch_batches=True` (Accelerate's default for iterable
-    data sets). A loader that is prepared already is returned as it is.
-    Collective: every rank must call it.
+    A map-style data set is distributed by its indices. An iterable one is split between the workers of all ranks and
+    read once; rank 0 reads for all ranks only with `dispatch_batches=True` (Accelerate's default for iterable data
+    sets). A prepared loader is returned as it is. Collective: every rank must call it.
 
     Args:
-        loader: The user's own. A subclass with an `__iter__` of its own, and any other iterable of batches, is
-            iterated as it is: by one rank, by rank 0 with `dispatch_batches=True`, or by each rank for itself with
-            `streams_are_sharded=True`.
+        loader: The user's loader. A subclass of `DataLoader` with its own `__iter__`, and any other iterable of
+            batches, is iterated as it is: by a single rank, by rank 0 with `dispatch_batches=True`, or by each rank for
+            itself with `streams_are_sharded=True`.
         group: The ranks that share the data.
-        device: Where batches go; None leaves them where the loader puts them.
-        config: The settings.
-        active: Where passes are noted.
-        plays: How many ranks' batches this process gets as one; only where it is alone.
+        device: Where batches are copied to; None leaves them where the loader puts them.
+        config: The data loader settings.
+        active: Tracks the iterations over the loader.
+        num_merged_ranks: The number of ranks whose batches this process gets as one; more than 1 only in a group of one
+            rank.
+
+    Returns:
+        A `DataLoader` with a position that can be saved.
 
     Raises:
-        DataError: The loader cannot be shared out, or it yields nothing.
+        DataError: The loader cannot be shared between the ranks, or it yields nothing.
     """
     if isinstance(loader, PreparedDataLoader):
         return loader
     if isinstance(loader, SkippedDataLoader):
         raise DataError(
-            "A loader made by skip_first_batches was handed to prepare",
-            "Which batches a rank gets is decided by prepare, so that there was nothing to skip yet",
+            "A loader returned by skip_first_batches was passed to prepare",
+            "prepare decides which batches a rank gets, so there was nothing to skip yet",
             "Prepare the loader first, then skip its first batches",
         )
-    return _Preparation(as_loader(loader), group, device, config, plays).build(active)
+    return _LoaderBuilder(as_loader(loader), group, device, config, num_merged_ranks).build(active)
 
 
-class _Preparation:
-    """What is known about a loader while it is prepared."""
+class _LoaderBuilder:
+    """Builds the prepared loader for one loader of the user; see `prepare_loader`."""
 
     def __init__(
         self,
@@ -94,19 +103,19 @@ class _Preparation:
         group: Group,
         device: torch.device | None,
         config: DataLoaderConfiguration,
-        plays: int,
+        num_merged_ranks: int,
     ) -> None:
         self.loader = loader
-        self.plays = plays
-        # Among how many ranks a global batch is dealt out.
-        self.ranks = group.size * plays
+        self.num_merged_ranks = num_merged_ranks
+        # The number of ranks that share a global batch.
+        self.num_ranks = group.size * num_merged_ranks
         self.group = group
         self.device = device
         self.config = config
         self.split = config.split_batches
-        self.foreign = _iterates_its_own_way(loader)
+        self.has_custom_iter = _has_custom_iter(loader)
         self.iterable = isinstance(loader.dataset, IterableDataset)
-        self.rows: int | None = None
+        self.batch_size: int | None = None
         self.layout: Layout
 
     def build(self, active: ActiveLoaders) -> PreparedDataLoader:
@@ -115,26 +124,27 @@ class _Preparation:
             torchdata_loader()
         seed = self._seed()
         settings = self._settings()
-        reading, own = self._reading(settings)
+        batch_source, sampling = self._batch_source(settings)
         prepared = PreparedDataLoader(
-            reading=reading,
+            batch_source=batch_source,
+            name=self._name,
             seed=seed,
             group=self.group,
             active=active,
             layout=self.layout,
             prefetcher=self._prefetcher(),
-            batch_size=self.rows,
+            batch_size=self.batch_size,
             drop_last=bool(self.loader.drop_last),
-            settings={**settings, **own},
+            settings={**settings, **sampling},
         )
         sampler = self.loader.sampler
         if isinstance(sampler, DistributedSampler):
-            prepared.follow(sampler)
+            prepared.follow_epoch_of(sampler)
         return prepared
 
     def _seed(self) -> int:
-        """Choose the seed of the order; rank 0's choice counts."""
-        generators = [g for g in (self.loader.generator, *own_generators(self._batches())) if g is not None]
+        """Return the seed of the order, chosen by rank 0."""
+        generators = [g for g in (self.loader.generator, *sampler_generators(self._batches())) if g is not None]
         if self.config.data_seed is not None:
             seed = self.config.data_seed
         elif isinstance(self.loader.sampler, DistributedSampler):
@@ -142,17 +152,17 @@ class _Preparation:
         elif self.config.use_seedable_sampler:
             seed = generators[0].initial_seed() if generators else torch.initial_seed()
         else:
-            drawn = torch.empty((), dtype=torch.int64)
-            seed = int(drawn.random_(generator=generators[0] if generators else None))
+            generator = generators[0] if generators else None
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
         return self.group.broadcast_object(int(seed))
 
     def _settings(self) -> dict[str, Any]:
-        """Return the loader's settings that do not depend on the way of reading."""
+        """Return the `DataLoader` arguments that do not depend on how the data is read."""
         loader = self.loader
         pin = loader.pin_memory
         if self.device is not None and self.device.type not in ("cpu", "mps") and loader.num_workers:
-            # torch pins what workers send in a thread beside this one; without workers the prefetcher pins what
-            # is worth it. What is on a device cannot be pinned.
+            # torch pins what workers send in a separate thread; without workers the prefetcher pins large batches.
+            # Tensors on a device cannot be pinned.
             pin = pin or not _is_on_device(loader.dataset)
         settings = {
             "dataset": loader.dataset,
@@ -170,22 +180,22 @@ class _Preparation:
         return settings
 
     def _may_keep_workers(self) -> bool:
-        """Whether workers live on between passes: not where nothing would tell their copies which epoch it is."""
+        """Whether workers persist between iterations; not if nothing could set the epoch of their copies."""
         loader = self.loader
-        if not loader.persistent_workers or not takes_epoch(loader.dataset):
+        if not loader.persistent_workers or not has_set_epoch(loader.dataset):
             return bool(loader.persistent_workers)
         name = type(loader.dataset).__name__
-        if self.foreign:
+        if self.has_custom_iter:
             raise DataError(
-                f"The loader {self._kind} has an __iter__ of its own and persistent workers, and the data "
-                f"set {name} takes set_epoch",
-                "The copies that its workers hold cannot be told which epoch it is",
-                "Write persistent_workers=False",
+                f"The loader {self._name} has its own __iter__ and persistent workers, and its data set {name} has a "
+                "method set_epoch",
+                "The copies of the data set in the workers do not learn which epoch it is",
+                "Set persistent_workers=False",
             )
-        if self._is_single() and not self.iterable:
+        if self._reads_single_samples() and not self.iterable:
             logger.warning(
-                "The workers that read the data set %s one sample at a time are started anew for each pass: it takes "
-                "set_epoch, and their copies would not be told. persistent_workers=False says the same", name,
+                "The workers that read single samples of the data set %s are restarted in each epoch: it has a method "
+                "set_epoch, which cannot be called in persistent workers. persistent_workers=False does the same", name,
             )  # fmt: skip
             return False
         return True
@@ -195,286 +205,294 @@ class _Preparation:
             return None
         return DevicePrefetcher(self.device, non_blocking=self.config.non_blocking is not False)
 
-    def _reading(self, settings: dict[str, Any]) -> tuple[Reading, dict[str, Any]]:
-        """Choose the way of reading; also return the remaining arguments of the prepared `DataLoader`."""
-        if self.plays > 1:
-            self._check_joinable()
-        own: dict[str, Any] = {"batch_size": None}
-        if not self.iterable and self.loader.batch_sampler is None:
-            own["sampler"] = self.loader.sampler
-        elif not self.iterable:
-            own = {"batch_sampler": self.loader.batch_sampler}
+    def _batch_source(self, settings: dict[str, Any]) -> tuple[BatchSource, dict[str, Any]]:
+        """Choose how batches are read; also return the remaining arguments of the prepared `DataLoader`."""
+        if self.num_merged_ranks > 1:
+            self._check_mergeable()
         if self.config.dispatch_batches and self.group.size > 1:
-            return self._dispatched(settings), own
-        if self.foreign:
-            return self._foreign(), own
+            return self._dispatch_source(settings), self._users_sampling()
+        if self.has_custom_iter:
+            return self._custom_source(), self._users_sampling()
         if self.iterable:
-            return self._stream(settings), own
+            return self._stream_source(settings), self._users_sampling()
+        return self._map_source(settings)
+
+    def _users_sampling(self) -> dict[str, Any]:
+        """Return the user's samplers as `DataLoader` arguments, for a loader that does not use them itself."""
+        if self.iterable:
+            return {"batch_size": None}
+        if self.loader.batch_sampler is None:
+            return {"batch_size": None, "sampler": self.loader.sampler}
+        return {"batch_sampler": self.loader.batch_sampler}
+
+    def _map_source(self, settings: dict[str, Any]) -> tuple[BatchSource, dict[str, Any]]:
         sharding = self._sharding(self.group)
-        if self.plays > 1 and isinstance(sharding, PlannedSharding) and not self._is_single():
+        if self.num_merged_ranks > 1 and isinstance(sharding, PlannedSharding) and not self._reads_single_samples():
             sharding = MergedRanksSharding(sharding, self.layout, self.group)
-        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
-        _check_not_empty(sampler.sharding.num_rounds(), self.loader, sampler.sharding.total_batch_size)
-        _remark_large_batch(sampler.sharding, self.layout)
-        reading = MapReading(
+        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._reads_single_samples())
+        _check_not_empty(sharding.num_global_batches(), self.loader, sharding.total_batch_size)
+        _warn_if_batch_exceeds_dataset(sharding, self.layout)
+        batch_source = MapBatchSource(
             sampler,
             self.loader.dataset,
             self.group,
             workers=settings["num_workers"],
             persistent=settings["persistent_workers"],
         )
-        unbatched = self.loader.batch_sampler is None
-        return reading, {"sampler": sampler, "batch_size": None} if unbatched else {"batch_sampler": sampler}
+        return batch_source, self._sampling_with(sampler)
 
-    def _check_joinable(self) -> None:
-        """Raise where one process cannot get what several ranks would, as one: it would train on other samples."""
-        what, hint = "", "Check the script with a plain DataLoader"
+    def _sampling_with(self, sampler: Any) -> dict[str, Any]:
+        """Return `sampler` as `DataLoader` arguments, in the role that the user's sampler has."""
+        if self.loader.batch_sampler is None:
+            return {"batch_size": None, "sampler": sampler}
+        return {"batch_sampler": sampler}
+
+    def _check_mergeable(self) -> None:
+        """Raise if one process cannot get the batches of several ranks as one: it would train on other samples."""
+        seen, hint = "", "Check the script with a plain DataLoader"
         if self.iterable and self.loader.num_workers > 1:
-            what = f"A stream is read by {self.loader.num_workers} workers"
+            seen = f"A stream is read by {self.loader.num_workers} workers"
             hint = "Set num_workers to 0 or 1 for this check: it compares samples and losses, not the speed"
         elif self.iterable and self.loader.batch_size is None:
-            what = f"The stream {type(self.loader.dataset).__name__} makes its batches itself (batch_size=None)"
+            seen = f"The stream {type(self.loader.dataset).__name__} makes its batches itself (batch_size=None)"
             hint = "Give the loader a batch_size for this check"
-        elif self.foreign:
-            what = f"The loader {self._kind} has an __iter__ of its own"
-        elif not self.iterable and size_of(self._batches()) is None:
-            what, hint = f"{type(self._batches()).__name__} has no length", "Give it a __len__ for this check"
-        if what:
-            why = f"One process cannot take as one batch what {self.plays} ranks would get in turns from it"
-            raise DataError(what, why, hint)
+        elif self.has_custom_iter:
+            seen = f"The loader {self._name} has its own __iter__"
+        elif not self.iterable and maybe_length(self._batches()) is None:
+            seen, hint = f"{type(self._batches()).__name__} has no length", "Give it a __len__ for this check"
+        if seen:
+            why = f"One process cannot get as one batch what {self.num_merged_ranks} ranks get from it in turns"
+            raise DataError(seen, why, hint)
 
     def _batches(self) -> Any:
-        """Return what makes the batches of keys: the batch sampler, else the sampler."""
+        """Return what yields the keys: the batch sampler, or the sampler if there is none."""
         return self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
 
-    def _is_single(self) -> bool:
-        """Say whether the data set is asked for one key at a time."""
+    def _reads_single_samples(self) -> bool:
+        """Say whether the data set is read one key at a time."""
         return self.loader.batch_sampler is None and not isinstance(self.loader.sampler, BatchSampler)
 
-    def _layout(self, rows: int | None, *, drop_last: bool) -> Layout:
-        if rows and self.split:
-            rows = split_rows(rows, self.ranks)
-        self.rows = rows * self.plays if rows else None
-        self.layout = Layout(rows=rows or 0, size=self.ranks, even=self.config.even_batches, drop_last=drop_last)
+    def _set_layout(self, batch_size: int | None, *, drop_last: bool) -> Layout:
+        if batch_size and self.split:
+            batch_size = split_batch_size(batch_size, self.num_ranks)
+        self.batch_size = batch_size * self.num_merged_ranks if batch_size else None
+        self.layout = Layout(
+            batch_size=batch_size or 0, num_ranks=self.num_ranks, even=self.config.even_batches, drop_last=drop_last
+        )
         return self.layout
 
     def _sharding(self, group: Group) -> Sharding:
-        """Deal out keys; `group` is who runs samplers together."""
+        """Return how keys are distributed.
+
+        Args:
+            group: The ranks that run samplers together: this rank only, if rank 0 reads for all.
+        """
         batches = self._batches()
-        if self._is_single():
+        if self._reads_single_samples():
             self.split = False
-            layout = self._layout(1, drop_last=False)
-            self.rows = None
-            if size_of(batches) is not None:
+            layout = self._set_layout(1, drop_last=False)
+            self.batch_size = None
+            if maybe_length(batches) is not None:
                 return SampleSharding(order_source(batches, group), layout, group)
             return UnsizedSharding(BatchSampler(batches, 1, False), layout, group, split=False)
         drop_last = bool(getattr(batches, "drop_last", False))
-        rows = getattr(batches, "batch_size", None)
-        layout = self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
-        plain = isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__
-        if plain and size_of(batches.sampler) is not None:
+        batch_size = getattr(batches, "batch_size", None)
+        layout = self._set_layout(batch_size if isinstance(batch_size, int) else None, drop_last=drop_last)
+        is_torchs_own = isinstance(batches, BatchSampler) and type(batches).__iter__ is BatchSampler.__iter__
+        if is_torchs_own and maybe_length(batches.sampler) is not None:
             return SampleSharding(order_source(batches.sampler, group), layout, group)
-        if size_of(batches) is not None:
+        if maybe_length(batches) is not None:
             return BatchSharding(batches, layout, group, split=self.split)
         return UnsizedSharding(batches, layout, group, split=self.split)
 
-    def _stream(self, settings: dict[str, Any]) -> Reading:
-        layout = self._layout(self.loader.batch_size, drop_last=self.loader.drop_last)
-        if self.plays > 1:
+    def _stream_source(self, settings: dict[str, Any]) -> BatchSource:
+        layout = self._set_layout(self.loader.batch_size, drop_last=self.loader.drop_last)
+        if self.num_merged_ranks > 1:
             # What several readers would take in turns, one takes in a row.
-            layout = self.layout = replace(layout, rows=self.rows or 0, size=1)
-        dataset, note = self._split_stream(layout.rows)
-        reader = self._reader(settings, dataset, layout.rows)
-        return self._with_generator(StreamReading(StreamSource(reader, layout.rows), layout, self.group, note), reader)
-
-    def _reader(self, settings: dict[str, Any], dataset: Any, rows: int) -> DataLoader[Any]:
-        """Build what reads a stream; it counts the samples of its batches unless the data set makes them itself."""
-        own = {"dataset": dataset, "batch_size": rows or None, "generator": torch.Generator()}
-        if rows:
-            own["drop_last"] = self.loader.drop_last
-            own["collate_fn"] = self._counting(rows)
-        if is_torchdata_loader(self.loader) or self.config.use_stateful_dataloader:
-            kind = torchdata_loader()
-            own["snapshot_every_n_steps"] = getattr(self.loader, "snapshot_every_n_steps", 1)
-            return kind(**{**settings, **own})
-        return DataLoader(**{**settings, **own})
-
-    def _counting(self, rows: int) -> CountingCollate:
-        return CountingCollate(self.loader.collate_fn, rows, shared=self.loader.num_workers > 0)
-
-    def _with_generator(self, reading: Reading, reader: DataLoader[Any]) -> Reading:
-        """Let the loader seed the workers of an inner reader."""
+            layout = self.layout = replace(layout, batch_size=self.batch_size or 0, num_ranks=1)
+        dataset, note = self._split_stream(layout.batch_size)
+        reader = self._reader(settings, dataset, layout.batch_size)
+        batch_source = StreamBatchSource(StreamReader(reader, layout.batch_size), layout, self.group, note)
         if reader is not self.loader:
-            reading.generator = reader.generator
-        return reading
+            # The prepared loader seeds the workers of this reader.
+            batch_source.generator = reader.generator
+        return batch_source
 
-    def _split_stream(self, rows: int) -> tuple[Any, str]:
-        """Decide how ranks share a stream."""
-        dataset, workers, block = self.loader.dataset, self.loader.num_workers, max(1, rows)
+    def _reader(self, settings: dict[str, Any], dataset: Any, batch_size: int) -> DataLoader[Any]:
+        """Build what reads a stream; it counts the samples of its batches unless the data set makes them itself."""
+        arguments = {
+            **settings, "dataset": dataset, "batch_size": batch_size or None, "generator": torch.Generator()
+        }  # fmt: skip
+        if batch_size:
+            arguments["drop_last"] = self.loader.drop_last
+            arguments["collate_fn"] = self._counting_collate(batch_size)
+        if is_torchdata_loader(self.loader) or self.config.use_stateful_dataloader:
+            arguments["snapshot_every_n_steps"] = getattr(self.loader, "snapshot_every_n_steps", 1)
+            return torchdata_loader()(**arguments)
+        return DataLoader(**arguments)
+
+    def _counting_collate(self, batch_size: int) -> CountingCollate:
+        return CountingCollate(self.loader.collate_fn, batch_size, shared=self.loader.num_workers > 0)
+
+    def _split_stream(self, batch_size: int) -> tuple[Any, str]:
+        """Decide how ranks share a stream; return this rank's part and a description."""
+        dataset, workers, block = self.loader.dataset, self.loader.num_workers, max(1, batch_size)
         rank, size = self.group.rank, self.group.size
         if size == 1 and workers <= 1:
             return shard_of(dataset, 0, 1, workers, block=block), "stream read by one reader"
         readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
         if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
             return shard_of(dataset, 0, 1, workers, block=block), f"stream already split over {size} ranks"
-        shards = next((n for a in ("num_shards", "n_shards") if isinstance(n := getattr(dataset, a, None), int)), 0)
-        shard = getattr(dataset, "shard", None)
-        if callable(shard) and shards:
-            if shards >= size:
-                part = shard(num_shards=size, index=rank) if size > 1 else dataset
-                split = shard_of(part, 0, 1, workers, block=block)
-                return split, f"stream of {shards} shards split over {readers}, read once"
-            note = f"stream of {shards} shards, too few for {size} ranks, split item by item"
+        shard, num_shards = getattr(dataset, "shard", None), _num_shards(dataset)
+        if callable(shard) and num_shards >= size:
+            part = shard(num_shards=size, index=rank) if size > 1 else dataset
+            note = f"stream of {num_shards} shards split over {readers}, read once"
+            return shard_of(part, 0, 1, workers, block=block), note
+        if callable(shard) and num_shards:
+            note = f"stream of {num_shards} shards, too few for {size} ranks, split item by item"
             return shard_of(dataset, rank, size, workers, by_items=True, block=block), note
         return shard_of(dataset, rank, size, workers, block=block), (
-            f"stream split over {readers}, by the data set itself if it asks for num_workers, else by items"
+            f"stream split over {readers}, by the data set itself if it reads num_workers, else by items"
         )
 
-    def _foreign(self) -> Reading:
-        kind, size = self._kind, self.group.size
+    def _custom_source(self) -> BatchSource:
+        """Iterate over a loader with its own `__iter__` as it is."""
+        name, size = self._name, self.group.size
         if size > 1 and not self.config.streams_are_sharded:
             raise DataError(
-                f"The loader {kind} has an __iter__ of its own",
-                f"What it yields cannot be shared out among {size} ranks without reading it",
-                "Say dispatch_batches=True, so that rank 0 reads for all, or streams_are_sharded=True, if it yields "
-                "only this rank's own samples (DataLoaderConfiguration, accelerator_config of the Trainer); or "
+                f"The loader {name} has its own __iter__",
+                f"What it yields cannot be shared between {size} ranks without reading it",
+                "Set dispatch_batches=True, so that rank 0 reads for all ranks, or streams_are_sharded=True, if it "
+                "yields only this rank's samples (DataLoaderConfiguration, accelerator_config of the Trainer); or "
                 "prepare a plain DataLoader",
             )
-        layout = self._uncounted(drop_last=False)
-        note = f"read as {kind} yields it" + (f", by each of {size} ranks its own" if size > 1 else "")
-        return StreamReading(StreamSource(self.loader, 0), layout, self.group, note, length=self._length())
+        layout = self._uncounted_layout(drop_last=False)
+        note = f"read as {name} yields it" + (f", by each of {size} ranks its own part" if size > 1 else "")
+        return StreamBatchSource(StreamReader(self.loader, 0), layout, self.group, note, length=self._length())
 
     @property
-    def _kind(self) -> str:
-        """What the user calls the loader."""
-        own = self.loader
-        return type(own.batches if isinstance(own, ReadyBatches) else own).__name__
+    def _name(self) -> str:
+        """The class of what the user passed as a loader."""
+        loader = self.loader
+        return type(loader.batches if isinstance(loader, IterableLoader) else loader).__name__
 
     def _length(self) -> Callable[[], int]:
-        """Tells this rank's batches; all ranks go on until the longest ends, if it is filled up."""
+        """Return a function for the number of this rank's batches; with padding it is that of the longest rank."""
         loader = self.loader
         if self.group.size == 1 or not self.config.even_batches:
             return lambda: len(loader)
-        lengths = self.group.all_gather_object(_length_of(loader))
+        lengths = self.group.all_gather_object(maybe_length(loader))
 
         def longest() -> int:
-            if None in lengths:
-                raise TypeError("this loader does not tell how many batches it yields")
-            return max(length for length in lengths if length is not None)
+            known = [length for length in lengths if length is not None]
+            if len(known) < len(lengths):
+                raise TypeError("this loader has no length: the number of its batches is unknown")
+            return max(known)
 
         return longest
 
-    def _uncounted(self, *, drop_last: bool) -> Layout:
-        """Lay out batches that a loader makes itself: nobody knows how many samples are in one."""
-        rows = self.loader.batch_size
-        layout = self._layout(None, drop_last=drop_last)
-        # What the user said is still what the loader says.
-        self.rows = rows
+    def _uncounted_layout(self, *, drop_last: bool) -> Layout:
+        """Set the layout of batches that a loader makes itself, whose samples cannot be counted."""
+        layout = self._set_layout(None, drop_last=drop_last)
+        # The prepared loader still has the user's `batch_size`.
+        self.batch_size = self.loader.batch_size
         return layout
 
-    def _dispatched(self, settings: dict[str, Any]) -> Reading:
+    def _dispatch_source(self, settings: dict[str, Any]) -> BatchSource:
         layout = self._dispatched_layout()
-        feed, failure = None, None
+        global_batches, failure = None, None
         if self.group.rank == 0:
             try:
-                feed = self._feed(settings, layout)
+                global_batches = self._global_batches(settings, layout)
             except Exception as error:
                 failure = error
-        told = self.group.broadcast_object(None if failure is None else str(failure))
+        reason = self.group.broadcast_object(None if failure is None else str(failure))
         if failure is not None:
             raise failure
-        if told is not None:
-            raise DataError(f"Rank 0 cannot read the data: {told}", "", "See the traceback of rank 0")
-        reading = DispatchReading(feed, layout, self.group, split=self.split)
-        _check_not_empty(reading.num_rounds(), self.loader, reading.total_batch_size)
-        return reading
+        if reason is not None:
+            raise DataError(f"Rank 0 cannot read the data: {reason}", "", "See the traceback of rank 0")
+        batch_source = DispatchBatchSource(global_batches, layout, self.group, split=self.split)
+        _check_not_empty(batch_source.num_global_batches(), self.loader, batch_source.total_batch_size)
+        return batch_source
 
     def _dispatched_layout(self) -> Layout:
         drop_last = bool(self.loader.drop_last or getattr(self._batches(), "drop_last", False))
-        if self.foreign or (self.iterable and self.loader.batch_size is None):
+        if self.has_custom_iter or (self.iterable and self.loader.batch_size is None):
             if self.split:
+                what = f"the stream {type(self.loader.dataset).__name__} with batch_size=None"
+                if self.has_custom_iter:
+                    what = f"the loader {self._name} with its own __iter__"
                 raise DataError(
-                    f"split_batches=True and {self._maker()}, which makes its batches itself",
+                    f"split_batches=True was set for {what}, which makes its batches itself",
                     "Which part of a batch belongs to which sample is known only before the batch is made",
-                    "Use split_batches=False: each rank then gets whole batches in turn, so make them smaller",
+                    "Use split_batches=False, which gives each rank whole batches in turn, with smaller batches",
                 )
-            return self._uncounted(drop_last=drop_last)
-        rows = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
-        if self._is_single() and not self.iterable:
-            self.split, rows = False, 1
-        return self._layout(rows if isinstance(rows, int) else None, drop_last=drop_last)
+            return self._uncounted_layout(drop_last=drop_last)
+        batch_size = self.loader.batch_size or getattr(self._batches(), "batch_size", None)
+        if self._reads_single_samples() and not self.iterable:
+            self.split, batch_size = False, 1
+        return self._set_layout(batch_size if isinstance(batch_size, int) else None, drop_last=drop_last)
 
-    def _maker(self) -> str:
-        if self.foreign:
-            return f"a loader {self._kind} with an __iter__ of its own"
-        return f"a stream {type(self.loader.dataset).__name__} with batch_size=None"
-
-    def _feed(self, settings: dict[str, Any], layout: Layout) -> Feed:
-        """Build what rank 0 reads from."""
-        if self.foreign:
-            return ReadFeed(StreamSource(self.loader, 0), layout, length=_length_of(self.loader))
+    def _global_batches(self, settings: dict[str, Any], layout: Layout) -> GlobalBatches:
+        """Build what rank 0 reads for all ranks."""
+        if self.has_custom_iter:
+            return StreamGlobalBatches(StreamReader(self.loader, 0), layout, length=maybe_length(self.loader))
         if self.iterable:
-            shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers, block=max(1, layout.rows))
-            return ReadFeed(StreamSource(self._reader(settings, shard, layout.rows), layout.rows), layout)
+            batch_size = layout.batch_size
+            shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers, block=max(1, batch_size))
+            return StreamGlobalBatches(StreamReader(self._reader(settings, shard, batch_size), batch_size), layout)
         sharding = self._sharding(SoloGroup())
         if not isinstance(sharding, PlannedSharding):
-            return ReadFeed(self._unsized(settings), layout)
-        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._is_single())
-        own = (
-            {"sampler": sampler, "batch_size": None}
-            if self.loader.batch_sampler is None
-            else {"batch_sampler": sampler}
-        )
-        reader = DataLoader(**settings, **own, generator=torch.Generator())
-        return PlannedFeed(reader, sampler, sharding, self.group.size)
+            return StreamGlobalBatches(self._unsized_reader(settings), layout)
+        sampler = ShardedBatchSampler(sharding, self._batches(), single=self._reads_single_samples())
+        reader = DataLoader(**settings, **self._sampling_with(sampler), generator=torch.Generator())
+        return MapGlobalBatches(reader, sampler, sharding, self.group.size)
 
-    def _unsized(self, settings: dict[str, Any]) -> StreamSource:
-        """Read the batches of a sampler without a length, as it makes them."""
+    def _unsized_reader(self, settings: dict[str, Any]) -> StreamReader:
+        """Read the batches of a sampler without a length, as the sampler makes them."""
         batches = self._batches()
-        if self._is_single():
-            return StreamSource(self.loader, 0)
+        if self._reads_single_samples():
+            return StreamReader(self.loader, 0)
         if self.split:
             batches = SplitBatches(batches, self.group.size)
-        own: dict[str, Any] = {"batch_sampler": batches, "collate_fn": self._counting(0)}
-        if self.loader.batch_sampler is None:
-            # The data set is asked for a whole batch, and returns what nobody can count.
-            own = {"sampler": batches, "batch_size": None}
-        return StreamSource(DataLoader(**{**settings, **own}, generator=torch.Generator()), 0)
+        arguments = {**settings, **self._sampling_with(batches)}
+        if self.loader.batch_sampler is not None:
+            # Without a batch sampler the data set itself returns whole batches, whose samples cannot be counted.
+            arguments["collate_fn"] = self._counting_collate(0)
+        return StreamReader(DataLoader(**arguments, generator=torch.Generator()), 0)
 
 
-def _iterates_its_own_way(loader: DataLoader[Any]) -> bool:
-    # torchdata's loader adds only saving and loading of its position, which the prepared loader does itself.
-    own = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
-    return own is not DataLoader and not own.__module__.startswith("torchdata.")
+def _has_custom_iter(loader: DataLoader[Any]) -> bool:
+    # torchdata's loader only adds saving and loading of its position, which the prepared loader does itself.
+    definer = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
+    return definer is not DataLoader and not definer.__module__.startswith("torchdata.")
 
 
-def _length_of(loader: DataLoader[Any]) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
+def _num_shards(dataset: Any) -> int:
+    """Return the number of shards of a stream, 0 if it has none."""
+    numbers = (getattr(dataset, name, None) for name in ("num_shards", "n_shards"))
+    return next((number for number in numbers if isinstance(number, int)), 0)
 
 
 def _is_on_device(dataset: Any) -> bool:
     return isinstance(dataset, TensorDataset) and any(t.device.type != "cpu" for t in dataset.tensors)
 
 
-def _remark_large_batch(sharding: Sharding, layout: Layout) -> None:
-    """Say once that one global batch takes the whole data set, and more, on several ranks."""
+def _warn_if_batch_exceeds_dataset(sharding: Sharding, layout: Layout) -> None:
     total, size = sharding.total_batch_size, sharding.size()
-    if layout.size == 1 or total is None or size is None or size >= total:
+    if layout.num_ranks == 1 or total is None or size is None or size >= total:
         return
-    outcome = "filled up with repeated samples" if layout.padded else "and some ranks get no sample"
+    outcome = "padded with repeated samples" if layout.padded else "and some ranks get no sample"
     logger.warning(
         "A global batch of %d samples (%d ranks x %d) is larger than the data set of %d: each epoch is one batch, %s",
-        total, layout.size, total // layout.size, size, outcome,
+        total, layout.num_ranks, total // layout.num_ranks, size, outcome,
     )  # fmt: skip
 
 
-def _check_not_empty(rounds: int | None, loader: DataLoader[Any], total: int | None) -> None:
-    if rounds != 0:
+def _check_not_empty(num_global_batches: int | None, loader: DataLoader[Any], total: int | None) -> None:
+    if num_global_batches != 0:
         return
-    size = size_of(loader.dataset)
+    size = maybe_length(loader.dataset)
     needed = f"; drop_last=True needs one whole global batch of {total}" if loader.drop_last and size else ""
     raise DataError(
         f"The data set {type(loader.dataset).__name__} with {size} samples makes no batch{needed}",

@@ -1,4 +1,4 @@
-"""Reads ahead in chunks: as far as spares the ranks an exchange for every batch, and no further."""
+"""Reads ahead in chunks, so that the ranks need not exchange something for every batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.collectives.nested import leaves
-from paceline.data.progress import Progress
+from paceline.data.iteration_progress import IterationProgress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,49 +18,49 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "ChunkProgress", "ReadAhead", "num_bytes"]
 
-# One exchange between two processes of a machine costs about 0.2 ms of each; once in 20 ms that is a hundredth. Where
-# it takes longer, a chunk may take up to 0.1 s, so that it stays a small part.
-SECONDS, MOST_SECONDS = 0.02, 0.1
-SHARE = 0.02
-# More in a row would leave the caches of a processor before they are used.
-ROUNDS = 256
-BYTES = 32 * 2**20
+# An exchange between two processes of a machine takes about 0.2 ms, which is 1 % once in 20 ms. If it takes longer, a
+# chunk may take up to 0.1 s, to keep the exchange at 2 %.
+CHUNK_SECONDS, MAX_CHUNK_SECONDS = 0.02, 0.1
+EXCHANGE_SHARE = 0.02
+# Larger chunks would be evicted from the processor's caches before they are used.
+MAX_BATCHES = 256
+MAX_BYTES = 32 * 2**20
 
 
 class ReadAhead:
-    """Says how many global batches the next chunk takes.
+    """Decides how many global batches the next chunk has.
 
-    Up to twice as many as the last, and no more than what `SECONDS`, `BYTES` and `ROUNDS` allow: a stream that is slow,
-    or a step that takes long, is read one batch ahead.
+    Up to twice as many as the last, within `CHUNK_SECONDS`, `MAX_BYTES` and `MAX_BATCHES`: a slow stream, or a loop
+    with long steps, is read one batch ahead.
 
     Attributes:
-        spent: Seconds that the last exchange took of this rank; whoever makes it says so.
+        exchange_seconds: Time that the last exchange took on this rank; the caller sets it.
     """
 
     def __init__(self) -> None:
         self._size = 1
-        self._before = time.perf_counter()
-        self.spent = 0.0
+        self._last_call = time.perf_counter()
+        self.exchange_seconds = 0.0
 
-    def next_size(self, rounds: int, example: Any) -> int:
-        """Return how many global batches to take.
+    def next_size(self, num_yielded: int, example: Any) -> int:
+        """Return how many global batches to read.
 
         Args:
-            rounds: How many were handed out since this was asked last.
-            example: What is held in memory of one of them.
+            num_yielded: Global batches yielded since the last call.
+            example: What is in memory of one of them, to estimate its size.
         """
         now = time.perf_counter()
-        passed, self._before = now - self._before, now
-        wanted = min(2 * self._size, ROUNDS, BYTES // max(1, num_bytes(example)))
-        if rounds:
-            seconds = min(MOST_SECONDS, max(SECONDS, self.spent / SHARE))
-            wanted = min(wanted, int(seconds * rounds / max(passed, 1e-9)))
-        self._size = max(1, wanted)
+        elapsed, self._last_call = now - self._last_call, now
+        size = min(2 * self._size, MAX_BATCHES, MAX_BYTES // max(1, num_bytes(example)))
+        if num_yielded:
+            seconds = min(MAX_CHUNK_SECONDS, max(CHUNK_SECONDS, self.exchange_seconds / EXCHANGE_SHARE))
+            size = min(size, int(seconds * num_yielded / max(elapsed, 1e-9)))
+        self._size = max(1, size)
         return self._size
 
 
 def num_bytes(batch: Any) -> int:
-    """Estimate the memory that a batch takes; what nobody can look into counts as a megabyte."""
+    """Estimate the memory of a batch; an object of unknown size counts as a megabyte."""
     total = 0
     for _, leaf in leaves(batch):
         size = getattr(leaf, "nbytes", None)
@@ -75,36 +75,36 @@ def num_bytes(batch: Any) -> int:
 
 @dataclass(slots=True)
 class Chunk:
-    """Global batches in a row, of which this rank knows everything.
+    """Consecutive global batches that this rank knows everything about.
 
     Attributes:
-        rounds: How many there are for this rank.
-        counts: Of each, or one for all.
-        states: The state of the stream after each, where it has one.
+        num_batches: How many of them have a batch for this rank.
+        counts: Samples per rank, of each or one for all.
+        states: The state of the stream after each, if it has one.
     """
 
-    rounds: int
+    num_batches: int
     counts: Sequence[BatchCounts] | BatchCounts
     states: list[dict[str, Any] | None] | None = None
 
     def counts_of(self, index: int) -> BatchCounts:
-        """Return the counts of one global batch."""
+        """Return the samples per rank of one global batch."""
         return self.counts[index] if isinstance(self.counts, list | tuple) else self.counts  # type: ignore[return-value]
 
-    def samples(self, rounds: int) -> int:
-        """Return the samples in the first so many global batches."""
+    def samples(self, num_batches: int) -> int:
+        """Return the samples in the first `num_batches` global batches."""
         if isinstance(self.counts, list | tuple):
-            return sum(sum(counts.real) for counts in self.counts[:rounds])
-        return rounds * sum(self.counts.real)  # type: ignore[union-attr]
+            return sum(sum(counts.real) for counts in self.counts[:num_batches])
+        return num_batches * sum(self.counts.real)  # type: ignore[union-attr]
 
 
-class ChunkProgress(Progress):
-    """Progress through chunks, each of which is added before its first batch is handed out.
+class ChunkProgress(IterationProgress):
+    """Progress through chunks, each of which is added before its first batch is yielded.
 
     Args:
-        samples: Position at which the pass begins.
-        more: Tells whether this rank gets a batch after those of all chunks added; adds the next chunk if so.
-        ends: Tells, where it gets none, whether no other rank does.
+        samples: Position at which the iteration begins.
+        more: Returns whether this rank gets a batch after those of all chunks added; adds the next chunk if so.
+        ends: Returns, if it gets none, whether no other rank does either.
     """
 
     def __init__(self, samples: int, more: Callable[[], bool], ends: Callable[[], bool]) -> None:
@@ -113,47 +113,48 @@ class ChunkProgress(Progress):
         self._ends = ends
         self._chunks: deque[Chunk] = deque()
         # Global batches before the first chunk, and the position there.
-        self._before = 0
+        self._dropped = 0
         self._samples = samples
+        # Global batches in all chunks added.
         self._known = 0
 
     def add(self, chunk: Chunk) -> None:
-        """Note the chunk after those noted before."""
-        self._forget()
+        """Add the chunk after those added before."""
+        self._drop_finished_chunks()
         self._chunks.append(chunk)
-        self._known += chunk.rounds
+        self._known += chunk.num_batches
 
-    def _forget(self) -> None:
-        """Drop chunks before the one whose batch is in use."""
-        while self._chunks and self.handed > self._before + self._chunks[0].rounds:
-            passed = self._chunks.popleft()
-            self._before += passed.rounds
-            self._samples += passed.samples(passed.rounds)
+    def _drop_finished_chunks(self) -> None:
+        """Drop the chunks before the current batch."""
+        while self._chunks and self.num_yielded > self._dropped + self._chunks[0].num_batches:
+            chunk = self._chunks.popleft()
+            self._dropped += chunk.num_batches
+            self._samples += chunk.samples(chunk.num_batches)
 
     def _counts(self) -> BatchCounts:
-        self._forget()
-        return self._chunks[0].counts_of(self.handed - self._before - 1)
+        self._drop_finished_chunks()
+        return self._chunks[0].counts_of(self.num_yielded - self._dropped - 1)
 
     @property
     def samples(self) -> int:
-        """See `Progress.samples`."""
-        self._forget()
-        return self._samples + (self._chunks[0].samples(self.handed - self._before) if self._chunks else 0)
+        """See `IterationProgress.samples`."""
+        self._drop_finished_chunks()
+        return self._samples + (self._chunks[0].samples(self.num_yielded - self._dropped) if self._chunks else 0)
 
     @property
     def stream(self) -> dict[str, Any] | None:
-        """See `Progress.stream`."""
-        self._forget()
-        if not self.handed or self._chunks[0].states is None:
+        """See `IterationProgress.stream`."""
+        self._drop_finished_chunks()
+        if not self.num_yielded or self._chunks[0].states is None:
             return None
-        return self._chunks[0].states[self.handed - self._before - 1]
+        return self._chunks[0].states[self.num_yielded - self._dropped - 1]
 
     @property
     def remaining(self) -> int | None:
-        """See `Progress.remaining`: 0 or None."""
-        return None if self.handed < self._known or self._more() else 0
+        """See `IterationProgress.remaining`: 0 or None."""
+        return None if self.num_yielded < self._known or self._more() else 0
 
     @property
     def ended(self) -> bool:
-        """See `Progress.ended`."""
-        return self.handed > 0 and self.remaining == 0 and self._ends()
+        """See `IterationProgress.ended`."""
+        return self.num_yielded > 0 and self.remaining == 0 and self._ends()

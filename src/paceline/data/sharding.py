@@ -1,4 +1,4 @@
-"""How the samplers of a loader over a map-style data set are dealt out to ranks."""
+"""Distributes the samples of a map-style data set, as its samplers order them, over the ranks."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Sampler
 
-from paceline.data.order import (
-    ListedOrder,
+from paceline.collectives import BatchCounts
+from paceline.data.epoch_plan import BatchListPlan, EpochPlan, Layout, UniformBatchPlan, within_batch
+from paceline.data.iteration_progress import IterationProgress, PlannedProgress, RecordedBatch, RecordedProgress
+from paceline.data.randomness import IsolatedRng, mix_seed
+from paceline.data.sample_order import (
+    ListOrder,
     TensorOrder,
-    draw_together,
-    own_generators,
-    reach_epoch,
+    maybe_length,
+    run_sampler_on_rank_0,
     sampler_chain,
-    size_of,
+    sampler_generators,
+    set_sampler_epoch,
 )
-from paceline.data.plan import BatchListPlan, Layout, Plan, SamplePlan, within_batch
-from paceline.data.progress import PlannedProgress, Progress, RecordedProgress, Round, known
-from paceline.data.randomness import PrivateRandomness, mix_seed
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from paceline.collectives import Group
-    from paceline.data.order import OrderSource
-    from paceline.data.plan import Layout
+    from paceline.data.sample_order import OrderSource
 
 __all__ = [
     "BatchSharding",
+    "MergedRanksSharding",
     "PlannedSharding",
     "SampleSharding",
     "ShardedBatchSampler",
@@ -40,61 +41,61 @@ __all__ = [
     "UnsizedSharding",
 ]
 
-# Batches per rank that rank 0 draws and sends at a time, where a sampler has no length.
+# Batches per rank that rank 0 draws and sends at a time if a sampler has no length.
 CHUNK = 16
 
 
 class Sharding(ABC):
-    """Deals out the samples of each epoch.
+    """Distributes the samples of each epoch.
 
     Attributes:
-        total_batch_size: Samples of one global batch, None where it varies.
+        total_batch_size: Samples of one global batch, None if it varies.
         splits: Whether all ranks share each batch of the batch sampler.
-        planned_rows: Samples in one rank's batch as the last plan found them; 0 where they vary.
+        planned_batch_size: Samples in one rank's batch according to the last plan; 0 if it varies.
     """
 
     total_batch_size: int | None
     splits = False
-    planned_rows = 0
+    planned_batch_size = 0
 
     @abstractmethod
-    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], Progress] | None:
-        """Return this rank's batches of keys from a position on, and the progress through them.
+    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], IterationProgress] | None:
+        """Return this rank's batches of keys from a position on, and their progress.
 
-        None if no global batch is left there. Collective: every rank must call it.
+        None if no global batch is left. Collective: every rank must call it.
         """
 
     @abstractmethod
     def num_batches(self) -> int:
-        """Return this rank's batches in a whole epoch; TypeError where that is not known."""
+        """Return the number of this rank's batches in a whole epoch; raise TypeError if unknown."""
 
     @abstractmethod
-    def num_rounds(self) -> int | None:
-        """Return the global batches in a whole epoch, None where that is not known."""
+    def num_global_batches(self) -> int | None:
+        """Return the number of global batches in a whole epoch, None if unknown."""
 
     @abstractmethod
     def size(self) -> int | None:
-        """Return the samples of an epoch, None where that is not known."""
+        """Return the number of samples in an epoch, None if unknown."""
 
     @abstractmethod
     def describe(self, seed: int) -> str:
-        """Say in a few words where the order comes from."""
+        """Describe in a few words where the order comes from."""
 
 
 class PlannedSharding(Sharding):
-    """A sharding whose epochs can be planned."""
+    """A sharding that knows all batches of an epoch beforehand."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
 
     @abstractmethod
-    def plan(self, seed: int, epoch: int, samples: int) -> Plan:
-        """Lay out an epoch from a position on. Collective: every rank must call it."""
+    def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
+        """Return the batches of an epoch from a position on. Collective: every rank must call it."""
 
-    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], Progress] | None:
+    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], IterationProgress] | None:
         """See `Sharding.begin`."""
         plan = self.plan(seed, epoch, samples)
-        if not plan.rounds:
+        if not plan.num_global_batches:
             return None
         rank = self._group.rank
         return _batches_of(plan, rank), PlannedProgress(plan, rank)
@@ -105,34 +106,34 @@ class PlannedSharding(Sharding):
 
     @abstractmethod
     def num_batches_of(self, rank: int) -> int:
-        """Return a rank's batches in a whole epoch."""
+        """Return the number of a rank's batches in a whole epoch."""
 
 
-def _batches_of(plan: Plan, rank: int) -> Iterator[list[Any]]:
+def _batches_of(plan: EpochPlan, rank: int) -> Iterator[list[Any]]:
     for index in range(plan.num_batches(rank)):
         yield plan.batch(index, rank)
 
 
 class SampleSharding(PlannedSharding):
-    """Global batches of one size out of an order of samples."""
+    """Global batches of one size, cut from an order of samples."""
 
     def __init__(self, source: OrderSource, layout: Layout, group: Group) -> None:
         super().__init__(group)
         self._source = source
         self.layout = layout
-        self.total_batch_size = layout.global_rows
+        self.total_batch_size = layout.global_batch_size
 
-    def plan(self, seed: int, epoch: int, samples: int) -> Plan:
+    def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
         """See `PlannedSharding.plan`."""
-        return SamplePlan(self._source.of_epoch(seed, epoch), self.layout, samples)
+        return UniformBatchPlan(self._source.of_epoch(seed, epoch), self.layout, samples)
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
         return self.layout.num_batches(self._source.size(), rank)
 
-    def num_rounds(self) -> int | None:
-        """See `Sharding.num_rounds`."""
-        return self.layout.rounds(self._source.size())
+    def num_global_batches(self) -> int | None:
+        """See `Sharding.num_global_batches`."""
+        return self.layout.num_global_batches(self._source.size())
 
     def size(self) -> int | None:
         """See `Sharding.size`."""
@@ -144,10 +145,10 @@ class SampleSharding(PlannedSharding):
 
 
 class BatchSharding(PlannedSharding):
-    """The batches that a batch sampler makes; rank 0 runs it once an epoch.
+    """The batches of a batch sampler, which rank 0 runs once per epoch.
 
-    Batches of one size (the last may be shorter) are dealt out sample by sample like any others; batches of
-    different sizes are dealt out whole.
+    Batches of one size (the last may be shorter) are distributed sample by sample; batches of different sizes are
+    distributed whole.
     """
 
     def __init__(self, batch_sampler: Any, layout: Layout, group: Group, *, split: bool) -> None:
@@ -155,57 +156,126 @@ class BatchSharding(PlannedSharding):
         self._batch_sampler = batch_sampler
         self._layout = layout
         self._split = self.splits = split
-        rows = getattr(batch_sampler, "batch_size", None)
-        self.total_batch_size = None if not isinstance(rows, int) else rows * (1 if split else layout.size)
+        self.total_batch_size = _total_batch_size(batch_sampler, layout, split=split)
 
-    def plan(self, seed: int, epoch: int, samples: int) -> Plan:
+    def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
         """See `PlannedSharding.plan`."""
-        batches = [list(batch) for batch in draw_together(self._batch_sampler, self._group, seed, epoch)]
-        layout = self._uniform(batches)
-        self.planned_rows = 0 if layout is None else layout.rows
+        batches = [list(batch) for batch in run_sampler_on_rank_0(self._batch_sampler, self._group, seed, epoch)]
+        layout = self._uniform_layout(batches)
+        self.planned_batch_size = 0 if layout is None else layout.batch_size
         if layout is None:
             return BatchListPlan(batches, self._layout, split=self._split, start=samples)
         keys = list(chain.from_iterable(batches))
-        whole = all(type(key) is int for key in keys)
-        return SamplePlan(TensorOrder(torch.tensor(keys)) if whole else ListedOrder(keys), layout, samples)
+        are_integers = all(type(key) is int for key in keys)
+        order = TensorOrder(torch.tensor(keys)) if are_integers else ListOrder(keys)
+        return UniformBatchPlan(order, layout, samples)
 
-    def _uniform(self, batches: list[list[Any]]) -> Layout | None:
-        rows = len(batches[0]) if batches else 0
-        if not rows or any(len(batch) != rows for batch in batches[:-1]) or not 0 < len(batches[-1]) <= rows:
+    def _uniform_layout(self, batches: list[list[Any]]) -> Layout | None:
+        """Return the layout of batches of one size, or None if their sizes differ."""
+        sizes = [len(batch) for batch in batches]
+        if not sizes or set(sizes[:-1]) - {sizes[0]} or not 0 < sizes[-1] <= sizes[0]:
             return None
-        if self._split:
-            rows = split_rows(rows, self._layout.size)
-        return replace(self._layout, rows=rows)
+        batch_size = split_batch_size(sizes[0], self._layout.num_ranks) if self._split else sizes[0]
+        return replace(self._layout, batch_size=batch_size)
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
         return self._as_samples().num_batches(len(self._batch_sampler), 0 if self._split else rank)
 
-    def num_rounds(self) -> int | None:
-        """See `Sharding.num_rounds`."""
-        return self._as_samples().rounds(len(self._batch_sampler))
+    def num_global_batches(self) -> int | None:
+        """See `Sharding.num_global_batches`."""
+        return self._as_samples().num_global_batches(len(self._batch_sampler))
 
     def _as_samples(self) -> Layout:
         """Return the layout in which one batch counts as one sample."""
-        size = 1 if self._split else self._layout.size
-        return replace(self._layout, rows=1, size=size)
+        num_ranks = 1 if self._split else self._layout.num_ranks
+        return replace(self._layout, batch_size=1, num_ranks=num_ranks)
 
     def size(self) -> int | None:
-        """See `Sharding.size`; the length of an inner sampler, where there is one."""
-        return next(
-            (n for s in sampler_chain(self._batch_sampler) if s is not self._batch_sampler and (n := size_of(s))),
-            None,
-        )
+        """See `Sharding.size`; the length of an inner sampler, if there is one."""
+        inner_samplers = list(sampler_chain(self._batch_sampler))[1:]
+        lengths = map(maybe_length, inner_samplers)
+        return next((length for length in lengths if length), None)
 
     def describe(self, seed: int) -> str:
         """See `Sharding.describe`."""
         return f"batched by {type(self._batch_sampler).__name__} under (seed {seed}, epoch)"
 
 
-class UnsizedSharding(Sharding):
-    """The batches of a batch sampler that does not know its length; it may never end.
+class _MergedRanksPlan(EpochPlan):
+    """The batches of all ranks of another plan, concatenated in rank order."""
 
-    Rank 0 runs it a few rounds ahead and sends the others the keys. A position is reached by running it.
+    def __init__(self, plan: EpochPlan, layout: Layout) -> None:
+        self._plan = plan
+        self._layout = layout
+        self.num_global_batches = plan.num_global_batches
+
+    def num_batches(self, rank: int) -> int:
+        """See `EpochPlan.num_batches`."""
+        return self.num_global_batches
+
+    def batch(self, index: int, rank: int) -> list[Any]:
+        """See `EpochPlan.batch`."""
+        ranks = [rank for rank in range(self._layout.num_ranks) if index < self._plan.num_batches(rank)]
+        if not self._layout.fill:
+            # A batch that is all padding is not needed here.
+            ranks = [rank for rank in ranks if self._plan.counts(index).real[rank]]
+        return list(chain.from_iterable(self._plan.batch(index, rank) for rank in ranks))
+
+    def counts(self, index: int) -> BatchCounts:
+        """See `EpochPlan.counts`."""
+        counts = self._plan.counts(index)
+        real = sum(counts.real)
+        return BatchCounts(rows=(sum(counts.rows) if self._layout.fill else real,), real=(real,))
+
+    def samples_after(self, num_batches: int) -> int:
+        """See `EpochPlan.samples_after`."""
+        return self._plan.samples_after(num_batches)
+
+
+class MergedRanksSharding(PlannedSharding):
+    """Gives one rank everything that several ranks would get.
+
+    Args:
+        inner: Distributes the samples over those ranks.
+        layout: The layout of `inner`.
+        group: This process only.
+    """
+
+    def __init__(self, inner: PlannedSharding, layout: Layout, group: Group) -> None:
+        super().__init__(group)
+        self._inner = inner
+        self._layout = layout
+        self.total_batch_size = inner.total_batch_size
+        self.splits = inner.splits
+
+    def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
+        """See `PlannedSharding.plan`."""
+        plan = self._inner.plan(seed, epoch, samples)
+        self.planned_batch_size = self._inner.planned_batch_size * self._layout.num_ranks
+        return _MergedRanksPlan(plan, self._layout)
+
+    def num_batches_of(self, rank: int) -> int:
+        """See `PlannedSharding.num_batches_of`."""
+        return self._inner.num_global_batches() or 0
+
+    def num_global_batches(self) -> int | None:
+        """See `Sharding.num_global_batches`."""
+        return self._inner.num_global_batches()
+
+    def size(self) -> int | None:
+        """See `Sharding.size`."""
+        return self._inner.size()
+
+    def describe(self, seed: int) -> str:
+        """See `Sharding.describe`."""
+        return f"{self._inner.describe(seed)}, the batches of {self._layout.num_ranks} ranks merged into one"
+
+
+class UnsizedSharding(Sharding):
+    """The batches of a batch sampler without a length, which may never end.
+
+    Rank 0 runs it some global batches ahead and sends the others the keys. A position is reached by running it.
     """
 
     def __init__(self, batch_sampler: Any, layout: Layout, group: Group, *, split: bool) -> None:
@@ -213,74 +283,75 @@ class UnsizedSharding(Sharding):
         self._layout = layout
         self._group = group
         self._split = self.splits = split
-        rows = getattr(batch_sampler, "batch_size", None)
-        self.total_batch_size = None if not isinstance(rows, int) else rows * (1 if split else layout.size)
+        self.total_batch_size = _total_batch_size(batch_sampler, layout, split=split)
 
-    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], Progress] | None:
+    def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], IterationProgress] | None:
         """See `Sharding.begin`."""
-        reach_epoch(self._batch_sampler, epoch)
-        rounds = self._rounds(seed, epoch, samples)
-        first = next(rounds, None)
+        set_sampler_epoch(self._batch_sampler, epoch)
+        global_batches = self._global_batches(seed, epoch, samples)
+        first = next(global_batches, None)
         if first is None:
             return None
         progress = RecordedProgress(samples)
-        return self._batches(chain([first], rounds), progress, samples), progress
+        return self._batches(chain([first], global_batches), progress, samples), progress
 
     def _batches(
-        self, rounds: Iterable[list[list[Any]]], progress: RecordedProgress, samples: int
+        self, global_batches: Iterable[list[list[Any]]], progress: RecordedProgress, samples: int
     ) -> Iterator[list[Any]]:
-        rounds = iter(rounds)
-        current = opening = next(rounds)
-        skipped = sum(map(len, opening))
+        global_batches = iter(global_batches)
+        current = first = next(global_batches)
+        skipped = sum(map(len, first))
         while current:
-            following = next(rounds, [])
-            plan = BatchListPlan([*opening, *current], self._layout, split=self._split, start=skipped)
+            following = next(global_batches, [])
+            # The first global batch is only there to pad from.
+            plan = BatchListPlan([*first, *current], self._layout, split=self._split, start=skipped)
             samples += sum(map(len, current))
             if not plan.num_batches(self._group.rank):
                 return
-            last = not following or (not self._layout.padded and self._lacks(following))
-            progress.record(Round(plan.counts(0), samples, known(last), known(not following)))
+            is_last_of_all = not following
+            is_last = is_last_of_all or (not self._layout.padded and self._is_without_batch(following))
+            progress.record(RecordedBatch(plan.counts(0), samples, is_last, is_last_of_all))
             yield plan.batch(0, self._group.rank)
             current = following
 
-    def _lacks(self, batches: list[list[Any]]) -> bool:
+    def _is_without_batch(self, batches: list[list[Any]]) -> bool:
         return not self._split and len(batches) <= self._group.rank
 
-    def _rounds(self, seed: int, epoch: int, samples: int) -> Iterator[list[list[Any]]]:
-        """Yield the batches of each round, the last perhaps fewer than there are ranks."""
-        per_round = 1 if self._split else self._layout.size
+    def _global_batches(self, seed: int, epoch: int, samples: int) -> Iterator[list[list[Any]]]:
+        """Yield the batches of each global batch; the last may have fewer batches than there are ranks."""
+        batches_each = 1 if self._split else self._layout.num_ranks
         batches = self._all_batches(seed, epoch)
         left = samples
         while left > 0:
             left -= len(next(batches, [None] * left))
         if left < 0:
             raise within_batch(samples, samples - left)
-        while current := list(islice(batches, per_round)):
-            if len(current) < per_round and self._layout.drop_last:
+        while current := list(islice(batches, batches_each)):
+            if len(current) < batches_each and self._layout.drop_last:
                 return
             yield current
 
     def _all_batches(self, seed: int, epoch: int) -> Iterator[list[Any]]:
-        wanted = CHUNK * (1 if self._split else self._layout.size)
-        randomness = PrivateRandomness(mix_seed(seed, epoch), own_generators(self._batch_sampler))
+        chunk_size = CHUNK * (1 if self._split else self._layout.num_ranks)
+        isolated_rng = IsolatedRng(mix_seed(seed, epoch), sampler_generators(self._batch_sampler))
         batches: Iterator[Any] = iter(())
-        with randomness():
+        with isolated_rng():
             if self._group.rank == 0:
                 batches = iter(self._batch_sampler)
         while True:
-            with randomness():
-                chunk = [list(batch) for batch in islice(batches, wanted)]
+            with isolated_rng():
+                chunk = [list(batch) for batch in islice(batches, chunk_size)]
             chunk = self._group.broadcast_object(chunk)
             yield from chunk
-            if len(chunk) < wanted:
+            if len(chunk) < chunk_size:
                 return
 
     def num_batches(self) -> int:
         """Raise TypeError, as `len` of a loader without a length does."""
         raise TypeError(f"the batch sampler {type(self._batch_sampler).__name__} has no length")
 
-    def num_rounds(self) -> int | None:
-        """See `Sharding.num_rounds`."""
+    def num_global_batches(self) -> int | None:
+        """See `Sharding.num_global_batches`."""
         return None
 
     def size(self) -> int | None:
@@ -292,24 +363,32 @@ class UnsizedSharding(Sharding):
         return f"batched by {type(self._batch_sampler).__name__} under (seed {seed}, epoch), no length"
 
 
-def split_rows(rows: int, size: int) -> int:
-    """Return a rank's part of a batch that all ranks share; raise `DataError` if it is not whole."""
-    if rows % size:
+def _total_batch_size(batch_sampler: Any, layout: Layout, *, split: bool) -> int | None:
+    """Return the samples of a global batch, None if the batch sampler does not have a fixed `batch_size`."""
+    batch_size = getattr(batch_sampler, "batch_size", None)
+    if not isinstance(batch_size, int):
+        return None
+    return batch_size if split else batch_size * layout.num_ranks
+
+
+def split_batch_size(batch_size: int, num_ranks: int) -> int:
+    """Return the size of a rank's part of a shared batch; raise `DataError` if the batch cannot be split evenly."""
+    if batch_size % num_ranks:
         raise DataError(
-            f"A batch of {rows} samples is to be split over {size} ranks",
+            f"A batch of {batch_size} samples cannot be split evenly over {num_ranks} ranks",
             "split_batches=True gives each rank an equal part of every batch",
-            f"Choose a batch size that is a multiple of {size}, or use split_batches=False",
+            f"Choose a batch size that is a multiple of {num_ranks}, or use split_batches=False",
         )
-    return rows // size
+    return batch_size // num_ranks
 
 
 class ShardedBatchSampler(Sampler[Any]):
-    """Yields this rank's batches of keys for the pass that the loader has begun.
+    """Yields this rank's batches of keys for the iteration that the loader has begun.
 
     Args:
-        sharding: Deals out the samples.
-        batch_sampler: The user's own batch sampler (or sampler, for a loader without batches).
-        single: Yield the one key of each batch instead of a list, for a loader without batches.
+        sharding: Distributes the samples.
+        batch_sampler: The user's own batch sampler (or sampler, for a loader with batch_size=None).
+        single: Yield the one key of each batch instead of a list, for a loader with batch_size=None.
     """
 
     def __init__(self, sharding: Sharding, batch_sampler: Any, *, single: bool = False) -> None:
@@ -318,12 +397,12 @@ class ShardedBatchSampler(Sampler[Any]):
         self._single = single
         self._batches: Iterable[Any] = ()
 
-    def follow(self, batches: Iterable[Any]) -> None:
+    def set_batches(self, batches: Iterable[Any]) -> None:
         """Make the next iteration yield these batches."""
         self._batches = (batch[0] for batch in batches) if self._single else batches
 
     def __iter__(self) -> Iterator[Any]:
-        # torch's iterator with workers calls this twice before it takes the first batch.
+        # Always over the same iterable: with workers, torch calls this twice before it takes the first batch.
         return iter(self._batches)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Streams that know where they are: their state is saved and loaded, and nothing is read twice."""
+"""Saves and loads the state of streams, so that a resumed run reads nothing twice."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Stateful",
     "StatefulShard",
-    "StreamKeeper",
+    "StreamStateHandle",
     "check_not_restored",
     "is_torchdata_loader",
-    "keeper_of",
+    "maybe_state_handle",
     "shard_of",
     "torchdata_loader",
 ]
@@ -31,62 +31,64 @@ _NONE: Any = object()
 
 @runtime_checkable
 class Stateful(Protocol):
-    """What can say where it is, and go on from there."""
+    """An object whose position can be saved and loaded, such as a stream."""
 
     def state_dict(self) -> Any:
-        """Return where it is."""
+        """Return the position."""
         ...
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Go on from there, the next time it is iterated."""
+        """Continue from a position in the next iteration."""
         ...
 
 
 class StatefulShard(StreamShard):
-    """One rank's part of a data set that has a state; see `StreamShard`.
+    """One rank's part of a data set with a state; see `StreamShard`.
 
-    Its own state is that of the data set and where the next item falls among the readers. Each pass is opened
-    anew: the state is loaded after `set_epoch`, so that neither undoes the other.
+    Its state is that of the data set, and which reader gets the next item. The state is loaded at the beginning of each
+    iteration, after `set_epoch`, so that neither undoes the other.
     """
 
     def __init__(
         self, dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False, block: int = 1
     ) -> None:
         super().__init__(dataset, rank, size, num_workers, by_items=by_items, block=block)
-        self._waiting: dict[str, Any] | None = None
-        self._loaded_state: Any = None
-        self._is_open = False
+        # The state from which the next iteration is to begin.
+        self._pending_state: dict[str, Any] | None = None
+        # The data set's state that this iteration has begun from.
+        self._start_state: Any = None
+        self._begun = False
         self._finished = False
-        self._loaded = False
-        self._counts_items = _loses_its_place(dataset)
+        self._ever_loaded = False
+        self._counts_items = _state_is_wrong_after_loading(dataset)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the pass is: before the next item that would be handed out."""
-        if self._waiting is not None:
-            return self._waiting
-        if not self._is_open:
+        """Return the position before the next item."""
+        if self._pending_state is not None:
+            return self._pending_state
+        if not self._begun:
             return {"dataset": None, "number": 0, "finished": False}
-        place = {"number": self._next_number, "finished": self._finished}
-        if self._counts_items and self._loaded_state is not None:
-            return {"dataset": self._loaded_state, "items": self._items, **place}
-        # Copied: what a data set returns may go on changing.
-        return {"dataset": copy.deepcopy(self.dataset.state_dict()), **place}
+        shard_state = {"number": self._next_number, "finished": self._finished}
+        if self._counts_items and self._start_state is not None:
+            return {"dataset": self._start_state, "items": self._items, **shard_state}
+        # Copied, because a data set may keep changing the state that it returned.
+        return {"dataset": copy.deepcopy(self.dataset.state_dict()), **shard_state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next iteration begin there."""
-        self._waiting = state_dict
+        """Let the next iteration begin at a saved position."""
+        self._pending_state = state_dict
 
     def __iter__(self) -> Iterator[Any]:
-        # Before the first item is taken the state must be that of a new pass, not the end of the one before.
-        self._is_open = self._finished = False
-        waiting = self._waiting
-        if waiting is None or not waiting["finished"]:
+        # Until the first item is taken, the state is that of a new iteration, not of the end of the last one.
+        self._begun = self._finished = False
+        pending = self._pending_state
+        if pending is None or not pending["finished"]:
             return super().__iter__()
-        # At once: a reader that knows that it had come to the end asks for no item.
+        # Now, because a reader that knows it has reached the end takes no item.
         block, self._block = self._block, 1
         if next(super().__iter__(), _NONE) is not _NONE:
-            # This data set had gone back to its start already; others stop there once more.
-            self.dataset.load_state_dict(waiting["dataset"])
+            # This data set had already returned to its start; others stop at the end once more.
+            self.dataset.load_state_dict(pending["dataset"])
         self._block = block
         self._finished = True
         return iter(())
@@ -96,24 +98,24 @@ class StatefulShard(StreamShard):
         self._finished = True
 
     def _restore(self) -> tuple[int, int]:
-        waiting, self._waiting = self._waiting, None
-        self._is_open = True
-        self._loaded_state = None if waiting is None else waiting["dataset"]
-        self._items = 0 if waiting is None else int(waiting.get("items", 0))
-        if self._loaded_state is not None:
-            self.dataset.load_state_dict(copy.deepcopy(self._loaded_state))
-            self._loaded = True
-        elif self._loaded and hasattr(self.dataset, "_starting_state_dict"):
-            # Data sets of `datasets` begin every pass over the epoch of a loaded state there.
+        pending, self._pending_state = self._pending_state, None
+        self._begun = True
+        self._start_state = None if pending is None else pending["dataset"]
+        self._items = 0 if pending is None else int(pending.get("items", 0))
+        if self._start_state is not None:
+            self.dataset.load_state_dict(copy.deepcopy(self._start_state))
+            self._ever_loaded = True
+        elif self._ever_loaded and hasattr(self.dataset, "_starting_state_dict"):
+            # Data sets of `datasets` would begin every iteration over that epoch at the loaded state.
             self.dataset.load_state_dict(None)
-        return (0 if waiting is None else int(waiting["number"])), self._items
+        return (0 if pending is None else int(pending["number"])), self._items
 
 
-def _loses_its_place(dataset: Any) -> bool:
-    """Say whether it is a data set of a release of `datasets` whose state is wrong once a state was loaded.
+def _state_is_wrong_after_loading(dataset: Any) -> bool:
+    """Say whether this is a data set of a `datasets` release whose state is wrong after a state was loaded.
 
-    In 5.0 it stays at the start of the epoch (datasets#8308), and before that it leaves out samples of tables that are
-    cut anew. The place is then that of the state that was loaded, and how many items came since.
+    In 5.0 the state stays at the start of the epoch (datasets#8308); earlier releases skip samples of tables that are
+    rebatched. The position is then saved as the loaded state and the number of items read since.
     """
     if not hasattr(dataset, "_ex_iterable"):
         return False
@@ -122,67 +124,67 @@ def _loses_its_place(dataset: Any) -> bool:
     return numbers < [5, 1]
 
 
-class StreamKeeper:
+class StreamStateHandle:
     """Reads and loads the state of the stream behind a reader.
 
     Args:
-        holder: Who has the state.
-        kind: What kind of state it is; a state of another kind is not loaded.
-        copies: Copy what is read, because it may go on changing.
+        owner: The object that has the state.
+        kind: The kind of state; a state of another kind is not loaded.
+        copies: Copy the state that is read, because the owner may keep changing it.
     """
 
-    def __init__(self, holder: Stateful, kind: str, *, copies: bool = False) -> None:
-        self._holder = holder
+    def __init__(self, owner: Stateful, kind: str, *, copies: bool = False) -> None:
+        self._owner = owner
         self._kind = kind
         self._copies = copies
 
     def read(self) -> dict[str, Any]:
         """Return the state after the batch that was read last."""
-        state = self._holder.state_dict()
+        state = self._owner.state_dict()
         return {"kind": self._kind, "state": copy.deepcopy(state) if self._copies else state}
 
     def load(self, saved: dict[str, Any] | None) -> bool:
-        """Let the next iteration of the reader go on there; return whether that can be done."""
+        """Let the next iteration of the reader continue at a saved state; return whether that is possible."""
         if saved is None or saved.get("kind") != self._kind:
             return False
-        self._holder.load_state_dict(saved["state"])
+        self._owner.load_state_dict(saved["state"])
         return True
 
 
-def keeper_of(reader: DataLoader[Any]) -> StreamKeeper | None:
-    """Return what saves the stream of a reader, or None if only reading up to a position leads there.
+def maybe_state_handle(reader: DataLoader[Any]) -> StreamStateHandle | None:
+    """Return what saves and loads the state of a reader's stream, or None if the stream has to be read again.
 
-    With workers the state lives in their processes; torchdata's loader fetches it from there, torch's does not.
+    With workers the state is in their processes; torchdata's loader fetches it from there, torch's does not.
     """
     dataset = reader.dataset
     if isinstance(dataset, StatefulShard):
         if is_torchdata_loader(reader):
-            return StreamKeeper(reader, f"torchdata, {reader.num_workers} workers")  # type: ignore[arg-type]
-        return StreamKeeper(dataset, "dataset") if not reader.num_workers else None
+            return StreamStateHandle(reader, f"torchdata, {reader.num_workers} workers")  # type: ignore[arg-type]
+        return StreamStateHandle(dataset, "dataset") if not reader.num_workers else None
     if not isinstance(dataset, StreamShard) and isinstance(reader, Stateful) and not is_torchdata_loader(reader):
-        return StreamKeeper(reader, type(reader).__name__, copies=True)
+        return StreamStateHandle(reader, type(reader).__name__, copies=True)
     return None
 
 
 def shard_of(
     dataset: Any, rank: int, size: int, num_workers: int, *, by_items: bool = False, block: int = 1
 ) -> StreamShard:
-    """Make one rank's part of a stream, with a state if the stream has one that loses nothing."""
+    """Return one rank's part of a stream, with a state if the stream has a complete one."""
     stateful = isinstance(dataset, Stateful) and not _has_shuffle_buffer(dataset)
     kind = StatefulShard if stateful else StreamShard
     return kind(dataset, rank, size, num_workers, by_items=by_items, block=block)
 
 
 def _has_shuffle_buffer(dataset: Any) -> bool:
-    """Say whether it is a data set of `datasets` whose state leaves out what waits in a buffer."""
-    waiting = [getattr(dataset, "_ex_iterable", None)]
-    while waiting:
-        current = waiting.pop()
+    """Say whether this is a data set of `datasets` with a shuffle buffer, which its state does not include."""
+    iterables = [getattr(dataset, "_ex_iterable", None)]
+    while iterables:
+        current = iterables.pop()
         if current is None:
             continue
         if type(current).__name__ == "BufferShuffledExamplesIterable":
             return True
-        waiting += [getattr(current, "ex_iterable", None), *(getattr(current, "ex_iterables", None) or ())]
+        iterables += [getattr(current, "ex_iterable", None), *(getattr(current, "ex_iterables", None) or ())]
     return False
 
 
@@ -211,10 +213,10 @@ def torchdata_loader() -> type[DataLoader[Any]]:
 
 
 def check_not_restored(loader: Any) -> None:
-    """Refuse a torchdata loader that holds a position of its own; raise `DataError`."""
+    """Raise `DataError` if a torchdata loader has a loaded position of its own."""
     if is_torchdata_loader(loader) and getattr(loader, "next_iter_state", None) is not None:
         raise DataError(
-            "A StatefulDataLoader was given a state before it was prepared",
-            "The prepared loader keeps the position itself, counted over all ranks",
-            "Prepare the loader first and call load_state_dict of what prepare returned, or accelerator.load_state",
+            "A StatefulDataLoader had a state loaded before it was prepared",
+            "The prepared loader tracks the position itself, counted over all ranks",
+            "Prepare the loader first, then call load_state_dict on what prepare returned, or accelerator.load_state",
         )

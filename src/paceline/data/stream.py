@@ -1,4 +1,4 @@
-"""Reads batches whose number is not known before they are read, and lets ranks agree on the end."""
+"""Reads batches whose number is unknown beforehand, and lets the ranks agree on where they end."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from paceline.collectives import BatchCounts
+from paceline.data.batch_source import BatchSource, batch_text
 from paceline.data.counting import CountedBatch, CountingCollate
 from paceline.data.epochs import set_dataset_epoch
-from paceline.data.progress import Progress
-from paceline.data.randomness import PrivateRandomness, kept_randomness, mix_seed
+from paceline.data.iteration_progress import IterationProgress
+from paceline.data.randomness import IsolatedRng, mix_seed, preserved_rng
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
-from paceline.data.reading import Reading, batch_text
-from paceline.data.stateful import StatefulShard, keeper_of
-from paceline.data.worker_split import StreamShard, way_to_skip
+from paceline.data.sample_order import maybe_length
+from paceline.data.stateful import StatefulShard, maybe_state_handle
+from paceline.data.worker_split import StreamShard, maybe_skip_method
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,107 +32,118 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from paceline.collectives import Group, Pending
-    from paceline.data.plan import Layout
-    from paceline.data.reading import Position
-    from paceline.data.stateful import StreamKeeper
+    from paceline.data.batch_source import Position
+    from paceline.data.epoch_plan import Layout
+    from paceline.data.stateful import StreamStateHandle
 
-__all__ = ["StreamReading", "StreamSource"]
+__all__ = ["StreamBatchSource", "StreamReader"]
 
 logger = logging.getLogger(__name__)
 
 _NONE: Any = object()
 
-# What a rank says before the samples of each of its batches: how many global batches it would like to read next, how
-# many batches it has for this chunk, and whether all of those are full.
-HEAD = 3
+# A rank's message about a chunk begins with these numbers, before the samples of each batch: how many global batches it
+# would like the next chunk to have, how many batches it has for this one, and whether all of those are full.
+HEADER_LENGTH = 3
 
 
-class StreamSource:
-    """Where the batches of a stream come from: a reader, begun at a position.
+class StreamReader:
+    """A `DataLoader` over a stream, whose iteration can begin at a position.
 
     Args:
-        reader: Yields this rank's batches on the host.
-        rows: Samples in a whole batch, where the reader counts them; 0 where its batches are taken whole.
+        reader: Yields this rank's batches in host memory.
+        batch_size: Samples in a whole batch, if the reader counts them; 0 if its batches are taken whole.
     """
 
-    def __init__(self, reader: DataLoader[Any], rows: int) -> None:
+    def __init__(self, reader: DataLoader[Any], batch_size: int) -> None:
         self.reader = reader
-        self.rows = rows
+        self.batch_size = batch_size
         self.counted = isinstance(reader.collate_fn, CountingCollate)
-        self.keeper = keeper_of(reader)
+        self.state_handle = maybe_state_handle(reader)
         self.readers = max(1, reader.num_workers)
 
     def begin(
-        self, seed: int, position: Position, batches: int, *, padded: bool, randomness: AbstractContextManager[Any]
+        self, seed: int, position: Position, batches: int, *, padded: bool, rng_context: AbstractContextManager[Any]
     ) -> tuple[Iterator[CountedBatch], Any]:
-        """Begin a pass at a position; return the batches from there on, and the last one that was read to get there.
+        """Begin an iteration at a position: with the stream's own state, by its skip method, or by reading up to it.
 
         Args:
-            seed: Of the order.
+            seed: The seed of the order.
             position: Where to begin.
-            batches: How many batches of this reader come before it.
-            padded: Whether short batches are completed.
-            randomness: Where random numbers come from while batches are dropped.
+            batches: The number of this reader's batches before it.
+            padded: Whether short batches are padded.
+            rng_context: The random state while batches are read and dropped.
+
+        Returns:
+            The batches from there on, and the last batch that was dropped (`_NONE` if none was).
         """
-        dataset, state = self.reader.dataset, position.stream
         if isinstance(self.reader.collate_fn, CountingCollate):
-            self.reader.collate_fn.complete(padded)
-        restored = self.keeper is not None and self.keeper.load(state)
-        way = None if restored or not batches else self._way_to_skip()
-        if not isinstance(dataset, StreamShard):
-            set_dataset_epoch(dataset, position.epoch)
-        else:
-            dataset.reach(seed, position.epoch, skipped=batches * max(1, self.rows) if way else 0)
-        found = iter(self.reader) if self.counted else map(_whole, self.reader)
+            self.reader.collate_fn.set_padding(padded)
+        restored = self.state_handle is not None and self.state_handle.load(position.stream)
+        skip_method = None if restored or not batches else self._maybe_skip_method()
+        self._set_epoch(seed, position.epoch, skipped=batches * max(1, self.batch_size) if skip_method else 0)
+        iterator = iter(self.reader) if self.counted else map(_uncounted, self.reader)
+        if restored or not batches:
+            return iterator, _NONE
+        if skip_method:
+            name = _name_of(self.reader.dataset)
+            logger.info("paceline resumes at batch %d of the stream %s with its %s", batches, name, skip_method)
+            return iterator, _NONE
         last: Any = _NONE
-        if batches and way:
-            logger.info("paceline goes on at batch %d of the stream %s by its %s", batches, _name_of(dataset), way)
-        elif batches and not restored:
-            say_rereading(self.reader, f"{batches} batches", position)
-            with randomness:
-                for _ in range(batches):
-                    last = next(found, last)
-        return found, last
+        log_rereading(self.reader, f"{batches} batches", position)
+        with rng_context:
+            for _ in range(batches):
+                last = next(iterator, last)
+        return iterator, last
 
-    def _way_to_skip(self) -> str | None:
-        """Name the method of the data set that leads to a position; only one reader knows how many items it took."""
+    def _set_epoch(self, seed: int, epoch: int, *, skipped: int) -> None:
         dataset = self.reader.dataset
-        single = isinstance(dataset, StreamShard) and self.readers == 1
-        return way_to_skip(dataset.dataset) if single else None  # type: ignore[attr-defined]
+        if isinstance(dataset, StreamShard):
+            dataset.set_epoch_state(seed, epoch, skipped=skipped)
+        else:
+            set_dataset_epoch(dataset, epoch)
 
-    def resumes_by(self) -> str:
-        """Say how a position within an epoch is reached."""
-        if self.keeper is not None:
+    def _maybe_skip_method(self) -> str | None:
+        """Return the data set's skip method; with several readers the number of items each has taken is unknown."""
+        dataset = self.reader.dataset
+        if not isinstance(dataset, StreamShard) or self.readers > 1:
+            return None
+        return maybe_skip_method(dataset.dataset)
+
+    def describe_resuming(self) -> str:
+        """Describe how a position within an epoch is reached."""
+        if self.state_handle is not None:
             return "resumed by its own state"
-        way = self._way_to_skip()
-        return f"resumed by its {way}" if way else "resumed by reading again"
+        skip_method = self._maybe_skip_method()
+        return f"resumed by its {skip_method}" if skip_method else "resumed by reading again"
 
 
-def _whole(batch: Any) -> CountedBatch:
+def _uncounted(batch: Any) -> CountedBatch:
     return CountedBatch(batch, 1, 1)
 
 
-class StreamReading(Reading):
+class StreamBatchSource(BatchSource):
     """Each rank reads its own part of a stream, a little ahead.
 
-    The ranks tell each other how many samples are in the batches of the next chunk, in one exchange that goes on while
-    those before are used. Ranks whose part ends early go on with padding (`even`), all stop before the first incomplete
-    round (`drop_last`), or each stops by itself (neither). What a reader without workers draws at random is its own
-    where there are several ranks, so that it does not depend on how far ahead it reads.
+    In one exchange per chunk, which overlaps with the use of the previous chunk, the ranks tell each other how many
+    samples their next batches have. If the parts of some ranks end early, those ranks continue with padding (`even`),
+    all ranks stop before the first incomplete global batch (`drop_last`), or each rank stops by itself (neither). With
+    several ranks, a reader without workers draws random numbers from an isolated state, so that they do not depend on
+    how far ahead it reads.
 
     Args:
-        source: Where this rank's batches come from.
-        layout: `rows` is 0 where the size of batches is not known.
+        reader: Reads this rank's batches.
+        layout: How global batches are distributed; `batch_size` is 0 if unknown.
         group: The ranks.
         note: How the stream is split, for `describe`.
-        length: Tells the number of batches, where the reader knows better than its data set.
+        length: Returns the number of batches, if the reader knows it better than its data set.
     """
 
     rereads = True
 
     def __init__(
         self,
-        source: StreamSource,
+        reader: StreamReader,
         layout: Layout,
         group: Group,
         note: str,
@@ -139,89 +151,98 @@ class StreamReading(Reading):
         length: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(group)
-        self._source = source
+        self._reader = reader
         self._layout = layout
         self._note = note
         self._length = length
-        self.total_batch_size = layout.global_rows or None
+        self.total_batch_size = layout.global_batch_size or None
 
     def begin(
         self, read: Callable[[], Iterator[Any]], seed: int, position: Position
-    ) -> tuple[Iterator[Any], Progress] | None:
-        """See `Reading.begin`; a position is reached by the stream's own state, by skipping, or by reading up to it."""
-        source, group, layout = self._source, self._group, self._layout
+    ) -> tuple[Iterator[Any], IterationProgress] | None:
+        """See `BatchSource.begin`; see `StreamReader.begin` for how a position is reached."""
+        reader, group, layout = self._reader, self._group, self._layout
         if group.size == 1:
-            batches, _ = source.begin(seed, position, position.batches, padded=False, randomness=kept_randomness())
-            return _begun_alone(batches, source, position)
-        private = None
-        if not source.reader.num_workers:
-            private = PrivateRandomness(mix_seed(seed, position.epoch, group.rank))
-            if isinstance(source.reader.dataset, StreamShard):
-                source.reader.dataset.alone = True
-        around = nullcontext() if private is None else private()
-        batches, last = source.begin(
-            seed, position, position.batches, padded=layout.padded and layout.fill, randomness=around
+            batches, _ = reader.begin(seed, position, position.batches, padded=False, rng_context=preserved_rng())
+            return _begin_single_process(batches, reader, position)
+        isolated_rng = None
+        if not reader.reader.num_workers:
+            isolated_rng = IsolatedRng(mix_seed(seed, position.epoch, group.rank))
+            if isinstance(reader.reader.dataset, StreamShard):
+                reader.reader.dataset.has_isolated_rng = True
+        rng_context = nullcontext() if isolated_rng is None else isolated_rng()
+        batches, last = reader.begin(
+            seed, position, position.batches, padded=layout.padded and layout.fill, rng_context=rng_context
         )
-        run = _Run(batches, last, source, layout, group, private)
-        return (run.batches(), run.progress) if run.open(position.samples) else None
+        iteration = _StreamIteration(batches, last, reader, layout, group, isolated_rng)
+        return (iteration.batches(), iteration.progress) if iteration.open(position.samples) else None
 
     @property
-    def keeps_state(self) -> bool:
-        """See `Reading.keeps_state`."""
-        return self._source.keeper is not None
+    def has_stream_state(self) -> bool:
+        """See `BatchSource.has_stream_state`."""
+        return self._reader.state_handle is not None
 
     @property
     def readers(self) -> int:
-        """See `Reading.readers`."""
-        return self._source.readers
+        """See `BatchSource.readers`."""
+        return self._reader.readers
 
     def check(self, position: Position, *, begun: bool = False) -> None:
-        """See `Reading.check`; also refuses a position of other ranks, or other workers."""
-        then, now = (position.ranks, position.readers), (self._group.size, self.readers)
-        if position.is_within and (then[0] not in (0, now[0]) or then[1] not in (0, now[1])):
+        """See `BatchSource.check`; also rejects a position of another number of ranks or workers."""
+        saved, current = (position.ranks, position.readers), (self._group.size, self.readers)
+        if position.is_within and (saved[0] not in (0, current[0]) or saved[1] not in (0, current[1])):
             raise DataError(
-                f"The position in a stream was saved by {_readers_text(*then)} and is loaded by {_readers_text(*now)}",
-                "Each reader reads its own part, so that parts of other readers cannot be gone on with",
-                "Resume with the same ranks and workers, or save at the end of a pass",
+                f"The position in a stream was saved by {_readers_text(*saved)} and is loaded by "
+                f"{_readers_text(*current)}",
+                "Each reader reads its own part of the stream, and cannot continue the parts of other readers",
+                "Resume with the same number of ranks and workers, or save at the end of an epoch",
             )
         super().check(position, begun=begun)
 
-    def samples_before(self, seed: int, epoch: int, rounds: int) -> int:
-        """See `Reading.samples_before`; batches that nobody counts are the unit themselves."""
-        if not self._source.counted:
-            return rounds * self._group.size
-        return super().samples_before(seed, epoch, rounds)
+    def samples_before(self, seed: int, epoch: int, num_batches: int) -> int:
+        """See `BatchSource.samples_before`; positions of batches that are not counted are in batches."""
+        if not self._reader.counted:
+            return num_batches * self._group.size
+        return super().samples_before(seed, epoch, num_batches)
 
     def num_batches(self) -> int:
-        """See `Reading.num_batches`."""
+        """See `BatchSource.num_batches`."""
         if self._length is not None:
             return self._length()
         size = self.size()
-        if size is None or not self._layout.rows:
-            raise TypeError("this stream does not tell how many batches it yields")
+        if size is None or not self._layout.batch_size:
+            raise TypeError("this stream has no length: the number of its batches is unknown")
         return self._layout.num_batches(size, self._group.rank)
 
+    def may_differ_from_length(self, samples: int) -> bool:
+        """See `BatchSource.may_differ_from_length`; each reader may have a short last batch of its own."""
+        size, layout = self.size(), self._layout
+        if size is None or not self._reader.counted:
+            return False
+        if layout.num_ranks > 1 and not layout.padded and not layout.drop_last:
+            # This rank does not know what the others have read after its own end.
+            return True
+        droppable = layout.global_batch_size * self.readers if layout.drop_last else 0
+        return 0 <= size - samples <= droppable
+
     def size(self) -> int | None:
-        """See `Reading.size`."""
-        dataset = self._source.reader.dataset
-        try:
-            return len(dataset.dataset if isinstance(dataset, StreamShard) else dataset)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            return None
+        """See `BatchSource.size`."""
+        dataset = self._reader.reader.dataset
+        return maybe_length(dataset.dataset if isinstance(dataset, StreamShard) else dataset)
 
     def describe(self, seed: int) -> str:
-        """See `Reading.describe`."""
+        """See `BatchSource.describe`."""
         return (
-            f"{self._note}, {batch_text(self.total_batch_size, self._group.size)}, {self._source.resumes_by()} "
+            f"{self._note}, {batch_text(self.total_batch_size, self._group.size)}, {self._reader.describe_resuming()} "
             "within an epoch"
         )
 
 
-class _SingleProgress(Progress):
-    """Progress of a rank that is alone and has read one batch ahead.
+class _SingleProcessProgress(IterationProgress):
+    """Progress of a single process that has read one batch ahead.
 
     Args:
-        samples: Position at which the pass begins.
+        samples: Position at which the iteration begins.
         counted: Whether batches are counted in samples.
     """
 
@@ -229,70 +250,73 @@ class _SingleProgress(Progress):
         super().__init__()
         self._samples = samples
         self._counted = counted
-        self._waiting: deque[tuple[int, bool, dict[str, Any] | None]] = deque()
+        self._recorded: deque[tuple[int, bool, dict[str, Any] | None]] = deque()
         self._real = 0
-        self._last = False
+        self._is_last = False
         self._stream: dict[str, Any] | None = None
-        # Notes a batch that will be handed out: its samples, whether it is the last, the state of the stream after it.
-        self.record = self._waiting.append
+        # Adds a batch that will be yielded: its samples, whether it is the last, the state of the stream after it.
+        self.record = self._recorded.append
 
-    def hand_out(self) -> None:
-        """See `Progress.hand_out`."""
-        self._real, self._last, self._stream = self._waiting.popleft()
+    def advance(self) -> None:
+        """See `IterationProgress.advance`."""
+        self._real, self._is_last, self._stream = self._recorded.popleft()
         self._samples += self._real
-        self.handed += 1
+        self.num_yielded += 1
 
     def _counts(self) -> BatchCounts:
         return BatchCounts(rows=(self._real,), real=(self._real,), counted=self._counted)
 
     @property
     def samples(self) -> int:
-        """See `Progress.samples`."""
+        """See `IterationProgress.samples`."""
         return self._samples
 
     @property
     def stream(self) -> dict[str, Any] | None:
-        """See `Progress.stream`."""
+        """See `IterationProgress.stream`."""
         return self._stream
 
     @property
     def remaining(self) -> int | None:
-        """See `Progress.remaining`: 0 or None."""
-        return 0 if self._last else None
+        """See `IterationProgress.remaining`: 0 or None."""
+        return 0 if self._is_last else None
 
     @property
     def ended(self) -> bool:
-        """See `Progress.ended`."""
-        return self._last
+        """See `IterationProgress.ended`."""
+        return self._is_last
 
 
-def _begun_alone(
-    batches: Iterator[CountedBatch], source: StreamSource, position: Position
-) -> tuple[Iterator[Any], Progress] | None:
+def _begin_single_process(
+    batches: Iterator[CountedBatch], reader: StreamReader, position: Position
+) -> tuple[Iterator[Any], IterationProgress] | None:
     first = next(batches, None)
     if first is None:
         return None
-    progress = _SingleProgress(position.samples, counted=source.counted)
-    return _one_ahead(first, batches, source.keeper, progress), progress
+    progress = _SingleProcessProgress(position.samples, counted=reader.counted)
+    return _one_ahead(first, batches, reader.state_handle, progress), progress
 
 
 def _one_ahead(
-    batch: CountedBatch, batches: Iterator[CountedBatch], keeper: StreamKeeper | None, progress: _SingleProgress
+    batch: CountedBatch,
+    batches: Iterator[CountedBatch],
+    state_handle: StreamStateHandle | None,
+    progress: _SingleProcessProgress,
 ) -> Iterator[Any]:
     record = progress.record
     following: CountedBatch | None = batch
     state, failure = None, None
     while following is not None:
         batch = following
-        if keeper is not None:
+        if state_handle is not None:
             # Before the batch after this one is read.
-            state = keeper.read()
+            state = state_handle.read()
         try:
             following = next(batches, None)
         except Exception as error:
             failure = error
         if failure is not None:
-            # What was read before the failure is used before it.
+            # The batch that was read before the failure is used first.
             record((batch.real, False, state))
             yield batch.data
             raise failure
@@ -300,240 +324,260 @@ def _one_ahead(
         yield batch.data
 
 
-class _Run:
-    """One pass over a stream on this rank, among several.
+class _StreamIteration:
+    """One iteration over a stream on this rank, among several.
 
     Args:
-        batches: This rank's own.
-        last: The batch before them that was read last, `_NONE` if there is none.
-        source: Where they come from.
-        layout: How global batches are dealt out.
+        batches: This rank's own batches.
+        last: The batch that was read last before them, `_NONE` if there is none.
+        reader: Where they come from.
+        layout: How global batches are distributed.
         group: The ranks.
-        private: What is drawn at random while batches are read, where that is not done by workers.
+        isolated_rng: The random state while batches are read; None if workers read them.
     """
 
     def __init__(
         self,
         batches: Iterator[CountedBatch],
         last: Any,
-        source: StreamSource,
+        reader: StreamReader,
         layout: Layout,
         group: Group,
-        private: PrivateRandomness | None,
+        isolated_rng: IsolatedRng | None,
     ) -> None:
         self._batches = batches
-        self._keeper = source.keeper
-        self._counted = source.counted
-        self._rows = source.rows if source.counted else 1
+        self._state_handle = reader.state_handle
+        self._counted = reader.counted
+        self._batch_size = reader.batch_size if reader.counted else 1
         self._layout = layout
         self._padded, self._drop_last = layout.padded, layout.drop_last
         self._group = group
-        self._private = private
-        self._full = self._counts_of([self._rows] * group.size)
-        # What pads this rank's part once it has ended.
+        self._isolated_rng = isolated_rng
+        self._full_counts = self._counts_of([self._batch_size] * group.size)
+        # The batch that pads this rank's part once it has ended.
         self._filler: Any = last.data if isinstance(last, CountedBatch) else _NONE
         self._read: deque[CountedBatch] = deque()
+        # States of the stream after each batch of `_read`, after the last batch read, and after the last one announced.
         self._states: deque[dict[str, Any] | None] = deque()
         self._state: dict[str, Any] | None = None
-        self._state_told: dict[str, Any] | None = None
+        self._announced_state: dict[str, Any] | None = None
         self._ended = False
-        # Batches of `_read` that the other ranks do not know of, the last ones.
-        self._untold = 0
-        self._size = 1
-        self._ahead = ReadAhead()
-        self._given = self._given_before = 0
+        # How many of the last batches of `_read` the other ranks do not know about.
+        self._unannounced = 0
+        self._chunk_size = 1
+        self._read_ahead = ReadAhead()
+        self._num_yielded = self._yielded_at_last_start = 0
         self._pending: Pending | None = None
-        # Chunks that are agreed on and not begun.
+        # Chunks that the ranks have agreed on and that were not begun.
         self._agreed: deque[Chunk] = deque()
-        # Whether the ranks exchange nothing any more: this pass has ended, or some rank has left it.
-        self._settled = False
-        self._goes_on_alone = False
+        # Whether the ranks exchange nothing more: this iteration has ended, or some rank has left it.
+        self._exchanges_done = False
+        self._continues_by_itself = False
         self._others_end = True
         self.progress: ChunkProgress
 
     def open(self, samples: int) -> bool:
         """Agree on the first global batch; return whether there is one."""
-        self.progress = ChunkProgress(samples, self._more, lambda: self._others_end)
-        self._start()
-        return self._agree(opening=True)
+        self.progress = ChunkProgress(samples, self._has_more, lambda: self._others_end)
+        self._start_exchange()
+        return self._finish_exchange(opening=True)
 
     def batches(self) -> Iterator[Any]:
         """Yield this rank's batches."""
         read = self._read
         while self._agreed:
             chunk = self._agreed.popleft()
-            half = -1 if self._settled else chunk.rounds // 2
-            for index in range(chunk.rounds):
+            half = -1 if self._exchanges_done else chunk.num_batches // 2
+            for index in range(chunk.num_batches):
                 if index == half:
-                    self._start(self._given + index)
-                elif self._private is None and self._untold < self._size:
-                    # Workers read on while a batch is used, as long as one is taken off them for each.
-                    self._fill(self._untold + 1)
+                    self._start_exchange(self._num_yielded + index)
+                elif self._isolated_rng is None and self._unannounced < self._chunk_size:
+                    # Workers only keep reading while a batch is used if one of theirs is taken for each batch used.
+                    self._fill(self._unannounced + 1)
                 yield self._next() if self._ended else read.popleft().data
-            self._given += chunk.rounds
-            self._more()
-        if self._goes_on_alone:
-            yield from self._by_itself()
+            self._num_yielded += chunk.num_batches
+            self._has_more()
+        if self._continues_by_itself:
+            yield from self._rest()
 
-    def _by_itself(self) -> Iterator[Any]:
-        """Yield what is left of this rank's part after another rank has left; it knows of itself only."""
+    def _rest(self) -> Iterator[Any]:
+        """Yield the rest of this rank's part after another rank has left; the counts then cover this rank only."""
         while self._fill(1):
             counts = [0] * self._group.size
             counts[self._group.rank] = self._read[0].real
-            self._untold -= 1
+            self._unannounced -= 1
             self.progress.add(Chunk(1, self._counts_of(counts), self._states_of(1)))
             batch = self._next()
             self._fill(1)
             yield batch
 
-    def _more(self) -> bool:
-        """Say whether this rank gets a batch after those of all chunks; wait for the others if they have to say."""
+    def _has_more(self) -> bool:
+        """Say whether this rank gets a batch after those of all chunks; wait for the other ranks if necessary."""
         if self._pending is not None:
-            self._agree()
-        return bool(self._agreed) or (self._goes_on_alone and self._fill(1))
+            self._finish_exchange()
+        return bool(self._agreed) or (self._continues_by_itself and self._fill(1))
 
     def _fill(self, wanted: int) -> bool:
-        """Read until the ranks do not know of `wanted` batches, or until the end; return whether there are so many."""
-        if self._untold < wanted and not self._ended:
+        """Read until there are `wanted` unannounced batches, or until the end; return whether there are that many."""
+        if self._unannounced < wanted and not self._ended:
             before = len(self._read)
-            with nullcontext() if self._private is None else self._private():
-                self._read_on(wanted - self._untold)
-            self._untold += len(self._read) - before
-        return self._untold >= wanted
+            with nullcontext() if self._isolated_rng is None else self._isolated_rng():
+                self._read_batches(wanted - self._unannounced)
+            self._unannounced += len(self._read) - before
+        return self._unannounced >= wanted
 
-    def _read_on(self, number: int) -> None:
-        batches, keeper, add = self._batches, self._keeper, self._read.append
+    def _read_batches(self, number: int) -> None:
+        batches, state_handle, add = self._batches, self._state_handle, self._read.append
         try:
             for batch in islice(batches, number):
                 add(batch)
                 number -= 1
-                if keeper is not None:
-                    self._state = keeper.read()
+                if state_handle is not None:
+                    self._state = state_handle.read()
                     self._states.append(self._state)
         except Exception as error:
-            # What was read before it is used before it; the others go on as if this rank had read another batch.
-            add(CountedBatch(_Failure(error), self._rows, self._rows))
+            # Batches read before the failure are used first; the other ranks continue as if this were another batch.
+            add(CountedBatch(_Failure(error), self._batch_size, self._batch_size))
             self._states.append(self._state)
         self._ended = number > 0
 
     def _next(self) -> Any:
-        """Take the next batch, or pad."""
+        """Take the next batch, or padding."""
         if not self._read:
             return copy.deepcopy(self._filler)
         batch = self._read.popleft().data
         if isinstance(batch, _Failure):
             raise batch.error
         if self._ended and self._padded and not self._read:
-            # A copy: the user may change the batch that he gets.
+            # Copied, because the script may modify the batch.
             self._filler = copy.deepcopy(batch)
         return batch
 
-    def _start(self, given: int = 0) -> None:
-        """Read what the next chunk still lacks, and start to tell the others what this rank has.
+    def _start_exchange(self, num_yielded: int = 0) -> None:
+        """Read what the next chunk still lacks, and begin to announce this rank's batches to the others.
 
         Args:
-            given: Batches handed out so far.
+            num_yielded: Batches yielded so far.
         """
-        self._fill(self._size)
-        told = list(islice(self._read, len(self._read) - self._untold, None))[: self._size]
-        self._untold -= len(told)
-        example = told[-1].data if told else None
-        wanted = self._ahead.next_size(given - self._given_before, example)
-        self._given_before = given
-        real = [batch.real for batch in told]
-        message = np.zeros(HEAD + self._size, dtype=np.int64)
-        message[:HEAD] = (wanted, len(told), real.count(self._rows) == len(real))
-        message[HEAD : HEAD + len(real)] = real
+        self._fill(self._chunk_size)
+        unannounced = islice(self._read, len(self._read) - self._unannounced, None)
+        announced = list(unannounced)[: self._chunk_size]
+        self._unannounced -= len(announced)
+        example = announced[-1].data if announced else None
+        next_size = self._read_ahead.next_size(num_yielded - self._yielded_at_last_start, example)
+        self._yielded_at_last_start = num_yielded
+        real = [batch.real for batch in announced]
+        message = np.zeros(HEADER_LENGTH + self._chunk_size, dtype=np.int64)
+        message[:HEADER_LENGTH] = (next_size, len(announced), real.count(self._batch_size) == len(real))
+        message[HEADER_LENGTH : HEADER_LENGTH + len(real)] = real
         before = time.perf_counter()
         self._pending = self._group.start_all_gather(torch.from_numpy(message))
-        self._ahead.spent = time.perf_counter() - before
+        self._read_ahead.exchange_seconds = time.perf_counter() - before
 
-    def _agree(self, *, opening: bool = False) -> bool:
-        """Wait for what the others have, and note the next chunk; return whether any rank gets a batch of it."""
+    def _finish_exchange(self, *, opening: bool = False) -> bool:
+        """Receive what the others announce, and add the next chunk; return whether any rank gets a batch of it."""
+        table = self._receive()
+        chunk_size = self._chunk_size
+        headers = table[:, :HEADER_LENGTH].tolist()
+        self._chunk_size = min(next_size for next_size, _, _ in headers)
+        announced = [number for _, number, _ in headers]
+        fewest, most, local = min(announced), max(announced), announced[self._group.rank]
+        if self._padded and opening and most and not fewest:
+            self._take_filler(announced)
+        num_batches = self._agree(announced, chunk_size)
+        if num_batches:
+            all_full = fewest >= num_batches and all(full for _, _, full in headers)
+            samples = table[:, HEADER_LENGTH : HEADER_LENGTH + num_batches]
+            counts = self._full_counts if all_full else self._counts_in(samples, fewest)
+            chunk = Chunk(num_batches, counts, self._states_of(local, num_batches))
+            self.progress.add(chunk)
+            self._agreed.append(chunk)
+        return bool(num_batches if self._drop_last else most)
+
+    def _receive(self) -> torch.Tensor:
+        """Wait for the messages of all ranks, [ranks, numbers]."""
         assert self._pending is not None
         before = time.perf_counter()
         table = self._pending.wait()
-        self._ahead.spent += time.perf_counter() - before
+        self._read_ahead.exchange_seconds += time.perf_counter() - before
         self._pending = None
-        size = self._size
-        heads = table[:, :HEAD].tolist()
-        self._size = min(wanted for wanted, _, _ in heads)
-        told = [number for _, number, _ in heads]
-        least, most, mine = min(told), max(told), told[self._group.rank]
-        if self._padded:
-            rounds, self._settled = most, most < size
-            if opening and most and not least:
-                self._take_filler(told)
-        elif self._drop_last:
-            rounds, self._settled = least, least < size
-        else:
-            rounds, self._settled = mine, least < size
-            self._goes_on_alone = self._settled and mine == size
-            self._others_end = most == mine
-        if rounds:
-            full = least >= rounds and all(full for _, _, full in heads)
-            counts = self._full if full else self._counts_in(table[:, HEAD : HEAD + rounds], least)
-            chunk = Chunk(rounds, counts, self._states_of(mine, rounds))
-            self.progress.add(chunk)
-            self._agreed.append(chunk)
-        return bool(rounds if self._drop_last else most)
+        return table
 
-    def _counts_in(self, table: torch.Tensor, least: int) -> list[BatchCounts]:
+    def _agree(self, announced: list[int], chunk_size: int) -> int:
+        """Return how many batches this rank gets of a chunk, and note what follows it.
+
+        Args:
+            announced: Batches that each rank has, up to `chunk_size`; a rank with fewer has reached its end.
+            chunk_size: How many global batches the chunk can have.
+        """
+        fewest, most, local = min(announced), max(announced), announced[self._group.rank]
+        if self._padded:
+            self._exchanges_done = most < chunk_size
+            return most
+        self._exchanges_done = fewest < chunk_size
+        if self._drop_last:
+            return fewest
+        self._continues_by_itself = self._exchanges_done and local == chunk_size
+        self._others_end = most == local
+        return local
+
+    def _counts_in(self, samples: torch.Tensor, fewest: int) -> list[BatchCounts]:
         """Return the counts of each global batch of a chunk.
 
         Args:
-            table: Samples, [ranks, rounds].
-            least: How many rounds every rank has.
+            samples: Samples of each batch, [ranks, global batches].
+            fewest: How many of the global batches have a batch of every rank.
         """
-        found = []
-        for index, real in enumerate(table.t().tolist()):
-            if index > least and not self._padded:
-                # After the first round that some rank has left, this one knows of itself only.
-                real = [n if rank == self._group.rank else 0 for rank, n in enumerate(real)]
-            found.append(self._counts_of(real))
-        return found
+        counts = []
+        for index, real in enumerate(samples.t().tolist()):
+            if index > fewest and not self._padded:
+                # After the first global batch that some rank lacks, this rank knows only its own batches.
+                real = [number if rank == self._group.rank else 0 for rank, number in enumerate(real)]
+            counts.append(self._counts_of(real))
+        return counts
 
     def _counts_of(self, real: list[int]) -> BatchCounts:
         rows = tuple(real)
         if self._padded and self._layout.fill:
-            rows = (self._rows,) * len(real)
+            rows = (self._batch_size,) * len(real)
         elif self._padded:
-            # Short batches stay short; a rank that has none left holds a whole one that is not its own.
-            rows = tuple(n or self._rows for n in real)
+            # Short batches stay short; a rank without a batch gets a whole one as padding.
+            rows = tuple(number or self._batch_size for number in real)
         return BatchCounts(rows=rows, real=tuple(real), counted=self._counted)
 
-    def _states_of(self, mine: int, rounds: int = 1) -> list[dict[str, Any] | None] | None:
-        """Take the states after this rank's next batches; padding does not move the stream."""
-        if self._keeper is None:
+    def _states_of(self, local: int, num_batches: int = 1) -> list[dict[str, Any] | None] | None:
+        """Take the states after this rank's next `local` batches; padding does not change the state."""
+        if self._state_handle is None:
             return None
-        states = [self._states.popleft() for _ in range(mine)]
+        states = [self._states.popleft() for _ in range(local)]
         if states:
-            self._state_told = states[-1]
-        return [*states, *[self._state_told] * (rounds - mine)][:rounds]
+            self._announced_state = states[-1]
+        return [*states, *[self._announced_state] * (num_batches - local)][:num_batches]
 
-    def _take_filler(self, told: list[int]) -> None:
-        """Give ranks that have nothing at all the batch of a rank that has one, to pad with."""
-        source = next(rank for rank, number in enumerate(told) if number)
+    def _take_filler(self, announced: list[int]) -> None:
+        """Give ranks without any batch one of another rank, as padding."""
+        source = next(rank for rank, number in enumerate(announced) if number)
         filler = self._group.broadcast_object(self._read[0].data if self._read else None, source)
         if self._filler is _NONE and not self._read:
             self._filler = filler
 
 
 class _Failure:
-    """Takes the place of a batch that could not be read."""
+    """Stands for a batch that could not be read."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
 
-def say_rereading(reader: DataLoader[Any], amount: str, position: Position) -> None:
-    """Say in one line that a stream is read up to a position, and what would spare that."""
+def log_rereading(reader: DataLoader[Any], amount: str, position: Position) -> None:
+    """Log that a stream is read up to a position, and how to avoid it."""
     dataset = reader.dataset
+    hint = "a state_dict and load_state_dict of its own, or a skip(n), would avoid that"
+    if isinstance(dataset, StatefulShard):
+        hint = "use_stateful_dataloader=True would save the position of its workers instead"
     logger.info(
-        "paceline reads and drops %s of the stream %s to go on at sample %d of epoch %d; %s",
-        amount, _name_of(dataset), position.samples, position.epoch,
-        "use_stateful_dataloader=True would save where its workers are" if isinstance(dataset, StatefulShard)
-        else "a state_dict and load_state_dict of its own, or a skip(n), would spare that",
+        "paceline reads and drops %s of the stream %s to resume at sample %d of epoch %d; %s",
+        amount, _name_of(dataset), position.samples, position.epoch, hint,
     )  # fmt: skip
 
 

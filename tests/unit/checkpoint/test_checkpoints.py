@@ -523,7 +523,7 @@ def test_a_data_set_of_another_size_is_reported(project: Path, caplog: pytest.Lo
     accelerator.prepare(model, optimizer, DataLoader(TensorDataset(torch.randn(14, 3)), 2, shuffle=True))
     with caplog.at_level(logging.WARNING):
         accelerator.load_state(newest(project))
-    assert "within an epoch of 12 samples, and the data set has 14 now" in caplog.text
+    assert "within an epoch of 12 samples, but the data set has 14 now" in caplog.text
 
 
 def test_arguments_of_accelerate(project: Path) -> None:

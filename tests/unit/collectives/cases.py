@@ -193,7 +193,7 @@ def broadcast_overwrites_in_place(group: Group) -> None:
     group.broadcast(base[:, 0], last)
     same(base, torch.tensor([[float(last), float(group.rank)]] * 2))
     same(group.broadcast(torch.tensor(group.rank), 0), torch.tensor(0))
-    with pytest.raises(CollectiveError, match=f"Rank {group.size} was named"):
+    with pytest.raises(CollectiveError, match=f"got rank {group.size} as its source"):
         group.broadcast(torch.ones(1), group.size)
 
 
@@ -515,10 +515,10 @@ def lists_of_tensors_are_told_apart(group: Group) -> None:
     if size == 1:
         return
     for value, match in (
-        ([logits] * 3, "is a list of as many entries as the batch has samples, whose tensors have as many rows"),
-        ([torch.tensor(1.0)] * 3, "Stack it to one tensor"),
+        ([logits] * 3, "is a list with as many entries as the batch has samples, whose tensors have as many rows"),
+        ([torch.tensor(1.0)] * 3, "Stack it into one tensor"),
         ([torch.ones(5, 2)] * 2, "neither as many entries"),
-        (tuple(torch.ones(5, 2) for _ in range(3)), "Make it a list, if each belongs to one sample"),
+        (tuple(torch.ones(5, 2) for _ in range(3)), "Make it a list if each tensor belongs to one sample"),
     ):
         with pytest.raises(CollectiveError, match=match):
             gather_samples(group, {"x": value}, counts)
@@ -554,7 +554,9 @@ def what_nobody_counted_is_kept_whole(group: Group) -> None:
         assert result["names"] == [f"r{r}" for r in range(some) for _ in range(3)]
     if size > 1:
         counts = BatchCounts(rows=(1,) * size, real=(1,) * size, counted=False)
-        with pytest.raises(CollectiveError, match=r"data\['x'\] is a list of tensors, from a loader that collates"):
+        with pytest.raises(
+            CollectiveError, match=r"data\['x'\] is a list of tensors, from a loader that makes its batches"
+        ):
             gather_samples(group, {"x": [torch.ones(2)] * 2}, counts)
 
 
@@ -637,7 +639,7 @@ def a_value_that_cannot_be_pickled_fails_everywhere(group: Group) -> None:
     if group.size == 1:
         return
     odd: Any = (lambda: None) if group.rank == 1 else "fine"
-    with pytest.raises(CollectiveError, match="Rank 1 brought an object that cannot be pickled"):
+    with pytest.raises(CollectiveError, match="Rank 1 passed an object that cannot be pickled"):
         group.all_gather_object(odd)
     assert group.all_gather_object(2) == [2] * group.size
 
@@ -646,7 +648,7 @@ def debug_names_the_odd_rank(group: Group) -> None:
     if group.size == 1:
         return
     odd = group.size - 1
-    usual = "rank 0 brings" if group.size == 2 else "ranks 0-1 bring"
+    usual = "rank 0 passes" if group.size == 2 else "ranks 0-1 pass"
     is_odd = group.rank == odd
 
     def refused(message: str, call: Callable[[], object]) -> None:
@@ -654,19 +656,19 @@ def debug_names_the_odd_rank(group: Group) -> None:
             call()
 
     shapes = {"logits": [torch.ones((3 if is_odd else 4), 5)]}
-    refused(rf"Rank {odd} brings data\['logits'\]\[0\] of shape \(3, 5\) where {usual} \(4, 5\)",
+    refused(rf"Rank {odd} passes data\['logits'\]\[0\] of shape \(3, 5\) where {usual} \(4, 5\)",
             lambda: gather(group, shapes, debug=True))  # fmt: skip
     dtypes = torch.ones(2, dtype=torch.float64 if is_odd else torch.float32)
-    refused(rf"Rank {odd} brings data as torch.float64 on c.* where {usual} torch.float32",
+    refused(rf"Rank {odd} passes data as torch.float64 on c.* where {usual} torch.float32",
             lambda: reduce(group, dtypes, debug=True))  # fmt: skip
     keys = {"a": torch.ones(1)} | ({"b": torch.ones(1)} if is_odd else {})
-    refused(rf"Rank {odd} brings data\['b'\] of shape \(1,\) where {usual} nothing",
+    refused(rf"Rank {odd} passes data\['b'\] of shape \(1,\) where {usual} nothing",
             lambda: broadcast(group, keys, debug=True))  # fmt: skip
     kinds = {"a": "text" if is_odd else torch.ones(1)}
-    refused(f"Rank {odd} brings .* as a str", lambda: pad_across_processes(group, kinds, debug=True))
+    refused(f"Rank {odd} passes .* as a str", lambda: pad_across_processes(group, kinds, debug=True))
     counts = BatchCounts(rows=(2,) * group.size, real=(2,) * group.size)
     widths = torch.ones(2, 4 if is_odd else 3)
-    refused(rf"Rank {odd} brings data of shape \(\*, 4\) where {usual} \(\*, 3\)",
+    refused(rf"Rank {odd} passes data of shape \(\*, 4\) where {usual} \(\*, 3\)",
             lambda: gather_samples(group, widths, counts, debug=True))  # fmt: skip
     call = (lambda: reduce(group, torch.ones(1), "sum", debug=True)) if is_odd else (
         lambda: gather(group, torch.ones(1), debug=True)

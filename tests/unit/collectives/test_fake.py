@@ -20,7 +20,7 @@ def test_a_rank_that_returned_is_named_at_once() -> None:
             group.all_gather(torch.ones(1))
 
     began = time.monotonic()
-    message = r"Rank 1 did not come to the all_gather that ranks? .* in: rank 1 has ended \(it returned\)"
+    message = r"Rank 1 did not reach the all_gather that ranks? .* in: rank 1 has ended \(it returned\)"
     with pytest.raises(CollectiveError, match=message):
         run_fake_ranks(3, work, timeout=30.0)
     assert time.monotonic() - began < 10
@@ -40,7 +40,7 @@ def test_ranks_that_stay_away_are_named_after_the_timeout() -> None:
                 stay.set()
 
     message = (
-        r"Ranks 0-1 did not come to the all_reduce\(sum\) that rank 2 is in: "
+        r"Ranks 0-1 did not reach the all_reduce\(sum\) that rank 2 is in: "
         r"rank 0 made 1 exchanges and no further one in 1 s; rank 1"
     )
     with pytest.raises(CollectiveError, match=message):

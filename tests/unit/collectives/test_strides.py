@@ -11,7 +11,7 @@ from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.io.transfer import HostBuffers
 from paceline.collectives import FakeGroup, as_bytes, gather_samples, run_fake_ranks
 from paceline.collectives.samples import BatchCounts
-from paceline.data.batch_packing import Parcel, unpack
+from paceline.data.batch_packing import PackedBatch, unpack
 
 SLICES = {
     "one row": torch.tensor([[1.0, 2.0]])[:, 0],
@@ -43,7 +43,7 @@ def test_slices_are_gathered_together(name: str) -> None:
 
 @pytest.mark.parametrize("name", SLICES)
 def test_slices_are_dispatched(name: str) -> None:
-    parcel = Parcel.of({"x": SLICES[name]})
+    parcel = PackedBatch.of({"x": SLICES[name]})
     place = torch.zeros(parcel.size, dtype=torch.uint8)
     parcel.write(place, 0, 0)
     assert torch.equal(unpack(place)["x"], SLICES[name])

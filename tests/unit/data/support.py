@@ -113,12 +113,12 @@ def prepared(
 
 
 def ids(loader: Any) -> list[list[int]]:
-    """Run a pass; return its batches as lists."""
+    """Run an epoch; return its batches as lists."""
     return [batch.tolist() for batch in loader]
 
 
 def real_ids(loader: PreparedDataLoader, rank: int = 0) -> list[int]:
-    """Run a pass; return the samples that are no padding."""
+    """Run an epoch; return the samples without padding."""
     found: list[int] = []
     for batch in loader:
         assert len(batch) == loader.counts.rows[rank]

@@ -86,8 +86,8 @@ def epochs_in(batch: Any) -> set[int]:
     return {int(value) for part in parts for value in part.reshape(-1)}
 
 
-def seen(loader: Any, passes: int = 3) -> list[list[int]]:
-    return [sorted(set().union(*(epochs_in(batch) for batch in loader))) for _ in range(passes)]
+def seen(loader: Any, epochs: int = 3) -> list[list[int]]:
+    return [sorted(set().union(*(epochs_in(batch) for batch in loader))) for _ in range(epochs)]
 
 
 @pytest.mark.parametrize(("workers", "persistent"), WORKERS)
@@ -117,14 +117,14 @@ class Counting(OfEpoch):
 
 def test_a_worker_is_told_once_an_epoch() -> None:
     loader = prepared(DataLoader(Counting(), 1, num_workers=1, persistent_workers=True))
-    # Once before the workers were started, and once in each of them for every pass.
+    # Once before the workers were started, and once in each of them for every epoch.
     assert [max(int(told) for told in loader) for _ in range(3)] == [2, 3, 4]
 
 
 def test_workers_that_read_single_samples_are_started_anew(caplog: pytest.LogCaptureFixture) -> None:
     loader = prepared(DataLoader(OfEpoch(), None, num_workers=1, persistent_workers=True))
     assert seen(loader) == [[0], [1], [2]]
-    assert "started anew for each pass" in caplog.text
+    assert "restarted in each epoch" in caplog.text
 
 
 class ByAttribute(Dataset[Any]):
@@ -151,7 +151,7 @@ def test_an_attribute_that_persistent_workers_would_not_see_is_refused(workers: 
 
     assert by_hand(False) == [[0], [1]]
     if workers:
-        with pytest.raises(DataError, match="is 1 now, and its persistent workers hold copies made when it was 0"):
+        with pytest.raises(DataError, match="has epoch=1, but its persistent workers have copies with epoch=0"):
             by_hand(True)
 
 
@@ -161,6 +161,6 @@ class OwnLoop(DataLoader[Any]):
 
 
 def test_workers_of_a_loader_with_its_own_iteration_cannot_be_told() -> None:
-    with pytest.raises(DataError, match=r"cannot be told which epoch it is\. Write persistent_workers=False"):
+    with pytest.raises(DataError, match=r"do not learn which epoch it is\. Set persistent_workers=False"):
         prepared(OwnLoop(OfEpoch(), 2, num_workers=1, persistent_workers=True))
     assert seen(prepared(OwnLoop(OfEpoch(), 2, num_workers=1))) == [[0], [1], [2]]

@@ -45,12 +45,12 @@ def test_one_rank_is_never_completed() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    with pytest.raises(DataError, match="A batch of 5 samples is to be split over 2 ranks"):
+    with pytest.raises(DataError, match="A batch of 5 samples cannot be split evenly over 2 ranks"):
         every_rank(9, 5, 2, split_batches=True)
 
 
 def walk(loader: PreparedDataLoader, rank: int, split_rows: int) -> tuple[list[int], list[Any]]:
-    """Run a pass, checking what the loader says about itself; return the real samples and the counts."""
+    """Run an epoch, checking what the loader says about itself; return the real samples and the counts."""
     real: list[int] = []
     counts = []
     number = 0

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler
 
 from paceline.data import ActiveLoaders
-from paceline.data.order import TensorOrder
+from paceline.data.sample_order import TensorOrder
 from paceline.errors import DataError
 from tests.unit.data.support import Numbers, PlainStream, Seat, ids, prepared
 
@@ -24,7 +24,7 @@ def shuffled(samples: int = 40, batch: int = 3, **settings: Any) -> DataLoader[i
     return DataLoader(Numbers(samples), batch, shuffle=True, **settings)
 
 
-def passes(loader: Any, number: int) -> list[list[list[int]]]:
+def run_epochs(loader: Any, number: int) -> list[list[list[int]]]:
     return [ids(loader) for _ in range(number)]
 
 
@@ -32,7 +32,7 @@ def passes(loader: Any, number: int) -> list[list[list[int]]]:
 @pytest.mark.parametrize("stop", [1, 5, 13])
 def test_resume_equals_never_stopped(workers: int, stop: int) -> None:
     settings: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
-    never_stopped = passes(prepared(shuffled(**settings)), 3)
+    never_stopped = run_epochs(prepared(shuffled(**settings)), 3)
     loader = prepared(shuffled(**settings))
     ids(loader)
     seen, state = [], {}
@@ -130,7 +130,7 @@ def test_seeking_reads_nothing_that_was_used(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_passes_number_epochs_also_when_broken_off() -> None:
     loader, other = prepared(shuffled()), prepared(shuffled())
-    epochs = passes(other, 4)
+    epochs = run_epochs(other, 4)
     assert len({str(epoch) for epoch in epochs}) == 4
     for batch in loader:
         assert batch.tolist() == epochs[0][0]
@@ -237,7 +237,7 @@ class Unsized(Buckets):
 
 
 def resumed_everywhere(make: Any) -> None:
-    whole = passes(prepared(make()), 2)
+    whole = run_epochs(prepared(make()), 2)
     assert whole[0] != whole[1]
     for stop in range(1, len(whole[0])):
         loader = prepared(make())
@@ -253,7 +253,7 @@ def resumed_everywhere(make: Any) -> None:
 def test_any_sampler_is_resumed_exactly() -> None:
     sampler = RandomlyBySeveral(20)
     resumed_everywhere(lambda: DataLoader(Numbers(20), 3, sampler=RandomlyBySeveral(20)))
-    passes(prepared(DataLoader(Numbers(20), 3, sampler=sampler)), 2)
+    run_epochs(prepared(DataLoader(Numbers(20), 3, sampler=sampler)), 2)
     assert (sampler.runs, sampler.epochs) == (2, [0, 1])
 
 
@@ -411,7 +411,7 @@ def test_a_loader_with_its_own_iteration_is_wrapped_on_one_rank() -> None:
     assert ends == [False, False, False, True]
     assert ids(loader) == [[100, 101], [102, 103], [104, 105], [106]]
     assert len(loader) == 4
-    with pytest.raises(DataError, match="OwnLoop has an __iter__ of its own"):
+    with pytest.raises(DataError, match="OwnLoop has its own __iter__"):
         prepared(OwnLoop(Numbers(7), 2), Seat(0, 2))
 
 
@@ -541,5 +541,5 @@ def test_two_loaders_go_on_together(events: int, within: bool) -> None:
 
 
 def test_an_empty_stream_raises_instead_of_doing_nothing() -> None:
-    with pytest.raises(DataError, match="PlainStream gave no batch"):
+    with pytest.raises(DataError, match="PlainStream has no batch"):
         ids(prepared(DataLoader(PlainStream(0), 3)))

@@ -79,7 +79,7 @@ def test_streams_are_read_and_dropped() -> None:
 def test_what_cannot_be_skipped_is_refused() -> None:
     with pytest.raises(DataError, match="skip -1 batches"):
         skip_first_batches(shuffled(), -1)
-    with pytest.raises(DataError, match="handed to prepare"):
+    with pytest.raises(DataError, match="passed to prepare"):
         prepared(skip_first_batches(shuffled(), 1))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Resumable(IterableDataset[int]):
-    """Shuffles by a generator that goes on from pass to pass, splits itself, and knows where it is.
+    """Shuffles by a generator that goes on from epoch to epoch, splits itself, and knows where it is.
 
     Counts its reads in this process; `forgets` makes the known-wrong twin, whose state says nothing.
     """
@@ -105,17 +105,17 @@ def saved(loader: Any) -> dict[str, Any]:
     return found
 
 
-def stop_everywhere(make: Callable[[], Any], total: int, passes: int = 2) -> None:
-    """Stop after each batch of each pass; what is left must be what the run that never stopped had left."""
+def stop_everywhere(make: Callable[[], Any], total: int, epochs: int = 2) -> None:
+    """Stop after each batch of each epoch; what is left must be what the run that never stopped had left."""
     loader = make()
     states, seen = [saved(loader)], []
-    for _ in range(passes):
+    for _ in range(epochs):
         for batch in loader:
             seen.append(batch.tolist())
             states.append(saved(loader))
     between = saved(loader)
     following = ids(loader)
-    assert sorted(n for batch in seen for n in batch) == sorted([*range(total)] * passes)
+    assert sorted(n for batch in seen for n in batch) == sorted([*range(total)] * epochs)
     for number, state in [*enumerate(states), (len(seen), between)]:
         again = make()
         again.load_state_dict(state)
@@ -186,7 +186,7 @@ def test_torchdatas_loader_goes_on_anywhere(workers: int, persistent: bool, hand
             return prepared(torchdata_loader(Resumable(23), **settings))
         return prepared(DataLoader(Resumable(23), **settings), use_stateful_dataloader=True)
 
-    stop_everywhere(make, 23, passes=1 if workers else 2)
+    stop_everywhere(make, 23, epochs=1 if workers else 2)
 
 
 def test_torchdatas_loader_reads_nothing_twice_in_its_workers(caplog: pytest.LogCaptureFixture) -> None:
@@ -212,7 +212,7 @@ def test_torchdatas_loader_over_map_style_data_goes_on_by_arithmetic() -> None:
 
 
 def test_a_stream_without_a_state_in_torchdatas_loader_is_fast_forwarded() -> None:
-    stop_everywhere(lambda: prepared(torchdata_loader(PlainStream(14), batch_size=4, num_workers=2)), 14, passes=1)
+    stop_everywhere(lambda: prepared(torchdata_loader(PlainStream(14), batch_size=4, num_workers=2)), 14, epochs=1)
 
 
 def test_a_state_given_before_prepare_is_not_forgotten() -> None:
@@ -220,7 +220,7 @@ def test_a_state_given_before_prepare_is_not_forgotten() -> None:
     next(iter(loader))
     other = torchdata_loader(Resumable(11), batch_size=2)
     other.load_state_dict(loader.state_dict())
-    with pytest.raises(DataError, match="was given a state before it was prepared"):
+    with pytest.raises(DataError, match="had a state loaded before it was prepared"):
         prepared(other)
 
 
@@ -250,7 +250,7 @@ def test_data_sets_of_datasets_go_on_anywhere(workers: int, buffer: int) -> None
         loader: Any = kind(columns, batch_size=4, num_workers=workers, collate_fn=numbers)
         return prepared(loader)
 
-    stop_everywhere(make, 23, passes=1 if workers else 2)
+    stop_everywhere(make, 23, epochs=1 if workers else 2)
 
 
 def numbers(rows: list[Any]) -> torch.Tensor:
@@ -326,7 +326,7 @@ def test_a_state_that_cannot_be_saved_names_loader_and_place() -> None:
     loader = prepared(DataLoader(Odd(11), 2))
     for _ in loader:
         with pytest.raises(
-            DataError, match=r"stream Odd of a prepared loader holds set at state\['state'\].*\['lock'\]"
+            DataError, match=r"stream Odd of a prepared loader contains a set at state\['state'\].*\['lock'\]"
         ):
             loader.state_dict()
         break

@@ -11,7 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_work
 
 from paceline.collectives import FakeGroup, Group, SoloGroup, gather_samples, run_fake_ranks
 from paceline.config import DataLoaderConfiguration
-from paceline.data.active import ActiveLoaders
+from paceline.data.active_loaders import ActiveLoaders
 from paceline.data.prepare import prepare_loader
 from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError
@@ -37,7 +37,7 @@ class Items(IterableDataset[int]):
 
 
 def walk(loader: Any, group: Group, gathered: bool = True) -> tuple[list[list[int]], list[Any], list[int]]:
-    """Run a pass; return the batches, the counts and what gather_samples makes of the batches."""
+    """Run an epoch; return the batches, the counts and what gather_samples makes of the batches."""
     batches, counts, samples = [], [], []
     ends = []
     for batch in loader:
@@ -101,7 +101,7 @@ def test_padding_takes_ragged_and_untensored_samples_along() -> None:
 
 def test_no_rank_has_anything() -> None:
     def run(group: FakeGroup) -> None:
-        with pytest.raises(DataError, match="gave no batch"):
+        with pytest.raises(DataError, match="has no batch"):
             ids(prepared(DataLoader(Items([]), 2), group, streams_are_sharded=True))
 
     run_fake_ranks(2, run)
@@ -146,7 +146,7 @@ def test_a_data_set_that_asks_too_late_is_refused() -> None:
             info = get_worker_info()
             yield from range(1 + (info.id if info else 0), 9, info.num_workers if info else 1)
 
-    with pytest.raises(DataError, match="Late asked for num_workers after its first item"):
+    with pytest.raises(DataError, match="Late read num_workers after its first item"):
         list(StreamShard(Late(), 0, 2, 0))
 
 
@@ -345,7 +345,7 @@ def test_batches_that_are_split_must_be_divisible() -> None:
             ids(loader)
         return str(caught.value)
 
-    assert all("to be split over 2 ranks" in text for text in run_fake_ranks(2, run))
+    assert all("cannot be split evenly over 2 ranks" in text for text in run_fake_ranks(2, run))
 
 
 class Unsized(BatchSampler):
@@ -363,5 +363,10 @@ class Unsized(BatchSampler):
 def test_what_one_process_cannot_get_for_several_is_refused(loader: DataLoader[int], hint: str) -> None:
     with pytest.raises(DataError, match=hint):
         prepare_loader(
-            loader, group=SoloGroup(), device=None, config=DataLoaderConfiguration(), active=ActiveLoaders(), plays=2
+            loader,
+            group=SoloGroup(),
+            device=None,
+            config=DataLoaderConfiguration(),
+            active=ActiveLoaders(),
+            num_merged_ranks=2,
         )

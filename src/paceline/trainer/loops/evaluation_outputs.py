@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from paceline.collectives import Evidence, is_plain_entries, is_unclear, maybe_per_sample, tensors_alike
+from paceline.collectives import SampleEvidence, is_ambiguous, is_entry_list, is_uniform_tensor_tuple, maybe_per_sample
 from paceline.errors import PacelineError
 from paceline.trainer.batches.nested import leaves_of, like, map_leaves
 
@@ -80,7 +80,7 @@ def join_ranks(local: Any, gathered: Any) -> Any:
         return _cat(gathered, "The gathered value")
     if isinstance(local, Mapping):
         return {name: join_ranks(local[name], part) for name, part in gathered.items()}
-    if isinstance(local, tuple) and not is_plain_entries(local) and len(local) == len(gathered):
+    if isinstance(local, tuple) and not is_entry_list(local) and len(local) == len(gathered):
         return like(local, [join_ranks(one, part) for one, part in zip(local, gathered, strict=True)])
     return gathered
 
@@ -120,7 +120,7 @@ def _are_entries(parts: list[Any], samples: Sequence[int | None], where: str) ->
     Raises:
         PacelineError: That cannot be decided, and samples of different batches might be merged.
     """
-    if len(parts) == 1 or all(map(is_plain_entries, parts)):
+    if len(parts) == 1 or all(map(is_entry_list, parts)):
         return True
     kind, sizes = type(parts[0]), {len(part) for part in parts}
     per_sample = _maybe_per_sample(parts, samples)
@@ -136,11 +136,11 @@ def _are_entries(parts: list[Any], samples: Sequence[int | None], where: str) ->
 def _maybe_per_sample(parts: list[Any], samples: Sequence[int | None]) -> bool | None:
     """Whether sequences of tensors have a tensor per sample; None if that is unclear."""
     kind = type(parts[0])
-    evidence = [Evidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
-    if any(map(is_unclear, parts)):
+    evidence = [SampleEvidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
+    if any(map(is_ambiguous, parts)):
         return maybe_per_sample(evidence, kind) if len(evidence) == len(parts) else None
     # A tuple of tensors is a structure, unless they look like those of single samples.
-    if not any(map(tensors_alike, parts)) or maybe_per_sample(evidence, kind) is not True:
+    if not any(map(is_uniform_tensor_tuple, parts)) or maybe_per_sample(evidence, kind) is not True:
         return False
     return None
 

@@ -70,7 +70,7 @@ def test_a_list_of_batches_is_a_loader() -> None:
 def test_an_iterator_gives_its_batches_once() -> None:
     loader = prepared(iter(DataLoader(Numbers(4), 2)))
     assert ids(loader) == [[0, 1], [2, 3]]
-    with pytest.raises(DataError, match="A second pass over a _SingleProcessDataLoaderIter was begun"):
+    with pytest.raises(DataError, match="A second epoch was begun over a _SingleProcessDataLoaderIter"):
         ids(loader)
     unsized = prepared(batch for batch in DataLoader(Numbers(4), 2))
     with pytest.raises(TypeError):
@@ -90,18 +90,18 @@ def test_its_position_is_saved() -> None:
 
 
 def test_several_ranks_need_to_be_told_whose_it_is() -> None:
-    with pytest.raises(DataError, match=r"The loader OfAnotherLibrary has an __iter__ of its own.*streams_are_sharded"):
+    with pytest.raises(DataError, match=r"The loader OfAnotherLibrary has its own __iter__.*streams_are_sharded"):
         prepared(OfAnotherLibrary(4), Seat(0, 2))
 
 
 @pytest.mark.parametrize(
     ("thing", "words"),
     [
-        (Numbers(4), "A Numbers, which is a data set, was handed over as a loader"),
-        (PlainStream(4), "Hand over DataLoader\\(plainstream, batch_size="),
-        (None, "A NoneType was handed over as a loader"),
-        ({"a": [1]}, "A dict was handed over as a loader"),
-        ("train", "A str was handed over as a loader"),
+        (Numbers(4), "A Numbers, which is a data set, was passed as a loader"),
+        (PlainStream(4), "Pass DataLoader\\(plainstream, batch_size="),
+        (None, "A NoneType was passed as a loader"),
+        ({"a": [1]}, "A dict was passed as a loader"),
+        ("train", "A str was passed as a loader"),
     ],
 )
 def test_what_yields_no_batches_is_refused(thing: Any, words: str) -> None:

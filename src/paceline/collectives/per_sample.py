@@ -1,4 +1,4 @@
-"""Lists and tuples of tensors: one entry a sample, or a set of tensors that have a row a sample each?"""
+"""Decides whether a list or tuple of tensors has one entry per sample, or is a structure with one row per sample."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from paceline.collectives.nested import maybe_children, tensors
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Evidence", "is_plain_entries", "is_unclear", "maybe_per_sample", "tensors_alike"]
+__all__ = ["SampleEvidence", "is_ambiguous", "is_entry_list", "is_uniform_tensor_tuple", "maybe_per_sample"]
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
-    """What one batch of one rank says about a sequence that holds tensors.
+class SampleEvidence:
+    """What one batch of one rank shows about a sequence of tensors.
 
     Attributes:
-        per_sample: It has as many entries as the batch has samples.
-        per_row: Every tensor in it has as many rows as the batch has samples, or no dimension.
+        per_sample: Whether it has as many entries as the batch has samples.
+        per_row: Whether every tensor in it has as many rows as the batch has samples, or no dimension.
     """
 
     per_sample: bool
     per_row: bool
 
     @classmethod
-    def of(cls, value: Sequence[Any], samples: int) -> Evidence:
-        """Look at a sequence that belongs to a batch of so many samples."""
+    def of(cls, value: Sequence[Any], samples: int) -> SampleEvidence:
+        """Examine a sequence that belongs to a batch of `samples` samples."""
         shapes = list(_shapes(value))
         per_row = bool(shapes) and all(shape[:1] in ((), (samples,)) for shape in shapes)
         return cls(len(value) == samples, per_row)
 
 
-def is_plain_entries(value: Any) -> bool:
-    """Say whether a container is a list of entries whatever the batch: no tensor lies in it by itself.
+def is_entry_list(value: Any) -> bool:
+    """Say whether a container is a list of entries whatever the batch, because no entry is a tensor.
 
-    A list of mappings is one, for that is how the targets of single samples come, and so is the tuple of strings that
-    torch's collate makes.
+    A list of mappings is one, the usual form of targets for single samples, and so is the tuple of strings that torch's
+    collate makes.
     """
     if type(value) is tuple:
         return not value or (isinstance(value[0], str | bytes) and all(isinstance(e, str | bytes) for e in value))
     return isinstance(value, list) and not any(map(_holds_tensors, value))
 
 
-def is_unclear(value: Any) -> bool:
-    """Say whether a sequence may be one entry a sample or a set of tensors: its entries are all of one kind."""
+def is_ambiguous(value: Any) -> bool:
+    """Say whether a sequence may be one entry per sample or a structure: all its entries are of one kind."""
     if type(value) is tuple:
         candidate = bool(value) and all(isinstance(entry, Mapping) for entry in value)
     else:
@@ -57,27 +57,28 @@ def is_unclear(value: Any) -> bool:
     return candidate and len(set(map(_kind, value))) == 1
 
 
-def tensors_alike(value: Any) -> bool:
-    """Say whether this is a plain tuple of tensors of one kind, which might belong to single samples."""
+def is_uniform_tensor_tuple(value: Any) -> bool:
+    """Say whether this is a plain tuple of tensors of one kind, which may belong to single samples."""
     if type(value) is not tuple or not all(isinstance(entry, torch.Tensor) for entry in value):
         return False
     return len(set(map(_kind, value))) == 1
 
 
-def maybe_per_sample(evidence: Iterable[Evidence], kind: type) -> bool | None:
-    """Say whether an unclear sequence is one entry a sample, from the evidence of all ranks or all batches.
+def maybe_per_sample(evidence: Iterable[SampleEvidence], kind: type) -> bool | None:
+    """Say whether an ambiguous sequence has one entry per sample, from the evidence of all ranks or all batches.
 
-    None if that cannot be told: it may be either, or it is neither; a tuple that is neither is a set of tensors.
+    None if both readings are possible, or neither is; a tuple for which neither is possible is a structure.
     """
-    seen = list(evidence)
-    per_sample, per_row = all(one.per_sample for one in seen), all(one.per_row for one in seen)
+    collected = list(evidence)
+    per_sample = all(item.per_sample for item in collected)
+    per_row = all(item.per_row for item in collected)
     if per_sample != per_row:
         return per_sample
     return False if kind is tuple and not per_sample else None
 
 
 def _kind(entry: Any) -> Any:
-    """What entries of single samples have in common: never their sizes."""
+    """What the entries of single samples have in common; their sizes may differ."""
     if isinstance(entry, torch.Tensor | np.ndarray):
         return (str(entry.dtype), entry.ndim)
     if isinstance(entry, Mapping):

@@ -1,4 +1,4 @@
-"""The order of an epoch's samples: a function of the seed and the epoch, and of nothing else."""
+"""Determines the order of an epoch's samples from the seed and the epoch alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from paceline.data.randomness import PrivateRandomness, mix_seed
+from paceline.data.randomness import IsolatedRng, mix_seed
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from paceline.collectives import Group
 
 __all__ = [
-    "ListedOrder",
-    "Order",
+    "ListOrder",
     "OrderSource",
     "RangeOrder",
-    "Sampled",
-    "Sequential",
-    "Shuffled",
+    "SampleOrder",
+    "SamplerSource",
+    "SequentialSource",
+    "ShuffledSource",
     "TensorOrder",
-    "draw_together",
+    "maybe_length",
     "order_source",
-    "own_generators",
-    "reach_epoch",
+    "run_sampler_on_rank_0",
     "sampler_chain",
-    "size_of",
+    "sampler_generators",
+    "set_sampler_epoch",
 ]
 
 
-class Order(Protocol):
-    """The keys of an epoch's samples, in the order in which one rank alone would use them."""
+class SampleOrder(Protocol):
+    """The keys of an epoch's samples, in the order in which a single rank would read them."""
 
     def __len__(self) -> int: ...
 
     def take(self, start: int, stop: int) -> list[Any]:
-        """Return the keys at positions `start` to `stop`, in time that depends on their number only."""
+        """Return the keys at positions `start` to `stop` (exclusive), in time proportional to their number."""
         ...
 
 
 class RangeOrder:
-    """The samples as they are stored."""
+    """The samples in stored order."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -60,7 +60,7 @@ class RangeOrder:
 
 
 class TensorOrder:
-    """Integer keys, kept in one tensor [n] of int64: 8 bytes a sample."""
+    """Integer keys in one tensor [n] of int64, 8 bytes per sample."""
 
     def __init__(self, keys: torch.Tensor) -> None:
         self._keys = keys
@@ -70,11 +70,11 @@ class TensorOrder:
 
     def take(self, start: int, stop: int) -> list[int]:
         """Return a slice of the tensor as Python integers."""
-        taken: list[int] = self._keys[start:stop].tolist()
-        return taken
+        keys: list[int] = self._keys[start:stop].tolist()
+        return keys
 
 
-class ListedOrder:
+class ListOrder:
     """Keys of any kind."""
 
     def __init__(self, keys: list[Any]) -> None:
@@ -89,23 +89,23 @@ class ListedOrder:
 
 
 class OrderSource(ABC):
-    """Gives each epoch its order."""
+    """Provides the order of each epoch."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return how many samples an epoch has."""
+        """Return the number of samples in an epoch."""
 
     @abstractmethod
-    def of_epoch(self, seed: int, epoch: int) -> Order:
+    def of_epoch(self, seed: int, epoch: int) -> SampleOrder:
         """Return the order of one epoch. Collective: every rank must call it."""
 
     @abstractmethod
     def describe(self, seed: int) -> str:
-        """Say in a few words where the order comes from."""
+        """Describe in a few words where the order comes from."""
 
 
-class Sequential(OrderSource):
-    """The samples as they are stored, each epoch."""
+class SequentialSource(OrderSource):
+    """Stored order in every epoch."""
 
     def __init__(self, sampler: SequentialSampler) -> None:
         self._sampler = sampler
@@ -114,7 +114,7 @@ class Sequential(OrderSource):
         """See `OrderSource.size`."""
         return len(self._sampler)
 
-    def of_epoch(self, seed: int, epoch: int) -> Order:
+    def of_epoch(self, seed: int, epoch: int) -> SampleOrder:
         """See `OrderSource.of_epoch`; nothing is exchanged."""
         return RangeOrder(self.size())
 
@@ -123,8 +123,8 @@ class Sequential(OrderSource):
         return "in stored order"
 
 
-class Shuffled(OrderSource):
-    """What `RandomSampler` draws, from a generator that starts at (seed, epoch)."""
+class ShuffledSource(OrderSource):
+    """The order that `RandomSampler` draws from a generator seeded with (seed, epoch)."""
 
     def __init__(self, sampler: RandomSampler | DistributedSampler[Any]) -> None:
         self._sampler = sampler
@@ -135,30 +135,32 @@ class Shuffled(OrderSource):
             return self._sampler.num_samples
         return len(self._sampler.dataset)  # type: ignore[arg-type]
 
-    def of_epoch(self, seed: int, epoch: int) -> Order:
+    def of_epoch(self, seed: int, epoch: int) -> SampleOrder:
         """See `OrderSource.of_epoch`; nothing is exchanged."""
         generator = torch.Generator()
         generator.manual_seed(mix_seed(seed, epoch))
         if not isinstance(self._sampler, RandomSampler):
             return TensorOrder(torch.randperm(self.size(), generator=generator))
-        stored = len(self._sampler.data_source)
-        wanted = self._sampler.num_samples
+        dataset_size = len(self._sampler.data_source)
+        num_samples = self._sampler.num_samples
         if self._sampler.replacement:
-            return TensorOrder(torch.randint(stored, (wanted,), generator=generator))
-        rounds = [torch.randperm(stored, generator=generator) for _ in range(-(-wanted // stored))]
-        return TensorOrder((rounds[0] if len(rounds) == 1 else torch.cat(rounds))[:wanted])
+            return TensorOrder(torch.randint(dataset_size, (num_samples,), generator=generator))
+        repetitions = -(-num_samples // dataset_size)
+        permutations = [torch.randperm(dataset_size, generator=generator) for _ in range(repetitions)]
+        keys = permutations[0] if repetitions == 1 else torch.cat(permutations)
+        return TensorOrder(keys[:num_samples])
 
     def describe(self, seed: int) -> str:
         """See `OrderSource.describe`."""
-        drawn = isinstance(self._sampler, RandomSampler) and self._sampler.replacement
-        return f"{'drawn with replacement' if drawn else 'shuffled'} by (seed {seed}, epoch)"
+        replaces = isinstance(self._sampler, RandomSampler) and self._sampler.replacement
+        return f"{'drawn with replacement' if replaces else 'shuffled'} by (seed {seed}, epoch)"
 
 
-class Sampled(OrderSource):
-    """What any other sampler yields: rank 0 runs it once an epoch and the others get its answer.
+class SamplerSource(OrderSource):
+    """The order that any other sampler yields: rank 0 runs it once per epoch and broadcasts the keys.
 
-    It runs with the random state of `torch`, `random` and `numpy`, and of the generators that it and the
-    samplers inside it hold as `generator`, set from (seed, epoch).
+    It runs with the random state of `torch`, `random` and `numpy`, and of the `generator` attributes of it and the
+    samplers inside it, seeded with (seed, epoch).
     """
 
     def __init__(self, sampler: Any, group: Group) -> None:
@@ -169,10 +171,10 @@ class Sampled(OrderSource):
         """See `OrderSource.size`."""
         return len(self._sampler)
 
-    def of_epoch(self, seed: int, epoch: int) -> Order:
+    def of_epoch(self, seed: int, epoch: int) -> SampleOrder:
         """See `OrderSource.of_epoch`."""
-        keys = draw_together(self._sampler, self._group, seed, epoch)
-        return TensorOrder(keys) if isinstance(keys, torch.Tensor) else ListedOrder(keys)
+        keys = run_sampler_on_rank_0(self._sampler, self._group, seed, epoch)
+        return TensorOrder(keys) if isinstance(keys, torch.Tensor) else ListOrder(keys)
 
     def describe(self, seed: int) -> str:
         """See `OrderSource.describe`."""
@@ -180,64 +182,66 @@ class Sampled(OrderSource):
 
 
 def order_source(sampler: Any, group: Group) -> OrderSource:
-    """Find out how to get a sampler's order without asking it for more than is needed.
+    """Return the cheapest way to get a sampler's order.
 
     Raises:
-        DataError: The sampler hands each rank its own part already, in a way of its own.
+        DataError: The sampler is a `DistributedSampler` subclass that already splits the data in its own way.
     """
     kind = type(sampler)
     if isinstance(sampler, SequentialSampler) and kind.__iter__ is SequentialSampler.__iter__:
-        return Sequential(sampler)
+        return SequentialSource(sampler)
     if isinstance(sampler, RandomSampler) and kind.__iter__ is RandomSampler.__iter__:
-        return Shuffled(sampler)
+        return ShuffledSource(sampler)
     if isinstance(sampler, DistributedSampler):
-        return _taken_over(sampler, group)
-    return Sampled(sampler, group)
+        return _order_of_distributed_sampler(sampler, group)
+    return SamplerSource(sampler, group)
 
 
-def _taken_over(sampler: DistributedSampler[Any], group: Group) -> OrderSource:
+def _order_of_distributed_sampler(sampler: DistributedSampler[Any], group: Group) -> OrderSource:
     if type(sampler).__iter__ is DistributedSampler.__iter__:
         if sampler.shuffle:
-            return Shuffled(sampler)
-        return Sequential(SequentialSampler(sampler.dataset))  # type: ignore[arg-type]
+            return ShuffledSource(sampler)
+        return SequentialSource(SequentialSampler(sampler.dataset))  # type: ignore[arg-type]
     if sampler.num_replicas == 1:
-        return Sampled(sampler, group)
+        return SamplerSource(sampler, group)
     raise DataError(
         f"The sampler {type(sampler).__name__} yields one part of {sampler.num_replicas}",
-        "paceline gives each rank its part itself, and splitting twice would lose samples",
-        "Build it with num_replicas=1 and rank=0, so that it yields the whole epoch",
+        "paceline splits the samples between ranks itself; splitting twice would lose samples",
+        "Create it with num_replicas=1 and rank=0, so that it yields the whole epoch",
     )
 
 
-def draw_together(sampler: Iterable[Any], group: Group, seed: int, epoch: int) -> Any:
+def run_sampler_on_rank_0(sampler: Iterable[Any], group: Group, seed: int, epoch: int) -> Any:
     """Run a sampler to its end on rank 0 and give every rank what it yielded.
 
-    Returns a tensor [n] of int64 if all that it yielded are integers, else a list. Collective: every rank
-    must call it.
+    Collective: every rank must call it.
+
+    Returns:
+        A tensor [n] of int64 if the sampler yields only integers, else a list.
 
     Raises:
-        DataError: The sampler raised on rank 0 (on rank 0 itself its own error comes up).
+        DataError: The sampler raised on rank 0 (rank 0 raises the sampler's own error).
     """
-    reach_epoch(sampler, epoch)
-    drawn: Any = None
+    set_sampler_epoch(sampler, epoch)
+    keys: Any = None
     failure: Exception | None = None
     if group.rank == 0:
         try:
-            with PrivateRandomness(mix_seed(seed, epoch), own_generators(sampler))():
-                drawn = _compact(list(sampler))
+            with IsolatedRng(mix_seed(seed, epoch), sampler_generators(sampler))():
+                keys = _compact(list(sampler))
         except Exception as error:
             failure = error
-    told = None if failure is None else f"{type(failure).__name__}: {failure}"
-    told, drawn = group.broadcast_object((told, drawn))
+    reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+    reason, keys = group.broadcast_object((reason, keys))
     if failure is not None:
         raise failure
-    if told is not None:
+    if reason is not None:
         raise DataError(
-            f"The sampler {type(sampler).__name__} failed on rank 0: {told}",
-            "All ranks take their order from rank 0",
+            f"The sampler {type(sampler).__name__} failed on rank 0: {reason}",
+            "All ranks get the order of the samples from rank 0",
             "See the traceback of rank 0",
         )
-    return drawn
+    return keys
 
 
 def _compact(keys: list[Any]) -> Any:
@@ -247,7 +251,7 @@ def _compact(keys: list[Any]) -> Any:
 
 
 def sampler_chain(sampler: Any) -> Iterator[Any]:
-    """Yield a sampler and the samplers that it holds as `batch_sampler` or `sampler`, outermost first."""
+    """Yield a sampler and those in its `batch_sampler` and `sampler` attributes, outermost first."""
     seen: set[int] = set()
     waiting = [sampler]
     while waiting:
@@ -259,13 +263,13 @@ def sampler_chain(sampler: Any) -> Iterator[Any]:
         waiting += [getattr(current, "batch_sampler", None), getattr(current, "sampler", None)]
 
 
-def own_generators(sampler: Any) -> list[torch.Generator]:
-    """Return the generators that a sampler and the samplers inside it hold as `generator`."""
-    held = [getattr(current, "generator", None) for current in sampler_chain(sampler)]
-    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
+def sampler_generators(sampler: Any) -> list[torch.Generator]:
+    """Return the `generator` attributes of a sampler and the samplers inside it, each once."""
+    generators = [getattr(current, "generator", None) for current in sampler_chain(sampler)]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
-def reach_epoch(sampler: Any, epoch: int) -> None:
+def set_sampler_epoch(sampler: Any, epoch: int) -> None:
     """Call `set_epoch` on a sampler and on every sampler inside it that has one."""
     for current in sampler_chain(sampler):
         set_epoch = getattr(current, "set_epoch", None)
@@ -273,9 +277,9 @@ def reach_epoch(sampler: Any, epoch: int) -> None:
             set_epoch(epoch)
 
 
-def size_of(thing: Any) -> int | None:
-    """Return `len(thing)`, or None where it has no length."""
+def maybe_length(value: Any) -> int | None:
+    """Return `len(value)`, or None if it has no length."""
     try:
-        return len(thing)
+        return len(value)
     except (TypeError, NotImplementedError):
         return None

@@ -146,7 +146,7 @@ NOT_CARRIED_OUT: dict[str, Any] = {
 @pytest.mark.parametrize("key", NOT_CARRIED_OUT)
 def test_a_block_that_is_not_carried_out_says_why_and_what_to_do(key: str) -> None:
     [found] = name_problems(ZERO | {key: NOT_CARRIED_OUT[key]}, "ds.json")
-    assert (found.key, found.what, found.hint) == (key, "is not carried out", "remove the key")
+    assert (found.key, found.what, found.hint) == (key, "is not supported", "remove the key")
     assert len(found.why) > 10
 
 

@@ -167,7 +167,7 @@ def once(folder: str) -> tuple[int, str]:
 def test_a_generator_lasts_for_one_pass(tmp_path: Path) -> None:
     steps, words = run_on_ranks(1, once, str(tmp_path))[0]
     assert steps == 4
-    assert "A second pass over a generator was begun" in words
+    assert "A second epoch was begun over a generator" in words
 
 
 class OfEpoch(Dataset[Any]):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from paceline import Accelerator, DeepSpeedPlugin, DummyOptim
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, PrepareError
 from tests.support.engines import needs_deepspeed
 from tests.support.ranks import run_on_ranks
 
@@ -25,7 +25,7 @@ COMMON: dict[str, dict[str, Any]] = {
     "activation_checkpointing": {
         "activation_checkpointing": {
             "partition_activations": False,
-            "cpu_checkpointing": True,
+            "cpu_checkpointing": False,
             "contiguous_memory_optimization": False,
             "number_checkpoints": None,
             "synchronize_checkpoint_boundary": True,
@@ -142,7 +142,7 @@ def trained(block: dict[str, Any], zero: dict[str, Any], folder: str) -> dict[st
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if "optimizer" in block:
         optimizer = DummyOptim(model.parameters(), lr=0.1)
-    model.checkpoints = bool(block.get("activation_checkpointing", {}).get("cpu_checkpointing"))
+    model.checkpoints = "activation_checkpointing" in block
     model, optimizer = accelerator.prepare(model, optimizer)
     for x in batches():
         accelerator.backward(model(x[accelerator.process_index :: 2].clone()).pow(2).mean())
@@ -220,3 +220,15 @@ def test_what_cannot_go_together_is_said_before_the_engine_is_built(
 ) -> None:
     for message in run_on_ranks(2, refused, block, stage):
         assert all(part in message for part in words)
+
+
+def moved_to_the_host() -> str:
+    with pytest.raises(PrepareError) as error:
+        trained({"activation_checkpointing": {"cpu_checkpointing": True}}, {"stage": 2}, "")
+    return str(error.value)
+
+
+def test_activations_cannot_be_moved_from_the_cpu_to_the_cpu() -> None:
+    for message in run_on_ranks(2, moved_to_the_host):
+        assert "activation_checkpointing.cpu_checkpointing is true" in message
+        assert "Remove cpu_checkpointing" in message

@@ -99,7 +99,7 @@ def test_shapes_that_differ_name_rank_and_line(folder: Path) -> None:
     assert code == 134, error
     assert f"rank 0 on {os.uname().nodename}" in error
     assert f"was killed by SIGABRT at {line('of different shapes')}" in error
-    assert "gloo does so when ranks are in different calls, or bring different sizes" in error
+    assert "gloo aborts when ranks are in different collectives, or pass different sizes" in error
 
 
 PLAIN = """

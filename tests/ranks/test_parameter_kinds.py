@@ -146,10 +146,10 @@ def refused(kind: str, strategy: str) -> str:
     [
         ("scalar", "fsdp", ("logit_scale, frozen of Scaled have no dimension", "nn.Parameter(torch.tensor([2.65]))")),
         ("only a scalar", "fsdp", ("scale of OnlyScalar has no dimension", "strategy='ddp'")),
-        ("complex", "fsdp", ("filter of Rotated holds complex numbers", "torch.view_as_complex()")),
+        ("complex", "fsdp", ("filter of Rotated is complex", "torch.view_as_complex()")),
         *with_deepspeed(
             [
-                ("complex", f"zero{stage}", ("filter of Rotated holds complex numbers", "torch.view_as_complex()"))
+                ("complex", f"zero{stage}", ("filter of Rotated is complex", "torch.view_as_complex()"))
                 for stage in range(4)
             ],
             every_stage=True,

@@ -132,7 +132,7 @@ def sharded(**how: Any) -> Any:
 
 def refusals() -> None:
     half = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(PrepareError, match=r"sharded already, to compute in bf16.*computes in fp32.*Build the model"):
+    with pytest.raises(PrepareError, match=r"sharded already, to compute in bf16.*computes in fp32.*Rebuild the model"):
         build(FSDP, "cpu").prepare_model(half)
     scale = TinyTransformer(seed=4)
     bare = scale.norm

@@ -162,5 +162,5 @@ def test_commands_that_start_nothing_need_no_torch(
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text('{"step": 1, "loss": 1}\n', encoding="utf-8")
     loaded = modules_after(call_of(arguments))
-    assert "paceline.cli.lazy" in loaded
+    assert "paceline.cli.click_helpers" in loaded
     assert not {"torch", "numpy", "questionary"} & loaded

@@ -77,7 +77,7 @@ def test_steps_that_are_faster_than_a_save_in_the_background(tmp_path: Path) -> 
     # The kill comes one step after the only save has begun.
     code, lines = check(tmp_path, "background", steps=("--steps", "7", "--kill_at", "5"))
     assert code == 0, lines
-    assert "resumed  from the checkpoint of step 4, went on to step 7" in lines
+    assert "resumed  from the checkpoint of step 4, continued to step 7" in lines
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_two_ranks_say_it_once(changes: dict[str, Any], reason: str, precision: 
     assert first == {
         "strategy": f"{reason}; 2 ranks on cpu",
         "parameters": "3,245 trained of 4,221 (76.9 %)",
-        "steps": "2, 0.3077 epochs of 7 steps, 50 samples an epoch",
+        "steps": "2, 0.2857 epochs of 7 steps, 50 samples an epoch",
         "batch": "8 samples = 2 ranks x 4 x 1 micro-batch",
         "precision": precision,
     }

@@ -151,6 +151,20 @@ def check_disk(settings: Mapping[str, Any]) -> None:
         )
 
 
+def check_activations(settings: Mapping[str, Any], device: torch.device) -> None:
+    """Check that activations can be moved to host memory.
+
+    Raises:
+        PrepareError: `cpu_checkpointing` is on and the run computes on the CPU.
+    """
+    if device.type == "cpu" and settings.get("activation_checkpointing", {}).get("cpu_checkpointing"):
+        raise PrepareError(
+            "activation_checkpointing.cpu_checkpointing is true, and this run computes on the CPU",
+            "DeepSpeed empties an activation once it is copied to the CPU, and here the copy is the activation itself",
+            "Remove cpu_checkpointing, or run on an accelerator",
+        )
+
+
 def _check_architectures(operation: str) -> None:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if torch.cuda.is_available() and re.search(r"\d[a-z]", listed):

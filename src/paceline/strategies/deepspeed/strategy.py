@@ -37,6 +37,7 @@ from paceline.strategies.deepspeed.build import (
     as_bytes,
     as_groups,
     cast_inputs,
+    check_activations,
     check_compiler,
     check_disk,
     check_dtypes,
@@ -238,6 +239,7 @@ class DeepSpeedStrategy(Strategy):
         settings = self.engines.settings = resolve_settings(self._plugin, self.context.config, auto)
         check_compiler(settings, optimizer)
         check_disk(settings)
+        check_activations(settings, self.context.device)
         check_monitors(settings)
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)

@@ -568,7 +568,7 @@ def engine_told() -> dict[str, Any]:
     described = {
         "zero_optimization": {"stage": 2, "allgather_bucket_size": 1000},
         "communication_data_type": "fp32",
-        "activation_checkpointing": {"cpu_checkpointing": True, "number_checkpoints": 3},
+        "activation_checkpointing": {"partition_activations": True, "number_checkpoints": 3},
         "steps_per_print": 17,
     }
     accelerator = Accelerator(
@@ -584,10 +584,10 @@ def engine_told() -> dict[str, Any]:
         "print": model.steps_per_print(),
         "clip": model.gradient_clipping(),
         "accumulation": model.gradient_accumulation_steps(),
-        "checkpoint": (checkpointing.CPU_CHECKPOINT, checkpointing.num_layers),
+        "checkpoint": (checkpointing.PARTITION_ACTIVATIONS, checkpointing.num_layers),
     }
     checkpointing.reset()
-    checkpointing.CPU_CHECKPOINT = False
+    checkpointing.PARTITION_ACTIVATIONS = False
     return found
 
 

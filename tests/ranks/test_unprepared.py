@@ -326,3 +326,21 @@ def test_hooks_are_taken_off() -> None:
     assert key in hooks
     steps(accelerator, model, optimizer, data)
     assert key not in hooks
+
+
+# Everything is prepared
+
+
+def prepared_under_auto() -> list[str]:
+    def train() -> None:
+        # The planner takes a step of a small model of its own to see what the optimizer keeps.
+        accelerator = make("auto")
+        model: Any = nn.Linear(1, 1)
+        model, optimizer, data = accelerator.prepare(model, torch.optim.AdamW(model.parameters()), loader())
+        steps(accelerator, model, optimizer, data)
+
+    return outcome(train)
+
+
+def test_the_planner_is_not_taken_for_the_script() -> None:
+    assert run_on_ranks(2, prepared_under_auto) == [[], []]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import logging
 import pkgutil
 import re
 import shlex
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import pytest
@@ -17,6 +19,9 @@ import paceline
 from paceline.cli import _COMMANDS
 from paceline.cli.launch import command as launch
 from tests.support.examples import names_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT / "docs", ROOT / "examples")
@@ -111,6 +116,16 @@ def modules() -> list[str]:
     return sorted({"paceline", *(module.name for module in found if not module.name.endswith("__main__"))})
 
 
+@pytest.fixture
+def kept_log_level() -> Iterator[None]:
+    """Some examples set the level of paceline's messages."""
+    logger = logging.getLogger("paceline")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("kept_log_level")
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # some write checkpoints

@@ -93,6 +93,7 @@ def test_a_method_that_only_rank_0_calls_is_named(folder: Path) -> None:
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_shapes_that_differ_name_rank_and_line(folder: Path) -> None:
     code, error = launched(folder, "shapes")
     # The rank that gets more than it expects is aborted by gloo; the other one may be the first to notice that.

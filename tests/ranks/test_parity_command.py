@@ -92,6 +92,7 @@ def test_a_right_script_passes(tmp_path: Path) -> None:
     assert "PASS" in said
 
 
+@pytest.mark.slow
 def test_batch_norm_without_synchronisation_is_found(tmp_path: Path) -> None:
     code, said = check(tmp_path, "batchnorm", steps=3)
     assert code == 1

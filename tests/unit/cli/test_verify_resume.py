@@ -73,6 +73,7 @@ def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     assert lines[-1].startswith("PASS     11 batches and losses")
 
 
+@pytest.mark.slow
 def test_steps_that_are_faster_than_a_save_in_the_background(tmp_path: Path) -> None:
     # The kill comes one step after the only save has begun.
     code, lines = check(tmp_path, "background", steps=("--steps", "7", "--kill_at", "5"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import threading
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,15 +51,29 @@ class TrackingWorkerInfo:
         return self._readers
 
 
+# torch keeps one worker info per process: threads that read streams take turns, or one would see the other's part.
+_worker_info_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Give a forked worker a lock that no thread of its parent holds."""
+    global _worker_info_lock
+    _worker_info_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @contextmanager
 def _worker_info_replaced(info: Any) -> Iterator[None]:
     """Let `get_worker_info()` return `info` while the body runs."""
-    original = torch_worker._worker_info
-    torch_worker._worker_info = info
-    try:
-        yield
-    finally:
-        torch_worker._worker_info = original
+    with _worker_info_lock:
+        original = torch_worker._worker_info
+        torch_worker._worker_info = info
+        try:
+            yield
+        finally:
+            torch_worker._worker_info = original
 
 
 class StreamShard(IterableDataset[Any]):
@@ -171,7 +187,7 @@ class StreamShard(IterableDataset[Any]):
     def _open(self, info: Any, skipped: int, reread: int) -> _OpenStream:
         """Begin to iterate over the data set, and read up to the first item that is used."""
         rng = IsolatedRng(int(self._epoch_state[0]))
-        with rng(), _worker_info_replaced(info):
+        with _worker_info_replaced(info), rng():
             items = _items_after(self.dataset, skipped, int(self._epoch_state[1]))
             return _OpenStream(items, next(islice(items, reread, None), _END), rng)
 
@@ -191,12 +207,13 @@ class StreamShard(IterableDataset[Any]):
         next_bounds = (step - 1, self._block * step)
         while True:
             # Not `_worker_info_replaced`: this runs for every batch.
-            original = torch_worker._worker_info
-            torch_worker._worker_info = info
-            try:
-                block = list(islice(items, *bounds, step))
-            finally:
-                torch_worker._worker_info = original
+            with _worker_info_lock:
+                original = torch_worker._worker_info
+                torch_worker._worker_info = info
+                try:
+                    block = list(islice(items, *bounds, step))
+                finally:
+                    torch_worker._worker_info = original
             if must_not_split and info.num_workers_was_read:
                 raise DataError(
                     f"The data set {type(self.dataset).__name__} read num_workers after its first item",

@@ -1,0 +1,43 @@
+"""Threads of one process that read streams: each sees its own part."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from paceline.data.worker_split import StreamShard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class SplitsItself(IterableDataset[int]):
+    """Reads its part by the worker info, and lets other threads run while it does."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        assert info is not None
+        time.sleep(0.02)
+        for number in range(info.id, 40, info.num_workers):
+            current: Any = get_worker_info()
+            assert current is info
+            time.sleep(0.001)
+            yield number
+
+
+def test_each_thread_sees_its_own_part() -> None:
+    parts: dict[int, list[int]] = {}
+
+    def read(rank: int) -> None:
+        parts[rank] = list(StreamShard(SplitsItself(), rank, 2, 0))
+
+    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert get_worker_info() is None
+    assert parts == {0: list(range(0, 40, 2)), 1: list(range(1, 40, 2))}

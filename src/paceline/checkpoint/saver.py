@@ -59,11 +59,6 @@ class Saver:
         self._next_step_waits = False
         self.times: SaveTimings | None = None
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether a background save was started and not yet waited for."""
-        return self._thread is not None
-
     def save(
         self,
         folder: str | os.PathLike[str],

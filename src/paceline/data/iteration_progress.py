@@ -20,7 +20,7 @@ class IterationProgress(ABC):
     """Counts batches when they are yielded, however far reading and copying are ahead.
 
     Attributes:
-        handed: Batches yielded so far.
+        num_yielded: Batches yielded so far.
     """
 
     def __init__(self) -> None:

@@ -139,7 +139,7 @@ class NoTracker:
         ),
         (["aim", "x"], "2 problems"),
     ],
-    ids=str,
+    ids=["a name that is unknown", "a folder that is missing", "an object that is no tracker", "two at once"],
 )
 def test_what_is_no_tracker_is_an_error(asked: Any, words: str) -> None:
     with pytest.raises(ConfigError) as caught:

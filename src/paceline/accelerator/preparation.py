@@ -21,7 +21,7 @@ from paceline.stepping import (
     is_scheduler,
     unassigned_parameters,
 )
-from paceline.strategies.placeholders import DummyScheduler
+from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -174,6 +174,8 @@ class Preparer:
         strategy = self._selector.maybe_current
         if strategy is not None:
             scheduler = strategy.resolve_placeholder_scheduler(scheduler)
+            if isinstance(scheduler, DummyScheduler):
+                raise placeholder_error("DummyScheduler", "scheduler", strategy.name)
         inner = getattr(scheduler, "optimizer", None)
         inner = inner.optimizer if isinstance(inner, AcceleratedOptimizer) else inner
         if strategy is not None and isinstance(inner, Optimizer):

@@ -57,7 +57,7 @@ class MemoryUsage:
 
 
 @dataclass(slots=True)
-class _Storages:
+class Storages:
     """Storages by address, each counted once."""
 
     sizes: dict[int, int]
@@ -97,7 +97,7 @@ def measure_memory(
         device: This rank's device.
         libraries: Bytes that the process used before there was a model.
     """
-    storages = _Storages({}, {})
+    storages = Storages({}, {})
     models = list(models)
     parameters = sum(storages.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
     gradients = sum(
@@ -156,15 +156,15 @@ def _used(device: torch.device) -> tuple[int, int]:
     return used, int(torch.accelerator.memory_reserved(device)) - used
 
 
-def _largest(storages: _Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
+def _largest(storages: Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
     allocations = [(size, storages.names[address]) for address, size in storages.sizes.items()]
     if device.type == "cuda":
         snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        allocations.extend(_unnamed_blocks(storages, snapshot, device.index or 0))
+        allocations.extend(unnamed_blocks(storages, snapshot, device.index or 0))
     return tuple(sorted(allocations, reverse=True)[:_NUM_LARGEST])
 
 
-def _unnamed_blocks(storages: _Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
+def unnamed_blocks(storages: Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
     """Allocated blocks that belong to no known tensor, with their origin if the history was recorded."""
     for segment in snapshot:
         address = int(segment["address"])

@@ -65,7 +65,7 @@ def interview(dialogue: Dialogue, machine: Machine, file: Path) -> dict[str, obj
         if index < len(QUESTIONS):
             answer = _ask(dialogue, QUESTIONS[index], Situation(machine, answers))
         else:
-            answer = _confirm(dialogue, Situation(machine, _given(answers)), file)
+            answer = confirm(dialogue, Situation(machine, _given(answers)), file)
             if answer is not BACK:
                 return _given(answers) if answer else None
         if answer is not BACK:
@@ -132,7 +132,7 @@ def _explain(problems: Sequence[Problem]) -> str:
     return "; ".join(f"{p.what}; {p.why or p.hint}".strip("; ") for p in problems)
 
 
-def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
+def confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
     """Show what will be written, and ask whether to write it; from a pipe nothing is asked.
 
     Raises:

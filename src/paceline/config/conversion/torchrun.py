@@ -197,7 +197,9 @@ def _endpoint(result: Conversion, program: str, written: str, value: str) -> Non
 def _number(value: str) -> object:
     if value.isdecimal():
         return int(value)
-    return float(value) if re.fullmatch(r"\d*\.\d+", value) else value
+    if re.fullmatch(r"\d*\.\d+", value):
+        return float(value)
+    return value
 
 
 def _launch_words(line: _Line) -> list[str]:

@@ -134,7 +134,9 @@ def _state(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, torch.Tensor]
     for optimizer in optimizers:
         for parameter, state in list(getattr(optimizer, "state", {}).items()):
             shape = tuple(getattr(parameter, "shape", ()))
-            for name, value in state.items() if isinstance(state, dict) else ():
+            if not isinstance(state, dict):
+                continue
+            for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     yield f"{name} of a parameter of shape {shape}", value
 
@@ -167,8 +169,10 @@ def _largest(storages: Storages, device: torch.device) -> tuple[tuple[int, str],
 def unnamed_blocks(storages: Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
     """Allocated blocks that belong to no known tensor, with their origin if the history was recorded."""
     for segment in snapshot:
+        if segment.get("device", 0) != index:
+            continue
         address = int(segment["address"])
-        for block in segment["blocks"] if segment.get("device", 0) == index else ():
+        for block in segment["blocks"]:
             start, address = int(block.get("address", address)), address + int(block["size"])
             if block["state"] == "active_allocated" and start not in storages.sizes:
                 yield int(block["size"]), "an activation or a buffer" + _origin(block)

@@ -146,3 +146,27 @@ def test_commands_at_the_top_of_examples_exist(example: Path) -> None:
     lines = re.findall(r"^    ((?:paceline|python|make) .*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines
     assert not [found for line in lines for found in problems_of(line)]
+
+
+def modules_on_the_page(text: str) -> set[str]:
+    """The modules in the picture of the package, whose folders are told by indentation."""
+    block = text.partition("```text\n")[2].partition("```")[0]
+    modules: set[str] = set()
+    folders: list[str] = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            modules.add("".join([*folders, name]))
+    return modules
+
+
+def test_the_architecture_page_has_a_line_for_every_module() -> None:
+    written = modules_on_the_page((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "src" / "paceline").rglob("*.py")}
+    assert not written - modules, "the page names modules that do not exist"
+    missing = {name for name in modules - written if not name.endswith("__init__.py")}
+    assert not missing, "say in docs/architecture.md, in one line each, what a reader finds there"

@@ -1,0 +1,1 @@
+"""Programs written for Accelerate, on paceline."""

@@ -16,7 +16,7 @@ import click
 import pytest
 
 import paceline
-from paceline.cli import _COMMANDS
+from paceline.cli import command as program
 from paceline.cli.launch import command as launch
 from tests.support.examples import names_for
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT / "docs", ROOT / "examples")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for f in FOLDERS for page in f.rglob("*.md"))])
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+COMMANDS = program.list_commands(click.Context(program))
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -48,7 +49,7 @@ def problems_of(line: str) -> list[str]:
         return [
             f"no target {word}" for word in rest if word in MAKE or re.fullmatch("[a-z-]+", word) if word not in MAKE
         ]
-    if program == "paceline" and rest and rest[0] not in _COMMANDS and not rest[0].startswith("-"):
+    if program == "paceline" and rest and rest[0] not in COMMANDS and not rest[0].startswith("-"):
         return [f"no command {rest[0]}"]
     found = _wrong_flags(rest[1:]) if program == "paceline" and rest[:1] == ["launch"] else []
     return found + [f"no file {w}" for w in rest if w.startswith("examples/") and not (ROOT / w).exists()]

@@ -85,9 +85,7 @@ def _stream_batches(loader: DataLoader[Any], items: Iterator[Any]) -> Iterator[A
         del batch
 
 
-def _next_batch(
-    items: Iterator[Any], size: int, smallest: int, collate: Callable[[list[Any]], Any]
-) -> tuple[int, Any]:
+def _next_batch(items: Iterator[Any], size: int, smallest: int, collate: Callable[[list[Any]], Any]) -> tuple[int, Any]:
     """Return how many samples there were, and the batch they make, if they are enough for one."""
     samples = list(islice(items, size))
     number = len(samples)

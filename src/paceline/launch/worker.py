@@ -13,6 +13,7 @@ import contextlib
 import errno
 import faulthandler
 import functools
+import importlib
 import importlib.machinery
 import importlib.util
 import io
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-__all__ = ["exit_now", "is_library", "main", "pack", "unpack"]
+__all__ = ["exit_now", "is_library", "main", "pack", "run", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not part of the script.
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     command = _read_options(list(arguments))
     _enable_faulthandler()
     _buffer_lines()
+    _install_as_accelerate()
     _install_import_hooks()
     kind = command.pop(0) if command[0] in ("--module", "--program") else "--script"
     if kind == "--program":
@@ -100,6 +102,15 @@ def _read_options(arguments: list[str]) -> list[str]:
         # This file was run by path; the script's modules are searched as under `python -m`.
         sys.path[0] = str(Path.cwd())
     return arguments
+
+
+def _install_as_accelerate() -> None:
+    """Turn the switch on where the launcher's configuration says so, before the script imports anything."""
+    config = os.environ.get("PACELINE_CONFIG")
+    # A run without the switch pays for no parsing and no import.
+    if config and '"as_accelerate":true' in config and json.loads(config)["config"].get("as_accelerate"):
+        # By name: it lies above this package.
+        importlib.import_module("paceline.compat").install_as_accelerate()
 
 
 def _install_import_hooks() -> None:
@@ -403,10 +414,11 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run(arguments: Sequence[str]) -> None:
+    """Run `main`, and end the process with its exit code."""
     exit_status = 0
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except SystemExit as stop:
         exit_status = _exit_code(stop)
         if not isinstance(stop.code, (int, type(None))):
@@ -414,3 +426,7 @@ if __name__ == "__main__":
     if "torch.distributed" not in sys.modules:
         sys.exit(exit_status)
     exit_now(exit_status)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

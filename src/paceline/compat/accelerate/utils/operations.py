@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 import torch
 
 from paceline import collectives
-from paceline.collectives.nested import is_namedtuple, map_leaves, maybe_children, tensors
+from paceline.collectives import nested
+from paceline.collectives.nested import map_leaves, maybe_children, tensors
 from paceline.compat.accelerate.settings.enums import DistributedType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, WrongTypeError
 from paceline.compat.accelerate.settings.plugins import TensorInformation
@@ -75,6 +76,11 @@ class CannotPadNestedTensorWarning(UserWarning):
 def is_torch_tensor(tensor: object) -> bool:
     """Whether an object is a tensor."""
     return isinstance(tensor, torch.Tensor)
+
+
+def is_namedtuple(data: object) -> bool:
+    """Whether an object is an instance of a named tuple's class."""
+    return nested.is_namedtuple(data)
 
 
 def is_tensor_information(tensor_info: object) -> bool:

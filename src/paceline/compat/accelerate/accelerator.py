@@ -1029,13 +1029,23 @@ class Accelerator:
             config: Settings of the program, to be recorded.
             init_kwargs: For each tracker's name, arguments of its constructor.
         """
-        from paceline.compat.accelerate.tracking import open_trackers
+        from paceline.compat.accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-        self.trackers = open_trackers(self.log_with, project_name, self.logging_dir, dict(init_kwargs or {}))
-        for tracker in self.trackers:
+        for chosen in self.log_with:
+            tracker = chosen
+            if not isinstance(chosen, GeneralTracker):
+                cls: Any = LOGGER_TYPE_TO_CLASS[str(chosen)]
+                where = [self.logging_dir] if cls.requires_logging_directory else []
+                tracker = cls(project_name, *where, **init_kwargs.get(str(chosen), {}))
+            self.trackers.append(tracker)
+        for tracker in self._active_trackers():
             tracker.start()
             if config is not None:
                 tracker.store_init_configuration(config)
+
+    def _active_trackers(self) -> list[Any]:
+        """Those that record on this rank."""
+        return [each for each in self.trackers if self.is_main_process or not each.main_process_only]
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
         """Get a tracker by its name; one whose methods do nothing where none is open.
@@ -1065,12 +1075,12 @@ class Accelerator:
             step: Of the run.
             log_kwargs: For each tracker's name, arguments of its own function.
         """
-        for tracker in self.trackers:
+        for tracker in self._active_trackers():
             tracker.log(values, step=step, **(log_kwargs or {}).get(tracker.name, {}))
 
     def end_training(self) -> None:
         """Close the trackers, and the process group."""
-        for tracker in self.trackers:
+        for tracker in self._active_trackers():
             tracker.finish()
         self.state.destroy_process_group()
 
@@ -1113,13 +1123,13 @@ def _one_of(one: Any, other: Any) -> Any:
                 "DeepSpeed's settings have a class of their own",
                 "Pass a DeepSpeedPlugin, or several by name",
             )
-    if plugins is not None and AcceleratorState._shared_state and AcceleratorState().deepspeed_plugins is not None:
-        if plugins is not AcceleratorState().deepspeed_plugins:
-            raise UnsupportedError(
-                "A second Accelerator is made with a plugin of DeepSpeed",
-                "All Accelerators of a program share the plugins of the first",
-                "Pass all of them by name to the first one, and select one with state.select_deepspeed_plugin",
-            )
+    present = _first_state_deepspeed()
+    if plugins is not None and present is not None and plugins is not present:
+        raise UnsupportedError(
+            "A second Accelerator is made with a plugin of DeepSpeed",
+            "All Accelerators of a program share the plugins of the first",
+            "Pass all of them by name to the first one, and select one with state.select_deepspeed_plugin",
+        )
     return plugins
 
 

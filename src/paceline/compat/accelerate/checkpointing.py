@@ -309,7 +309,7 @@ def _folder_to_write(accelerator: Accelerator, output_dir: str | os.PathLike[str
                 "automatic_checkpoint_naming is off",
                 "Pass output_dir, or set automatic_checkpoint_naming in ProjectConfiguration",
             )
-        return Path(os.path.expanduser(output_dir))
+        return Path(output_dir).expanduser()
     parent = Path(str(accelerator.project_dir), "checkpoints")
     folder = parent / f"checkpoint_{accelerator.save_iteration}"
     if folder.exists():
@@ -402,7 +402,7 @@ def _load_registered(accelerator: Accelerator, folder: Path) -> None:
 
 def _folder_to_read(accelerator: Accelerator, input_dir: str | os.PathLike[str] | None) -> Path:
     if input_dir is not None:
-        folder = Path(os.path.expanduser(input_dir))
+        folder = Path(input_dir).expanduser()
     elif accelerator.project_configuration.automatic_checkpoint_naming:
         numbered = _numbered(Path(str(accelerator.project_dir), "checkpoints"))
         if not numbered:

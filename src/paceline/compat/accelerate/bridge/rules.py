@@ -1,4 +1,4 @@
-"""The rules of a run of a program that is written for Accelerate: what it tolerates, divides by, and asks for the loop."""
+"""The rules of a program that is written for Accelerate: what it tolerates, divides by, and asks for the loop."""
 
 from __future__ import annotations
 

@@ -392,12 +392,30 @@ def get_fsdp2_grad_scaler(**kwargs: Any) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(**kwargs)
 
 
-_PREPARE = "Call accelerator.prepare(model, optimizer), which shards both"
-fsdp2_prepare_model = unsupported("fsdp2_prepare_model", "paceline shards models in prepare()", _PREPARE)
-fsdp2_apply_ac = unsupported("fsdp2_apply_ac", "paceline recomputes activations where the plugin says so", _PREPARE)
-fsdp2_switch_optimizer_parameters = unsupported(
-    "fsdp2_switch_optimizer_parameters", "paceline rebinds optimizers in prepare()", _PREPARE
+_sharded_in_prepare = unsupported(
+    "paceline shards a model and its optimizer in prepare()", "Call accelerator.prepare(model, optimizer)"
 )
-fsdp2_prepare_auto_wrap_policy = unsupported(
-    "fsdp2_prepare_auto_wrap_policy", "paceline finds the units of a model itself", _PREPARE
-)
+
+
+@_sharded_in_prepare
+def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Not supported: see `Accelerator.prepare`."""
+    raise NotImplementedError
+
+
+@_sharded_in_prepare
+def fsdp2_apply_ac(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """Not supported: the plugin says whether activations are recomputed."""
+    raise NotImplementedError
+
+
+@_sharded_in_prepare
+def fsdp2_switch_optimizer_parameters(optimizer: Any, mapping: dict[Any, Any]) -> None:
+    """Not supported: see `Accelerator.prepare`."""
+    raise NotImplementedError
+
+
+@_sharded_in_prepare
+def fsdp2_prepare_auto_wrap_policy(fsdp2_plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Any:
+    """Not supported: paceline finds the units of a model itself."""
+    raise NotImplementedError

@@ -156,8 +156,8 @@ class Accelerator:
         # By name, so that only the selected one is resolved.
         self._deepspeed_plugins = dict(deepspeed_plugins or {})
 
-        def resolve_with(plugin: DeepSpeedPlugin) -> Resolved:
-            return resolve_arguments(os.environ, {**explicit, "deepspeed_config": plugin}, handlers, policies)
+        def resolve_with(section: str, plugin: DeepSpeedPlugin | FullyShardedDataParallelPlugin) -> Resolved:
+            return resolve_arguments(os.environ, {**explicit, section: plugin}, handlers, policies)
 
         self._resolve_with = resolve_with
         self._context = context = components.context
@@ -297,13 +297,32 @@ class Accelerator:
         """
         from paceline.accelerator.arguments import named_plugin
 
-        plugin = named_plugin(self._deepspeed_plugins, name)
-        self._selector.use_config(self._resolve_with(plugin).config)
+        self.replace_plugin(named_plugin(self._deepspeed_plugins, name))
+
+    def replace_plugin(self, plugin: DeepSpeedPlugin | FullyShardedDataParallelPlugin) -> None:
+        """Use other settings of FSDP2 or DeepSpeed than the constructor was given, from the first model on.
+
+        Args:
+            plugin: All settings; those of the launcher's configuration still hold where it leaves them open.
+
+        Raises:
+            ConfigError: It contradicts the launcher's configuration.
+            PrepareError: A model was prepared under the present settings.
+
+        Example:
+            >>> from paceline import FullyShardedDataParallelPlugin
+            >>> accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
+            >>> accelerator.replace_plugin(FullyShardedDataParallelPlugin(reshard_after_forward=False))
+        """
+        from paceline.config import DeepSpeedPlugin
+
+        section = "deepspeed_config" if isinstance(plugin, DeepSpeedPlugin) else "fsdp_config"
+        self._selector.use_config(self._resolve_with(section, plugin).config)
 
     @property
     def fsdp_plugin(self) -> FullyShardedDataParallelPlugin | None:
         """The settings of FSDP2 from all sources; None where there are none."""
-        return self._context.config.fsdp_config
+        return self._selector.context.config.fsdp_config
 
     @property
     def parallelism_config(self) -> ParallelismConfig | None:

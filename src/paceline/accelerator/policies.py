@@ -28,16 +28,17 @@ class Policies:
         leniency: What is tolerated instead of refused.
         window: What the gradients of an accumulation window are divided by.
         boundary: Makes what holds `sync_gradients`.
-        optimizer: The class of prepared optimizers.
-        scheduler: The class of prepared schedulers; its `advance` says how far one step goes.
+        optimizer: Makes prepared optimizers, from the arguments of `AcceleratedOptimizer`.
+        scheduler: Makes prepared schedulers, from the arguments of `AcceleratedScheduler`, whose `advance` says how far
+            one step goes.
         loaders: Makes the family of prepared loaders.
     """
 
     leniency: Leniency = STRICT
     window: WindowPolicy = TRUE_MEAN
     boundary: Callable[[], GradientBoundary] = OwnBoundary
-    optimizer: type[AcceleratedOptimizer] = AcceleratedOptimizer
-    scheduler: type[AcceleratedScheduler] = AcceleratedScheduler
+    optimizer: Callable[..., AcceleratedOptimizer] = AcceleratedOptimizer
+    scheduler: Callable[..., AcceleratedScheduler] = AcceleratedScheduler
     loaders: Callable[[ActiveLoaders], LoaderFamily] = OwnLoaders
 
 

@@ -87,8 +87,8 @@ class StrategySelector:
         """
         if self.maybe_current is not None and self.maybe_current.parameters():
             raise PrepareError(
-                "Other DeepSpeed settings were selected after a model was prepared",
-                "All engines of one Accelerator share its settings",
+                f"Other settings of {self.maybe_current.name} were selected after a model was prepared",
+                "All models of one Accelerator share its settings",
                 "Select before the first prepare(), and build an Accelerator for each of them",
             )
         self._components = replace(self._components, context=replace(self.context, config=config))

@@ -104,7 +104,7 @@ def infer(draft: Draft, folder: Path | None, leniency: Leniency = STRICT) -> Dra
     draft = _drop_invalid_values(_follow_deepspeed_file(draft, folder, leniency))
     named = draft.values.get("distributed_type")
     if named is not None:
-        draft = _follow_distributed_type(draft, named)
+        draft = _follow_distributed_type(draft, named, leniency)
     is_single = draft.values.get("strategy") == "single"
     if is_single and not draft.is_explicit("num_processes") and "num_processes" not in draft.invalid:
         draft = draft.with_value("num_processes", 1, draft.origins["strategy"])
@@ -179,13 +179,15 @@ def _drop_invalid_values(draft: Draft) -> Draft:
     return draft
 
 
-def _follow_distributed_type(draft: Draft, named: str) -> Draft:
+def _follow_distributed_type(draft: Draft, named: str, leniency: Leniency) -> Draft:
     """Let `distributed_type` choose the strategy and the device, unless these are given and contradict it."""
     origin = draft.origins["distributed_type"]
     meant = _STRATEGY_OF.get(named, "ddp")
     if not draft.is_explicit("strategy"):
         if named not in _UNSUPPORTED_TYPES:
             draft = draft.with_value("strategy", meant, origin)
+    elif leniency.script_wins and draft.origins["strategy"].kind == "argument":
+        pass
     elif "strategy" not in draft.invalid and draft.values["strategy"] != meant:
         what = f"{draft.values['strategy']} contradicts distributed_type {named} at {origin.where}"
         problem = Problem(

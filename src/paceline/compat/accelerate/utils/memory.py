@@ -37,7 +37,7 @@ def clear_device_cache(garbage_collection: bool = False) -> None:
 
 
 def release_memory(*objects: Any) -> list[None]:
-    """Free the memory of objects, which the caller overwrites: `model, loader = release_memory(model, loader)`.
+    """Free the memory of objects, which the caller overwrites with the result.
 
     Args:
         *objects: The objects.

@@ -1,7 +1,7 @@
 """Loaders of random configurations, iterated under Accelerate or under its twin; run as a program it records the former.
 
-    python -m tests.compat.loader_cases
-    torchrun --nproc-per-node 2 -m tests.compat.loader_cases
+python -m tests.compat.loader_cases
+torchrun --nproc-per-node 2 -m tests.compat.loader_cases
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def draw_case(seed: int, ranks: int) -> Case:
     size = draw.choice([1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 23])
     # A worker takes a second to start.
     workers = int(draw.random() < 0.02)
-    kind = draw.choice(["stream", "epochs", "sized", "plain", "plain", "random", "random", "own", "weighted", "batches"])
+    kind = draw.choice(
+        ["stream", "epochs", "sized", "plain", "plain", "random", "random", "own", "weighted", "batches"]
+    )
     loader = DataLoader(
         **_source(kind, size, batch_size, drop_last, draw),
         num_workers=workers,

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.compat
-needs_accelerate = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
+)
 # Raised by torchdata 0.11 under torch 2.13, and by torch where loaders have workers on a busy machine.
 pytestmark_warnings = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -162,10 +164,10 @@ class _Count(IterableDataset[int]):
         ({"even_batches": False}, [[[0, 1], [4, 5], [8]], [[2, 3], [6, 7]]]),
     ],
 )
-def test_nine_samples_in_batches_of_two_on_two_ranks(settings: dict[str, bool], expected: list[list[list[int]]]) -> None:
-    found = [
-        list(twin.BatchSamplerShard(BatchSampler(range(9), 2, False), 2, rank, **settings)) for rank in range(2)
-    ]
+def test_nine_samples_in_batches_of_two_on_two_ranks(
+    settings: dict[str, bool], expected: list[list[list[int]]]
+) -> None:
+    found = [list(twin.BatchSamplerShard(BatchSampler(range(9), 2, False), 2, rank, **settings)) for rank in range(2)]
     assert found == expected
 
 
@@ -358,7 +360,9 @@ class _Uneven(IterableDataset[Any]):
         yield torch.zeros(2, 4)
 
 
-@pytest.mark.parametrize(("problem", "message"), [("reading", "the file ends here"), ("sizes", "Pad them in the collate")])
+@pytest.mark.parametrize(
+    ("problem", "message"), [("reading", "the file ends here"), ("sizes", "Pad them in the collate")]
+)
 def test_what_rank_0_cannot_read_is_an_error_on_all_ranks(problem: str, message: str) -> None:
     for found in run_on_ranks(2, _dispatch, problem):
         assert message in found

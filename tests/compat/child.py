@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import importlib
 import io
@@ -23,6 +24,8 @@ SIDES = ("real", "switched")
 def main(side: str, group: str, folder: str, *runs: str) -> None:
     """Do the runs of a group, one after the other in this process."""
     warnings.simplefilter("ignore")
+    # Where it hangs, if it does.
+    faulthandler.dump_traceback_later(float(os.environ.get("DUMP_AFTER", "600")), exit=True)
     if side == "switched":
         from paceline.compat import install_as_accelerate
 

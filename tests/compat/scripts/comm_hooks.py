@@ -15,12 +15,11 @@ from tests.compat.scripts.tables import accuracy, loaders, network, weights_sum
 HOOKS: dict[str, dict[str, Any]] = {
     "none": {},
     "fp16": {"comm_hook": DDPCommunicationHookType.FP16},
-    "bf16": {"comm_hook": DDPCommunicationHookType.BF16},
     "power": {
         "comm_hook": DDPCommunicationHookType.POWER_SGD,
         "comm_state_option": {"matrix_approximation_rank": 1, "start_powerSGD_iter": 2},
     },
-    "wrapped": {"comm_hook": DDPCommunicationHookType.POWER_SGD, "comm_wrapper": DDPCommunicationHookType.BF16},
+    "wrapped": {"comm_hook": DDPCommunicationHookType.POWER_SGD, "comm_wrapper": DDPCommunicationHookType.FP16},
 }
 
 

@@ -16,7 +16,6 @@ LOADERS: dict[str, dict[str, Any]] = {
     "split": {"split_batches": True},
     "dispatch": {"dispatch_batches": True},
     "dispatch and split": {"dispatch_batches": True, "split_batches": True},
-    "drop": {"drop_last": True},
 }
 
 
@@ -24,11 +23,10 @@ def main(folder: str) -> dict[str, Any]:
     set_seed(8)
     model = network(13, 3)
     found: dict[str, Any] = {}
-    for name, settings in LOADERS.items():
-        drop_last = settings.pop("drop_last", False)
+    for name, settings in [*LOADERS.items(), ("drop", {})]:
         accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**settings))
         model.eval()
-        loader = accelerator.prepare(DataLoader(table("wine", 61), batch_size=6, drop_last=drop_last))
+        loader = accelerator.prepare(DataLoader(table("wine", 61), batch_size=6, drop_last=name == "drop"))
         outputs, objects, scalars = [], [], []
         for columns, classes in loader:
             logits = model(columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from paceline.config.checks import CheckContext, find_problems
 from paceline.config.draft import Draft, build, infer, read_values
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from paceline.config.leniency import Leniency
     from paceline.config.sources.origin import Raw
 
-__all__ = ["resolve", "with_arguments", "worker_config"]
+__all__ = ["resolve", "was_read", "with_arguments", "worker_config"]
 
 _PARAMETERS = {
     "use_cpu": "cpu",
@@ -41,6 +41,8 @@ _PARAMETERS = {
     "ddp_config": "kwargs_handlers",
 }
 """Keys of the file that `Accelerator` takes under another name."""
+
+_READ: Final[set[str]] = set()
 
 
 def resolve(
@@ -107,8 +109,14 @@ def worker_config(env: Mapping[str, str]) -> Resolved:
         return current
     from_launcher = env.get("PACELINE_CONFIG")
     if from_launcher:
+        _READ.add("PACELINE_CONFIG")
         return Resolved.from_json(from_launcher)
     return resolve(flags={}, env=env, file=None)
+
+
+def was_read() -> bool:
+    """Whether `worker_config` has read the launcher's configuration in this process."""
+    return bool(_READ)
 
 
 def with_arguments(resolved: Resolved, arguments: Mapping[str, object], leniency: Leniency = STRICT) -> Resolved:

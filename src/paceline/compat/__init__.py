@@ -1,7 +1,7 @@
 """Runs programs written for Accelerate on paceline, unchanged: the transformers `Trainer`, TRL, PEFT, plain scripts.
 
-`install_as_accelerate()` makes `import accelerate` mean `paceline.compat.accelerate` in this process and in those that it
-starts. `python -m paceline.compat script.py` and `paceline launch --as_accelerate` do it before the script runs.
+`install_as_accelerate()` makes `import accelerate` mean `paceline.compat.accelerate` in this process and in those that
+it starts. `python -m paceline.compat script.py` and `paceline launch --as_accelerate` do it before the script runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What Accelerate's own clients read from the environment, written from the resolved configuration.
 
 The Trainer of transformers and scripts that import `accelerate` do not read PACELINE_CONFIG. They read about a hundred
-variables, which `accelerate launch` would set. The workers get those that their Accelerate understands; what no variable
-says is a problem, and is reported where such a script would use it.
+variables, which `accelerate launch` would set. The workers get those that their Accelerate understands; what no
+variable says is a problem, and is reported where such a script would use it.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ _SINCE: Final = {
 
 # The launcher reads them itself, whatever the script uses.
 _BY_THE_LAUNCHER: Final = {
-    "deepspeed_config": ("deepspeed_multinode_launcher", "deepspeed_hostfile")
-    + ("deepspeed_exclusion_filter", "deepspeed_inclusion_filter"),
-    "parallelism_config": ("dp_replicate_size", "dp_shard_size"),
+    "deepspeed_config": (
+        "deepspeed_multinode_launcher",
+        "deepspeed_hostfile",
+        "deepspeed_exclusion_filter",
+        "deepspeed_inclusion_filter",
+    ),
 }
 _SWITCHES: Final = {
     "ACCELERATE_USE_FSDP": "false",
@@ -284,9 +287,15 @@ def _unknown_in_section(resolved: Resolved, name: str, section: Section, known: 
 
 
 def _deepspeed_problems(resolved: Resolved, target: Target) -> Iterator[Problem]:
-    if resolved.config.strategy == "deepspeed" and not target.has_device:
-        why = "on the CPU Accelerate's ranks do not find each other under DeepSpeed, or train without it"
-        yield _problem(resolved, "strategy", "deepspeed", why, "train on a GPU")
+    config = resolved.config
+    if config.strategy != "deepspeed" or target.has_device:
+        return
+    if target.world_size > 1:
+        why = "without an accelerator each process of Accelerate counts itself as the only one under DeepSpeed, so "
+        why += f"that all {target.world_size} ranks would train on the same samples"
+        yield _problem(resolved, "strategy", "deepspeed", why, "write strategy: ddp")
+    elif config.use_cpu:
+        yield _problem(resolved, "use_cpu", "true", "Accelerate's ACCELERATE_USE_CPU turns DeepSpeed off", "remove it")
 
 
 def _too_old(resolved: Resolved, target: Target) -> Iterator[Problem]:

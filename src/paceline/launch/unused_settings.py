@@ -1,4 +1,4 @@
-"""Which of the launcher's settings a script does not use, and what it says when Accelerate's own Accelerator is built."""
+"""Which of the launcher's settings a script does not use, with Accelerate's own Accelerator or without any."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def _differences(resolved: Resolved, arguments: Mapping[str, Any], *, shards: bo
     if not shards and ranks > 1:
         yield (
             f"strategy fsdp ({resolved.origin('strategy').where}): Accelerate shards on accelerators only; here the "
-            f"{ranks} ranks train whole replicas, averaged by DDP, and fsdp_config is not used. To shard on the CPU, start "
-            "with --as_accelerate."
+            f"{ranks} ranks train whole replicas, averaged by DDP, and fsdp_config is not used. To shard on the CPU, "
+            "start with --as_accelerate."
         )
     precision, origin = arguments.get("mixed_precision"), resolved.origin("mixed_precision")
     if precision is not None and origin.is_explicit and str(precision) != config.mixed_precision:
@@ -139,7 +139,7 @@ def _is_explicit(origin: Origin, model: type[Section], field: str, value: Any) -
 
 
 def _device_type() -> str | None:
-    """torch's name of the accelerator that the script can use; None without one, or where torch was not imported."""
+    """The type of the accelerator that the script can use; None without one, or where torch was not imported."""
     torch = sys.modules.get("torch")
     accelerator = None if torch is None else torch.accelerator.current_accelerator(check_available=True)
     return None if accelerator is None else str(accelerator.type)

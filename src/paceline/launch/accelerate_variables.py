@@ -162,7 +162,7 @@ def not_sharded(resolved: Resolved, target: Target) -> bool:
 def _plain_variables(resolved: Resolved, target: Target) -> dict[str, str]:
     """What does not depend on the strategy."""
     config = resolved.config
-    variables = {}
+    variables: dict[str, str] = {}
     if config.mixed_precision != "no":
         variables["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
     if resolved.origin("gradient_accumulation_steps").is_explicit:
@@ -267,9 +267,9 @@ def _unknown_sections(resolved: Resolved) -> Iterator[Problem]:
         known = {**_DEEPSPEED, "hf_ds_config": "", "gradient_accumulation_steps": ""}
         sections += [("deepspeed_config", config.deepspeed_config, known)]
         sections += [("parallelism_config", config.parallelism_config, {})]
-    for name, section, known in sections:
+    for name, section, carried in sections:
         if section is not None:
-            yield from _unknown_in_section(resolved, name, section, known)
+            yield from _unknown_in_section(resolved, name, section, carried)
     plugin = config.fsdp_config
     if config.strategy == "fsdp" and plugin is not None and not isinstance(plugin.reshard_after_forward, bool):
         why = "Accelerate reads only true and false there"

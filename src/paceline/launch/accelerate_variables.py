@@ -250,7 +250,7 @@ def _unknown_values(resolved: Resolved) -> Iterator[Problem]:
         yield _problem(resolved, "strategy", "auto", why, "write ddp or fsdp")
     if resolved.origin("timeout").is_explicit and config.timeout is not None:
         why = "Accelerate reads no variable for it"
-        instead = "pass InitProcessGroupKwargs(timeout=…) or TrainingArguments(ddp_timeout=…) in the script"
+        instead = "remove it and pass InitProcessGroupKwargs(timeout=…), or TrainingArguments(ddp_timeout=…)"
         yield _problem(resolved, "timeout", config.timeout, why, instead)
 
 
@@ -283,7 +283,7 @@ def _unknown_in_section(resolved: Resolved, name: str, section: Section, known: 
         is_used = resolved.origin(key).is_explicit and value != setting.default
         if is_used and setting.field not in (*known, *_BY_THE_LAUNCHER.get(name, ())):
             why = "Accelerate reads no variable for it"
-            yield _problem(resolved, key, value, why, f"set {setting.field} in the script")
+            yield _problem(resolved, key, value, why, f"remove it and set {setting.field} in the script")
 
 
 def _deepspeed_problems(resolved: Resolved, target: Target) -> Iterator[Problem]:

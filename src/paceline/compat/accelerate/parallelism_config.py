@@ -231,10 +231,17 @@ class ParallelismConfig:
 
     def _validate_accelerator(self, accelerator: Any) -> None:
         """Check the sizes against a run; a mesh of one rank is made one replica per process."""
-        if not accelerator.multi_device and self.total_size == 1:
-            return
         if self.total_size == 1:
+            if not accelerator.multi_device:
+                return
             self._set_size("dp_replicate", accelerator.num_processes)
+        self._check_run(accelerator)
+        unused = [axis for axis in ("tp", "cp", "sp") if self._size(axis) == 1 and getattr(self, f"{axis}_handler")]
+        if unused and accelerator.is_main_process:
+            names = ", ".join(f"{axis}_handler" for axis in unused)
+            warnings.warn(f"{names} has no effect: the size of that axis is 1", stacklevel=2)
+
+    def _check_run(self, accelerator: Any) -> None:
         if not self.sp_enabled and self.total_size != accelerator.num_processes:
             raise InvalidValueError(
                 f"The mesh has {self.total_size} ranks, the run {accelerator.num_processes}",
@@ -254,9 +261,3 @@ class ParallelismConfig:
                 "It needs FSDP2, DeepSpeed or several devices",
                 "Leave it out",
             )
-        unused = [
-            axis for axis in _AXES if self._size(axis) == 1 and getattr(self, f"{axis}_handler", None) is not None
-        ]
-        if unused and accelerator.is_main_process:
-            names = ", ".join(f"{axis}_handler" for axis in unused)
-            warnings.warn(f"{names} has no effect: the size of that axis is 1", stacklevel=2)

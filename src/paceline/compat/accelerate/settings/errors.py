@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from paceline.errors import PacelineError
 
 __all__ = ["InvalidValueError", "NotInitializedError", "UnsupportedError", "WrongTypeError", "unsupported"]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class InvalidValueError(PacelineError, ValueError):
@@ -25,18 +30,19 @@ class UnsupportedError(PacelineError, NotImplementedError):
     """A function of Accelerate that paceline does not have."""
 
 
-def unsupported(name: str, why: str, todo: str) -> Any:
-    """Return a function that raises `UnsupportedError`: importing the name works, calling it does not.
+def unsupported(why: str, todo: str) -> Callable[[F], F]:
+    """Make a decorator for functions that are importable, with their signature, and raise `UnsupportedError`.
 
     Args:
-        name: The function's name.
-        why: Why it is not supported.
+        why: Why they are not supported.
         todo: What to do instead.
     """
 
-    def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
-        raise UnsupportedError(f"{name} was called", why, todo)
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
+            raise UnsupportedError(f"{function.__qualname__} was called", why, todo)
 
-    refuse.__name__ = refuse.__qualname__ = name.rpartition(".")[2]
-    refuse.__doc__ = f"Raise an error: {why}."
-    return refuse
+        return refuse  # type: ignore[return-value]
+
+    return decorate

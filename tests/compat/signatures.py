@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
-RECORD = Path(__file__).with_name("signatures.json")
+RECORD = Path(__file__).parents[1] / "data" / "compat" / "signatures.json"
 
 # The modules from which programs import.
 MODULES = (
@@ -84,7 +84,7 @@ def _is_public(package: str, module: ModuleType, name: str, value: Any) -> bool:
         return False
     home = getattr(value, "__module__", None)
     if home is None:  # constants
-        return name.isupper() and module.__name__.endswith(("constants", "utils"))
+        return name.isupper() and module.__name__.rpartition(".")[2] in ("constants", "utils")
     is_package = hasattr(module, "__path__")
     return bool(home == module.__name__ or (is_package and home.startswith(f"{package}.")))
 

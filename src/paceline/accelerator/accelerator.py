@@ -14,11 +14,11 @@ from paceline.accelerator.communication import Communicator
 from paceline.accelerator.gradients import Gradients
 from paceline.accelerator.preparation import Preparer
 from paceline.accelerator.prepared import Prepared
+from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
 from paceline.data import ActiveLoaders, skip_first_batches
-from paceline.environment.profiling import peak_memory, profile
 from paceline.stepping import Window
 from paceline.training_state.manager import CheckpointManager
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
 from paceline.data import PreparedDataLoader, looks_like_batches
+from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import (
     AcceleratedOptimizer,
@@ -19,9 +20,8 @@ from paceline.stepping import (
     ScheduleLengthCheck,
     is_scheduler,
     unassigned_parameters,
-    warn_once,
 )
-from paceline.strategies.placeholders import DummyScheduler
+from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from paceline.strategies import Strategy
 
 __all__ = ["Preparer"]
+
+_LOG = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -103,7 +105,7 @@ class Preparer:
         loaders.micro_batches = lambda: window.num_steps
         loaders.on_iteration_start = self._lengths.begin_epoch
         loaders.on_iteration_end = self._lengths.end_epoch
-        weakref.finalize(self, warn_once, self._lengths.pending)
+        weakref.finalize(self, _log_pending, self._lengths.pending)
         self._first_steps = FirstSteps(self._context.group, window, family, prepared.models, scaler, selector)
 
     def prepare(self, args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> Any:
@@ -175,6 +177,8 @@ class Preparer:
         strategy = self._selector.maybe_current
         if strategy is not None:
             scheduler = strategy.resolve_placeholder_scheduler(scheduler)
+            if isinstance(scheduler, DummyScheduler):
+                raise placeholder_error("DummyScheduler", "scheduler", strategy.name)
         inner = getattr(scheduler, "optimizer", None)
         inner = inner.optimizer if isinstance(inner, AcceleratedOptimizer) else inner
         if strategy is not None and isinstance(inner, Optimizer):
@@ -222,7 +226,7 @@ class Preparer:
     def forget(self) -> None:
         """Let go of everything prepared, and log a warning that waits for the end of the training."""
         self._prepared.forget()
-        warn_once(self._lengths.pending)
+        _log_pending(self._lengths.pending)
 
     # Models and optimizers
 
@@ -342,6 +346,12 @@ class Preparer:
         if missing:
             raise UnassignedParametersError(missing)
         return strategy
+
+
+def _log_pending(warnings: list[str]) -> None:
+    """Log and remove warnings that waited for the end of the training."""
+    while warnings:
+        _LOG.warning("%s", warnings.pop())
 
 
 def _placement_flags(args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> dict[int, bool | None]:

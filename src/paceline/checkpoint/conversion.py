@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,6 @@ from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.checkpoint.save_load import Common, Content, save_checkpoint
 from paceline.collectives import SoloGroup
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -145,10 +143,6 @@ def _num_ranks(state: PortableState) -> int:
 def _manifest(state: PortableState) -> Manifest:
     ties = {alias: name for alias, name in state.ties.items() if name in state.weights}
     return Manifest(
-        id="",
-        paceline=__version__,
-        torch=torch.__version__,
-        created=datetime.now(timezone.utc).isoformat(),
         step=state.step,
         epoch=state.epoch,
         samples=0,

@@ -56,8 +56,8 @@ def command() -> None:
 def list_command(folder: Path, as_json: bool) -> None:
     """Show the checkpoints under FOLDER, newest first: a project's folder, or its `checkpoints` folder.
 
-    A checkpoint is whole when it has a manifest and every file has the size in the manifest. `load_state()` loads the
-    newest whole one. `paceline checkpoint verify` checks the contents of the files.
+    A checkpoint is complete when it has a manifest and every file has the size in the manifest. `load_state()` loads
+    the newest complete one. `paceline checkpoint verify` checks the contents of the files.
     """
     rows = list(_rows(folder))
     if as_json:
@@ -99,12 +99,12 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": str(found.folder.relative_to(folder)), "format": "paceline"}
     if found.checkpoint is None:
-        return row | {"state": "not whole", "problem": found.problem}
+        return row | {"state": "incomplete", "problem": found.problem}
     manifest = found.checkpoint.manifest
     return row | {
         "step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples, "size": _size_of(found.checkpoint),
         "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}",
-        "created": manifest.created[:19].replace("T", " "), "state": "whole", "problem": "",
+        "created": manifest.created[:19].replace("T", " "), "state": "complete", "problem": "",
     }  # fmt: skip
 
 
@@ -223,17 +223,17 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
     """Read every byte of each checkpoint and compare it with the checksums.
 
     Folders of other libraries have no checksums: every tensor in them is read. The exit code is 0 if all checkpoints
-    are whole, else 1.
+    are complete and undamaged, else 1.
     """
     from paceline.errors import PacelineError
 
     wrong = 0
     for folder in checkpoints:
         try:
-            click.echo(f"whole      {folder}: {_verify(folder)}")
+            click.echo(f"complete  {folder}: {_verify(folder)}")
         except PacelineError as error:
             wrong += 1
-            click.echo(f"NOT whole  {folder}: {error}")
+            click.echo(f"DAMAGED   {folder}: {error}")
     sys.exit(1 if wrong else 0)
 
 
@@ -316,7 +316,7 @@ def export(
 
 
 def _refuse_state(out: Path) -> None:
-    """Refuse to write into a checkpoint, which would no longer be whole."""
+    """Refuse to write into a checkpoint, which would no longer be complete."""
     from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError

@@ -76,6 +76,12 @@ def _worker_info_replaced(info: Any) -> Iterator[None]:
             torch_worker._worker_info = original
 
 
+def _current_worker_info() -> Any:
+    """Return this thread's worker info: not the one that another thread shows to its data set right now."""
+    with _worker_info_lock:
+        return get_worker_info()
+
+
 class StreamShard(IterableDataset[Any]):
     """One rank's part of an iterable data set.
 
@@ -136,7 +142,7 @@ class StreamShard(IterableDataset[Any]):
 
     def _blocks(self) -> Iterator[Iterable[Any]]:
         """Yield this reader's items, some at a time."""
-        real_info = get_worker_info()
+        real_info = _current_worker_info()
         if real_info is not None:
             set_dataset_epoch(self.dataset, int(self._epoch_state[1]))
         number, reread = self._restore()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
 from paceline.stepping.policies import TRUE_MEAN, GradientBoundary, OwnBoundary, WindowPolicy
-from paceline.stepping.schedule_length import ScheduleLengthCheck, warn_once
+from paceline.stepping.schedule_length import ScheduleLengthCheck
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
@@ -33,5 +33,4 @@ __all__ = [
     "scalar_loss",
     "steps_taken",
     "unassigned_parameters",
-    "warn_once",
 ]

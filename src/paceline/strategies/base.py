@@ -16,17 +16,18 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.strategies.placeholders import DummyOptim, DummyScheduler
+from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Container, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from paceline.strategies.context import DistributedType, RunContext
+    from paceline.strategies.placeholders import DummyScheduler
 
 
 class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable):
@@ -93,7 +94,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             self._parameters = None
         for optimizer in optimizers:
             if isinstance(optimizer, DummyOptim):
-                raise self._placeholder_error("DummyOptim", "optimizer")
+                raise placeholder_error("DummyOptim", "optimizer", self.name)
             self.rebind_optimizer(optimizer)
         return prepared
 
@@ -175,18 +176,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         optimizer.add_param_group(group)
         self._parameters = None
 
-    @override
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the user's own module.
-
-        Args:
-            model: A prepared model, or any other module, which comes back unchanged.
-
-        Returns:
-            The module without the strategy's wrapper. It shares all parameters with `model`.
-        """
-        return model
-
     def init_module(self) -> AbstractContextManager[Any]:
         """Return a context in which models are built as this strategy wants them: sharded at once, where it can.
 
@@ -194,45 +183,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             A context manager that is entered on all ranks alike.
         """
         return nullcontext()
-
-    def gather_parameters(
-        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
-    ) -> AbstractContextManager[Any]:
-        """Return a context in which sharded parameters are whole.
-
-        Collective: every rank must enter and leave it.
-
-        Args:
-            parameters: Of prepared models.
-            modifier_rank: Whose changes reach all ranks at the end; None if nothing is changed inside.
-
-        Returns:
-            A context manager; it does nothing where parameters are whole anyway.
-        """
-        return nullcontext()
-
-    def resolve_placeholder_scheduler(self, scheduler: Any) -> Any:
-        """Return the learning-rate scheduler to step.
-
-        Args:
-            scheduler: What was passed to the Accelerator's `prepare`.
-
-        Returns:
-            What the engine's configuration describes for a `DummyScheduler`; `scheduler` itself otherwise.
-
-        Raises:
-            PrepareError: A placeholder, and this strategy reads no configuration that could describe a scheduler.
-        """
-        if isinstance(scheduler, DummyScheduler):
-            raise self._placeholder_error("DummyScheduler", "scheduler")
-        return scheduler
-
-    def _placeholder_error(self, placeholder: str, section: str) -> PrepareError:
-        return PrepareError(
-            f"A {placeholder} was prepared under strategy={self.name!r}",
-            f"It is a placeholder for the {section} section of a DeepSpeed configuration, which this strategy ignores",
-            f"Pass a torch {section}, or use strategy='deepspeed'",
-        )
 
     # One step
 
@@ -283,21 +233,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         if self._parameters is None:
             self._parameters = list({id(p): p for model in self._models for p in model.parameters()}.values())
         return self._parameters
-
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimizer step.
-
-        Args:
-            optimizer: A prepared optimizer.
-            closure: Computes the loss again, for optimizers that ask for it.
-
-        Returns:
-            What `Optimizer.step` returns.
-        """
-        return optimizer.step() if closure is None else optimizer.step(closure)
-
-    def stepped(self) -> None:
-        """React to an optimizer step that was taken or skipped. Collective: every rank must call it."""
 
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Return a context in which ranks that run out of batches early follow the others' collectives.

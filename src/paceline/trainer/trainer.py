@@ -284,7 +284,7 @@ class Trainer:
         self._set_optimizer_mode("train")
         self.state = self._state_for(length, loader)
         self._update_callback_things(train_dataloader=loader, eval_dataloader=None)
-        loop = TrainingLoop(self, self._call, self.model_wrapped, loader, length, ignore_keys)
+        loop = TrainingLoop(losses.LoopInputs(self, self._call, self.model_wrapped, loader, ignore_keys), length)
         self._progress.loop = loop
         self.accelerator.register_for_checkpointing(self._progress)
         if self.args.save_strategy != "no" and not self.args.save_only_model:
@@ -588,13 +588,9 @@ class Trainer:
         self._set_optimizer_mode("eval")
         try:
             loop = EvaluationLoop(
-                self,
-                self._call,
-                self._model_for_evaluation(),
-                dataloader,
+                losses.LoopInputs(self, self._call, self._model_for_evaluation(), dataloader, ignore_keys),
                 prefix=metric_key_prefix,
                 loss_only=loss_only,
-                ignore_keys=ignore_keys,
                 requires_metrics=self._requires_metrics,
             )
             return loop.run()

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
@@ -29,7 +26,6 @@ from paceline.training_state.registered_tensors import (
     split_sharded,
     state_name,
 )
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,10 +143,6 @@ class TrainingState:
             ties.update((f"{family}/{alias}", f"{family}/{name}") for alias, name in pairs)
         frozen = self._frozen_bases()
         return Manifest(
-            id="",
-            paceline=__version__,
-            torch=torch.__version__,
-            created=datetime.now(timezone.utc).isoformat(),
             step=steps_taken(self.optimizers),
             epoch=int(position.get("epoch", 0)),
             samples=int(position.get("samples", 0)),

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
 from paceline.data.worker_split import StreamShard
@@ -28,10 +29,12 @@ class SplitsItself(IterableDataset[int]):
             yield number
 
 
-def test_each_thread_sees_its_own_part() -> None:
+@pytest.mark.parametrize("delay", [0.0, 0.01], ids=["at once", "while the other reads"])
+def test_each_thread_sees_its_own_part(delay: float) -> None:
     parts: dict[int, list[int]] = {}
 
     def read(rank: int) -> None:
+        time.sleep(delay * rank)  # the first one is in its `__iter__` then
         parts[rank] = list(StreamShard(SplitsItself(), rank, 2, 0))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]

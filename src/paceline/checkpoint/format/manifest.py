@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from math import prod
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from paceline.checkpoint.format.checksums import Span, of_spans
 from paceline.checkpoint.format.layout import DTYPE_SIZES
 from paceline.errors import DamagedCheckpointError
+from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,6 +27,11 @@ __all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecor
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
+
 
 _PATH_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 
@@ -99,32 +108,32 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        id: Identifies the save; the same on all machines.
-        paceline: Version of paceline that wrote it.
-        torch: Version of torch that wrote it.
-        created: Time in UTC, ISO 8601.
         step: Optimizer steps taken.
         epoch: Epoch of the first prepared loader.
         samples: Samples of that epoch that were handed out, over all ranks.
         world_size: Number of ranks that wrote it.
         strategy: Strategy that they trained under.
         mixed_precision: `no`, `bf16` or `fp16`.
+        id: Identifies the save; the same on all machines.
+        paceline: Version of paceline that wrote it.
+        torch: Version of torch that wrote it.
+        created: Time in UTC, ISO 8601.
         shared: Whether the folder holds everything; if not, it holds what the ranks of one machine wrote.
         files: Files by name.
         tensors: Tensors by name: `model/<parameter>`, `optimizer/<parameter>/<slot>`; a second model is `model_1`.
         ties: Other names of tensors (tied weights), each with the name in `tensors`.
     """
 
-    id: str
-    paceline: str
-    torch: str
-    created: str
     step: int
     epoch: int
     samples: int
     world_size: int
     strategy: str
     mixed_precision: str
+    id: str = ""
+    paceline: str = __version__
+    torch: str = torch.__version__
+    created: str = field(default_factory=_now)
     shared: bool = True
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tensors: Mapping[str, TensorRecord] = field(default_factory=dict)

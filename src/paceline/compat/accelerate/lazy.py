@@ -18,16 +18,15 @@ def lazy_attributes(package: str, names: Mapping[str, str]) -> tuple[Callable[[s
     Args:
         package: The package's name.
         names: For each module of the package, the names that it defines, with spaces between. The module itself becomes
-            an attribute, too.
+            an attribute, too; with a dot before its name it is one of the package above.
     """
-    homes = {name: f"{package}.{module}" for module, text in names.items() for name in text.split()}
-    modules = {module.partition(".")[0] for module in names}
+    homes = {name: f".{module}" for module, text in names.items() for name in text.split()}
 
     def getattr_(name: str) -> Any:
         if name in homes:
-            value = getattr(import_module(homes[name]), name)
-        elif name in modules:
-            value = import_module(f"{package}.{name}")
+            value = getattr(import_module(homes[name], package), name)
+        elif name in names:
+            value = import_module(f".{name}", package)
         else:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         setattr(sys.modules[package], name, value)

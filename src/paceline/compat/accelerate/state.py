@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -180,8 +180,9 @@ class PartialState:
             inputs: A list, tuple, tensor or dataset, or a dict of those; the same on all ranks.
             apply_padding: Give every rank the same number, by repeating its last input.
         """
-        group = current_group() if self.use_distributed else SoloGroup(self.device)
-        return split_between_processes(group, inputs, apply_padding)
+        if not self.use_distributed:
+            return nullcontext(inputs)
+        return split_between_processes(current_group(), inputs, apply_padding)
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """Run the block on rank 0, then on the others. Collective: every rank must enter it."""
@@ -194,27 +195,38 @@ class PartialState:
 
     def on_main_process(self, function: F | None = None) -> F:
         """Make a function run on rank 0 only; elsewhere it returns None. Without a function, return a decorator."""
-        return _only_if(lambda: self.is_main_process, function)
+        return self._only_if(lambda: self.is_main_process, function)
 
     def on_local_main_process(self, function: F | None = None) -> F:
         """Make a function run on the first rank of each machine only."""
-        return _only_if(lambda: self.is_local_main_process, function)
+        return self._only_if(lambda: self.is_local_main_process, function)
 
     def on_last_process(self, function: F) -> F:
         """Make a function run on the highest rank only."""
-        return _only_if(lambda: self.is_last_process, function)
+        return self._only_if(lambda: self.is_last_process, function)
 
     def on_process(self, function: F | None = None, process_index: int | None = None) -> F:
         """Make a function run on one rank only; without a function, return a decorator."""
         if function is None:
             return partial(self.on_process, process_index=process_index)  # type: ignore[return-value]
-        return _only_if(lambda: self.process_index == process_index, function)
+        return self._only_if(lambda: self.process_index == process_index, function)
 
     def on_local_process(self, function: F | None = None, local_process_index: int | None = None) -> F:
         """Make a function run on one rank of each machine only; without a function, return a decorator."""
         if function is None:
             return partial(self.on_local_process, local_process_index=local_process_index)  # type: ignore[return-value]
-        return _only_if(lambda: self.local_process_index == local_process_index, function)
+        return self._only_if(lambda: self.local_process_index == local_process_index, function)
+
+    def _only_if(self, applies: Callable[[], bool], function: F | None) -> F:
+        """A single process runs everything, whatever rank is named."""
+        if function is None:
+            return partial(self._only_if, applies)  # type: ignore[return-value]
+
+        @wraps(function)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs) if applies() or not self.use_distributed else None
+
+        return limited  # type: ignore[return-value]
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on the first rank of each machine."""
@@ -256,17 +268,6 @@ def _distributed_type(device: torch.device, cpu: bool) -> DistributedType:
             raise MissingExtraError("deepspeed", "deepspeed", "ACCELERATE_USE_DEEPSPEED")
         return DistributedType.DEEPSPEED
     return _BY_DEVICE.get(device.type) or DistributedType(f"MULTI_{device.type.upper()}")
-
-
-def _only_if(applies: Callable[[], bool], function: F | None) -> F:
-    if function is None:
-        return partial(_only_if, applies)  # type: ignore[return-value]
-
-    @wraps(function)
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if applies() else None
-
-    return limited  # type: ignore[return-value]
 
 
 def _missing_attribute(owner: str, name: str, known: Iterable[str]) -> AttributeError:

@@ -16,14 +16,12 @@ from paceline.trainer.batches.collate import columns_in
 from paceline.trainer.batches.nested import map_leaves
 from paceline.trainer.callbacks.base import fire
 from paceline.trainer.loops.evaluation_outputs import PADDING, KeptBatches, join_ranks, to_numpy
-from paceline.trainer.loops.losses import ModelCall, count_items
+from paceline.trainer.loops.losses import LoopInputs, count_items
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor, nn
-
-    from paceline.trainer.protocol import TrainerHooks
+    from torch import Tensor
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
 
@@ -90,35 +88,20 @@ class EvaluationLoop:
     """One pass over a loader without gradients.
 
     Args:
-        hooks: Computes predictions and metrics.
-        call: Counts the targets of a batch.
-        model: As prepared.
-        loader: As prepared.
+        inputs: What it runs on.
         prefix: Prepended to the names of metrics.
         loss_only: Keep no predictions.
-        ignore_keys: Outputs of the model that are not predictions.
         requires_metrics: Raise if metrics cannot be computed for want of labels; else warn.
     """
 
-    def __init__(
-        self,
-        hooks: TrainerHooks,
-        call: ModelCall,
-        model: nn.Module,
-        loader: Any,
-        *,
-        prefix: str,
-        loss_only: bool,
-        ignore_keys: list[str] | None,
-        requires_metrics: bool,
-    ) -> None:
-        self.hooks = hooks
-        self.call = call
-        self.model = model
-        self.loader = loader
+    def __init__(self, inputs: LoopInputs, *, prefix: str, loss_only: bool, requires_metrics: bool) -> None:
+        self.hooks = hooks = inputs.hooks
+        self.call = inputs.call
+        self.model = inputs.model
+        self.loader = inputs.loader
+        self.ignore_keys = inputs.ignore_keys
         self.prefix = prefix
         self.loss_only = loss_only
-        self.ignore_keys = ignore_keys
         self.requires_metrics = requires_metrics
         self.args = hooks.args
         self.accelerator = hooks.accelerator

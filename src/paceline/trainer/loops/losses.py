@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,29 @@ if TYPE_CHECKING:
 
     from paceline.trainer.protocol import TrainerHooks
 
-__all__ = ["IGNORED", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
+__all__ = ["IGNORED", "LoopInputs", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
 
 # The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
 IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class LoopInputs:
+    """What a training or an evaluation loop runs on.
+
+    Attributes:
+        hooks: The Trainer's steps, state and callbacks.
+        call: Counts the targets of a batch.
+        model: As prepared.
+        loader: As prepared.
+        ignore_keys: Outputs of the model that are not predictions; None takes what its configuration says.
+    """
+
+    hooks: TrainerHooks
+    call: ModelCall
+    model: nn.Module
+    loader: Any
+    ignore_keys: list[str] | None
 
 
 class ModelCall:

@@ -8,6 +8,7 @@ from paceline.compat.accelerate.lazy import lazy_attributes
 from paceline.compat.accelerate.utils.tqdm import tqdm as tqdm
 
 _NAMES = {
+    ".parallelism_config": "ParallelismConfig",
     "ao": "convert_model_to_fp8_ao filter_first_and_last_linear_layers has_ao_layers",
     "bnb": "has_4bit_bnb_layers load_and_quantize_model",
     "constants": """

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 import torch
 
 from paceline import collectives
-from paceline.collectives.nested import is_namedtuple, map_leaves, maybe_children, tensors
+from paceline.collectives import nested
+from paceline.collectives.nested import map_leaves, maybe_children, tensors
 from paceline.compat.accelerate.settings.enums import DistributedType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, WrongTypeError
 from paceline.compat.accelerate.settings.plugins import TensorInformation
@@ -75,6 +76,11 @@ class CannotPadNestedTensorWarning(UserWarning):
 def is_torch_tensor(tensor: object) -> bool:
     """Whether an object is a tensor."""
     return isinstance(tensor, torch.Tensor)
+
+
+def is_namedtuple(data: object) -> bool:
+    """Whether an object is an instance of a named tuple's class."""
+    return nested.is_namedtuple(data)
 
 
 def is_tensor_information(tensor_info: object) -> bool:
@@ -319,7 +325,7 @@ def _check_tensors(operation: str, data: Any) -> None:
     named.__name__ = operation
     recursively_apply(named, data, error_on_other_type=True)
     state = PartialState()
-    if not state.debug or not _is_distributed():
+    if not state.debug:
         return
     device = find_device(data)
     if device is not None and device.type != state.device.type:
@@ -341,8 +347,10 @@ def gather(tensor: Any) -> Any:
 
     Collective: every rank must call it.
     """
+    if not _is_distributed():
+        return tensor
     _check_tensors("gather", tensor)
-    return collectives.gather(current_group(), tensor) if _is_distributed() else tensor
+    return collectives.gather(current_group(), tensor)
 
 
 def gather_object(object: Any) -> Any:  # noqa: A002  # Accelerate's name
@@ -358,8 +366,10 @@ def gather_object(object: Any) -> Any:  # noqa: A002  # Accelerate's name
 
 def broadcast(tensor: T, from_process: int = 0) -> T:
     """Overwrite every tensor, in place, with that of one rank. Collective: every rank must call it."""
+    if not _is_distributed():
+        return tensor
     _check_tensors("broadcast", tensor)
-    return collectives.broadcast(current_group(), tensor, from_process) if _is_distributed() else tensor
+    return collectives.broadcast(current_group(), tensor, from_process)
 
 
 def broadcast_object_list(object_list: list[T], from_process: int = 0) -> list[T]:
@@ -377,9 +387,9 @@ def reduce(tensor: Any, reduction: Literal["mean", "sum", "max", "none"] = "mean
         reduction: "none" exchanges nothing.
         scale: Ignored, as it is on all devices but TPUs.
     """
-    _check_tensors("reduce", tensor)
     if not _is_distributed():
-        return recursively_apply(torch.clone, tensor)
+        return recursively_apply(torch.clone, tensor, error_on_other_type=True)
+    _check_tensors("reduce", tensor)
     return collectives.reduce(current_group(), tensor, reduction)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from paceline.config.leniency import STRICT
 from paceline.config.schema.names import all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
@@ -12,6 +13,7 @@ from paceline.errors import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from paceline.config.leniency import Leniency
     from paceline.config.schema.run import RunConfig
     from paceline.config.sources.origin import Origin
 
@@ -64,11 +66,13 @@ class CheckContext:
         config: The values; those that were wrong are at their defaults.
         given: Source of every key that some source set, also of those that were translated away.
         invalid: Keys whose value was wrong and has been reported.
+        leniency: What is tolerated.
     """
 
     config: RunConfig
     given: Mapping[str, Origin]
     invalid: frozenset[str] = frozenset()
+    leniency: Leniency = STRICT
 
     def where(self, *keys: str) -> str:
         """Return the source of the first of the keys that is set."""
@@ -93,6 +97,8 @@ class CheckContext:
     def unused(self, section: str, why: str, hint: str) -> Iterator[Problem]:
         """Yield a problem for the keys of a section that no part of the run reads, if there are any."""
         keys = self.keys_in(section)
+        if self.leniency.unread_settings:
+            keys = [key for key in keys if self.given[key].kind != "argument"]
         if keys:
             names = ", ".join(key.rpartition(".")[2] for key in keys)
             yield Problem(self.where(keys[0]), section, f"unused settings: {names}", why, hint)

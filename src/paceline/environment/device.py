@@ -18,14 +18,21 @@ __all__ = ["choose_device", "describe_device", "memory_info", "supported_precisi
 _FP8_CAPABILITY = (8, 9)
 
 
-def choose_device(world: World, *, cpu: bool = False) -> torch.device:
+def choose_device(world: World, *, cpu: bool = False, named: str = "") -> torch.device:
     """Return this rank's device, and make it torch's current device.
 
     Under Slurm, a task that sees exactly one device uses it: Slurm has bound one device to each task.
 
+    Args:
+        world: This process's rank.
+        cpu: Whether to compute on the CPU in any case.
+        named: A device that the user chose for this process, such as `cuda:1`; empty to choose by rank.
+
     Raises:
-        DeviceError: This machine has more processes than devices.
+        DeviceError: This machine has more processes than devices, or has no device of that name.
     """
+    if named and not cpu:
+        return _named_device(named)
     accelerator = None
     if not cpu:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -45,6 +52,22 @@ def choose_device(world: World, *, cpu: bool = False) -> torch.device:
         )
     torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
+
+
+def _named_device(name: str) -> torch.device:
+    """The device that the user chose, made torch's current device."""
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.set_device_index(device.index or 0)
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"The device {name!r} was named by ACCELERATE_TORCH_DEVICE",
+            f"torch cannot use it here: {str(error).splitlines()[0]}",
+            "Name a device of this machine such as cuda:0 or cpu, or unset the variable",
+        ) from error
+    return device
 
 
 def supported_precisions(device: torch.device) -> frozenset[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from paceline.strategies.context import DistributedType, RunContext
@@ -59,6 +60,11 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     @abstractmethod
     def distributed_type(self) -> DistributedType:
         """The name of this way of training in configuration files."""
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The device mesh over which models are spread; None where there is none."""
+        return None
 
     # Models and optimizers
 
@@ -187,6 +193,24 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             model: A prepared model.
             enabled: False accumulates gradients on each rank, as under `no_sync`.
         """
+
+    def set_window_end(self, ends: bool) -> None:
+        """Say whether the next backward is the last of its accumulation window, whoever decided that.
+
+        Args:
+            ends: Only an engine that acts on its own at that point needs to know.
+        """
+
+    def sync_next_backward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context whose backward averages gradients, though every forward ran without gradient sync.
+
+        Args:
+            model: A prepared model.
+
+        Returns:
+            A context manager; it does nothing where the backward itself decides, or where there is nothing to average.
+        """
+        return nullcontext()
 
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
         """Compute the gradients of `loss * scale`, averaged over the ranks if gradient sync is enabled.

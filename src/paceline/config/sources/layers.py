@@ -78,6 +78,8 @@ def environment_layer(env: Mapping[str, str]) -> Layer:
 
 def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
     """Yield a note for each variable of Accelerate that has a counterpart here; none of them is read."""
+    if "PACELINE_CONFIG" in env:  # the launcher set them
+        return
     for name in sorted(env):
         if name.startswith(_ACCELERATES):
             word = name.removeprefix("ACCELERATE_").lower()

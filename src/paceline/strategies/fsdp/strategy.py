@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +73,11 @@ class FSDPStrategy(Strategy):
     @override
     def distributed_type(self) -> DistributedType:
         return DistributedType.FSDP
+
+    @property
+    @override
+    def mesh(self) -> DeviceMesh:
+        return self._mesh
 
     # Models and optimizers
 
@@ -247,6 +253,16 @@ class FSDPStrategy(Strategy):
             self._without_sync.add(id(model))
         for unit in self._units.get(id(model), ()):
             unit.set_requires_gradient_sync(enabled, recurse=False)
+
+    @override
+    @contextmanager
+    def sync_next_backward(self, model: nn.Module) -> Iterator[None]:
+        was_off = id(model) in self._without_sync
+        self.set_gradient_sync(model, True)
+        try:
+            yield
+        finally:
+            self.set_gradient_sync(model, not was_off)
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:

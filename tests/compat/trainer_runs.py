@@ -113,9 +113,7 @@ class Run:
         kind = OutOfMemory if self.way == "find batch size" else Plain
         trainer_class = type("Trained", (kind, Trainer), {})
         arguments = TrainingArguments(**settings)
-        return trainer_class(
-            model=model, args=arguments, data_collator=padded, compute_metrics=metrics, **data, **more
-        )
+        return trainer_class(model=model, args=arguments, data_collator=padded, compute_metrics=metrics, **data, **more)
 
     def result(self) -> dict[str, Any]:
         """All numbers of the run."""
@@ -168,7 +166,12 @@ def _of_strategy(strategy: str) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 0,
         }
-        auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
+        auto = (
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "train_batch_size",
+        )
         return {
             "deepspeed": {
                 **dict.fromkeys(auto, "auto"),
@@ -216,5 +219,6 @@ def _numbers(entry: dict[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in entry.items()
-        if isinstance(value, (int, float)) and not any(word in name for word in ("runtime", "per_second", "flos", "time"))
+        if isinstance(value, (int, float))
+        and not any(word in name for word in ("runtime", "per_second", "flos", "time"))
     }

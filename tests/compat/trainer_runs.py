@@ -50,8 +50,8 @@ WAYS: dict[str, dict[str, Any]] = {
 SHORT = ("dropout", "accumulation", "ragged", "resume")
 STRATEGIES = ("fsdp", "zero2", "zero3")
 SHARDED = (
-    "shuffle", "dropout", "accumulation", "evaluate first", "train twice", "ragged", "batch_rebalance", "group_by_length",
-    "resume", "best", "gather objects", "lora",
+    "shuffle", "dropout", "accumulation", "evaluate first", "train twice", "ragged", "batch_rebalance",
+    "group_by_length", "resume", "best", "gather objects", "lora",
 )  # fmt: skip
 # bf16 under FSDP has no counterpart: Accelerate does not shard on the CPU.
 RUNS = tuple(WAYS)
@@ -216,9 +216,6 @@ class BatchMetrics:
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
     """What does not depend on the time."""
-    return {
-        name: float(value)
-        for name, value in entry.items()
-        if isinstance(value, (int, float))
-        and not any(word in name for word in ("runtime", "per_second", "flos", "time"))
-    }
+    of_time = ("time", "per_second", "flos")
+    numbers = {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if not any(word in name for word in of_time)}

@@ -482,7 +482,7 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             raise RuntimeError(
                 f"Batches of {sizes} samples cannot be put together ({error}): with dispatch_batches=True, and with "
                 "an IterableDataset, rank 0 sends the batches of all ranks as one, whose tensors must have the same "
-                "shape but for the first dimension. Pad them in the collate function, or use dispatch_batches=False, or "
+                "shape but for the first dimension. Pad them in the collate function, use dispatch_batches=False, or "
                 "split_batches=True, where rank 0 reads one batch and divides it."
             ) from error
 

@@ -244,11 +244,9 @@ def test_averaged_models_of_torch(how: str, one: Layout, other: Layout, tmp_path
 def copied_too_late(how: str) -> str:
     accelerator = Accelerator(cpu=True, strategy="fsdp")
     model: Any = accelerator.prepare(two_layers())
+    make, source = (AveragedModel, model) if how == "average" else (copy.deepcopy, nn.ModuleList([model]))
     with pytest.raises(PrepareError) as error:
-        if how == "average":
-            AveragedModel(model)
-        else:
-            copy.deepcopy(nn.ModuleList([model]))
+        make(source)
     return str(error.value)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py                # map-style data, streams on one and two ranks, dispatching, resuming
     python benchmarks/loader.py --rounds 30    # more turns
+    python benchmarks/loader.py --processes 2  # one part of it
 
 Two gloo processes; samples of 16 floats in batches of 8. The contenders take turns in the same processes, in an order
 that rotates; each pass is divided by the hand-written pass of the same round, and the median ratio is printed with the
@@ -282,11 +283,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=16_000, help="samples of a pass (default 16000)")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each way (default 12)")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="ranks (default 1 2)")
     args = parser.parse_args()
     theirs = importlib.util.find_spec("accelerate") is not None
     print("| data | ranks | loader | us of processor time a sample | processor, ratio | wall, ratio |")
     print("|---|--:|---|--:|--:|--:|")
-    for processes in (1, 2):
+    for processes in args.processes:
         with socket.socket() as listener, tempfile.TemporaryDirectory() as folder:
             listener.bind(("", 0))
             port = listener.getsockname()[1]

@@ -99,6 +99,7 @@ def test_workers_and_own_iterators_are_left_to_torch() -> None:
 
     assert not can_read_directly(DataLoader(Numbers(SIZE), 4, num_workers=1))
     assert not can_read_directly(DataLoader(Numbers(SIZE), 4, pin_memory=True))
+    assert not can_read_directly(DataLoader(Numbers(SIZE), 4, timeout=1))
     assert not can_read_directly(Own(Numbers(SIZE), 4))
 
 

@@ -23,14 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import step_overhead
 import torch
 import torch.distributed as dist
-from step_overhead import CASES, Contender, Paceline, Raw, RawAgain, Setting
 from torch.multiprocessing.spawn import spawn as spawn_ranks
 
+import step_overhead
 from paceline.strategies.ddp import replica_check
 from paceline.strategies.ddp.module import NamingDDP
+from step_overhead import CASES, Contender, Paceline, Raw, RawAgain, Setting
 
 RANKS = 2
 BLOCK = 64

@@ -21,11 +21,13 @@ PROFILE_NAME = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
 def can_read_directly(loader: DataLoader[Any]) -> bool:
     """Whether `read_directly` reads the same batches as the loader's own iterator.
 
-    Not if it has workers, pins memory, has an iterator of its own, or reads a data pipe, which torch prepares.
+    Not if it has workers (or a timeout for them, which torch refuses without), pins memory, has an iterator of its own,
+    or reads a data pipe, which torch prepares.
     """
     return (
         type(loader)._get_iterator is DataLoader._get_iterator
         and not loader.num_workers
+        and not loader.timeout
         and not loader.pin_memory
         and not isinstance(loader.dataset, IterDataPipe | MapDataPipe)
     )

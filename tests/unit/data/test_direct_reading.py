@@ -99,6 +99,7 @@ def test_workers_and_own_iterators_are_left_to_torch() -> None:
 
     assert not can_read_directly(DataLoader(Numbers(SIZE), 4, num_workers=1))
     assert not can_read_directly(DataLoader(Numbers(SIZE), 4, pin_memory=True))
+    assert not can_read_directly(DataLoader(Numbers(SIZE), 4, timeout=1))
     assert not can_read_directly(Own(Numbers(SIZE), 4))
 
 
@@ -121,11 +122,12 @@ def test_a_data_set_that_raises_stop_iteration_does_not_end_the_epoch_in_silence
         list(prepared(DataLoader(Stops(SIZE), 2)))
 
 
+LAYOUTS = [(True, False, True), (True, False, False), (False, True, True)]
+
+
 @pytest.mark.parametrize("size", [1, 7, 24, 25, 3 * KEYS_AT_A_TIME + 5])
 @pytest.mark.parametrize("start", [0, 6, 24])
-@pytest.mark.parametrize(
-    ("even", "drop_last", "fill"), [(True, False, True), (True, False, False), (False, True, True)]
-)
+@pytest.mark.parametrize(("even", "drop_last", "fill"), LAYOUTS)
 def test_batches_cut_many_at_a_time_are_those_cut_one_by_one(
     size: int, start: int, even: bool, drop_last: bool, fill: bool
 ) -> None:

@@ -333,7 +333,8 @@ def placeholders() -> tuple[list[float], int]:
 @needs_deepspeed
 def test_a_schedule_of_deepspeed_counts_each_step_once() -> None:
     for rates, steps in on_ranks(2, placeholders):
-        assert rates == pytest.approx([0.25, 0.5])
+        # DeepSpeed's warm-up begins one step late; a step that counted for both ranks would give 0.25 and 0.75.
+        assert rates == pytest.approx([0.0, 0.25])
         assert steps == 2
 
 
@@ -361,11 +362,12 @@ def trained_again(strategy: str) -> list[float]:
             losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         accelerator.free_memory()
         assert (accelerator._models, accelerator._optimizers, accelerator._dataloaders) == ([], [], [])
-    # Ranks that train apart have different weights.
-    weights = accelerator.gather(
-        torch.stack([p.detach().sum() for p in accelerator.unwrap_model(trained).parameters()])
-    )
-    return losses if strategy == "fsdp" or torch.equal(*weights.chunk(2)) else []
+    if strategy == "ddp":
+        # Ranks that train apart have different weights.
+        sums = torch.stack([p.detach().sum() for p in accelerator.unwrap_model(trained).parameters()])
+        one, other = accelerator.gather(sums).chunk(2)
+        assert torch.equal(one, other)
+    return losses
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -380,7 +382,7 @@ def test_evaluating_and_then_training_twice(strategy: str) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad()
-            wanted.append(float(loss))
+            wanted.append(float(loss.detach()))
     assert on_ranks(2, trained_again, strategy)[0] == pytest.approx(wanted, abs=1e-5)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -789,8 +789,8 @@ class Accelerator:
         if self.distributed_type == DistributedType.NO:
             yield
             return
-        samplers = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
-        samplers = [each for each in samplers if hasattr(each, "even_batches")]
+        all_samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
+        samplers = [each for each in all_samplers if hasattr(each, "even_batches")]
         before = [each.even_batches for each in samplers]
         if even_batches is not None:
             if len(samplers) < len(self._dataloaders):
@@ -863,7 +863,7 @@ class Accelerator:
             # It has no first entries.
             return data
 
-    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+    def reduce(self, tensor: Any, reduction: Literal["mean", "sum", "max", "none"] = "sum", scale: float = 1.0) -> Any:
         """Add up tensors of all ranks, or average them. Collective: every rank must call it."""
         from paceline.compat.accelerate.utils.operations import reduce
 

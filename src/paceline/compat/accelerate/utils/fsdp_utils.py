@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -275,16 +276,19 @@ def _require_dcp(use_dcp: bool) -> None:
         )
 
 
-def _write_shards(state: dict[str, Any], folder: Path) -> None:
-    from torch.distributed import checkpoint as dcp
+def _checkpoint_module() -> Any:
+    # On first use: importing it takes half a second. Torch does not mark its names as exported.
+    return import_module("torch.distributed.checkpoint")
 
+
+def _write_shards(state: dict[str, Any], folder: Path) -> None:
+    dcp = _checkpoint_module()
     folder.mkdir(parents=True, exist_ok=True)
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), planner=dcp.DefaultSavePlanner())
 
 
 def _read_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    from torch.distributed import checkpoint as dcp
-
+    dcp = _checkpoint_module()
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), planner=dcp.DefaultLoadPlanner())
     return state
 

@@ -88,4 +88,5 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
 
     def print_lr(self, *args: Any, **kwargs: Any) -> None:
         """Print the learning rate, with schedulers of torch that still can."""
-        self.scheduler.print_lr(*args, **kwargs)
+        inner: Any = self.scheduler
+        inner.print_lr(*args, **kwargs)

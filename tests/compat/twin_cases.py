@@ -752,7 +752,7 @@ def clean_device_map(p: Package, device_map: dict[str, Any]) -> Any:
     return dict(sorted(cleaned.items()))
 
 
-@each({0: "1GB", "cpu": 5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
+@each({0: "1GB", "cpu": 5}, {0: 0.5, "cpu": 1.5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
 def get_max_memory(p: Package, given: dict[Any, Any]) -> Any:
     return list(p.utils.get_max_memory(given).items())
 

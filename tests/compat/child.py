@@ -1,6 +1,6 @@
 """One rank that runs scripts, on Accelerate or through the switch, and writes down the numbers that they return.
 
-    python -m tests.compat.child SIDE GROUP FOLDER RUN...
+python -m tests.compat.child SIDE GROUP FOLDER RUN...
 """
 
 from __future__ import annotations

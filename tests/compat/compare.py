@@ -1,6 +1,6 @@
 """Runs a group of scripts on Accelerate and through the switch, and says by how much their numbers differ.
 
-    python -m tests.compat.compare GROUP [--ranks 2] [RUN...]
+python -m tests.compat.compare GROUP [--ranks 2] [RUN...]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loaders of random configurations, iterated under Accelerate or under its twin; run as a program it records the former.
+"""Loaders of random configurations, iterated under Accelerate or its twin; as a program it records the former.
 
 python -m tests.compat.loader_cases
 torchrun --nproc-per-node 2 -m tests.compat.loader_cases

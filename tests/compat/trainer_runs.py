@@ -50,8 +50,8 @@ WAYS: dict[str, dict[str, Any]] = {
 SHORT = ("dropout", "accumulation", "ragged", "resume")
 STRATEGIES = ("fsdp", "zero2", "zero3")
 SHARDED = (
-    "shuffle", "dropout", "accumulation", "evaluate first", "train twice", "ragged", "batch_rebalance", "group_by_length",
-    "resume", "best", "gather objects", "lora",
+    "shuffle", "dropout", "accumulation", "evaluate first", "train twice", "ragged", "batch_rebalance",
+    "group_by_length", "resume", "best", "gather objects", "lora",
 )  # fmt: skip
 # bf16 under FSDP has no counterpart: Accelerate does not shard on the CPU.
 RUNS = tuple(WAYS)
@@ -113,9 +113,7 @@ class Run:
         kind = OutOfMemory if self.way == "find batch size" else Plain
         trainer_class = type("Trained", (kind, Trainer), {})
         arguments = TrainingArguments(**settings)
-        return trainer_class(
-            model=model, args=arguments, data_collator=padded, compute_metrics=metrics, **data, **more
-        )
+        return trainer_class(model=model, args=arguments, data_collator=padded, compute_metrics=metrics, **data, **more)
 
     def result(self) -> dict[str, Any]:
         """All numbers of the run."""
@@ -168,7 +166,12 @@ def _of_strategy(strategy: str) -> dict[str, Any]:
             "stage3_gather_16bit_weights_on_model_save": True,
             "stage3_param_persistence_threshold": 0,
         }
-        auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
+        auto = (
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "train_batch_size",
+        )
         return {
             "deepspeed": {
                 **dict.fromkeys(auto, "auto"),
@@ -213,8 +216,6 @@ class BatchMetrics:
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
     """What does not depend on the time."""
-    return {
-        name: float(value)
-        for name, value in entry.items()
-        if isinstance(value, (int, float)) and not any(word in name for word in ("runtime", "per_second", "flos", "time"))
-    }
+    of_time = ("time", "per_second", "flos")
+    numbers = {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if not any(word in name for word in of_time)}

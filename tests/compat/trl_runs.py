@@ -67,9 +67,7 @@ def _trainer(name: str, lora: bool, strategy: str, folder: str) -> Any:
         case "reward":
             arguments = trl.RewardConfig(max_length=32, **common)
             return trl.RewardTrainer(_scorer(), args=arguments, **shared, **_sets(20, _preference))
-    arguments = trl.GRPOConfig(
-        num_generations=2, max_completion_length=6, temperature=1.0, beta=0.04, **common
-    )
+    arguments = trl.GRPOConfig(num_generations=2, max_completion_length=6, temperature=1.0, beta=0.04, **common)
     sets = {"train_dataset": _sets(20, _prompt)["train_dataset"]}
     return trl.GRPOTrainer(llama(), reward_funcs=_vowels, args=arguments, **shared, **sets)
 

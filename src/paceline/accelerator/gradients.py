@@ -70,11 +70,11 @@ class Gradients:
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """See `Accelerator.no_sync`."""
         strategy = self._selector.current
-        strategy.set_gradient_sync(model, False)
+        strategy.hold_gradient_sync(model)
         try:
             yield
         finally:
-            strategy.set_gradient_sync(model, True)
+            strategy.release_gradient_sync(model)
 
     @contextmanager
     def join_uneven_inputs(self, models: Sequence[nn.Module], even_batches: bool | None) -> Iterator[None]:

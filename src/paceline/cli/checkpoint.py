@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.click_helpers import PathType, examples
+from paceline.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -87,9 +88,11 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     checkpoints = find_checkpoints(folder)
     known = {found.folder for found in checkpoints}
     yield from (_row(found, folder) for found in checkpoints)
-    for root in (folder, folder / "checkpoints"):
-        for path in sorted(root.iterdir()) if root.is_dir() else ():
-            kind = detect_format(path) if path not in known and path.is_dir() else None
+    for root in filter(Path.is_dir, (folder, folder / "checkpoints")):
+        for path in sorted(root.iterdir()):
+            kind = None
+            if path not in known and path.is_dir():
+                kind = detect_format(path)
             if kind is not None:
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 name = str(path.relative_to(folder))
@@ -103,7 +106,7 @@ def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
     manifest = found.checkpoint.manifest
     return row | {
         "step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples, "size": _size_of(found.checkpoint),
-        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}",
         "created": manifest.created[:19].replace("T", " "), "state": "complete", "problem": "",
     }  # fmt: skip
 
@@ -181,7 +184,7 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
     return {
         "epoch": manifest.epoch,
         "samples": f"{manifest.samples:,} of the epoch",
-        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}, {manifest.mixed_precision}",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}, {manifest.mixed_precision}",
         "created": manifest.created,
         "paceline": manifest.paceline,
         "torch": manifest.torch,
@@ -190,9 +193,11 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
 
 
 def _tensor_rows(state: PortableState) -> Iterator[dict[str, Any]]:
+    from paceline.checkpoint import numbered
+
     families = [("model", state.weights)]
     for index, optimizer in enumerate(state.optimizers):
-        family = f"optimizer_{index}" if index else "optimizer"
+        family = numbered("optimizer", index)
         families += [(f"{family}/{name}", tensors) for name, tensors in optimizer.slots.items()]
     for family, tensors in families:
         for name in tensors:
@@ -306,13 +311,15 @@ def export(
     state = open_any(source)
     tensors = state.model(model_index)
     total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
-    wanted = None if dtype is None else getattr(torch, _DTYPES[dtype])
+    wanted = None
+    if dtype is not None:
+        wanted = getattr(torch, _DTYPES[dtype])
     with _progress(f"export {source.name}", total) as advance:
         files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=advance)
     if (source / "config.json").is_file():
         shutil.copyfile(source / "config.json", out / "config.json")
     size = sum(path.stat().st_size for path in files)
-    click.echo(f"{len(tensors)} tensors, {_size(size)} in {len(files)} file{'s' if len(files) > 1 else ''} in {out}")
+    click.echo(f"{len(tensors)} tensors, {_size(size)} in {counted(len(files), 'file')} in {out}")
 
 
 def _refuse_state(out: Path) -> None:
@@ -363,7 +370,9 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
 
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty", "Old and new files would be mixed", "Name another folder")
-    names = None if parameters is None else [parameters.read_text(encoding="utf-8").split()]
+    names = None
+    if parameters is not None:
+        names = [parameters.read_text(encoding="utf-8").split()]
     state = open_any(source, names)
     with _progress(f"convert {source.name}", total_bytes(state)) as advance:
         left = WRITERS[to](state, out, advance)
@@ -407,10 +416,6 @@ def _size(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _progress(what: str, total: int) -> Any:

@@ -47,11 +47,9 @@ def install_as_accelerate(*, ignore_earlier_imports: bool = False) -> None:
         UsageError: A module already holds names of the real package, so that it would not use paceline.
 
     Example:
-        >>> from paceline.compat import install_as_accelerate, is_installed, uninstall_as_accelerate
-        >>> install_as_accelerate()
-        >>> is_installed()
-        True
-        >>> uninstall_as_accelerate()
+        >>> from paceline.compat import install_as_accelerate
+        >>> install_as_accelerate()  # doctest: +SKIP
+        >>> from transformers import Trainer  # doctest: +SKIP
     """
     if is_installed():
         return

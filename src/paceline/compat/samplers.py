@@ -84,11 +84,7 @@ class BatchSamplerShard(BatchSampler):
         self.batch_size: Any = getattr(batch_sampler, "batch_size", None)
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         if split_batches and (self.batch_size is None or self.batch_size % num_processes != 0):
-            raise ValueError(
-                f"split_batches=True with batches of {self.batch_size} samples on {num_processes} processes: each batch is "
-                f"divided among the processes in equal parts. Choose a batch size that is a multiple of {num_processes}, "
-                "or split_batches=False."
-            )
+            raise ValueError(_indivisible(self.batch_size, num_processes))
 
     @property
     def total_length(self) -> int:
@@ -169,6 +165,13 @@ class BatchSamplerShard(BatchSampler):
         return batch
 
 
+def _indivisible(batch_size: int | None, ranks: int) -> str:
+    return (
+        f"split_batches=True with batches of {batch_size} samples on {ranks} processes: each batch is divided among "
+        f"the processes in equal parts. Choose a batch size that is a multiple of {ranks}, or split_batches=False."
+    )
+
+
 def _unless_empty(batch: list[int]) -> Iterator[list[int]]:
     if batch:
         yield batch
@@ -232,11 +235,7 @@ class IterableDatasetShard(IterableDataset[Any]):
         split_batches: bool = False,
     ) -> None:
         if split_batches and batch_size > 1 and batch_size % num_processes != 0:
-            raise ValueError(
-                f"split_batches=True with batches of {batch_size} samples on {num_processes} processes: each batch is "
-                f"divided among the processes in equal parts. Choose a batch size that is a multiple of {num_processes}, "
-                "or split_batches=False."
-            )
+            raise ValueError(_indivisible(batch_size, num_processes))
         self.dataset = dataset
         self.batch_size = batch_size
         self.drop_last = drop_last

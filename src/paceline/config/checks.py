@@ -144,7 +144,9 @@ def _unsupported_type(context: CheckContext) -> Iterator[Problem]:
         return
     for key in filter(context.differs, _TPU_KEYS):
         value = getattr(context.config, key)
-        shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = value
+        if isinstance(value, tuple):
+            shown = ",".join(value)
         yield _unsupported(context, key, f"{shown} (a TPU setting)", "remove the key")
 
 
@@ -318,7 +320,9 @@ def _rendezvous_options(context: CheckContext) -> Iterator[Problem]:
 def _single_process(context: CheckContext) -> Iterator[Problem]:
     config, count = context.config, context.config.num_processes
     if config.strategy == "single" and count is not None and count > 1:
-        chosen = "distributed_type" if context.is_explicit("distributed_type") else "strategy"
+        chosen = "strategy"
+        if context.is_explicit("distributed_type"):
+            chosen = "distributed_type"
         value = getattr(config, chosen)
         what = f"{count} conflicts with {chosen} {value}"
         why = f"{context.where(chosen)} has {chosen} {value}, which is one process"

@@ -64,6 +64,12 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+def _current_worker_info() -> Any:
+    """Return this thread's worker info: not the one that another thread shows to its data set right now."""
+    with _worker_info_lock:
+        return get_worker_info()
+
+
 @contextmanager
 def _worker_info_replaced(info: Any) -> Iterator[None]:
     """Let `get_worker_info()` return `info` while the body runs."""
@@ -74,12 +80,6 @@ def _worker_info_replaced(info: Any) -> Iterator[None]:
             yield
         finally:
             torch_worker._worker_info = original
-
-
-def _current_worker_info() -> Any:
-    """Return this thread's worker info: not the one that another thread shows to its data set right now."""
-    with _worker_info_lock:
-        return get_worker_info()
 
 
 class StreamShard(IterableDataset[Any]):

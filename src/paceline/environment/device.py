@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.environment.host import core_count, host_memory
-from paceline.errors import DeviceError
+from paceline.errors import DeviceError, counted
 
 if TYPE_CHECKING:
     from paceline.environment.world import World
@@ -33,7 +33,9 @@ def choose_device(world: World, *, cpu: bool = False, named: str = "") -> torch.
     """
     if named and not cpu:
         return _named_device(named)
-    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+    accelerator = None
+    if not cpu:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
     count = torch.accelerator.device_count()
@@ -43,7 +45,7 @@ def choose_device(world: World, *, cpu: bool = False, named: str = "") -> torch.
     if index >= count:
         raise DeviceError(
             f"More processes than devices: this is local rank {world.local_rank} of {world.local_size}, "
-            f"and it sees {count} {accelerator.type} device{'s' if count != 1 else ''}",
+            f"and it sees {counted(count, f'{accelerator.type} device')}",
             "Each process needs a device of its own",
             f"Start at most {count} processes on this machine (--num_processes), make more devices visible, "
             "or run on the CPU with --cpu",
@@ -86,7 +88,9 @@ def memory_info(device: torch.device, *, local_size: int = 1) -> tuple[int, int]
         local_size: Number of processes that share the host's memory; each gets an equal part. It matters only for
             devices without memory of their own (the CPU, and chips that share the host's).
     """
-    query = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
+    query = None
+    if device.type != "cpu":
+        query = getattr(_module(device), "mem_get_info", None)
     if query is not None:
         free, total = query(device)
         return int(free), int(total)
@@ -98,10 +102,11 @@ def describe_device(device: torch.device) -> str:
     """Describe the device in one phrase, such as `NVIDIA H100 80GB HBM3 (cuda:0, 79.1 GiB)`."""
     gib = f"{memory_info(device)[1] / 2**30:.1f} GiB"
     if device.type == "cpu":
-        cores = core_count()
-        return f"cpu ({cores} core{'s' if cores != 1 else ''}, {gib})"
+        return f"cpu ({counted(core_count(), 'core')}, {gib})"
     name = getattr(_module(device), "get_device_name", None)
-    return f"{name(device)} ({device}, {gib})" if name is not None else f"{device} ({gib})"
+    if name is not None:
+        return f"{name(device)} ({device}, {gib})"
+    return f"{device} ({gib})"
 
 
 def _module(device: torch.device) -> Any:
@@ -127,5 +132,7 @@ def _has_fp8(device: torch.device) -> bool:
     if device.type == "cpu" or torch.version.cuda is None:
         return False
     query = getattr(_module(device), "get_device_capability", None)
-    capability = query(device) if query is not None else None
+    capability = None
+    if query is not None:
+        capability = query(device)
     return isinstance(capability, tuple) and capability >= _FP8_CAPABILITY

@@ -162,7 +162,7 @@ def not_sharded(resolved: Resolved, target: Target) -> bool:
 def _plain_variables(resolved: Resolved, target: Target) -> dict[str, str]:
     """What does not depend on the strategy."""
     config = resolved.config
-    variables = {}
+    variables: dict[str, str] = {}
     if config.mixed_precision != "no":
         variables["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
     if resolved.origin("gradient_accumulation_steps").is_explicit:
@@ -250,7 +250,7 @@ def _unknown_values(resolved: Resolved) -> Iterator[Problem]:
         yield _problem(resolved, "strategy", "auto", why, "write ddp or fsdp")
     if resolved.origin("timeout").is_explicit and config.timeout is not None:
         why = "Accelerate reads no variable for it"
-        instead = "pass InitProcessGroupKwargs(timeout=…) or TrainingArguments(ddp_timeout=…) in the script"
+        instead = "remove it and pass InitProcessGroupKwargs(timeout=…), or TrainingArguments(ddp_timeout=…)"
         yield _problem(resolved, "timeout", config.timeout, why, instead)
 
 
@@ -267,9 +267,9 @@ def _unknown_sections(resolved: Resolved) -> Iterator[Problem]:
         known = {**_DEEPSPEED, "hf_ds_config": "", "gradient_accumulation_steps": ""}
         sections += [("deepspeed_config", config.deepspeed_config, known)]
         sections += [("parallelism_config", config.parallelism_config, {})]
-    for name, section, known in sections:
+    for name, section, carried in sections:
         if section is not None:
-            yield from _unknown_in_section(resolved, name, section, known)
+            yield from _unknown_in_section(resolved, name, section, carried)
     plugin = config.fsdp_config
     if config.strategy == "fsdp" and plugin is not None and not isinstance(plugin.reshard_after_forward, bool):
         why = "Accelerate reads only true and false there"
@@ -283,7 +283,7 @@ def _unknown_in_section(resolved: Resolved, name: str, section: Section, known: 
         is_used = resolved.origin(key).is_explicit and value != setting.default
         if is_used and setting.field not in (*known, *_BY_THE_LAUNCHER.get(name, ())):
             why = "Accelerate reads no variable for it"
-            yield _problem(resolved, key, value, why, f"set {setting.field} in the script")
+            yield _problem(resolved, key, value, why, f"remove it and set {setting.field} in the script")
 
 
 def _deepspeed_problems(resolved: Resolved, target: Target) -> Iterator[Problem]:

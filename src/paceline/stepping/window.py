@@ -404,6 +404,9 @@ class Accumulation:
 
     def release(self) -> None:
         """Let go of the models."""
+        if self._strategy is not None:
+            for model in self._unsynced.values():
+                self._strategy.release_gradient_sync(model)
         self._models = ()
         self._strategy = None
         self._unsynced.clear()
@@ -419,13 +422,13 @@ class Accumulation:
         assert strategy is not None
         if self._window.begin_micro_batch():
             for model in self._unsynced.values():
-                strategy.set_gradient_sync(model, True)
+                strategy.release_gradient_sync(model)
             self._unsynced.clear()
         elif not self._sync_each_batch:
             for model in self._models:
                 if id(model) not in self._unsynced:
                     self._unsynced[id(model)] = model
-                    strategy.set_gradient_sync(model, False)
+                    strategy.hold_gradient_sync(model)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._strategy is not None:

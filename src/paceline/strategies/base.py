@@ -55,6 +55,8 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         self.context = context
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
+        # How many contexts hold back the exchange of a model's gradients, by its id.
+        self._sync_holds: dict[int, int] = {}
 
     @property
     @abstractmethod
@@ -185,6 +187,21 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         return nullcontext()
 
     # One step
+
+    def hold_gradient_sync(self, model: nn.Module) -> None:
+        """Let a model's gradients add up on each rank, until every hold on it is released."""
+        holds = self._sync_holds.get(id(model), 0)
+        self._sync_holds[id(model)] = holds + 1
+        if holds == 0:
+            self.set_gradient_sync(model, False)
+
+    def release_gradient_sync(self, model: nn.Module) -> None:
+        """Release one hold on a model; the last one lets its next backward average gradients again."""
+        holds = self._sync_holds.pop(id(model), 1) - 1
+        if holds > 0:
+            self._sync_holds[id(model)] = holds
+        else:
+            self.set_gradient_sync(model, True)
 
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         """Set whether the next forward and backward of a model average its gradients over the ranks.

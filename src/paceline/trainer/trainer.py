@@ -253,7 +253,9 @@ class Trainer:
         """
         if trial is not None:
             raise NotBuiltError("train(trial=…)", "Let the search construct one Trainer per trial")
-        requested = None if str(resume_from_checkpoint).lower() in ("none", "false") else resume_from_checkpoint
+        requested = resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("none", "false"):
+            requested = None
         if requested is None and self.args.save_strategy != "no":
             # A further training of this Trainer, and restarted ranks, replace their own checkpoints.
             may_replace = self._has_trained or self.args.world.restart_count > 0
@@ -745,7 +747,9 @@ class Trainer:
             16
         """
         total = getattr(dataloader, "total_dataset_length", None)
-        return int(total) if total else len(getattr(dataloader, "dataset", dataloader))
+        if total:
+            return int(total)
+        return len(getattr(dataloader, "dataset", dataloader))
 
     def get_total_train_batch_size(self, args: TrainingArguments | None = None) -> int:
         """Count the samples of a micro-batch over all ranks.
@@ -834,7 +838,9 @@ class Trainer:
             >>> Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim="sgd", learning_rate=0.1))
             (<class 'torch.optim.sgd.SGD'>, {'lr': 0.1, 'weight_decay': 0.0})
         """
-        device = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        device = None
+        if not args.use_cpu:
+            device = torch.accelerator.current_accelerator(check_available=True)
         return optimizer_choice.optimizer_class(args, device or torch.device("cpu"))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -873,7 +879,9 @@ class Trainer:
             self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, max(1, warmup))
             return self.lr_scheduler
         options: Any = self.args.lr_scheduler_kwargs
-        name = "constant" if self.args.optim.startswith("schedule_free") else self.args.lr_scheduler_type
+        name = "constant"
+        if not self.args.optim.startswith("schedule_free"):
+            name = self.args.lr_scheduler_type
         self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=options)
         return self.lr_scheduler
 
@@ -887,7 +895,9 @@ class Trainer:
             >>> trainer.get_learning_rates()
             []
         """
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+        if self.optimizer is None:
+            return []
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_num_trainable_parameters(self) -> int:
         """Count the trainable parameters.

@@ -19,9 +19,7 @@ def main(folder: str) -> dict[str, Any]:
     model = network(13, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=40)
-    model, optimizer, train, evaluation, scheduler = accelerator.prepare(
-        model, optimizer, train, evaluation, scheduler
-    )
+    model, optimizer, train, evaluation, scheduler = accelerator.prepare(model, optimizer, train, evaluation, scheduler)
     losses, rates, steps, norms = [], [], [], []
     for _ in range(2):
         for columns, classes in train:

@@ -28,9 +28,7 @@ def main(folder: str) -> dict[str, Any]:
             model: Any = network(30, 2, dropout=0.3)
             optimizer: Any = torch.optim.SGD(model.parameters(), lr=rate)
             scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-            model, optimizer, train, valid, scheduler = accelerator.prepare(
-                model, optimizer, train, valid, scheduler
-            )
+            model, optimizer, train, valid, scheduler = accelerator.prepare(model, optimizer, train, valid, scheduler)
             for epoch in range(2):
                 train.set_epoch(epoch)
                 for columns, targets in train:

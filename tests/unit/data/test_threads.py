@@ -6,7 +6,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
 from paceline.data.worker_split import StreamShard
@@ -29,12 +28,10 @@ class SplitsItself(IterableDataset[int]):
             yield number
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01], ids=["at once", "while the other reads"])
-def test_each_thread_sees_its_own_part(delay: float) -> None:
+def test_each_thread_sees_its_own_part() -> None:
     parts: dict[int, list[int]] = {}
 
     def read(rank: int) -> None:
-        time.sleep(delay * rank)  # the first one is in its `__iter__` then
         parts[rank] = list(StreamShard(SplitsItself(), rank, 2, 0))
 
     threads = [threading.Thread(target=read, args=(rank,)) for rank in range(2)]
@@ -44,3 +41,20 @@ def test_each_thread_sees_its_own_part(delay: float) -> None:
         thread.join()
     assert get_worker_info() is None
     assert parts == {0: list(range(0, 40, 2)), 1: list(range(1, 40, 2))}
+
+
+def test_a_thread_that_begins_while_another_reads_sees_its_own_part() -> None:
+    reading = threading.Event()
+
+    class TellsWhenItReads(SplitsItself):
+        def __iter__(self) -> Iterator[int]:
+            reading.set()
+            yield from super().__iter__()
+
+    first: list[int] = []
+    thread = threading.Thread(target=lambda: first.extend(StreamShard(TellsWhenItReads(), 0, 2, 0)))
+    thread.start()
+    assert reading.wait(timeout=60)
+    second = list(StreamShard(SplitsItself(), 1, 2, 0))
+    thread.join()
+    assert (first, second) == (list(range(0, 40, 2)), list(range(1, 40, 2)))

@@ -23,17 +23,21 @@ from paceline.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecord"]
+__all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecord", "numbered"]
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 
+_PATH_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
+
+
+def numbered(what: str, index: int) -> str:
+    """The name of a family of tensors: `model`, `model_1`, `model_2`..."""
+    return f"{what}_{index}" if index else what
+
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat()
-
-
-_PATH_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,9 @@ class Manifest:
             manifest = cls(**_run_fields(document), **_records(document))
             for fault in manifest._faults():
                 raise _damaged(fault)
-            return manifest if version == FORMAT else _from_format_1(manifest, document["files"])
+            if version == FORMAT:
+                return manifest
+            return _from_format_1(manifest, document["files"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
 

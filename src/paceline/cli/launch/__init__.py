@@ -41,6 +41,12 @@ one per rank. --slurm writes and submits the job:
 \b
     paceline launch --slurm --slurm_nodes 2 --slurm_gpus_per_node 8 --slurm_time 24:00:00 train.py
 
+Scripts that use Accelerate, or the Trainer of transformers, act on the same settings. --as_accelerate runs them on
+paceline: `import accelerate` then finds its stand-in.
+
+\b
+    paceline launch --as_accelerate --use_fsdp train_with_transformers.py
+
 The exit code is 0 if all ranks succeed, 2 if the configuration is wrong (nothing is started), 75 if the run saved its
 state on a signal and can be started again, 76 if ranks waited too long for others, else that of the failed rank.
 """

@@ -144,8 +144,7 @@ class DataLoaderAdapter(DataLoaderStateMixin):
         if use_stateful_dataloader:
             self.dl_state_dict = self._base_state()
 
-    # Neither a loader of torch by inheritance (its attributes would shadow those of the one it holds), nor a stranger to
-    # whoever asks.
+    # Not a loader of torch by inheritance, whose attributes would shadow those of the one that it holds.
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         """The class of the loader that it holds."""
@@ -283,7 +282,7 @@ class DataLoaderShard(DataLoaderAdapter):
     Args:
         dataset: The data set.
         device: Where batches are moved to; None leaves them where they are.
-        rng_types: Generators that get rank 0's state at the start of each pass: "torch", "cuda", "generator" and others.
+        rng_types: Generators that get rank 0's state at the start of each pass: "torch", "generator" and so on.
         synchronized_generator: The one that "generator" means.
         skip_batches: How many batches at the start are read and not yielded.
         use_stateful_dataloader: Whether it holds torchdata's `StatefulDataLoader`.
@@ -378,8 +377,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         axes = set((torch_device_mesh.mesh_dim_names if torch_device_mesh is not None else None) or ())
         if "tp" in axes and axes & {"dp", "fsdp", "dp_replicate", "dp_shard"}:
             raise ValueError(
-                f"Dispatching batches over a mesh with the axes {sorted(axes)}: rank 0 sends one batch to all ranks, and "
-                "tensor parallelism needs one per data-parallel group. Use dispatch_batches=False."
+                f"Dispatching batches over a mesh with the axes {sorted(axes)}: rank 0 sends one batch to all ranks, "
+                "and tensor parallelism needs one per data-parallel group. Use dispatch_batches=False."
             )
         super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs)
         self.split_batches = split_batches
@@ -482,8 +481,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
             sizes = [find_batch_size(batch) for batch in batches]
             raise RuntimeError(
                 f"Batches of {sizes} samples cannot be put together ({error}): with dispatch_batches=True, and with "
-                "an IterableDataset, rank 0 sends the batches of all ranks as one, whose tensors must have the same shape "
-                "but for the first dimension. Pad them in the collate function, or use dispatch_batches=False, or "
+                "an IterableDataset, rank 0 sends the batches of all ranks as one, whose tensors must have the same "
+                "shape but for the first dimension. Pad them in the collate function, use dispatch_batches=False, or "
                 "split_batches=True, where rank 0 reads one batch and divides it."
             ) from error
 
@@ -507,8 +506,8 @@ class DataLoaderDispatcher(DataLoaderAdapter):
         if lost and not self._warned:
             self._warned = True
             _LOG.warning(
-                "A batch of %d samples does not divide by %d ranks: the last %d of them are not used. With split_batches=True "
-                "the loader must yield batches that the ranks can share evenly.",
+                "A batch of %d samples does not divide by %d ranks: the last %d of them are not used. With "
+                "split_batches=True the loader must yield batches that the ranks can share evenly.",
                 size, self.state.num_processes, lost,
             )  # fmt: skip
 
@@ -554,13 +553,11 @@ def _wrapped(batch_sampler: Any) -> Iterator[Any]:
 
 def get_sampler(dataloader: Any) -> Any:
     """The sampler of single indices of a loader; None if there is none."""
-    innermost: Any = None
-    for innermost in _wrapped(_batch_sampler(dataloader)):
-        pass
-    if innermost is None:
+    batch_samplers = list(_wrapped(_batch_sampler(dataloader)))
+    if not batch_samplers:
         # Without automatic batching.
         return dataloader.sampler
-    return getattr(innermost, "sampler", None)
+    return getattr(batch_samplers[-1], "sampler", None)
 
 
 def _kept(dataloader: Any) -> dict[str, Any]:
@@ -604,8 +601,8 @@ def prepare_data_loader(
         torch_device_mesh: The ranks' mesh; those along "tp" and "cp" get the same batches.
 
     Raises:
-        ValueError: `dispatch_batches` without `put_on_device`, or `split_batches` with a batch size that the ranks cannot
-            share evenly, or with none.
+        ValueError: `dispatch_batches` without `put_on_device`, or `split_batches` with a batch size that the ranks
+            cannot share evenly, or with none.
     """
     if dispatch_batches is None:
         dispatch_batches = put_on_device and isinstance(dataloader.dataset, IterableDataset)

@@ -146,7 +146,9 @@ def _unknown_name(name: str, where: str, kind: Kind) -> Problem:
     hint = flag_hint(name)
     if kind == "flag":
         return Problem(where, "", "unknown flag", hint=hint)
-    return Problem(where, "", "unknown variable", hint=_as_variable(hint) if hint else "")
+    if hint:
+        hint = _as_variable(hint)
+    return Problem(where, "", "unknown variable", hint=hint)
 
 
 def _as_variable(hint: str) -> str:

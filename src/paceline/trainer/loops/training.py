@@ -163,7 +163,9 @@ class TrainingLoop:
             if self.call.takes_num_items:
                 return None
             items = torch.full((), counts.rows[rank], dtype=torch.int64, device=self.accelerator.device)
-        return items if counts.real[rank] else torch.zeros_like(items)
+        if counts.real[rank]:
+            return items
+        return torch.zeros_like(items)
 
     def _micro_batch(self, inputs: Any) -> None:
         hooks, accelerator = self.hooks, self.accelerator
@@ -263,7 +265,9 @@ class TrainingLoop:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = self.hooks.state.global_step - self._first_step
         samples = self.samples if self._counts_samples else steps * self.hooks.state.samples_per_step
-        memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
+        memory = {}
+        if not self.args.skip_memory_metrics:
+            memory = {"peak_memory_bytes": float(self.accelerator.peak_memory())}
         throughput = {} if samples is None else {"train_samples_per_second": samples / seconds}
         return {
             **memory,

@@ -13,6 +13,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def each(*choices: Any) -> Callable[[Callable[[Package, Any], Any]], Callable[[P
 
     def register(function: Callable[[Package, Any], Any]) -> Callable[[Package, Any], Any]:
         for index, choice in enumerate(choices):
-            CASES[f"{function.__name__}[{index}]"] = lambda package, choice=choice: function(package, choice)
+            CASES[f"{function.__name__}[{index}]"] = partial(_call, function, choice)
         return function
 
     return register
@@ -140,8 +141,16 @@ NESTED: dict[str, Callable[[Package], Any]] = {
 def nested(function: Callable[[Package, Any], Any]) -> Callable[[Package, Any], Any]:
     """Register one case for each nested batch."""
     for name, make in NESTED.items():
-        CASES[f"{function.__name__}[{name}]"] = lambda package, make=make: function(package, make(package))
+        CASES[f"{function.__name__}[{name}]"] = partial(_call_nested, function, make)
     return function
+
+
+def _call(function: Callable[[Package, Any], Any], choice: Any, package: Package) -> Any:
+    return function(package, choice)
+
+
+def _call_nested(function: Callable[[Package, Any], Any], make: Case, package: Package) -> Any:
+    return function(package, make(package))
 
 
 @nested
@@ -498,7 +507,7 @@ def data_loader_configuration(p: Package) -> Any:
     return config
 
 
-PARALLEL = (
+PARALLEL: tuple[dict[str, Any], ...] = (
     {},
     {"dp_shard_size": 4},
     {"dp_replicate_size": 2, "dp_shard_size": 2},
@@ -656,7 +665,7 @@ def deepspeed_from_environment(p: Package) -> Any:
 
 @each("no", "fp16", "bf16", "fp8")
 def deepspeed_precision(p: Package, precision: str) -> Any:
-    answers = []
+    answers: list[Any] = []
     for config in ({}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"bf16": {"enabled": True}}):
         plugin = p.utils.DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, **config})
         try:
@@ -801,14 +810,14 @@ def state_dict_without_aliases(p: Package) -> Any:
 def _executable(p: Package, fits: int, error: Exception, **options: Any) -> Any:
     tried = []
 
-    @p.utils.find_executable_batch_size(starting_batch_size=8, **options)
     def run(batch_size: int, offset: int) -> int:
         tried.append(batch_size)
         if batch_size > fits:
             raise error
         return batch_size + offset
 
-    return [run(1), run(2), tried]
+    runs = p.utils.find_executable_batch_size(starting_batch_size=8, **options)(run)
+    return [runs(1), runs(2), tried]
 
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -882,11 +891,10 @@ def variables(p: Package) -> Any:
         with u.clear_environment():
             inside.append(u.get_int_from_env(["TWIN_NUMBER"], 7))
 
-    @u.purge_accelerate_environment
     def sets() -> None:
         os.environ["ACCELERATE_TWIN"] = "1"
 
-    sets()
+    u.purge_accelerate_environment(sets)()
     return [*inside, "TWIN_NUMBER" in os.environ, "ACCELERATE_TWIN" in os.environ]
 
 

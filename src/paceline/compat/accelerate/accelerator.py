@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 
 import paceline
 from paceline.accelerator.policies import use_policies
@@ -182,8 +184,9 @@ class Accelerator:
         self.step = 0
         self.log_with = _chosen_trackers(log_with, self.logging_dir)
         self.trackers: list[Any] = []
-        self._save_model_state_pre_hook: dict[int, Callable[..., Any]] = {}
-        self._load_model_state_pre_hook: dict[int, Callable[..., Any]] = {}
+        # Removable handles refer to them weakly, which a plain dict does not allow.
+        self._save_model_state_pre_hook: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self._load_model_state_pre_hook: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
     # The run
 
@@ -969,13 +972,13 @@ class Accelerator:
 
     def register_save_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Call `hook(models, weights, output_dir)` before `save_state` writes; it may empty the lists."""
-        handle = torch.utils.hooks.RemovableHandle(self._save_model_state_pre_hook)
+        handle = RemovableHandle(self._save_model_state_pre_hook)
         self._save_model_state_pre_hook[handle.id] = hook
         return handle
 
     def register_load_state_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Call `hook(models, input_dir)` before `load_state` reads; it may empty the list."""
-        handle = torch.utils.hooks.RemovableHandle(self._load_model_state_pre_hook)
+        handle = RemovableHandle(self._load_model_state_pre_hook)
         self._load_model_state_pre_hook[handle.id] = hook
         return handle
 

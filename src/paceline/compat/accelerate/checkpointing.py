@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from paceline.compat.accelerate.accelerator import Accelerator
 
 __all__ = [
     "load_accelerator_state",
@@ -240,7 +239,7 @@ def load_custom_state(obj: Any, path: Any, index: int = 0) -> None:
 
 
 def save_state(
-    accelerator: Accelerator,
+    accelerator: Any,
     output_dir: str | os.PathLike[str] | None,
     safe_serialization: bool,
     model_options: dict[str, Any],
@@ -278,7 +277,7 @@ def save_state(
 
 
 def _collect(
-    accelerator: Accelerator, folder: Path, model_options: dict[str, Any]
+    accelerator: Any, folder: Path, model_options: dict[str, Any]
 ) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     """The models with their weights, and the optimizers and schedulers, that are not written by an engine."""
     models, optimizers, schedulers = list(accelerator._models), list(accelerator._optimizers), accelerator._schedulers
@@ -300,7 +299,7 @@ def _collect(
     return models, weights, optimizers, list(schedulers)
 
 
-def _folder_to_write(accelerator: Accelerator, output_dir: str | os.PathLike[str] | None) -> Path:
+def _folder_to_write(accelerator: Any, output_dir: str | os.PathLike[str] | None) -> Path:
     settings = accelerator.project_configuration
     if not settings.automatic_checkpoint_naming:
         if output_dir is None:
@@ -340,7 +339,7 @@ def _drop_oldest(parent: Path, limit: int | None) -> None:
 
 
 def load_state(
-    accelerator: Accelerator,
+    accelerator: Any,
     input_dir: str | os.PathLike[str] | None,
     load_kwargs: dict[str, Any] | None,
     model_options: dict[str, Any],
@@ -387,7 +386,7 @@ def load_state(
     _load_registered(accelerator, folder)
 
 
-def _load_registered(accelerator: Accelerator, folder: Path) -> None:
+def _load_registered(accelerator: Any, folder: Path) -> None:
     saved = sorted(each.name for each in folder.glob("custom_checkpoint_*.pkl"))
     registered = accelerator._custom_objects
     if len(saved) != len(registered):
@@ -400,7 +399,7 @@ def _load_registered(accelerator: Accelerator, folder: Path) -> None:
         load_custom_state(each, folder, index)
 
 
-def _folder_to_read(accelerator: Accelerator, input_dir: str | os.PathLike[str] | None) -> Path:
+def _folder_to_read(accelerator: Any, input_dir: str | os.PathLike[str] | None) -> Path:
     if input_dir is not None:
         folder = Path(input_dir).expanduser()
     elif accelerator.project_configuration.automatic_checkpoint_naming:
@@ -420,7 +419,7 @@ def _folder_to_read(accelerator: Accelerator, input_dir: str | os.PathLike[str] 
 
 
 def save_model(
-    accelerator: Accelerator,
+    accelerator: Any,
     model: nn.Module,
     save_directory: str | os.PathLike[str],
     max_shard_size: int | str,

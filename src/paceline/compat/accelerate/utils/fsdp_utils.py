@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -26,7 +26,6 @@ from paceline.compat.accelerate.utils.modeling import is_peft_model
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
 
-    from paceline.compat.accelerate.accelerator import Accelerator
     from paceline.compat.accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 
 __all__ = [
@@ -55,6 +54,24 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 _COMPILED = "_orig_mod."
+
+
+class Run(Protocol):
+    """What these functions need of an `Accelerator`."""
+
+    @property
+    def process_index(self) -> int:
+        """This rank."""
+        ...
+
+    @property
+    def num_processes(self) -> int:
+        """The number of ranks."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Return when every rank has arrived."""
+        ...
 
 
 def enable_fsdp_ram_efficient_loading() -> None:
@@ -101,7 +118,7 @@ def _selected(model: nn.Module, state: dict[str, Any], adapter_only: bool) -> di
 
 def save_fsdp_model(
     fsdp_plugin: FullyShardedDataParallelPlugin,
-    accelerator: Accelerator,
+    accelerator: Run,
     model: nn.Module,
     output_dir: str | os.PathLike[str],
     model_index: int = 0,
@@ -133,7 +150,7 @@ def save_fsdp_model(
 
 def load_fsdp_model(
     fsdp_plugin: FullyShardedDataParallelPlugin,
-    accelerator: Accelerator,
+    accelerator: Run,
     model: nn.Module,
     input_dir: str | os.PathLike[str],
     model_index: int = 0,
@@ -174,7 +191,7 @@ def load_fsdp_model(
 
 def save_fsdp_optimizer(
     fsdp_plugin: FullyShardedDataParallelPlugin,
-    accelerator: Accelerator,
+    accelerator: Run,
     optimizer: Any,
     model: nn.Module,
     output_dir: str | os.PathLike[str],
@@ -206,7 +223,7 @@ def save_fsdp_optimizer(
 
 def load_fsdp_optimizer(
     fsdp_plugin: FullyShardedDataParallelPlugin,
-    accelerator: Accelerator,
+    accelerator: Run,
     optimizer: Any,
     model: nn.Module,
     input_dir: str | os.PathLike[str],
@@ -371,7 +388,7 @@ def get_parameters_from_modules(
 
 
 def fsdp2_load_full_state_dict(
-    accelerator: Accelerator, model: nn.Module, full_sd: dict[str, Any], cpu_offload: bool = False
+    accelerator: Run, model: nn.Module, full_sd: dict[str, Any], cpu_offload: bool = False
 ) -> None:
     """Give a sharded model rank 0's whole weights. Collective: every rank must call it.
 
@@ -398,13 +415,13 @@ _sharded_in_prepare = unsupported(
 
 
 @_sharded_in_prepare
-def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def fsdp2_prepare_model(accelerator: Run, model: nn.Module) -> nn.Module:
     """Not supported: see `Accelerator.prepare`."""
     raise NotImplementedError
 
 
 @_sharded_in_prepare
-def fsdp2_apply_ac(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+def fsdp2_apply_ac(accelerator: Run, model: nn.Module) -> nn.Module:
     """Not supported: the plugin says whether activations are recomputed."""
     raise NotImplementedError
 

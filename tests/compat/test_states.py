@@ -45,7 +45,6 @@ def test_all_instances_share_one_state() -> None:
     assert PartialState._shared_state["process_index"] == 5
     PartialState._reset_state()
     assert PartialState._shared_state == {}
-    assert not first.initialized
     with pytest.raises(AttributeError, match="_reset_state"):
         _ = first.device
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -84,18 +83,19 @@ def test_the_accelerators_state_comes_of_the_accelerator(monkeypatch: pytest.Mon
 
 
 def test_deepspeed_keeps_the_precision_and_one_plugin_is_active() -> None:
-    plugins = {"first": DeepSpeedPlugin(zero_stage=2), "second": DeepSpeedPlugin(zero_stage=3)}
+    first, second = DeepSpeedPlugin(zero_stage=2), DeepSpeedPlugin(zero_stage=3)
+    plugins = {"first": first, "second": second}
     state = AcceleratorState("bf16", cpu=True, deepspeed_plugin=plugins, _from_accelerator=True)
     assert state.distributed_type == "DEEPSPEED"
     assert state.mixed_precision == "bf16"
-    assert state.deepspeed_plugin is plugins["first"]
+    assert state.deepspeed_plugin is first
     state.select_deepspeed_plugin("second")
-    assert state.deepspeed_plugin is plugins["second"]
+    assert state.deepspeed_plugin is second
     assert state.get_deepspeed_plugin("first").selected is False
     with pytest.raises(NotImplementedError):
-        plugins["first"].selected = True
+        first.selected = True
     with pytest.raises(ValueError, match="select_deepspeed_plugin"):
-        plugins["first"].select()
+        first.select()
 
 
 def _fsdp(version: int) -> tuple[Any, ...]:

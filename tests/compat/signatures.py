@@ -128,7 +128,8 @@ def parameters(function: Any) -> str:
         kind = parameter.kind
         if kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in texts):
             texts.append("*")
-        star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        stars = {inspect.Parameter.VAR_POSITIONAL.value: "*", inspect.Parameter.VAR_KEYWORD.value: "**"}
+        star = stars.get(kind.value, "")
         default = "" if parameter.default is parameter.empty else f"={plain(parameter.default)}"
         texts.append(f"{star}{parameter.name}{default}")
     return ", ".join(texts)

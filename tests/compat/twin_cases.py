@@ -1,7 +1,7 @@
 """Calls of Accelerate's functions whose results its twin must equal; run as a program it records the former's.
 
-    python -m tests.compat.twin_cases
-    torchrun --nproc-per-node 2 -m tests.compat.twin_cases
+python -m tests.compat.twin_cases
+torchrun --nproc-per-node 2 -m tests.compat.twin_cases
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def each(*choices: Any) -> Callable[[Callable[[Package, Any], Any]], Callable[[P
 
     def register(function: Callable[[Package, Any], Any]) -> Callable[[Package, Any], Any]:
         for index, choice in enumerate(choices):
-            CASES[f"{function.__name__}[{index}]"] = lambda package, choice=choice: function(package, choice)
+            CASES[f"{function.__name__}[{index}]"] = partial(_call, function, choice)
         return function
 
     return register
@@ -140,8 +141,16 @@ NESTED: dict[str, Callable[[Package], Any]] = {
 def nested(function: Callable[[Package, Any], Any]) -> Callable[[Package, Any], Any]:
     """Register one case for each nested batch."""
     for name, make in NESTED.items():
-        CASES[f"{function.__name__}[{name}]"] = lambda package, make=make: function(package, make(package))
+        CASES[f"{function.__name__}[{name}]"] = partial(_call_nested, function, make)
     return function
+
+
+def _call(function: Callable[[Package, Any], Any], choice: Any, package: Package) -> Any:
+    return function(package, choice)
+
+
+def _call_nested(function: Callable[[Package, Any], Any], make: Case, package: Package) -> Any:
+    return function(package, make(package))
 
 
 @nested
@@ -355,8 +364,16 @@ def split_between_processes(p: Package, choice: tuple[str, bool]) -> Any:
 
 @case
 def state_values(p: Package) -> Any:
-    names = "backend debug distributed_type fork_launched is_last_process is_local_main_process is_main_process".split()
-    names += "local_process_index num_processes process_index use_distributed initialized".split()
+    names = [
+        "backend",
+        "debug",
+        "distributed_type",
+        "fork_launched",
+        "is_last_process",
+        "is_local_main_process",
+        "is_main_process",
+    ]
+    names += ["local_process_index", "num_processes", "process_index", "use_distributed", "initialized"]
     return {name: getattr(p.state, name) for name in names}, str(p.state.device), repr(p.state)
 
 
@@ -406,7 +423,12 @@ def gradient_state(p: Package) -> Any:
     loader, inner = Loader(), Loader()
     state._add_dataloader(loader)
     state._add_dataloader(inner)
-    during = state.end_of_dataloader, state.remainder, state.active_dataloader is inner, len(state.dataloader_references)
+    during = (
+        state.end_of_dataloader,
+        state.remainder,
+        state.active_dataloader is inner,
+        len(state.dataloader_references),
+    )
     state._remove_dataloader(inner)
     del loader
     after = state.in_dataloader, state.end_of_dataloader, state.num_steps, state.plugin_kwargs
@@ -485,7 +507,7 @@ def data_loader_configuration(p: Package) -> Any:
     return config
 
 
-PARALLEL = (
+PARALLEL: tuple[dict[str, Any], ...] = (
     {},
     {"dp_shard_size": 4},
     {"dp_replicate_size": 2, "dp_shard_size": 2},
@@ -628,15 +650,22 @@ def deepspeed_plugin(p: Package, kwargs: dict[str, Any]) -> Any:
 
 @case
 def deepspeed_from_environment(p: Package) -> Any:
-    names = {"zero_stage": 3, "offload_optimizer_device": "cpu", "zero3_init": "false", "zero3_save_16bit_model": "true"}
+    names = {
+        "zero_stage": 3,
+        "offload_optimizer_device": "cpu",
+        "zero3_init": "false",
+        "zero3_save_16bit_model": "true",
+    }
     values = {f"accelerate_deepspeed_{name}": value for name, value in names.items()}
-    with p.utils.patch_environment(**values, accelerate_gradient_clipping="0.3", accelerate_gradient_accumulation_steps=4):
+    with p.utils.patch_environment(
+        **values, accelerate_gradient_clipping="0.3", accelerate_gradient_accumulation_steps=4
+    ):
         return _deepspeed_fields(p.utils.DeepSpeedPlugin())
 
 
 @each("no", "fp16", "bf16", "fp8")
 def deepspeed_precision(p: Package, precision: str) -> Any:
-    answers = []
+    answers: list[Any] = []
     for config in ({}, {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, {"bf16": {"enabled": True}}):
         plugin = p.utils.DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, **config})
         try:
@@ -752,7 +781,7 @@ def clean_device_map(p: Package, device_map: dict[str, Any]) -> Any:
     return dict(sorted(cleaned.items()))
 
 
-@each({0: "1GB", "cpu": 5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
+@each({0: "1GB", "cpu": 5}, {0: 0.5, "cpu": 1.5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
 def get_max_memory(p: Package, given: dict[Any, Any]) -> Any:
     return list(p.utils.get_max_memory(given).items())
 
@@ -781,14 +810,14 @@ def state_dict_without_aliases(p: Package) -> Any:
 def _executable(p: Package, fits: int, error: Exception, **options: Any) -> Any:
     tried = []
 
-    @p.utils.find_executable_batch_size(starting_batch_size=8, **options)
     def run(batch_size: int, offset: int) -> int:
         tried.append(batch_size)
         if batch_size > fits:
             raise error
         return batch_size + offset
 
-    return [run(1), run(2), tried]
+    runs = p.utils.find_executable_batch_size(starting_batch_size=8, **options)(run)
+    return [runs(1), runs(2), tried]
 
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -862,11 +891,10 @@ def variables(p: Package) -> Any:
         with u.clear_environment():
             inside.append(u.get_int_from_env(["TWIN_NUMBER"], 7))
 
-    @u.purge_accelerate_environment
     def sets() -> None:
         os.environ["ACCELERATE_TWIN"] = "1"
 
-    sets()
+    u.purge_accelerate_environment(sets)()
     return [*inside, "TWIN_NUMBER" in os.environ, "ACCELERATE_TWIN" in os.environ]
 
 

@@ -50,7 +50,7 @@ def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     Args:
         subparsers: Where to add it as the command `launch`, if it is one of several.
     """
-    texts = {
+    texts: dict[str, Any] = {
         "description": "Run a script on all devices. `paceline launch --help` describes the flags.",
         "usage": "paceline launch [flags] script [arguments]",
     }

@@ -36,7 +36,9 @@ def _start(
 ) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "src"), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        ),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1500.0)
     parser.add_argument("--full", action="store_true", help="whole error messages")
     parser.add_argument("--only", help="one side: print its numbers")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     runs = options.runs or list(importlib.import_module(f"tests.compat.{options.group}").RUNS)
     if options.only:
         print(json.dumps(numbers(options.only, options.group, runs, options.ranks, options.timeout), indent=1))

@@ -30,6 +30,7 @@ def main(side: str, group: str, folder: str, *runs: str) -> None:
         from paceline.compat import install_as_accelerate
 
         install_as_accelerate()
+        assert importlib.import_module("accelerate").__name__ == "paceline.compat.accelerate"
     import torch
 
     torch.set_num_threads(1)

@@ -29,10 +29,15 @@ DIFFERENT = {
 DIFFERENT_ALONE = {"synchronize_unknown[0]"}
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks() -> list[dict[str, Any]]:
+    return run_on_ranks(2, outcomes, TWIN)
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_results_are_accelerates(size: int) -> None:
+def test_results_are_accelerates(size: int, on_two_ranks: list[dict[str, Any]]) -> None:
     record: dict[str, list[Any]] = json.loads((RECORDED / f"twin_{size}.json").read_text(encoding="utf-8"))
-    answers = [outcomes(TWIN)] if size == 1 else run_on_ranks(size, outcomes, TWIN)
+    answers = [outcomes(TWIN)] if size == 1 else on_two_ranks
     by_case = {name: json.loads(json.dumps([answer[name] for answer in answers])) for name in answers[0]}
     assert list(by_case) == list(record)
     different = {name for name in record if by_case[name] != record[name]}
@@ -41,8 +46,8 @@ def test_results_are_accelerates(size: int) -> None:
     assert different == expected
 
 
-def test_differences_are_what_they_are_said_to_be() -> None:
-    first, second = run_on_ranks(2, outcomes, TWIN)
+def test_differences_are_what_they_are_said_to_be(on_two_ranks: list[dict[str, Any]]) -> None:
+    first, second = on_two_ranks
     assert second["gather[int16]"]["values"] == [0, 1, 2, 10, 11, 12]
     assert first["broadcast[int16]"]["values"] == [10, 11, 12]
     assert first["reduce_default[int16]"]["values"] == [5.0, 6.0, 7.0]

@@ -781,7 +781,7 @@ def state_dict_without_aliases(p: Package) -> Any:
 def _executable(p: Package, fits: int, error: Exception, **options: Any) -> Any:
     tried = []
 
-    @p.utils.find_executable_batch_size(starting_batch_size=100, **options)
+    @p.utils.find_executable_batch_size(starting_batch_size=8, **options)
     def run(batch_size: int, offset: int) -> int:
         tried.append(batch_size)
         if batch_size > fits:
@@ -795,11 +795,11 @@ OUT_OF_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 @each(
-    (60, OUT_OF_MEMORY),
+    (6, OUT_OF_MEMORY),
     (-1, OUT_OF_MEMORY),
-    (60, RuntimeError("something else")),
-    (60, ValueError("CUDA out of memory.")),
-    (60, RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")),
+    (6, RuntimeError("something else")),
+    (6, ValueError("CUDA out of memory.")),
+    (6, RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")),
 )
 def find_executable_batch_size(p: Package, choice: tuple[int, Exception]) -> Any:
     return _executable(p, *choice)
@@ -807,8 +807,8 @@ def find_executable_batch_size(p: Package, choice: tuple[int, Exception]) -> Any
 
 @case
 def find_executable_batch_size_by_function(p: Package) -> Any:
-    smaller = iter([70, 50, 30])
-    return _executable(p, 40, OUT_OF_MEMORY, reduce_batch_size_fn=lambda: next(smaller))
+    smaller = iter([7, 5, 3])
+    return _executable(p, 4, OUT_OF_MEMORY, reduce_batch_size_fn=lambda: next(smaller))
 
 
 @case

@@ -146,3 +146,27 @@ def test_commands_at_the_top_of_examples_exist(example: Path) -> None:
     lines = re.findall(r"^    ((?:paceline|python|make) .*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines
     assert not [found for line in lines for found in problems_of(line)]
+
+
+def paths_in_the_picture(text: str) -> list[str]:
+    """The modules and folders in the picture of the package, which shows depth by indentation."""
+    block = text.partition("```text\n")[2].partition("```")[0]
+    paths: list[str] = []
+    folders: list[str] = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        paths.append("".join(folders))
+    return paths
+
+
+def test_the_architecture_page_has_a_line_for_every_module() -> None:
+    paths = paths_in_the_picture((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert not [path for path in paths if not (ROOT / path).exists()], "the page names what does not exist"
+    # A folder without lines of its own is described as a whole.
+    whole = tuple(path for path in paths if path.endswith("/") and sum(other.startswith(path) for other in paths) == 1)
+    modules = [str(path.relative_to(ROOT)) for path in (ROOT / "src" / "paceline").rglob("*.py")]
+    missing = [name for name in modules if name not in paths and not name.startswith(whole)]
+    missing = [name for name in missing if not name.endswith("__init__.py")]
+    assert not missing, "say in docs/architecture.md, in one line each, what a reader finds there"

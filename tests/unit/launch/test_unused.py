@@ -184,7 +184,8 @@ transformers.set_seed(0)
 trainer = transformers.Trainer(transformers.LlamaForCausalLM(config), args, train_dataset=rows)
 accelerator = trainer.accelerator
 trainer.train()
-sums = gather(sum(p.detach().double().sum() for p in trainer.model.parameters()).reshape(1)).tolist()
+parts = [getattr(p, "to_local", lambda p=p: p)().detach() for p in trainer.model.parameters()]
+sums = gather(sum(part.double().sum() for part in parts).reshape(1)).tolist()
 print(
     "TRAINED", accelerator.process_index, accelerator.num_processes, accelerator.mixed_precision,
     type(trainer.model_wrapped).__name__, len(set(sums)), flush=True,

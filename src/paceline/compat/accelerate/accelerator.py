@@ -839,8 +839,10 @@ class Accelerator:
         from paceline.compat.accelerate.utils.operations import gather_object, recursively_apply
 
         if use_gather_object or not _has_tensors_alone(input_data):
-            data = gather_object(input_data)
-            is_list = True
+            # Row by row, so that rows can be left out below.
+            is_batch = isinstance(input_data, torch.Tensor) and input_data.ndim > 0 and self.use_distributed
+            data = gather_object(list(input_data) if is_batch else input_data)
+            is_list = isinstance(data, list)
         else:
             data = self.gather(input_data)
             is_list = False

@@ -50,11 +50,15 @@ def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     Args:
         subparsers: Where to add it as the command `launch`, if it is one of several.
     """
-    about = "Run a script on all devices. `paceline launch --help` describes the flags."
+    texts = {
+        "description": "Run a script on all devices. `paceline launch --help` describes the flags.",
+        "usage": "paceline launch [flags] script [arguments]",
+    }
+    parser: argparse.ArgumentParser
     if subparsers is None:
-        parser: argparse.ArgumentParser = LaunchParser("paceline launch", description=about, allow_abbrev=False)
+        parser = LaunchParser("paceline launch", allow_abbrev=False, **texts)
     else:
-        parser = subparsers.add_parser("launch", description=about, allow_abbrev=False)
+        parser = subparsers.add_parser("launch", allow_abbrev=False, **texts)
     parser.add_argument("--config_file", help="YAML or JSON file to read.")
     parser.add_argument("-m", "--module", action="store_true", help="The script is a module.")
     for name in _SWITCHES[1:]:

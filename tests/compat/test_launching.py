@@ -87,9 +87,10 @@ print(state.process_index, state.num_processes, sys.argv[1:], flush=True)
 def test_a_script_runs_with_the_twin_on_all_ranks(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
+    tokens = ["--num_processes", "2", "--cpu", "--quiet", str(script), "--a", "b"]
     program = (
-        "from paceline.compat.accelerate.commands.launch import launch_command, launch_command_parser as parser\n"
-        f"launch_command(parser().parse_args(['--num_processes', '2', '--cpu', '--quiet', {str(script)!r}, '--a', 'b']))"
+        "from paceline.compat.accelerate.commands.launch import launch_command, launch_command_parser\n"
+        f"launch_command(launch_command_parser().parse_args({tokens!r}))"
     )
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr

@@ -24,45 +24,85 @@ _PLACEMENT = "device maps and hooks: the class can be imported, not made"
 ABSENT = {
     "utils": {
         **dict.fromkeys(
-            "AbstractTrainStep BertTrainStep GPTTrainStep T5TrainStep MegatronLMDummyDataLoader MegatronLMDummyScheduler "
-            "avg_losses_across_data_parallel_group add_model_config_to_megatron_parser".split(),
+            [
+                "AbstractTrainStep",
+                "BertTrainStep",
+                "GPTTrainStep",
+                "T5TrainStep",
+                "MegatronLMDummyDataLoader",
+                "MegatronLMDummyScheduler",
+                "avg_losses_across_data_parallel_group",
+                "add_model_config_to_megatron_parser",
+            ],
             _MEGATRON,
         ),
         **dict.fromkeys(["install_xla", "prepare_tpu"], _TPU),
         "prepare_sagemager_args_inputs": _SAGEMAKER,
         **dict.fromkeys(
-            "apply_fp8_autowrap contextual_fp8_autocast convert_model has_transformer_engine_layers".split(), _FP8
+            ["apply_fp8_autowrap", "contextual_fp8_autocast", "convert_model", "has_transformer_engine_layers"], _FP8
         ),
         **dict.fromkeys(
-            "PrepareForLaunch prepare_deepspeed_cmd_env prepare_multi_gpu_env prepare_simple_launcher_cmd_env "
-            "write_basic_config".split(),
+            [
+                "PrepareForLaunch",
+                "prepare_deepspeed_cmd_env",
+                "prepare_multi_gpu_env",
+                "prepare_simple_launcher_cmd_env",
+                "write_basic_config",
+            ],
             _COMMAND,
         ),
     },
     "commands.config": dict.fromkeys(
-        "config_command_parser default_command_parser get_config_parser main update_command_parser".split(), _COMMAND
-    ),
-    "commands.launch": dict.fromkeys(
-        "CustomHelpFormatter clean_option deepspeed_launcher main multi_gpu_launcher sagemaker_launcher simple_launcher "
-        "tpu_launcher tpu_pod_launcher".split(),
+        ["config_command_parser", "default_command_parser", "get_config_parser", "main", "update_command_parser"],
         _COMMAND,
     ),
-    "inference": dict.fromkeys("build_pipeline find_pippy_batch_size generate_device_map pippy_forward".split(), _INNER),
+    "commands.launch": dict.fromkeys(
+        [
+            "CustomHelpFormatter",
+            "clean_option",
+            "deepspeed_launcher",
+            "main",
+            "multi_gpu_launcher",
+            "sagemaker_launcher",
+            "simple_launcher",
+            "tpu_launcher",
+            "tpu_pod_launcher",
+        ],
+        _COMMAND,
+    ),
+    "inference": dict.fromkeys(
+        ["build_pipeline", "find_pippy_batch_size", "generate_device_map", "pippy_forward"], _INNER
+    ),
     "state": {"ThreadLocalSharedDict": _TPU, "do_nothing": _INNER},
     "optimizer": dict.fromkeys(["move_to_device", "patch_optimizer_step"], _INNER),
     "utils.constants": dict.fromkeys(
-        "SAGEMAKER_PARALLEL_EC2_INSTANCES SAGEMAKER_PYTHON_VERSION SAGEMAKER_PYTORCH_VERSION "
-        "SAGEMAKER_TRANSFORMERS_VERSION".split(),
+        [
+            "SAGEMAKER_PARALLEL_EC2_INSTANCES",
+            "SAGEMAKER_PYTHON_VERSION",
+            "SAGEMAKER_PYTORCH_VERSION",
+            "SAGEMAKER_TRANSFORMERS_VERSION",
+        ],
         _SAGEMAKER,
     ),
     "utils.dataclasses": dict.fromkeys(
-        "add_model_config_to_megatron_parser parse_bert_config parse_glm4_moe_config parse_gpt2_config "
-        "parse_llama_config parse_t5_config".split(),
+        [
+            "add_model_config_to_megatron_parser",
+            "parse_bert_config",
+            "parse_glm4_moe_config",
+            "parse_gpt2_config",
+            "parse_llama_config",
+            "parse_t5_config",
+        ],
         _MEGATRON,
     ),
     "utils.modeling": dict.fromkeys(
-        "fallback_allocate get_module_leaves get_module_size_with_ties get_state_dict_from_offload "
-        "get_state_dict_offloaded_model".split(),
+        [
+            "fallback_allocate",
+            "get_module_leaves",
+            "get_module_size_with_ties",
+            "get_state_dict_from_offload",
+            "get_state_dict_offloaded_model",
+        ],
         _PLACEMENT,
     ),
     "utils.operations": dict.fromkeys(["chained_operation", "verify_operation", "is_torch_xpu_tensor"], _INNER),
@@ -70,7 +110,7 @@ ABSENT = {
 # Names that stand for something else than in Accelerate.
 OTHERWISE = {
     "hooks": dict.fromkeys(
-        "AlignDevicesHook CpuOffload LayerwiseCastingHook ModelHook SequentialHook UserCpuOffloadHook".split(),
+        ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
         _PLACEMENT,
     ),
     "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON, "BnbQuantizationConfig": _PLACEMENT},
@@ -83,10 +123,10 @@ DIFFERENT = {
     "accelerator": {"Accelerator": {"init_trackers", "log", "trigger_sync_in_backward"}},
     # The position of a loader is known without a correction for batches read ahead.
     "data_loader": {
-        **dict.fromkeys(
-            "DataLoaderAdapter DataLoaderDispatcher DataLoaderShard SkipDataLoader".split(),
-            {"adjust_state_dict_for_prefetch"},
-        ),
+        "DataLoaderAdapter": {"adjust_state_dict_for_prefetch"},
+        "DataLoaderDispatcher": {"adjust_state_dict_for_prefetch"},
+        "DataLoaderShard": {"adjust_state_dict_for_prefetch"},
+        "SkipDataLoader": {"adjust_state_dict_for_prefetch"},
         "SeedableRandomSampler": {"()"},
     },
     # The core's optimizer and scheduler have arguments of their own, and know by themselves which step was skipped.

@@ -1,7 +1,7 @@
 """Calls of Accelerate's functions whose results its twin must equal; run as a program it records the former's.
 
-    python -m tests.compat.twin_cases
-    torchrun --nproc-per-node 2 -m tests.compat.twin_cases
+python -m tests.compat.twin_cases
+torchrun --nproc-per-node 2 -m tests.compat.twin_cases
 """
 
 from __future__ import annotations
@@ -355,8 +355,16 @@ def split_between_processes(p: Package, choice: tuple[str, bool]) -> Any:
 
 @case
 def state_values(p: Package) -> Any:
-    names = "backend debug distributed_type fork_launched is_last_process is_local_main_process is_main_process".split()
-    names += "local_process_index num_processes process_index use_distributed initialized".split()
+    names = [
+        "backend",
+        "debug",
+        "distributed_type",
+        "fork_launched",
+        "is_last_process",
+        "is_local_main_process",
+        "is_main_process",
+    ]
+    names += ["local_process_index", "num_processes", "process_index", "use_distributed", "initialized"]
     return {name: getattr(p.state, name) for name in names}, str(p.state.device), repr(p.state)
 
 
@@ -406,7 +414,12 @@ def gradient_state(p: Package) -> Any:
     loader, inner = Loader(), Loader()
     state._add_dataloader(loader)
     state._add_dataloader(inner)
-    during = state.end_of_dataloader, state.remainder, state.active_dataloader is inner, len(state.dataloader_references)
+    during = (
+        state.end_of_dataloader,
+        state.remainder,
+        state.active_dataloader is inner,
+        len(state.dataloader_references),
+    )
     state._remove_dataloader(inner)
     del loader
     after = state.in_dataloader, state.end_of_dataloader, state.num_steps, state.plugin_kwargs
@@ -628,9 +641,16 @@ def deepspeed_plugin(p: Package, kwargs: dict[str, Any]) -> Any:
 
 @case
 def deepspeed_from_environment(p: Package) -> Any:
-    names = {"zero_stage": 3, "offload_optimizer_device": "cpu", "zero3_init": "false", "zero3_save_16bit_model": "true"}
+    names = {
+        "zero_stage": 3,
+        "offload_optimizer_device": "cpu",
+        "zero3_init": "false",
+        "zero3_save_16bit_model": "true",
+    }
     values = {f"accelerate_deepspeed_{name}": value for name, value in names.items()}
-    with p.utils.patch_environment(**values, accelerate_gradient_clipping="0.3", accelerate_gradient_accumulation_steps=4):
+    with p.utils.patch_environment(
+        **values, accelerate_gradient_clipping="0.3", accelerate_gradient_accumulation_steps=4
+    ):
         return _deepspeed_fields(p.utils.DeepSpeedPlugin())
 
 
@@ -752,7 +772,7 @@ def clean_device_map(p: Package, device_map: dict[str, Any]) -> Any:
     return dict(sorted(cleaned.items()))
 
 
-@each({0: "1GB", "cpu": 5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
+@each({0: "1GB", "cpu": 5}, {0: 0.5, "cpu": 1.5}, {"cpu": "2MB", 1: 3, "disk": 4}, {"tpu": 1})
 def get_max_memory(p: Package, given: dict[Any, Any]) -> Any:
     return list(p.utils.get_max_memory(given).items())
 

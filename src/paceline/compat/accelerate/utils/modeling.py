@@ -241,7 +241,7 @@ def calculate_maximum_sizes(model: nn.Module) -> tuple[float, tuple[float, list[
     return sizes[""], get_max_layer_size(list(model.named_children()), sizes, whole)
 
 
-def get_max_memory(max_memory: dict[int | str, int | str] | None = None) -> dict[int | str, int]:
+def get_max_memory(max_memory: dict[int | str, float | str] | None = None) -> dict[int | str, float]:
     """Return the free bytes of every device by number, and of the host as "cpu"; accelerators come first.
 
     Args:
@@ -252,7 +252,7 @@ def get_max_memory(max_memory: dict[int | str, int | str] | None = None) -> dict
     """
     if max_memory is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        free: dict[int | str, int] = {}
+        free: dict[int | str, float] = {}
         if accelerator is not None:
             for index in range(torch.accelerator.device_count()):
                 free[index] = memory_info(torch.device(accelerator.type, index))[0]
@@ -263,7 +263,11 @@ def get_max_memory(max_memory: dict[int | str, int | str] | None = None) -> dict
         raise InvalidValueError(
             f"max_memory has {unknown!r}", "It is no device", 'Use numbers, "mps", "cpu" and "disk"'
         )
-    return {key: convert_file_size_to_int(max_memory[key]) for key in ordered}
+    return {key: _bytes(max_memory[key]) for key in ordered}
+
+
+def _bytes(size: float | str) -> float:
+    return convert_file_size_to_int(size) if isinstance(size, str) else size
 
 
 def clean_device_map(device_map: dict[str, Any], module_name: str = "") -> dict[str, Any]:

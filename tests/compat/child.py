@@ -30,6 +30,7 @@ def main(side: str, group: str, folder: str, *runs: str) -> None:
         from paceline.compat import install_as_accelerate
 
         install_as_accelerate()
+        assert importlib.import_module("accelerate").__name__ == "paceline.compat.accelerate"
     import torch
 
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def main(side: str, group: str, folder: str, *runs: str) -> None:
     found: dict[str, Any] = {}
     for number, name in enumerate(runs):
         # A group that ended may still hold its port.
-        os.environ["MASTER_PORT"] = str(int(os.environ.get("FIRST_PORT", "0")) + number)
+        os.environ["MASTER_PORT"] = os.environ["PORTS"].split()[number]
         place = Path(folder, f"run{number}")
         place.mkdir(exist_ok=True)
         before = dict(os.environ)
@@ -61,7 +62,8 @@ def _start_afresh() -> None:
     import torch.distributed as dist
 
     gc.collect()
-    if dist.is_initialized():
+    # DeepSpeed keeps the groups that it made, and could not use them in another world.
+    if dist.is_initialized() and "deepspeed" not in sys.modules:
         dist.destroy_process_group()
 
 

@@ -25,29 +25,32 @@ TOLERANCE = 1e-5
 def numbers(side: str, group: str, runs: list[str], ranks: int = 1, timeout: float = 900.0) -> list[dict[str, Any]]:
     """What the runs return, by rank, from processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        processes = [_start(side, group, runs, folder, rank, ranks, port) for rank in range(ranks)]
+        ports = [str(free_port()) for _ in runs]
+        processes = [_start(side, group, runs, folder, rank, ranks, ports) for rank in range(ranks)]
         _wait(processes, timeout)
         return [_read(Path(folder, f"rank{rank}.json"), process) for rank, process in enumerate(processes)]
 
 
 def _start(
-    side: str, group: str, runs: list[str], folder: str, rank: int, ranks: int, port: int
+    side: str, group: str, runs: list[str], folder: str, rank: int, ranks: int, ports: list[str]
 ) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / "src"), str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        ),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "COMPAT_SIDE": side,
+        "PORTS": " ".join(ports),
     }
     if ranks > 1:
         environment.update(
             RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FIRST_PORT=str(port),
+            MASTER_ADDR="127.0.0.1",
         )  # fmt: skip
     command = [sys.executable, "-m", "tests.compat.child", side, group, folder, *runs]
     return subprocess.Popen(
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1500.0)
     parser.add_argument("--full", action="store_true", help="whole error messages")
     parser.add_argument("--only", help="one side: print its numbers")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     runs = options.runs or list(importlib.import_module(f"tests.compat.{options.group}").RUNS)
     if options.only:
         print(json.dumps(numbers(options.only, options.group, runs, options.ranks, options.timeout), indent=1))

@@ -19,7 +19,7 @@ RUNS_SHARDED = {strategy: tuple(f"{run}, {strategy}" for run in RUNS) for strate
 def run(name: str, folder: str) -> dict[str, Any]:
     """Train once."""
     kind, _, strategy = name.partition(", ")
-    if strategy == "fsdp" and os.environ["COMPAT_SIDE"] == "real":
+    if os.environ["COMPAT_SIDE"] == "real":
         strategy = ""
     trainer_name, _, lora = kind.partition(" ")
     trainer = _trainer(trainer_name, bool(lora), strategy, folder)
@@ -63,11 +63,14 @@ def _trainer(name: str, lora: bool, strategy: str, folder: str) -> Any:
             return trl.SFTTrainer(llama(), arguments, **shared, **_sets(20, _text))
         case "dpo":
             arguments = trl.DPOConfig(max_length=32, **common)
-            return trl.DPOTrainer(llama(), args=arguments, **shared, **_sets(20, _preference))
+            reference = None if lora else llama()
+            return trl.DPOTrainer(llama(), reference, arguments, **shared, **_sets(20, _preference))
         case "reward":
             arguments = trl.RewardConfig(max_length=32, **common)
             return trl.RewardTrainer(_scorer(), args=arguments, **shared, **_sets(20, _preference))
-    arguments = trl.GRPOConfig(num_generations=2, max_completion_length=6, temperature=1.0, beta=0.04, **common)
+    arguments = trl.GRPOConfig(
+        num_generations=2, max_completion_length=6, temperature=1.0, beta=0.04 if lora else 0.0, **common
+    )
     sets = {"train_dataset": _sets(20, _prompt)["train_dataset"]}
     return trl.GRPOTrainer(llama(), reward_funcs=_vowels, args=arguments, **shared, **sets)
 

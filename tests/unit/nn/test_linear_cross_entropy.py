@@ -107,7 +107,8 @@ def test_narrow_dtypes_stay_within_their_precision(kind: str, dtype: torch.dtype
     assert results[1][0].dtype is torch.float32
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(results[1][1:], results[0][1:], strict=True):
-        assert ours is not None and theirs is not None
+        assert ours is not None
+        assert theirs is not None
         assert ours.dtype is dtype
         assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
@@ -124,7 +125,8 @@ def test_the_gradient_of_the_weight_is_accumulated_without_rounding() -> None:
         ours = weight.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             linear_cross_entropy(hidden, ours, targets, chunk_tokens=chunk).backward()  # type: ignore[no-untyped-call]
-        assert ours.grad is not None and exact.grad is not None
+        assert ours.grad is not None
+        assert exact.grad is not None
         errors[chunk] = float((ours.grad - exact.grad).norm() / exact.grad.norm())
     assert errors[32] <= errors[2048] * 1.2
     assert errors[2048] < 5e-3
@@ -157,7 +159,8 @@ def test_a_second_backward_gives_the_same_gradients() -> None:
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     first = weight.grad.clone() if weight.grad is not None else None
     loss.backward()  # type: ignore[no-untyped-call]
-    assert first is not None and weight.grad is not None
+    assert first is not None
+    assert weight.grad is not None
     torch.testing.assert_close(weight.grad, 2 * first)
 
 
@@ -176,7 +179,8 @@ def test_a_batch_without_targets_has_the_loss_that_torch_gives_it() -> None:
     counted = linear_cross_entropy(hidden, weight, targets, num_items_in_batch=10)
     counted.backward()  # type: ignore[no-untyped-call]
     assert counted.item() == 0
-    assert hidden.grad is not None and not hidden.grad.any()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
 
 
 def test_shapes_of_sequences_are_kept() -> None:

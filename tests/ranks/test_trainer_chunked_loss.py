@@ -24,7 +24,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}},
     "head as a unit": {
         "fsdp": True,
-        "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"], "activation_checkpointing": False},
+        "fsdp_config": {
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "Linear"],
+            "activation_checkpointing": False,
+        },
     },
     "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}},
     "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": "auto"}},
@@ -210,7 +213,5 @@ def test_evaluations_during_the_training_get_logits(tmp_path: Path) -> None:
         output_dir=str(tmp_path), use_cpu=True, max_steps=2, eval_strategy="steps", eval_steps=1, chunked_loss=True,
         save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    Trainer(
-        llama(), arguments, train_dataset=Texts(), eval_dataset=Texts(), compute_metrics=metrics
-    ).train()
+    Trainer(llama(), arguments, train_dataset=Texts(), eval_dataset=Texts(), compute_metrics=metrics).train()
     assert seen == [(32, 12, CLASSES)] * 2

@@ -182,11 +182,12 @@ class _Settings:
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype in which `linear` would multiply."""
-    kind = hidden.device.type
-    # Autocast leaves fp64 as it is.
-    if hidden.dtype is not torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
+    return torch.get_autocast_dtype(hidden.device.type) if _is_autocast(hidden) else hidden.dtype
+
+
+def _is_autocast(hidden: Tensor) -> bool:
+    """Whether autocast converts the inputs of `linear`; it leaves fp64 as it is."""
+    return hidden.dtype is not torch.float64 and torch.is_autocast_enabled(hidden.device.type)
 
 
 def _check(
@@ -227,7 +228,7 @@ def _check(
             "Each class needs one value",
             f"Pass a bias of shape ({weight.shape[0]},)",
         )
-    if weight.dtype != hidden.dtype and settings.compute_dtype == hidden.dtype:
+    if weight.dtype != hidden.dtype and not _is_autocast(hidden):
         raise PacelineError(
             f"linear_cross_entropy got hidden in {hidden.dtype} and weight in {weight.dtype}",
             "A matrix product needs one dtype, and autocast is off",

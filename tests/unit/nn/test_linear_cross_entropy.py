@@ -132,6 +132,22 @@ def test_the_gradient_of_the_weight_is_accumulated_without_rounding() -> None:
     assert errors[2048] < 5e-3
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float32")])
+def test_autocast_takes_inputs_of_any_dtype(dtypes: tuple[str, str]) -> None:
+    hidden, weight, bias, targets = tensors(torch.float32)
+    inputs = [
+        one.detach().to(getattr(torch, name)).requires_grad_()
+        for one, name in zip((hidden, weight), dtypes, strict=True)
+    ]
+    losses = []
+    for function in (dense, linear_cross_entropy):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(function(*inputs, targets, bias))
+    losses[1].backward()  # type: ignore[no-untyped-call]
+    assert [str(one.grad.dtype) for one in inputs if one.grad is not None] == [f"torch.{name}" for name in dtypes]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+
+
 def test_small_gradients_survive_fp16_under_a_loss_scale() -> None:
     hidden, weight, _, targets = tensors(torch.float32)
     with torch.no_grad():

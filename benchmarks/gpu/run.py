@@ -82,6 +82,11 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
     match part:
         case "tests":
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", *TESTS]
+        case "compile-tests":
+            chosen = ["tests/ranks/test_automatic_compilation.py", "tests/ranks/test_prepare.py"]
+            command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", "-k", "compil", *chosen]
+            command += ["--show-capture=no", "--tb=short"]
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         case "probe" | "probe-hidden":
             command = ["-m", "benchmarks.gpu.compile_probe"]
             environment |= {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if part == "probe-hidden" else {})
@@ -108,7 +113,7 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
         log, code = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", 124
     print(f"--- {part}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
     lines = [line for line in log.splitlines() if line.strip()]
-    if part in ("tests", "probe", "probe-hidden") or code:
+    if part in ("tests", "compile-tests", "probe", "probe-hidden") or code:
         print("\n".join(lines[-60:]), flush=True)
         return None, log, code
     print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)

@@ -144,6 +144,7 @@ class Contender:
         self.peak = 0.0
         self.model: Any = None
         self.optimizer: Any = None
+        self.accelerator: Any = None
 
     def build(self) -> None:
         """Make and prepare model and optimizer."""
@@ -213,8 +214,6 @@ class Paceline(Contender):
         self.make_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.parameters = list(self.model.parameters())
-        if self.settings.get("describe"):
-            print(self.accelerator.describe(), flush=True)
 
     def step(self, tokens: Tensor) -> Tensor:
         """One optimizer step."""
@@ -241,8 +240,8 @@ def contenders_of(name: str) -> list[Contender]:
         case "default":
             return [
                 Raw("raw eager", LARGE),
-                Paceline("paceline by default", LARGE, describe=True),
-                Paceline("paceline by default, chunked loss", LARGE, "chunked"),
+                Paceline("paceline by default", LARGE, settle=12),
+                Paceline("paceline by default, chunked loss", LARGE, "chunked", settle=12),
             ]
         case "fp8":
             return [
@@ -264,8 +263,8 @@ def contenders_of(name: str) -> list[Contender]:
         case "fsdp-default":
             return [
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
-                Paceline("paceline FSDP2 by default", LARGE, fsdp=True, describe=True),
-                Paceline("paceline FSDP2 by default, chunked loss", LARGE, "chunked", fsdp=True),
+                Paceline("paceline FSDP2 by default", LARGE, fsdp=True, settle=12),
+                Paceline("paceline FSDP2 by default, chunked loss", LARGE, "chunked", fsdp=True, settle=12),
             ]
         case "launch":
             return [
@@ -279,7 +278,8 @@ def contenders_of(name: str) -> list[Contender]:
             return [
                 Raw("raw eager", SMALL),
                 Raw("raw, blocks compiled, loss compiled", SMALL, "compiled", compiled=True),
-                Paceline("paceline by default", SMALL, describe=True),
+                Paceline("paceline by default, chunked loss", SMALL, "chunked", settle=12),
+                Paceline("paceline by default", SMALL, settle=12),
             ]
     raise ValueError(name)
 
@@ -316,6 +316,10 @@ def warm_up(contender: Contender, batches: list[Tensor]) -> float:
     before = torch.cuda.memory_allocated()
     contender.build()
     contender.losses = [float(contender.step(batch)) for batch in batches]
+    for _ in range(contender.settings.get("settle", 0)):
+        contender.step(batches[0])
+    if contender.settings.get("settle"):
+        print(contender.accelerator.describe(), flush=True)
     torch.cuda.reset_peak_memory_stats()
     contender.step(batches[0])
     contender.peak = (torch.cuda.max_memory_allocated() - before) / 2**30

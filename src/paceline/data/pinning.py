@@ -23,7 +23,7 @@ __all__ = ["Pinner", "num_copiers"]
 
 # Smaller tensors are copied faster than they are handed to threads.
 _SPLIT_BYTES = 4 * 2**20
-_MAX_COPIERS = 4
+_MAX_COPIERS = 8
 
 
 class Pinner:
@@ -88,7 +88,7 @@ def num_copiers(num_devices: int) -> int:
         num_devices: Accelerators of this machine, each with a rank.
 
     Returns:
-        From 1 to 4.
+        From 1 to 8.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(_MAX_COPIERS, cores // (2 * max(1, num_devices))))

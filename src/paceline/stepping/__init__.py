@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
-from paceline.stepping.schedule_length import ScheduleLengthCheck, warn_once
+from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps, warn_once
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
@@ -25,6 +25,7 @@ __all__ = [
     "ScheduleLengthCheck",
     "Window",
     "is_scheduler",
+    "planned_steps",
     "scalar_loss",
     "steps_taken",
     "unassigned_parameters",

@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
+from paceline.strategies.automatic_compilation import automatic_compilation
+from paceline.strategies.compilation import compile_model
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from paceline.strategies.automatic_compilation import AutomaticCompilation
     from paceline.strategies.context import DistributedType, RunContext
 
 
@@ -51,6 +54,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        # Optimizer steps that are left, if that is known; the Accelerator sets it.
+        self.remaining_steps: Callable[[], int | None] = _unknown
+        self._compilations: list[AutomaticCompilation] = []
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
 
@@ -155,6 +161,18 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         if place:
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile a model in place as it is configured: now, or under `auto` once that pays.
+
+        Args:
+            model: As it will be trained.
+        """
+        settings = self.context.config.dynamo_config
+        compile_model(model, settings)
+        if settings.backend == "auto" and not settings.disable:
+            found = automatic_compilation(model, settings, self.context.device, lambda: self.remaining_steps())
+            self._compilations += [found] if found is not None else []
 
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         """Let a prepared optimizer update further parameters.
@@ -274,6 +292,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def stepped(self) -> None:
         """React to an optimizer step that was taken or skipped. Collective: every rank must call it."""
+        for compilation in self._compilations:
+            if not compilation.is_decided:
+                compilation.stepped()
 
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Return a context in which ranks that run out of batches early follow the others' collectives.
@@ -322,8 +343,20 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         compute = short_dtype(policy.compute_dtype) if policy.uses_autocast else stored
         return {"stored": stored, "compute": compute, "reduce": stored, "optimizer": stored, "saved": stored}
 
+    def describe_compilation(self) -> list[str]:
+        """Describe what is compiled by default.
+
+        Returns:
+            A line for each model.
+        """
+        return [compilation.describe() for compilation in self._compilations]
+
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
+
+
+def _unknown() -> None:
+    """What is known of a run's length without an Accelerator."""
 
 
 def check_trainable(model: nn.Module) -> None:

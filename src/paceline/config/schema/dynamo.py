@@ -10,6 +10,7 @@ from pydantic import Field
 from paceline.config.schema.base import Fault, Key, Section
 
 Backend = Literal[
+    "auto",
     "no",
     "eager",
     "aot_eager",
@@ -36,7 +37,12 @@ class TorchDynamoPlugin(Section):
 
     key_prefix: ClassVar[str] = "dynamo_"
 
-    backend: Backend = Field("no", description="Backend of torch.compile; no: models are not compiled.")
+    backend: Backend = Field(
+        "auto",
+        description="Backend of torch.compile. auto: on CUDA, the model's repeated blocks are compiled by inductor "
+        "after the first steps if the run is long enough, and stay so if steps get shorter; elsewhere nothing is. "
+        "no: models are not compiled.",
+    )
     mode: Mode = Field("default", description="Mode of torch.compile: what it optimises for.")
     fullgraph: Annotated[bool, Key("dynamo_use_fullgraph", ("dynamo_fullgraph",))] = Field(
         False, description="Raise an error at a graph break instead of compiling several graphs."
@@ -59,7 +65,7 @@ class TorchDynamoPlugin(Section):
             return
         for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            if value and value != info.default:
+            if field != "backend" and value and value != info.default:
                 yield Fault(
                     field,
                     f"{value!r} is not used",

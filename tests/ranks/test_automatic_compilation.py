@@ -265,9 +265,8 @@ def with_changing_shapes() -> None:
     plain, _, _ = train("single", length=length)
     limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 4
     try:
-        with on_the_cpu():
-            fixed = TorchDynamoPlugin(backend="auto", dynamic=False)
-            losses, said, _ = train("single", length=length, dynamo_plugin=fixed)
+        with on_the_cpu(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            losses, said, _ = train("single", length=length)
             assert "compiled again too often" in said, said
         with on_the_cpu():
             dynamic, said, _ = train("single", length=length)

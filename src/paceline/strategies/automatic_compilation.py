@@ -169,7 +169,9 @@ class AutomaticCompilation:
             self._restore()
             return
         self.is_decided = True
-        self._state = f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one"
+        self._state = (
+            f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {_cache_folder()}"
+        )
         _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
         _note_seconds(self._key, self._compile_seconds)
 
@@ -252,9 +254,13 @@ class _Clock:
 
 def _cache_file(key: str) -> Path:
     """Where the seconds of a compilation are noted: in the folder of what was compiled, to be deleted with it."""
+    return _cache_folder() / "paceline" / f"{key}.json"
+
+
+def _cache_folder() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return Path(cache_dir()) / "paceline" / f"{key}.json"
+    return Path(cache_dir())
 
 
 def _known_seconds(key: str) -> float | None:

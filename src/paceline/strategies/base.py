@@ -16,8 +16,6 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.strategies.automatic_compilation import automatic_compilation
-from paceline.strategies.compilation import compile_model
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
@@ -168,6 +166,10 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         Args:
             model: As it will be trained.
         """
+        # These need the configuration's schema, which takes too long to load for a mere import of paceline.
+        from paceline.strategies.automatic_compilation import automatic_compilation
+        from paceline.strategies.compilation import compile_model
+
         settings = self.context.config.dynamo_config
         compile_model(model, settings)
         if settings.backend == "auto" and not settings.disable:

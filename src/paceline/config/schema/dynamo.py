@@ -60,15 +60,17 @@ class TorchDynamoPlugin(Section):
     )
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield settings that have no effect because no model is compiled."""
-        if self.backend != "no":
+        """Yield settings that have no effect because nothing is compiled, or auto chooses them."""
+        if self.backend not in ("no", "auto"):
             return
+        why = "so nothing is compiled" if self.backend == "no" else "which chooses by itself"
         for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            if field != "backend" and value and value != info.default:
+            takes_effect = field == "backend" or (field == "disable" and self.backend == "auto")
+            if not takes_effect and value and value != info.default:
                 yield Fault(
                     field,
                     f"{value!r} is not used",
-                    "dynamo_backend is no, so nothing is compiled",
+                    f"dynamo_backend is {self.backend}, {why}",
                     "set dynamo_backend to inductor or remove the key",
                 )

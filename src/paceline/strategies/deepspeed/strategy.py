@@ -78,8 +78,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.checkpoint.format.shards import Number, Slot
-    from paceline.strategies.compilation import protect_linear
-from paceline.strategies.context import RunContext
+    from paceline.strategies.context import RunContext
 
 
 class DeepSpeedStrategy(Strategy):

@@ -56,6 +56,7 @@ def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str
     yield "strategy", reason or "auto: decided when the first model is prepared"
     if strategy is not None:
         yield from (("strategy", line) for line in strategy.describe())
+        yield from (("compiler", line) for line in strategy.describe_compilation())
 
 
 def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator[tuple[str, str]]:

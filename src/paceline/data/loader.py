@@ -411,5 +411,6 @@ class PreparedDataLoader(DataLoader[Any]):
         self._next = position
 
     def describe(self) -> str:
-        """Describe in one line how the data is distributed."""
-        return self._batch_source.describe(self._seed)
+        """Describe in one line how the data is distributed, and how it reaches the device."""
+        text = self._batch_source.describe(self._seed)
+        return text if self._prefetcher is None else f"{text}; {self._prefetcher.describe()}"

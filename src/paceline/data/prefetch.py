@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from paceline.collectives.nested import leaves, map_tensors, send_to_device
+from paceline.data.pinning import Pinner, num_copiers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,11 +24,26 @@ _NONE: Any = object()
 # time per batch on an H200 machine.
 _SMALL = 64 * 1024
 
+# Of batches that are pinned here, this many are on the device at most: the host may be many steps ahead of the device,
+# and would fill its memory with batches whose turn is far off.
+_MAX_ON_DEVICE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A batch on the device, complete once `event` has happened; without one, it is still to be copied."""
+
+    batch: Any
+    event: torch.Event | None
+
 
 class DevicePrefetcher:
     """Copies batches to a device; with a CPU device they are passed through unchanged.
 
     On an accelerator the next batch is copied from pinned memory on a separate stream while the current one is in use.
+    If it is not pinned, a thread pins and copies it. Reading a batch, which runs code of the user, stays in the thread
+    that iterates.
+
     Small batches are copied when they are yielded. So are batches with other objects than dense tensors that have a
     method `to`, because the tensors inside them cannot be recorded on the stream.
 
@@ -37,6 +56,8 @@ class DevicePrefetcher:
         self._device = device
         self._non_blocking = non_blocking
         self._stream = None if device.type == "cpu" else _maybe_stream(device)
+        # Of the largest batch so far that was copied ahead, and of the largest that was pinned here.
+        self._copied_bytes = self._pinned_bytes = 0
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches on the device."""
@@ -46,43 +67,123 @@ class DevicePrefetcher:
             return (send_to_device(batch, self._device, self._non_blocking) for batch in batches)
         return self._ahead(batches, self._stream)
 
-    def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
-        ready = self._start(next(batches, _NONE), stream)
-        while ready is not None:
-            # The copy of the next batch is queued before this one is yielded.
-            following = self._start(next(batches, _NONE), stream)
-            yield self._finish(*ready)
-            ready = following
+    def describe(self) -> str:
+        """Describe how batches reach the device, with the memory that this takes once batches have been seen."""
+        if self._stream is None:
+            return f"copied to {self._device} when they are used"
+        text = f"copied to {self._device} one batch ahead, on a separate stream"
+        if not self._copied_bytes:
+            return text
+        pinned, copied = self._pinned_bytes / 1e6, self._copied_bytes / 1e6
+        if not pinned:
+            return f"{text} ({copied:,.1f} MB each)"
+        return (
+            f"{text}, pinned in a thread ({pinned:,.1f} MB each; up to {3 * pinned:,.0f} MB pinned and "
+            f"{_MAX_ON_DEVICE * pinned:,.0f} MB on the device)"
+        )
 
-    def _start(self, batch: Any, stream: torch.Stream) -> tuple[Any, torch.Event | None] | None:
+    def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
+        thread = _CopyThread(self._device, stream)
+        try:
+            ready = self._start(next(batches, _NONE), stream, thread)
+            while ready is not None:
+                # The copy of the next batch is queued before this one is yielded.
+                following = self._start(next(batches, _NONE), stream, thread)
+                yield self._finish(ready)
+                thread.note_use()
+                ready = following
+        finally:
+            thread.close()
+
+    def _start(self, batch: Any, stream: torch.Stream, thread: _CopyThread) -> _Copied | Future[_Copied] | None:
         if batch is _NONE:
             return None
         size = 0
+        needs_pinning = False
         for _, leaf in leaves(batch):
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-                size += leaf.numel() * leaf.element_size()
+                size += leaf.nbytes
+                is_pageable = self._non_blocking and leaf.device.type == "cpu" and leaf.nbytes > 0
+                needs_pinning = needs_pinning or (is_pageable and not leaf.is_pinned())
             elif hasattr(leaf, "to"):
-                return batch, None
+                return _Copied(batch, None)
         if size <= _SMALL:
-            return batch, None
+            return _Copied(batch, None)
+        self._copied_bytes = max(size, self._copied_bytes)
+        if needs_pinning:
+            self._pinned_bytes = max(size, self._pinned_bytes)
+            return thread.copy(batch)
         with stream:
-            return map_tensors(self._copy, batch), stream.record_event()
+            return _Copied(map_tensors(self._copy, batch), stream.record_event())
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._non_blocking and tensor.device.type == "cpu" and not tensor.is_pinned():
-            tensor = tensor.pin_memory()
         return tensor.to(self._device, non_blocking=self._non_blocking)
 
-    def _finish(self, batch: Any, copied: torch.Event | None) -> Any:
-        if copied is None:
+    def _finish(self, started: _Copied | Future[_Copied]) -> Any:
+        copied = started.result() if isinstance(started, Future) else started
+        batch = copied.batch
+        if copied.event is None:
             return send_to_device(batch, self._device, self._non_blocking)
         current = torch.accelerator.current_stream(self._device)
-        current.wait_event(copied)
+        current.wait_event(copied.event)
         for _, leaf in leaves(batch):
             # The memory belongs to the copy stream, which could reuse it while it is still read here.
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self._device.type:
                 leaf.record_stream(current)
         return batch
+
+
+@dataclass(slots=True)
+class _CopyThread:
+    """Pins batches and copies them to the device, in a thread that starts with the first one."""
+
+    device: torch.device
+    stream: torch.Stream
+    _executor: ThreadPoolExecutor | None = None
+    _pinner: Pinner | None = None
+    # When the device was through with the last batches that were copied here.
+    _used: deque[torch.Event] = field(default_factory=lambda: deque(maxlen=_MAX_ON_DEVICE - 1))
+
+    def copy(self, batch: Any) -> Future[_Copied]:
+        """Pin and copy a batch, after those before it."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, "paceline-copy", initializer=self._select_device)
+            self._pinner = Pinner(_pinned_like, num_copiers(torch.accelerator.device_count()))
+        is_full = len(self._used) == self._used.maxlen
+        return self._executor.submit(self._copy, batch, self._used[0] if is_full else None)
+
+    def note_use(self) -> None:
+        """Note that everything which uses the batch yielded last is queued on the device."""
+        if self._executor is not None:
+            self._used.append(torch.accelerator.current_stream(self.device).record_event())
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+        if self._pinner is not None:
+            self._pinner.close()
+
+    def _select_device(self) -> None:
+        # Each thread has a current device of its own, and pinning would begin to use the first one.
+        if self.device.index is not None:
+            torch.accelerator.set_device_index(self.device.index)
+
+    def _copy(self, batch: Any, before: torch.Event | None) -> _Copied:
+        if before is not None:
+            before.synchronize()
+        with self.stream:
+            return _Copied(map_tensors(self._copy_tensor, batch), self.stream.record_event())
+
+    def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu" and tensor.nbytes and not tensor.is_pinned():
+            assert self._pinner is not None
+            tensor = self._pinner.pin(tensor)
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, pin_memory=True, requires_grad=False)
 
 
 def _maybe_stream(device: torch.device) -> torch.Stream | None:

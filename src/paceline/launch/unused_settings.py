@@ -123,7 +123,9 @@ def _of_section(resolved: Resolved, name: str, section: Section) -> Iterator[str
     explicit = [
         inner.key
         for inner in settings_of(type(section))
-        if _is_explicit(
+        # Nobody compiles: that is carried out.
+        if getattr(section, inner.field) != "no"
+        and _is_explicit(
             resolved.origin(f"{name}.{inner.key}"), type(section), inner.field, getattr(section, inner.field)
         )
     ]

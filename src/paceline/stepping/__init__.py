@@ -15,7 +15,7 @@ from __future__ import annotations
 from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
 from paceline.stepping.policies import TRUE_MEAN, GradientBoundary, OwnBoundary, WindowPolicy
-from paceline.stepping.schedule_length import ScheduleLengthCheck
+from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
@@ -30,6 +30,7 @@ __all__ = [
     "Window",
     "WindowPolicy",
     "is_scheduler",
+    "planned_steps",
     "scalar_loss",
     "steps_taken",
     "unassigned_parameters",

@@ -20,12 +20,13 @@ from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
+    from paceline.strategies.automatic_compilation import AutomaticCompilation
     from paceline.strategies.context import DistributedType, RunContext
     from paceline.strategies.placeholders import DummyScheduler
 
@@ -53,6 +54,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        # Optimizer steps that are left, if that is known; the Accelerator sets it.
+        self.remaining_steps: Callable[[], int | None] = _unknown
+        self._compilations: list[AutomaticCompilation] = []
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
         # How many contexts hold back the exchange of a model's gradients, by its id.
@@ -165,6 +169,22 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
 
+    def compile(self, model: nn.Module) -> None:
+        """Compile a model in place as it is configured: now, or under `auto` once that pays.
+
+        Args:
+            model: As it will be trained.
+        """
+        # These need the configuration's schema, which takes too long to load for a mere import of paceline.
+        from paceline.strategies.automatic_compilation import automatic_compilation
+        from paceline.strategies.compilation import compile_model
+
+        settings = self.context.config.dynamo_config
+        compile_model(model, settings)
+        if settings.backend == "auto" and not settings.disable:
+            found = automatic_compilation(model, settings, self.context.device, lambda: self.remaining_steps())
+            self._compilations += [found] if found is not None else []
+
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         """Let a prepared optimizer update further parameters.
 
@@ -251,6 +271,12 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             self._parameters = list({id(p): p for model in self._models for p in model.parameters()}.values())
         return self._parameters
 
+    @override
+    def stepped(self) -> None:
+        for compilation in self._compilations:
+            if not compilation.is_decided:
+                compilation.stepped()
+
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Return a context in which ranks that run out of batches early follow the others' collectives.
 
@@ -298,8 +324,20 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         compute = short_dtype(policy.compute_dtype) if policy.uses_autocast else stored
         return {"stored": stored, "compute": compute, "reduce": stored, "optimizer": stored, "saved": stored}
 
+    def describe_compilation(self) -> list[str]:
+        """Describe what is compiled by default.
+
+        Returns:
+            A line for each model.
+        """
+        return [compilation.describe() for compilation in self._compilations]
+
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
+
+
+def _unknown() -> None:
+    """What is known of a run's length without an Accelerator."""
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from typing_extensions import override
 
 from paceline.strategies.base import Strategy
-from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
 
 if TYPE_CHECKING:
@@ -27,5 +26,5 @@ class SingleStrategy(Strategy):
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
         self.place_whole(model, place=place)
-        compile_model(model, self.context.config.dynamo_config)
+        self.compile(model)
         return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from paceline.trainer.callbacks.base import CallbackHandler, fire
 from paceline.trainer.callbacks.builtin import with_defaults
 from paceline.trainer.loops import losses
 from paceline.trainer.loops.auto_batch_size import agree_on_plan, recorded_micro_batch, run_with_smaller_batches
+from paceline.trainer.loops.chunked_loss import ChunkedLoss, enable_chunked_loss
 from paceline.trainer.loops.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.loops.length import TrainingLength, require_even_batches, step_size, training_length
 from paceline.trainer.loops.prediction import predict_batch
@@ -135,6 +137,9 @@ class Trainer:
         self.tokens_seen = 0
         # Optimizer steps of the training, once they are known.
         self._planned_steps: int | None = None
+        # The loss without logits, chosen in the first forward of a training.
+        self._chunked_loss: ChunkedLoss | None = None
+        self._chooses_loss = False
         # Whether the current evaluation must have labels for `compute_metrics`.
         self._requires_metrics = False
         self.state = self._new_state()
@@ -260,7 +265,7 @@ class Trainer:
             # A further training of this Trainer, and restarted ranks, replace their own checkpoints.
             may_replace = self._has_trained or self.args.world.restart_count > 0
             model_files.refuse_used_folder(self, may_replace=may_replace)
-        self.is_in_train = True
+        self.is_in_train = self._chooses_loss = True
         try:
             loop = self._prepare_training(ignore_keys_for_eval)
             if requested is not None:
@@ -270,7 +275,10 @@ class Trainer:
                 self._run(loop)
             return self._finish(loop)
         finally:
-            self.is_in_train = False
+            self.is_in_train = self._chooses_loss = False
+            if self._chunked_loss is not None:
+                self._chunked_loss.remove()
+                self._chunked_loss = None
             self.accelerator.on_preemption(None)
 
     def _prepare_training(self, ignore_keys: list[str] | None) -> TrainingLoop:
@@ -459,15 +467,44 @@ class Trainer:
             >>> Absolute(model, args, train_dataset=dataset).train().global_step
             4
         """
-        loss, outputs = losses.compute_loss(
-            self._call,
-            model,
-            inputs,
-            loss_function=self.compute_loss_func,
-            label_smoothing=self.args.label_smoothing_factor,
-            num_items=num_items_in_batch,
-        )
+        with self._loss_region(model, inputs, num_items_in_batch, needs_outputs=return_outputs):
+            loss, outputs = losses.compute_loss(
+                self._call,
+                model,
+                inputs,
+                loss_function=self.compute_loss_func,
+                label_smoothing=self.args.label_smoothing_factor,
+                num_items=num_items_in_batch,
+            )
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_region(
+        self, model: nn.Module, inputs: Any, num_items: Tensor | None, *, needs_outputs: bool
+    ) -> AbstractContextManager[None]:
+        """Where the model computes its loss in chunks, if it does. Collective in the first step."""
+        if not self.is_in_train or not torch.is_grad_enabled():
+            return nullcontext()
+        if self._chooses_loss:
+            self._chooses_loss = False
+            self._chunked_loss = enable_chunked_loss(
+                self.accelerator,
+                self.model,
+                lambda rows: self._call(model, rows, num_items),
+                inputs,
+                wanted=self.args.chunked_loss,
+                obstacle=self._obstacle_to_chunks(),
+            )
+        return nullcontext() if self._chunked_loss is None or needs_outputs else self._chunked_loss.during()
+
+    def _obstacle_to_chunks(self) -> str | None:
+        """Why this Trainer needs the logits, if it does."""
+        if type(self).compute_loss is not Trainer.compute_loss:
+            return f"{type(self).__name__} overrides compute_loss, which may read the logits"
+        if self.compute_loss_func is not None:
+            return "compute_loss_func reads the outputs"
+        if self.args.label_smoothing_factor > 0:
+            return "label_smoothing_factor is computed from the logits"
+        return None
 
     def compute_loss_context_manager(self) -> AbstractContextManager[None]:
         """The run's precision, for a `training_step` that calls other modules. Prepared models need no context.

@@ -131,7 +131,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         {},
         "config.yaml:2",
         "dynamo_config.dynamo_mode",
-        "dynamo_backend is no",
+        "dynamo_backend is auto, which chooses by itself",
     ),
     (
         "dynamo_backend: eager\ndynamo_config:\n  dynamo_backend: inductor",

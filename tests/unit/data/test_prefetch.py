@@ -91,3 +91,52 @@ def test_objects_that_move_themselves_arrive_too() -> None:
     batches = iter([{"a": Moves(torch.ones(3)), "b": torch.ones(2)} for _ in range(3)])
     for batch in DevicePrefetcher(device, non_blocking=True).iterate(batches):
         assert batch["a"].tensor.device.type == batch["b"].device.type == device.type
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_batches_that_are_kept_stay_what_they_were() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    kept = list(DevicePrefetcher(device, non_blocking=True).iterate(filled(12, 4096, False)))
+    assert [batch["x"].mean().item() for batch in kept] == list(range(12))
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_pageable_batches_do_not_pile_up_on_the_device() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    prefetcher = DevicePrefetcher(device, non_blocking=True)
+    rows = 2**13
+    slow = torch.ones(8192, 8192, device=device)
+    torch.accelerator.synchronize()
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    for batch in prefetcher.iterate(filled(40, rows, False)):
+        for _ in range(5):
+            slow = (slow @ slow).clamp_(max=1.0)
+        slow[0, 0] += batch["x"].sum()
+        del batch
+    torch.accelerator.synchronize()
+    size = rows * 1024 * 4
+    assert torch.accelerator.max_memory_allocated() - before < 8 * size + 3 * slow.nbytes
+    text = prefetcher.describe()
+    assert "pinned in a thread" in text
+    assert "MB on the device" in text
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_an_error_of_the_loader_reaches_the_loop() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+
+    def failing() -> Iterator[Any]:
+        yield from filled(3, 4096, False)
+        raise ValueError("no more")
+
+    batches = DevicePrefetcher(device, non_blocking=True).iterate(failing())
+    assert [next(batches)["x"].mean().item() for _ in range(2)] == [0, 1]
+    with pytest.raises(ValueError, match="no more"):
+        next(batches)

@@ -389,8 +389,9 @@ _TRAINING: Final = (
         "dynamo_config.dynamo_backend",
         "Compile the model with torch.compile?",
         lambda now: now.devices > 0,
-        only=("no", "inductor", "cudagraphs"),
+        only=("auto", "no", "inductor", "cudagraphs"),
         meanings={
+            "auto": "repeated blocks, once that pays",
             "no": "do not compile",
             "inductor": "torch's own compiler: faster steps after a slow first one",
             "cudagraphs": "CUDA graphs only: for small models with fixed shapes",
@@ -399,7 +400,7 @@ _TRAINING: Final = (
     Question(
         "dynamo_config.dynamo_use_regional_compilation",
         "Compile one repeated block instead of the whole model? (starts much faster)",
-        lambda now: now.value("dynamo_config.dynamo_backend") not in (None, "no"),
+        lambda now: now.value("dynamo_config.dynamo_backend") not in (None, "no", "auto"),
         meanings=_YES_NO,
     ),
 )

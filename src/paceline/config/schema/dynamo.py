@@ -10,6 +10,7 @@ from pydantic import Field
 from paceline.config.schema.base import Fault, Key, Section
 
 Backend = Literal[
+    "auto",
     "no",
     "eager",
     "aot_eager",
@@ -36,7 +37,12 @@ class TorchDynamoPlugin(Section):
 
     key_prefix: ClassVar[str] = "dynamo_"
 
-    backend: Backend = Field("no", description="Backend of torch.compile; no: models are not compiled.")
+    backend: Backend = Field(
+        "auto",
+        description="Backend of torch.compile. auto: on CUDA, the model's repeated blocks are compiled by inductor "
+        "after the first steps if the run is long enough, and stay so if steps get shorter; elsewhere nothing is. "
+        "no: models are not compiled.",
+    )
     mode: Mode = Field("default", description="Mode of torch.compile: what it optimises for.")
     fullgraph: Annotated[bool, Key("dynamo_use_fullgraph", ("dynamo_fullgraph",))] = Field(
         False, description="Raise an error at a graph break instead of compiling several graphs."
@@ -54,15 +60,17 @@ class TorchDynamoPlugin(Section):
     )
 
     def clashes(self) -> Iterator[Fault]:
-        """Yield settings that have no effect because no model is compiled."""
-        if self.backend != "no":
+        """Yield settings that have no effect because nothing is compiled, or auto chooses them."""
+        if self.backend not in ("no", "auto"):
             return
+        why = "so nothing is compiled" if self.backend == "no" else "which chooses by itself"
         for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            if value and value != info.default:
+            takes_effect = field == "backend" or (field == "disable" and self.backend == "auto")
+            if not takes_effect and value and value != info.default:
                 yield Fault(
                     field,
                     f"{value!r} is not used",
-                    "dynamo_backend is no, so nothing is compiled",
+                    f"dynamo_backend is {self.backend}, {why}",
                     "set dynamo_backend to inductor or remove the key",
                 )

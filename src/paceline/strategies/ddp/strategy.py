@@ -16,7 +16,6 @@ from typing_extensions import override
 from paceline.collectives import TorchGroup
 from paceline.errors import PrepareError, SteppingError, named
 from paceline.strategies.base import Strategy
-from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
 from paceline.strategies.ddp.module import NamingDDP
 from paceline.strategies.ddp.replica_check import ReplicaCheck
@@ -76,7 +75,7 @@ class DDPStrategy(Strategy):
                 "Train with strategy='fsdp', or rebuild the model and prepare that",
             )
         self.place_whole(model, place=place)
-        compile_model(model, self.context.config.dynamo_config)
+        self.compile(model)
         wrapped = NamingDDP(model, self._open_group, **self._arguments(place))
         _register_hook(wrapped, self._settings)
         wrapped.num_hooks = len(wrapped._comm_hooks)
@@ -160,6 +159,7 @@ class DDPStrategy(Strategy):
 
     @override
     def stepped(self) -> None:
+        super().stepped()
         # Without a wrapped model there is nothing to compare: something else has sharded what is trained.
         if self._wrapped and all(wrapped.keeps_replicas_alike for wrapped in self._wrapped):
             self._replicas.stepped(lambda: [p for wrapped in self._wrapped for p in wrapped.trained])

@@ -29,7 +29,7 @@ from paceline.errors import (
 )
 from paceline.precision import autocast_forward
 from paceline.strategies.base import Strategy, check_trainable, refuse_join, short_dtype
-from paceline.strategies.compilation import compile_model
+from paceline.strategies.compilation import protect_linear
 from paceline.strategies.context import DistributedType
 from paceline.strategies.deepspeed import state as zero_state
 from paceline.strategies.deepspeed.build import (
@@ -248,7 +248,7 @@ class DeepSpeedStrategy(Strategy):
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
         placeholder = optimizer if isinstance(optimizer, DummyOptim) else None
-        compile_model(model, self.context.config.dynamo_config)
+        self.compile(model)
         config = engine_settings(
             settings, self._stage, self.context.group.size, builds_optimizer=placeholder is not None
         )
@@ -259,6 +259,8 @@ class DeepSpeedStrategy(Strategy):
                 model_parameters=None if placeholder is None else as_groups(placeholder),
                 config=config,
             )
+        # It has replaced a function of torch, if that had not been done before.
+        protect_linear()
         # It looks for DeepSpeed's own process groups, which exist from here on.
         configure_checkpointing(settings)
         zero = ZeroEngine(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)

@@ -25,7 +25,6 @@ from paceline.precision import autocast_forward
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
 from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units
-from paceline.strategies.compilation import compile_model
 from paceline.strategies.context import DistributedType
 from paceline.strategies.fsdp.sharding import (
     Ownership,
@@ -105,7 +104,7 @@ class FSDPStrategy(Strategy):
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
         autocast_forward(model, self.context.precision)
-        compile_model(model, self.context.config.dynamo_config)
+        self.compile(model)
         self._note_description(units)
         return model
 
@@ -143,7 +142,7 @@ class FSDPStrategy(Strategy):
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
         autocast_forward(model, self.context.precision)
-        compile_model(model, self.context.config.dynamo_config)
+        self.compile(model)
         self._description.append(f"FSDP2: {len(units)} units that were sharded already")
         return model
 

@@ -75,6 +75,11 @@ class OptimizerFields:
     )
     warmup_ratio: float | None = _field(None, "Fraction of all steps over which the learning rate rises.")
     label_smoothing_factor: float = _field(0.0, "Probability mass spread over all classes, from 0 to 1.")
+    chunked_loss: bool | None = _field(
+        None,
+        "Compute the loss of a causal language model from transformers in chunks of tokens, without all logits; none "
+        "does so for vocabularies of 16,384 and more, if the first batch has the same loss that way.",
+    )
     average_tokens_across_devices: bool = _field(
         True, "Weight losses by their number of targets; False averages micro-batches and ranks equally."
     )

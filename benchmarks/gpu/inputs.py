@@ -1,0 +1,108 @@
+"""Steps on large batches from ordinary and pinned loaders, against batches that are on the device already.
+
+    python -m benchmarks.gpu.inputs
+
+A batch has 113 MB, and a step of matrix products takes about 3.5 ms, as in the other measurements of this project. The
+loader yields a tensor that exists already, so what is measured is the way to the device, not reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from benchmarks.gpu.training import synchronized
+from torch.utils.data import DataLoader, Dataset
+
+from paceline import Accelerator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+STEPS = 40
+ROWS, COLUMNS = 28_250, 1000
+
+
+class Repeated(Dataset["Tensor"]):
+    """A few batches, again and again."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.batches[index % len(self.batches)]
+
+
+def contenders() -> dict[str, Callable[[], Iterable[Any]]]:
+    """Each returns the batches of one turn, on the device."""
+    pageable = [torch.randn(ROWS, COLUMNS) for _ in range(4)]
+    pinned = [batch.pin_memory() for batch in pageable]
+    there = [batch.cuda() for batch in pageable]
+    ordinary = DataLoader(Repeated(pageable), batch_size=None)
+    accelerator = Accelerator()
+    loaders = {
+        "paceline, pinned": accelerator.prepare(DataLoader(Repeated(pinned), batch_size=None)),
+        "paceline, ordinary DataLoader": accelerator.prepare(DataLoader(Repeated(pageable), batch_size=None)),
+    }
+    found: dict[str, Callable[[], Iterable[Any]]] = {
+        "on the device already": lambda: (there[i % 4] for i in range(STEPS)),
+        "by hand, ordinary DataLoader": lambda: (batch.cuda(non_blocking=True) for batch in ordinary),
+        **{name: (lambda loader=loader: loader) for name, loader in loaders.items()},
+    }
+    try:
+        from accelerate import Accelerator as Other
+
+        other = Other().prepare(DataLoader(Repeated(pageable), batch_size=None))
+        found["Accelerate, ordinary DataLoader"] = lambda: other
+    except Exception as error:  # It is compared with where it works.
+        print(f"Accelerate: {error}", flush=True)
+    found["described"] = lambda: [loaders["paceline, ordinary DataLoader"].describe()]
+    return found
+
+
+def main() -> None:
+    """Measure, and print JSON in the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("There is no GPU here.")
+    ways = contenders()
+    describe = ways.pop("described")
+    weight = torch.randn(COLUMNS, COLUMNS, device="cuda")
+
+    def train(batches: Iterable[Any]) -> None:
+        for batch in batches:
+            total = batch
+            for _ in range(3):
+                total = total @ weight
+
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.rounds + 1):
+        for name, way in ways.items():
+            times[name].append(synchronized(lambda way=way: train(way())) / STEPS * 1000)
+    print(next(iter(describe())), flush=True)
+    first = times["on the device already"][1:]
+    rows = [
+        {
+            "contender": name,
+            "ms": statistics.median(found[1:]),
+            "ratio": statistics.median(one / other for one, other in zip(found[1:], first, strict=True)),
+            "all_ms": [round(one, 2) for one in found],
+        }
+        for name, found in times.items()
+    ]
+    print(json.dumps({"name": "input", "megabytes": ROWS * COLUMNS * 4 / 1e6, "rows": rows}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Everything about the speed of one GPU in one command: builds, checks losses, measures, and writes the tables.
+
+    python -m benchmarks.gpu.run --rows tests loss input step fsdp launch
+
+Each part is a process of its own. The tables are printed, appended to benchmarks/RESULTS.md with hardware and versions,
+and written to `--output` with the parts' logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TRAINING = ["step", "default", "fp8", "fsdp", "fsdp-default", "launch", "launch-default"]
+TITLES = {
+    "step": "Llama 1.26 B, sequence 4096, batch 4",
+    "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
+    "fp8": "Llama 1.26 B, sequence 4096, batch 4, fp8",
+    "fsdp": "Llama 1.26 B under FSDP2",
+    "fsdp-default": "Llama 1.26 B under FSDP2, by default",
+    "launch": "Llama 0.37 B, sequence 512, batch 2",
+    "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
+}
+TESTS = [
+    "tests/unit/data/test_prefetch.py",
+    "tests/unit/data/test_pinning.py",
+    "tests/unit/nn",
+    "tests/gpu/test_gpu_nn.py",
+]
+
+
+def main() -> int:
+    """Run the parts that were chosen, as long as there is time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", default=["loss", "input", *TRAINING], help="parts, in this order")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
+    parser.add_argument("--output", type=Path, help="folder of the logs and of tables.md")
+    args = parser.parse_args()
+    end = time.monotonic() + args.minutes * 60
+    code = 0
+    texts = []
+    for part in args.rows:
+        left = end - time.monotonic()
+        if left < 20:
+            print(f"{part}: no time is left", flush=True)
+            continue
+        found, log, failed = run_part(part, left)
+        code = code or failed
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / f"{part}.log").write_text(log, encoding="utf-8")
+        if found is not None:
+            texts.append(table_of(part, found))
+            print(texts[-1], flush=True)
+    if texts:
+        text = f"\n## Speed on one GPU\n\n{hardware()}\n" + "".join(texts)
+        with (ROOT / "benchmarks" / "RESULTS.md").open("a", encoding="utf-8") as file:
+            file.write(text)
+        if args.output:
+            (args.output / "tables.md").write_text(text, encoding="utf-8")
+    return code
+
+
+def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int]:
+    """Run one part for `seconds` at most; return what it measured, its log, and its exit code."""
+    environment = {
+        **os.environ,
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    match part:
+        case "tests":
+            command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", *TESTS]
+        case "compile-tests":
+            chosen = ["tests/ranks/test_automatic_compilation.py", "tests/ranks/test_prepare.py"]
+            command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", "-k", "compil", *chosen]
+            command += ["--show-capture=no", "--tb=short"]
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        case "probe" | "probe-hidden":
+            command = ["-m", "benchmarks.gpu.compile_probe"]
+            environment |= {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if part == "probe-hidden" else {})
+        case "loss":
+            command = ["-m", "benchmarks.gpu.losses"]
+        case "input":
+            command = ["-m", "benchmarks.gpu.inputs"]
+        case _:
+            command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        log, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        log, code = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", 124
+    print(f"--- {part}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
+    lines = [line for line in log.splitlines() if line.strip()]
+    if part in ("tests", "compile-tests", "probe", "probe-hidden") or code:
+        print("\n".join(lines[-60:]), flush=True)
+        return None, log, code
+    print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found, log, code
+
+
+def hardware() -> str:
+    """One line: the device, and the versions that matter."""
+    versions = []
+    for name in ("transformers", "accelerate", "torchao", "triton"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    day = datetime.datetime.now(tz=datetime.timezone.utc).date()
+    python = sys.version.split()[0]
+    return (
+        f"{day}, `python -m benchmarks.gpu.run`, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"Python {python}, {', '.join(versions)}."
+    )
+
+
+def table_of(part: str, found: dict[str, Any]) -> str:
+    """A table in Markdown."""
+    match part:
+        case "loss":
+            lines = [
+                f"\n### The loss over vocabularies ({found['tokens']:,} tokens of width {found['width']})\n",
+                "| vocabulary | way | ms | GiB | loss off by | gradients off by (hidden, weight) |",
+                "|--:|---|--:|--:|--:|---|",
+            ]
+            for row in found["rows"]:
+                errors = ", ".join(f"{error:.1e}" for error in row["grad_errors"])
+                lines.append(
+                    f"| {row['vocabulary']:,} | {row['way']} | {row['ms']:.1f} | {row['gib']:.2f} | "
+                    f"{row['loss_gap']:.1e} | {errors} |"
+                )
+        case "input":
+            lines = [
+                f"\n### Batches of {found['megabytes']:.0f} MB\n",
+                "| batches | ms a step | ratio |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.3f} |" for row in found["rows"]),
+            ]
+        case _:
+            lines = [
+                f"\n### {TITLES[part]}\n",
+                f"{found['parameters'] / 1e9:.2f} B parameters; products at {found['matmul_tflops']:.0f} TFLOP/s; "
+                f"{found['rounds']} rounds.\n",
+                "| contender | ms a step | of the first | MFU | GiB | tokens/s | losses off by |",
+                "|---|--:|--:|--:|--:|--:|--:|",
+                *(
+                    f"| {row['contender']} | {row['ms']:.1f} | {row['ratio']:.3f} ({row['spread'][0]:.3f} - "
+                    f"{row['spread'][1]:.3f}) | {100 * row['mfu']:.0f} % | {row['gib']:.1f} | {row['tokens_s']:,.0f} | "
+                    f"{row['loss_gap']:.1e} |"
+                    for row in found["rows"]
+                ),
+            ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""`dynamo_backend="auto"`: compiles the repeated blocks of a model once that pays, and stops where it does not.
+
+The first optimizer steps run eagerly and are timed. Then the blocks are compiled in place if the rest of the run is
+long enough, and the next steps are timed as well. Whatever speaks against it (a graph break, too many recompilations,
+a compiler that fails, no gain) puts the blocks back to eager, in the middle of a forward if need be, with one line of
+reason. Steps are numbered, so a run that is repeated compiles in the same step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from paceline.config import FullyShardedDataParallelPlugin
+from paceline.environment.logging import get_logger
+from paceline.strategies.blocks import class_name, find_units
+from paceline.strategies.compilation import LostGradientsError, compiler_arguments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import nn
+
+    from paceline.config import TorchDynamoPlugin
+
+__all__ = ["AutomaticCompilation", "automatic_compilation"]
+
+_LOG = get_logger(__name__)
+
+# Where a default may compile. On a CPU, inductor needs a compiler and minutes for gains that are small.
+DEVICE_TYPES = ("cuda",)
+BACKEND = "inductor"
+
+# Optimizer steps: the first ones allocate and tune, and the best of those that follow is what a step takes.
+_IGNORED = 2
+_TIMED = 4
+# What compiled blocks take of an eager step if nothing is known: 0.75 under FSDP2, 0.5 where the host is the limit.
+_EXPECTED_RATIO = 0.75
+_WORTHWHILE_RATIO = 0.97
+# Compiling forward and backward of one block of a Llama: 14 s on 16 cores.
+_COLD_SECONDS = 20.0
+_COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "triton")
+
+
+def automatic_compilation(
+    model: nn.Module, settings: TorchDynamoPlugin, device: torch.device, remaining_steps: Callable[[], int | None]
+) -> AutomaticCompilation | None:
+    """Choose what to compile of a model, if the device is one where that is done by default.
+
+    Args:
+        model: As it will be trained.
+        settings: Of the compiler.
+        device: Where it will be trained.
+        remaining_steps: Returns the optimizer steps that are left; None if that is unknown.
+
+    Returns:
+        To be told of every optimizer step; None where models stay as they are.
+    """
+    if device.type not in DEVICE_TYPES:
+        return None
+    blocks = _repeated_blocks(model)
+    compilation = AutomaticCompilation(blocks, settings, device, remaining_steps)
+    if not blocks:
+        compilation.stop("the model has no repeated blocks")
+    elif any(block._compiled_call_impl is not None for module in blocks for block in module.modules()):
+        compilation.stop("the script compiles blocks itself")
+    return compilation
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """Modules of a class of which the model has several: compiled once, they are used often."""
+    names = find_units(model, FullyShardedDataParallelPlugin()).names
+    blocks = [model.get_submodule(name) for name in names]
+    counts = Counter(map(class_name, blocks))
+    return [block for block in blocks if counts[class_name(block)] > 1]
+
+
+class AutomaticCompilation:
+    """The blocks of one model, and how far the decision is.
+
+    Args:
+        blocks: All of one structure, or of a few.
+        settings: Of the compiler.
+        device: Where the blocks compute.
+        remaining_steps: See `automatic_compilation`.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        settings: TorchDynamoPlugin,
+        device: torch.device,
+        remaining_steps: Callable[[], int | None],
+    ) -> None:
+        self._blocks = blocks
+        self._settings = settings
+        self._device = device
+        self._remaining_steps = remaining_steps
+        self._steps = 0
+        self._clock = _Clock(device)
+        self._eager_seconds = self._started = self._compile_seconds = 0.0
+        self._state = f"will be compiled after {_IGNORED + _TIMED + 1} steps if the run is long enough"
+        # Whether forwards use compiled code; off, they stay eager from the next step on.
+        self.is_on = False
+        self.is_decided = False
+
+    def describe(self) -> str:
+        """Describe in one line what is compiled, or why nothing is."""
+        counts = Counter(map(class_name, self._blocks))
+        what = " + ".join(f"{count} {name}" for name, count in counts.items())
+        return f"torch.compile: {what + ' ' if what else ''}{self._state} (dynamo_backend: auto)"
+
+    def stepped(self) -> None:
+        """Take note of an optimizer step, and decide where it is time to."""
+        self._steps += 1
+        first = _IGNORED + 1
+        if self.is_on and self._steps == first + _TIMED + 1:
+            self._compile_seconds = time.perf_counter() - self._started
+        after = first + _TIMED + _IGNORED
+        if first <= self._steps <= first + _TIMED or after <= self._steps <= after + _TIMED:
+            self._clock.mark()
+        if self._steps == first + _TIMED:
+            self._eager_seconds = self._clock.best()
+            self._decide()
+        elif self._steps == after + _TIMED and self.is_on:
+            self._judge(self._clock.best())
+
+    def stop(self, reason: str) -> None:
+        """Use no compiled code from the next step on."""
+        was_on, self.is_on, self.is_decided = self.is_on, False, True
+        self._state = f"not compiled: {reason}"
+        if was_on:
+            _LOG.info("Blocks are not compiled any longer: %s", reason)
+
+    def _decide(self) -> None:
+        """Compile if that is earned back before the run ends."""
+        remaining = self._remaining_steps()
+        seconds = _known_seconds(self._key) or _COLD_SECONDS
+        gain = (1 - _EXPECTED_RATIO) * self._eager_seconds
+        if remaining is not None and remaining * gain < seconds:
+            self.stop(
+                f"{remaining} more steps of {self._eager_seconds:.3g} s would not earn back "
+                f"about {seconds:.0f} s of compilation"
+            )
+            return
+        self.is_on = True
+        self._state = "being compiled"
+        self._started = time.perf_counter()
+        # With fullgraph, a graph break is an error, before anything has run.
+        arguments = {**compiler_arguments(self._settings, BACKEND), "fullgraph": True}
+        for block in self._blocks:
+            block._compiled_call_impl = _CompiledCall(block, self, arguments)
+
+    def _judge(self, seconds: float) -> None:
+        """Keep the compiled blocks if steps have become shorter."""
+        ratio = seconds / self._eager_seconds
+        if ratio > _WORTHWHILE_RATIO:
+            self.stop(f"a step takes {ratio:.2f} of an eager one")
+            self._restore()
+            return
+        self.is_decided = True
+        self._state = (
+            f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {_cache_folder()}"
+        )
+        _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
+        _note_seconds(self._key, self._compile_seconds)
+
+    def _restore(self) -> None:
+        for block in self._blocks:
+            if isinstance(block._compiled_call_impl, _CompiledCall):
+                block._compiled_call_impl = None
+
+    @functools.cached_property
+    def _key(self) -> str:
+        """Names what is compiled: a cache that another run has filled holds it under the same name."""
+        first = self._blocks[0]
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in first.named_parameters()]
+        device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        parts = (torch.__version__, device, class_name(first), type(first).__module__, shapes, self._settings.mode)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+class _CompiledCall:
+    """What a block's `__call__` runs: its compiled code while that is on, and its own otherwise."""
+
+    def __init__(self, block: nn.Module, owner: AutomaticCompilation, arguments: dict[str, Any]) -> None:
+        self._block = block
+        self._owner = owner
+        self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block = self._block
+        # Evaluations have other shapes, and would be compiled once more for a few batches.
+        if not (self._owner.is_on and block.training and torch.is_grad_enabled()):
+            return block._call_impl(*args, **kwargs)
+        try:
+            return self._compiled(*args, **kwargs)
+        except Exception as error:
+            if not type(error).__module__.startswith(_COMPILERS):
+                raise
+            self._owner.stop(_first_line(error))
+        return block._call_impl(*args, **kwargs)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    if isinstance(getattr(error, "inner_exception", None), LostGradientsError):
+        return f"torch {torch.__version__} would lose gradients of a torch.autograd.Function"
+    match kind:
+        case "Unsupported":
+            return f"its forward cannot be traced as one graph ({lines[0] if lines else kind})"
+        case "FailOnRecompileLimitHit":
+            return "it was compiled again too often, as happens when shapes vary"
+        case _:
+            return f"the compiler failed with {kind}: {lines[0] if lines else ''}"[:200]
+
+
+@dataclass(slots=True)
+class _Clock:
+    """The times between marks on a device, read once at the end."""
+
+    device: torch.device
+    _marks: list[Any] | None = None
+
+    def mark(self) -> None:
+        """Mark the end of a step; the host does not wait for it."""
+        marks = self._marks = self._marks or []
+        if self.device.type == "cpu":
+            marks.append(time.perf_counter())
+            return
+        event = torch.Event(device=self.device, enable_timing=True)
+        event.record(torch.accelerator.current_stream(self.device))
+        marks.append(event)
+
+    def best(self) -> float:
+        """The shortest time between two marks, in seconds; begins anew. Waits for the last mark."""
+        marks, self._marks = self._marks or [], None
+        if self.device.type == "cpu":
+            return min(late - early for early, late in pairwise(marks))
+        marks[-1].synchronize()
+        return min(early.elapsed_time(late) for early, late in pairwise(marks)) / 1000
+
+
+def _cache_file(key: str) -> Path:
+    """Where the seconds of a compilation are noted: in the folder of what was compiled, to be deleted with it."""
+    return _cache_folder() / "paceline" / f"{key}.json"
+
+
+def _cache_folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def _known_seconds(key: str) -> float | None:
+    """How long compiling will take if an earlier run has left the code in the cache; None if none has."""
+    with suppress(OSError, ValueError, KeyError, ImportError):
+        cold = float(json.loads(_cache_file(key).read_text(encoding="utf-8"))["seconds"])
+        # Tracing is done again, and kernels are loaded instead of compiled: measured as a quarter.
+        return max(2.0, cold / 4)
+    return None
+
+
+def _note_seconds(key: str, seconds: float) -> None:
+    with suppress(OSError, ImportError):
+        path = _cache_file(key)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": round(seconds, 1), "torch": torch.__version__}), encoding="utf-8")

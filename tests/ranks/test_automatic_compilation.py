@@ -1,0 +1,302 @@
+"""`dynamo_backend="auto"`: compiled blocks train as eager ones do, and whatever speaks against them is said.
+
+By default it acts on CUDA only, and compiles with inductor. Here the same code runs on the CPU, with the backend that
+runs what was traced as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+from paceline import Accelerator
+from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from paceline.strategies import automatic_compilation
+from tests.support.engines import needs_deepspeed
+from tests.support.models import TinyTransformer, make_tokens, token_losses
+from tests.support.ranks import run_on_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+STEPS = 16
+
+
+class Breaks(nn.Module):
+    """A block whose forward is two graphs."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        out: torch.Tensor = self.block(x)
+        return out
+
+
+@contextlib.contextmanager
+def on_the_cpu(**changes: Any) -> Iterator[None]:
+    """Let `auto` act here, keep what it compiles, and expect compiling to take no time."""
+    changes = {"DEVICE_TYPES": ("cpu",), "BACKEND": "eager", "_COLD_SECONDS": 0.0, "_WORTHWHILE_RATIO": 1e9} | changes
+    changes["_known_seconds"] = changes["_note_seconds"] = lambda *_: None
+    before = {name: getattr(automatic_compilation, name) for name in changes}
+    for name, value in changes.items():
+        setattr(automatic_compilation, name, value)
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(automatic_compilation, name, value)
+        torch._dynamo.reset()
+
+
+def train(
+    strategy: str,
+    make: Callable[[], Any] = TinyTransformer,
+    length: Callable[[int], int] = lambda step: 9,
+    steps: int = STEPS,
+    scheduled: int | None = None,
+    evaluate: bool = False,
+    recompute: bool = False,
+    **settings: Any,
+) -> tuple[list[float], str, Any]:
+    """Losses, what is said about the compiler, and the user's own model."""
+    if recompute:
+        settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(activation_checkpointing=True)
+    accelerator = Accelerator(cpu=True, strategy=strategy, **settings)
+    model: Any = make()
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if scheduled is not None:
+        accelerator.prepare(torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 1.0, total_iters=scheduled))
+    losses = []
+    for i in range(steps):
+        model.train()
+        tokens = make_tokens(4, length(i), seed=i)[accelerator.process_index :: accelerator.num_processes]
+        loss = token_losses(model(tokens), tokens).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+        if evaluate:
+            model.eval()
+            with torch.no_grad():
+                model(make_tokens(3, 5 + i % 3))
+    said = [line for line in accelerator.describe().splitlines() if "torch.compile" in line]
+    return losses, "\n".join(said), accelerator.unwrap_model(model)
+
+
+def on_rank(strategy: str, recompute: bool) -> None:
+    plain, said, model = train(strategy, recompute=recompute)
+    assert said == "", "nothing is compiled on a CPU"
+    names = list(model.state_dict())
+    with on_the_cpu():
+        losses, said, model = train(strategy, evaluate=True, recompute=recompute)
+        assert "3 " in said
+        assert "compiled by eager; a step takes" in said, said
+        assert all(block._compiled_call_impl is not None for block in model.blocks)
+        assert list(model.state_dict()) == names
+        counters: Any = torch._dynamo.utils.counters
+        assert counters["stats"]["unique_graphs"] >= 1
+    assert losses == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "recompute"), [("single", 1, False), ("ddp", 2, False), ("fsdp", 2, False), ("fsdp", 2, True)]
+)
+def test_compiled_steps_equal_eager_ones(strategy: str, ranks: int, recompute: bool) -> None:
+    run_on_ranks(ranks, on_rank, strategy, recompute)
+
+
+def broken() -> Any:
+    model: Any = TinyTransformer()
+    model.blocks = nn.ModuleList(Breaks(block) for block in model.blocks)
+    return model
+
+
+def failing(graph: Any, inputs: Any) -> Any:
+    raise ValueError("no such kernel")
+
+
+def without_blocks() -> Any:
+    model: Any = TinyTransformer(layers=1)
+    return model
+
+
+def compiled_by_hand() -> Any:
+    model: Any = TinyTransformer()
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return model
+
+
+class InPlace(torch.autograd.Function):
+    """Doubles, in place on its output: before torch 2.13, compiled code had no gradient for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        out = x * 1
+        out += x
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> torch.Tensor:
+        return upstream[0] * 2
+
+
+class Doubles(nn.Module):
+    """A block with such a function."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = InPlace.apply(self.block(x)) / 2
+        return out
+
+
+def with_functions() -> Any:
+    model: Any = TinyTransformer()
+    model.blocks = nn.ModuleList(Doubles(block) for block in model.blocks)
+    return model
+
+
+def in_place_functions() -> None:
+    plain, _, _ = train("single", with_functions)
+    with on_the_cpu():
+        losses, said, _ = train("single", with_functions)
+    assert losses == pytest.approx(plain, abs=1e-5)
+    loses = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13)
+    assert ("would lose gradients" in said) == loses, said
+    settings = TorchDynamoPlugin(backend="eager", use_regional_compilation=True)
+    if loses:
+        with pytest.raises(Exception, match="changes its output in place"):
+            train("single", with_functions, dynamo_plugin=settings)
+    else:
+        assert train("single", with_functions, dynamo_plugin=settings)[0] == pytest.approx(plain, abs=1e-5)
+
+
+def test_functions_that_work_in_place_keep_their_gradients() -> None:
+    run_on_ranks(1, in_place_functions)
+
+
+def after_zero3() -> None:
+    import deepspeed.runtime.zero.linear as replacement
+
+    plain, _, _ = train("single")
+    original: Any = torch.nn.functional.linear
+    torch.nn.functional.linear = replacement.zero3_linear_wrap
+    graphs = []
+
+    def watching(graph: Any, inputs: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    try:
+        with on_the_cpu(BACKEND=watching):
+            losses, said, _ = train("single")
+    finally:
+        torch.nn.functional.linear = original
+    assert "compiled by" in said, said
+    assert losses == pytest.approx(plain, abs=1e-5)
+    assert graphs
+    assert not any("autograd_function" in graph for graph in graphs), "DeepSpeed's own linear was compiled"
+
+
+@needs_deepspeed
+def test_a_linear_that_zero3_left_behind_is_not_compiled() -> None:
+    run_on_ranks(1, after_zero3)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a graph break": ({"make": broken}, {}, "cannot be traced as one graph"),
+    "a compiler that fails": ({}, {"BACKEND": failing}, "the compiler failed with BackendCompilerFailed"),
+    "no gain": ({}, {"_WORTHWHILE_RATIO": 0.0}, "of an eager one"),
+    "a short run": ({"scheduled": 20}, {"_COLD_SECONDS": 1e6}, "would not earn back"),
+    "no blocks": ({"make": without_blocks}, {}, "no repeated blocks"),
+    "compiled by hand": ({"make": compiled_by_hand}, {}, "the script compiles blocks itself"),
+}
+
+
+def in_case(case: str) -> None:
+    arguments, changes, words = CASES[case]
+    plain, _, _ = train("single", **arguments)
+    with on_the_cpu(**changes):
+        losses, said, _ = train("single", **arguments)
+    assert "not compiled: " in said
+    assert words in said, said
+    assert losses == pytest.approx(plain, abs=1e-6)
+
+
+# In a process of its own, where dynamo's warnings are no errors.
+@pytest.mark.parametrize("case", CASES)
+def test_what_speaks_against_compiling_is_said_and_changes_no_number(case: str) -> None:
+    run_on_ranks(1, in_case, case)
+
+
+def test_a_reason_on_one_rank_alone_disturbs_nobody() -> None:
+    run_on_ranks(2, failing_on_one)
+
+
+def failing_on_one() -> None:
+    plain, _, _ = train("ddp")
+    rank = int(torch.distributed.get_rank())
+    with on_the_cpu(**({"BACKEND": failing} if rank else {})):
+        losses, said, _ = train("ddp")
+    assert ("not compiled" in said) == bool(rank)
+    assert losses == pytest.approx(plain, abs=1e-5)
+
+
+def test_shapes_that_keep_changing_go_back_to_eager() -> None:
+    run_on_ranks(1, with_changing_shapes)
+
+
+def with_changing_shapes() -> None:
+    def length(step: int) -> int:
+        return 5 + step
+
+    plain, _, _ = train("single", length=length)
+    limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 4
+    try:
+        with on_the_cpu(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            losses, said, _ = train("single", length=length)
+            assert "compiled again too often" in said, said
+        with on_the_cpu():
+            dynamic, said, _ = train("single", length=length)
+            assert "compiled by" in said, said
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+    assert losses == pytest.approx(plain, abs=1e-6)
+    assert dynamic == pytest.approx(plain, abs=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"dynamo_backend": "no"}, {"dynamo_plugin": TorchDynamoPlugin(disable=True)}])
+def test_one_setting_forbids_it(settings: dict[str, Any]) -> None:
+    with on_the_cpu():
+        _, said, model = train("single", steps=9, **settings)
+    assert said == ""
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_an_error_of_the_model_stays_the_error_of_the_model() -> None:
+    class Late(TinyTransformer):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            if tokens.shape[1] == 4:
+                raise ValueError("too short")
+            return super().forward(tokens)
+
+    with on_the_cpu(), pytest.raises(ValueError, match="too short"):
+        train("single", Late, length=lambda step: 4 if step == 12 else 9)
+
+
+def test_the_decision_is_said_before_it_is_taken() -> None:
+    with on_the_cpu():
+        _, said, _ = train("single", steps=2)
+    assert "3 Block will be compiled after 7 steps if the run is long enough (dynamo_backend: auto)" in said

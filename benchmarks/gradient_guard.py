@@ -1,6 +1,6 @@
 """What it costs that DDP's gradients and weights are checked, beside DDP by hand, as ratios within one run.
 
-    python benchmarks/gradient_guard.py
+    python -m benchmarks.gradient_guard     # from the repository's root
 
 Two gloo processes. The models and loops are those of `step_overhead.py`; all contenders live in the same processes and
 take turns in blocks of 64 steps, in an order that rotates. After each backward paceline notes whether DDP has averaged
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchmarks import step_overhead
+from benchmarks.step_overhead import CASES, Contender, Paceline, Raw, RawAgain, Setting
 from torch.multiprocessing.spawn import spawn as spawn_ranks
 
-import step_overhead
 from paceline.strategies.ddp import replica_check
 from paceline.strategies.ddp.module import NamingDDP
-from step_overhead import CASES, Contender, Paceline, Raw, RawAgain, Setting
 
 RANKS = 2
 BLOCK = 64

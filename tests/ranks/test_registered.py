@@ -262,7 +262,7 @@ def averaged_forward(strategy: str) -> tuple[Tensor, Tensor]:
     accelerator = Accelerator(cpu=True, strategy=strategy)
     torch.manual_seed(0)
     model: Any = two_layers()
-    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
     model, average, optimizer = accelerator.prepare(model, average, optimizer)
     data = torch.randn(4, 8, SHAPES[0], generator=torch.Generator().manual_seed(1))

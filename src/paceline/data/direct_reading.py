@@ -73,7 +73,7 @@ def _stream_batches(loader: DataLoader[Any], items: Iterator[Any]) -> Iterator[A
     if not loader._auto_collation:
         yield from map(collate, items)
         return
-    size: int = loader.batch_sampler.batch_size  # type: ignore[union-attr, attr-defined]
+    size: int = loader.batch_sampler.batch_size  # type: ignore[union-attr]
     smallest = size if loader.drop_last else 1
     number = size
     while number == size:

@@ -300,11 +300,6 @@ class Accelerator:
         Raises:
             ConfigError: It contradicts the launcher's configuration.
             PrepareError: A model was prepared under the present settings.
-
-        Example:
-            >>> from paceline import FullyShardedDataParallelPlugin
-            >>> accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
-            >>> accelerator.replace_plugin(FullyShardedDataParallelPlugin(reshard_after_forward=False))
         """
         from paceline.config import DeepSpeedPlugin
 

@@ -149,8 +149,9 @@ class Accelerator:
             "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
-        sorted_handlers = arguments.Handlers.sort(kwargs_handlers)
-        self._components = components = assemble(os.environ, explicit, sorted_handlers, policies)
+        self._components = components = assemble(
+            os.environ, explicit, arguments.Handlers.sort(kwargs_handlers), policies
+        )
         self._deepspeed_plugins = dict(deepspeed_plugins or {})
         self._context = context = components.context
         self.project_configuration: ProjectConfiguration = arguments.project_settings(project_dir, project_config)

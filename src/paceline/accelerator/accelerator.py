@@ -149,16 +149,14 @@ class Accelerator:
             "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
-        self._components = components = assemble(
-            os.environ, explicit, arguments.Handlers.sort(kwargs_handlers), policies
-        )
+        handlers = arguments.Handlers.sort(kwargs_handlers)
+        self._components = components = assemble(os.environ, explicit, handlers, policies)
         self._deepspeed_plugins = dict(deepspeed_plugins or {})
         self._context = context = components.context
         self.project_configuration: ProjectConfiguration = arguments.project_settings(project_dir, project_config)
         accumulation = arguments.accumulation_settings(gradient_accumulation_plugin, context.config)
         self._prepared = prepared = Prepared()
-        loaders = ActiveLoaders()
-        family = policies.loaders(loaders)
+        family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = Window(
             accumulation.num_steps,
             family.position,

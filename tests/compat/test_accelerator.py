@@ -106,7 +106,8 @@ def mse(model: Any, batch: Any) -> torch.Tensor:
 def repeated_losses() -> tuple[int, list[float]]:
     """As the Trainer does: a loss for each sample of the batch size, though the last batch is shorter."""
     accelerator = Accelerator(cpu=True)
-    loader = accelerator.prepare(DataLoader(torch.arange(13.0), batch_size=4))
+    numbers: Any = torch.arange(13.0)
+    loader = accelerator.prepare(DataLoader(numbers, batch_size=4))
     gathered = [accelerator.gather_for_metrics(batch.mean().repeat(4)) for batch in loader]
     return len(torch.cat(gathered)), torch.cat(gathered)[-5:].tolist()
 
@@ -121,7 +122,8 @@ def test_what_is_gathered_is_cut_to_the_samples_that_are_left_whatever_its_lengt
 
 def gathered_objects() -> tuple[list[Any], Any, Any]:
     accelerator = Accelerator(cpu=True)
-    loader = accelerator.prepare(DataLoader(torch.arange(13), batch_size=4))
+    numbers: Any = torch.arange(13)
+    loader = accelerator.prepare(DataLoader(numbers, batch_size=4))
     rows: list[Any] = []
     for batch in loader:
         rows = accelerator.gather_for_metrics(batch, use_gather_object=True)
@@ -148,7 +150,8 @@ def windows(**arguments: Any) -> tuple[list[float], list[float]]:
     model: Any = nn.Linear(1, 1, bias=False)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    loader = DataLoader(torch.ones(6 * accelerator.num_processes, 1))
+    ones: Any = torch.ones(6 * accelerator.num_processes, 1)
+    loader: Any = DataLoader(ones)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     assert isinstance(optimizer, AcceleratedOptimizer)
     assert isinstance(scheduler, AcceleratedScheduler)
@@ -336,6 +339,23 @@ def test_a_schedule_of_deepspeed_counts_each_step_once() -> None:
         # DeepSpeed's warm-up begins one step late; a step that counted for both ranks would give 0.25 and 0.75.
         assert rates == pytest.approx([0.0, 0.25])
         assert steps == 2
+
+
+def optimizer_alone() -> None:
+    accelerator = build("zero2")
+    model = net()
+    engine, _, _ = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(samples(12), batch_size=3)
+    )
+    accelerator.free_memory()
+    # As a second train() of one Trainer does, which keeps the engine of the first.
+    with pytest.raises(ValueError, match=r"SGD was prepared without its model.*make a new Trainer"):
+        accelerator.prepare(torch.optim.SGD(engine.module.parameters(), lr=0.1))
+
+
+@needs_deepspeed
+def test_an_engine_that_was_destroyed_is_not_trained_again() -> None:
+    on_ranks(2, optimizer_alone)
 
 
 # Training again, and files

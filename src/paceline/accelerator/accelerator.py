@@ -12,6 +12,7 @@ from torch import nn
 
 from paceline.accelerator.communication import Communicator
 from paceline.accelerator.gradients import Gradients
+from paceline.accelerator.policies import current_policies
 from paceline.accelerator.preparation import Preparer
 from paceline.accelerator.prepared import Prepared
 from paceline.accelerator.profiling import peak_memory, profile
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
         ParallelismConfig,
         ProfileKwargs,
         ProjectConfiguration,
-        Resolved,
         TorchDynamoPlugin,
     )
     from paceline.data import PreparedDataLoader
@@ -130,16 +130,14 @@ class Accelerator:
     ) -> None:
         # These modules need the configuration's schema, which takes too long to load for a mere import of paceline.
         from paceline.accelerator import arguments
-        from paceline.accelerator.assembly import assemble, resolve_arguments
+        from paceline.accelerator.assembly import assemble
         from paceline.accelerator.oom_report import report_out_of_memory_at_exit
-        from paceline.accelerator.policies import current_policies
         from paceline.accelerator.recording import start_recording
         from paceline.accelerator.strategy_selection import StrategySelector, usable_scaler
         from paceline.config import DataLoaderConfiguration
 
-        policies = current_policies()
         arguments.check_rng_types(rng_types)
-        deepspeed_plugin = arguments.first_plugin(deepspeed_plugin, deepspeed_plugins)
+        policies = current_policies()
         steps = arguments.accumulation_steps(gradient_accumulation_plugin, gradient_accumulation_steps)
         explicit = {
             "strategy": strategy if isinstance(strategy, str) else None,
@@ -147,25 +145,18 @@ class Accelerator:
             "gradient_accumulation_steps": steps,
             "use_cpu": cpu,
             "fsdp_config": fsdp_plugin,
-            "deepspeed_config": deepspeed_plugin,
+            "deepspeed_config": arguments.first_plugin(deepspeed_plugin, deepspeed_plugins),
             "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
         handlers = arguments.Handlers.sort(kwargs_handlers)
         self._components = components = assemble(os.environ, explicit, handlers, policies)
-        # By name, so that only the selected one is resolved.
         self._deepspeed_plugins = dict(deepspeed_plugins or {})
-
-        def resolve_with(section: str, plugin: DeepSpeedPlugin | FullyShardedDataParallelPlugin) -> Resolved:
-            return resolve_arguments(os.environ, {**explicit, section: plugin}, handlers, policies)
-
-        self._resolve_with = resolve_with
         self._context = context = components.context
         self.project_configuration: ProjectConfiguration = arguments.project_settings(project_dir, project_config)
         accumulation = arguments.accumulation_settings(gradient_accumulation_plugin, context.config)
         self._prepared = prepared = Prepared()
-        loaders = ActiveLoaders()
-        family = policies.loaders(loaders)
+        family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = Window(
             accumulation.num_steps,
             family.position,
@@ -308,16 +299,11 @@ class Accelerator:
         Raises:
             ConfigError: It contradicts the launcher's configuration.
             PrepareError: A model was prepared under the present settings.
-
-        Example:
-            >>> from paceline import FullyShardedDataParallelPlugin
-            >>> accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
-            >>> accelerator.replace_plugin(FullyShardedDataParallelPlugin(reshard_after_forward=False))
         """
         from paceline.config import DeepSpeedPlugin
 
         section = "deepspeed_config" if isinstance(plugin, DeepSpeedPlugin) else "fsdp_config"
-        self._selector.use_config(self._resolve_with(section, plugin).config)
+        self._selector.use_config(self._components.resolve_with(os.environ, section, plugin).config)
 
     @property
     def fsdp_plugin(self) -> FullyShardedDataParallelPlugin | None:

@@ -37,6 +37,7 @@ class RunComponents:
         scaler: The loss scaler of fp16.
         error_file: Where a failure is reported to the launcher.
         policies: The rules of the run.
+        arguments: What the script configures, by top-level configuration key.
     """
 
     resolved: Resolved
@@ -46,6 +47,15 @@ class RunComponents:
     scaler: LossScaler | None
     error_file: ErrorFile
     policies: Policies
+    arguments: Mapping[str, object]
+
+    def resolve_with(self, env: Mapping[str, str], section: str, plugin: object) -> Resolved:
+        """The configuration with another section of the script's.
+
+        Raises:
+            ConfigError: It contradicts the launcher's configuration.
+        """
+        return resolve_arguments(env, {**self.arguments, section: plugin}, self.handlers, self.policies)
 
 
 def resolve_arguments(
@@ -101,4 +111,4 @@ def assemble(
     context = RunContext(
         world=world, device=device, group=group, precision=precision, config=config, leniency=policies.leniency
     )
-    return RunComponents(resolved, handlers, context, backend, scaler, error_file, policies)
+    return RunComponents(resolved, handlers, context, backend, scaler, error_file, policies, arguments)

@@ -138,33 +138,11 @@ class Accelerator:
         if project_dir is not None and self.project_dir is None:
             self.project_configuration.set_directories(project_dir)
         handlers = sections.by_kind(kwargs_handlers)
-        self.ddp_handler = handlers.get(DistributedDataParallelKwargs)
-        self.scaler_handler = handlers.get(GradScalerKwargs)
-        self.init_handler = handlers.get(InitProcessGroupKwargs)
-        self.autocast_handler = handlers.get(AutocastKwargs)
-        self.profile_handler = handlers.get(ProfileKwargs)
-        self.fp8_recipe_handler = self.te_recipe_handler = self.ao_recipe_handler = self.msamp_recipe_handler = None
-        self.has_lomo_optimizer = False
-        self.fp8_enabled = self.delayed_fp8_autocast = False
-        deepspeed = _one_of(deepspeed_plugin, deepspeed_plugins)
-        if deepspeed is None and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-            deepspeed = _first_state_deepspeed() or DeepSpeedPlugin()
-        if fsdp_plugin is not None and not isinstance(fsdp_plugin, FullyShardedDataParallelPlugin):
-            raise WrongTypeError(
-                f"fsdp_plugin is a {type(fsdp_plugin).__name__}",
-                "FSDP's settings have a class of their own",
-                "Pass a FullyShardedDataParallelPlugin",
-            )
-        if fsdp_plugin is None and deepspeed is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            fsdp_plugin = FullyShardedDataParallelPlugin()
+        self._keep_handlers(handlers)
+        deepspeed, fsdp = _sharding(_one_of(deepspeed_plugin, deepspeed_plugins), fsdp_plugin)
         compile_plugin = _compile_plugin(dynamo_plugin, dynamo_backend)
         sizes = _sizes(parallelism_config, torch_tp_plugin)
-        if deepspeed is not None:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        if fsdp_plugin is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = "true"
-            os.environ["FSDP_VERSION"] = str(fsdp_plugin.fsdp_version)
-        self.state = self._make_state(mixed_precision, cpu, compile_plugin, deepspeed, fsdp_plugin, sizes)
+        self.state = self._make_state(mixed_precision, cpu, compile_plugin, deepspeed, fsdp, sizes)
         self._join_mesh(sizes)
 
         self.device_placement = device_placement
@@ -189,6 +167,17 @@ class Accelerator:
         self._load_model_state_pre_hook: OrderedDict[int, Callable[..., Any]] = OrderedDict()
 
     # The run
+
+    def _keep_handlers(self, handlers: dict[type, Any]) -> None:
+        """Show the handlers, and that features of others are off."""
+        self.ddp_handler = handlers.get(DistributedDataParallelKwargs)
+        self.scaler_handler = handlers.get(GradScalerKwargs)
+        self.init_handler = handlers.get(InitProcessGroupKwargs)
+        self.autocast_handler = handlers.get(AutocastKwargs)
+        self.profile_handler = handlers.get(ProfileKwargs)
+        self.fp8_recipe_handler = self.te_recipe_handler = self.ao_recipe_handler = self.msamp_recipe_handler = None
+        self.has_lomo_optimizer = False
+        self.fp8_enabled = self.delayed_fp8_autocast = False
 
     def _make_state(
         self, precision: Any, cpu: bool, dynamo: Any, deepspeed: Any, fsdp: Any, sizes: ParallelismConfig | None
@@ -511,7 +500,8 @@ class Accelerator:
         models = [thing for thing in args if isinstance(thing, nn.Module)]
         self._check_device_map(models)
         self._push_plugin(models)
-        if self._evaluates_alone(args, models):
+        self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
+        if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
         result = self._core.prepare(*args, device_placement=device_placement)
         prepared = (result,) if len(args) == 1 else result
@@ -519,7 +509,17 @@ class Accelerator:
             self._finish(given, made)
         return result
 
-    def _evaluates_alone(self, args: Sequence[Any], models: Sequence[nn.Module]) -> bool:
+    def _check_engine(self, optimizers: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        """Refuse an optimizer for an engine of DeepSpeed that is not there."""
+        if self.distributed_type != DistributedType.DEEPSPEED or not optimizers or models or self._models:
+            return
+        raise InvalidValueError(
+            f"{type(optimizers[0]).__name__} was prepared without its model under DeepSpeed",
+            "An engine is built from both, and free_memory() destroys it: what is left of it cannot be trained",
+            "Pass the model itself and its optimizer to one prepare(); for a second train(), make a new Trainer",
+        )
+
+    def _is_evaluation(self, args: Sequence[Any], models: Sequence[nn.Module]) -> bool:
         """Whether an engine of DeepSpeed is asked for without an optimizer."""
         has_optimizer = any(isinstance(thing, Optimizer) for thing in args) or bool(self._optimizers)
         fresh = [model for model in models if not any(model is known for known in self._models)]
@@ -604,6 +604,7 @@ class Accelerator:
             optimizer: Of torch, or derived from it.
             device_placement: Accepted: its state follows the parameters.
         """
+        self._check_engine([optimizer], [])
         prepared: Any = self._core.prepare_optimizer(optimizer)
         self._finish(optimizer, prepared)
         return prepared  # type: ignore[no-any-return]
@@ -841,7 +842,7 @@ class Accelerator:
         """
         from paceline.compat.accelerate.utils.operations import gather_object, recursively_apply
 
-        if use_gather_object or not _has_tensors_alone(input_data):
+        if use_gather_object or not _has_only_tensors(input_data):
             # Row by row, so that rows can be left out below.
             is_batch = isinstance(input_data, torch.Tensor) and input_data.ndim > 0 and self.use_distributed
             data = gather_object(list(input_data) if is_batch else input_data)
@@ -1138,6 +1139,26 @@ def _one_of(one: Any, other: Any) -> Any:
     return plugins
 
 
+def _sharding(deepspeed: Any, fsdp: Any) -> tuple[Any, Any]:
+    """The plugins, also where only the launcher asks for them; what comes later in the program reads the variables."""
+    if deepspeed is None and parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        deepspeed = _first_state_deepspeed() or DeepSpeedPlugin()
+    if fsdp is not None and not isinstance(fsdp, FullyShardedDataParallelPlugin):
+        raise WrongTypeError(
+            f"fsdp_plugin is a {type(fsdp).__name__}",
+            "FSDP's settings have a class of their own",
+            "Pass a FullyShardedDataParallelPlugin",
+        )
+    if fsdp is None and deepspeed is None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        fsdp = FullyShardedDataParallelPlugin()
+    if deepspeed is not None:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if fsdp is not None:
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+        os.environ["FSDP_VERSION"] = str(fsdp.fsdp_version)
+    return deepspeed, fsdp
+
+
 def _first_state_deepspeed() -> Any:
     """The plugins that the first Accelerator of the program was made with."""
     return AcceleratorState().deepspeed_plugins if AcceleratorState._shared_state else None
@@ -1188,10 +1209,10 @@ def _chosen_trackers(log_with: Any, logging_dir: Any) -> list[Any]:
     return list(filter_trackers(log_with, logging_dir))
 
 
-def _has_tensors_alone(data: Any) -> bool:
+def _has_only_tensors(data: Any) -> bool:
     """Whether every leaf is a tensor."""
     if isinstance(data, Mapping):
-        return all(map(_has_tensors_alone, data.values()))
+        return all(map(_has_only_tensors, data.values()))
     if isinstance(data, (list, tuple)):
-        return all(map(_has_tensors_alone, data))
+        return all(map(_has_only_tensors, data))
     return isinstance(data, torch.Tensor)

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger(__name__)
-_NUMBERED = re.compile(r"checkpoint_(\d+)$")
+_NUMBERED = re.compile(r"checkpoint_\d+")
 
 
 def _file(folder: Path, stem: str, index: int, suffix: str) -> Path:
@@ -325,8 +325,8 @@ def _folder_to_write(accelerator: Any, output_dir: str | os.PathLike[str] | None
 
 def _numbered(parent: Path) -> list[Path]:
     """The numbered checkpoints, from the lowest number."""
-    found = [(int(match[1]), each) for each in parent.glob("checkpoint_*") if (match := _NUMBERED.search(each.name))]
-    return [each for _, each in sorted(found)]
+    found = [each for each in parent.glob("checkpoint_*") if _NUMBERED.fullmatch(each.name)]
+    return sorted(found, key=lambda each: int(each.name.rpartition("_")[2]))
 
 
 def _drop_oldest(parent: Path, limit: int | None) -> None:

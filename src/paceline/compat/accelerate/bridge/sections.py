@@ -230,15 +230,18 @@ def _wrapping(plugin: FullyShardedDataParallelPlugin, model: nn.Module | None) -
         least = getattr(policy, "keywords", {}).get("min_num_params", plugin.min_num_params)
         return {"auto_wrap_policy": "SIZE_BASED_WRAP", **({"min_num_params": least} if least else {})}
     names = sorted(cls.__name__ for cls in _wrapped_classes(policy)) or list(plugin.transformer_cls_names_to_wrap or ())
-    if not names and model is not None:
-        names = list(getattr(model, "_no_split_modules", None) or ())
     if model is not None:
-        # A family of models may name classes that this one does not have.
-        present = {type(module).__name__ for module in model.modules()}
-        names = [name for name in names if name in present] or names
+        names = _present_classes(names, model)
     if not names:
         return {}
     return {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_cls_names_to_wrap": tuple(names)}
+
+
+def _present_classes(names: list[str], model: nn.Module) -> list[str]:
+    """The classes, or those that the model names itself; a family may name some that this one does not have."""
+    names = names or list(getattr(model, "_no_split_modules", None) or ())
+    present = {type(module).__name__ for module in model.modules()}
+    return [name for name in names if name in present] or names
 
 
 def _wrapped_classes(policy: Any) -> set[type]:

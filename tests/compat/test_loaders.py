@@ -207,7 +207,7 @@ def test_dispatching_needs_a_device() -> None:
 
 
 def test_it_passes_for_a_loader_of_torch() -> None:
-    loader = twin.prepare_data_loader(DataLoader(Noisy(9), batch_size=2))
+    loader: Any = twin.prepare_data_loader(DataLoader(Noisy(9), batch_size=2))
     assert isinstance(loader, DataLoader)
     assert isinstance(loader, twin.DataLoaderShard)
     assert isinstance(loader, twin.DataLoaderStateMixin)
@@ -322,11 +322,11 @@ def test_loaders_without_automatic_batching() -> None:
             return torch.arange(6)[rows]
 
     # The sampler yields whole batches.
-    by_batch = DataLoader(Rows(), sampler=BatchSampler(range(6), 2, False), batch_size=None)  # type: ignore[arg-type]
+    by_batch: Any = DataLoader(Rows(), sampler=BatchSampler(range(6), 2, False), batch_size=None)  # type: ignore[arg-type]
     loader = twin.prepare_data_loader(by_batch, num_processes=2, process_index=1)
     assert [batch.tolist() for batch in loader] == [[2, 3], [0, 1]]
     # The sampler yields single indices.
-    by_row = DataLoader(Rows(), sampler=RandomSampler(Rows()), batch_size=None)  # type: ignore[arg-type]
+    by_row: Any = DataLoader(Rows(), sampler=RandomSampler(Rows()), batch_size=None)  # type: ignore[arg-type]
     shards = [
         twin.prepare_data_loader(by_row, num_processes=2, process_index=rank, use_seedable_sampler=True, data_seed=0)
         for rank in range(2)

@@ -66,8 +66,8 @@ RUNS_SHARDED = {
 def run(name: str, folder: str) -> dict[str, Any]:
     """Train in one way."""
     way, _, strategy = name.partition(", ")
-    # On the CPU the real Accelerate does not shard, and under DeepSpeed takes each rank for the only one: DDP gives what it
-    # should give, but for the names of files.
+    # On the CPU the real Accelerate does not shard, and under DeepSpeed takes each rank for the only one: DDP gives
+    # what it should give, but for the names of files.
     sharded = strategy != ""
     if sharded and os.environ["COMPAT_SIDE"] == "real":
         strategy = ""

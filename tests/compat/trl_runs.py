@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def run(name: str, folder: str) -> dict[str, Any]:
 
 
 def _trainer(name: str, lora: bool, strategy: str, folder: str) -> Any:
-    import trl
+    trl: Any = importlib.import_module("trl")
     from peft import LoraConfig
 
     common: dict[str, Any] = {
@@ -80,28 +81,28 @@ def _vowels(completions: list[str], **_: Any) -> list[float]:
 
 
 def _scorer() -> Any:
-    from transformers import LlamaForSequenceClassification
+    import transformers
 
+    scorer: Any = transformers.LlamaForSequenceClassification
     config = llama().config
     config.num_labels = 1
     torch.manual_seed(0)
-    return LlamaForSequenceClassification(config)
+    return scorer(config)
 
 
 def _tokenizer() -> Any:
     """One token for each byte."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
+    fast: Any = transformers.PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<pad>", "<s>", "</s>", *alphabet]
     assert len(tokens) <= VOCABULARY
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return fast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
 
 
 def _sets(count: int, row: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def main(folder: str) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
     found: dict[str, Any] = {"sizes": []}
 
-    @find_executable_batch_size(starting_batch_size=WANTED, reduce_batch_size_fn=lambda: _halve(found["sizes"]))
+    @find_executable_batch_size(starting_batch_size=WANTED, reduce_batch_size_fn=lambda: _halve(found["sizes"]))  # type: ignore[untyped-decorator]
     def run(batch_size: int) -> None:
         found["sizes"].append(batch_size)
         accelerator.free_memory()

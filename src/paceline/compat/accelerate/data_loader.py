@@ -146,7 +146,7 @@ class DataLoaderAdapter(DataLoaderStateMixin):
 
     # Not a loader of torch by inheritance, whose attributes would shadow those of the one that it holds.
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         """The class of the loader that it holds."""
         return type(self.base_dataloader)
 
@@ -193,7 +193,8 @@ class DataLoaderAdapter(DataLoaderStateMixin):
         """Make the next pass that of `epoch`, for the samplers and the data set."""
         self.iteration = epoch
         for wrapper in _wrapped(_batch_sampler(self)):
-            for part in (wrapper, getattr(wrapper, "sampler", None)):
+            parts: tuple[Any, ...] = (wrapper, getattr(wrapper, "sampler", None))
+            for part in parts:
                 if hasattr(part, "set_epoch"):
                     part.set_epoch(epoch)
         if hasattr(self.dataset, "set_epoch"):
@@ -676,13 +677,14 @@ class _Share:
     def divide(self, ranks: int, rank: int, split_batches: bool, even_batches: bool, sampler: Any) -> None:
         """Keep one rank's part. `sampler` is the one whose generator is shared, if any."""
         loader = self._loader
+        stream: Any = self.dataset
         if not isinstance(self.dataset, IterableDataset):
             self.generator = _own_generator(sampler)
             name = "sampler" if "sampler" in self.arguments else "batch_sampler"
             inner = self.arguments[name]
             self.arguments[name] = BatchSamplerShard(inner, ranks, rank, split_batches, even_batches)
         elif not split_batches and _is_sharded_stream(self.dataset, ranks):
-            self.dataset = self.dataset.shard(num_shards=ranks, index=rank)
+            self.dataset = stream.shard(num_shards=ranks, index=rank)
         else:
             self.generator = getattr(self.dataset, "generator", None)
             size = 1 if loader.batch_size is None else loader.batch_size

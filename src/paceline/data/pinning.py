@@ -49,20 +49,18 @@ class Pinner:
             Its copy.
         """
         copy = self._allocate(tensor)
+        if self._pool is not None and tensor.nbytes >= _SPLIT_BYTES and _is_plain(tensor) and copy.is_contiguous():
+            self._copy_parts(self._pool, tensor, copy)
+            return copy
+        return copy.copy_(tensor)
+
+    def _copy_parts(self, pool: ThreadPoolExecutor, tensor: Tensor, copy: Tensor) -> None:
         # Copied as bytes, which numpy does for every dtype, without the lock of the interpreter and torch's threads.
-        is_plain = type(tensor) is Tensor and not tensor.requires_grad
-        is_plain = (
-            is_plain and tensor.is_contiguous() and copy.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
-        )
-        if self._pool is None or tensor.nbytes < _SPLIT_BYTES or not is_plain:
-            return copy.copy_(tensor)
-        source, target = (_bytes_of(one) for one in (tensor, copy))
+        source, target = _bytes_of(tensor), _bytes_of(copy)
         bounds = np.linspace(0, len(source), self._threads + 1, dtype=np.int64)
         parts = [slice(start, end) for start, end in pairwise(bounds.tolist())]
-        done = [self._pool.submit(np.copyto, target[part], source[part]) for part in parts]
-        for future in done:
-            future.result()
-        return copy
+        for done in [pool.submit(np.copyto, target[part], source[part]) for part in parts]:
+            done.result()
 
     def close(self) -> None:
         """End the threads."""

@@ -101,7 +101,7 @@ def linear_cross_entropy(
         losses = _dense(flat, weight, bias, flat_targets, settings)
         total = losses if reduction == "none" else losses.sum()
     else:
-        total = _ChunkedLoss.apply(flat, weight, bias, flat_targets, settings)
+        total = _ChunkedLoss.apply(flat, weight, bias, flat_targets, settings)  # type: ignore[no-untyped-call]
     if reduction == "none":
         return total.reshape(targets.shape)
     if num_items_in_batch is not None:
@@ -177,6 +177,11 @@ class _Settings:
         return self.compute_dtype is torch.float16
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the gradient of a logit is its probability, less one for the target."""
+        return not (self.label_smoothing or self.z_loss or self.transforms or self.scales_first)
+
+    @property
     def transforms(self) -> bool:
         return self.logit_scale != 1.0 or self.softcap is not None
 
@@ -229,6 +234,10 @@ def _check(
             "Each class needs one value",
             f"Pass a bias of shape ({weight.shape[0]},)",
         )
+    _check_settings(hidden, weight, settings, num_items)
+
+
+def _check_settings(hidden: Tensor, weight: Tensor, settings: _Settings, num_items: Tensor | float | None) -> None:
     if weight.dtype != hidden.dtype and not _is_autocast(hidden):
         raise PacelineError(
             f"linear_cross_entropy got hidden in {hidden.dtype} and weight in {weight.dtype}",
@@ -295,7 +304,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return losses if is_single else losses.sum()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients, or compute them."""
         hidden, weight, bias, targets = ctx.saved_tensors
@@ -363,18 +372,23 @@ class _Chunks:
     def _chunk(self, hidden: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
         """The losses of a chunk, and the gradients of its logits as if no target was ignored."""
         settings = self.settings
-        smoothing, z_loss, dtype = settings.label_smoothing, settings.z_loss, settings.loss_dtype
         logits = F.linear(hidden, self.weight, self.bias)
         if not (settings.transforms or settings.scales_first) and has_kernel(logits.device, logits.dtype):
             losses = losses_and_gradients(
                 logits,
                 targets,
                 ignore_index=settings.ignore_index,
-                label_smoothing=smoothing,
-                z_loss=z_loss,
+                label_smoothing=settings.label_smoothing,
+                z_loss=settings.z_loss,
                 needs_gradient=needs_gradient,
             )
             return losses, logits if needs_gradient else None
+        return self._with_torch(logits, targets, needs_gradient)
+
+    def _with_torch(self, logits: Tensor, targets: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """What the kernel computes, where there is none, and with transformed logits."""
+        settings = self.settings
+        smoothing, z_loss, dtype = settings.label_smoothing, settings.z_loss, settings.loss_dtype
         if settings.transforms:
             logits = _transformed(logits.to(dtype), settings.logit_scale, settings.softcap)
         # One kernel reads bf16 and writes fp32.
@@ -391,10 +405,16 @@ class _Chunks:
         losses = losses.masked_fill(ignored, 0.0)
         if not needs_gradient:
             return losses, None
-        if not (smoothing or z_loss or settings.transforms or settings.scales_first):
+        if settings.is_plain:
             # The plain loss, with as little traffic as possible: the gradient is rounded once and replaces the logits.
             gradient = torch.exp(log_probabilities, out=logits)
             return losses, gradient.scatter_(1, index, of_target.exp().sub_(1.0).to(gradient.dtype))
+        return losses, self._gradient(logits, log_probabilities, log_sum, index)
+
+    def _gradient(self, logits: Tensor, log_probabilities: Tensor, log_sum: Tensor, index: Tensor) -> Tensor:
+        """The gradient of the logits before scale and cap, in place of the log probabilities."""
+        settings = self.settings
+        smoothing, z_loss = settings.label_smoothing, settings.z_loss
         gradient = log_probabilities.exp_()
         if z_loss:
             gradient.mul_(1 + 2 * z_loss * log_sum)
@@ -403,7 +423,7 @@ class _Chunks:
         gradient.scatter_add_(1, index, gradient.new_full(index.shape, smoothing - 1.0))
         if settings.softcap is not None:
             gradient.mul_(1 - (logits / settings.softcap).square())
-        return losses, gradient.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else gradient
+        return gradient.mul_(settings.logit_scale) if settings.logit_scale != 1.0 else gradient
 
     def _accumulate(
         self, gradients: tuple[Tensor | None, ...], rows: slice, hidden: Tensor, of_logits: Tensor, factor: Tensor

@@ -194,7 +194,7 @@ class _CompiledCall:
     """What a block's `__call__` runs: its compiled code while that is on, and its own otherwise."""
 
     def __init__(self, block: nn.Module, owner: AutomaticCompilation, arguments: dict[str, Any]) -> None:
-        self._block = block
+        self._block: Any = block
         self._owner = owner
         self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
 
@@ -247,9 +247,9 @@ class _Clock:
         """The shortest time between two marks, in seconds; begins anew. Waits for the last mark."""
         marks, self._marks = self._marks or [], None
         if self.device.type == "cpu":
-            return min(late - early for early, late in pairwise(marks))
+            return float(min(late - early for early, late in pairwise(marks)))
         marks[-1].synchronize()
-        return min(early.elapsed_time(late) for early, late in pairwise(marks)) / 1000
+        return float(min(early.elapsed_time(late) for early, late in pairwise(marks))) / 1000
 
 
 def _cache_file(key: str) -> Path:

@@ -65,7 +65,8 @@ def compiler_arguments(settings: TorchDynamoPlugin, backend: Any) -> dict[str, A
     if _TORCH >= (2, 13):
         return {"backend": backend, "mode": mode, "options": options, "dynamic": settings.dynamic}
     if backend == "inductor":
-        inner = torch._TorchCompileInductorWrapper(mode, options, settings.dynamic)
+        inductor: Any = torch._TorchCompileInductorWrapper
+        inner = inductor(mode, options, settings.dynamic)
         return {"backend": _CheckedBackend(inner), "dynamic": settings.dynamic}
     inner = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     return {"backend": _CheckedBackend(inner), "mode": mode, "options": options, "dynamic": settings.dynamic}
@@ -98,9 +99,8 @@ def _loses_gradients(graph: GraphModule, node: Node) -> bool:
     if "autograd_function_apply" not in str(node.target):
         return False
     forward = graph.get_submodule(str(getattr(node.args[0], "target", node.args[0])))
-    return any(
-        _is_in_place(inner) for part in forward.modules() if hasattr(part, "graph") for inner in part.graph.nodes
-    )
+    parts: list[Any] = [part for part in forward.modules() if hasattr(part, "graph")]
+    return any(_is_in_place(inner) for part in parts for inner in part.graph.nodes)
 
 
 def _is_in_place(node: Node) -> bool:

@@ -128,7 +128,7 @@ def test_devices_without_bf16_are_not_offered_it(tmp_path: Path) -> None:
     assert script.defaults["num_processes"] == "4"
     assert "fsdp_min_num_params" in script.asked
     assert "gpu_ids" not in script.asked
-    assert result["dynamo_config.dynamo_backend"] == "no"
+    assert result["dynamo_config.dynamo_backend"] == "auto"
 
 
 def test_fewer_processes_than_devices_ask_which(tmp_path: Path) -> None:

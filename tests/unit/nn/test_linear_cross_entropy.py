@@ -24,7 +24,7 @@ def tensors(dtype: torch.dtype = torch.float64, **shape: int) -> tuple[Tensor, T
     return hidden, weight, bias, targets
 
 
-def dense(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **settings: Any) -> Tensor:
+def dense(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **settings: Any) -> Any:
     """The same, by torch, with all logits."""
     logits = F.linear(hidden, weight, bias)
     logits = logits.float() if logits.dtype is not torch.float64 else logits
@@ -63,12 +63,13 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_equal_the_dense_ones(kind: str, chunk: int) -> None:
     settings = KINDS[kind]
-    found, expected = [], []
+    found: list[Any] = []
+    expected: list[Any] = []
     for function, into in ((dense, expected), (linear_cross_entropy, found)):
         hidden, weight, bias, targets = tensors()
         if "ignore_index" in settings:
             targets = targets.masked_fill(targets < 0, 3)
-        more = {"chunk_tokens": chunk} if function is linear_cross_entropy else {}
+        more: dict[str, Any] = {"chunk_tokens": chunk} if function is linear_cross_entropy else {}
         loss = function(hidden, weight, targets, bias, **settings, **more)
         upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
         loss.backward(upstream)  # type: ignore[no-untyped-call]
@@ -100,7 +101,7 @@ def test_narrow_dtypes_stay_within_their_precision(kind: str, dtype: torch.dtype
         hidden, weight, _, targets = tensors(dtype)
         if "ignore_index" in settings:
             targets = targets.masked_fill(targets < 0, 3)
-        more = {"chunk_tokens": 4} if function is linear_cross_entropy else {}
+        more: dict[str, Any] = {"chunk_tokens": 4} if function is linear_cross_entropy else {}
         loss = function(hidden, weight, targets, **settings, **more)
         loss.backward(torch.ones_like(loss))  # type: ignore[no-untyped-call]
         results.append((loss.detach(), hidden.grad, weight.grad))

@@ -240,14 +240,12 @@ def _few_rows(inputs: Any) -> Any:
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return inputs
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
-    if any(len(tensor) != len(labels) for tensor in tensors):
+    by_row = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
+    if any(len(tensor) != len(labels) for tensor in by_row.values()):
         return inputs
     count = max(1, _TRIAL_TOKENS // max(1, labels.shape[1]))
     rows = labels.ne(-100).sum(1).argsort(descending=True, stable=True)[:count]
-    is_by_row = (isinstance(value, Tensor) and value.dim() > 0 for value in inputs.values())
-    pairs = zip(inputs.items(), is_by_row, strict=True)
-    return {name: value[rows] if by_row else value for (name, value), by_row in pairs}
+    return {**inputs, **{name: tensor[rows] for name, tensor in by_row.items()}}
 
 
 @torch.no_grad()
@@ -270,13 +268,13 @@ def _difference(
     if bool(everywhere[:, 2].isnan().any()):
         return chunked.problem or "another rank's model changes its logits"
     # A rank's rows may have no target; then the loss is 0 or nan in either way.
-    told = everywhere[everywhere[:, 0].abs() > 0]
-    if not len(told):
+    compared = everywhere[everywhere[:, 0].abs() > 0]
+    if not len(compared):
         return "the first batch has no targets to compare by"
-    gaps = torch.nan_to_num((told[:, 0] - told[:, 1]).abs(), nan=torch.inf)
+    gaps = torch.nan_to_num((compared[:, 0] - compared[:, 1]).abs(), nan=torch.inf)
     # Both losses come from logits of the same precision.
-    excess = gaps - (1e-4 * told[:, 0].abs() + 1e-5)
+    excess = gaps - (1e-4 * compared[:, 0].abs() + 1e-5)
     if not bool((excess > 0).any()):
         return None
-    one, other = told[int(excess.argmax()), :2].tolist()
+    one, other = compared[int(excess.argmax()), :2].tolist()
     return f"the first batch has a loss of {one:.6g} that way, and {other:.6g} in chunks"

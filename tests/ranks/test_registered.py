@@ -270,7 +270,7 @@ def averaged_forward(strategy: str) -> tuple[Tensor, Tensor]:
         accelerator.backward(model(rows[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
         optimizer.step()
         optimizer.zero_grad()
-        average.update_parameters(model)
+        accelerator.unwrap_model(average).update_parameters(model)
     with torch.no_grad():
         out: Tensor = average(data[0])
         return out, model(data[0])

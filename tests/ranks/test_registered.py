@@ -265,12 +265,13 @@ def averaged_forward(strategy: str) -> tuple[Tensor, Tensor]:
     average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
     model, average, optimizer = accelerator.prepare(model, average, optimizer)
+    inner: Any = accelerator.unwrap_model(average)
     data = torch.randn(4, 8, SHAPES[0], generator=torch.Generator().manual_seed(1))
     for rows in data:
         accelerator.backward(model(rows[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
         optimizer.step()
         optimizer.zero_grad()
-        average.update_parameters(model)
+        inner.update_parameters(model)
     with torch.no_grad():
         out: Tensor = average(data[0])
         return out, model(data[0])

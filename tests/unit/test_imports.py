@@ -85,7 +85,7 @@ def test_the_accelerator_leaves_the_schema_and_dtensor_to_the_first_use() -> Non
     extra = loaded - modules_after("import torch")
     assert not {"pydantic", "yaml", "sympy", "rich", "torch.distributed.tensor"} & extra
     foreign = {name.partition(".")[0] for name in extra} - {"paceline"} - set(sys.stdlib_module_names)
-    assert foreign <= {"psutil", "safetensors", "typing_extensions"}, foreign
+    assert foreign <= {"safetensors", "typing_extensions"}, foreign
     assert len([name for name in extra if name.startswith("torch.")]) <= 2
     assert len(extra) < 130
 

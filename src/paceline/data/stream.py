@@ -82,10 +82,7 @@ class StreamReader:
         restored = self.state_handle is not None and self.state_handle.load(position.stream)
         skip_method = None if restored or not batches else self._maybe_skip_method()
         self._set_epoch(seed, position.epoch, skipped=batches * max(1, self.batch_size) if skip_method else 0)
-        direct = type(self.reader) is DataLoader and can_read_directly(self.reader)
-        iterator = read_directly(self.reader) if direct else iter(self.reader)
-        if not self.counted:
-            iterator = map(_uncounted, iterator)
+        iterator = self._iterate()
         if restored or not batches:
             return iterator, _NONE
         if skip_method:
@@ -98,6 +95,11 @@ class StreamReader:
             for _ in range(batches):
                 last = next(iterator, last)
         return iterator, last
+
+    def _iterate(self) -> Iterator[CountedBatch]:
+        direct = type(self.reader) is DataLoader and can_read_directly(self.reader)
+        batches = read_directly(self.reader) if direct else iter(self.reader)
+        return batches if self.counted else map(_uncounted, batches)
 
     def _set_epoch(self, seed: int, epoch: int, *, skipped: int) -> None:
         dataset = self.reader.dataset

@@ -211,7 +211,8 @@ def test_it_passes_for_a_loader_of_torch() -> None:
     assert isinstance(loader, DataLoader)
     assert isinstance(loader, twin.DataLoaderShard)
     assert isinstance(loader, twin.DataLoaderStateMixin)
-    assert loader.batch_sampler.batch_size == 2
+    batch_sampler: Any = loader.batch_sampler
+    assert batch_sampler.batch_size == 2
     assert not hasattr(loader, "nonsense")
 
 

@@ -1,14 +1,14 @@
-"""What saving and loading a training state costs: paceline, Accelerate, torch.save, DCP, and a hand-written copy.
+"""The cost of saving and loading a training state: paceline, Accelerate, torch.save, DCP, and a hand-written copy.
 
     python benchmarks/checkpoint.py                              # 200 M parameters, one process
     python benchmarks/checkpoint.py --processes 2 --millions 1260  # FSDP2 over two ranks, with AdamW
     python benchmarks/checkpoint.py --millions 5 --rounds 2      # a quick look
 
-All contenders save the same kind of model with AdamW after the same steps, take turns round by round in the same
-processes, and write into the same folder, which is emptied between them. For each: how long the training thread is held
-up, how long until the files are complete (and, where the contender does that, on the disk and under their name), bytes,
-the largest growth of host memory, and how long loading takes. For those that write while training goes on, the steps in
-that time are compared with steps before. The script starts its own processes.
+All contenders save the same kind of model with AdamW after the same number of steps. They take turns in the same
+processes and write to the same folder, which is emptied in between. The table shows how long the training thread is
+blocked, how long until the files are complete (flushed to disk and renamed, where the contender does so), their size,
+the peak growth of host memory, and how long loading takes. For contenders that write while training continues, steps
+during the save are compared with steps before it. The script starts its own processes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
 
 @dataclass
 class Measured:
-    """Seconds, bytes and ratios of one contender, one entry a round."""
+    """Seconds, bytes and ratios of one contender, one entry per round."""
 
     blocked: list[float] = field(default_factory=list)
     total: list[float] = field(default_factory=list)
@@ -113,7 +113,7 @@ class Training:
         self.step()
 
     def step(self) -> float:
-        """Take a step; seconds until the device has done it."""
+        """Take a step; return the seconds until the device has finished it."""
         begun = time.perf_counter()
         logits = self.model(self.tokens)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), self.tokens[:, 1:].flatten())
@@ -134,17 +134,17 @@ class Contender(ABC):
     """One way to save a training."""
 
     name = ""
-    steps_go_on = False
+    trains_during_save = False
 
     def __init__(self, training: Training) -> None:
         self.training = training
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Save; return when training may go on."""
+        """Save; return when training may continue."""
 
     def finish(self) -> str:
-        """Return when the files are complete; say what is worth saying about it."""
+        """Return a note once the files are complete."""
         return ""
 
     @abstractmethod
@@ -152,16 +152,16 @@ class Contender(ABC):
         """Load what was saved."""
 
     def close(self) -> None:  # noqa: B027
-        """Give memory back."""
+        """Release memory."""
 
 
 class Paceline(Contender):
-    """`save_state`, now."""
+    """`save_state`, blocking."""
 
     name = "paceline"
 
     def save(self, folder: Path) -> None:
-        self.training.accelerator.save_state(folder / "state", blocking=not self.steps_go_on)
+        self.training.accelerator.save_state(folder / "state", blocking=not self.trains_during_save)
 
     def finish(self) -> str:
         self.training.accelerator.wait_for_save()
@@ -178,14 +178,14 @@ class PacelineAsync(Paceline):
     """`save_state(blocking=False)`."""
 
     name = "paceline, background"
-    steps_go_on = True
+    trains_during_save = True
 
     def close(self) -> None:
         self.training.accelerator.wait_for_save()
 
 
 class TorchSave(Contender):
-    """Each rank pickles its own part: cannot be loaded by another number of ranks."""
+    """Each rank pickles its own shard, which only the same number of ranks can load."""
 
     name = "torch.save of each rank's part"
 
@@ -232,7 +232,7 @@ class DcpAsync(Dcp):
     """`dcp.async_save` with a gloo group of its own."""
 
     name = "dcp.async_save"
-    steps_go_on = True
+    trains_during_save = True
     group: Any = None
 
     def save(self, folder: Path) -> None:
@@ -246,23 +246,23 @@ class DcpAsync(Dcp):
 
 
 class Pool(Contender):
-    """A copy of the local parts on a side stream into pinned memory that is kept, written as plain bytes by a thread.
+    """Local shards copied on a side stream into a reused pinned buffer, and written as plain bytes by a thread.
 
     No header, no checksum, no fsync, no commit: how fast it could be.
     """
 
     name = "hand-written pinned pool"
-    steps_go_on = True
+    trains_during_save = True
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
         self.pool: list[Tensor] = []
 
     def _tensors(self) -> list[Tensor]:
-        held = list(self.training.model.parameters())
+        tensors = list(self.training.model.parameters())
         for state in self.training.optimizer.optimizer.state.values():
-            held += [value for value in state.values() if torch.is_tensor(value)]
-        return [value.to_local() if hasattr(value, "to_local") else value.detach() for value in held]
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+        return [value.to_local() if hasattr(value, "to_local") else value.detach() for value in tensors]
 
     def save(self, folder: Path) -> None:
         tensors = self._tensors()
@@ -305,7 +305,7 @@ class Pool(Contender):
 
 
 class HfAccelerate(Contender):
-    """Accelerate's own `save_state`, of a model of its own."""
+    """Accelerate's `save_state`, on its own copy of the model."""
 
     name = "Accelerate save_state"
 
@@ -335,7 +335,7 @@ class HfAccelerate(Contender):
 
 
 class Watch:
-    """The largest growth of this process's memory while it runs, in bytes."""
+    """The peak growth of this process's memory while open, in bytes."""
 
     def __enter__(self) -> Watch:
         self._process = psutil.Process()
@@ -355,49 +355,49 @@ class Watch:
         self.growth = self.peak - self._before
 
 
-def measure(contender: Contender, folder: Path, found: Measured) -> None:
-    """Save, go on training meanwhile if that is possible, and load."""
+def measure(contender: Contender, folder: Path, measured: Measured) -> None:
+    """Save, train meanwhile where the contender allows it, and load."""
     training = contender.training
     training.accelerator.wait_for_everyone()
-    calm = statistics.median(training.step() for _ in range(5))
+    usual = statistics.median(training.step() for _ in range(5))
     wait(training.accelerator.device)
     with Watch() as watch:
         begun = time.perf_counter()
         contender.save(folder)
-        found.blocked.append(time.perf_counter() - begun)
-        if contender.steps_go_on:
+        measured.blocked.append(time.perf_counter() - begun)
+        if contender.trains_during_save:
             busy = [training.step() for _ in range(8)]
-            found.steps.append(statistics.median(busy) / calm)
+            measured.steps.append(statistics.median(busy) / usual)
         note = contender.finish()
-        found.total.append(time.perf_counter() - begun)
-    found.growth.append(watch.growth)
+        measured.total.append(time.perf_counter() - begun)
+    measured.growth.append(watch.growth)
     if note:
-        found.notes.append(note)
+        measured.notes.append(note)
     training.accelerator.wait_for_everyone()
-    found.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    measured.size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     begun = time.perf_counter()
     contender.load(folder)
     wait(training.accelerator.device)
-    found.load.append(time.perf_counter() - begun)
+    measured.load.append(time.perf_counter() - begun)
     training.accelerator.wait_for_everyone()
 
 
 def contenders(training: Training, millions: int, names: list[str]) -> list[Contender]:
-    """Those that can be had here."""
+    """The contenders that can run here."""
     made: list[Contender] = [kind(training) for kind in (Paceline, PacelineAsync, TorchSave, Dcp, DcpAsync, Pool)]
     if importlib.util.find_spec("accelerate") is not None:
         try:
             made.append(HfAccelerate(training, millions))
         except Exception as error:
             if training.accelerator.is_main_process:
-                print(f"Accelerate cannot take part: {type(error).__name__}: {error}")
+                print(f"Accelerate is left out: {type(error).__name__}: {error}")
     return [contender for contender in made if not names or any(name in contender.name for name in names)]
 
 
 def run(rank: int, arguments: argparse.Namespace, port: int, root: str) -> None:
     """One rank of the measurement."""
     size = arguments.processes
-    # The benchmark of DeepSpeed lies beside this one, under the name of the package.
+    # benchmarks/deepspeed.py would be imported in place of the package.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size),
@@ -408,26 +408,25 @@ def run(rank: int, arguments: argparse.Namespace, port: int, root: str) -> None:
     accelerator = Accelerator(cpu=cpu, strategy="fsdp" if plugin else "single", fsdp_plugin=plugin)
     training = Training(accelerator, arguments.millions)
     table: dict[str, Measured] = {}
-    held = contenders(training, arguments.millions, arguments.only)
+    active = contenders(training, arguments.millions, arguments.only)
     for _ in range(arguments.rounds):
-        for contender in held:
+        for contender in active:
             folder = Path(root) / contender.name.replace(" ", "-").replace(",", "")
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            found = table.setdefault(contender.name, Measured())
-            measure(contender, folder, found)
+            measured = table.setdefault(contender.name, Measured())
+            measure(contender, folder, measured)
             if accelerator.is_main_process:
-                last = (
-                    f"held up {found.blocked[-1]:.3f} s, complete {found.total[-1]:.2f} s, load {found.load[-1]:.2f} s"
-                )
-                print(f"{contender.name}: {last}, {' '.join(found.notes[-1:])}", file=sys.stderr, flush=True)
+                last = f"blocked {measured.blocked[-1]:.3f} s, complete {measured.total[-1]:.2f} s"
+                notes = " ".join(measured.notes[-1:])
+                print(f"{contender.name}: {last}, load {measured.load[-1]:.2f} s, {notes}", file=sys.stderr, flush=True)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 shutil.rmtree(folder, ignore_errors=True)
             gc.collect()
-    for contender in held:
+    for contender in active:
         contender.close()
     if accelerator.is_main_process:
         print_table(table, training, arguments)
@@ -435,7 +434,7 @@ def run(rank: int, arguments: argparse.Namespace, port: int, root: str) -> None:
 
 
 def print_table(table: dict[str, Measured], training: Training, arguments: argparse.Namespace) -> None:
-    """Print a Markdown table: the first save apart, then medians of the later ones."""
+    """Print a Markdown table: the first save, then medians of the later ones."""
     count = sum(p.numel() for p in training.model.parameters())
     device = training.accelerator.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
@@ -444,30 +443,30 @@ def print_table(table: dict[str, Measured], training: Training, arguments: argpa
         end="",
     )
     print(f"{arguments.rounds} rounds; seconds on rank 0\n")
-    print("| | held up, first | held up, later | complete | load | GB | host memory + GB | step meanwhile |")
+    print("| | blocked, first | blocked, later | complete | load | GB | host memory + GB | step during a save |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for name, found in table.items():
-        later = slice(1, None) if len(found.blocked) > 1 else slice(None)
-        steps = f"{statistics.median(found.steps):.2f} x" if found.steps else ""
+    for name, measured in table.items():
+        later = slice(1, None) if len(measured.blocked) > 1 else slice(None)
+        steps = f"{statistics.median(measured.steps):.2f} x" if measured.steps else ""
         print(
-            f"| {name} | {found.blocked[0]:.3f} | {statistics.median(found.blocked[later]):.3f} "
-            f"| {statistics.median(found.total[later]):.2f} | {statistics.median(found.load):.2f} "
-            f"| {found.size / 1e9:.2f} | {statistics.median(found.growth[later]) / 1e9:.2f} | {steps} |"
+            f"| {name} | {measured.blocked[0]:.3f} | {statistics.median(measured.blocked[later]):.3f} "
+            f"| {statistics.median(measured.total[later]):.2f} | {statistics.median(measured.load):.2f} "
+            f"| {measured.size / 1e9:.2f} | {statistics.median(measured.growth[later]) / 1e9:.2f} | {steps} |"
         )
-    for name, found in table.items():
-        if found.notes:
-            print(f"\n{name}, last save: {found.notes[-1]}", end="")
+    for name, measured in table.items():
+        if measured.notes:
+            print(f"\n{name}, last save: {measured.notes[-1]}", end="")
     print()
 
 
 def main() -> None:
     """Start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=1, help="ranks; more than one train under FSDP2")
+    parser.add_argument("--processes", type=int, default=1, help="ranks; FSDP2 if more than one")
     parser.add_argument("--millions", type=int, default=200, help="parameters, in millions")
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each contender")
-    parser.add_argument("--only", nargs="*", default=[], help="contenders whose names contain one of these")
-    parser.add_argument("--folder", type=Path, default=None, help="where to write; a temporary folder when left out")
+    parser.add_argument("--rounds", type=int, default=3, help="saves per contender")
+    parser.add_argument("--only", nargs="*", default=[], help="only contenders whose name contains one of these")
+    parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
     arguments = parser.parse_args()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,14 +1,14 @@
-"""What a step under ZeRO costs through paceline and Accelerate, against DeepSpeed's own engine driven by hand.
+"""The cost of a step under ZeRO with paceline and Accelerate, against a hand-written loop over DeepSpeed's engine.
 
     python benchmarks/deepspeed.py                       # stages 2 and 3 on all accelerators; on a CPU, two ranks
     python benchmarks/deepspeed.py --stages 3 --accumulation 1 4 --precision fp16
 
 A step is all micro-batches of one optimizer step: forward, backward, clipping to a norm of 1, AdamW. Every contender
-trains the same model from the same values on the same batches, which lie on the device already; the loss after the
-warm-up is in the table, and paceline's must be the bare engine's. All live in the same processes and take turns in
-small blocks of steps whose order rotates, so that a machine that slows down slows all of them; each block is divided
-by the bare engine's block of the same round. The bare engine runs twice: how far the second one is from 1.00 says
-what the numbers are worth.
+trains the same model from the same initial values on the same batches, which are already on the device. The table
+has the loss after the warm-up, and paceline's must match the bare engine's. All contenders share the processes and take
+turns in short blocks of steps, in rotating order, so that a slowdown of the machine affects all of them. Each block is
+divided by the bare engine's block of the same round. The bare engine runs twice: the distance of the second from 1.00
+shows the noise.
 
 The script starts its own processes.
 """
@@ -50,7 +50,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One measurement: everything that its ranks have to know."""
+    """One measurement: everything that its ranks need to know."""
 
     device_type: str
     processes: int
@@ -119,7 +119,7 @@ class Contender(ABC):
         torch.manual_seed(0)
         model = Transformer(setting)
         with torch.no_grad():
-            # The bare engine starts from 16-bit values; so all do.
+            # The bare engine starts from 16-bit values, so all contenders do.
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(DTYPES[setting.precision]).float())
         generator = torch.Generator().manual_seed(dist.get_rank())
@@ -160,7 +160,7 @@ class Contender(ABC):
 
 
 class Bare(Contender):
-    """DeepSpeed's engine by hand."""
+    """A hand-written loop over DeepSpeed's engine."""
 
     title = "bare DeepSpeed"
 
@@ -182,7 +182,7 @@ class Bare(Contender):
 
 
 class BareAgain(Bare):
-    """The same once more: what the comparison itself makes of no difference."""
+    """The same once more: shows the noise of the comparison."""
 
     title = "bare DeepSpeed, again"
 
@@ -291,7 +291,7 @@ def enter_world(rank: int, setting: Setting) -> None:
 
 
 def build_all(setting: Setting, device: torch.device) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Build every contender; one other than the bare engine that cannot be built is left out, with its reason."""
+    """Build the contenders; any but the bare engine may fail, and is left out with the reason."""
     contenders: dict[str, Contender] = {}
     failures: dict[str, str] = {}
     for name in setting.contenders:
@@ -306,7 +306,7 @@ def build_all(setting: Setting, device: torch.device) -> tuple[dict[str, Contend
 
 
 def warm_up(contenders: dict[str, Contender]) -> dict[str, float]:
-    """Take the first steps; return the loss that each has come to, over all ranks."""
+    """Take the first steps; return the loss of each contender over all ranks."""
     losses = {}
     for name, contender in contenders.items():
         for _ in range(WARM_UP_STEPS):
@@ -318,7 +318,7 @@ def warm_up(contenders: dict[str, Contender]) -> dict[str, float]:
 
 
 def measure(contenders: dict[str, Contender], setting: Setting) -> dict[str, list[float]]:
-    """Let all take turns; return the seconds of a step, by contender and round."""
+    """Let the contenders take turns; return the seconds per step by contender and round."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(setting.rounds):
@@ -362,7 +362,7 @@ def spawn(setting: Setting) -> dict[str, Any]:
 
 
 def table_rows(setting: Setting, measured: dict[str, Any]) -> Iterator[str]:
-    """Write one line for each contender, also for those that are not installed or failed."""
+    """Yield a line per contender, including those that failed or are not installed."""
     where = f"| {setting.stage} | {setting.precision} | {setting.processes} | {setting.accumulation} "
     seconds = measured["seconds"]
     for name, contender in CONTENDERS.items():
@@ -396,19 +396,21 @@ def describe_machine(args: argparse.Namespace) -> str:
     if args.device != "cpu":
         module: Any = torch.get_device_module(args.device)
         parts.insert(0, f"{torch.accelerator.device_count()} x {module.get_device_name(0)}")
-    model = f"{args.layers} blocks of width {args.width}, {args.batch_size} x {args.length} tokens a rank"
+    model = f"{args.layers} blocks of width {args.width}, {args.batch_size} x {args.length} tokens per rank"
     return "; ".join([*parts, model, f"{args.rounds} rounds of {args.block} steps"])
 
 
 def main() -> int:
     """Measure and print the table."""
-    # This file's folder comes first, and would hide the package that is measured; the ranks inherit the path.
+    # This folder comes first on the path and would hide the deepspeed package; the ranks inherit the path.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     args = arguments()
     if importlib.util.find_spec("deepspeed") is None:
         print("DeepSpeed is not installed: pip install 'paceline[deepspeed]'", file=sys.stderr)
         return 1
-    print("| stage | precision | processes | accumulation | contender | ms a step | ratio to bare | quartiles | loss |")
+    print(
+        "| stage | precision | processes | accumulation | contender | ms per step | ratio to bare | quartiles | loss |"
+    )
     print("|--:|---|--:|--:|---|--:|--:|--:|--:|", flush=True)
     apart = False
     for stage in args.stages:
@@ -424,35 +426,35 @@ def main() -> int:
             apart = apart or differs(measured["losses"])
     print(f"\n{describe_machine(args)}")
     if apart:
-        print("paceline trained something else than the bare engine: see the losses", file=sys.stderr)
+        print("paceline and the bare engine trained differently: compare the losses", file=sys.stderr)
     return int(apart)
 
 
 def differs(losses: dict[str, float]) -> bool:
-    """Whether paceline has come to another loss: rounding makes 0.1 %, another batch or a missing step several."""
+    """Whether paceline's loss differs: rounding accounts for 0.1 %, another batch or a missing step for several."""
     bare = losses["bare"]
     return not abs(losses.get("paceline", bare) - bare) <= 0.005 * abs(bare)
 
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    here = "cpu" if found is None else found.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    here = "cpu" if accelerator is None else accelerator.type
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default=here, help=f"cpu, cuda, ... (default: the accelerator if any; here {here})")
     small = parser.parse_known_args()[0].device == "cpu"
     count = 2 if small else torch.accelerator.device_count()
     add("--processes", type=int, default=count, help="ranks (default: all accelerators; 2 on a CPU)")
-    add("--stages", nargs="+", type=int, choices=[1, 2, 3], default=[2, 3], help="of ZeRO (default: 2 3)")
-    add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches a step (default: 1)")
-    add("--precision", choices=list(DTYPES), default="no" if small else "bf16", help="default: bf16; on a CPU no")
-    add("--rounds", type=int, default=10 if small else 40, help="turns of each contender, 2 at least")
-    add("--block", type=int, default=2 if small else 5, help="steps in a turn")
-    add("--width", type=int, default=64 if small else 1024, help="of the model")
-    add("--layers", type=int, default=2 if small else 16, help="of the model")
-    add("--length", type=int, default=32 if small else 1024, help="tokens of a sample")
-    add("--batch_size", type=int, default=2 if small else 8, help="samples of a rank's micro-batch")
+    add("--stages", nargs="+", type=int, choices=[1, 2, 3], default=[2, 3], help="ZeRO stages (default: 2 3)")
+    add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches per step (default: 1)")
+    add("--precision", choices=list(DTYPES), default="no" if small else "bf16", help="default: bf16; no on a CPU")
+    add("--rounds", type=int, default=10 if small else 40, help="blocks per contender, at least 2")
+    add("--block", type=int, default=2 if small else 5, help="steps per block")
+    add("--width", type=int, default=64 if small else 1024, help="width of the model")
+    add("--layers", type=int, default=2 if small else 16, help="layers of the model")
+    add("--length", type=int, default=32 if small else 1024, help="tokens per sample")
+    add("--batch_size", type=int, default=2 if small else 8, help="samples per micro-batch and rank")
     return parser.parse_args()
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/seek.py
 
-A shuffled map-style data set of 10^6 samples that are cheap to read; with `--read-us` each takes some time. Beside
-paceline: `skip_first_batches` of Accelerate and `StatefulDataLoader` of torchdata, where they are installed.
+A shuffled map-style data set of 10^6 samples that are cheap to read, or take `--read-us` each. Compares paceline with
+Accelerate's `skip_first_batches` and torchdata's `StatefulDataLoader`, where they are installed.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Numbers(Dataset[int]):
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1_000_000, help="samples of an epoch (default 1000000)")
-    parser.add_argument("--batch", type=int, default=100, help="samples of a batch (default 100)")
-    parser.add_argument("--read-us", type=float, default=0.0, help="microseconds to read a sample (default 0)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default 5)")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="samples per epoch (default: 1000000)")
+    parser.add_argument("--batch", type=int, default=100, help="samples per batch (default: 100)")
+    parser.add_argument("--read-us", type=float, default=0.0, help="microseconds to read a sample (default: 0)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per contender (default: 5)")
     args = parser.parse_args()
     data = Numbers(args.samples, args.read_us / 1e6)
     ways: dict[str, Callable[[Numbers, int, int], float]] = {"paceline": with_paceline}
@@ -61,8 +61,10 @@ def main() -> None:
             for place in PLACES:
                 batches = int(args.samples * place) // args.batch
                 times.setdefault((name, place), []).append(way(data, args.batch, batches))
-    print(f"{args.samples:,} samples, batches of {args.batch}, {args.read_us:g} us a sample, torch {torch.__version__}")
-    print("\n| seconds to the first batch, median | 1 % | 50 % | 90 % |\n|---|--:|--:|--:|")
+    print(
+        f"{args.samples:,} samples, batches of {args.batch}, {args.read_us:g} us per sample, torch {torch.__version__}"
+    )
+    print("\n| seconds until the first batch, median | 1 % | 50 % | 90 % |\n|---|--:|--:|--:|")
     for name in ways:
         print(f"| {name} | " + " | ".join(f"{statistics.median(times[name, place]):.3f}" for place in PLACES) + " |")
 
@@ -83,7 +85,7 @@ def with_paceline(data: Numbers, size: int, batches: int) -> float:
 
 
 def with_accelerate(data: Numbers, size: int, batches: int) -> float:
-    """Skip batches, by its sampler."""
+    """Skip batches with `skip_first_batches`."""
     from accelerate import Accelerator as Theirs
 
     accelerator = Theirs(cpu=True)
@@ -92,7 +94,7 @@ def with_accelerate(data: Numbers, size: int, batches: int) -> float:
 
 
 def with_torchdata(data: Numbers, size: int, batches: int) -> float:
-    """Load a state that was saved there."""
+    """Load a state that was saved at this position."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     before = StatefulDataLoader(Numbers(data.size, 0.0), size, shuffle=True)

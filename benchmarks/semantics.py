@@ -1,9 +1,9 @@
-"""What Accelerate and paceline make of the same few lines: the rows of the README's table that are no times.
+"""What the same few lines compute with Accelerate and with paceline: the rows of the README's table without times.
 
     torchrun --nproc-per-node 4 benchmarks/semantics.py paceline
     torchrun --nproc-per-node 4 benchmarks/semantics.py accelerate
 
-On CPUs. The first two questions are asked on one rank (each by itself), the others on all of them.
+On CPUs. The first two cases run on each rank by itself, the others on all ranks together.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def main() -> None:
-    """Answer every question with the library named on the command line."""
+    """Run every case with the library named on the command line."""
     library = import_module(sys.argv[1])
-    answers = {
-        "gradients of windows of 4, 5 micro-batches of gradient 1": windows(library),
+    results = {
+        "gradients with an accumulation of 4 over 5 micro-batches of gradient 1": windows(library),
         "gradient of micro-batches of 1 and 9 tokens, relative to one batch": tokens(library),
-        "LinearLR over 100 steps is over at optimizer step": schedule(library),
-        "one scalar a rank gathered on the last batch": scalars(library),
+        "LinearLR over 100 steps ends at optimizer step": schedule(library),
+        "one scalar per rank, gathered on the last batch": scalars(library),
     }
     if library.Accelerator(cpu=True).is_main_process:
-        for question, answer in answers.items():
-            print(f"{sys.argv[1]:<12} {question}: {answer}")
+        for case, result in results.items():
+            print(f"{sys.argv[1]:<12} {case}: {result}")
 
 
 def windows(library: Any) -> list[float]:
-    """What each optimizer step sees when the last window has one micro-batch instead of four."""
+    """The gradient at each optimizer step when the last window has one micro-batch instead of four."""
     accelerator = library.Accelerator(cpu=True, gradient_accumulation_steps=4)
     model: Any = nn.Linear(1, 1, bias=False)
     data = DataLoader(TensorDataset(torch.ones(5 * accelerator.num_processes, 1)), batch_size=1)
@@ -65,7 +65,7 @@ def tokens(library: Any) -> float:
 
 
 def schedule(library: Any) -> int:
-    """The first optimizer step after which the schedule has come to its end."""
+    """The optimizer step at which the schedule ends."""
     accelerator = library.Accelerator(cpu=True)
     model: Any = nn.Linear(1, 1)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -82,7 +82,7 @@ def schedule(library: Any) -> int:
 
 
 def scalars(library: Any) -> list[int]:
-    """Each rank brings its number while the last, incomplete batch is in use."""
+    """Each rank passes its number while the last, incomplete batch is in use."""
     accelerator = library.Accelerator(cpu=True)
     size = accelerator.num_processes
     loader = accelerator.prepare(DataLoader(TensorDataset(torch.arange(4 * size + 1)), batch_size=2))

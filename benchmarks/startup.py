@@ -1,10 +1,10 @@
-"""What starting costs: whole processes, from the command to its end, as ratios.
+"""The cost of starting: whole processes, from the command to its exit, as ratios.
 
     python benchmarks/startup.py
 
-`paceline launch` of a script that prints one line beside torchrun with the same script, and beside `accelerate launch`
-where that is installed; then `from paceline import Accelerator` beside `import torch` alone. The ways take turns, so
-that a busy machine slows all of them; next to the time on the clock stands the processor time of all processes.
+Compares `paceline launch` of a script that prints one line with torchrun, and with `accelerate launch` where that is
+installed; then `from paceline import Accelerator` with `import torch` alone. The commands take turns, so that a busy
+machine slows all of them. The tables have wall time, and the CPU time of all processes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ TORCH = "import torch"
 def main() -> None:
     """Measure, and print tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each way (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="runs per command (default: 15)")
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "print.py")
         script.write_text('print("here")\n', encoding="utf-8")
         for count in (1, 2):
-            print_table(f"launch, {count} process(es)", measure(launches(str(script), count), rounds), TORCHRUN)
+            print_table(
+                f"launch, {count} process{'es' if count > 1 else ''}",
+                measure(launches(str(script), count), rounds),
+                TORCHRUN,
+            )
     print_table("import", measure(imports(), rounds), TORCH)
 
 
 def launches(script: str, count: int) -> dict[str, list[str]]:
-    """The commands that run a script on so many processes."""
+    """The commands that run a script on `count` processes."""
     number = str(count)
     ways = {
         TORCHRUN: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, script],
@@ -53,13 +57,13 @@ def launches(script: str, count: int) -> dict[str, list[str]]:
 
 
 def imports() -> dict[str, list[str]]:
-    """The commands that import something and end at once."""
+    """The commands that import something and exit."""
     ways = {TORCH: "import torch", "and Accelerator": "import torch; from paceline import Accelerator"}
     return {name: ["-c", f"import os; {statement}; os._exit(0)"] for name, statement in ways.items()}
 
 
 def measure(ways: dict[str, list[str]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Return the seconds on the clock and of processors that each way took in each round."""
+    """Return the wall and CPU seconds of each command in each round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, arguments in ways.items():
@@ -70,7 +74,7 @@ def measure(ways: dict[str, list[str]], rounds: int) -> dict[str, list[tuple[flo
 
 
 def seconds_of(arguments: list[str]) -> tuple[float, float]:
-    """Run python with these arguments; return the seconds on the clock and those of processors."""
+    """Run python with these arguments; return the wall and CPU seconds."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *arguments], env=env, capture_output=True, check=True)
@@ -80,7 +84,7 @@ def seconds_of(arguments: list[str]) -> tuple[float, float]:
 
 def print_table(title: str, times: dict[str, list[tuple[float, float]]], base: str) -> None:
     """Print medians, and the median of each round's ratio to the base."""
-    print(f"\n| {title} | s on the clock | ratio | s of processors | ratio |\n|---|--:|--:|--:|--:|")
+    print(f"\n| {title} | wall s | ratio | CPU s | ratio |\n|---|--:|--:|--:|--:|")
     for name, took in times.items():
         cells = [name]
         for index in range(2):

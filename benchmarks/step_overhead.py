@@ -1,17 +1,17 @@
-"""What one training step costs in plain PyTorch, and how much paceline, Accelerate and Lightning Fabric add.
+"""The cost of a training step in raw PyTorch, and what paceline, Accelerate and Lightning Fabric add to it.
 
     python benchmarks/step_overhead.py                       # one process and DDP over two
-    python benchmarks/step_overhead.py --accumulation 1 4    # also with four micro-batches to a step
-    python benchmarks/step_overhead.py --strategy fsdp       # FSDP2 by hand and through paceline
+    python benchmarks/step_overhead.py --accumulation 1 4    # also with four micro-batches per step
+    python benchmarks/step_overhead.py --strategy fsdp       # hand-written FSDP2, and paceline
 
 A step is a batch from the loader, forward, backward, clip_grad_norm_, optimizer.step, scheduler.step and zero_grad;
 with accumulation it is all micro-batches of one optimizer step. Every contender trains the same model on the same
-global batches with the same optimizer, in its own idiom, and their weights are compared after the warm-up. All live in
-the same processes and take turns in small blocks of steps, whose order rotates, so that a machine that slows down slows
-all of them; each block is divided by plain PyTorch's block of the same round. Plain PyTorch runs twice: how far the
-second one is from 1.00 says what the numbers are worth.
+global batches with the same optimizer, in its own idiom, and the weights are compared after the warm-up. All contenders
+share the processes and take turns in short blocks of steps, in rotating order, so that a slowdown of the machine
+affects all of them. Each block is divided by the raw PyTorch block of the same round. Raw PyTorch runs twice: the
+distance of the second from 1.00 shows the noise.
 
-The script starts its own processes. Where there are fewer accelerators than ranks, that part is left out.
+The script starts its own processes. Parts that need more accelerators than there are here are left out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """One measurement: everything that its ranks have to know."""
+    """One measurement: everything that its ranks need to know."""
 
     case: str
     device_type: str
@@ -78,7 +78,7 @@ class Setting:
 
 
 class Table(Dataset[tuple[Tensor, Tensor]]):
-    """A few rows, repeated: long enough that no contender comes to the end of an epoch."""
+    """A few rows, repeated often enough that no contender reaches the end of an epoch."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, length: int) -> None:
         self.inputs, self.targets, self.length = inputs, targets, length
@@ -92,7 +92,7 @@ class Table(Dataset[tuple[Tensor, Tensor]]):
 
 
 class MLP(nn.Sequential):
-    """Two small layers: the step is nearly all overhead of Python."""
+    """Two small layers: the step is almost entirely Python overhead."""
 
     batch_size = 8
 
@@ -169,7 +169,7 @@ class Contender(ABC):
     def make_optimizer(self) -> None:
         """Make the optimizer and a scheduler that changes nothing."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        # Constant: Accelerate moves a schedule once for each rank, and all are to train alike.
+        # Constant, because Accelerate steps a schedule once per rank and all contenders should train alike.
         self.scheduler = LambdaLR(self.optimizer, lambda step: 1.0)
 
     def weights(self) -> Tensor:
@@ -183,12 +183,12 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Raw(Contender):
-    """PyTorch by hand."""
+    """A hand-written loop in raw PyTorch."""
 
     title = "raw PyTorch"
 
     def build(self) -> None:
-        """Prepare by hand."""
+        """Prepare without a library."""
         self.model.to(self.device)
         self.distributed = self.setting.processes > 1
         if self.distributed:
@@ -214,7 +214,7 @@ class Raw(Contender):
         self.model = DistributedDataParallel(self.model, device_ids=device_ids)
 
     def hold(self, last: bool) -> AbstractContextManager[Any]:
-        """Keep gradients on this rank but for the last micro-batch."""
+        """Average gradients over ranks in the last micro-batch only."""
         if self.setting.strategy == "fsdp":
             self.model.set_requires_gradient_sync(last)
             return nullcontext()
@@ -239,7 +239,7 @@ class Raw(Contender):
 
 
 class RawAgain(Raw):
-    """The same once more: what the comparison itself makes of no difference."""
+    """The same once more: shows the noise of the comparison."""
 
     title = "raw PyTorch, again"
 
@@ -250,7 +250,7 @@ class FacadeContender(Contender):
     accelerator: Any
 
     def prepare(self) -> None:
-        """Make the optimizer and hand everything to `prepare`."""
+        """Make the optimizer and pass everything to `prepare`."""
         self.make_optimizer()
         self.model, self.optimizer, self.loader, self.scheduler = self.accelerator.prepare(
             self.model, self.optimizer, self.loader, self.scheduler
@@ -303,7 +303,7 @@ class Accelerate(FacadeContender):
 
 
 class Fabric(Contender):
-    """Lightning Fabric, launched from outside."""
+    """Lightning Fabric, with external launching."""
 
     title = "Lightning Fabric"
     package = "lightning-fabric"
@@ -335,7 +335,7 @@ class Fabric(Contender):
                 continue
             with fabric.no_backward_sync(model, enabled=index < self.accumulation - 1):
                 fabric.backward(loss_of(model(inputs), targets) / self.accumulation)
-        # As everywhere else: its own default reads the norm on the host to look for inf.
+        # As in all other contenders; its own default reads the norm on the host to check for inf.
         fabric.clip_gradients(model, self.optimizer, max_norm=MAX_NORM, error_if_nonfinite=False)
         self.optimizer.step()
         self.scheduler.step()
@@ -355,7 +355,7 @@ CONTENDERS: dict[str, type[Contender]] = {
 
 
 def run_rank(rank: int, setting: Setting, results: Path) -> None:
-    """Measure in one rank; rank 0 writes the seconds of a step, by contender and round."""
+    """Measure in one rank; rank 0 writes the seconds per step by contender and round."""
     enter_world(rank, setting)
     device = torch.device(setting.device_type)
     if device.type != "cpu":
@@ -388,20 +388,20 @@ def enter_world(rank: int, setting: Setting) -> None:
 
 
 def warm_up(contenders: dict[str, Contender]) -> None:
-    """Take the first steps and check that all have come to the same weights."""
+    """Take the first steps, and check that all contenders have the same weights."""
     for contender in contenders.values():
         for _ in range(WARM_UP_STEPS):
             contender.step()
     expected = contenders["raw"].weights()
     for name, contender in contenders.items():
         apart = (contender.weights() - expected).abs().mean().item()
-        # Other sums in another order differ by 1e-8; another batch or a missing step by 1e-4.
+        # Sums in another order differ by 1e-8; another batch or a missing step by 1e-4.
         if not apart < 1e-5:
-            raise RuntimeError(f"{name} trained something else: weights differ by {apart:.1e} on average")
+            raise RuntimeError(f"{name} trained differently: weights differ by {apart:.1e} on average")
 
 
 def measure(contenders: dict[str, Contender], setting: Setting) -> dict[str, list[float]]:
-    """Let all take turns; return the seconds of a step, by contender and round."""
+    """Let the contenders take turns; return the seconds per step by contender and round."""
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(setting.rounds):
@@ -437,7 +437,7 @@ def spawn(setting: Setting) -> dict[str, list[float]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         setting = replace(setting, port=free.getsockname()[1])
-    # Before the children load torch: the thread pool is made then.
+    # Set before the children load torch, which creates the thread pool.
     os.environ["OMP_NUM_THREADS"] = str(setting.threads)
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "seconds.json"
@@ -447,7 +447,7 @@ def spawn(setting: Setting) -> dict[str, list[float]]:
 
 
 def table_rows(setting: Setting, measured: dict[str, list[float]]) -> Iterator[str]:
-    """Write one line for each contender, also for those that are not installed."""
+    """Yield a line per contender, including those that are not installed."""
     where = f"| {setting.case} | {setting.processes} | {setting.accumulation} "
     for name, contender in CONTENDERS.items():
         if setting.strategy == "fsdp" and name not in setting.contenders:
@@ -478,7 +478,7 @@ def describe_machine(device_type: str, threads: int) -> str:
     packages = ["torch", *(CONTENDERS[name].package for name in installed())]
     versions = [f"{name} {_version(name)}" for name in packages if name]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    parts = [f"{processor_name()}, {cores} cores, {threads} thread(s) a process"]
+    parts = [f"{processor_name()}, {cores} cores, {threads} thread(s) per process"]
     if device_type != "cpu":
         count = torch.accelerator.device_count()
         parts.insert(0, f"{count} x {torch.get_device_module(device_type).get_device_name(0)}")
@@ -493,7 +493,7 @@ def _version(package: str) -> str:
 
 
 def processor_name() -> str:
-    """Return what the processor calls itself."""
+    """Return the name of the processor."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -501,12 +501,12 @@ def processor_name() -> str:
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """List the measurements asked for that this machine can make."""
+    """List the requested measurements that this machine can run."""
     limit = torch.accelerator.device_count() if args.device != "cpu" else max(args.processes)
     for case in args.cases:
         for processes in args.processes:
             if processes > limit:
-                print(f"{case} on {processes} processes: left out, {limit} device(s) here", file=sys.stderr)
+                print(f"{case} on {processes} processes: left out, there are only {limit} devices", file=sys.stderr)
                 continue
             for accumulation in args.accumulation:
                 yield Setting(
@@ -525,7 +525,7 @@ def settings(args: argparse.Namespace) -> Iterator[Setting]:
 def main() -> None:
     """Measure and print the table."""
     args = arguments()
-    print("| model | processes | accumulation | contender | ms a step | ratio to raw | quartiles |")
+    print("| model | processes | accumulation | contender | ms per step | ratio to raw | quartiles |")
     print("|---|--:|--:|---|--:|--:|--:|", flush=True)
     for setting in settings(args):
         for line in table_rows(setting, spawn(setting)):
@@ -544,10 +544,10 @@ def arguments() -> argparse.Namespace:
     add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="models (default: both)")
     add("--processes", nargs="+", type=int, default=[1, 2], help="ranks (default: 1 2)")
     add("--strategy", choices=["ddp", "fsdp"], default="ddp", help="on several ranks (fsdp: PyTorch and paceline only)")
-    add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches a step (default: 1)")
-    add("--rounds", type=int, default=0, help="turns of each contender, 2 at least (default: by model)")
-    add("--block", type=int, default=0, help="steps in a turn (default: by model)")
-    add("--threads", type=int, default=1, help="threads of a process (default 1)")
+    add("--accumulation", nargs="+", type=int, default=[1], help="micro-batches per step (default: 1)")
+    add("--rounds", type=int, default=0, help="blocks per contender, at least 2 (default: by model)")
+    add("--block", type=int, default=0, help="steps per block (default: by model)")
+    add("--threads", type=int, default=1, help="threads per process (default: 1)")
     return parser.parse_args()
 
 

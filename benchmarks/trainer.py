@@ -1,11 +1,12 @@
-"""What a step costs under the Trainer, beside a hand-written loop and transformers' Trainer, in one interleaved run.
+"""The cost of a step under the Trainer, a hand-written loop and transformers' Trainer, in one interleaved run.
 
     python benchmarks/trainer.py --rounds 7 --steps 120
     python benchmarks/trainer.py --accumulation 4 --width 512 --layers 8 --device cuda
 
-Every way trains the same Llama on the same rows in memory, in fp32, with AdamW, clipping, a linear schedule and a log
-entry every 50 steps. On a CPU it is the process's own time that counts. The first steps of each round are not counted. transformers' Trainer takes part where transformers and accelerate are installed.
-"""  # noqa: E501
+All contenders train the same Llama on the same rows in memory, in fp32, with AdamW, clipping, a linear schedule and a
+log entry every 50 steps. On a CPU the process's own CPU time is measured. The first steps of each round do not count.
+transformers' Trainer is included where transformers and accelerate are installed.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +124,7 @@ def with_trainer(package: str, args: argparse.Namespace) -> float:
 def now(device: str) -> float:
     if device != "cpu":
         torch.accelerator.synchronize()
-    # On a busy machine the seconds that this process computed say more than those on the wall.
+    # On a busy machine CPU time is more reliable than wall time.
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    # benchmarks/deepspeed.py would be taken for the package.
+    # benchmarks/deepspeed.py would be imported in place of the package.
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     torch.set_num_threads(1)
@@ -164,7 +165,7 @@ def main() -> None:
     for name, measured in times.items():
         middle = statistics.median(measured)
         over = min(measured) - least
-        print(f"{name:<22} {middle:8.3f} ms a step (median), {min(measured):8.3f} (least), {over:+7.3f} over by hand")
+        print(f"{name:<22} {middle:8.3f} ms per step (median), {min(measured):8.3f} (min), {over:+7.3f} over the loop")
     print(json.dumps({name: [round(value, 4) for value in measured] for name, measured in times.items()}))
 
 

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import torch.distributed as dist
 
 from tests.support.ranks import close_pools
 
@@ -22,14 +23,16 @@ def _ranks_end_with_the_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
-    """Fail a test that leaves an environment variable or a thread behind."""
+    """Fail a test that leaves an environment variable, a thread or a process group behind."""
     variables = _environment()
+    had_group = dist.is_initialized()
     threads = set(threading.enumerate())
     yield
     after = _environment()
     assert after == variables, f"environment changed: {set(after.items()) ^ set(variables.items())}"
     left = [t for t in threading.enumerate() if t not in threads and t.is_alive() and not t.daemon]
     assert not left, f"threads left running: {left}"
+    assert dist.is_initialized() == had_group, "the default process group was left open, or an earlier test's closed"
 
 
 def _environment() -> dict[str, str]:

@@ -90,7 +90,9 @@ class PacelineError(Exception):
 
 
 def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?", "\n", "`")) else f"{text}."
+    if text.endswith((".", "!", "?", "\n", "`")):
+        return text
+    return f"{text}."
 
 
 def _rebuild(cls: type[PacelineError], args: tuple[object, ...], fields: dict[str, object]) -> PacelineError:
@@ -231,7 +233,9 @@ def _close_names(words: Iterable[str], candidates: Sequence[str]) -> str:
     from difflib import get_close_matches
 
     close = [match for word in words for match in get_close_matches(word, candidates, n=1, cutoff=0.6)]
-    return f"Did you mean {', '.join(close)}? " if close else ""
+    if close:
+        return f"Did you mean {', '.join(close)}? "
+    return ""
 
 
 class ForeignOptimizerError(PrepareError):
@@ -356,6 +360,21 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     return f"did you mean {folded[close[0]]}?" if close else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    Args:
+        number: How many.
+        noun: In the singular.
+
+    Returns:
+        Text such as `1 rank` or `2,000 batches`.
+    """
+    if number != 1:
+        noun += "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}"
+
+
 def named(names: Sequence[str], limit: int = 8) -> str:
     """Write out the first few names and count the rest.
 
@@ -367,7 +386,9 @@ def named(names: Sequence[str], limit: int = 8) -> str:
         Text such as `a, b and 3 more`.
     """
     head = ", ".join(names[:limit])
-    return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+    if len(names) <= limit:
+        return head
+    return f"{head} and {len(names) - limit} more"
 
 
 def named_ranks(numbers: Iterable[int], one: str = "", several: str = "") -> str:

@@ -16,7 +16,7 @@ import click
 import pytest
 
 import paceline
-from paceline.cli import _COMMANDS
+from paceline.cli import command as program
 from paceline.cli.launch import command as launch
 from tests.support.examples import names_for
 
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = (ROOT / "docs", ROOT / "examples")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for f in FOLDERS for page in f.rglob("*.md"))])
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+COMMANDS = program.list_commands(click.Context(program))
 MAKE = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
@@ -48,7 +49,7 @@ def problems_of(line: str) -> list[str]:
         return [
             f"no target {word}" for word in rest if word in MAKE or re.fullmatch("[a-z-]+", word) if word not in MAKE
         ]
-    if program == "paceline" and rest and rest[0] not in _COMMANDS and not rest[0].startswith("-"):
+    if program == "paceline" and rest and rest[0] not in COMMANDS and not rest[0].startswith("-"):
         return [f"no command {rest[0]}"]
     found = _wrong_flags(rest[1:]) if program == "paceline" and rest[:1] == ["launch"] else []
     return found + [f"no file {w}" for w in rest if w.startswith("examples/") and not (ROOT / w).exists()]
@@ -145,3 +146,27 @@ def test_commands_at_the_top_of_examples_exist(example: Path) -> None:
     lines = re.findall(r"^    ((?:paceline|python|make) .*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
     assert lines
     assert not [found for line in lines for found in problems_of(line)]
+
+
+def paths_in_the_picture(text: str) -> list[str]:
+    """The modules and folders in the picture of the package, which shows depth by indentation."""
+    block = text.partition("```text\n")[2].partition("```")[0]
+    paths: list[str] = []
+    folders: list[str] = []
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name]
+        paths.append("".join(folders))
+    return paths
+
+
+def test_the_architecture_page_has_a_line_for_every_module() -> None:
+    paths = paths_in_the_picture((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+    assert not [path for path in paths if not (ROOT / path).exists()], "the page names what does not exist"
+    # A folder without lines of its own is described as a whole.
+    whole = tuple(path for path in paths if path.endswith("/") and sum(other.startswith(path) for other in paths) == 1)
+    modules = [str(path.relative_to(ROOT)) for path in (ROOT / "src" / "paceline").rglob("*.py")]
+    missing = [name for name in modules if name not in paths and not name.startswith(whole)]
+    missing = [name for name in missing if not name.endswith("__init__.py")]
+    assert not missing, "say in docs/architecture.md, in one line each, what a reader finds there"

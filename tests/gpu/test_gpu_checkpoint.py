@@ -66,8 +66,8 @@ def copy_and_overwrite(updated_by_step: bool, hold: bool) -> tuple[float, bool]:
     stager.wait()
     torch.cuda.synchronize()
     staged = stager.stage({"a": TensorShard.whole(values)}, updated_by_step={"a"} if updated_by_step else set())
-    assert stager._copied is not None
-    waited = stager._copied.query()  # type: ignore[no-untyped-call]
+    assert stager.copied is not None
+    waited = stager.copied.query()  # type: ignore[no-untyped-call]
     if hold:
         stager.hold_stream()
     values.zero_()

@@ -91,7 +91,11 @@ BLOCKS = COMMON | RARE | SCALED
 
 
 class Net(nn.Module):
-    """Two layers; under activation checkpointing the first is computed again by DeepSpeed's own function."""
+    """Two layers; under activation checkpointing the last is computed again by DeepSpeed's own function.
+
+    Its input is an activation, as in a model of many blocks. DeepSpeed flattens what it partitions, in place, and
+    autograd then refuses the gradient of an input that is a leaf.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,13 +104,13 @@ class Net(nn.Module):
         self.checkpoints = False
 
     def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
         if self.checkpoints:
             import deepspeed
 
-            hidden = deepspeed.checkpointing.checkpoint(self.first, x.requires_grad_())
+            out: Tensor = deepspeed.checkpointing.checkpoint(self.last, hidden)
         else:
-            hidden = self.first(x)
-        out: Tensor = self.last(hidden)
+            out = self.last(hidden)
         return out
 
 

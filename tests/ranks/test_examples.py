@@ -68,7 +68,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[float, float, dict[
     return language_model(tmp_path_factory.mktemp("alone"), "python")
 
 
-@pytest.mark.parametrize("way", ["launch", *slowly(["torchrun", "fsdp bf16"])])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["launch", "torchrun", "fsdp bf16"])
 def test_the_language_model_learns_the_same_everywhere(
     way: str, tmp_path: Path, alone: tuple[float, float, dict[str, tuple[int, ...]]]
 ) -> None:
@@ -79,6 +80,7 @@ def test_the_language_model_learns_the_same_everywhere(
     assert shapes == alone[2]
 
 
+@pytest.mark.slow
 def test_the_demo_goes_on_after_ctrl_c(tmp_path: Path) -> None:
     arguments = [*TINY, "--steps", "150", "--batch-size", "4", "--save-every", "5", "--output", "weights"]
     (tmp_path / "whole").mkdir()

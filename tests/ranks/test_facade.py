@@ -32,6 +32,7 @@ from paceline.strategies import load_strategy
 from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
 from tests.support.models import TinyTransformer
 from tests.support.ranks import run_on_ranks
+from tests.support.state import prepared_models
 from tests.unit.data.support import Numbers
 
 
@@ -159,7 +160,7 @@ def in_order() -> dict[str, Any]:
         "unwrapped": inner is model,
         "plain": one.unwrap_model(unprepared) is unprepared,
         "freed": one.free_memory(*got),
-        "after": len(one._prepared.models),
+        "after": len(prepared_models(one)),
     }
 
 

@@ -56,6 +56,7 @@ def launched(folder: Path, scenario: str, *flags: str, ranks: int = 2) -> tuple[
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_who_is_missing_and_where_without_our_launcher(folder: Path) -> None:
     found = forked(folder, "sleep", "skip", "early")
     sleep = "".join(found["sleep"]["errors"])

@@ -49,7 +49,7 @@ def kill_until_done(folder: Path, strategy: str, kills: int, seed: int) -> None:
         # Somewhere within a step and its save.
         time.sleep(chance.random() * 0.08)
         run.kill_everything()
-        assert any(found.checkpoint for found in find_checkpoints(folder)), "no whole checkpoint is left"
+        assert any(found.checkpoint for found in find_checkpoints(folder)), "no complete checkpoint is left"
     run_on_ranks(2, checkpoint_script.main, str(folder), strategy, str(STEPS), "1", "blocking")
 
 

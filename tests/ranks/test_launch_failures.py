@@ -122,7 +122,9 @@ def wait_until_ready(process: subprocess.Popen[str], count: int) -> None:
     ("body", "code", "headline", "last"),
     [
         ('raise RuntimeError("boom")', 1, r"raised RuntimeError at \S+train.py:11", "RuntimeError: boom"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 137, r"was killed by SIGKILL \(", ""),
+        pytest.param(
+            "os.kill(os.getpid(), signal.SIGKILL)", 137, r"was killed by SIGKILL \(", "", marks=pytest.mark.slow
+        ),
         pytest.param(
             "sys.exit(3)", 3, r"exited with code 3 at \S+train.py:11 \(sys.exit\)$", "", marks=pytest.mark.slow
         ),

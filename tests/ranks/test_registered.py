@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from paceline import Accelerator
 from paceline.checkpoint import open_checkpoint
-from paceline.errors import CheckpointError, StateError
+from paceline.errors import CheckpointError, PrepareError, StateError
 from tests.support.engines import with_deepspeed
 from tests.support.ranks import run_on_ranks
 from tests.support.training import DDP, FSDP, FSDP_FOUR, HSDP, SINGLE, ZERO, Layout, build
@@ -237,6 +239,49 @@ def test_averaged_models_of_torch(how: str, one: Layout, other: Layout, tmp_path
         assert loaded.keys() == saved.keys()
         for name, value in saved.items():
             assert torch.equal(loaded[name], value), name
+
+
+def copied_too_late(how: str) -> str:
+    accelerator = Accelerator(cpu=True, strategy="fsdp")
+    model: Any = accelerator.prepare(two_layers())
+    make, source = (AveragedModel, model) if how == "average" else (copy.deepcopy, nn.ModuleList([model]))
+    with pytest.raises(PrepareError) as error:
+        make(source)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("how", ["average", "inside"])
+def test_a_copy_of_a_sharded_model_is_refused_with_a_remedy(how: str) -> None:
+    for message in run_on_ranks(2, copied_too_late, how):
+        assert "which FSDP has sharded" in message
+        assert "prepare(model, AveragedModel(model))" in message
+
+
+def averaged_forward(strategy: str) -> tuple[Tensor, Tensor]:
+    """Train and average, and what the average computes."""
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    torch.manual_seed(0)
+    model: Any = two_layers()
+    average: Any = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))  # type: ignore[no-untyped-call]
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
+    model, average, optimizer = accelerator.prepare(model, average, optimizer)
+    data = torch.randn(4, 8, SHAPES[0], generator=torch.Generator().manual_seed(1))
+    for rows in data:
+        accelerator.backward(model(rows[accelerator.process_index :: accelerator.num_processes]).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    with torch.no_grad():
+        out: Tensor = average(data[0])
+        return out, model(data[0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_average_that_is_prepared_with_the_model_is_that_of_one_process(strategy: str) -> None:
+    average, model = averaged_forward("single")
+    assert not torch.allclose(average, model, atol=1e-3)
+    for found, _ in run_on_ranks(2, averaged_forward, strategy):
+        assert torch.allclose(found, average, atol=1e-6)
 
 
 # Tensors that are cut otherwise

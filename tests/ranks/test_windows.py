@@ -163,3 +163,31 @@ def metrics_after_skipped_steps(strategy: str) -> tuple[int, bool]:
 @pytest.mark.parametrize(("ranks", "strategy"), LAYOUTS[:3])
 def test_a_metric_moves_its_schedule_after_a_skipped_step(ranks: int, strategy: str) -> None:
     assert run_on_ranks(ranks, metrics_after_skipped_steps, strategy) == [(3, True)] * ranks
+
+
+def gradients_inside_no_sync(strategy: str) -> list[list[float]]:
+    """This rank's gradient at each step: two windows inside `no_sync`, and one after it."""
+    accelerator = make(strategy, gradient_accumulation_steps=2)
+    model: Any = nn.Linear(1, 1, bias=False)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    found: list[list[float]] = []
+
+    def window() -> None:
+        for _ in range(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.tensor([[1.0 + accelerator.process_index]])).mean())
+                if accelerator.sync_gradients:
+                    found.append([round(float(p.grad), 4) for p in model.parameters()])
+                optimizer.step()
+                optimizer.zero_grad()
+
+    with accelerator.no_sync(model):
+        window()
+        window()
+    window()
+    return found
+
+
+def test_a_window_inside_no_sync_exchanges_nothing() -> None:
+    assert run_on_ranks(2, gradients_inside_no_sync, "ddp") == [[[1.0], [1.0], [1.5]], [[2.0], [2.0], [1.5]]]

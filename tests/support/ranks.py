@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _POOLS: dict[tuple[int, str], RankPool] = {}
 
 
+START_SECONDS = 300.0
+
+
 class RanksFailed(AssertionError):
     """One or more ranks raised; the text holds each rank's own traceback."""
 
@@ -61,6 +64,14 @@ class RankPool:
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
+        # On a busy machine importing torch takes half a minute, which no test's own time is to include.
+        late = [rank for rank, connection in enumerate(self.connections) if not connection.poll(START_SECONDS)]
+        if late:
+            self.close()
+            raise RanksFailed(f"ranks {late} did not start within {START_SECONDS:g} s")
+        for connection in self.connections:
+            with contextlib.suppress(EOFError):
+                connection.recv()
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
         for connection in self.connections:
@@ -124,6 +135,10 @@ def _serve(connection: Connection, rank: int, size: int, port: int, device: str)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
     else:
         dist.init_process_group("gloo")
+    # torch imports this with the first optimizer: seconds, or a minute on a busy machine.
+    import torch._dynamo
+
+    connection.send("ready")
     for function, arguments in _tasks(connection):
         try:
             answer = (True, function(*arguments))

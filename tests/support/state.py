@@ -13,10 +13,11 @@ from paceline.checkpoint.format.shards import Slot
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from paceline import Accelerator
     from paceline.checkpoint.format.shards import TensorShard
+    from paceline.stepping import AcceleratedOptimizer
 
 
 @dataclass
@@ -29,15 +30,26 @@ class Whole:
     groups: list[dict[str, Any]] = field(default_factory=list)
 
 
+def prepared_models(accelerator: Accelerator) -> list[nn.Module]:
+    """What an Accelerator has prepared and not freed; nothing public lists it."""
+    return accelerator._prepared.models
+
+
+def prepared_pair(accelerator: Accelerator) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """The one prepared model, and its optimizer."""
+    (model,), (optimizer,) = accelerator._prepared.models, accelerator._prepared.optimizers
+    return model, optimizer
+
+
 def names_of(accelerator: Accelerator) -> dict[int, str]:
     """The names of the parameters of the one prepared model."""
-    (model,) = accelerator._prepared.models
+    (model,) = prepared_models(accelerator)
     return {id(p): name for name, p in accelerator.strategy.named_parameters(model)}
 
 
 def take_state(accelerator: Accelerator) -> Whole:
     """Put together what all ranks hold."""
-    (model,), (optimizer,) = accelerator._prepared.models, accelerator._prepared.optimizers
+    model, optimizer = prepared_pair(accelerator)
     strategy = accelerator.strategy
     state = strategy.optimizer_state(optimizer.optimizer, names_of(accelerator))
     return Whole(
@@ -50,7 +62,7 @@ def take_state(accelerator: Accelerator) -> Whole:
 
 def put_state(accelerator: Accelerator, whole: Whole) -> None:
     """Write each rank's runs of a whole state into its live memory."""
-    (model,), (optimizer,) = accelerator._prepared.models, accelerator._prepared.optimizers
+    model, optimizer = prepared_pair(accelerator)
     strategy, names = accelerator.strategy, names_of(accelerator)
     slots = {
         name: {key: Slot(tuple(value.shape), value.dtype) for key, value in tensors.items()}

@@ -12,13 +12,14 @@ from torch import nn
 
 from paceline.accelerator.communication import Communicator
 from paceline.accelerator.gradients import Gradients
+from paceline.accelerator.policies import current_policies
 from paceline.accelerator.preparation import Preparer
 from paceline.accelerator.prepared import Prepared
+from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
 from paceline.data import ActiveLoaders, skip_first_batches
-from paceline.environment.profiling import peak_memory, profile
 from paceline.stepping import Window
 from paceline.training_state.manager import CheckpointManager
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
@@ -67,6 +69,7 @@ class Accelerator:
         dataloader_config: How prepared loaders are split over ranks.
         fsdp_plugin: Settings of FSDP2; selects that strategy.
         deepspeed_plugin: Settings of DeepSpeed; selects that strategy.
+        deepspeed_plugins: Several of these by name, instead; the first one is used until `select_deepspeed_plugin`.
         gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one of them.
         step_scheduler_with_optimizer: Step a prepared scheduler once for each optimizer step; else on every call.
         kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
@@ -113,6 +116,7 @@ class Accelerator:
         dataloader_config: DataLoaderConfiguration | None = None,
         fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
         deepspeed_plugin: DeepSpeedPlugin | None = None,
+        deepspeed_plugins: Mapping[str, DeepSpeedPlugin] | None = None,
         gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
         step_scheduler_with_optimizer: bool = True,
         kwargs_handlers: Sequence[object] = (),
@@ -133,6 +137,7 @@ class Accelerator:
         from paceline.config import DataLoaderConfiguration
 
         arguments.check_rng_types(rng_types)
+        policies = current_policies()
         steps = arguments.accumulation_steps(gradient_accumulation_plugin, gradient_accumulation_steps)
         explicit = {
             "strategy": strategy if isinstance(strategy, str) else None,
@@ -140,23 +145,31 @@ class Accelerator:
             "gradient_accumulation_steps": steps,
             "use_cpu": cpu,
             "fsdp_config": fsdp_plugin,
-            "deepspeed_config": deepspeed_plugin,
+            "deepspeed_config": arguments.first_plugin(deepspeed_plugin, deepspeed_plugins),
             "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
             "parallelism_config": parallelism_config,
         }
-        self._components = components = assemble(os.environ, explicit, arguments.Handlers.sort(kwargs_handlers))
+        handlers = arguments.Handlers.sort(kwargs_handlers)
+        self._components = components = assemble(os.environ, explicit, handlers, policies)
+        self._deepspeed_plugins = dict(deepspeed_plugins or {})
         self._context = context = components.context
         self.project_configuration: ProjectConfiguration = arguments.project_settings(project_dir, project_config)
         accumulation = arguments.accumulation_settings(gradient_accumulation_plugin, context.config)
         self._prepared = prepared = Prepared()
-        loaders = ActiveLoaders()
+        family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = Window(
-            accumulation.num_steps, loaders, context.group, sync_with_dataloader=accumulation.sync_with_dataloader
+            accumulation.num_steps,
+            family.position,
+            context.group,
+            sync_with_dataloader=accumulation.sync_with_dataloader,
+            policy=policies.window,
+            boundary=policies.boundary(),
+            leniency=policies.leniency,
         )
         self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
         self.scaler = scaler = usable_scaler(components, selector.maybe_current)
         self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
-        self._communicator = Communicator(context, loaders)
+        self._communicator = Communicator(context, family)
         self._weights = WeightWriter(context.group, selector)
         self._checkpoints = CheckpointManager(
             self.project_configuration,
@@ -176,6 +189,7 @@ class Accelerator:
             selector,
             window,
             loaders,
+            family,
             scaler=scaler,
             before_step=self._checkpoints.before_step,
             recorder=recorder,
@@ -260,7 +274,62 @@ class Accelerator:
     @property
     def deepspeed_plugin(self) -> DeepSpeedPlugin | None:
         """The settings of DeepSpeed from all sources; None under another strategy."""
-        return self._context.config.deepspeed_config
+        return self._selector.context.config.deepspeed_config
+
+    def select_deepspeed_plugin(self, name: str) -> None:
+        """Use another one of `deepspeed_plugins` for the models that are prepared from now on.
+
+        Args:
+            name: Its key.
+
+        Raises:
+            ConfigError: There is no such plugin, or it contradicts the launcher's configuration.
+            PrepareError: A model was prepared under another one.
+        """
+        from paceline.accelerator.arguments import named_plugin
+
+        self.replace_plugin(named_plugin(self._deepspeed_plugins, name))
+
+    def replace_plugin(self, plugin: DeepSpeedPlugin | FullyShardedDataParallelPlugin) -> None:
+        """Use other settings of FSDP2 or DeepSpeed than the constructor was given, from the first model on.
+
+        Args:
+            plugin: All settings; those of the launcher's configuration still hold where it leaves them open.
+
+        Raises:
+            ConfigError: It contradicts the launcher's configuration.
+            PrepareError: A model was prepared under the present settings.
+        """
+        from paceline.config import DeepSpeedPlugin
+
+        section = "deepspeed_config" if isinstance(plugin, DeepSpeedPlugin) else "fsdp_config"
+        self._selector.use_config(self._components.resolve_with(os.environ, section, plugin).config)
+
+    @property
+    def fsdp_plugin(self) -> FullyShardedDataParallelPlugin | None:
+        """The settings of FSDP2 from all sources; None where there are none."""
+        return self._selector.context.config.fsdp_config
+
+    @property
+    def parallelism_config(self) -> ParallelismConfig | None:
+        """The sizes of the mesh axes from all sources; None where there are none."""
+        return self._context.config.parallelism_config
+
+    @property
+    def torch_device_mesh(self) -> DeviceMesh | None:
+        """The device mesh over which the strategy spreads models; None if it has none, or is not decided yet."""
+        strategy = self._selector.maybe_current
+        return None if strategy is None else strategy.mesh
+
+    @property
+    def context(self) -> RunContext:
+        """The run as strategies see it: ranks, device, precision and configuration."""
+        return self._selector.context
+
+    @property
+    def prepared(self) -> Prepared:
+        """What was prepared and registered; the lists grow with each call and belong to this Accelerator."""
+        return self._prepared
 
     @property
     def project_dir(self) -> str | None:
@@ -465,7 +534,8 @@ class Accelerator:
             >>> [batch.tolist() for batch in Accelerator(cpu=True).prepare_data_loader(loader)]
             [[0, 1], [2, 3]]
         """
-        return self._preparer.prepare_data_loader(data_loader, device_placement, saved=saved)
+        prepared: PreparedDataLoader = self._preparer.prepare_data_loader(data_loader, device_placement, saved=saved)
+        return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """Prepare one learning-rate scheduler, after its optimizer.
@@ -576,8 +646,17 @@ class Accelerator:
 
     @property
     def sync_gradients(self) -> bool:
-        """Whether the current micro-batch is the last of its accumulation window."""
+        """Whether the current micro-batch is the last of its accumulation window.
+
+        `accumulate` sets it. A script that decides itself sets it instead, before the forward: optimizers and
+        schedulers act, and DeepSpeed's engine ends its window, only where it is True. Whether gradients are exchanged
+        is decided by `no_sync`.
+        """
         return self._window.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self._gradients.set_sync(value)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -641,6 +720,25 @@ class Accelerator:
             ...     accelerator.backward(model(torch.ones(4, 2)).mean())
         """
         return self._gradients.no_sync(model)
+
+    def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Exchange gradients in the backward inside, though every forward ran under `no_sync`.
+
+        Args:
+            model: A prepared model.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> accelerator = Accelerator(cpu=True)
+            >>> model = accelerator.prepare(nn.Linear(2, 1))
+            >>> with accelerator.no_sync(model):
+            ...     loss = model(torch.ones(4, 2)).mean()
+            >>> with accelerator.trigger_sync_in_backward(model):
+            ...     accelerator.backward(loss)
+        """
+        return self._gradients.trigger_sync_in_backward(model)
 
     def backward(
         self,

@@ -19,9 +19,9 @@ from paceline.config import (
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from paceline.config import RunConfig
+    from paceline.config import DeepSpeedPlugin, RunConfig
 
 _HANDLERS = (
     AutocastKwargs,
@@ -105,6 +105,31 @@ def accumulation_steps(plugin: GradientAccumulationPlugin | None, steps: int | N
 def accumulation_settings(plugin: GradientAccumulationPlugin | None, config: RunConfig) -> GradientAccumulationPlugin:
     """The settings of gradient accumulation: the script's own, else the configured number of micro-batches."""
     return plugin or GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps)
+
+
+def first_plugin(one: DeepSpeedPlugin | None, several: Mapping[str, DeepSpeedPlugin] | None) -> DeepSpeedPlugin | None:
+    """The settings of DeepSpeed to begin with.
+
+    Raises:
+        ConfigError: Both were given.
+    """
+    if not several:
+        return one
+    if one is not None:
+        _refuse_both("deepspeed_plugin", "deepspeed_plugins")
+    return next(iter(several.values()))
+
+
+def named_plugin(plugins: Mapping[str, DeepSpeedPlugin], name: str) -> DeepSpeedPlugin:
+    """One of several settings of DeepSpeed.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name in plugins:
+        return plugins[name]
+    hint = f"choose one of {', '.join(plugins)}" if plugins else "pass deepspeed_plugins={name: DeepSpeedPlugin(…)}"
+    raise ConfigError([Problem("select_deepspeed_plugin(…)", name, "no plugin of that name was passed", hint=hint)])
 
 
 def _refuse_both(one: str, other: str) -> None:

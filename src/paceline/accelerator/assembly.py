@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from paceline.accelerator.arguments import Handlers
+    from paceline.accelerator.policies import Policies
     from paceline.collectives import Group
     from paceline.config import Resolved
 
@@ -35,6 +36,8 @@ class RunComponents:
         backend: The backend of the process group; None without one.
         scaler: The loss scaler of fp16.
         error_file: Where a failure is reported to the launcher.
+        policies: The rules of the run.
+        arguments: What the script configures, by top-level configuration key.
     """
 
     resolved: Resolved
@@ -43,9 +46,31 @@ class RunComponents:
     backend: str | None
     scaler: LossScaler | None
     error_file: ErrorFile
+    policies: Policies
+    arguments: Mapping[str, object]
+
+    def resolve_with(self, env: Mapping[str, str], section: str, plugin: object) -> Resolved:
+        """The configuration with another section of the script's.
+
+        Raises:
+            ConfigError: It contradicts the launcher's configuration.
+        """
+        return resolve_arguments(env, {**self.arguments, section: plugin}, self.handlers, self.policies)
 
 
-def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers) -> RunComponents:
+def resolve_arguments(
+    env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers, policies: Policies
+) -> Resolved:
+    """Add what the script says to the launcher's configuration; see `assemble`."""
+    explicit = {key: value for key, value in arguments.items() if value is not None}
+    if handlers.ddp is not None:
+        explicit["ddp_config"] = handlers.ddp
+    return with_arguments(worker_config(env), explicit, policies.leniency)
+
+
+def assemble(
+    env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers, policies: Policies
+) -> RunComponents:
     """Build a run's components from the launcher's configuration and the script's own arguments.
 
     Collective: every rank must call it.
@@ -54,18 +79,16 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
         env: Environment variables, with the launcher's.
         arguments: What the script configures, by top-level configuration key; None where it leaves that open.
         handlers: The script's `kwargs_handlers`.
+        policies: The rules of the run.
 
     Raises:
         ConfigError: The script and the launcher's configuration contradict each other.
         PrecisionError: The device cannot compute in the requested precision.
     """
-    explicit = {key: value for key, value in arguments.items() if value is not None}
-    if handlers.ddp is not None:
-        explicit["ddp_config"] = handlers.ddp
-    resolved = with_arguments(worker_config(env), explicit)
+    resolved = resolve_arguments(env, arguments, handlers, policies)
     config = resolved.config
     world = World.read(env)
-    device = choose_device(world, cpu=config.use_cpu)
+    device = choose_device(world, cpu=config.use_cpu, named=env.get("ACCELERATE_TORCH_DEVICE", ""))
     group_settings = handlers.process_group
     timeout = group_settings.timeout
     if timeout is None and config.timeout:
@@ -85,5 +108,7 @@ def assemble(env: Mapping[str, str], arguments: Mapping[str, object], handlers: 
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
     precision = policy_for(config.mixed_precision, device, handlers.autocast)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
-    context = RunContext(world=world, device=device, group=group, precision=precision, config=config)
-    return RunComponents(resolved, handlers, context, backend, scaler, error_file)
+    context = RunContext(
+        world=world, device=device, group=group, precision=precision, config=config, leniency=policies.leniency
+    )
+    return RunComponents(resolved, handlers, context, backend, scaler, error_file, policies, arguments)

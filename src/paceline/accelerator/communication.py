@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from paceline.collectives import BatchCounts, Reduction
-    from paceline.data import ActiveLoaders
+    from paceline.data import LoaderFamily
     from paceline.strategies import RunContext
 
 __all__ = ["Communicator"]
@@ -31,7 +31,7 @@ class Communicator:
         loaders: The loader being iterated determines what `gather_for_metrics` drops.
     """
 
-    def __init__(self, context: RunContext, loaders: ActiveLoaders) -> None:
+    def __init__(self, context: RunContext, loaders: LoaderFamily) -> None:
         self._world = context.world
         self._group = context.group
         self._loaders = loaders

@@ -58,15 +58,23 @@ class Gradients:
         """See `Accelerator.accumulate`."""
         return self._accumulation.for_models(models or self._prepared.models, self._selector.current)
 
+    def set_sync(self, value: bool) -> None:
+        """See `Accelerator.sync_gradients`."""
+        self._window.sync_gradients = value
+
+    def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """See `Accelerator.trigger_sync_in_backward`."""
+        return self._selector.current.sync_next_backward(model)
+
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """See `Accelerator.no_sync`."""
         strategy = self._selector.current
-        strategy.set_gradient_sync(model, False)
+        strategy.hold_gradient_sync(model)
         try:
             yield
         finally:
-            strategy.set_gradient_sync(model, True)
+            strategy.release_gradient_sync(model)
 
     @contextmanager
     def join_uneven_inputs(self, models: Sequence[nn.Module], even_batches: bool | None) -> Iterator[None]:
@@ -92,7 +100,9 @@ class Gradients:
         scale = self._window.scale_of(loss, weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        self._selector.current.backward(loss, scale, **kwargs)
+        strategy = self._selector.current
+        strategy.set_window_end(self._window.sync_gradients)
+        strategy.backward(loss, scale, **kwargs)
 
     def clip_norm(self, parameters: Any, max_norm: float, norm_type: float) -> Tensor:
         """See `Accelerator.clip_grad_norm_`."""

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
-from paceline.data import looks_like_batches, prepare_loader
+from paceline.data import PreparedDataLoader, looks_like_batches
 from paceline.data.sample_order import maybe_length
+from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import (
     AcceleratedOptimizer,
@@ -22,9 +23,8 @@ from paceline.stepping import (
     is_scheduler,
     planned_steps,
     unassigned_parameters,
-    warn_once,
 )
-from paceline.strategies.placeholders import DummyScheduler
+from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -36,12 +36,14 @@ if TYPE_CHECKING:
     from paceline.accelerator.recording import RunRecorder
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.config import DataLoaderConfiguration
-    from paceline.data import ActiveLoaders, PreparedDataLoader
+    from paceline.data import ActiveLoaders, LoaderFamily
     from paceline.precision import LossScaler
     from paceline.stepping import Window
     from paceline.strategies import Strategy
 
 __all__ = ["Preparer"]
+
+_LOG = get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -57,6 +59,7 @@ class Preparer:
         selector: Knows the strategy.
         window: The accumulation window.
         loaders: Knows which prepared loaders are being iterated.
+        family: Prepares loaders.
         scaler: The loss scaler of fp16.
         before_step: Called before each optimizer step.
         recorder: Records steps where a check needs them.
@@ -77,6 +80,7 @@ class Preparer:
         selector: StrategySelector,
         window: Window,
         loaders: ActiveLoaders,
+        family: LoaderFamily,
         *,
         scaler: LossScaler | None,
         before_step: Callable[[], None],
@@ -92,7 +96,8 @@ class Preparer:
         self._prepared = prepared
         self._selector = selector
         self._window = window
-        self._loaders = loaders
+        self._family = family
+        self._policies = components.policies
         self._scaler = scaler
         self._before_step = before_step
         self._recorder = recorder
@@ -103,8 +108,8 @@ class Preparer:
         loaders.micro_batches = lambda: window.num_steps
         loaders.on_iteration_start = self._lengths.begin_epoch
         loaders.on_iteration_end = self._lengths.end_epoch
-        weakref.finalize(self, warn_once, self._lengths.pending)
-        self._first_steps = FirstSteps(self._context.group, window, loaders, prepared.models, scaler, selector)
+        weakref.finalize(self, _log_pending, self._lengths.pending)
+        self._first_steps = FirstSteps(self._context.group, window, family, prepared.models, scaler, selector)
 
     def prepare(self, args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> Any:
         """See `Accelerator.prepare`."""
@@ -147,20 +152,20 @@ class Preparer:
         prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
         return prepared
 
-    def prepare_data_loader(
-        self, data_loader: Any, device_placement: bool | None, *, saved: bool = True
-    ) -> PreparedDataLoader:
+    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None, *, saved: bool = True) -> Any:
         """See `Accelerator.prepare_data_loader`."""
         place = self._placement(device_placement)
-        prepared = prepare_loader(
+        prepared = self._family.prepare(
             data_loader,
             group=self._context.group,
             device=self._context.device if place else None,
             config=self.dataloader_config,
-            active=self._loaders,
             num_merged_ranks=self._num_merged_ranks,
         )
-        if saved and prepared not in self._prepared.loaders:
+        if not isinstance(prepared, PreparedDataLoader):
+            if not any(prepared is known for known in self._prepared.foreign_loaders):
+                self._prepared.foreign_loaders.append(prepared)
+        elif saved and prepared not in self._prepared.loaders:
             self._prepared.loaders.append(prepared)
             self._lengths.add_loader(data_loader, prepared)
         return prepared
@@ -175,12 +180,14 @@ class Preparer:
         strategy = self._selector.maybe_current
         if strategy is not None:
             scheduler = strategy.resolve_placeholder_scheduler(scheduler)
+            if isinstance(scheduler, DummyScheduler):
+                raise placeholder_error("DummyScheduler", "scheduler", strategy.name)
         inner = getattr(scheduler, "optimizer", None)
         inner = inner.optimizer if isinstance(inner, AcceleratedOptimizer) else inner
         if strategy is not None and isinstance(inner, Optimizer):
             inner = strategy.resolve_placeholder_optimizer(inner)
         own = [wrapper for wrapper in self._prepared.optimizers if inner is wrapper.optimizer]
-        prepared = AcceleratedScheduler(
+        prepared = self._policies.scheduler(
             scheduler,
             window=self._window,
             optimizers=own or self._prepared.optimizers,
@@ -215,14 +222,14 @@ class Preparer:
         return MemorySnapshot(
             models=self._prepared.models,
             optimizers=[wrapper.optimizer for wrapper in self._prepared.optimizers],
-            micro_batch=self._micro_batch(),
+            micro_batch=self._prepared.micro_batch,
             accumulation=self._window.num_steps,
         )
 
     def forget(self) -> None:
         """Let go of everything prepared, and log a warning that waits for the end of the training."""
         self._prepared.forget()
-        warn_once(self._lengths.pending)
+        _log_pending(self._lengths.pending)
 
     # Models and optimizers
 
@@ -247,7 +254,7 @@ class Preparer:
             # Optimizers prepared before their model still have its original parameters.
             known = [wrapper.optimizer for wrapper in self._prepared.optimizers]
             prepared = strategy.prepare_training(
-                models, known, place=where, micro_batch=self._micro_batch(), schedules=schedules
+                models, known, place=where, micro_batch=self._prepared.micro_batch, schedules=schedules
             )
             self._prepared.models.extend(prepared)
             for wrapper in self._prepared.optimizers:
@@ -258,18 +265,13 @@ class Preparer:
             self._check_foreign(optimizers)
         return done
 
-    def _micro_batch(self) -> int | None:
-        """Samples in a rank's smallest batch, as far as the prepared loaders know."""
-        sizes = [loader.batch_size for loader in self._prepared.loaders]
-        return min((size for size in sizes if size is not None), default=None)
-
     def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
         before_step = self._before_step
         if self._recorder is not None:
             before_step = self._recorder.watching(before_step, len(self._prepared.optimizers))
         # A wrapped one was forgotten by free_memory, or belongs to another Accelerator.
         former = optimizer if isinstance(optimizer, AcceleratedOptimizer) else None
-        wrapper = AcceleratedOptimizer(
+        wrapper = self._policies.optimizer(
             optimizer if former is None else former.optimizer,
             window=self._window,
             scaler=self._scaler,
@@ -293,6 +295,8 @@ class Preparer:
 
     def _check_foreign(self, optimizers: Iterable[Optimizer]) -> None:
         """Refuse optimizers with parameters of no prepared model."""
+        if self._policies.leniency.foreign_parameters:
+            return
         known = {id(p) for model in self._prepared.models for p in model.parameters()}
         for optimizer in optimizers:
             parameters = self._selector.current.parameters_of(optimizer)
@@ -335,14 +339,23 @@ class Preparer:
             self._window.refuse_foreign_gradients()
         strategy.check_first_backward()
         optimizers = [wrapper.optimizer for wrapper in self._prepared.optimizers]
-        if not self._prepared.models:
+        leniency = self._policies.leniency
+        if not self._prepared.models and not leniency.foreign_parameters:
             check_model_is_prepared(self._prepared.optimizers, self._context.group)
         self._first_steps.note_loaders()
         self._check_foreign(optimizers)
+        if leniency.unassigned_parameters:
+            return strategy
         missing = unassigned_parameters(self._prepared.models, optimizers, strategy)
         if missing:
             raise UnassignedParametersError(missing)
         return strategy
+
+
+def _log_pending(warnings: list[str]) -> None:
+    """Log and remove warnings that waited for the end of the training."""
+    while warnings:
+        _LOG.warning("%s", warnings.pop())
 
 
 def _remaining_steps(prepared: Prepared, window: Window) -> int | None:

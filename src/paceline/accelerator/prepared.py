@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import nn
+    from torch.utils.data import DataLoader
 
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.data import PreparedDataLoader
@@ -29,6 +30,7 @@ class Prepared:
         optimizers: As `prepare` returned them.
         schedulers: As `prepare` returned them.
         loaders: Those whose position belongs to the training state.
+        foreign_loaders: Those of another family, whose position is saved by whoever provides it.
         registered: Objects of the script that checkpoints contain.
     """
 
@@ -36,6 +38,7 @@ class Prepared:
     optimizers: list[AcceleratedOptimizer] = field(default_factory=list)
     schedulers: list[AcceleratedScheduler] = field(default_factory=list)
     loaders: list[PreparedDataLoader] = field(default_factory=list)
+    foreign_loaders: list[DataLoader[Any]] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
 
     def __contains__(self, thing: object) -> bool:
@@ -45,7 +48,14 @@ class Prepared:
     @property
     def global_batch_size(self) -> int | None:
         """Samples in a batch of the first loader, over all ranks; None if that is not known."""
-        return self.loaders[0].total_batch_size if self.loaders else None
+        first = next(iter((*self.loaders, *self.foreign_loaders)), None)
+        return getattr(first, "total_batch_size", None)
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Samples in a rank's smallest batch, as far as the loaders know."""
+        sizes = [loader.batch_size for loader in (*self.loaders, *self.foreign_loaders)]
+        return min((size for size in sizes if size is not None), default=None)
 
     def state_source(self, selector: StrategySelector, scaler: LossScaler | None) -> Callable[[], TrainingState]:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
@@ -65,5 +75,12 @@ class Prepared:
 
     def forget(self) -> None:
         """Let go of everything but the registered objects."""
-        for things in (self.models, self.optimizers, self.schedulers, self.loaders):
+        lists: tuple[list[Any], ...] = (
+            self.models,
+            self.optimizers,
+            self.schedulers,
+            self.loaders,
+            self.foreign_loaders,
+        )
+        for things in lists:
             things.clear()

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from paceline.accelerator.profiling import peak_memory
 from paceline.accelerator.summary import describe_run
 from paceline.environment.peaks import peak_flops
-from paceline.environment.profiling import peak_memory
 from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.stepping import steps_taken
 from paceline.tracking import TRACKERS, Trackers, choose_trackers

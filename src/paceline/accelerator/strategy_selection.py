@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.accelerator.assembly import RunComponents
+    from paceline.config import RunConfig
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer
     from paceline.strategies import RunContext
@@ -72,6 +73,26 @@ class StrategySelector:
             known = [*optimizers, *(wrapper.optimizer for wrapper in self._optimizers)]
             self.maybe_current, self.reason = select_strategy(self._components, models, known)
         return self.maybe_current
+
+    @property
+    def context(self) -> RunContext:
+        """What the strategy knows of the run."""
+        return self._components.context
+
+    def use_config(self, config: RunConfig) -> None:
+        """Begin with a new strategy of the same kind under other settings.
+
+        Raises:
+            PrepareError: Models were prepared under the present settings.
+        """
+        if self.maybe_current is not None and self.maybe_current.parameters():
+            raise PrepareError(
+                f"Other settings of {self.maybe_current.name} were selected after a model was prepared",
+                "All models of one Accelerator share its settings",
+                "Select before the first prepare(), and build an Accelerator for each of them",
+            )
+        self._components = replace(self._components, context=replace(self.context, config=config))
+        self.reset()
 
     def reset(self) -> None:
         """Close the strategy, and begin with a new one."""
@@ -127,7 +148,7 @@ def usable_scaler(components: RunComponents, strategy: Strategy | None) -> LossS
     """
     if strategy is None or not strategy.scales_loss:
         return components.scaler
-    if components.handlers.scaler != GradScalerKwargs():
+    if components.handlers.scaler != GradScalerKwargs() and not components.policies.leniency.unread_settings:
         hint = "write initial_scale_power and loss_scale_window into the fp16 section of its configuration"
         why = f"the engine of {strategy.name} scales the loss itself"
         raise ConfigError([Problem("Accelerator(…)", "kwargs_handlers", "GradScalerKwargs is not used", why, hint)])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.collectives import Group
-    from paceline.data import ActiveLoaders
+    from paceline.data import LoaderFamily
     from paceline.precision import LossScaler
     from paceline.stepping import Window
     from paceline.strategies import Strategy
@@ -63,7 +63,7 @@ class FirstSteps:
         self,
         group: Group,
         window: Window,
-        loaders: ActiveLoaders,
+        loaders: LoaderFamily,
         models: Sequence[nn.Module],
         scaler: LossScaler | None,
         selector: StrategySelector,

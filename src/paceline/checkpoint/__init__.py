@@ -9,7 +9,7 @@ from paceline.checkpoint.catalog import (
 )
 from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
-from paceline.checkpoint.format.manifest import Manifest
+from paceline.checkpoint.format.manifest import Manifest, numbered
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.io.weights import parse_size, save_weights
 from paceline.checkpoint.saver import Saver
@@ -27,6 +27,7 @@ __all__ = [
     "is_foreign_state",
     "newest_checkpoint",
     "next_number",
+    "numbered",
     "open_checkpoint",
     "parse_size",
     "rank_document",

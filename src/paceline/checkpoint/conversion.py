@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +14,11 @@ from typing_extensions import override
 from paceline.checkpoint.folder import TRAINING, rank_document
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.layout import dtype_named
-from paceline.checkpoint.format.manifest import Manifest
+from paceline.checkpoint.format.manifest import Manifest, numbered
 from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.checkpoint.save_load import Common, Content, save_checkpoint
 from paceline.collectives import SoloGroup
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,7 +52,7 @@ def from_checkpoint(checkpoint: Checkpoint) -> PortableState:
 
 def _optimizer(index: int, saved: Mapping[str, Any], sources: Mapping[str, TensorSource]) -> PortableOptimizer:
     optimizer = PortableOptimizer(numbers=dict(saved["numbers"]), groups=from_plain(saved["groups"]))
-    prefix = f"optimizer_{index}/" if index else "optimizer/"
+    prefix = f"{numbered('optimizer', index)}/"
     for full, source in sources.items():
         if full.startswith(prefix):
             parameter, _, slot = full.removeprefix(prefix).rpartition("/")
@@ -100,10 +98,12 @@ def write_paceline(state: PortableState, out: Path, on_progress: Callable[[int],
     training, shards = _training(state)
     cache = _LatestTensor(on_progress)
     for name in state.weights:
-        full = name if _MODEL.fullmatch(name) else f"model/{name}"
+        full = name
+        if not _MODEL.fullmatch(name):
+            full = f"model/{name}"
         shards[full] = _LazyShard.of(state.weights, name, full, cache)
     for index, optimizer in enumerate(state.optimizers):
-        family = f"optimizer_{index}" if index else "optimizer"
+        family = numbered("optimizer", index)
         for parameter, slots in optimizer.slots.items():
             for slot in slots:
                 full = f"{family}/{parameter}/{slot}"
@@ -145,10 +145,6 @@ def _num_ranks(state: PortableState) -> int:
 def _manifest(state: PortableState) -> Manifest:
     ties = {alias: name for alias, name in state.ties.items() if name in state.weights}
     return Manifest(
-        id="",
-        paceline=__version__,
-        torch=torch.__version__,
-        created=datetime.now(timezone.utc).isoformat(),
         step=state.step,
         epoch=state.epoch,
         samples=0,

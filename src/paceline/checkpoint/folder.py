@@ -78,7 +78,9 @@ class Checkpoint:
     def of_rank(self, rank: int) -> dict[str, Any] | None:
         """What one rank saved for itself alone; None if no such rank took part in the save."""
         name = rank_document(rank)
-        return self.document(name) if name in self.manifest.files else None
+        if name in self.manifest.files:
+            return self.document(name)
+        return None
 
     def document(self, name: str) -> dict[str, Any]:
         """One of the JSON files, read once and cached.
@@ -165,12 +167,16 @@ def rank_document(rank: int) -> str:
 def number_of(path: Path) -> int | None:
     """The number of a checkpoint that was named automatically, or None."""
     matched = _NUMBERED.fullmatch(path.name)
-    return int(matched[1]) if matched else None
+    if matched:
+        return int(matched[1])
+    return None
 
 
 def next_number(folder: Path, at_least: int) -> int:
     """The number of the next checkpoint: above all existing ones."""
-    numbers = [number_of(path) for path in folder.iterdir()] if folder.is_dir() else []
+    numbers = []
+    if folder.is_dir():
+        numbers = [number_of(path) for path in folder.iterdir()]
     return max([at_least, *(number + 1 for number in numbers if number is not None)])
 
 
@@ -191,7 +197,9 @@ def numbered_subfolders(folder: str | os.PathLike[str]) -> list[tuple[int, Path]
 def parent_folder_hint(folder: Path) -> str:
     """Advice for a user who named the parent folder of checkpoints instead of one; empty if it is not one."""
     numbered = numbered_subfolders(folder)
-    return f"It contains checkpoints: name one of them, such as {max(numbered)[1]}" if numbered else ""
+    if numbered:
+        return f"It contains checkpoints: name one of them, such as {max(numbered)[1]}"
+    return ""
 
 
 # Opening
@@ -234,7 +242,9 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     problems = [problem for problem in checked if problem]
     if problems:
         shown = "; ".join(problems[:4])
-        advice = _NO_LINKS if any("is a link" in problem for problem in problems) else ""
+        advice = ""
+        if any("is a link" in problem for problem in problems):
+            advice = _NO_LINKS
         raise DamagedCheckpointError(f"incomplete: {len(problems)} of {len(checked)} files ({shown})", "", advice)
 
 

@@ -133,8 +133,11 @@ class PortableState:
         Raises:
             CheckpointError: There is no such model.
         """
-        prefix = f"model_{index}/" if index else ""
-        names = [name for name in self.weights if (name.startswith(prefix) if index else not _MODEL.match(name))]
+        prefix = ""
+        names = [name for name in self.weights if not _MODEL.match(name)]
+        if index:
+            prefix = f"model_{index}/"
+            names = [name for name in self.weights if name.startswith(prefix)]
         if not names:
             raise CheckpointError(f"{self.folder} holds no weights of model {index}", "", "Models are counted from 0")
         return LazyTensors({name.removeprefix(prefix): self.weights.sources[name] for name in names})

@@ -256,7 +256,9 @@ def _open_partial(folder: Path, partial: Path, group: Group, *, numbered: bool) 
 
     run_on_all_ranks(group, "written", folder, make_on_rank_0)
     # A rank on another machine may see another disk at the same path.
-    own_disk = None if partial.is_dir() else (socket.gethostname(), str(partial))
+    own_disk = None
+    if not partial.is_dir():
+        own_disk = (socket.gethostname(), str(partial))
     disks = group.all_gather_object(own_disk)
     disk_owners = [0 if disk is None else disks.index(disk) for disk in disks]
     if any(disk_owners):
@@ -308,7 +310,9 @@ def run_on_all_ranks(group: Group, what: str, folder: Path, work: Callable[[], T
     except Exception as error:
         # Whatever it is, the other ranks wait for the outcome.
         failure = f"rank {group.rank}: {_reason(error)}", isinstance(error, DamagedCheckpointError)
-        cause = None if isinstance(error, PacelineError) else error
+        cause = error
+        if isinstance(error, PacelineError):
+            cause = None
     failures = [each for each in group.all_gather_object(failure) if each]
     if failures:
         raise _failed(what, folder, *failures[0]) from cause
@@ -321,7 +325,9 @@ def _failed(what: str, folder: Path, reason: str, damaged: bool) -> CheckpointEr
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, PacelineError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, PacelineError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 @contextmanager

@@ -92,7 +92,9 @@ class Saver:
         if blocking:
 
             def collect_content(partial: Path) -> Content:
-                prepared = state if prepare is None else prepare(state, partial)
+                prepared = state
+                if prepare is not None:
+                    prepared = prepare(state, partial)
                 return prepared.collect()[0]
 
             self.times = save_checkpoint(folder, collect_content, group, keep=keep, numbered=numbered)

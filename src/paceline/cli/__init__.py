@@ -11,7 +11,7 @@ from paceline.cli.click_helpers import LazyGroup
 from paceline.cli.interrupts import INTERRUPTED
 from paceline.errors import PacelineError, WorkerError
 
-__all__ = ["main", "program"]
+__all__ = ["command", "main", "program"]
 
 _COMMANDS = {
     "launch": ("paceline.cli.launch", "Run a training script on all devices, of one machine or many."),
@@ -63,7 +63,7 @@ _EXAMPLES = (
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="paceline")
-def _paceline() -> None:
+def command() -> None:
     """Run the command line."""
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     """Run the command line; exit with 0, or with the code of the error."""
     try:
         # A command that succeeds returns None.
-        sys.exit(_paceline.main(prog_name="paceline", standalone_mode=False) or 0)
+        sys.exit(command.main(prog_name="paceline", standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from paceline.cli.click_helpers import PathType, examples
+from paceline.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +57,8 @@ def command() -> None:
 def list_command(folder: Path, as_json: bool) -> None:
     """Show the checkpoints under FOLDER, newest first: a project's folder, or its `checkpoints` folder.
 
-    A checkpoint is whole when it has a manifest and every file has the size in the manifest. `load_state()` loads the
-    newest whole one. `paceline checkpoint verify` checks the contents of the files.
+    A checkpoint is complete when it has a manifest and every file has the size in the manifest. `load_state()` loads
+    the newest complete one. `paceline checkpoint verify` checks the contents of the files.
     """
     rows = list(_rows(folder))
     if as_json:
@@ -87,9 +88,11 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     checkpoints = find_checkpoints(folder)
     known = {found.folder for found in checkpoints}
     yield from (_row(found, folder) for found in checkpoints)
-    for root in (folder, folder / "checkpoints"):
-        for path in sorted(root.iterdir()) if root.is_dir() else ():
-            kind = detect_format(path) if path not in known and path.is_dir() else None
+    for root in filter(Path.is_dir, (folder, folder / "checkpoints")):
+        for path in sorted(root.iterdir()):
+            kind = None
+            if path not in known and path.is_dir():
+                kind = detect_format(path)
             if kind is not None:
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 name = str(path.relative_to(folder))
@@ -99,12 +102,12 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"name": str(found.folder.relative_to(folder)), "format": "paceline"}
     if found.checkpoint is None:
-        return row | {"state": "not whole", "problem": found.problem}
+        return row | {"state": "incomplete", "problem": found.problem}
     manifest = found.checkpoint.manifest
     return row | {
         "step": manifest.step, "epoch": manifest.epoch, "samples": manifest.samples, "size": _size_of(found.checkpoint),
-        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}",
-        "created": manifest.created[:19].replace("T", " "), "state": "whole", "problem": "",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}",
+        "created": manifest.created[:19].replace("T", " "), "state": "complete", "problem": "",
     }  # fmt: skip
 
 
@@ -181,7 +184,7 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
     return {
         "epoch": manifest.epoch,
         "samples": f"{manifest.samples:,} of the epoch",
-        "saved by": f"{_ranks(manifest.world_size)}, {manifest.strategy}, {manifest.mixed_precision}",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}, {manifest.mixed_precision}",
         "created": manifest.created,
         "paceline": manifest.paceline,
         "torch": manifest.torch,
@@ -190,9 +193,11 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
 
 
 def _tensor_rows(state: PortableState) -> Iterator[dict[str, Any]]:
+    from paceline.checkpoint import numbered
+
     families = [("model", state.weights)]
     for index, optimizer in enumerate(state.optimizers):
-        family = f"optimizer_{index}" if index else "optimizer"
+        family = numbered("optimizer", index)
         families += [(f"{family}/{name}", tensors) for name, tensors in optimizer.slots.items()]
     for family, tensors in families:
         for name in tensors:
@@ -223,17 +228,17 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
     """Read every byte of each checkpoint and compare it with the checksums.
 
     Folders of other libraries have no checksums: every tensor in them is read. The exit code is 0 if all checkpoints
-    are whole, else 1.
+    are complete and undamaged, else 1.
     """
     from paceline.errors import PacelineError
 
     wrong = 0
     for folder in checkpoints:
         try:
-            click.echo(f"whole      {folder}: {_verify(folder)}")
+            click.echo(f"complete  {folder}: {_verify(folder)}")
         except PacelineError as error:
             wrong += 1
-            click.echo(f"NOT whole  {folder}: {error}")
+            click.echo(f"DAMAGED   {folder}: {error}")
     sys.exit(1 if wrong else 0)
 
 
@@ -306,17 +311,19 @@ def export(
     state = open_any(source)
     tensors = state.model(model_index)
     total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
-    wanted = None if dtype is None else getattr(torch, _DTYPES[dtype])
+    wanted = None
+    if dtype is not None:
+        wanted = getattr(torch, _DTYPES[dtype])
     with _progress(f"export {source.name}", total) as advance:
         files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=advance)
     if (source / "config.json").is_file():
         shutil.copyfile(source / "config.json", out / "config.json")
     size = sum(path.stat().st_size for path in files)
-    click.echo(f"{len(tensors)} tensors, {_size(size)} in {len(files)} file{'s' if len(files) > 1 else ''} in {out}")
+    click.echo(f"{len(tensors)} tensors, {_size(size)} in {counted(len(files), 'file')} in {out}")
 
 
 def _refuse_state(out: Path) -> None:
-    """Refuse to write into a checkpoint, which would no longer be whole."""
+    """Refuse to write into a checkpoint, which would no longer be complete."""
     from paceline.checkpoint.foreign import detect_format
     from paceline.checkpoint.format.manifest import MANIFEST
     from paceline.errors import UsageError
@@ -363,7 +370,9 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
 
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty", "Old and new files would be mixed", "Name another folder")
-    names = None if parameters is None else [parameters.read_text(encoding="utf-8").split()]
+    names = None
+    if parameters is not None:
+        names = [parameters.read_text(encoding="utf-8").split()]
     state = open_any(source, names)
     with _progress(f"convert {source.name}", total_bytes(state)) as advance:
         left = WRITERS[to](state, out, advance)
@@ -407,10 +416,6 @@ def _size(count: int) -> str:
     from rich.filesize import decimal
 
     return decimal(count)
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
 
 
 def _progress(what: str, total: int) -> Any:

@@ -61,7 +61,9 @@ _TITLES = {
 
 
 def _underscored(name: str) -> str:
-    return name.replace("-", "_") if not name.startswith("-") else "--" + name.lstrip("-").replace("-", "_")
+    if not name.startswith("-"):
+        return name.replace("-", "_")
+    return "--" + name.lstrip("-").replace("-", "_")
 
 
 def _normalize(name: str) -> str:
@@ -123,7 +125,9 @@ def _take_value(option: click.Option, rest: list[str]) -> Iterator[str]:
     """Take the value of a flag from the arguments that follow it, else its default value."""
     if option.metavar in _OPTIONAL_VALUES:
         words, default = _OPTIONAL_VALUES[option.metavar]
-        yield rest.pop(0) if rest and rest[0].lower() in words else default
+        if rest and rest[0].lower() in words:
+            default = rest.pop(0)
+        yield default
     elif rest and not option.is_flag and not option.count:
         yield rest.pop(0)
 
@@ -146,7 +150,9 @@ class _SchemaOption(click.Option):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete the choices of a setting; files where it takes any text."""
         items = [CompletionItem(word) for word in self._words if word.startswith(incomplete)]
-        return items if self._words else [CompletionItem(incomplete, type="file")]
+        if self._words:
+            return items
+        return [CompletionItem(incomplete, type="file")]
 
 
 def schema_options() -> list[click.Parameter]:

@@ -36,7 +36,9 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     """
     file = find_config_file(os.environ, config_file)
     cluster = detect_cluster(os.environ)
-    from_cluster = dict(cluster.values) if cluster is not None else {}
+    from_cluster = {}
+    if cluster is not None:
+        from_cluster = dict(cluster.values)
     resolved = resolve(flags=flags, env=os.environ, file=file, detected=from_cluster)
     if cluster is not None:
         check_against(cluster, resolved)

@@ -17,7 +17,7 @@ from paceline.cli.click_helpers import PathType
 from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
-from paceline.errors import UsageError, WorkerError
+from paceline.errors import UsageError, WorkerError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,7 +77,7 @@ class Trial:
         begun = time.perf_counter()
         ranks = self.resolved.config.num_processes or 1
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._say(f"{ranks} {'processes' if ranks > 1 else 'process'}, {self._source()}")
+        self._say(f"{counted(ranks, 'process')}, {self._source()}")
         self._phase("save", ranks, self.resolved)
         if any(self.folder.glob("*/wanted.json")):
             from paceline.cli.variants import one_process
@@ -99,7 +99,9 @@ class Trial:
 
     def _source(self) -> str:
         files = {o.where.partition(":")[0] for o in self.resolved.origins.values() if o.kind == "file"}
-        return f"configured by {', '.join(sorted(files))}" if files else "no configuration file"
+        if files:
+            return f"configured by {', '.join(sorted(files))}"
+        return "no configuration file"
 
     def _say(self, line: str) -> None:
         if not self.as_json:
@@ -123,7 +125,7 @@ class Trial:
         inside = sum(outcome.seconds for outcome in outcomes)
         start = time.perf_counter() - begun - inside
         count = resolved.config.num_processes or 1
-        saw = f"{count} {'processes' if count > 1 else 'process'} started, ran and ended"
+        saw = f"{counted(count, 'process')} started, ran and ended"
         if failure is None:
             outcomes.insert(0, Outcome("", "launch" if name == "save" else "launch again", True, start, saw))
         else:

@@ -52,7 +52,9 @@ def _describe_leaves(data: Any, free_dim: Callable[[torch.Tensor], int | None] |
             description[path_text(path)] = (f"a {type(leaf).__name__}", "")
             continue
         shape: list[int | str] = list(leaf.shape)
-        free = None if free_dim is None else free_dim(leaf)
+        free = None
+        if free_dim is not None:
+            free = free_dim(leaf)
         if free is not None:
             shape[free] = "*"
         text = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
@@ -88,5 +90,7 @@ def _require_same(
 def _difference(path: str, odd: str, usual: str, value: tuple[str, str], norm: tuple[str, str]) -> str:
     if value[0] == norm[0]:
         return f"{odd} {path} as {value[1]} where {usual} {norm[1]}"
-    shape = "of shape " if value[0].startswith("(") else "as "
+    shape = "as "
+    if value[0].startswith("("):
+        shape = "of shape "
     return f"{odd} {path} {shape}{value[0]} where {usual} {norm[0]}"

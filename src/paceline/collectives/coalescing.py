@@ -118,7 +118,9 @@ def all_reduce_coalesced(group: Group, tensors: Sequence[torch.Tensor], op: Op) 
         parts = torch.split(group.all_reduce(flat, op), [tensors[i].numel() for i in batch])
         for index, part in zip(batch, parts, strict=True):
             # Cloned, so that a small result does not keep the whole buffer alive.
-            result = part if len(batch) == 1 else part.clone()
+            result = part
+            if len(batch) != 1:
+                result = part.clone()
             results[index] = result.view(tensors[index].shape)
     return [result for result in results if result is not None]
 

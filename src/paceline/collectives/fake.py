@@ -181,7 +181,9 @@ class FakeGroup(Group):
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """See `Group.broadcast_object`. Collective: every rank must call it."""
         self.check_source(source)
-        pickled = pickle_or_reason(value) if self.rank == source else b""
+        pickled: bytes | str = b""
+        if self.rank == source:
+            pickled = pickle_or_reason(value)
         by_rank = self._exchange_values(f"broadcast_object(source={source})", pickled)
         received: T = unpickle_from(by_rank[source], source)
         return received
@@ -189,7 +191,9 @@ class FakeGroup(Group):
     def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
         """See `Group.scatter_object`. Collective: every rank must call it."""
         self.check_source(source)
-        values_to_send = [pickle_or_reason(v) for v in values] if self.rank == source and values is not None else None
+        values_to_send = None
+        if self.rank == source and values is not None:
+            values_to_send = [pickle_or_reason(v) for v in values]
         by_rank = self._exchange_values(f"scatter_object(source={source})", values_to_send)
         received: T = unpickle_from(self.check_scattered(by_rank[source])[self.rank], source)
         return received
@@ -197,7 +201,9 @@ class FakeGroup(Group):
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
         self.check_source(source)
-        values_to_send = [part.clone() for part in self.check_scattered(parts)] if self.rank == source else None
+        values_to_send = None
+        if self.rank == source:
+            values_to_send = [part.clone() for part in self.check_scattered(parts)]
         label = f"scatter(source={source})"
         exchange = self.transport.arrive(self.rank, label, (values_to_send, into.clone()))
 

@@ -87,7 +87,9 @@ class Board:
     def read(self, key: str) -> str | None:
         """Return the note that any rank wrote under a key, or None if there is none yet. Never waits."""
         full = f"{self._name}/{key}"
-        return self._store.get(full).decode() if self._store.check([full]) else None
+        if self._store.check([full]):
+            return self._store.get(full).decode()
+        return None
 
 
 class Group(ABC):
@@ -201,7 +203,9 @@ class Group(ABC):
     def check_scattered(self, values: Sequence[Any] | None) -> Sequence[Any]:
         """Return the `values` to scatter; raise `CollectiveError` unless there is one per rank."""
         if values is None or len(values) != self.size:
-            count = "no values" if values is None else f"{len(values)} values"
+            count = "no values"
+            if values is not None:
+                count = f"{len(values)} values"
             raise CollectiveError(
                 f"The source rank has {count} to scatter to {self.size} ranks",
                 "Each rank gets exactly one",
@@ -309,7 +313,9 @@ class TorchGroup(Group):
 
     def open_second(self) -> Group:
         """See `Group.open_second`. Collective: every rank must call it."""
-        ranks = None if self.process_group is None else dist.get_process_group_ranks(self.process_group)
+        ranks = None
+        if self.process_group is not None:
+            ranks = dist.get_process_group_ranks(self.process_group)
         return TorchGroup("cpu", dist.new_group(ranks, backend="gloo"))
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -368,7 +374,9 @@ class TorchGroup(Group):
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
         self.check_source(source)
-        values_to_send = list(self.check_scattered(parts)) if self.rank == source else None
+        values_to_send = None
+        if self.rank == source:
+            values_to_send = list(self.check_scattered(parts))
         staged = into
         if self._host_device.type != "cpu":
             staged = into.to(self._host_device)
@@ -380,7 +388,9 @@ class TorchGroup(Group):
             if work is not None:
                 with self._translating_errors("scatter"):
                     work.wait()
-            return into if staged is into else into.copy_(staged)
+            if staged is into:
+                return into
+            return into.copy_(staged)
 
         return Pending(finish)
 
@@ -404,7 +414,9 @@ class TorchGroup(Group):
                 with self._translating_errors("all_gather"):
                     work.wait()
             # `staged` is used here so that it outlives the exchange.
-            return result if staged.device == tensor.device else result.to(tensor.device)
+            if staged.device == tensor.device:
+                return result
+            return result.to(tensor.device)
 
         return Pending(finish)
 

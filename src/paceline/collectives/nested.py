@@ -125,7 +125,9 @@ def leaves(data: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[
         data: The nested batch.
         is_leaf: Says of a container whether to treat it as a leaf.
     """
-    children = None if is_leaf is not None and is_leaf(data) else maybe_children(data)
+    children = None
+    if is_leaf is None or not is_leaf(data):
+        children = maybe_children(data)
     if children is None:
         yield (), data
         return
@@ -154,7 +156,9 @@ def map_leaves(function: Callable[[Any], Any], data: Any, is_leaf: Callable[[Any
         data: The nested batch.
         is_leaf: Says of a container whether to treat it as a leaf.
     """
-    children = None if is_leaf is not None and is_leaf(data) else maybe_children(data)
+    children = None
+    if is_leaf is None or not is_leaf(data):
+        children = maybe_children(data)
     if children is None:
         return function(data)
     return rebuild(data, [map_leaves(function, child, is_leaf) for _, child in children])

@@ -81,7 +81,9 @@ def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
     if debug:
         check_agreement(group, "gather_object", None)
     # A pickled tensor would be restored on the sender's device, whose memory the receiver should not use.
-    portable = obj if group.device.type == "cpu" else send_to_device(obj, "cpu")
+    portable = obj
+    if group.device.type != "cpu":
+        portable = send_to_device(obj, "cpu")
     values = group.all_gather_object(portable)
     if all(isinstance(value, list) for value in values):
         return [entry for value in values for entry in value]
@@ -228,7 +230,9 @@ def tensors_only(data: Any, operation: str) -> list[torch.Tensor]:
 
 
 def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.dim() else tensor.detach().reshape(1)
+    if tensor.dim():
+        return tensor.detach()
+    return tensor.detach().reshape(1)
 
 
 def _ranks_concatenated(gathered: torch.Tensor) -> torch.Tensor:

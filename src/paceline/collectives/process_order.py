@@ -5,13 +5,13 @@ The others poll the store instead of waiting in a collective, so that no timeout
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from paceline.environment.logging import get_logger
 from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main_process_first"]
 
-_LOG = get_logger(__name__)
+_LOG = logging.getLogger(__name__)
 _DONE = "done"
 # Seconds between two reads of the store, at first and at most, and between two warnings about the wait.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
@@ -47,7 +47,7 @@ def main_process_first(group: Group, is_first: bool, among: str = "all") -> Iter
     board = group.open_board(f"turns/{among}")
     turn = board.count(f"by/{group.rank}")
     if not is_first:
-        _wait_for_first(board, turn)
+        _wait_for_first(group, board, turn)
         yield
         return
     board.post(f"{turn}/who", str(group.rank))
@@ -59,7 +59,7 @@ def main_process_first(group: Group, is_first: bool, among: str = "all") -> Iter
     board.post(f"{turn}/end", _DONE)
 
 
-def _wait_for_first(board: Board, turn: int) -> None:
+def _wait_for_first(group: Group, board: Board, turn: int) -> None:
     """Wait until the first rank has left the body; one of the waiting ranks warns now and then."""
     logs = board.count(f"{turn}/followers") == 1
     started = last_warning = time.monotonic()
@@ -69,7 +69,7 @@ def _wait_for_first(board: Board, turn: int) -> None:
         pause = min(2 * pause, _LONGEST_PAUSE)
         if logs and time.monotonic() - last_warning >= _WARNING_INTERVAL:
             last_warning = time.monotonic()
-            _warn_of_waiting(board.read(f"{turn}/who"), last_warning - started)
+            _warn_of_waiting(group.rank, board.read(f"{turn}/who"), last_warning - started)
     if end != _DONE:
         headline, _, report = end.partition("\n")
         raise CollectiveError(
@@ -79,9 +79,9 @@ def _wait_for_first(board: Board, turn: int) -> None:
         )
 
 
-def _warn_of_waiting(first_rank: str | None, seconds: float) -> None:
+def _warn_of_waiting(rank: int, first_rank: str | None, seconds: float) -> None:
     event = "the rank that goes first to arrive" if first_rank is None else f"rank {first_rank} to finish"
-    _LOG.warning("waiting for %s, for %.0f s so far", event, seconds, main_process_only=False)
+    _LOG.warning("[rank %d] waiting for %s, for %.0f s so far", rank, event, seconds)
 
 
 def _headline(error: BaseException) -> str:

@@ -187,10 +187,14 @@ class _SampleGather:
 
         def comparable_part(part: Any) -> Any:
             if not isinstance(part, torch.Tensor):
-                return None if isinstance(part, list | tuple | np.ndarray) else part
+                if isinstance(part, list | tuple | np.ndarray):
+                    return None
+                return part
             if self.pickle_tensors:
                 return None
-            return part if self.pad_index is None or part.dim() < 2 else part.narrow(1, 0, 0)
+            if self.pad_index is None or part.dim() < 2:
+                return part
+            return part.narrow(1, 0, 0)
 
         return map_leaves(comparable_part, data, self._is_part_or_ambiguous)
 
@@ -241,7 +245,9 @@ class _SampleGather:
             return evidence[0].per_sample and not evidence[0].per_row and counts.counted
         # Batches that are all padding may have another size.
         evidence = [evidence[rank] for rank in contributors]
-        per_sample = maybe_per_sample(evidence, type(value)) if counts.counted else None
+        per_sample = None
+        if counts.counted:
+            per_sample = maybe_per_sample(evidence, type(value))
         if per_sample is not None:
             return per_sample
         if len(contributors) == 1 and counts.real[contributors[0]] == counts.rows[contributors[0]]:
@@ -288,7 +294,9 @@ class _SampleGather:
         """Return, for each tensor and each object, the shapes and the objects of all ranks."""
         if objects:
             # In one message, as objects are pickled in any case.
-            portable = objects if self.group.device.type == "cpu" else send_to_device(objects, "cpu")
+            portable = objects
+            if self.group.device.type != "cpu":
+                portable = send_to_device(objects, "cpu")
             by_rank = self.group.all_gather_object((shapes, portable))
             shapes_by_rank = [rank_shapes for rank_shapes, _ in by_rank]
             objects_by_rank = [rank_objects for _, rank_objects in by_rank]
@@ -317,7 +325,9 @@ class _SampleGather:
             return values
         if differ:
             raise _shapes_differ(path_text(path), [tuple(value.shape) for value in values], can_be_padded=False)
-        return np.concatenate(values) if values else first[:0]
+        if values:
+            return np.concatenate(values)
+        return first[:0]
 
     def _contribution(self, path: Path, tensor: torch.Tensor, shapes: list[_TensorShape]) -> _Contribution:
         """Return what this rank sends of a tensor.
@@ -415,7 +425,9 @@ def _check_tuples(
         batch_sizes: Samples in the batches of those ranks.
         path: Where `data` stands.
     """
-    children = None if is_part(data) else maybe_children(data)
+    children = None
+    if not is_part(data):
+        children = maybe_children(data)
     if children is None:
         return
     child_paths = [(*path, key) for key, _ in children]

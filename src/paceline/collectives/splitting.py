@@ -125,7 +125,9 @@ def _pick(inputs: Any, indices: list[int]) -> Any:
     if _is_selectable(inputs):
         return inputs.select(indices)
     picked = [inputs[index] for index in indices]
-    return tuple(picked) if isinstance(inputs, tuple) else picked
+    if isinstance(inputs, tuple):
+        return tuple(picked)
+    return picked
 
 
 def _check_totals(totals: list[int]) -> None:

@@ -99,7 +99,9 @@ def reduce_with(
         exchange(buffer, transport_op)
     if op == "mean":
         buffer.div_(size)
-    result = torch.view_as_complex(buffer.view(-1, 2)) if tensor.is_complex() else buffer
+    result = buffer
+    if tensor.is_complex():
+        result = torch.view_as_complex(buffer.view(-1, 2))
     return _write_result(tensor, result.reshape(tensor.shape), op)
 
 

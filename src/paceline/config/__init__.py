@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from paceline.config.leniency import STRICT, Leniency
     from paceline.config.resolution import resolve, with_arguments, worker_config
     from paceline.config.resolved import Recording, Resolved, use_configuration
     from paceline.config.schema.base import Section
@@ -42,6 +43,7 @@ _HOME = {
     "GradScalerKwargs": "paceline.config.schema.kwargs",
     "GradientAccumulationPlugin": "paceline.config.schema.data",
     "InitProcessGroupKwargs": "paceline.config.schema.kwargs",
+    "Leniency": "paceline.config.leniency",
     "MegatronLMConfig": "paceline.config.schema.megatron",
     "MpirunConfig": "paceline.config.schema.megatron",
     "Option": "paceline.config.schema.names",
@@ -52,6 +54,7 @@ _HOME = {
     "Recording": "paceline.config.resolved",
     "Resolved": "paceline.config.resolved",
     "RunConfig": "paceline.config.schema.run",
+    "STRICT": "paceline.config.leniency",
     "Section": "paceline.config.schema.base",
     "TorchDynamoPlugin": "paceline.config.schema.dynamo",
     "default_config_file": "paceline.config.sources.locate",
@@ -66,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "STRICT",
     "AutocastKwargs",
     "DataLoaderConfiguration",
     "DeepSpeedPlugin",
@@ -76,6 +80,7 @@ __all__ = [
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
     "InitProcessGroupKwargs",
+    "Leniency",
     "MegatronLMConfig",
     "MpirunConfig",
     "Option",

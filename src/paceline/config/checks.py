@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from paceline.config.leniency import STRICT
 from paceline.config.schema.names import all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
@@ -12,6 +13,7 @@ from paceline.errors import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from paceline.config.leniency import Leniency
     from paceline.config.schema.run import RunConfig
     from paceline.config.sources.origin import Origin
 
@@ -64,11 +66,13 @@ class CheckContext:
         config: The values; those that were wrong are at their defaults.
         given: Source of every key that some source set, also of those that were translated away.
         invalid: Keys whose value was wrong and has been reported.
+        leniency: What is tolerated.
     """
 
     config: RunConfig
     given: Mapping[str, Origin]
     invalid: frozenset[str] = frozenset()
+    leniency: Leniency = STRICT
 
     def where(self, *keys: str) -> str:
         """Return the source of the first of the keys that is set."""
@@ -93,6 +97,8 @@ class CheckContext:
     def unused(self, section: str, why: str, hint: str) -> Iterator[Problem]:
         """Yield a problem for the keys of a section that no part of the run reads, if there are any."""
         keys = self.keys_in(section)
+        if self.leniency.unread_settings:
+            keys = [key for key in keys if self.given[key].kind != "argument"]
         if keys:
             names = ", ".join(key.rpartition(".")[2] for key in keys)
             yield Problem(self.where(keys[0]), section, f"unused settings: {names}", why, hint)
@@ -138,7 +144,9 @@ def _unsupported_type(context: CheckContext) -> Iterator[Problem]:
         return
     for key in filter(context.differs, _TPU_KEYS):
         value = getattr(context.config, key)
-        shown = ",".join(value) if isinstance(value, tuple) else value
+        shown = value
+        if isinstance(value, tuple):
+            shown = ",".join(value)
         yield _unsupported(context, key, f"{shown} (a TPU setting)", "remove the key")
 
 
@@ -312,7 +320,9 @@ def _rendezvous_options(context: CheckContext) -> Iterator[Problem]:
 def _single_process(context: CheckContext) -> Iterator[Problem]:
     config, count = context.config, context.config.num_processes
     if config.strategy == "single" and count is not None and count > 1:
-        chosen = "distributed_type" if context.is_explicit("distributed_type") else "strategy"
+        chosen = "strategy"
+        if context.is_explicit("distributed_type"):
+            chosen = "distributed_type"
         value = getattr(config, chosen)
         what = f"{count} conflicts with {chosen} {value}"
         why = f"{context.where(chosen)} has {chosen} {value}, which is one process"

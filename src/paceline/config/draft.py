@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
+from paceline.config.leniency import STRICT
 from paceline.config.schema.base import settings_by_field, settings_of
 from paceline.config.schema.deepspeed import DeepSpeedPlugin
 from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from paceline.config.leniency import Leniency
     from paceline.config.schema.base import Fault, Section
     from paceline.config.sources.origin import Raw
 
@@ -88,20 +90,21 @@ def read_values(raws: Mapping[str, Raw]) -> Draft:
     return Draft(values, origins)
 
 
-def infer(draft: Draft, folder: Path | None) -> Draft:
+def infer(draft: Draft, folder: Path | None, leniency: Leniency = STRICT) -> Draft:
     """Add the values that follow from others: from DeepSpeed's JSON, the distributed type and the strategy.
 
     Args:
         draft: The values of all sources.
         folder: Where the JSON may be named relative to: the folder of the configuration file.
+        leniency: Whether the script's arguments may replace values of the JSON.
 
     Returns:
         The draft, without wrong values at the top level.
     """
-    draft = _drop_invalid_values(_follow_deepspeed_file(draft, folder))
+    draft = _drop_invalid_values(_follow_deepspeed_file(draft, folder, leniency))
     named = draft.values.get("distributed_type")
     if named is not None:
-        draft = _follow_distributed_type(draft, named)
+        draft = _follow_distributed_type(draft, named, leniency)
     is_single = draft.values.get("strategy") == "single"
     if is_single and not draft.is_explicit("num_processes") and "num_processes" not in draft.invalid:
         draft = draft.with_value("num_processes", 1, draft.origins["strategy"])
@@ -133,7 +136,7 @@ def build(draft: Draft) -> tuple[RunConfig, Draft]:
     return RunConfig.build({**draft.fields("", RunConfig), **built})[0], draft
 
 
-def _follow_deepspeed_file(draft: Draft, folder: Path | None) -> Draft:
+def _follow_deepspeed_file(draft: Draft, folder: Path | None, leniency: Leniency) -> Draft:
     """Read DeepSpeed's own JSON, and take over the values that only it sets."""
     value = draft.values.get(FILE_KEY)
     if isinstance(value, (str, dict)) and value != "none":
@@ -146,21 +149,22 @@ def _follow_deepspeed_file(draft: Draft, folder: Path | None) -> Draft:
         draft = draft.with_problem(*name_problems(settings, name))
         draft = draft.with_value(FILE_KEY, settings, draft.origins[FILE_KEY])
         for shared in shared_values(settings):
-            draft = _share(draft, shared, f"{name}: {shared.path}")
+            draft = _share(draft, shared, f"{name}: {shared.path}", leniency)
     inner = "deepspeed_config.gradient_accumulation_steps"
     steps = draft.values.get(inner)
     if isinstance(steps, int):
-        draft = _share(draft, Shared("", "gradient_accumulation_steps", steps), draft.origins[inner].where)
+        draft = _share(draft, Shared("", "gradient_accumulation_steps", steps), draft.origins[inner].where, leniency)
     return draft
 
 
-def _share(draft: Draft, shared: Shared, where: str) -> Draft:
+def _share(draft: Draft, shared: Shared, where: str, leniency: Leniency) -> Draft:
     """Take over one value of the JSON; where another source sets it too, the two must agree."""
     current = draft.values.get(shared.key)
     is_explicit = draft.is_explicit(shared.key)
     if not is_explicit or current == AUTO:
         return draft.with_value(shared.key, shared.value, Origin("file", where))
-    if current == shared.value:
+    is_scripts = draft.origins[shared.key].kind == "argument"
+    if current == shared.value or (is_scripts and leniency.script_wins):
         return draft
     what = f"{current!r} contradicts {shared.value!r} at {where}"
     hint = 'set it in one place, or write "auto" into the JSON'
@@ -175,13 +179,15 @@ def _drop_invalid_values(draft: Draft) -> Draft:
     return draft
 
 
-def _follow_distributed_type(draft: Draft, named: str) -> Draft:
+def _follow_distributed_type(draft: Draft, named: str, leniency: Leniency) -> Draft:
     """Let `distributed_type` choose the strategy and the device, unless these are given and contradict it."""
     origin = draft.origins["distributed_type"]
     meant = _STRATEGY_OF.get(named, "ddp")
     if not draft.is_explicit("strategy"):
         if named not in _UNSUPPORTED_TYPES:
             draft = draft.with_value("strategy", meant, origin)
+    elif leniency.script_wins and draft.origins["strategy"].kind == "argument":
+        pass
     elif "strategy" not in draft.invalid and draft.values["strategy"] != meant:
         what = f"{draft.values['strategy']} contradicts distributed_type {named} at {origin.where}"
         problem = Problem(

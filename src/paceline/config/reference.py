@@ -74,13 +74,17 @@ def _table(model: type[Section], section: str) -> Iterator[str]:
 
 def _cells(setting: Setting) -> tuple[str, ...]:
     flag = f"`--{setting.flag}`" if setting.has_flag else ""
-    variable = f"`{PREFIX}{setting.flag.upper()}`" if setting.has_flag else ""
+    variable = ""
+    if setting.has_flag:
+        variable = f"`{PREFIX}{setting.flag.upper()}`"
     allowed = setting.shape.allowed.removeprefix("one of ")
     return f"`{setting.key}`", _meaning(setting), allowed, f"`{_default(setting.default)}`", flag, variable
 
 
 def _default(value: Any) -> str:
-    return "none" if value is None else yaml_value(value)
+    if value is None:
+        return "none"
+    return yaml_value(value)
 
 
 def _meaning(setting: Setting) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from paceline.config.checks import CheckContext, find_problems
 from paceline.config.draft import Draft, build, infer, read_values
+from paceline.config.leniency import STRICT
 from paceline.config.resolved import Resolved, current_configuration, values_of
 from paceline.config.schema.base import settings_by_field, settings_of
 from paceline.config.schema.names import sections
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from paceline.config.leniency import Leniency
     from paceline.config.sources.origin import Raw
 
-__all__ = ["resolve", "with_arguments", "worker_config"]
+__all__ = ["resolve", "was_read", "with_arguments", "worker_config"]
 
 _PARAMETERS = {
     "use_cpu": "cpu",
@@ -39,6 +41,8 @@ _PARAMETERS = {
     "ddp_config": "kwargs_handlers",
 }
 """Keys of the file that `Accelerator` takes under another name."""
+
+_READ: Final[set[str]] = set()
 
 
 def resolve(
@@ -105,17 +109,24 @@ def worker_config(env: Mapping[str, str]) -> Resolved:
         return current
     from_launcher = env.get("PACELINE_CONFIG")
     if from_launcher:
+        _READ.add("PACELINE_CONFIG")
         return Resolved.from_json(from_launcher)
     return resolve(flags={}, env=env, file=None)
 
 
-def with_arguments(resolved: Resolved, arguments: Mapping[str, object]) -> Resolved:
+def was_read() -> bool:
+    """Whether `worker_config` has read the launcher's configuration in this process."""
+    return bool(_READ)
+
+
+def with_arguments(resolved: Resolved, arguments: Mapping[str, object], leniency: Leniency = STRICT) -> Resolved:
     """Add the arguments of `Accelerator(…)` to a configuration.
 
     Args:
         resolved: The configuration of the launcher or the environment.
         arguments: Values by top-level key; None means not given. Of a section, given as a model object, the
             fields that were set count.
+        leniency: Whether an argument may replace another source's value, and be one that nothing reads.
 
     Returns:
         The new configuration.
@@ -127,11 +138,11 @@ def with_arguments(resolved: Resolved, arguments: Mapping[str, object]) -> Resol
     draft = Draft(values, resolved.origins)
     for name, value in arguments.items():
         if value is not None:
-            draft = _add_argument(draft, name, value)
+            draft = _add_argument(draft, name, value, leniency)
     if not resolved.origin("strategy").is_explicit:
         draft = _choose_by_plugin(draft, arguments)
-    config, draft = build(infer(draft, None))
-    problems = draft.problems or find_problems(CheckContext(config, draft.origins, draft.invalid))
+    config, draft = build(infer(draft, None, leniency))
+    problems = draft.problems or find_problems(CheckContext(config, draft.origins, draft.invalid, leniency))
     if problems:
         raise ConfigError(problems)
     return replace(resolved, config=config, origins=draft.origins)
@@ -172,12 +183,12 @@ def _source(key: str, value: str = "…") -> str:
     return f"Accelerator({_PARAMETERS.get(key, key)}={value})"
 
 
-def _add_argument(draft: Draft, name: str, value: object) -> Draft:
+def _add_argument(draft: Draft, name: str, value: object, leniency: Leniency) -> Draft:
     known = settings_by_field(RunConfig)
     if name not in known:
         return draft.with_problem(Problem("Accelerator(…)", name, "unknown argument", hint=did_you_mean(name, known)))
     if name not in sections():
-        return _add_value(draft, name, known[name].shape.read(value), _source(name))
+        return _add_value(draft, name, known[name].shape.read(value), _source(name), leniency)
     model = sections()[name][0]
     if not isinstance(value, model):
         what = f"a {type(value).__name__} is not allowed"
@@ -185,13 +196,14 @@ def _add_argument(draft: Draft, name: str, value: object) -> Draft:
     for setting in settings_of(model):
         if setting.field in value.model_fields_set:
             where = _source(name, f"{model.__name__}({setting.field}=…)")
-            draft = _add_value(draft, f"{name}.{setting.key}", getattr(value, setting.field), where)
+            draft = _add_value(draft, f"{name}.{setting.key}", getattr(value, setting.field), where, leniency)
     return draft
 
 
-def _add_value(draft: Draft, key: str, value: object, where: str) -> Draft:
+def _add_value(draft: Draft, key: str, value: object, where: str, leniency: Leniency) -> Draft:
     old = draft.origins.get(key)
-    if old is None or not old.is_explicit or draft.values.get(key) == value:
+    agrees = old is None or not old.is_explicit or draft.values.get(key) == value
+    if old is None or agrees or (leniency.script_wins and old.kind != "argument"):
         return draft.with_value(key, value, Origin("argument", where))
     what = f"{value!r} contradicts {draft.values.get(key)!r} at {old.where}"
     return draft.with_problem(Problem(where, key, what, "one of the two would be ignored", "set it in one place"))

@@ -109,7 +109,9 @@ class Resolved:
             config = _load(document["config"])
             origins = {str(key): Origin(**origin) for key, origin in document["origins"].items()}
             recorded = document.get("recording")
-            recording = None if recorded is None else Recording(**recorded)
+            recording = None
+            if recorded is not None:
+                recording = Recording(**recorded)
             return cls(config, origins, tuple(document["notes"]), recording)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             what = f"{text[:60]!r} is not a resolved configuration"

@@ -114,7 +114,9 @@ def _is_version_1(raws: Mapping[str, Raw]) -> bool:
 
 def _sharding_name(raw: Raw | None) -> str | None:
     """Return the sharding strategy that a value names; None when it is something else."""
-    word = str(raw.value).upper() if raw is not None else ""
+    word = ""
+    if raw is not None:
+        word = str(raw.value).upper()
     return word if word in _CODES[_SHARDING] else None
 
 

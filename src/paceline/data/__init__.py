@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from paceline.data.active_loaders import ActiveLoaders
+from paceline.data.active_loaders import ActiveLoaders, LoaderStatus
+from paceline.data.family import LoaderFamily, LoopPosition, OwnLoaders
 from paceline.data.iterable_loader import looks_like_batches
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.prefetch import DevicePrefetcher
@@ -13,6 +14,10 @@ from paceline.data.skipping import skip_first_batches
 __all__ = [
     "ActiveLoaders",
     "DevicePrefetcher",
+    "LoaderFamily",
+    "LoaderStatus",
+    "LoopPosition",
+    "OwnLoaders",
     "PreparedDataLoader",
     "ShardedBatchSampler",
     "looks_like_batches",

@@ -12,11 +12,14 @@ from paceline.collectives import BatchCounts
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from paceline.data.sample_order import SampleOrder
 
 __all__ = ["BatchListPlan", "EpochPlan", "Layout", "UniformBatchPlan", "within_batch"]
+
+# How many keys a rank takes out of the order of an epoch at a time.
+KEYS_AT_A_TIME = 2048
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +80,11 @@ class EpochPlan(ABC):
     def batch(self, index: int, rank: int) -> list[Any]:
         """Return the keys of one batch, without computing any other."""
 
+    def batches(self, rank: int) -> Iterator[list[Any]]:
+        """Yield the keys of a rank's batches, in order."""
+        for index in range(self.num_batches(rank)):
+            yield self.batch(index, rank)
+
     @abstractmethod
     def counts(self, index: int) -> BatchCounts:
         """Return the number of samples of each rank in global batch `index`."""
@@ -117,6 +125,17 @@ class UniformBatchPlan(EpochPlan):
         for position in range(max(first, self._samples), stop):
             keys += self._order.take(position % self._samples, position % self._samples + 1)
         return keys
+
+    def batches(self, rank: int) -> Iterator[list[Any]]:
+        """See `EpochPlan.batches`; whole batches are cut many at a time."""
+        size, step, number = self._layout.batch_size, self._layout.global_batch_size, self.num_batches(rank)
+        first = self._first(0, rank)
+        num_whole = min(number, max(0, (self._samples - first - size) // step + 1))
+        at_a_time = max(1, KEYS_AT_A_TIME // size)
+        for index in range(0, num_whole, at_a_time):
+            yield from self._order.take_batches(first + index * step, size, step, min(at_a_time, num_whole - index))
+        for index in range(num_whole, number):
+            yield self.batch(index, rank)
 
     def counts(self, index: int) -> BatchCounts:
         """See `EpochPlan.counts`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, DistributedSampler
 
 from paceline.data.batch_source import Position
+from paceline.data.direct_reading import can_read_directly, read_directly
 from paceline.data.encoding import decode, encode
 from paceline.data.epochs import WorkerCopies
 from paceline.data.randomness import mix_seed
@@ -145,7 +146,7 @@ class PreparedDataLoader(DataLoader[Any]):
             # What is read again from the beginning of the epoch must draw the same random numbers.
             samples = 0 if self._batch_source.rereads else start.samples
             self._batch_source.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, samples))
-            begun = self._batch_source.begin(super().__iter__, self._seed, start)
+            begun = self._batch_source.begin(self._read, self._seed, start)
             if begun is not None:
                 self._batch_source.check(start, begun=True)
                 self._next = Position(start.epoch + 1)
@@ -161,6 +162,9 @@ class PreparedDataLoader(DataLoader[Any]):
             "Check the data set; with drop_last=True it needs one whole global batch"
             + (f" of {self.total_batch_size} samples" if self.total_batch_size else ""),
         )
+
+    def _read(self) -> Iterator[Any]:
+        return read_directly(self) if can_read_directly(self) else super().__iter__()
 
     def _take_epoch_of_sampler(self) -> None:
         sampler = self._distributed_sampler

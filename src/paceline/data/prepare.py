@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,6 @@ from paceline.data.sharding import (
 from paceline.data.skipping import SkippedDataLoader
 from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
 from paceline.data.stream import StreamBatchSource, StreamReader
-from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["prepare_loader"]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def prepare_loader(
@@ -193,12 +193,27 @@ class _LoaderBuilder:
                 "Set persistent_workers=False",
             )
         if self._reads_single_samples() and not self.iterable:
-            logger.warning(
+            self._warn(
                 "The workers that read single samples of the data set %s are restarted in each epoch: it has a method "
                 "set_epoch, which cannot be called in persistent workers. persistent_workers=False does the same", name,
             )  # fmt: skip
             return False
         return True
+
+    def _warn_if_batch_exceeds_dataset(self, sharding: Sharding) -> None:
+        total, size, num_ranks = sharding.total_batch_size, sharding.size(), self.layout.num_ranks
+        if num_ranks == 1 or total is None or size is None or size >= total:
+            return
+        outcome = "padded with repeated samples" if self.layout.padded else "and some ranks get no sample"
+        self._warn(
+            "A global batch of %d samples (%d ranks x %d) is larger than the data set of %d: each epoch is one batch, "
+            "%s", total, num_ranks, total // num_ranks, size, outcome,
+        )  # fmt: skip
+
+    def _warn(self, message: str, *values: object) -> None:
+        """Log a warning, once for the ranks that share the data."""
+        if self.group.rank == 0:
+            logger.warning(message, *values)
 
     def _prefetcher(self) -> DevicePrefetcher | None:
         if self.device is None or self.device.type == "cpu":
@@ -231,7 +246,7 @@ class _LoaderBuilder:
             sharding = MergedRanksSharding(sharding, self.layout, self.group)
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._reads_single_samples())
         _check_not_empty(sharding.num_global_batches(), self.loader, sharding.total_batch_size)
-        _warn_if_batch_exceeds_dataset(sharding, self.layout)
+        self._warn_if_batch_exceeds_dataset(sharding)
         batch_source = MapBatchSource(
             sampler,
             self.loader.dataset,
@@ -476,17 +491,6 @@ def _num_shards(dataset: Any) -> int:
 
 def _is_on_device(dataset: Any) -> bool:
     return isinstance(dataset, TensorDataset) and any(t.device.type != "cpu" for t in dataset.tensors)
-
-
-def _warn_if_batch_exceeds_dataset(sharding: Sharding, layout: Layout) -> None:
-    total, size = sharding.total_batch_size, sharding.size()
-    if layout.num_ranks == 1 or total is None or size is None or size >= total:
-        return
-    outcome = "padded with repeated samples" if layout.padded else "and some ranks get no sample"
-    logger.warning(
-        "A global batch of %d samples (%d ranks x %d) is larger than the data set of %d: each epoch is one batch, %s",
-        total, layout.num_ranks, total // layout.num_ranks, size, outcome,
-    )  # fmt: skip
 
 
 def _check_not_empty(num_global_batches: int | None, loader: DataLoader[Any], total: int | None) -> None:

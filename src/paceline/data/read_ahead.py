@@ -22,16 +22,18 @@ __all__ = ["Chunk", "ChunkProgress", "ReadAhead", "num_bytes"]
 # chunk may take up to 0.1 s, to keep the exchange at 2 %.
 CHUNK_SECONDS, MAX_CHUNK_SECONDS = 0.02, 0.1
 EXCHANGE_SHARE = 0.02
+# How much larger than the last a chunk may be: an epoch of a thousand small batches has eight exchanges.
+GROWTH = 4
 # Larger chunks would be evicted from the processor's caches before they are used.
-MAX_BATCHES = 256
+MAX_BATCHES = 512
 MAX_BYTES = 32 * 2**20
 
 
 class ReadAhead:
     """Decides how many global batches the next chunk has.
 
-    Up to twice as many as the last, within `CHUNK_SECONDS`, `MAX_BYTES` and `MAX_BATCHES`: a slow stream, or a loop
-    with long steps, is read one batch ahead.
+    At first two, later up to four times as many as the last, within `CHUNK_SECONDS`, `MAX_BYTES` and `MAX_BATCHES`: a
+    slow stream, or a loop with long steps, is read one batch ahead.
 
     Attributes:
         exchange_seconds: Time that the last exchange took on this rank; the caller sets it.
@@ -51,7 +53,9 @@ class ReadAhead:
         """
         now = time.perf_counter()
         elapsed, self._last_call = now - self._last_call, now
-        size = min(2 * self._size, MAX_BATCHES, MAX_BYTES // max(1, num_bytes(example)))
+        # Until some batches were used it is unknown how long one takes.
+        growth = GROWTH if num_yielded else 2
+        size = min(growth * self._size, MAX_BATCHES, MAX_BYTES // max(1, num_bytes(example)))
         if num_yielded:
             seconds = min(MAX_CHUNK_SECONDS, max(CHUNK_SECONDS, self.exchange_seconds / EXCHANGE_SHARE))
             size = min(size, int(seconds * num_yielded / max(elapsed, 1e-9)))

@@ -44,6 +44,10 @@ class SampleOrder(Protocol):
         """Return the keys at positions `start` to `stop` (exclusive), in time proportional to their number."""
         ...
 
+    def take_batches(self, start: int, size: int, step: int, number: int) -> list[list[Any]]:
+        """Return `number` batches of `size` keys whose first keys are `step` positions apart; all must exist."""
+        ...
+
 
 class RangeOrder:
     """The samples in stored order."""
@@ -57,6 +61,10 @@ class RangeOrder:
     def take(self, start: int, stop: int) -> list[int]:
         """Return the positions themselves."""
         return list(range(start, min(stop, self._size)))
+
+    def take_batches(self, start: int, size: int, step: int, number: int) -> list[list[int]]:
+        """See `SampleOrder.take_batches`."""
+        return [list(range(first, first + size)) for first in range(start, start + number * step, step)]
 
 
 class TensorOrder:
@@ -73,6 +81,13 @@ class TensorOrder:
         keys: list[int] = self._keys[start:stop].tolist()
         return keys
 
+    def take_batches(self, start: int, size: int, step: int, number: int) -> list[list[int]]:
+        """See `SampleOrder.take_batches`."""
+        (stride,) = self._keys.stride()
+        offset = self._keys.storage_offset() + start * stride
+        batches: list[list[int]] = self._keys.as_strided((number, size), (step * stride, stride), offset).tolist()
+        return batches
+
 
 class ListOrder:
     """Keys of any kind."""
@@ -86,6 +101,10 @@ class ListOrder:
     def take(self, start: int, stop: int) -> list[Any]:
         """Return a slice of the list."""
         return self._keys[start:stop]
+
+    def take_batches(self, start: int, size: int, step: int, number: int) -> list[list[Any]]:
+        """See `SampleOrder.take_batches`."""
+        return [self._keys[first : first + size] for first in range(start, start + number * step, step)]
 
 
 class OrderSource(ABC):

@@ -98,7 +98,7 @@ class PlannedSharding(Sharding):
         if not plan.num_global_batches:
             return None
         rank = self._group.rank
-        return _batches_of(plan, rank), PlannedProgress(plan, rank)
+        return plan.batches(rank), PlannedProgress(plan, rank)
 
     def num_batches(self) -> int:
         """See `Sharding.num_batches`."""
@@ -107,11 +107,6 @@ class PlannedSharding(Sharding):
     @abstractmethod
     def num_batches_of(self, rank: int) -> int:
         """Return the number of a rank's batches in a whole epoch."""
-
-
-def _batches_of(plan: EpochPlan, rank: int) -> Iterator[list[Any]]:
-    for index in range(plan.num_batches(rank)):
-        yield plan.batch(index, rank)
 
 
 class SampleSharding(PlannedSharding):

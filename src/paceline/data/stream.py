@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from paceline.collectives import BatchCounts
 from paceline.data.batch_source import BatchSource, batch_text
 from paceline.data.counting import CountedBatch, CountingCollate
+from paceline.data.direct_reading import can_read_directly, read_directly
 from paceline.data.epochs import set_dataset_epoch
 from paceline.data.iteration_progress import IterationProgress
 from paceline.data.randomness import IsolatedRng, mix_seed, preserved_rng
@@ -28,8 +30,6 @@ from paceline.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-
-    from torch.utils.data import DataLoader
 
     from paceline.collectives import Group, Pending
     from paceline.data.batch_source import Position
@@ -82,7 +82,10 @@ class StreamReader:
         restored = self.state_handle is not None and self.state_handle.load(position.stream)
         skip_method = None if restored or not batches else self._maybe_skip_method()
         self._set_epoch(seed, position.epoch, skipped=batches * max(1, self.batch_size) if skip_method else 0)
-        iterator = iter(self.reader) if self.counted else map(_uncounted, self.reader)
+        direct = type(self.reader) is DataLoader and can_read_directly(self.reader)
+        iterator = read_directly(self.reader) if direct else iter(self.reader)
+        if not self.counted:
+            iterator = map(_uncounted, iterator)
         if restored or not batches:
             return iterator, _NONE
         if skip_method:

@@ -64,6 +64,12 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+def _current_worker_info() -> Any:
+    """Return this thread's worker info: not the one that another thread shows to its data set right now."""
+    with _worker_info_lock:
+        return get_worker_info()
+
+
 @contextmanager
 def _worker_info_replaced(info: Any) -> Iterator[None]:
     """Let `get_worker_info()` return `info` while the body runs."""
@@ -136,7 +142,7 @@ class StreamShard(IterableDataset[Any]):
 
     def _blocks(self) -> Iterator[Iterable[Any]]:
         """Yield this reader's items, some at a time."""
-        real_info = get_worker_info()
+        real_info = _current_worker_info()
         if real_info is not None:
             set_dataset_epoch(self.dataset, int(self._epoch_state[1]))
         number, reread = self._restore()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.environment.host import core_count, host_memory
-from paceline.errors import DeviceError
+from paceline.errors import DeviceError, counted
 
 if TYPE_CHECKING:
     from paceline.environment.world import World
@@ -18,15 +18,24 @@ __all__ = ["choose_device", "describe_device", "memory_info", "supported_precisi
 _FP8_CAPABILITY = (8, 9)
 
 
-def choose_device(world: World, *, cpu: bool = False) -> torch.device:
+def choose_device(world: World, *, cpu: bool = False, named: str = "") -> torch.device:
     """Return this rank's device, and make it torch's current device.
 
     Under Slurm, a task that sees exactly one device uses it: Slurm has bound one device to each task.
 
+    Args:
+        world: This process's rank.
+        cpu: Whether to compute on the CPU in any case.
+        named: A device that the user chose for this process, such as `cuda:1`; empty to choose by rank.
+
     Raises:
-        DeviceError: This machine has more processes than devices.
+        DeviceError: This machine has more processes than devices, or has no device of that name.
     """
-    accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
+    if named and not cpu:
+        return _named_device(named)
+    accelerator = None
+    if not cpu:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
     count = torch.accelerator.device_count()
@@ -36,13 +45,29 @@ def choose_device(world: World, *, cpu: bool = False) -> torch.device:
     if index >= count:
         raise DeviceError(
             f"More processes than devices: this is local rank {world.local_rank} of {world.local_size}, "
-            f"and it sees {count} {accelerator.type} device{'s' if count != 1 else ''}",
+            f"and it sees {counted(count, f'{accelerator.type} device')}",
             "Each process needs a device of its own",
             f"Start at most {count} processes on this machine (--num_processes), make more devices visible, "
             "or run on the CPU with --cpu",
         )
     torch.accelerator.set_device_index(index)
     return torch.device(accelerator.type, index)
+
+
+def _named_device(name: str) -> torch.device:
+    """The device that the user chose, made torch's current device."""
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "meta"):
+            torch.accelerator.set_device_index(device.index or 0)
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DeviceError(
+            f"The device {name!r} was named by ACCELERATE_TORCH_DEVICE",
+            f"torch cannot use it here: {str(error).splitlines()[0]}",
+            "Name a device of this machine such as cuda:0 or cpu, or unset the variable",
+        ) from error
+    return device
 
 
 def supported_precisions(device: torch.device) -> frozenset[str]:
@@ -63,7 +88,9 @@ def memory_info(device: torch.device, *, local_size: int = 1) -> tuple[int, int]
         local_size: Number of processes that share the host's memory; each gets an equal part. It matters only for
             devices without memory of their own (the CPU, and chips that share the host's).
     """
-    query = None if device.type == "cpu" else getattr(_module(device), "mem_get_info", None)
+    query = None
+    if device.type != "cpu":
+        query = getattr(_module(device), "mem_get_info", None)
     if query is not None:
         free, total = query(device)
         return int(free), int(total)
@@ -75,10 +102,11 @@ def describe_device(device: torch.device) -> str:
     """Describe the device in one phrase, such as `NVIDIA H100 80GB HBM3 (cuda:0, 79.1 GiB)`."""
     gib = f"{memory_info(device)[1] / 2**30:.1f} GiB"
     if device.type == "cpu":
-        cores = core_count()
-        return f"cpu ({cores} core{'s' if cores != 1 else ''}, {gib})"
+        return f"cpu ({counted(core_count(), 'core')}, {gib})"
     name = getattr(_module(device), "get_device_name", None)
-    return f"{name(device)} ({device}, {gib})" if name is not None else f"{device} ({gib})"
+    if name is not None:
+        return f"{name(device)} ({device}, {gib})"
+    return f"{device} ({gib})"
 
 
 def _module(device: torch.device) -> Any:
@@ -104,5 +132,7 @@ def _has_fp8(device: torch.device) -> bool:
     if device.type == "cpu" or torch.version.cuda is None:
         return False
     query = getattr(_module(device), "get_device_capability", None)
-    capability = query(device) if query is not None else None
+    capability = None
+    if query is not None:
+        capability = query(device)
     return isinstance(capability, tuple) and capability >= _FP8_CAPABILITY

@@ -6,8 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
-
 __all__ = ["core_count", "cpu_quota", "host_memory", "oom_kill_count", "processor_name"]
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -15,6 +13,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def host_memory() -> tuple[int, int]:
     """Return (available, total) bytes of host memory; a container's limit counts when it is lower."""
+    # Imported here and below because it takes as long as a sixth of the rest of this library.
+    import psutil
+
     memory = psutil.virtual_memory()
     available, total = int(memory.available), int(memory.total)
     limit = _number(_CGROUP / "memory.max")
@@ -28,6 +29,8 @@ def host_memory() -> tuple[int, int]:
 
 def core_count() -> int:
     """Return the number of physical cores that this process may use; logical ones where those are unknown."""
+    import psutil
+
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
@@ -48,7 +51,9 @@ def processor_name() -> str:
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if names:
+        return names[0]
+    return platform.processor() or platform.machine()
 
 
 def oom_kill_count() -> int:

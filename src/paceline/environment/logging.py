@@ -28,8 +28,8 @@ _LEVEL_VARIABLE = "PACELINE_LOG_LEVEL"
 def get_logger(name: str, log_level: str | None = None, *, env: Mapping[str, str] | None = None) -> RankLogger:
     """Return a logger whose messages come from rank 0 only, unless a call sets `main_process_only=False`.
 
-    Only the logger of that name is changed. As long as the program has configured no logging, its messages go to
-    stderr without a prefix.
+    A level that is given changes only the logger of that name; PACELINE_LOG_LEVEL, for a module of this package, that
+    of the whole package. As long as the program has configured no logging, messages go to stderr without a prefix.
 
     >>> logger = get_logger(__name__)
     >>> logger.info("loaded %d samples", 1000)
@@ -48,9 +48,10 @@ def get_logger(name: str, log_level: str | None = None, *, env: Mapping[str, str
     """
     env = os.environ if env is None else env
     logger = logging.getLogger(name)
-    level = log_level or env.get(_LEVEL_VARIABLE)
-    if level:
-        _set_level(logger, level, log_level is None)
+    if log_level:
+        _set_level(logger, log_level)
+    elif env.get(_LEVEL_VARIABLE):
+        _apply_variable(logger, env[_LEVEL_VARIABLE])
     try:
         world = World.read(env)
     except WorldError:  # reported when the training starts; logging must not fail
@@ -146,11 +147,20 @@ class _UntilConfigured(_Handler):
         super().emit(record)
 
 
-def _set_level(logger: logging.Logger, level: str, from_variable: bool) -> None:
+def _apply_variable(logger: logging.Logger, level: str) -> None:
+    """Set the level of a logger; for one of this package the package's, unless the program has set that already."""
+    package = logging.getLogger("paceline")
+    if not logger.name.startswith("paceline."):
+        _set_level(logger, level, f" in {_LEVEL_VARIABLE}")
+    elif package.level == logging.NOTSET:
+        _set_level(package, level, f" in {_LEVEL_VARIABLE}")
+
+
+def _set_level(logger: logging.Logger, level: str, where: str = "") -> None:
     number = logging.getLevelName(level.upper())
     if not isinstance(number, int):
         raise UsageError(
-            f"The log level is {level!r}" + (f" in {_LEVEL_VARIABLE}" if from_variable else ""),
+            f"The log level is {level!r}{where}",
             "There is no such level",
             "Choose one of DEBUG, INFO, WARNING, ERROR, CRITICAL",
         )

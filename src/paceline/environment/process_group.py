@@ -145,11 +145,15 @@ def _choose_backend(device: torch.device, backend: str | None) -> str:
                 f"This build of torch has for {kind}: {', '.join(_available_backends(kind)) or 'none'}",
                 "Choose one of those, or remove the backend",
             )
-    return chosen.removeprefix("cpu:") if "," not in chosen else chosen
+    if "," not in chosen:
+        return chosen.removeprefix("cpu:")
+    return chosen
 
 
 def _default_backend(device: torch.device) -> str:
-    return dist.get_default_backend_for_device(device) if device.type != "cpu" else "gloo"
+    if device.type != "cpu":
+        return dist.get_default_backend_for_device(device)
+    return "gloo"
 
 
 def with_devices(device: torch.device, backend: str) -> str:
@@ -171,7 +175,9 @@ def _available_backends(kind: str) -> tuple[str, ...]:
 
 def _rendezvous(world: World, timeout: timedelta | None) -> Store:
     """Return the store of this attempt once every rank has joined."""
-    limit = _RENDEZVOUS_TIMEOUT if timeout is None else max(timeout, _MIN_RENDEZVOUS_TIMEOUT)
+    limit = _RENDEZVOUS_TIMEOUT
+    if timeout is not None:
+        limit = max(timeout, _MIN_RENDEZVOUS_TIMEOUT)
     base = _open_store(world, limit)
     store = PrefixStore(f"paceline/{world.run_id}/{world.restart_count}", base)
     store.set(f"here/{world.rank}", "1")

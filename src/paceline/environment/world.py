@@ -193,7 +193,9 @@ def _read_slurm(env: Mapping[str, str]) -> World | None:
     node_rank = _integer(env, "SLURM_NODEID", 0)
     num_nodes = _integer(env, "SLURM_STEP_NUM_NODES", _integer(env, "SLURM_NNODES", 1))
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
-    per_node = _tasks_per_node(tasks) if tasks else ()
+    per_node: tuple[int, ...] = ()
+    if tasks:
+        per_node = _tasks_per_node(tasks)
     local_size = per_node[node_rank] if node_rank < len(per_node) else _ceil_div(size, num_nodes)
     job, step = _integer(env, "SLURM_JOB_ID", 0), _integer(env, "SLURM_STEP_ID")
     return World(
@@ -330,4 +332,6 @@ def _ceil_div(number: int, by: int) -> int:
 
 
 def _is_or_are(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+    if len(names) == 1:
+        return "is"
+    return "are"

@@ -12,6 +12,7 @@ from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
 from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.launch.accelerate_variables import accelerate_variables, installed_target
 from paceline.launch.accelerators import count_accelerators, detect, visible_devices_variable
 from paceline.launch.clusters.detection import detect_cluster
 from paceline.launch.command import check_command
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LaunchPlan",
     "PlannedRank",
+    "client_variables",
     "command_line",
     "engine_variables",
     "local_size",
@@ -174,6 +176,7 @@ def plan_machine(
     shared = {
         **_device_variables(config),
         **engine_variables(config),
+        **client_variables(resolved, total, env),
         **thread_variables(config, size, env),
         "GROUP_WORLD_SIZE": str(len(sizes)),
         "LOCAL_WORLD_SIZE": str(size),
@@ -225,6 +228,12 @@ def engine_variables(config: RunConfig) -> dict[str, str]:
     if config.strategy == "deepspeed" and (config.use_cpu or count_accelerators()[0] is None):
         return {"DS_ACCELERATOR": "cpu"}
     return {}
+
+
+def client_variables(resolved: Resolved, world_size: int, env: Mapping[str, str]) -> dict[str, str]:
+    """Variables that Accelerate's own clients read, such as the Trainer of transformers."""
+    target = installed_target(resolved, world_size, count_accelerators()[0])
+    return accelerate_variables(resolved, target, env)
 
 
 def thread_variables(config: RunConfig, size: int, env: Mapping[str, str]) -> dict[str, str]:

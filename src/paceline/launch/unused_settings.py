@@ -1,24 +1,26 @@
-"""Which of the launcher's settings a script leaves unused that trains without paceline's Accelerator."""
+"""Which of the launcher's settings a script does not use, with Accelerate's own Accelerator or without any."""
 
 from __future__ import annotations
 
-import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import Resolved
 from paceline.config.schema.base import Section, settings_of
 from paceline.config.schema.run import RunConfig
+from paceline.environment.world import World
+from paceline.errors import ConfigError, Problem
+from paceline.launch.accelerate_variables import installed_target, not_carried, not_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from paceline.config import Origin
 
-__all__ = ["say_unused"]
+__all__ = ["check_accelerate", "say_unused"]
 
 # What only an Accelerator carries out; anything else acts by the launcher itself.
-_VALUES = ("mixed_precision", "gradient_accumulation_steps", "debug", "timeout", "use_cpu")
+_VALUES = ("mixed_precision", "gradient_accumulation_steps", "debug", "timeout", "use_cpu", "as_accelerate")
 _SECTIONS = (
     "ddp_config",
     "fsdp_config",
@@ -32,30 +34,73 @@ _SECTIONS = (
 _SHARDING = ("fsdp", "deepspeed")
 
 
-def say_unused(who: str, env: Mapping[str, str]) -> None:
-    """Print one line about the settings that are not used, if there are any and no Accelerator of ours is there.
+def check_accelerate(arguments: Mapping[str, Any], env: Mapping[str, str]) -> None:
+    """Compare the launcher's settings with what Accelerate's own Accelerator is about to do; rank 0 says what differs.
 
     Args:
-        who: What trains instead, as the beginning of a sentence.
+        arguments: The keyword arguments of its constructor.
+        env: Holds what the launcher resolved.
+
+    Raises:
+        ConfigError: Explicit settings do not reach it.
+    """
+    resolved, world = Resolved.from_json(env["PACELINE_CONFIG"]), World.read(env)
+    target = installed_target(resolved, world.size, _device_type())
+    problems = [*not_carried(resolved, target), *_other_accumulation(resolved, arguments)]
+    if problems:
+        raise ConfigError(problems)
+    if world.rank == 0:
+        for line in _differences(resolved, arguments, shards=not not_sharded(resolved, target), ranks=world.size):
+            print(f"paceline: {line}", file=sys.stderr, flush=True)
+
+
+def _other_accumulation(resolved: Resolved, arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """A script that passes its own accumulation plugin does not read the variable; the Trainer always does."""
+    config, key = resolved.config, "gradient_accumulation_steps"
+    origin = resolved.origin(key)
+    is_open = config.strategy == "deepspeed" or not origin.is_explicit or config.gradient_accumulation_steps == 1
+    if arguments.get("gradient_accumulation_plugin") is not None and not is_open:
+        yield Problem(
+            origin.where,
+            key,
+            f"{config.gradient_accumulation_steps} is not used",
+            "the script passes a gradient_accumulation_plugin, as the Trainer of transformers does",
+            f"write TrainingArguments({key}={config.gradient_accumulation_steps}) and remove the key",
+        )
+
+
+def _differences(resolved: Resolved, arguments: Mapping[str, Any], *, shards: bool, ranks: int) -> Iterator[str]:
+    config = resolved.config
+    if not shards and ranks > 1:
+        yield (
+            f"strategy fsdp ({resolved.origin('strategy').where}): Accelerate shards on accelerators only; here the "
+            f"{ranks} ranks train whole replicas, averaged by DDP, and fsdp_config is not used. To shard on the CPU, "
+            "start with --as_accelerate."
+        )
+    precision, origin = arguments.get("mixed_precision"), resolved.origin("mixed_precision")
+    if precision is not None and origin.is_explicit and str(precision) != config.mixed_precision:
+        yield f"mixed_precision {config.mixed_precision} ({origin.where}) is overridden: the script says {precision}."
+    if arguments.get("fsdp_plugin") is not None and config.fsdp_config is not None:
+        yield "fsdp_config is overridden: the script passes an fsdp_plugin, or TrainingArguments(fsdp=…)."
+
+
+def say_unused(env: Mapping[str, str]) -> None:
+    """Print one line about settings that nothing used: the script has built neither an Accelerator nor a Trainer.
+
+    Args:
         env: Holds what the launcher resolved.
     """
-    if _is_facade_built():
+    resolution = sys.modules.get("paceline.config.resolution")
+    if resolution is not None and resolution.was_read():
         return
     found = [*_unused(Resolved.from_json(env["PACELINE_CONFIG"]))]
     if found:
         print(
-            f"paceline: {who} reads nothing of paceline's configuration. Not used: {', '.join(found)}. "
-            "Write `from paceline import Trainer, TrainingArguments`, or `Accelerator`, in the script: they have the "
-            "same names; or start it with `accelerate launch`.",
+            "paceline: the script built neither an Accelerator nor a Trainer, and nothing else reads these settings: "
+            f"{', '.join(found)}",
             file=sys.stderr,
             flush=True,
         )
-
-
-def _is_facade_built() -> bool:
-    facade = sys.modules.get("paceline.accelerator.accelerator")
-    # Not `isinstance`: some libraries keep objects that fail when they are asked for their class.
-    return facade is not None and any(issubclass(type(thing), facade.Accelerator) for thing in gc.get_objects())
 
 
 def _unused(resolved: Resolved) -> Iterator[str]:
@@ -68,7 +113,7 @@ def _unused(resolved: Resolved) -> Iterator[str]:
         if setting.field in _SECTIONS and isinstance(value, Section):
             yield from _of_section(resolved, setting.key, value)
         elif setting.field in _VALUES and _is_explicit(resolved.origin(setting.key), RunConfig, setting.field, value):
-            is_obvious = setting.field == "use_cpu" and not _has_device()
+            is_obvious = setting.field == "use_cpu" and _device_type() is None
             if not is_obvious:
                 yield f"{setting.key} {value} ({resolved.origin(setting.key).where})"
 
@@ -95,6 +140,8 @@ def _is_explicit(origin: Origin, model: type[Section], field: str, value: Any) -
     return origin.is_explicit and bool(value != default)
 
 
-def _has_device() -> bool:
+def _device_type() -> str | None:
+    """The type of the accelerator that the script can use; None without one, or where torch was not imported."""
     torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.accelerator.is_available())
+    accelerator = None if torch is None else torch.accelerator.current_accelerator(check_available=True)
+    return None if accelerator is None else str(accelerator.type)

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import faulthandler
 import functools
+import importlib
 import importlib.machinery
 import importlib.util
 import io
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import TracebackType
 
-__all__ = ["exit_now", "is_library", "main", "pack", "unpack"]
+__all__ = ["exit_now", "is_library", "main", "pack", "run", "unpack"]
 
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not part of the script.
 _PACELINE_FILES = {__file__, str(Path(__file__).with_name("notebook") / "rank_main.py")}
 _FACADE = "paceline.accelerator.accelerator"
+_SWITCH = "paceline.compat"
 # Seconds between two checks for a process group that the script opens itself.
 _POLL = 2.0
 # The exit code of a shell for a file that exists and cannot be executed.
@@ -65,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     command = _read_options(list(arguments))
     _enable_faulthandler()
     _buffer_lines()
-    _install_import_hooks()
+    _install_as_accelerate()
+    accelerate = _install_import_hooks()
     kind = command.pop(0) if command[0] in ("--module", "--program") else "--script"
     if kind == "--program":
         _exec_program(command)
@@ -79,6 +82,8 @@ def main(arguments: Sequence[str]) -> None:
         code = _exit_code(stop)
         if code != 0:
             _record_failure(stop, code)
+        elif not accelerate.was_built:
+            _say_unused()
         raise
     except KeyboardInterrupt as stop:
         _record_failure(stop, 128 + signal.SIGINT)
@@ -87,6 +92,8 @@ def main(arguments: Sequence[str]) -> None:
         _call_excepthook(error)
         _record_failure(error, 1)
         sys.exit(1)
+    if not accelerate.was_built:
+        _say_unused()
 
 
 def _read_options(arguments: list[str]) -> list[str]:
@@ -102,13 +109,36 @@ def _read_options(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _install_import_hooks() -> None:
+def _install_as_accelerate() -> None:
+    """Turn the switch on where the launcher's configuration says so, before the script imports anything."""
+    config = os.environ.get("PACELINE_CONFIG")
+    # A run without the switch pays for no parsing and no import.
+    if config and '"as_accelerate":true' in config and json.loads(config)["config"].get("as_accelerate"):
+        # By name: it lies above this package.
+        importlib.import_module(_SWITCH).install_as_accelerate()
+
+
+def _install_import_hooks() -> _AccelerateImportHook:
+    accelerate = _AccelerateImportHook()
     if "PACELINE_CONFIG" not in os.environ:
-        return
+        return accelerate
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.meta_path.insert(0, _DistributedImportHook())
-    if os.environ.get("RANK", "0") == "0":
-        sys.meta_path.insert(0, _AccelerateImportHook())
+    if _SWITCH not in sys.modules:
+        sys.meta_path.insert(0, accelerate)
+    return accelerate
+
+
+def _say_unused() -> None:
+    """Say on rank 0 which explicit settings had no reader, after a script that built no Accelerator."""
+    config = os.environ.get("PACELINE_CONFIG")
+    if config is None or os.environ.get("RANK", "0") != "0":
+        return
+    kinds = {origin["kind"] for origin in json.loads(config)["origins"].values()}
+    if kinds - {"detected", "default"}:
+        from paceline.launch.unused_settings import say_unused
+
+        say_unused(os.environ)
 
 
 def _exec_program(command: list[str]) -> None:
@@ -171,12 +201,15 @@ class _DistributedImportHook:
 
 
 class _AccelerateImportHook:
-    """Reports unused settings when the script builds Accelerate's own Accelerator, as the Trainer of transformers does.
+    """Compares the settings with what the script does when it builds Accelerate's own Accelerator.
 
     Until the script imports it nothing of this runs.
     """
 
     _module = "accelerate.accelerator"
+
+    def __init__(self) -> None:
+        self.was_built = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Find Accelerate's module through the other finders, and patch it once it is loaded."""
@@ -202,18 +235,18 @@ class _AccelerateImportHook:
             return
 
         @functools.wraps(build)
-        def report_and_build(instance: Any, *args: Any, **kwargs: Any) -> None:
+        def check_and_build(instance: Any, *args: Any, **kwargs: Any) -> None:
             kind.__init__ = build  # type: ignore[misc]
-            self._report()
+            self.was_built = True
+            self._check(kwargs)
             build(instance, *args, **kwargs)
 
-        kind.__init__ = report_and_build  # type: ignore[misc]
+        kind.__init__ = check_and_build  # type: ignore[misc]
 
-    def _report(self) -> None:
-        from paceline.launch.unused_settings import say_unused
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        from paceline.launch.unused_settings import check_accelerate
 
-        by = ", which the Trainer of transformers builds," if "transformers.trainer" in sys.modules else ""
-        say_unused(f"Accelerate's own Accelerator{by}", os.environ)
+        check_accelerate(arguments, os.environ)
 
 
 def pack(variables: Mapping[str, str], arguments: Sequence[str]) -> str:
@@ -403,10 +436,11 @@ def exit_now(code: int) -> None:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run(arguments: Sequence[str]) -> None:
+    """Run `main`, and end the process with its exit code."""
     exit_status = 0
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except SystemExit as stop:
         exit_status = _exit_code(stop)
         if not isinstance(stop.code, (int, type(None))):
@@ -414,3 +448,7 @@ if __name__ == "__main__":
     if "torch.distributed" not in sys.modules:
         sys.exit(exit_status)
     exit_now(exit_status)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -57,7 +57,7 @@ class MemoryUsage:
 
 
 @dataclass(slots=True)
-class _Storages:
+class Storages:
     """Storages by address, each counted once."""
 
     sizes: dict[int, int]
@@ -97,7 +97,7 @@ def measure_memory(
         device: This rank's device.
         libraries: Bytes that the process used before there was a model.
     """
-    storages = _Storages({}, {})
+    storages = Storages({}, {})
     models = list(models)
     parameters = sum(storages.add(t, f"{name} ({kind})", device) for name, t, kind in _tensors(models))
     gradients = sum(
@@ -134,7 +134,9 @@ def _state(optimizers: Iterable[Optimizer]) -> Iterator[tuple[str, torch.Tensor]
     for optimizer in optimizers:
         for parameter, state in list(getattr(optimizer, "state", {}).items()):
             shape = tuple(getattr(parameter, "shape", ()))
-            for name, value in state.items() if isinstance(state, dict) else ():
+            if not isinstance(state, dict):
+                continue
+            for name, value in state.items():
                 if isinstance(value, torch.Tensor):
                     yield f"{name} of a parameter of shape {shape}", value
 
@@ -156,19 +158,21 @@ def _used(device: torch.device) -> tuple[int, int]:
     return used, int(torch.accelerator.memory_reserved(device)) - used
 
 
-def _largest(storages: _Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
+def _largest(storages: Storages, device: torch.device) -> tuple[tuple[int, str], ...]:
     allocations = [(size, storages.names[address]) for address, size in storages.sizes.items()]
     if device.type == "cuda":
         snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        allocations.extend(_unnamed_blocks(storages, snapshot, device.index or 0))
+        allocations.extend(unnamed_blocks(storages, snapshot, device.index or 0))
     return tuple(sorted(allocations, reverse=True)[:_NUM_LARGEST])
 
 
-def _unnamed_blocks(storages: _Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
+def unnamed_blocks(storages: Storages, snapshot: Iterable[dict[str, Any]], index: int) -> Iterator[tuple[int, str]]:
     """Allocated blocks that belong to no known tensor, with their origin if the history was recorded."""
     for segment in snapshot:
+        if segment.get("device", 0) != index:
+            continue
         address = int(segment["address"])
-        for block in segment["blocks"] if segment.get("device", 0) == index else ():
+        for block in segment["blocks"]:
             start, address = int(block.get("address", address)), address + int(block["size"])
             if block["state"] == "active_allocated" and start not in storages.sizes:
                 yield int(block["size"]), "an activation or a buffer" + _origin(block)

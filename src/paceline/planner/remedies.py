@@ -40,7 +40,9 @@ class RunSettings:
 def requested_bytes(message: str) -> int | None:
     """Return the bytes that could not be allocated, from torch's error message; None if it does not tell."""
     match = re.search(r"ried to allocate ([\d.]+) (KiB|MiB|GiB|TiB|bytes)", message)
-    return None if match is None else int(float(match[1]) * _UNITS[match[2]])
+    if match is None:
+        return None
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def describe_out_of_memory(
@@ -56,7 +58,9 @@ def describe_out_of_memory(
         device: The device's name.
     """
     used = usage.state + usage.other + usage.libraries
-    more = f", and {_size(requested)} more were requested" if requested else ""
+    more = ""
+    if requested:
+        more = f", and {_size(requested)} more were requested"
     free = f"{_size(usage.free)} of {_size(usage.total)} free"
     lines = [
         f"memory of rank {rank} on {device}: {_size(used)} in use, {free}{more}",

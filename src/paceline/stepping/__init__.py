@@ -14,20 +14,24 @@ from __future__ import annotations
 
 from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
-from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps, warn_once
+from paceline.stepping.policies import TRUE_MEAN, GradientBoundary, OwnBoundary, WindowPolicy
+from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
 from paceline.stepping.window import Accumulation, Window
 
 __all__ = [
+    "TRUE_MEAN",
     "AcceleratedOptimizer",
     "AcceleratedScheduler",
     "Accumulation",
+    "GradientBoundary",
+    "OwnBoundary",
     "ScheduleLengthCheck",
     "Window",
+    "WindowPolicy",
     "is_scheduler",
     "planned_steps",
     "scalar_loss",
     "steps_taken",
     "unassigned_parameters",
-    "warn_once",
 ]

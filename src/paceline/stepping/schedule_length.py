@@ -10,17 +10,14 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, SequentialLR
 
-from paceline.environment.logging import get_logger
-
 if TYPE_CHECKING:
     from collections.abc import Sized
 
     from paceline.stepping.scheduler import AcceleratedScheduler
     from paceline.stepping.window import Window
 
-__all__ = ["ScheduleLengthCheck", "planned_steps", "warn_once"]
+__all__ = ["ScheduleLengthCheck", "planned_steps"]
 
-_LOG = get_logger(__name__)
 _ATTRIBUTES = ("total_steps", "T_max", "total_iters", "total_num_steps")
 _ARGUMENT = "num_training_steps"
 
@@ -150,9 +147,3 @@ class ScheduleLengthCheck:
             (epochs * before * self._ranks, "it counts batches, times the number of ranks"),
         ]
         return next((text for count, text in counts if count == planned), "")
-
-
-def warn_once(pending: list[str]) -> None:
-    """Log and remove the pending warnings."""
-    while pending:
-        _LOG.warning("%s", pending.pop())

@@ -51,7 +51,16 @@ class AcceleratedScheduler:
             kwargs: Passed on to the scheduler inside.
         """
         if args or kwargs or not self._step_with_optimizer or self._optimizer_stepped():
-            self.scheduler.step(*args, **kwargs)
+            self.advance(*args, **kwargs)
+
+    def advance(self, *args: Any, **kwargs: Any) -> None:
+        """Step the scheduler inside: once. A subclass may count otherwise.
+
+        Args:
+            args: Passed on to the scheduler inside.
+            kwargs: Passed on to the scheduler inside.
+        """
+        self.scheduler.step(*args, **kwargs)
 
     def _optimizer_stepped(self) -> bool:
         taken = self._steps_taken()

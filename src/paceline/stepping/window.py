@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from paceline.config.leniency import STRICT
 from paceline.errors import SteppingError
+from paceline.stepping.policies import TRUE_MEAN, OwnBoundary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.collectives import Group
+    from paceline.config.leniency import Leniency
+    from paceline.stepping.policies import GradientBoundary, WindowPolicy
     from paceline.strategies import Strategy
 
 __all__ = ["Accumulation", "Window"]
@@ -108,16 +112,30 @@ class Window:
         loop: Where the loop over the prepared loaders is.
         group: All ranks.
         sync_with_dataloader: Close the window when the loop ends, however short it is.
+        policy: What gradients are divided by.
+        boundary: Holds `sync_gradients`; None for one of its own.
+        leniency: What is tolerated.
 
     Attributes:
         num_steps: Micro-batches in a full window.
-        sync_gradients: Whether the current micro-batch is the last of its window.
     """
 
-    def __init__(self, num_steps: int, loop: LoopPosition, group: Group, *, sync_with_dataloader: bool = True) -> None:
+    def __init__(
+        self,
+        num_steps: int,
+        loop: LoopPosition,
+        group: Group,
+        *,
+        sync_with_dataloader: bool = True,
+        policy: WindowPolicy = TRUE_MEAN,
+        boundary: GradientBoundary | None = None,
+        leniency: Leniency = STRICT,
+    ) -> None:
         self.num_steps = num_steps
-        self.sync_gradients = True
         self._sync_with_dataloader = sync_with_dataloader
+        self._divides_by_num_steps = policy.divide_by == "num_steps"
+        self._boundary: GradientBoundary = OwnBoundary() if boundary is None else boundary
+        self._leniency = leniency
         self._loop = loop
         self._group = group
         self._state = WindowState()
@@ -125,6 +143,15 @@ class Window:
         # Optimizers whose step() came inside this window, and those that had never stepped when the last one ended.
         self._deferred: set[WindowedOptimizer] = set()
         self._never_stepped: set[WindowedOptimizer] = set()
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-batch is the last of its window; `accumulate` sets it, and the script may."""
+        return self._boundary.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self._boundary.sync_gradients = value
 
     # From the first micro-batch to the last
 
@@ -150,7 +177,9 @@ class Window:
 
     def _expected_length(self) -> int:
         """How many micro-batches the window will have, as far as is known."""
-        remaining = self._loop.remaining if self._sync_with_dataloader else None
+        if self._divides_by_num_steps or not self._sync_with_dataloader:
+            return self.num_steps
+        remaining = self._loop.remaining
         return self.num_steps if remaining is None else min(self.num_steps, remaining + 1)
 
     def scale_of(self, loss: Tensor, weight: float | Tensor | None) -> Tensor | None:
@@ -176,7 +205,7 @@ class Window:
         state.backward_calls_in_micro_batch += 1
         if weight is not None:
             return self._weighted_scale(loss, weight)
-        expected = state.expected_micro_batches
+        expected = self.num_steps if self._divides_by_num_steps else state.expected_micro_batches
         return None if expected == 1 else self._constant(1.0 / expected, loss)
 
     def _constant(self, value: float, like: Tensor) -> Tensor:
@@ -231,6 +260,8 @@ class Window:
                 total = self._total(weights.local_sum)
                 factor = torch.where(total > 0, weights.divisor / total, torch.zeros_like(total))
                 strategy.scale_gradients(strategy.parameters(), factor)
+        elif self._divides_by_num_steps:
+            return
         elif state.micro_batches and state.micro_batches != state.expected_micro_batches:
             factor_of_mean = state.expected_micro_batches / state.micro_batches
             strategy.scale_gradients(strategy.parameters(), factor_of_mean)
@@ -329,7 +360,9 @@ class Window:
         Raises:
             SteppingError: There are some.
         """
-        self.require_end(what)
+        if self._leniency.save_open_gradients:
+            return
+        self._require_last_micro_batch(what)
         if self.has_gradients:
             raise SteppingError(
                 f"{what} was called after backward() and before optimizer.step()",
@@ -341,8 +374,12 @@ class Window:
         """Refuse a call that is right only when all of a window's gradients are there.
 
         Raises:
-            SteppingError: The window is still open.
+            SteppingError: The window is still open, and that is not tolerated.
         """
+        if not self._leniency.clip_inside_window:
+            self._require_last_micro_batch(what)
+
+    def _require_last_micro_batch(self, what: str) -> None:
         if not self.sync_gradients:
             state = self._state
             raise SteppingError(
@@ -367,6 +404,9 @@ class Accumulation:
 
     def release(self) -> None:
         """Let go of the models."""
+        if self._strategy is not None:
+            for model in self._unsynced.values():
+                self._strategy.release_gradient_sync(model)
         self._models = ()
         self._strategy = None
         self._unsynced.clear()
@@ -382,13 +422,13 @@ class Accumulation:
         assert strategy is not None
         if self._window.begin_micro_batch():
             for model in self._unsynced.values():
-                strategy.set_gradient_sync(model, True)
+                strategy.release_gradient_sync(model)
             self._unsynced.clear()
         elif not self._sync_each_batch:
             for model in self._models:
                 if id(model) not in self._unsynced:
                     self._unsynced[id(model)] = model
-                    strategy.set_gradient_sync(model, False)
+                    strategy.hold_gradient_sync(model)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._strategy is not None:

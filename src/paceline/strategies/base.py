@@ -16,17 +16,19 @@ from typing_extensions import override
 
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.strategies.placeholders import DummyOptim, DummyScheduler
+from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
 
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from paceline.strategies.automatic_compilation import AutomaticCompilation
     from paceline.strategies.context import DistributedType, RunContext
+    from paceline.strategies.placeholders import DummyScheduler
 
 
 class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable):
@@ -57,11 +59,18 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         self._compilations: list[AutomaticCompilation] = []
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
+        # How many contexts hold back the exchange of a model's gradients, by its id.
+        self._sync_holds: dict[int, int] = {}
 
     @property
     @abstractmethod
     def distributed_type(self) -> DistributedType:
         """The name of this way of training in configuration files."""
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The device mesh over which models are spread; None where there is none."""
+        return None
 
     # Models and optimizers
 
@@ -91,7 +100,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             self._parameters = None
         for optimizer in optimizers:
             if isinstance(optimizer, DummyOptim):
-                raise self._placeholder_error("DummyOptim", "optimizer")
+                raise placeholder_error("DummyOptim", "optimizer", self.name)
             self.rebind_optimizer(optimizer)
         return prepared
 
@@ -189,18 +198,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         optimizer.add_param_group(group)
         self._parameters = None
 
-    @override
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the user's own module.
-
-        Args:
-            model: A prepared model, or any other module, which comes back unchanged.
-
-        Returns:
-            The module without the strategy's wrapper. It shares all parameters with `model`.
-        """
-        return model
-
     def init_module(self) -> AbstractContextManager[Any]:
         """Return a context in which models are built as this strategy wants them: sharded at once, where it can.
 
@@ -209,46 +206,22 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """
         return nullcontext()
 
-    def gather_parameters(
-        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
-    ) -> AbstractContextManager[Any]:
-        """Return a context in which sharded parameters are whole.
-
-        Collective: every rank must enter and leave it.
-
-        Args:
-            parameters: Of prepared models.
-            modifier_rank: Whose changes reach all ranks at the end; None if nothing is changed inside.
-
-        Returns:
-            A context manager; it does nothing where parameters are whole anyway.
-        """
-        return nullcontext()
-
-    def resolve_placeholder_scheduler(self, scheduler: Any) -> Any:
-        """Return the learning-rate scheduler to step.
-
-        Args:
-            scheduler: What was passed to the Accelerator's `prepare`.
-
-        Returns:
-            What the engine's configuration describes for a `DummyScheduler`; `scheduler` itself otherwise.
-
-        Raises:
-            PrepareError: A placeholder, and this strategy reads no configuration that could describe a scheduler.
-        """
-        if isinstance(scheduler, DummyScheduler):
-            raise self._placeholder_error("DummyScheduler", "scheduler")
-        return scheduler
-
-    def _placeholder_error(self, placeholder: str, section: str) -> PrepareError:
-        return PrepareError(
-            f"A {placeholder} was prepared under strategy={self.name!r}",
-            f"It is a placeholder for the {section} section of a DeepSpeed configuration, which this strategy ignores",
-            f"Pass a torch {section}, or use strategy='deepspeed'",
-        )
-
     # One step
+
+    def hold_gradient_sync(self, model: nn.Module) -> None:
+        """Let a model's gradients add up on each rank, until every hold on it is released."""
+        holds = self._sync_holds.get(id(model), 0)
+        self._sync_holds[id(model)] = holds + 1
+        if holds == 0:
+            self.set_gradient_sync(model, False)
+
+    def release_gradient_sync(self, model: nn.Module) -> None:
+        """Release one hold on a model; the last one lets its next backward average gradients again."""
+        holds = self._sync_holds.pop(id(model), 1) - 1
+        if holds > 0:
+            self._sync_holds[id(model)] = holds
+        else:
+            self.set_gradient_sync(model, True)
 
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         """Set whether the next forward and backward of a model average its gradients over the ranks.
@@ -257,6 +230,24 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             model: A prepared model.
             enabled: False accumulates gradients on each rank, as under `no_sync`.
         """
+
+    def set_window_end(self, ends: bool) -> None:
+        """Say whether the next backward is the last of its accumulation window, whoever decided that.
+
+        Args:
+            ends: Only an engine that acts on its own at that point needs to know.
+        """
+
+    def sync_next_backward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context whose backward averages gradients, though every forward ran without gradient sync.
+
+        Args:
+            model: A prepared model.
+
+        Returns:
+            A context manager; it does nothing where the backward itself decides, or where there is nothing to average.
+        """
+        return nullcontext()
 
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
         """Compute the gradients of `loss * scale`, averaged over the ranks if gradient sync is enabled.
@@ -280,20 +271,8 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             self._parameters = list({id(p): p for model in self._models for p in model.parameters()}.values())
         return self._parameters
 
-    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimizer step.
-
-        Args:
-            optimizer: A prepared optimizer.
-            closure: Computes the loss again, for optimizers that ask for it.
-
-        Returns:
-            What `Optimizer.step` returns.
-        """
-        return optimizer.step() if closure is None else optimizer.step(closure)
-
+    @override
     def stepped(self) -> None:
-        """React to an optimizer step that was taken or skipped. Collective: every rank must call it."""
         for compilation in self._compilations:
             if not compilation.is_decided:
                 compilation.stepped()

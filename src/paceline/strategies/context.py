@@ -6,11 +6,13 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paceline.config.leniency import STRICT
+
 if TYPE_CHECKING:
     import torch
 
     from paceline.collectives import Group
-    from paceline.config import RunConfig
+    from paceline.config import Leniency, RunConfig
     from paceline.environment.world import World
     from paceline.precision import PrecisionPolicy
 
@@ -40,6 +42,7 @@ class RunContext:
         group: All ranks that share the global batch.
         precision: The dtype of the forward, and autocast.
         config: The resolved configuration.
+        leniency: What is tolerated.
     """
 
     world: World
@@ -47,3 +50,4 @@ class RunContext:
     group: Group
     precision: PrecisionPolicy
     config: RunConfig
+    leniency: Leniency = STRICT

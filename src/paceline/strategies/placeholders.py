@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DummyOptim", "DummyScheduler"]
+__all__ = ["DummyOptim", "DummyScheduler", "placeholder_error"]
 
 _LATER = "DummyScheduler(optimizer, lr_scheduler_callable=…), which builds it on the real optimizer"
 
@@ -155,3 +155,21 @@ class DummyScheduler:
         self.warmup_num_steps = warmup_num_steps
         self.lr_scheduler_callable = lr_scheduler_callable
         self.kwargs = kwargs
+
+
+def placeholder_error(placeholder: str, section: str, strategy: str) -> PrepareError:
+    """Make the error of a strategy that reads no DeepSpeed configuration.
+
+    Args:
+        placeholder: The class that was prepared.
+        section: The section of the configuration that it stands for.
+        strategy: The strategy's name.
+
+    Returns:
+        The error, to be raised.
+    """
+    return PrepareError(
+        f"A {placeholder} was prepared under strategy={strategy!r}",
+        f"It is a placeholder for the {section} section of a DeepSpeed configuration, which this strategy ignores",
+        f"Pass a torch {section}, or use strategy='deepspeed'",
+    )

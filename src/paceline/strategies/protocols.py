@@ -7,6 +7,7 @@ view takes that one as its parameter type.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from paceline.strategies.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -34,14 +35,13 @@ if TYPE_CHECKING:
 __all__ = ["Describable", "GradientAccess", "OptimizerAccess", "TrainingStateAccess", "multiply"]
 
 
-class TrainingStateAccess(ABC):
+class TrainingStateAccess:
     """Reads and writes the training state: each rank sees its own shard of every tensor, in live memory.
 
     To load a state: `make_slots`, `set_groups`, write into the shards of `model_state` and `optimizer_state`,
     `load_engine_state`, and `state_written` at the end. No method communicates unless it says so.
     """
 
-    @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the user's own module.
 
@@ -51,6 +51,23 @@ class TrainingStateAccess(ABC):
         Returns:
             The module without the strategy's wrapper. It shares all parameters with `model`.
         """
+        return model
+
+    def gather_parameters(
+        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
+    ) -> AbstractContextManager[Any]:
+        """Return a context in which sharded parameters are whole.
+
+        Collective: every rank must enter and leave it.
+
+        Args:
+            parameters: Of prepared models.
+            modifier_rank: Whose changes reach all ranks at the end; None if nothing is changed inside.
+
+        Returns:
+            A context manager; it does nothing where parameters are whole anyway.
+        """
+        return nullcontext()
 
     def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
         """List the parameters of a prepared model under the names that they have in the user's own module.
@@ -167,7 +184,7 @@ class TrainingStateAccess(ABC):
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
             load_options(group, saved)
 
-    def state_written(self) -> None:  # noqa: B027
+    def state_written(self) -> None:
         """Copy what was written into the shards to every other copy of the same values.
 
         Collective: every rank must call it.
@@ -181,7 +198,7 @@ class TrainingStateAccess(ABC):
         """
         return {}
 
-    def load_engine_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `engine_state` returned.
 
         Args:
@@ -247,7 +264,7 @@ class GradientAccess:
 
 
 class OptimizerAccess:
-    """Answers what stands behind an optimizer once its model is prepared."""
+    """Steps optimizers, and says what stands behind one once its model is prepared."""
 
     def rebind_optimizer(self, optimizer: Optimizer) -> None:
         """Point an optimizer, in place, at the parameters that replaced its own.
@@ -288,6 +305,35 @@ class OptimizerAccess:
             The built one; `optimizer` itself unless it is a `DummyOptim`.
         """
         return optimizer
+
+    def resolve_placeholder_scheduler(self, scheduler: Any) -> Any:
+        """Return the learning-rate scheduler to step.
+
+        Args:
+            scheduler: What was passed to the Accelerator's `prepare`.
+
+        Returns:
+            What the engine's configuration describes for a `DummyScheduler`; `scheduler` itself otherwise.
+
+        Raises:
+            PrepareError: The engine's configuration contradicts what was passed.
+        """
+        return scheduler
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimizer step.
+
+        Args:
+            optimizer: A prepared optimizer.
+            closure: Computes the loss again, for optimizers that ask for it.
+
+        Returns:
+            What `Optimizer.step` returns.
+        """
+        return optimizer.step() if closure is None else optimizer.step(closure)
+
+    def stepped(self) -> None:
+        """React to an optimizer step that was taken or skipped. Collective: every rank must call it."""
 
     def step_was_skipped(self, optimizer: Optimizer) -> bool:
         """Tell whether the engine skipped the step just taken, because of an fp16 overflow.

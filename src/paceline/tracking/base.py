@@ -216,8 +216,12 @@ class TableBackend(Backend):
             step: The step, or None when the script passed none.
             kwargs: Ignored.
         """
-        names = None if columns is None else list(columns)
-        rows = None if data is None else [list(row) for row in data]
+        names = None
+        if columns is not None:
+            names = list(columns)
+        rows = None
+        if data is not None:
+            rows = [list(row) for row in data]
         table = self._package.Table(columns=names, data=rows, dataframe=dataframe)
         self._run.log({table_name: table}, step=step)
 

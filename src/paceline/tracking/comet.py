@@ -56,7 +56,9 @@ class Tracker(Backend):
     ) -> None:
         """Record a table as a CSV file."""
         rows = dataframe if dataframe is not None else [list(row) for row in data or ()]
-        headers = True if dataframe is not None else list(columns or ())
+        headers: bool | list[str] = True
+        if dataframe is None:
+            headers = list(columns or ())
         self._run.log_table(f"{table_name}.csv", tabular_data=rows, headers=headers, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:

@@ -23,7 +23,9 @@ class Tracker(Backend):
         self._run = settings.pop("live", None)
         self._is_own = self._run is None
         if self._is_own:
-            location = {} if self.folder is None else {"dir": str(self.folder / "dvclive")}
+            location = {}
+            if self.folder is not None:
+                location = {"dir": str(self.folder / "dvclive")}
             self._run = Live(**{**location, **settings})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:

@@ -74,5 +74,7 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
         earlier = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["starts"]
     except (OSError, ValueError, KeyError, TypeError):
         earlier = []
-    starts = [start for start in earlier if isinstance(start, dict)] if isinstance(earlier, list) else []
+    starts = []
+    if isinstance(earlier, list):
+        starts = [start for start in earlier if isinstance(start, dict)]
     return [*starts[-_MAX_STARTS:], {"began": time.time()}]

@@ -83,8 +83,9 @@ def plain(value: Any) -> Any:
         return {name: plain(part) for name, part in value.items()}
     if hasattr(value, "detach"):
         value = value.detach()
-        # numpy has no bfloat16.
-        value = value.float().numpy().copy() if value.is_floating_point() else value.numpy().copy()
+        if value.is_floating_point():
+            value = value.float()  # numpy has no bfloat16
+        value = value.numpy().copy()
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         return value.item()
     return value

@@ -20,7 +20,9 @@ class Tracker(Backend):
         import swanlab
 
         self._package = swanlab
-        location = {} if self.folder is None else {"logdir": str(self.folder / "swanlog")}
+        location = {}
+        if self.folder is not None:
+            location = {"logdir": str(self.folder / "swanlog")}
         self._run = swanlab.init(**{"project": self.project, **location, **self.named("experiment_name")})
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:

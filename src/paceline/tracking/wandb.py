@@ -19,7 +19,9 @@ class Tracker(TableBackend):
         import wandb
 
         self._package = wandb
-        location = {} if self.folder is None else {"dir": str(self.folder)}
+        location = {}
+        if self.folder is not None:
+            location = {"dir": str(self.folder)}
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(**{"project": self.project, **location, **self.named("name")})

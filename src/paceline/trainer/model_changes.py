@@ -64,7 +64,9 @@ def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
     if not classes:
         return []
     most_common, count = classes.most_common(1)[0]
-    return [block for block in blocks if type(block) is most_common] if count > 1 else []
+    if count > 1:
+        return [block for block in blocks if type(block) is most_common]
+    return []
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def _readable(name: str, value: Any) -> Any:
     if "_runtime" in name:
         whole = int(value)
         return f"{timedelta(seconds=whole)}.{int((value - whole) * 100):02d}"
-    return round(value, 4) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return round(value, 4)
+    return value
 
 
 def as_text(split: str, metrics: Mapping[str, Any]) -> str:
@@ -45,7 +47,9 @@ def write_results(folder: str | os.PathLike[str], split: str, metrics: Mapping[s
     _write(target / f"{split}_results.json", metrics)
     if combined:
         path = target / "all_results.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        before = {}
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))
         _write(path, {**before, **metrics})
 
 
@@ -55,7 +59,9 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 def as_list(value: str | Sequence[str] | None) -> list[str]:
     """A list of texts, from one, several, or none."""
-    return [value] if isinstance(value, str) else list(value or ())
+    if isinstance(value, str):
+        return [value]
+    return list(value or ())
 
 
 def model_card(properties: Mapping[str, Any], arguments: Mapping[str, Any], state: TrainerState) -> str:

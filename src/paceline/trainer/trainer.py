@@ -258,7 +258,9 @@ class Trainer:
         """
         if trial is not None:
             raise NotBuiltError("train(trial=…)", "Let the search construct one Trainer per trial")
-        requested = None if str(resume_from_checkpoint).lower() in ("none", "false") else resume_from_checkpoint
+        requested = resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("none", "false"):
+            requested = None
         if requested is None and self.args.save_strategy != "no":
             # A further training of this Trainer, and restarted ranks, replace their own checkpoints.
             may_replace = self._has_trained or self.args.world.restart_count > 0
@@ -292,7 +294,7 @@ class Trainer:
         self._set_optimizer_mode("train")
         self.state = self._state_for(length, loader)
         self._update_callback_things(train_dataloader=loader, eval_dataloader=None)
-        loop = TrainingLoop(self, self._call, self.model_wrapped, loader, length, ignore_keys)
+        loop = TrainingLoop(losses.LoopInputs(self, self._call, self.model_wrapped, loader, ignore_keys), length)
         self._progress.loop = loop
         self.accelerator.register_for_checkpointing(self._progress)
         if self.args.save_strategy != "no" and not self.args.save_only_model:
@@ -625,13 +627,9 @@ class Trainer:
         self._set_optimizer_mode("eval")
         try:
             loop = EvaluationLoop(
-                self,
-                self._call,
-                self._model_for_evaluation(),
-                dataloader,
+                losses.LoopInputs(self, self._call, self._model_for_evaluation(), dataloader, ignore_keys),
                 prefix=metric_key_prefix,
                 loss_only=loss_only,
-                ignore_keys=ignore_keys,
                 requires_metrics=self._requires_metrics,
             )
             return loop.run()
@@ -786,7 +784,9 @@ class Trainer:
             16
         """
         total = getattr(dataloader, "total_dataset_length", None)
-        return int(total) if total else len(getattr(dataloader, "dataset", dataloader))
+        if total:
+            return int(total)
+        return len(getattr(dataloader, "dataset", dataloader))
 
     def get_total_train_batch_size(self, args: TrainingArguments | None = None) -> int:
         """Count the samples of a micro-batch over all ranks.
@@ -875,7 +875,9 @@ class Trainer:
             >>> Trainer.get_optimizer_cls_and_kwargs(TrainingArguments(optim="sgd", learning_rate=0.1))
             (<class 'torch.optim.sgd.SGD'>, {'lr': 0.1, 'weight_decay': 0.0})
         """
-        device = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
+        device = None
+        if not args.use_cpu:
+            device = torch.accelerator.current_accelerator(check_available=True)
         return optimizer_choice.optimizer_class(args, device or torch.device("cpu"))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -914,7 +916,9 @@ class Trainer:
             self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, max(1, warmup))
             return self.lr_scheduler
         options: Any = self.args.lr_scheduler_kwargs
-        name = "constant" if self.args.optim.startswith("schedule_free") else self.args.lr_scheduler_type
+        name = "constant"
+        if not self.args.optim.startswith("schedule_free"):
+            name = self.args.lr_scheduler_type
         self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=options)
         return self.lr_scheduler
 
@@ -928,7 +932,9 @@ class Trainer:
             >>> trainer.get_learning_rates()
             []
         """
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+        if self.optimizer is None:
+            return []
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_num_trainable_parameters(self) -> int:
         """Count the trainable parameters.

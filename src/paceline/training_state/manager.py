@@ -129,7 +129,9 @@ class CheckpointManager:
     def next_iteration(self) -> int:
         """Number of the next automatically named checkpoint."""
         folder = self._numbered_folder
-        return self._project.iteration if folder is None else next_number(folder, self._project.iteration)
+        if folder is None:
+            return self._project.iteration
+        return next_number(folder, self._project.iteration)
 
     @property
     def _numbered_folder(self) -> Path | None:
@@ -363,7 +365,9 @@ def _do_nothing() -> None:
 
 
 def _kind_of(item: object) -> str:
-    return f"the class {item.__name__}" if isinstance(item, type) else type(item).__name__
+    if isinstance(item, type):
+        return f"the class {item.__name__}"
+    return type(item).__name__
 
 
 def require_safe_serialization(method: str, safe_serialization: object) -> None:

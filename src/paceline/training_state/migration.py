@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.checkpoint import numbered
 from paceline.checkpoint.foreign import open_foreign
 from paceline.environment.rng_state import set_rng_states
 from paceline.errors import CheckpointError, PacelineError, StateError, named_ranks
 from paceline.training_state.registered_tensors import LiveTensors
-from paceline.training_state.state import name_differences, numbered
+from paceline.training_state.state import name_differences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,7 +130,9 @@ class _Import:
         """For each tied weight its other names; a folder may have any of them."""
         aliases: dict[str, list[str]] = {}
         for index, model in enumerate(self._state.models):
-            prefix = f"{numbered('model', index)}/" if index else ""
+            prefix = ""
+            if index:
+                prefix = f"{numbered('model', index)}/"
             for alias, name in self._state.strategy.tied_names(model).items():
                 aliases.setdefault(prefix + name, []).append(prefix + alias)
         return aliases
@@ -177,7 +180,9 @@ class _Import:
             if saved is None:
                 continue
             item.load_state_dict(saved)
-            epoch = saved.get("last_epoch") if isinstance(saved, dict) and what == "scheduler" else None
+            epoch = None
+            if isinstance(saved, dict) and what == "scheduler":
+                epoch = saved.get("last_epoch")
             if epoch is not None and self._foreign.step and epoch != self._foreign.step:
                 self._lines.append(
                     f"loaded: scheduler {index} at {epoch} after {self._foreign.step} optimizer steps, unchanged; here "

@@ -126,7 +126,9 @@ class Preemption:
         limits: dict[int, int] = {}
         while len(limits) < self._group.size and not self._closed.wait(0.01):
             for rank in range(self._group.size):
-                text = self._board.read(f"limit/{rank}") if rank not in limits else None
+                text = None
+                if rank not in limits:
+                    text = self._board.read(f"limit/{rank}")
                 if text is not None:
                     limits[rank] = int(text)
         if len(limits) == self._group.size:

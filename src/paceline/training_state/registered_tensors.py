@@ -64,7 +64,9 @@ def _shard_of(tensor: DTensor) -> TensorShard:
     if not _is_sharded_by_rows(tensor):
         return TensorShard.whole(tensor.full_tensor())
     local = tensor.to_local().detach()
-    start = _first_element(tensor) if local.numel() else 0
+    start = 0
+    if local.numel():
+        start = _first_element(tensor)
     return TensorShard(tuple(tensor.shape), start, local)
 
 
@@ -80,7 +82,9 @@ def _first_element(tensor: DTensor) -> int:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return offset[0] * tensor.shape[1:].numel() if offset else 0
+    if offset:
+        return offset[0] * tensor.shape[1:].numel()
+    return 0
 
 
 def refuse_placeholders(tensors: Mapping[str, Tensor], released: Iterable[str], count: int) -> None:
@@ -198,7 +202,9 @@ class LoadTarget:
             )
         local = template.to_local()
         by_rows = _is_sharded_by_rows(template)
-        start = _first_element(template) if by_rows and local.numel() else 0
+        start = 0
+        if by_rows and local.numel():
+            start = _first_element(template)
         values = torch.empty(local.shape if by_rows else shape, dtype=dtype, device=local.device)
         return cls(TensorShard(shape, start, values), template)
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, rank_document, to_plain
+from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbered, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
 from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.logging import get_logger
@@ -29,7 +26,6 @@ from paceline.training_state.registered_tensors import (
     split_sharded,
     state_name,
 )
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +40,7 @@ if TYPE_CHECKING:
     from paceline.strategies import Strategy
     from paceline.training_state.registered_tensors import LoadTarget
 
-__all__ = ["TrainingState", "name_differences", "numbered"]
+__all__ = ["TrainingState", "name_differences"]
 
 _LOG = get_logger(__name__)
 
@@ -115,7 +111,9 @@ class TrainingState:
             named_parameters = dict(self.strategy.named_parameters(model))
             count += len(named_parameters)
             empty = [name for name, parameter in named_parameters.items() if parameter.numel() == 0]
-            states = self.strategy.model_state(model) if empty else {}
+            states = {}
+            if empty:
+                states = self.strategy.model_state(model)
             released += [name for name in empty if name in states and states[name].numel]
         refuse_placeholders(tensors, released, count)
 
@@ -139,7 +137,9 @@ class TrainingState:
         }
 
     def _manifest(self) -> Manifest:
-        position = self.loaders[0].state_dict() if self.loaders else {}
+        position = {}
+        if self.loaders:
+            position = self.loaders[0].state_dict()
         ties: dict[str, str] = {}
         for index, model in enumerate(self.models):
             family = numbered("model", index)
@@ -147,10 +147,6 @@ class TrainingState:
             ties.update((f"{family}/{alias}", f"{family}/{name}") for alias, name in pairs)
         frozen = self._frozen_bases()
         return Manifest(
-            id="",
-            paceline=__version__,
-            torch=torch.__version__,
-            created=datetime.now(timezone.utc).isoformat(),
             step=steps_taken(self.optimizers),
             epoch=int(position.get("epoch", 0)),
             samples=int(position.get("samples", 0)),
@@ -162,11 +158,17 @@ class TrainingState:
 
     def _model_config(self) -> dict[str, str]:
         """The `config.json` that transformers reads beside a model's weights."""
-        model = self.strategy.unwrap(self.models[0]) if self.models else None
+        model = None
+        if self.models:
+            model = self.strategy.unwrap(self.models[0])
         # Beside adapters it would claim that the base model is here.
-        config = None if model is None or is_adapted(model) else getattr(model, "config", None)
+        config = None
+        if model is not None and not is_adapted(model):
+            config = getattr(model, "config", None)
         text = getattr(config, "to_json_string", None)
-        return {"config.json": str(text())} if callable(text) else {}
+        if callable(text):
+            return {"config.json": str(text())}
+        return {}
 
     def _updated_by_step(self, shards: Mapping[str, TensorShard]) -> set[str]:
         """Names of the shards that an optimizer updates, and of its own state."""
@@ -176,7 +178,9 @@ class TrainingState:
 
     @staticmethod
     def _full_name(name: str) -> str:
-        return name if name.startswith("model_") and "/" in name else f"model/{name}"
+        if name.startswith("model_") and "/" in name:
+            return name
+        return f"model/{name}"
 
     # Loading
 
@@ -302,7 +306,9 @@ class TrainingState:
         """The names of all parameters by `id()`; from the second model on they begin with `model_1/` and so on."""
         names: dict[int, str] = {}
         for index, model in enumerate(self.models):
-            prefix = f"{numbered('model', index)}/" if index else ""
+            prefix = ""
+            if index:
+                prefix = f"{numbered('model', index)}/"
             for name, parameter in self.strategy.named_parameters(model):
                 names.setdefault(id(parameter), prefix + name)
         return names
@@ -339,13 +345,12 @@ class TrainingState:
 
 def name_differences(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
     """What differs between the tensors of a folder and those of a run, as parts of a sentence."""
-    problems = [f"missing from it: {named(missing)}"] if missing else []
-    return [*problems, f"only in it: {named(unexpected)}"] if unexpected else problems
-
-
-def numbered(what: str, index: int) -> str:
-    """The name of a family of tensors: `model`, `model_1`, `model_2`..."""
-    return f"{what}_{index}" if index else what
+    problems = []
+    if missing:
+        problems = [f"missing from it: {named(missing)}"]
+    if unexpected:
+        return [*problems, f"only in it: {named(unexpected)}"]
+    return problems
 
 
 def _kind(name: str) -> str:

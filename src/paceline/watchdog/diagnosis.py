@@ -56,7 +56,9 @@ class RankStatus:
     raised: bool = False
 
     def __str__(self) -> str:
-        location = "" if self.location is None else str(self.location)
+        location = ""
+        if self.location is not None:
+            location = str(self.location)
         last = f"  [{self.operations[-1]}]" if self.operations else ""
         return f"rank {self.rank}: {', '.join(part for part in (self.fate, location) if part)}{last}"
 
@@ -188,7 +190,9 @@ class _Diagnosis:
     def _different_calls(self, entered: Mapping[int, Operation], *, is_now: bool) -> tuple[str, str]:
         texts = {rank: self._what(o, [rank]) if is_now else str(o) for rank, o in entered.items()}
         seen = ", ".join(f"{named_ranks(ranks)} in {text}" for text, ranks in _grouped(texts).items())
-        calls = self._called_by_some(entered) if is_now else []
+        calls = []
+        if is_now:
+            calls = self._called_by_some(entered)
         if len(calls) == 1:
             return f"{calls[0]} is not called by every rank: {seen}", _branch(calls)
         head = f"the ranks {'are' if is_now else 'were'} in different calls: {seen}"
@@ -197,8 +201,12 @@ class _Diagnosis:
     def _what(self, operation: Operation, ranks: Iterable[int]) -> str:
         """The user's call that ranks are in, with the collective that it has entered."""
         calls = {location.call for location in self._locations(ranks)}
-        call = calls.pop() if len(calls) == 1 else ""
-        return f"{call} ({operation})" if call and call != operation.name else str(operation)
+        call = ""
+        if len(calls) == 1:
+            call = calls.pop()
+        if call and call != operation.name:
+            return f"{call} ({operation})"
+        return str(operation)
 
     def _locations(self, ranks: Iterable[int]) -> list[CodeLocation]:
         locations = [self.known[rank].location for rank in ranks if rank in self.known]
@@ -270,7 +278,9 @@ def _plural(fate: str) -> str:
 
 def _where(status: RankStatus, stuck: Operation | None) -> str:
     text = ", ".join(part for part in (status.fate, str(status.location or "")) if part)
-    operation = None if stuck is None else _entered(status, stuck)
+    operation = None
+    if stuck is not None:
+        operation = _entered(status, stuck)
     return f"{text}  [{operation}]" if operation is not None else text
 
 

@@ -60,7 +60,9 @@ class _Level:
 def here() -> CodeLocation | None:
     """Return where the main thread is now."""
     frame = _main_frame()
-    return None if frame is None else location_of(frame)
+    if frame is None:
+        return None
+    return location_of(frame)
 
 
 def main_stack() -> tuple[tuple[int, int], ...]:
@@ -75,7 +77,9 @@ def main_stack() -> tuple[tuple[int, int], ...]:
 
 def _main_frame() -> FrameType | None:
     ident = threading.main_thread().ident
-    return None if ident is None else sys._current_frames().get(ident)
+    if ident is None:
+        return None
+    return sys._current_frames().get(ident)
 
 
 def location_of(frame: FrameType) -> CodeLocation:
@@ -85,7 +89,9 @@ def location_of(frame: FrameType) -> CodeLocation:
 
 def location_in_traceback(trace: TracebackType | None) -> CodeLocation | None:
     """Return where an exception was raised."""
-    return None if trace is None else _locate(traceback.walk_tb(trace))
+    if trace is None:
+        return None
+    return _locate(traceback.walk_tb(trace))
 
 
 def all_stacks() -> str:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch._C._distributed_c10d as c10d
 
+from paceline.errors import named
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -109,12 +111,11 @@ def read_operation(entry: dict[str, Any]) -> Operation:
     group = entry.get("process_group") or [entry.get("pg_id", 0)]
     dtypes = [_dtype(name) for name in entry.get("input_dtypes", ())]
     pairs = [_described(dtype, shape) for dtype, shape in zip(dtypes, entry.get("input_sizes", ()), strict=False)]
-    shown = ", ".join(pairs[:3]) + (f" and {len(pairs) - 3} more" if len(pairs) > 3 else "")
     return Operation(
         group=f"{backend}/{group[0]}",
         number=int(entry.get("collective_seq_id", 0)),
         name=name.strip("_"),
-        what=shown,
+        what=named(pairs, 3),
         done=bool(entry.get("retired")) or entry.get("state") == "completed",
     )
 

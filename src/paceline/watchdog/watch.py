@@ -122,7 +122,9 @@ class Watch:
             if error is not None and _came_from_collective(error):
                 self._explain(error)
             else:
-                fate = "has ended" if error is None else f"failed ({type(error).__name__})"
+                fate = "has ended"
+                if error is not None:
+                    fate = f"failed ({type(error).__name__})"
                 self._set(f"fate/{self._world.rank}", RankStatus(rank=self._world.rank, fate=fate))
 
     def _wait_for_device(self) -> None:
@@ -178,7 +180,9 @@ class Watch:
         while len(statuses) < self._world.size and time.monotonic() < deadline:
             for rank in range(self._world.size):
                 for key in (f"answer/{number}/{rank}", f"fate/{rank}"):
-                    text = self._get(key) if rank not in statuses else None
+                    text = None
+                    if rank not in statuses:
+                        text = self._get(key)
                     if text is not None:
                         statuses[rank] = RankStatus.from_data(json.loads(text))
             time.sleep(_STORE_POLL)
@@ -260,7 +264,9 @@ class Watch:
 
     def _get(self, key: str) -> str | None:
         full = f"{_PREFIX}/{key}"
-        return self._store.get(full).decode() if self._store.check([full]) else None
+        if self._store.check([full]):
+            return self._store.get(full).decode()
+        return None
 
     def _set(self, key: str, status: RankStatus) -> None:
         self._store.set(f"{_PREFIX}/{key}", json.dumps(status.to_data()))

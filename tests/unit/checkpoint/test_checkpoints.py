@@ -26,6 +26,7 @@ from paceline.checkpoint.folder import remove_leftovers
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.layout import TensorShape, lay_out
 from paceline.errors import CheckpointError, ConfigError, DamagedCheckpointError, PacelineError, StateError
+from tests.support.engines import slowly
 from tests.unit.checkpoint.test_foreign import RECORDED
 
 if TYPE_CHECKING:
@@ -372,7 +373,7 @@ accelerator.save_state(sys.argv[1], blocking=False)
 """
 
 
-@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("raise ValueError", 1)])
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), *slowly([("pass", 0), ("raise ValueError", 1)])])
 def test_the_end_of_the_program_waits_for_the_save(tmp_path: Path, end: str, code: int) -> None:
     command = [sys.executable, "-c", ENDING.format(end=end), str(tmp_path / "state")]
     assert subprocess.run(command, capture_output=True, text=True).returncode == code

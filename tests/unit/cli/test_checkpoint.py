@@ -43,17 +43,17 @@ def test_the_help_teaches_without_torch() -> None:
         assert "Usage" in done.stdout
 
 
-def test_list_shows_what_is_whole_and_why_not(paceline: Paceline, project: Path) -> None:
+def test_list_shows_what_is_complete_and_why_not(paceline: Paceline, project: Path) -> None:
     answer = paceline("checkpoint", "list", str(project))
     assert answer.code == 0
     rows = [line for line in answer.lines if line.strip().startswith("checkpoints/")]
     assert "checkpoint_1" in rows[0]
-    assert "not whole" in rows[0]
+    assert "incomplete" in rows[0]
     assert "checkpoint_0" in rows[1]
-    assert "whole" in rows[1]
+    assert "complete" in rows[1]
     assert "optimizer.safetensors is missing" in answer.out
     found = json.loads(paceline("checkpoint", "list", str(project), "--json").out)
-    assert [row["state"] for row in found] == ["not whole", "whole"]
+    assert [row["state"] for row in found] == ["incomplete", "complete"]
     assert found[1]["step"] == 3
 
 
@@ -67,12 +67,12 @@ def test_list_of_nothing(paceline: Paceline, tmp_path: Path) -> None:
 
 
 def test_inspect_shows_facts_and_tensors(paceline: Paceline, project: Path) -> None:
-    whole = str(project / "checkpoints" / "checkpoint_0")
-    answer = paceline("checkpoint", "inspect", whole, "--tensors")
+    complete = str(project / "checkpoints" / "checkpoint_0")
+    answer = paceline("checkpoint", "inspect", complete, "--tensors")
     assert answer.code == 0
     assert "234 elements in 11 tensors" in answer.out
     assert any("optimizer/gain/exp_avg_sq" in line and "[1]" in line for line in answer.lines)
-    found = json.loads(paceline("checkpoint", "inspect", whole, "--json").out)
+    found = json.loads(paceline("checkpoint", "inspect", complete, "--json").out)
     assert found["step"] == 3
 
 
@@ -82,14 +82,14 @@ def test_inspect_of_another_library_says_what_is_left(paceline: Paceline) -> Non
     assert "skipped: optimizer.bin" in answer.out
 
 
-def test_verify_ends_with_one_if_any_is_not_whole(paceline: Paceline, project: Path) -> None:
+def test_verify_ends_with_one_if_any_is_damaged(paceline: Paceline, project: Path) -> None:
     good, bad = (str(project / "checkpoints" / f"checkpoint_{number}") for number in (0, 1))
     answer = paceline("checkpoint", "verify", good, str(RECORDED / "deepspeed_3"))
     assert answer.code == 0
-    assert answer.out.count("whole ") == 2
+    assert answer.out.count("complete ") == 2
     answer = paceline("checkpoint", "verify", good, bad)
     assert answer.code == 1
-    assert "NOT whole" in answer.out
+    assert "DAMAGED" in answer.out
 
 
 def test_verify_finds_a_flipped_byte(paceline: Paceline, project: Path) -> None:
@@ -103,8 +103,8 @@ def test_verify_finds_a_flipped_byte(paceline: Paceline, project: Path) -> None:
 
 
 def test_export_writes_shards_in_another_dtype(paceline: Paceline, project: Path, tmp_path: Path) -> None:
-    whole = str(project / "checkpoints" / "checkpoint_0")
-    answer = paceline("checkpoint", "export", whole, "out", "--max_shard_size", "300B", "--dtype", "bf16")
+    complete = str(project / "checkpoints" / "checkpoint_0")
+    answer = paceline("checkpoint", "export", complete, "out", "--max_shard_size", "300B", "--dtype", "bf16")
     assert answer.code == 0, answer.err
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = {name: load_file(tmp_path / "out" / name) for name in set(index["weight_map"].values())}
@@ -113,7 +113,7 @@ def test_export_writes_shards_in_another_dtype(paceline: Paceline, project: Path
     assert set(index["weight_map"]) == set(expected)
     for name, file in index["weight_map"].items():
         assert torch.equal(files[file][name], expected[name].bfloat16()), name
-    answer = paceline("checkpoint", "export", whole, "out")
+    answer = paceline("checkpoint", "export", complete, "out")
     assert answer.code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
 
@@ -149,18 +149,18 @@ def test_a_folder_that_is_nothing_is_an_error(paceline: Paceline, tmp_path: Path
 
 
 def test_a_checkpoint_is_not_written_over(paceline: Paceline, project: Path) -> None:
-    whole = project / "checkpoints" / "checkpoint_0"
-    answer = paceline("checkpoint", "export", str(whole), str(whole), "--dtype", "bf16")
+    complete = project / "checkpoints" / "checkpoint_0"
+    answer = paceline("checkpoint", "export", str(complete), str(complete), "--dtype", "bf16")
     assert answer.code == 2
-    assert f"{whole} holds a checkpoint" in answer.err
-    assert paceline("checkpoint", "verify", str(whole)).code == 0
+    assert f"{complete} holds a checkpoint" in answer.err
+    assert paceline("checkpoint", "verify", str(complete)).code == 0
 
 
 def test_folders_around_and_within_are_told_apart(paceline: Paceline, project: Path) -> None:
-    whole = project / "checkpoints" / "checkpoint_0"
+    complete = project / "checkpoints" / "checkpoint_0"
     assert (
-        f"it is a checkpoint itself: paceline checkpoint inspect {whole}"
-        in paceline("checkpoint", "list", str(whole)).out
+        f"it is a checkpoint itself: paceline checkpoint inspect {complete}"
+        in paceline("checkpoint", "list", str(complete)).out
     )
     for words in (["inspect"], ["verify"]):
         answer = paceline("checkpoint", *words, str(project))
@@ -177,16 +177,16 @@ def test_numbered_folders_of_other_libraries_are_listed_as_theirs(paceline: Pace
 
 
 def test_merge_weights_takes_the_flags_of_accelerate(paceline: Paceline, project: Path, tmp_path: Path) -> None:
-    whole = project / "checkpoints" / "checkpoint_0"
-    answer = paceline("merge-weights", str(whole), str(tmp_path / "out"), "--unsafe_serialization")
+    complete = project / "checkpoints" / "checkpoint_0"
+    answer = paceline("merge-weights", str(complete), str(tmp_path / "out"), "--unsafe_serialization")
     assert answer.code == 2
     assert "Pickled weights run code" in answer.err
-    answer = paceline("merge-weights", "--remove_checkpoint_dir", str(whole), str(whole / "out"))
+    answer = paceline("merge-weights", "--remove_checkpoint_dir", str(complete), str(complete / "out"))
     assert answer.code == 2
-    assert whole.exists()
-    assert paceline("merge-weights", "--remove_checkpoint_dir", str(whole), str(tmp_path / "out")).code == 0
+    assert complete.exists()
+    assert paceline("merge-weights", "--remove_checkpoint_dir", str(complete), str(tmp_path / "out")).code == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert not whole.exists()
+    assert not complete.exists()
 
 
 def test_folders_behind_links_and_in_the_home(
@@ -199,7 +199,7 @@ def test_folders_behind_links_and_in_the_home(
     (home / "latest").symlink_to("run/checkpoints/checkpoint_0")
     (project / "checkpoints" / "checkpoint_5").symlink_to("gone")
     found = json.loads(paceline("checkpoint", "list", "~/run", "--json").out)
-    assert [row["state"] for row in found] == ["not whole", "not whole", "whole"]
+    assert [row["state"] for row in found] == ["incomplete", "incomplete", "complete"]
     assert "checkpoint_5 is a link to it" in found[0]["problem"]
     assert paceline("checkpoint", "inspect", "~/latest").code == 0
     assert paceline("checkpoint", "verify", "~/latest").code == 0

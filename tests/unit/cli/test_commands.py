@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import paceline as package
-from paceline.cli import _paceline
+from paceline.cli import command as program
 from paceline.config import options
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ def options_with_one_spelling(command: click.Command, parent: click.Context | No
 
 
 def test_every_flag_may_be_written_with_a_dash() -> None:
-    assert list(options_with_one_spelling(_paceline, None, "paceline")) == []
+    assert list(options_with_one_spelling(program, None, "paceline")) == []
 
 
 def test_every_command_shows_how_it_is_used() -> None:
-    bare = [path for path, text in commands(_paceline, None, "paceline") if f"  {path} " not in f"{text} "]
+    bare = [path for path, text in commands(program, None, "paceline") if f"  {path} " not in f"{text} "]
     assert [path for path in bare if path not in ("paceline", "paceline env", "paceline config")] == []
 
 
@@ -90,7 +90,7 @@ def test_a_mistyped_command_is_answered_with_the_one_that_is_meant(
 
 
 def test_no_line_of_a_list_of_commands_is_cut_off() -> None:
-    cut = [line for _, text in commands(_paceline, None, "paceline") for line in text.splitlines() if "..." in line]
+    cut = [line for _, text in commands(program, None, "paceline") for line in text.splitlines() if "..." in line]
     assert [line for line in cut if not line.lstrip().startswith(("Usage:", "["))] == []
 
 

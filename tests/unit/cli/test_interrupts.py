@@ -53,7 +53,7 @@ def test_ctrl_c_has_its_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._paceline, "invoke", interrupted)
+    monkeypatch.setattr(cli.command, "invoke", interrupted)
     monkeypatch.setattr(sys, "argv", ["paceline", "env"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from paceline.cli.config.dialogue import BACK, Back, Choice
-from paceline.cli.config.interview import _confirm, interview
+from paceline.cli.config.interview import confirm, interview
 from paceline.cli.config.machine import Machine
 from paceline.cli.config.questions import QUESTIONS, Situation
 from paceline.config import resolve
@@ -195,9 +195,9 @@ def test_answers_that_do_not_fit_together_are_refused_at_the_end(tmp_path: Path)
     now = Situation(LAPTOP, {"use_cpu": True, "gpu_ids": "0"})
     assert now.problems(now.answers)
     with pytest.raises(ConfigError, match="gpu_ids"):
-        _confirm(Script({}), now, tmp_path / "x.yaml")  # type: ignore[arg-type]
+        confirm(Script({}), now, tmp_path / "x.yaml")  # type: ignore[arg-type]
     watched = Script({}, shows_summary=True)
-    assert _confirm(watched, now, tmp_path / "x.yaml") is BACK  # type: ignore[arg-type]
+    assert confirm(watched, now, tmp_path / "x.yaml") is BACK  # type: ignore[arg-type]
     assert watched.offered["file"] == [BACK, False], "there is nothing to write"
 
 

@@ -66,6 +66,7 @@ def check(
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_a_script_that_resumes_exactly_passes(tmp_path: Path) -> None:
     code, lines = check(tmp_path)
     assert code == 0, lines

@@ -335,10 +335,10 @@ def test_every_flag_of_torchrun_is_known() -> None:
     """Torch's own parser knows no flag that the conversion does not."""
     from torch.distributed.run import get_args_parser
 
-    from paceline.config.conversion.torchrun import _KNOWN
+    from paceline.config.conversion.torchrun import KNOWN_OPTIONS
 
     names = {action.dest for action in get_args_parser()._actions if action.option_strings}
-    assert names - {"help"} <= {*_KNOWN}
+    assert names - {"help"} <= {*KNOWN_OPTIONS}
 
 
 def test_a_file_with_problems_says_so_of_the_right_lines(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler
 
 from paceline.data import ActiveLoaders
+from paceline.data.epoch_plan import KEYS_AT_A_TIME
 from paceline.data.sample_order import TensorOrder
 from paceline.errors import DataError
 from tests.unit.data.support import Numbers, PlainStream, Seat, ids, prepared
@@ -112,20 +113,21 @@ def test_resume_with_other_ranks_and_the_same_global_batch(sizes: tuple[int, int
 
 def test_seeking_reads_nothing_that_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    take = TensorOrder.take
+    take_batches = TensorOrder.take_batches
 
-    def counted(order: TensorOrder, start: int, stop: int) -> list[int]:
-        taken.append(stop - start)
-        return take(order, start, stop)
+    def counted(order: TensorOrder, start: int, size: int, step: int, number: int) -> list[list[int]]:
+        taken.append((start, size * number))
+        return take_batches(order, start, size, step, number)
 
-    monkeypatch.setattr(TensorOrder, "take", counted)
+    monkeypatch.setattr(TensorOrder, "take_batches", counted)
     for samples in (10_000, 900_000):
         data = Numbers(1_000_000)
         loader = prepared(DataLoader(data, 10, shuffle=True))
         loader.load_state_dict({"version": 1, "epoch": 0, "samples": samples, "batches": samples // 10, "seed": 7})
         next(iter(loader))
         assert data.reads == 10
-    assert taken == [10, 10]
+    assert [start for start, _ in taken] == [10_000, 900_000]
+    assert max(number for _, number in taken) <= KEYS_AT_A_TIME
 
 
 def test_passes_number_epochs_also_when_broken_off() -> None:

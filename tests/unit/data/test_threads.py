@@ -41,3 +41,20 @@ def test_each_thread_sees_its_own_part() -> None:
         thread.join()
     assert get_worker_info() is None
     assert parts == {0: list(range(0, 40, 2)), 1: list(range(1, 40, 2))}
+
+
+def test_a_thread_that_begins_while_another_reads_sees_its_own_part() -> None:
+    reading = threading.Event()
+
+    class TellsWhenItReads(SplitsItself):
+        def __iter__(self) -> Iterator[int]:
+            reading.set()
+            yield from super().__iter__()
+
+    first: list[int] = []
+    thread = threading.Thread(target=lambda: first.extend(StreamShard(TellsWhenItReads(), 0, 2, 0)))
+    thread.start()
+    assert reading.wait(timeout=60)
+    second = list(StreamShard(SplitsItself(), 1, 2, 0))
+    thread.join()
+    assert (first, second) == (list(range(0, 40, 2)), list(range(1, 40, 2)))

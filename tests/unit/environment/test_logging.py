@@ -61,6 +61,20 @@ def test_the_level_is_this_loggers_alone(name: str) -> None:
     assert (logging.getLogger().level, list(logging.getLogger().handlers)) == before
 
 
+def test_the_variable_sets_the_level_of_the_whole_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = logging.getLogger("paceline")
+    monkeypatch.setattr(package, "handlers", [])
+    package.setLevel(logging.NOTSET)
+    try:
+        get_logger("paceline.some_module", env={"PACELINE_LOG_LEVEL": "error"})
+        assert package.level == logging.getLogger("paceline.plain_logger").getEffectiveLevel() == logging.ERROR
+        package.setLevel(logging.INFO)  # what a program sets stays
+        get_logger("paceline.other_module", env={"PACELINE_LOG_LEVEL": "error"})
+        assert package.level == logging.INFO
+    finally:
+        package.setLevel(logging.NOTSET)
+
+
 def test_an_unknown_level(name: str) -> None:
     with pytest.raises(UsageError, match=r"level is 'LOUD' in PACELINE_LOG_LEVEL.*DEBUG, INFO"):
         get_logger(name, env={"PACELINE_LOG_LEVEL": "LOUD"})

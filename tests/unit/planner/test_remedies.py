@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from paceline.planner import MemoryUsage, RunSettings, describe_out_of_memory, measure_memory, remedies, requested_bytes
-from paceline.planner.memory_usage import _Storages, _unnamed_blocks
+from paceline.planner.memory_usage import Storages, unnamed_blocks
 
 GIB = 2**30
 # As 80 GB devices under DDP see it: 8 GiB of parameters in fp32 with Adam, batches of 8.
@@ -104,7 +104,7 @@ def test_what_nobody_known_holds_comes_from_the_allocators_snapshot() -> None:
         },
         {"device": 1, "address": 1, "blocks": [{"size": 9, "state": "active_allocated"}]},
     ]
-    held = _Storages({1000: 100}, {1000: "weight (parameter)"})
-    assert list(_unnamed_blocks(held, snapshot, 0)) == [
+    held = Storages({1000: 100}, {1000: "weight (parameter)"})
+    assert list(unnamed_blocks(held, snapshot, 0)) == [
         (300, "an activation or a buffer, allocated at /home/me/model.py:41")
     ]

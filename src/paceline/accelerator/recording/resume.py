@@ -72,7 +72,7 @@ class ResumeRecorder:
         if step >= self._recording.stop_at:
             raise SystemExit(0)
         if step == self._recording.kill_at and self._group.rank == self._group.size - 1:
-            # Short steps may be over before the only checkpoint is whole: that would say nothing of the script.
+            # Short steps may be over before the only checkpoint is complete: that would say nothing of the script.
             self._finish_save()
             os.kill(os.getpid(), signal.SIGKILL)
         micro_batch = self._last[1] + 1 if self._last[0] == step else 0

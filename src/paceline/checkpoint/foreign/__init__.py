@@ -74,7 +74,9 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
         return read_accelerate(path, parameters)
     if kind == "deepspeed":
         return read_deepspeed(path, parameters)
-    return read_dcp(path) if kind == "dcp" else read_weights(path)
+    if kind == "dcp":
+        return read_dcp(path)
+    return read_weights(path)
 
 
 def open_any(folder: str | os.PathLike[str], parameters: Sequence[Sequence[str]] | None = None) -> PortableState:

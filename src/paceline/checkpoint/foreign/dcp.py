@@ -16,7 +16,7 @@ from typing_extensions import override
 from paceline.checkpoint.foreign.pickles import load_pickled_stream
 from paceline.checkpoint.format.shards import Slot
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
-from paceline.errors import CheckpointError
+from paceline.errors import CheckpointError, named
 
 if TYPE_CHECKING:
     import io
@@ -123,7 +123,9 @@ class DcpFolder:
         self.folder = folder
         self._metadata = _read_metadata(folder)
         entries = self._metadata.state_dict_metadata
-        paths = self._metadata.planner_data if isinstance(self._metadata.planner_data, dict) else {}
+        paths = {}
+        if isinstance(self._metadata.planner_data, dict):
+            paths = self._metadata.planner_data
         self.paths: dict[str, tuple[Any, ...]] = {name: tuple(paths.get(name, (name,))) for name in entries}
 
     def is_tensor(self, name: str) -> bool:
@@ -144,7 +146,9 @@ class DcpFolder:
 
     def values(self, names: list[str]) -> dict[str, Any]:
         """Entries that are not tensors."""
-        return self._load(dict.fromkeys(names)) if names else {}
+        if names:
+            return self._load(dict.fromkeys(names))
+        return {}
 
     def _load(self, targets: dict[str, Any]) -> dict[str, Any]:
         reader, planner = _Reader(self.folder, self._metadata), _Planner()
@@ -197,8 +201,9 @@ def _read_others(state: PortableState, opened: DcpFolder, names: Sequence[str]) 
         state.step = step
     left = [name for name in (*tensors, *other) if name != "step"]
     if left:
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        state.notes.append(f"skipped: {shown}; only entries under 'model' and 'optimizer' have a known meaning")
+        state.notes.append(
+            f"skipped: {named(left, 5)}; only entries under 'model' and 'optimizer' have a known meaning"
+        )
 
 
 def read_optimizer(opened: DcpFolder) -> PortableOptimizer:
@@ -215,7 +220,9 @@ def read_optimizer(opened: DcpFolder) -> PortableOptimizer:
             state.numbers.setdefault(owner, {})[key] = plain[name]
         elif section == "param_groups":
             value = plain[name] if name in plain else opened.source(name).read()
-            options.setdefault(owner, {})[key] = value.item() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):
+                value = value.item()
+            options.setdefault(owner, {})[key] = value
     state.groups = _groups(options)
     return state
 

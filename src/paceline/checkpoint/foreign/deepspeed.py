@@ -169,7 +169,8 @@ def _read_zero(
 ) -> None:
     optimizers = [file["optimizer_state_dict"] for file in files]
     count = optimizers[0].get("partition_count")
-    count = max(count) if isinstance(count, (list, tuple)) else count
+    if isinstance(count, (list, tuple)):
+        count = max(count)
     if isinstance(count, int) and count != len(files):
         raise CheckpointError(
             f"{state.folder} has the optimizer files of {len(files)} of {count} ranks",
@@ -199,7 +200,9 @@ def _stage(optimizer: Mapping[str, Any]) -> int:
     stage = optimizer.get("zero_stage")
     if isinstance(stage, Inert):
         stage = stage.args[0] if stage.args else None
-    return int(stage) if stage is not None else 1
+    if stage is not None:
+        return int(stage)
+    return 1
 
 
 def _base_state(optimizer: Mapping[str, Any]) -> dict[str, Any]:
@@ -360,12 +363,18 @@ def _read_universal(folder: Path, state: PortableState, first: Mapping[str, Any]
 
 def _universal_options(folder: Path) -> list[dict[str, Any]]:
     common = folder / "optimizer_state.pt"
-    return load_pickled(common).get("param_groups") or [] if common.is_file() else []
+    if common.is_file():
+        return load_pickled(common).get("param_groups") or []
+    return []
 
 
 def _universal(path: Path, shape: tuple[int, ...] | None) -> TensorSource:
     saved = load_pickled(path)
-    tensor = saved["param"] if isinstance(saved, dict) else saved
+    tensor = saved
+    if isinstance(saved, dict):
+        tensor = saved["param"]
     if path.stem == "step":
         return TensorSource.of(torch.tensor(float(tensor), dtype=torch.float32))
-    return TensorSource.of(tensor.view(shape) if shape is not None and tensor.numel() == prod(shape) else tensor)
+    if shape is not None and tensor.numel() == prod(shape):
+        tensor = tensor.view(shape)
+    return TensorSource.of(tensor)

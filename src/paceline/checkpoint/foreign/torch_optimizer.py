@@ -70,4 +70,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _option(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+    if isinstance(value, torch.Tensor) and value.ndim == 0:
+        return value.item()
+    return value

@@ -132,7 +132,9 @@ def _replace(value: Any, make: Callable[[_LazyTensor], Any]) -> Any:
         return make(value)
     if isinstance(value, dict):
         return {key: _replace(item, make) for key, item in value.items()}
-    return [_replace(item, make) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_replace(item, make) for item in value]
+    return value
 
 
 def _pairs(mapped: Any, value: Any) -> Iterator[tuple[Tensor, _LazyTensor]]:
@@ -240,7 +242,9 @@ def _shares(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
     filled = 0
     for item in items:
         data = item.tensor_data
-        size = 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        size = 0
+        if data is not None:
+            size = data.chunk.sizes.numel() * data.properties.dtype.itemsize
         if shares[-1] and filled + size > _FILE_BYTES:
             shares.append([])
             filled = 0

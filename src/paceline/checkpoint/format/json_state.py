@@ -54,7 +54,9 @@ def to_plain(value: Any, owner: str, tensors: dict[str, Tensor] | None = None) -
         return _plain_tensor(value, owner, tensors)
     if isinstance(value, (list, tuple)):
         items = [to_plain(item, f"{owner}.{index}", tensors) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {_TUPLE: items}
+        if isinstance(value, list):
+            return items
+        return {_TUPLE: items}
     if isinstance(value, dict):
         return _plain_dict(value, owner, tensors)
     if is_dataclass(value):
@@ -153,7 +155,9 @@ def from_plain(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
         return value
     if _BYTES in value:
         return _from_inline(value)
-    mark = next(iter(value)) if len(value) == 1 else ""
+    mark = ""
+    if len(value) == 1:
+        mark = next(iter(value))
     if mark in _DECODERS:
         return _DECODERS[mark](value[mark], tensors)
     return {key: from_plain(item, tensors) for key, item in value.items()}
@@ -176,4 +180,6 @@ def _from_inline(value: Mapping[str, Any]) -> Tensor:
 
 
 def _complex(parts: Any) -> Any:
-    return torch.view_as_complex(parts) if isinstance(parts, torch.Tensor) else complex(*parts)
+    if isinstance(parts, torch.Tensor):
+        return torch.view_as_complex(parts)
+    return complex(*parts)

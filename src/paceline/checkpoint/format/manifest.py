@@ -9,22 +9,35 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from math import prod
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from paceline.checkpoint.format.checksums import Span, of_spans
 from paceline.checkpoint.format.layout import DTYPE_SIZES
 from paceline.errors import DamagedCheckpointError
+from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecord"]
+__all__ = ["FORMAT", "MANIFEST", "FileRecord", "Manifest", "Piece", "TensorRecord", "numbered"]
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 
 _PATH_PART = re.compile(r"(?!\.{1,2}$)[^/\0]+")
+
+
+def numbered(what: str, index: int) -> str:
+    """The name of a family of tensors: `model`, `model_1`, `model_2`..."""
+    return f"{what}_{index}" if index else what
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +112,32 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        id: Identifies the save; the same on all machines.
-        paceline: Version of paceline that wrote it.
-        torch: Version of torch that wrote it.
-        created: Time in UTC, ISO 8601.
         step: Optimizer steps taken.
         epoch: Epoch of the first prepared loader.
         samples: Samples of that epoch that were handed out, over all ranks.
         world_size: Number of ranks that wrote it.
         strategy: Strategy that they trained under.
         mixed_precision: `no`, `bf16` or `fp16`.
+        id: Identifies the save; the same on all machines.
+        paceline: Version of paceline that wrote it.
+        torch: Version of torch that wrote it.
+        created: Time in UTC, ISO 8601.
         shared: Whether the folder holds everything; if not, it holds what the ranks of one machine wrote.
         files: Files by name.
         tensors: Tensors by name: `model/<parameter>`, `optimizer/<parameter>/<slot>`; a second model is `model_1`.
         ties: Other names of tensors (tied weights), each with the name in `tensors`.
     """
 
-    id: str
-    paceline: str
-    torch: str
-    created: str
     step: int
     epoch: int
     samples: int
     world_size: int
     strategy: str
     mixed_precision: str
+    id: str = ""
+    paceline: str = __version__
+    torch: str = torch.__version__
+    created: str = field(default_factory=_now)
     shared: bool = True
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
@@ -161,7 +174,9 @@ class Manifest:
             manifest = cls(**_run_fields(document), **_records(document))
             for fault in manifest._faults():
                 raise _damaged(fault)
-            return manifest if version == FORMAT else _from_format_1(manifest, document["files"])
+            if version == FORMAT:
+                return manifest
+            return _from_format_1(manifest, document["files"])
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise _damaged(f"{type(error).__name__}: {error}") from error
 

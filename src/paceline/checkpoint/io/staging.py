@@ -26,13 +26,17 @@ _SLAB_BYTES = 2 * 1024**3
 
 
 class Stager:
-    """Host memory for one copy of the state, reused from one save to the next."""
+    """Host memory for one copy of the state, reused from one save to the next.
+
+    Attributes:
+        copied: Recorded after the last asynchronous copy; None before the first.
+    """
 
     def __init__(self) -> None:
         self._slabs: list[Tensor] = []
         self._registered: list[int] = []
         self._stream: torch.cuda.Stream | None = None
-        self._copied: torch.cuda.Event | None = None
+        self.copied: torch.cuda.Event | None = None
 
     @torch.no_grad()
     def stage(self, shards: Mapping[str, TensorShard], *, updated_by_step: Collection[str]) -> dict[str, TensorShard]:
@@ -72,7 +76,7 @@ class Stager:
             staged.update({name: self._copy(shards[name], memory[name]) for name in urgent})
             current.wait_event(self._stream.record_event())
             staged.update({name: self._copy(shards[name], memory[name]) for name in ordered[len(urgent) :]})
-            self._copied = self._stream.record_event()
+            self.copied = self._stream.record_event()
         return staged
 
     @staticmethod
@@ -87,13 +91,13 @@ class Stager:
 
     def wait(self) -> None:
         """Block the calling thread until the copies are complete."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self.copied is not None:
+            self.copied.synchronize()
 
     def hold_stream(self) -> None:
         """Make the current stream wait for the copies; the host does not wait."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)
 
     def _allocate(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """Memory for each shard, from slabs that fit this state."""

@@ -44,7 +44,9 @@ class HostBuffers:
             if buffer is None or buffer.numel() < nbytes:
                 # A GPU copies to and from pinned memory at full speed.
                 pin = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-                size = _SMALL if nbytes <= _SMALL else max(nbytes, PIECE_BYTES)
+                size = _SMALL
+                if nbytes > _SMALL:
+                    size = max(nbytes, PIECE_BYTES)
                 buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
             lent = buffer[:nbytes]
             yield lent, bytes_of(lent)

@@ -1,4 +1,4 @@
-"""Checking a whole checkpoint against the checksums of its files and pieces, reading it once and in order."""
+"""Checking all files of a checkpoint against the checksums of its files and pieces, reading it once and in order."""
 
 from __future__ import annotations
 

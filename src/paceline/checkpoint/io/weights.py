@@ -82,7 +82,9 @@ def parse_size(size: str | int) -> int:
 
 def _bytes_in(text: object) -> int:
     """The bytes in a string such as `5GB`; 0 if it is not one."""
-    matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text) if isinstance(text, str) else None
+    matched = None
+    if isinstance(text, str):
+        matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if matched is None:
         return 0
     return int(float(matched[1]) * _UNITS.get(matched[2].upper(), 0))

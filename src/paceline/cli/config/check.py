@@ -14,7 +14,7 @@ from paceline.cli.click_helpers import PathType
 from paceline.cli.config.model_check import check_blocks
 from paceline.config import find_config_file, resolve
 from paceline.config.conversion import deepspeed_problems
-from paceline.errors import ConfigError, Problem, UsageError
+from paceline.errors import ConfigError, Problem, UsageError, counted
 
 _HELP = """Check configuration files (and DeepSpeed JSON files) without starting anything.
 
@@ -84,7 +84,7 @@ def _print(verdict: _Verdict) -> None:
     if not count:
         click.echo(f"{verdict.file}: fine ({verdict.summary})")
     else:
-        click.echo(f"{verdict.file}: {count} problem{'s' if count > 1 else ''}")
+        click.echo(f"{verdict.file}: {counted(count, 'problem')}")
     for problem in verdict.problems:
         click.echo(f"  {problem}")
     for note in verdict.notes:

@@ -89,7 +89,9 @@ def _existing(folder: Path) -> Path:
 
 
 def _write(result: Conversion, output: Path | None, force: bool) -> None:
-    lines = () if result.command is None else (f"Its command: {_command(result, output)}",)
+    lines: tuple[str, ...] = ()
+    if result.command is not None:
+        lines = (f"Its command: {_command(result, output)}",)
     if output is None:
         click.echo(result.as_yaml(lines), nl=False)
         return

@@ -60,7 +60,9 @@ class Dialogue(Protocol):
 def open_dialogue(env: Mapping[str, str]) -> Dialogue:
     """Ask with arrow keys on a terminal that supports it, else line by line."""
     can_draw = sys.stdin.isatty() and sys.stdout.isatty() and env.get("TERM", "dumb") != "dumb"
-    return _Terminal() if can_draw else _Lines()
+    if can_draw:
+        return _Terminal()
+    return _Lines()
 
 
 class _Terminal:
@@ -116,7 +118,7 @@ class _Terminal:
         bindings.add("escape")(go_back)
         bindings.add(key)(go_back)
         app = prompt.application
-        app.key_bindings = merge_key_bindings([*([app.key_bindings] if app.key_bindings else []), bindings])
+        app.key_bindings = merge_key_bindings([*filter(None, [app.key_bindings]), bindings])
         app.ttimeoutlen = 0.1
         try:
             return prompt.unsafe_ask()

@@ -65,9 +65,11 @@ def interview(dialogue: Dialogue, machine: Machine, file: Path) -> dict[str, obj
         if index < len(QUESTIONS):
             answer = _ask(dialogue, QUESTIONS[index], Situation(machine, answers))
         else:
-            answer = _confirm(dialogue, Situation(machine, _given(answers)), file)
+            answer = confirm(dialogue, Situation(machine, _given(answers)), file)
             if answer is not BACK:
-                return _given(answers) if answer else None
+                if answer:
+                    return _given(answers)
+                return None
         if answer is not BACK:
             answers[QUESTIONS[index].key] = answer
             history.append(index)
@@ -99,12 +101,16 @@ def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Bac
     setting, suggested = question.setting, question.suggestion(now)
     choices = question.choices(now)
     if choices:
-        default = choices.index(suggested) if suggested in choices else 0
+        default = 0
+        if suggested in choices:
+            default = choices.index(suggested)
         shown = [Choice(_name(value), _meaning(question, value), value) for value in choices]
         return dialogue.choose(setting.key, question.text, shown, default)
 
     def parse(text: str) -> object:
-        return suggested if text == _name(suggested) else setting.shape.read(text, "text")
+        if text == _name(suggested):
+            return suggested
+        return setting.shape.read(text, "text")
 
     def check(text: str) -> str:
         value = parse(text)
@@ -113,7 +119,9 @@ def _ask(dialogue: Dialogue, question: Question, now: Situation) -> object | Bac
         return _explain(now.new_problems(question, value))
 
     typed = dialogue.write(setting.key, question.text, _name(suggested), check)
-    return typed if isinstance(typed, Back) else parse(typed)
+    if isinstance(typed, Back):
+        return typed
+    return parse(typed)
 
 
 def _meaning(question: Question, value: object) -> str:
@@ -125,14 +133,16 @@ def _meaning(question: Question, value: object) -> str:
 def _name(value: object) -> str:
     if value is None or value == ():
         return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _explain(problems: Sequence[Problem]) -> str:
     return "; ".join(f"{p.what}; {p.why or p.hint}".strip("; ") for p in problems)
 
 
-def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
+def confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
     """Show what will be written, and ask whether to write it; from a pipe nothing is asked.
 
     Raises:
@@ -148,7 +158,9 @@ def _confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
         click.echo(f"The file that is there now is kept as {file.name}.bak.")
     for problem in problems:
         click.echo(f"This cannot work: {problem}")
-    good = () if problems else (Choice("write", "the file", True),)
+    good: tuple[Choice, ...] = ()
+    if not problems:
+        good = (Choice("write", "the file", True),)
     choices = (
         *good,
         Choice("back", "to the last question", BACK),

@@ -72,7 +72,9 @@ def _own_model(name: str) -> Any:
     found: Any = import_module(module_name)
     for part in attribute.split("."):
         found = getattr(found, part)
-    return found() if (callable(found) and not hasattr(found, "named_modules")) or isinstance(found, type) else found
+    if (callable(found) and not hasattr(found, "named_modules")) or isinstance(found, type):
+        return found()
+    return found
 
 
 def _transformers_model(path: str) -> Any:

@@ -34,13 +34,17 @@ class Situation:
     @property
     def devices(self) -> int:
         """Accelerators that the run may use on this machine."""
-        return 0 if self.value("use_cpu") else self.machine.devices
+        if self.value("use_cpu"):
+            return 0
+        return self.machine.devices
 
     @property
     def processes(self) -> int:
         """Processes over all machines, as far as known."""
         answer = self.answers.get("num_processes")
-        return answer if isinstance(answer, int) else self.default_processes
+        if isinstance(answer, int):
+            return answer
+        return self.default_processes
 
     @property
     def default_processes(self) -> int:
@@ -120,7 +124,9 @@ class Question:
 
     def suggestion(self, now: Situation) -> object:
         """Return the answer that Enter selects."""
-        return self.setting.default if self.default is None else self.default(now)
+        if self.default is None:
+            return self.setting.default
+        return self.default(now)
 
     def choices(self, now: Situation) -> list[object]:
         """Return the possible answers; empty for a question that takes text."""
@@ -150,7 +156,9 @@ def _several_machines(now: Situation) -> bool:
 
 def _rendezvous(now: Situation) -> object:
     """A range of machines needs c10d."""
-    return "c10d" if ":" in str(now.value("num_machines")) else "static"
+    if ":" in str(now.value("num_machines")):
+        return "c10d"
+    return "static"
 
 
 def _strategy(name: str) -> When:

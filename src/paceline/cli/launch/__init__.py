@@ -41,6 +41,12 @@ one per rank. --slurm writes and submits the job:
 \b
     paceline launch --slurm --slurm_nodes 2 --slurm_gpus_per_node 8 --slurm_time 24:00:00 train.py
 
+Scripts that use Accelerate, or the Trainer of transformers, act on the same settings. --as_accelerate runs them on
+paceline: `import accelerate` then finds its stand-in.
+
+\b
+    paceline launch --as_accelerate --use_fsdp train_with_transformers.py
+
 The exit code is 0 if all ranks succeed, 2 if the configuration is wrong (nothing is started), 75 if the run saved its
 state on a signal and can be started again, 76 if ranks waited too long for others, else that of the failed rank.
 """
@@ -104,6 +110,7 @@ def command(
         _print_notes(resolved.notes)
     # The help and errors of the configuration come without importing torch.
     import_torch()
+    _reject_not_carried(resolved, to_run)
     if _run_as_rank(resolved, to_run, log_dir, dry_run):
         return
     if not quiet:
@@ -111,6 +118,20 @@ def command(
 
         _print_notes(performance_hints(resolved.config, os.environ))
     _start(resolved, to_run, log_dir=log_dir, tee=tee, dry_run=dry_run)
+
+
+def _reject_not_carried(resolved: Resolved, command: Command) -> None:
+    """Raise where the script's own text shows that it would not learn about some settings."""
+    from paceline.errors import ConfigError
+    from paceline.launch.accelerate_variables import installed_target, not_carried
+    from paceline.launch.accelerators import count_accelerators
+    from paceline.launch.script_imports import trains_with_accelerate
+
+    if trains_with_accelerate(command):
+        target = installed_target(resolved, resolved.config.num_processes or 1, count_accelerators()[0])
+        problems = not_carried(resolved, target)
+        if problems:
+            raise ConfigError(problems)
 
 
 def _print_notes(notes: Iterable[str]) -> None:

@@ -193,7 +193,9 @@ def _line(
 
 def _rounded(value: float) -> float | str:
     """Round to five digits; JSON has no NaN or infinity, so these become text."""
-    return float(f"{value:.5g}") if math.isfinite(value) else str(value)
+    if math.isfinite(value):
+        return float(f"{value:.5g}")
+    return str(value)
 
 
 def _clipped(point: Point, y: Scale) -> Point:

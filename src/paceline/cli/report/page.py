@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from paceline.cli.report.chart import Chart, draw, short
+from paceline.errors import counted
 from paceline.tracking.log_values import flatten
 
 if TYPE_CHECKING:
@@ -42,30 +43,38 @@ def build_page(run: Run, rates: Rates) -> str:
 def _header(run: Run, title: str) -> str:
     project = run.record.get("project")
     when = datetime.datetime.fromtimestamp(run.began).astimezone().strftime("%d %B %Y, %H:%M %Z")
-    parts = [f"project {escape(str(project))}"] if project else []
+    parts = []
+    if project:
+        parts = [f"project {escape(str(project))}"]
     parts += [f"began {when}", _ending(run), escape(str(run.folder))]
     return f'<h1>{title}</h1><p class="soft" style="margin:0">{" · ".join(parts)}</p>'
 
 
 def _ending(run: Run) -> str:
     starts = run.record.get("starts")
-    last = starts[-1] if isinstance(starts, list) and starts else {}
+    last = {}
+    if isinstance(starts, list) and starts:
+        last = starts[-1]
     if "ended" not in last:
         return "still running, or killed"
-    return "ended with an error" if last.get("crashed") else "finished"
+    if last.get("crashed"):
+        return "ended with an error"
+    return "finished"
 
 
 def _warnings(run: Run) -> str:
     texts = []
     if run.broken:
-        texts.append(f"{run.broken} line{'s' if run.broken > 1 else ''} of the log could not be read.")
+        texts.append(f"{counted(run.broken, 'line')} of the log could not be read.")
     if not run.record:
         texts.append("There is no run.json, so the configuration and the environment are not known.")
     bad = {name: [p for p in points if not math.isfinite(p.value)] for name, points in run.series.items()}
     for name, points in bad.items():
         if points:
-            count = f"{len(points)} value{'s' if len(points) > 1 else ''}"
-            are = "are no finite numbers" if len(points) > 1 else "is no finite number"
+            count = counted(len(points), "value")
+            are = "is no finite number"
+            if len(points) > 1:
+                are = "are no finite numbers"
             texts.append(f"{escape(name)}: {count} {are}, the first at step {short(points[0].step)}.")
     return "".join(f'<p class="warn">{text}</p>' for text in texts)
 
@@ -110,7 +119,9 @@ def _last(points: Sequence[Point]) -> float | None:
 
 def _median(points: Sequence[Point]) -> float | None:
     values = sorted(point.value for point in points)
-    return values[len(values) // 2] if values else None
+    if values:
+        return values[len(values) // 2]
+    return None
 
 
 def _duration(seconds: float) -> str:
@@ -173,8 +184,12 @@ def _card(chart: Chart) -> str:
     lines = {name: points for name, points in chart.lines.items() if points}
     chart = Chart(chart.title, lines, chart.unit, chart.note, chart.is_noisy, chart.from_zero)
     names = [f'<span><i class="c{at % 6}"></i>{escape(name)}</span>' for at, name in enumerate(lines)]
-    legend = f'<div class="legend">{"".join(names)}</div>' if len(names) > 1 else ""
-    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+    legend = ""
+    if len(names) > 1:
+        legend = f'<div class="legend">{"".join(names)}</div>'
+    note = ""
+    if chart.note:
+        note = f'<p class="note">{escape(chart.note)}</p>'
     both = draw(chart, by_time=False) + draw(chart, by_time=True)
     return f'<div class="card"><div class="head"><h3>{escape(chart.title)}</h3>{legend}</div>{note}{both}</div>'
 
@@ -210,7 +225,9 @@ def _split_table(rows: Sequence[tuple[str, Any, str]], has_origins: bool) -> str
         return _table(("name", "value"), [row[:2] for row in rows])
     head = ("name", "value", "origin")
     set_rows, defaults = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
-    shown = _table(head, set_rows) if set_rows else '<p class="soft">Everything has its default.</p>'
+    shown = '<p class="soft">Everything has its default.</p>'
+    if set_rows:
+        shown = _table(head, set_rows)
     if defaults:
         hidden = _table(head[:2], [row[:2] for row in defaults])
         shown += f"<details><summary>{len(defaults)} defaults</summary>{hidden}</details>"
@@ -239,4 +256,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    if value is None:
+        return ""
+    return str(value)

@@ -115,7 +115,9 @@ def _read_record(path: Path) -> Mapping[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if isinstance(found, dict):
+        return found
+    return {}
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -137,7 +139,9 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _starts(record: Mapping[str, Any]) -> list[float]:
     starts = record.get("starts")
-    return [float(start.get("began", 0.0)) for start in starts] if isinstance(starts, list) else []
+    if isinstance(starts, list):
+        return [float(start.get("began", 0.0)) for start in starts]
+    return []
 
 
 def _entries(lines: Sequence[Mapping[str, Any]], starts: Sequence[float]) -> Iterator[Entry]:

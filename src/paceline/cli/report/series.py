@@ -90,7 +90,9 @@ def _mean_length(run: Run) -> float | None:
 
 
 def _positive(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and value > 0 else None
+    if isinstance(value, int | float) and value > 0:
+        return float(value)
+    return None
 
 
 def _lacking(tokens: Sequence[Point], peak: float | None, flops: float | None) -> str:
@@ -133,9 +135,11 @@ def smooth(points: Sequence[Point]) -> list[Point]:
     total = weight = 0.0
     found = []
     for point in points:
+        value = math.nan
         if math.isfinite(point.value):
             total, weight = total * keep + point.value, weight * keep + 1
-        found.append(point._replace(value=total / weight if math.isfinite(point.value) else math.nan))
+            value = total / weight
+        found.append(point._replace(value=value))
     return found
 
 
@@ -151,6 +155,7 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
         ends = {0, len(stretch) - 1}
         ends |= {min(finite, key=lambda at: stretch[at].value), max(finite, key=lambda at: stretch[at].value)}
         bad = next((at for at, point in enumerate(stretch) if not math.isfinite(point.value)), None)
-        ends |= set() if bad is None else {bad}
+        if bad is not None:
+            ends.add(bad)
         kept.extend(stretch[at] for at in sorted(ends))
     return kept

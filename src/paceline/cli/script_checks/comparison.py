@@ -52,7 +52,9 @@ class Step:
     @property
     def loss(self) -> float:
         """The mean over the micro-batches."""
-        return sum(self.losses) / len(self.losses) if self.losses else math.nan
+        if self.losses:
+            return sum(self.losses) / len(self.losses)
+        return math.nan
 
 
 @dataclass(slots=True)
@@ -221,7 +223,9 @@ def _close(one: float, other: float, allowed: float) -> bool:
 
 
 def _numbered(index: int, among: Any, noun: str = "optimizer") -> str:
-    return f" of {noun} {index}" if len(among) > 1 else ""
+    if len(among) > 1:
+        return f" of {noun} {index}"
+    return ""
 
 
 # The usual causes

@@ -125,7 +125,9 @@ class ScriptRuns:
                     log_dir=home / f"{name}_output",
                 )
         except WorkerError as failure:
-            return failure if self.are_kept else WorkerError(without_logs(str(failure)), failure.code)
+            if self.are_kept:
+                return failure
+            return WorkerError(without_logs(str(failure)), failure.code)
         return None
 
     def notes(self, where: str, name: str) -> dict[int, list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ from paceline.cli.script_checks.script_runs import (
 )
 from paceline.cli.sources import resolve_sources
 from paceline.config import Recording
-from paceline.errors import UsageError
+from paceline.errors import UsageError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -115,7 +115,7 @@ def _run_straight(runs: ScriptRuns, steps: int) -> Notes:
     if first:
         raise ScriptCheckFailed(f"the uninterrupted run began at step {first}: {_FOREIGN_CHECKPOINT}")
     ranks = _ranks(notes)
-    click.echo(f"ran      {_steps(notes)} steps on {ranks} rank{'s' if ranks > 1 else ''} without interruption")
+    click.echo(f"ran      {_steps(notes)} steps on {counted(ranks, 'rank')} without interruption")
     return notes
 
 
@@ -123,7 +123,9 @@ def _run_until_killed(runs: ScriptRuns, steps: int, kill_at: int, ranks: int) ->
     failure = runs.start("killed", "before", Recording("", steps, kill_at))
     notes = _notes(runs, "killed", "before")
     if failure is None:
-        first = _first_step(notes) if notes else steps
+        first = steps
+        if notes:
+            first = _first_step(notes)
         why = f": it began at step {first}: {_FOREIGN_CHECKPOINT}" if first else ""
         raise ScriptCheckFailed(f"the run ended before step {kill_at}; there was nothing to kill{why}")
     click.echo(f"killed   rank {ranks - 1} with SIGKILL before its step {kill_at + 1}")
@@ -166,7 +168,9 @@ def _differences(straight: Notes, other: Notes, when: str, tolerance: float) -> 
     for key, note in sorted(other.items()):
         rank, step, _ = key
         expected = straight.get(key)
-        difference = _difference(note, expected, tolerance) if expected else "the uninterrupted run has no such batch"
+        difference = "the uninterrupted run has no such batch"
+        if expected:
+            difference = _difference(note, expected, tolerance)
         if difference:
             yield f"step {step + 1}, rank {rank}, {when}: {difference}"
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.cli.selftest.outcome import CheckFailed
 from paceline.cli.selftest.training import BATCH_SIZE, checksums, prepare, train, train_in_plain_torch
+from paceline.errors import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,8 +58,7 @@ def check_collectives(accelerator: Accelerator) -> str:
 
 
 def _ranks(accelerator: Accelerator) -> str:
-    size = accelerator.num_processes
-    return f"{size} ranks" if size > 1 else "1 rank"
+    return counted(accelerator.num_processes, "rank")
 
 
 def check_loader(accelerator: Accelerator) -> str:
@@ -128,7 +128,7 @@ def check_sharding(run: SmallTraining) -> str:
     size = run.accelerator.num_processes
     parameters = list(run.model.parameters())
     total = sum(p.numel() for p in parameters)
-    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    local = sum(_local(parameter).numel() for parameter in parameters)
     counts = run.accelerator.gather(torch.tensor([local], device=run.accelerator.device)).tolist()
     replicas = sum(counts) / total
     # Only whole rows are sharded, so the ranks' parts differ in size.
@@ -145,8 +145,12 @@ def _bytes(run: SmallTraining) -> str:
     """Return the memory of this rank's weights and optimizer state, in words."""
     tensors = [t for state in run.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     tensors += list(run.model.parameters())
-    size = sum((t.to_local() if isinstance(t, DTensor) else t).numel() * t.element_size() for t in tensors)
+    size = sum(_local(tensor).nbytes for tensor in tensors)
     return f"{size / 1024:.0f} KiB of weights and optimizer"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_save(run: SmallTraining, folder: Path) -> str:

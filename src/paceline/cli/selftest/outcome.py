@@ -54,7 +54,8 @@ def run_check(section: str, name: str, check: Callable[[], str]) -> Outcome:
         saw, why, todo, passed = error.saw or str(error), error.why, error.todo, False
     except Exception as error:
         passed = False
-        saw = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        first_line = str(error).strip().partition("\n")[0]
+        saw = f"{type(error).__name__}: {first_line}"
         why = "The check itself should not fail"
         todo = "Run again with --keep FOLDER and read what the ranks printed there"
     return Outcome(section, name, passed, time.perf_counter() - begun, saw, why, todo)

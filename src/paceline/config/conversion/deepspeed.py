@@ -40,7 +40,9 @@ def deepspeed_problems(path: Path) -> Sequence[Problem] | None:
     if problems or not is_deepspeed(item.name for item in items):
         return None
     settings, name, wrong = read_settings(str(path), None)
-    return [Problem(name, "", wrong)] if settings is None else list(name_problems(settings, name))
+    if settings is None:
+        return [Problem(name, "", wrong)]
+    return list(name_problems(settings, name))
 
 
 def convert_deepspeed(path: Path) -> Conversion:

@@ -62,7 +62,9 @@ class Conversion:
     def put(self, where: str, key: str, value: object, dotted: str, new: object) -> None:
         """Set a value, and record its new key."""
         self.values[dotted] = new
-        became = "kept" if (key, value) == (dotted, new) else f"became {dotted} {_shown(new)}"
+        became = "kept"
+        if (key, value) != (dotted, new):
+            became = f"became {dotted} {_shown(new)}"
         self.is_changed |= became != "kept"
         self.keys.append(ConvertedKey(where, key, value, became))
 
@@ -82,7 +84,9 @@ class Conversion:
 
     def remaining_problems(self, folder: Path) -> Sequence[Problem]:
         """Check the new file as a launch would; relative paths in it start at `folder`."""
-        parent = folder if os.access(folder, os.W_OK) else None
+        parent = None
+        if os.access(folder, os.W_OK):
+            parent = folder
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=parent, encoding="utf-8") as file:
             file.write(self.as_yaml())
             file.flush()
@@ -102,4 +106,6 @@ def _with_lines(problem: Problem, name: str) -> Problem:
 def _shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    return str(value)

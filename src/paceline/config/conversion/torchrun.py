@@ -13,7 +13,7 @@ from paceline.errors import Problem, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["convert_torchrun", "is_torchrun"]
+__all__ = ["KNOWN_OPTIONS", "convert_torchrun", "is_torchrun"]
 
 _MODULES: Final = ("torch.distributed.run", "torch.distributed.launch")
 _ASSIGNMENT: Final = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
@@ -53,7 +53,7 @@ _REFUSED: Final = {
     "virtual_local_rank": "each rank sees all devices; use gpu_ids to choose among them",
 }
 _SEVERAL_ONLY: Final = ("node_rank", "rdzv_backend", "rdzv_conf", "master_addr", "rdzv_endpoint")
-_KNOWN: Final = (
+KNOWN_OPTIONS: Final = (
     *_SWITCHES,
     *_ALWAYS,
     *_SAME,
@@ -91,7 +91,7 @@ def convert_torchrun(words: Sequence[str]) -> Conversion:
         else:
             result.leave_out(line.program, name, value, "set it before `paceline launch`; ranks inherit it")
     for flag in line.unknown:
-        hint = did_you_mean(flag.lstrip("-").replace("-", "_"), _KNOWN)
+        hint = did_you_mean(flag.lstrip("-").replace("-", "_"), KNOWN_OPTIONS)
         result.refuse(line.program, flag, "", Problem(line.program, flag, "unknown flag", "", hint))
     machines = _machines(result, line)
     for name, (written, value) in line.flags.items():
@@ -124,7 +124,7 @@ def _parse(words: Sequence[str]) -> _Line:
 def _take_flag(line: _Line, rest: list[str]) -> None:
     written, has_value, value = rest.pop(0).partition("=")
     name = _SHORT.get(written, written.lstrip("-").replace("-", "_"))
-    if name not in _KNOWN:
+    if name not in KNOWN_OPTIONS:
         line.unknown.append(written)
         if not has_value and rest and not rest[0].startswith("-") and not rest[0].endswith(".py"):
             rest.pop(0)
@@ -197,7 +197,9 @@ def _endpoint(result: Conversion, program: str, written: str, value: str) -> Non
 def _number(value: str) -> object:
     if value.isdecimal():
         return int(value)
-    return float(value) if re.fullmatch(r"\d*\.\d+", value) else value
+    if re.fullmatch(r"\d*\.\d+", value):
+        return float(value)
+    return value
 
 
 def _launch_words(line: _Line) -> list[str]:

@@ -40,7 +40,9 @@ def decided_settings(plugin: DeepSpeedPlugin, config: RunConfig) -> dict[str, An
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     for kind in ("bf16", "fp16"):
         if config.mixed_precision == kind or kind in settings:
-            section = settings[kind] if isinstance(settings.get(kind), dict) else {}
+            section = {}
+            if isinstance(settings.get(kind), dict):
+                section = settings[kind]
             settings[kind] = {**section, "enabled": config.mixed_precision == kind}
     if plugin.gradient_clipping == AUTO:
         # The script clips at each step, to a norm of its own.

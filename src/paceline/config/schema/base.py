@@ -169,7 +169,9 @@ class Section(BaseModel):
     @classmethod
     def _read(cls, field: str, value: Any) -> Any:
         setting = settings_by_field(cls).get(field)
-        return value if setting is None else setting.shape.read(value)
+        if setting is None:
+            return value
+        return setting.shape.read(value)
 
 
 @cache
@@ -207,7 +209,9 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
     seen: set[str] = set()
     known = settings_by_field(section)
     for item in error.errors(include_url=False):
-        field = str(item["loc"][0]) if item["loc"] else ""
+        field = ""
+        if item["loc"]:
+            field = str(item["loc"][0])
         if field in seen:
             continue
         seen.add(field)
@@ -219,7 +223,9 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
 
 def value_fault(setting: Setting, value: object) -> Fault:
     """Report a value of a wrong type or outside of the choices, with what is allowed."""
-    hint = setting.shape.suggestion(value) if isinstance(value, str) else ""
+    hint = ""
+    if isinstance(value, str):
+        hint = setting.shape.suggestion(value)
     if not hint and isinstance(value, str) and setting.shape.read(value, "text") != value:
         hint = "remove the quotes"
     allowed = setting.shape.allowed

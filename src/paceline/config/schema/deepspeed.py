@@ -72,7 +72,9 @@ class DeepSpeedPlugin(Section):
     @property
     def settings(self) -> dict[str, Any]:
         """A copy of DeepSpeed's own configuration, once it is read; empty without one."""
-        return copy.deepcopy(self.hf_ds_config) if isinstance(self.hf_ds_config, dict) else {}
+        if isinstance(self.hf_ds_config, dict):
+            return copy.deepcopy(self.hf_ds_config)
+        return {}
 
     @property
     def deepspeed_config(self) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
 
 
 def _as_bools(value: Any) -> Any:
-    parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
+    parts = value
+    if isinstance(value, str):
+        parts = value.strip("()[] ").split(",")
     if not isinstance(parts, list):
         return parts
     return tuple(_as_bool(part) for part in parts)

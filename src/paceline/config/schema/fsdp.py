@@ -163,7 +163,9 @@ _POLICY_FIELDS = frozenset({*_DTYPE_FIELDS, "cast_forward_inputs"})
 
 
 def _dtypes_of_name(name: str) -> tuple[dict[str, Any], list[Fault]]:
-    dtype = "bf16" if name.casefold() == "fp8" else as_dtype_name(name)
+    dtype = "bf16"
+    if name.casefold() != "fp8":
+        dtype = as_dtype_name(name)
     if dtype not in _PRECISIONS:
         why = f"it must be one of {', '.join(_PRECISIONS)}, fp8"
         return {}, [Fault("mixed_precision_policy", f"{name!r} is not allowed", why)]

@@ -120,7 +120,9 @@ def options() -> tuple[Option, ...]:
 
 def _option(dotted: str, setting: Setting) -> Option:
     kind = setting.shape.kind
-    choices = (*setting.more_choices, *map(str, setting.shape.choices)) if kind == "choice" else ()
+    choices: tuple[str, ...] = ()
+    if kind == "choice":
+        choices = (*setting.more_choices, *map(str, setting.shape.choices))
     return Option(
         key=dotted,
         flag=setting.flag,
@@ -134,9 +136,11 @@ def _option(dotted: str, setting: Setting) -> Option:
 
 def key_hint(name: str, section: str) -> str:
     """Return a hint for an unknown key of a file."""
-    for place in ("", *sections()):
-        if place != section and name in {*_proper_names(place), *(sections() if not place else ())}:
-            return f"it belongs in {place}" if place else "it belongs at the top level"
+    if section and name in {*_proper_names(""), *sections()}:
+        return "it belongs at the top level"
+    for place in sections():
+        if place != section and name in _proper_names(place):
+            return f"it belongs in {place}"
     here = did_you_mean(name, [*settings_by_key(section)])
     return here or _in_other_section(name, section)
 
@@ -153,7 +157,9 @@ def _proper_names(section: str) -> list[str]:
 
 def _in_other_section(name: str, section: str) -> str:
     for place in ("", *sections()):
-        hint = "" if place == section else did_you_mean(name, _proper_names(place))
+        hint = ""
+        if place != section:
+            hint = did_you_mean(name, _proper_names(place))
         if hint:
             return f"{hint[:-1]} {'in ' + place if place else 'at the top level'}?"
     return ""

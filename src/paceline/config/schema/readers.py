@@ -16,7 +16,9 @@ def as_names(value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if isinstance(value, (set, frozenset)):
         return tuple(sorted(value, key=str))
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(value)
+    return value
 
 
 def as_dtype_name(value: Any) -> Any:

@@ -132,6 +132,11 @@ class RunConfig(Section):
     )
     gpu_ids: DeviceList = Field(None, description="Devices of this machine to use: all, or indices such as 0,1,3.")
     use_cpu: Annotated[bool, Key(flag="cpu")] = Field(False, description="Train on the CPU even where there are GPUs.")
+    as_accelerate: bool = Field(
+        False,
+        description="Let `import accelerate` find paceline's stand-in in the script, so that what is written for "
+        "Accelerate runs on paceline.",
+    )
     debug: bool = Field(
         False, description="Check before each collective that all ranks pass the same shapes; slow, for debugging."
     )

@@ -74,7 +74,9 @@ class Shape:
             names.append("a mapping")
         if self.choices:
             shown = ", ".join(str(choice) for choice in self.choices)
-            names.append(f"one of {shown}" if len(self.choices) > 1 else shown)
+            if len(self.choices) > 1:
+                shown = f"one of {shown}"
+            names.append(shown)
         return " or ".join(names) or "nothing"
 
     def suggestion(self, value: object) -> str:
@@ -101,7 +103,9 @@ class Shape:
             return self._from_text(value, style)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             # YAML 1.1 takes 2:4 for a number to the base of 60.
-            return text if text is not None and ":" in text and str in self.types else self._number(value)
+            if text is not None and ":" in text and str in self.types:
+                return text
+            return self._number(value)
         return value
 
     def _choice(self, value: object, text: str | None) -> object | None:
@@ -124,13 +128,17 @@ class Shape:
             return word in TRUE_WORDS
         if style != "quoted" and (int in self.types or float in self.types):
             number = _maybe_number(word)
-            return value if number is None else self._number(number)
+            if number is None:
+                return value
+            return self._number(number)
         return value
 
     def _number(self, value: int | float) -> object:
         if int in self.types and float(value).is_integer():
             return int(value)
-        return float(value) if float in self.types else value
+        if float in self.types:
+            return float(value)
+        return value
 
 
 def _parts(annotation: Any) -> Iterable[type | tuple[object, ...]]:
@@ -155,4 +163,6 @@ def _maybe_number(word: str) -> int | float | None:
         number = float(word)
     except ValueError:
         return None
-    return number if number == number and abs(number) != float("inf") else None
+    if number == number and abs(number) != float("inf"):
+        return number
+    return None

@@ -92,7 +92,9 @@ def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> t
         hint = "write the settings, or leave --config_file out"
         return (), [Problem(f"{path}:1", "", "the file is empty", "it must hold keys and values", hint)]
     if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        kind = "a single value"
+        if isinstance(node, yaml.SequenceNode):
+            kind = "a list"
         hint = "write one `key: value` on each line"
         return (), [Problem(_where(path, node), "", f"the file holds {kind}", "its top level must be a mapping", hint)]
     problems: list[Problem] = []
@@ -152,7 +154,9 @@ def _item(
 
 
 def _key_name(node: yaml.Node) -> str:
-    return node.value if isinstance(node, yaml.ScalarNode) else f"({node.tag.rpartition(':')[2]})"
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    return f"({node.tag.rpartition(':')[2]})"
 
 
 def _where(path: Path, node: yaml.Node) -> str:
@@ -197,6 +201,10 @@ def describe_json_error(error: json.JSONDecodeError) -> str:
 def _quoted_line(text: str, line: int) -> str:
     """Return the text of a line in backticks, shortened where it is long."""
     lines = text.splitlines()
-    written = lines[line - 1].strip() if line <= len(lines) else ""
-    shown = written if len(written) <= _LONGEST_QUOTE else f"{written[:_LONGEST_QUOTE]}…"
+    written = ""
+    if line <= len(lines):
+        written = lines[line - 1].strip()
+    shown = written
+    if len(written) > _LONGEST_QUOTE:
+        shown = f"{written[:_LONGEST_QUOTE]}…"
     return f"`{shown}`"

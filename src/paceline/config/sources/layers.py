@@ -78,6 +78,8 @@ def environment_layer(env: Mapping[str, str]) -> Layer:
 
 def unread_variables(env: Mapping[str, str]) -> Iterator[str]:
     """Yield a note for each variable of Accelerate that has a counterpart here; none of them is read."""
+    if "PACELINE_CONFIG" in env:  # the launcher set them
+        return
     for name in sorted(env):
         if name.startswith(_ACCELERATES):
             word = name.removeprefix("ACCELERATE_").lower()
@@ -144,7 +146,9 @@ def _unknown_name(name: str, where: str, kind: Kind) -> Problem:
     hint = flag_hint(name)
     if kind == "flag":
         return Problem(where, "", "unknown flag", hint=hint)
-    return Problem(where, "", "unknown variable", hint=_as_variable(hint) if hint else "")
+    if hint:
+        hint = _as_variable(hint)
+    return Problem(where, "", "unknown variable", hint=hint)
 
 
 def _as_variable(hint: str) -> str:

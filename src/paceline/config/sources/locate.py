@@ -47,8 +47,10 @@ def _default_files(env: Mapping[str, str]) -> Iterator[Path]:
     if own:
         yield _expand(own, env) / FILE_NAME
     yield cache / "paceline" / FILE_NAME
-    hub = env.get("HF_HOME")
-    yield (_expand(hub, env) if hub else cache / "huggingface") / "accelerate" / FILE_NAME
+    hub = cache / "huggingface"
+    if env.get("HF_HOME"):
+        hub = _expand(env["HF_HOME"], env)
+    yield hub / "accelerate" / FILE_NAME
 
 
 def _expand(path: str, env: Mapping[str, str]) -> Path:

@@ -58,4 +58,6 @@ class Raw:
         """Return the value as it was written."""
         if self.text is not None:
             return self.text
-        return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
+        if isinstance(self.value, bool):
+            return str(self.value).lower()
+        return str(self.value)

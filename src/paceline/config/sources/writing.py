@@ -51,7 +51,9 @@ def _section(values: Mapping[str, object], section: str) -> Iterator[str]:
 
 def yaml_value(value: object) -> str:
     """Write one value on one line of YAML."""
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = value
+    if isinstance(value, tuple):
+        plain = list(value)
     text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, allow_unicode=True, sort_keys=False)
     return text.removesuffix("...\n").strip()
 
@@ -60,7 +62,9 @@ def replace_file(path: Path, text: str) -> Path | None:
     """Write a file atomically; keep an old one as FILE.bak and return that path."""
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = path.with_name(f"{path.name}.bak") if path.exists() else None
+    kept = None
+    if path.exists():
+        kept = path.with_name(f"{path.name}.bak")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

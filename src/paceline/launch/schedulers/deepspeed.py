@@ -19,7 +19,7 @@ import paceline.launch.worker as worker_module
 from paceline.config import DeepSpeedPlugin
 from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError
 from paceline.launch.command import check_command
-from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.planning import client_variables, engine_variables, reject_nested_launch, thread_variables
 from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
@@ -101,6 +101,7 @@ def plan_deepspeed(resolved: Resolved, command: Command, env: Mapping[str, str])
     port = config.main_process_port or _DEFAULT_PORT
     shared = {
         **engine_variables(config),
+        **client_variables(resolved, sum(hosts.values()), env),
         **thread_variables(config, max(hosts.values()), env),
         "MASTER_ADDR": address,
         "MASTER_PORT": str(port),

@@ -21,7 +21,7 @@ from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerE
 from paceline.launch.command import check_command
 from paceline.launch.decision import PREEMPTED_TEXT
 from paceline.launch.network import port_error
-from paceline.launch.planning import engine_variables, reject_nested_launch, thread_variables
+from paceline.launch.planning import client_variables, engine_variables, reject_nested_launch, thread_variables
 from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
 from paceline.launch.worker import pack
 
@@ -90,6 +90,7 @@ def plan_mpirun(resolved: Resolved, command: Command, env: Mapping[str, str]) ->
     size = config.num_processes or 1
     shared = {
         **engine_variables(config),
+        **client_variables(resolved, size, env),
         **thread_variables(config, -(-size // config.max_machines), env),
         "MASTER_ADDR": _main_address(config),
         "MASTER_PORT": str(config.main_process_port or _open_port()),

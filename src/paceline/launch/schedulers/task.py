@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from paceline.launch.clusters.cluster import check_against
 from paceline.launch.command import check_command
-from paceline.launch.planning import command_line, engine_variables, thread_variables
+from paceline.launch.planning import client_variables, command_line, engine_variables, thread_variables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +64,7 @@ def plan_task(resolved: Resolved, command: Command, env: Mapping[str, str], clus
     check_command(command, env)
     shared = {
         **engine_variables(resolved.config),
+        **client_variables(resolved, world.size, env),
         **thread_variables(resolved.config, world.local_size, env),
         **_rendezvous_variables(resolved, world),
         "PACELINE_CONFIG": resolved.to_json(),

@@ -190,6 +190,14 @@ class NamingDDP(DistributedDataParallel):
 
     # Which gradients were averaged
 
+    def expect_exchange(self) -> None:
+        """Average gradients in the next backward, whose forwards ran without: DDP prepares for it in a forward."""
+        self.require_backward_grad_sync = True
+        if self._backwards.awaits is _NextBackward.EXCHANGE:
+            return
+        self.reducer.prepare_for_backward([])
+        self._backwards.awaits = _NextBackward.EXCHANGE
+
     def begin_backward(self) -> Versions | None:
         """Record the gradients' versions, if nothing else shows which of them the next backward changes.
 

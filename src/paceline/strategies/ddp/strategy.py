@@ -106,6 +106,19 @@ class DDPStrategy(Strategy):
             model.require_backward_grad_sync = enabled
 
     @override
+    @contextmanager
+    def sync_next_backward(self, model: nn.Module) -> Iterator[None]:
+        if not isinstance(model, NamingDDP):
+            yield
+            return
+        before = model.require_backward_grad_sync
+        model.expect_exchange()
+        try:
+            yield
+        finally:
+            model.require_backward_grad_sync = before
+
+    @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
         before = [wrapped.begin_backward() for wrapped in self._wrapped]
         try:
@@ -147,7 +160,8 @@ class DDPStrategy(Strategy):
     @override
     def stepped(self) -> None:
         super().stepped()
-        if all(wrapped.keeps_replicas_alike for wrapped in self._wrapped):
+        # Without a wrapped model there is nothing to compare: something else has sharded what is trained.
+        if self._wrapped and all(wrapped.keeps_replicas_alike for wrapped in self._wrapped):
             self._replicas.stepped(lambda: [p for wrapped in self._wrapped for p in wrapped.trained])
 
     @override

@@ -29,7 +29,7 @@ class ZeroEngine:
         partitions: Where the engine keeps values, gradients and optimizer states.
         groups: The model's parameters by parameter group.
         dtypes: The dtype to save each parameter in, by its `id`.
-        ends_window: Whether the next backward is the last of its window.
+        syncs: Whether its backward may end a window; not under `no_sync`.
         window_ended: Whether a backward has ended the window, and no step has been taken since.
         is_clipped: Whether the gradients of this window were clipped.
         awaits_backward: Whether a forward ran whose loss has had no backward.
@@ -42,7 +42,7 @@ class ZeroEngine:
     partitions: Partitions
     groups: list[list[nn.Parameter]]
     dtypes: dict[int, torch.dtype]
-    ends_window: bool = True
+    syncs: bool = True
     window_ended: bool = False
     is_clipped: bool = False
     awaits_backward: bool = False

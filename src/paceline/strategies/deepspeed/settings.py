@@ -56,15 +56,23 @@ class AutoValues:
     schedule: DummyScheduler | None = None
 
 
-def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, auto: AutoValues) -> dict[str, Any]:
+def resolve_settings(
+    plugin: DeepSpeedPlugin, config: RunConfig, auto: AutoValues, *, script_wins: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's configuration, complete.
+
+    Args:
+        plugin: What the script and the configuration say of DeepSpeed.
+        config: The run.
+        auto: What only the run knows.
+        script_wins: Replace batch sizes that differ from the run's, instead of refusing them.
 
     Raises:
         ConfigError: Values that contradict the run, and `"auto"` that cannot be resolved; all at once.
     """
     settings = decided_settings(plugin, config)
     problems: list[Problem] = []
-    _batch_sizes(settings, config, auto, problems)
+    _batch_sizes(settings, config, auto, problems, script_wins=script_wins)
     problems += _scaling(settings)
     _optimizer(settings, auto.optimizer, problems)
     if auto.schedule is not None and auto.schedule.lr_scheduler_callable is None and "scheduler" in settings:
@@ -81,8 +89,14 @@ def resolve_settings(plugin: DeepSpeedPlugin, config: RunConfig, auto: AutoValue
     return settings
 
 
-def _batch_sizes(settings: dict[str, Any], config: RunConfig, auto: AutoValues, problems: list[Problem]) -> None:
+def _batch_sizes(
+    settings: dict[str, Any], config: RunConfig, auto: AutoValues, problems: list[Problem], *, script_wins: bool
+) -> None:
     accumulation = config.gradient_accumulation_steps
+    if script_wins:
+        settings.pop("train_batch_size", None)
+        if auto.micro_batch is not None:
+            settings["train_micro_batch_size_per_gpu"] = AUTO
     key = "train_micro_batch_size_per_gpu"
     micro_batch = settings.get(key, AUTO)
     if micro_batch == AUTO:

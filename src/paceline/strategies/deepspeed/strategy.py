@@ -101,6 +101,8 @@ class DeepSpeedStrategy(Strategy):
         self._script_max_norm: float | None = None
         # Whether the schedule that the configuration describes was prepared.
         self._scheduled = False
+        # Whether the current micro-batch is the last of its window.
+        self._window_ends = True
         self._check_context()
         prepare_package()
         name_ranks()
@@ -236,7 +238,9 @@ class DeepSpeedStrategy(Strategy):
         groups = [list(group["params"]) for group in optimizer.param_groups]
         dtypes = {id(p): self._saved_dtype(p) for p in model.parameters()}
         exact = exact_values(model, self._dtype, is_main=self.context.world.is_main)
-        settings = self.engines.settings = resolve_settings(self._plugin, self.context.config, auto)
+        settings = self.engines.settings = resolve_settings(
+            self._plugin, self.context.config, auto, script_wins=self.context.leniency.script_wins
+        )
         check_compiler(settings, optimizer)
         check_disk(settings)
         check_activations(settings, self.context.device)
@@ -408,8 +412,11 @@ class DeepSpeedStrategy(Strategy):
     def set_gradient_sync(self, model: nn.Module, enabled: bool) -> None:
         zero = self.engines.engine_of(model)
         if zero is not None:
-            zero.ends_window = enabled
-            zero.engine.set_gradient_accumulation_boundary(enabled)
+            zero.syncs = enabled
+
+    @override
+    def set_window_end(self, ends: bool) -> None:
+        self._window_ends = ends
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
@@ -426,9 +433,11 @@ class DeepSpeedStrategy(Strategy):
             raise SteppingError(
                 f"backward() was called again on {type(zero.model).__name__} after the backward that ended its window",
                 "DeepSpeed's engine would drop the gradients of the first one",
-                "Add the losses up and call backward() once, or train under accumulate() without sync_each_batch",
+                "Add the losses up and call backward() once",
             )
-        zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, zero.ends_window
+        ends_window = self._window_ends and zero.syncs
+        zero.engine.set_gradient_accumulation_boundary(ends_window)
+        zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, ends_window
         zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
 
     @override

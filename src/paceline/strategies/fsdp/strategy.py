@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,11 @@ class FSDPStrategy(Strategy):
     def distributed_type(self) -> DistributedType:
         return DistributedType.FSDP
 
+    @property
+    @override
+    def mesh(self) -> DeviceMesh:
+        return self._mesh
+
     # Models and optimizers
 
     @override
@@ -118,6 +124,8 @@ class FSDPStrategy(Strategy):
             # Listed only now: materializing may have replaced parameters.
             ignored_params={p for inner in ignored for p in inner.parameters()} or None,
         )
+        # A class that torch has made for FSDP; its own method says only that it cannot be copied.
+        type(module).__deepcopy__ = _refuse_copy  # type: ignore[attr-defined]
 
     def _prepare_sharded(self, model: nn.Module) -> nn.Module:
         """Prepare a model that is sharded already: prepared before, or sharded by the script itself."""
@@ -246,6 +254,16 @@ class FSDPStrategy(Strategy):
             self._without_sync.add(id(model))
         for unit in self._units.get(id(model), ()):
             unit.set_requires_gradient_sync(enabled, recurse=False)
+
+    @override
+    @contextmanager
+    def sync_next_backward(self, model: nn.Module) -> Iterator[None]:
+        was_off = id(model) in self._without_sync
+        self.set_gradient_sync(model, True)
+        try:
+            yield
+        finally:
+            self.set_gradient_sync(model, not was_off)
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
@@ -450,6 +468,19 @@ def _drop_whole_gradients(unit: FSDPModule) -> None:
             whole = getattr(parameter, "_unsharded_param", None)
             if whole is not None:
                 whole.grad = None
+
+
+def _refuse_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
+    """Refuse to deep-copy a sharded module.
+
+    Raises:
+        PrepareError: Always.
+    """
+    raise PrepareError(
+        f"copy.deepcopy was called on {type(module).__name__}, which FSDP has sharded; AveragedModel calls it, too",
+        "The copy would share its FSDP state with the original",
+        "Copy the model before prepare(), and prepare both: model, average = prepare(model, AveragedModel(model))",
+    )
 
 
 def _other_sharding(what: str, how: str, wanted: str) -> PrepareError:

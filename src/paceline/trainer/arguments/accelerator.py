@@ -123,7 +123,9 @@ def _handlers(args: TrainingArguments) -> list[object]:
     opening = InitProcessGroupKwargs(backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
     options = {name: getattr(args, f"ddp_{name}") for name in _DDP_FIELDS}
     options = {name: value for name, value in options.items() if value is not None}
-    return [opening, DistributedDataParallelKwargs(**options)] if options else [opening]
+    if options:
+        return [opening, DistributedDataParallelKwargs(**options)]
+    return [opening]
 
 
 def _compile(args: TrainingArguments, problems: list[Problem]) -> TorchDynamoPlugin | None:
@@ -174,7 +176,9 @@ def _fsdp_flags(keys: dict[str, Any], problems: list[Problem]) -> dict[str, obje
     """The keys of `fsdp_config` as flags of the launcher."""
     flags: dict[str, object] = {"use_fsdp": True}
     for key, value in keys.items():
-        name = key if key.startswith("fsdp_") else f"fsdp_{key}"
+        name = key
+        if not key.startswith("fsdp_"):
+            name = f"fsdp_{key}"
         if name.startswith("fsdp_xla"):
             if value:
                 why = "paceline does not run on TPUs"
@@ -202,7 +206,9 @@ def _from_modes(args: TrainingArguments, problems: list[Problem]) -> dict[str, A
     settings: dict[str, Any] = {}
     if isinstance(value, bool) or value is None:
         return settings
-    words = value if isinstance(value, list) else str(value).replace(",", " ").split()
+    words = value
+    if not isinstance(value, list):
+        words = str(value).replace(",", " ").split()
     for word in words:
         if word not in _FSDP_MODES:
             hint = did_you_mean(word, _FSDP_MODES) or "write fsdp=True and put the settings into fsdp_config"
@@ -215,7 +221,9 @@ def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConf
     """How loaders are prepared, from `accelerator_config` and the seeds."""
     config: Any = args.accelerator_config
     problems.extend(_config_problems(config))
-    options = {key: setting(config, key) for key in _LOADER_KEYS} if config is not None else {}
+    options = {}
+    if config is not None:
+        options = {key: setting(config, key) for key in _LOADER_KEYS}
     options = {key: value for key, value in options.items() if value is not None}
     seed: int | None = args.seed if args.data_seed is None else args.data_seed
     if options.get("use_seedable_sampler") is False:

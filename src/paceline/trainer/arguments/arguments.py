@@ -341,7 +341,9 @@ class TrainingArguments(AllFields):
         value = getattr(self, name)
         if value is None:
             value = self.logging_steps
-        return max(1, math.ceil(total * value)) if value < 1 else int(value)
+        if value < 1:
+            value = max(1, math.ceil(total * value))
+        return int(value)
 
     # The process that reads the arguments
 
@@ -435,7 +437,9 @@ class TrainingArguments(AllFields):
         if self.world_size == 1:
             return nullcontext()
         accelerator = self._early_accelerator()
-        return accelerator.local_main_process_first() if local else accelerator.main_process_first()
+        if local:
+            return accelerator.local_main_process_first()
+        return accelerator.main_process_first()
 
     def _early_accelerator(self) -> Accelerator:
         """An Accelerator before there is a Trainer, whose own one will use the same process group."""
@@ -484,4 +488,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return repr(value)

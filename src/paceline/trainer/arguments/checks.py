@@ -389,4 +389,6 @@ def _fill_best(args: AllFields) -> None:
 
 def setting(config: Any, name: str) -> Any:
     """One value of `accelerator_config`, which may be a mapping or an object; None if it is not set."""
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    if isinstance(config, dict):
+        return config.get(name)
+    return getattr(config, name, None)

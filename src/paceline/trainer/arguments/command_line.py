@@ -30,13 +30,17 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
         ConfigError: Unknown flags or keys, or invalid values; all at once.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    file = words.pop(0) if words and words[0].endswith((".json", ".yaml", ".yml")) else None
+    file = None
+    if words and words[0].endswith((".json", ".yaml", ".yml")):
+        file = words.pop(0)
     parser = _parser(classes)
     given, rest = parser.parse_known_args(words)
     values = vars(given)
     file = values.pop("config", None) or file
     problems = [*_unused_words(rest, words, classes)]
-    explicit = {} if file is None else _from_file(file, classes, problems)
+    explicit = {}
+    if file is not None:
+        explicit = _from_file(file, classes, problems)
     explicit |= values
     parsed = {name: made for name, value in explicit.items() for made in _parsed(name, value, classes, problems)}
     if problems:
@@ -121,7 +125,9 @@ def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    return "true|false" if is_flag(hint) else "VALUE"
+    if is_flag(hint):
+        return "true|false"
+    return "VALUE"
 
 
 def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem]) -> dict[str, Any]:

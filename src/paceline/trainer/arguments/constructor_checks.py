@@ -29,7 +29,9 @@ def require_own_arguments(args: Any) -> TrainingArguments:
     if "transformers" in packages:
         why = "That class is for transformers' Trainer; this Trainer has its own"
         raise PrepareError(saw, why, "Write from paceline import TrainingArguments: its fields have the same names")
-    hint = "Write TrainingArguments(**args)" if isinstance(args, Mapping) else "Write TrainingArguments(output_dir=…)"
+    hint = "Write TrainingArguments(output_dir=…)"
+    if isinstance(args, Mapping):
+        hint = "Write TrainingArguments(**args)"
     raise PrepareError(saw, "It is not a TrainingArguments", hint)
 
 

@@ -29,7 +29,9 @@ def fields_of(cls: type[Any]) -> Mapping[str, Any]:
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a field; `dataclasses.MISSING` if it is required."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def is_flag(hint: Any) -> bool:
@@ -68,7 +70,9 @@ def read_value(hint: Any, value: Any) -> Any:
 
 def _parts(hint: Any) -> tuple[Any, ...]:
     is_union = get_origin(hint) not in (None, list, dict, Literal)
-    return get_args(hint) if is_union else (hint,)
+    if is_union:
+        return get_args(hint)
+    return (hint,)
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
@@ -112,7 +116,9 @@ def _number(value: Any) -> float:
 def _listed(value: Any) -> Any:
     if isinstance(value, str):
         return [word for word in value.replace(",", " ").split() if word]
-    return list(value) if isinstance(value, tuple | set) else value
+    if isinstance(value, tuple | set):
+        return list(value)
+    return value
 
 
 def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:

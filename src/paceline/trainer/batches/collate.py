@@ -95,7 +95,9 @@ def columns_in(batch: Any) -> str:
     """The contents of a batch, for a message."""
     if isinstance(batch, Mapping):
         return ", ".join(map(str, batch)) or "nothing"
-    return f"{len(batch)} elements without names" if isinstance(batch, list | tuple) else f"one {type(batch).__name__}"
+    if isinstance(batch, list | tuple):
+        return f"{len(batch)} elements without names"
+    return f"one {type(batch).__name__}"
 
 
 def columns_of(model: nn.Module, label_names: Sequence[str]) -> frozenset[str] | None:

@@ -36,7 +36,9 @@ def choose_collator(given: Callable[[Any], Any] | None, processing_class: Any) -
     """The given collator; else one that pads if there is a tokenizer; else one that stacks."""
     if given is not None:
         return given
-    return PaddingCollator(processing_class) if hasattr(processing_class, "pad") else default_collator
+    if hasattr(processing_class, "pad"):
+        return PaddingCollator(processing_class)
+    return default_collator
 
 
 def _drop_columns(
@@ -51,7 +53,9 @@ def _drop_columns(
         extra = [name for name in names if name not in kept]
         if names and extra == names:
             raise DataError(nothing_left(names, kept), REMOVED, KEEP)
-        return (dataset.remove_columns(extra) if extra else dataset), collator
+        if extra:
+            dataset = dataset.remove_columns(extra)
+        return dataset, collator
     return dataset, Columns(collator, kept)
 
 
@@ -61,9 +65,13 @@ def named_dataset(datasets: Any, name: str) -> Any:
     Raises:
         PrepareError: There is none of that name.
     """
-    several = datasets if isinstance(datasets, dict) else {}
+    several = {}
+    if isinstance(datasets, dict):
+        several = datasets
     if name not in several:
-        why = f"The evaluation sets are {', '.join(several)}" if several else "eval_dataset is not a mapping of several"
+        why = "eval_dataset is not a mapping of several"
+        if several:
+            why = f"The evaluation sets are {', '.join(several)}"
         raise PrepareError(f"Trainer.evaluate({name!r})", why, did_you_mean(name, several) or "Name one of them")
     return several[name]
 

@@ -25,7 +25,9 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 def like(value: Any, parts: Sequence[Any]) -> Any:
     """A tuple, named tuple or list of the same type as `value`, with other elements."""
-    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if hasattr(value, "_fields"):
+        return type(value)(*parts)
+    return type(value)(parts)
 
 
 def is_structure(value: Any) -> bool:

@@ -292,7 +292,9 @@ class CallbackHandler:
         Args:
             callback: An instance, or a class, which is instantiated without arguments.
         """
-        made = callback() if isinstance(callback, type) else callback
+        made = callback
+        if isinstance(callback, type):
+            made = callback()
         if any(type(known) is type(made) for known in self.callbacks):
             logger.warning("A second %s was added to the callbacks; both are called.", type(made).__name__)
         self.callbacks.append(made)

@@ -31,7 +31,9 @@ logger = get_logger(__name__)
 
 def metric_key(name: str) -> str:
     """The name of a metric in the results of an evaluation, which all begin with `eval_`."""
-    return name if name.startswith("eval_") else f"eval_{name}"
+    if name.startswith("eval_"):
+        return name
+    return f"eval_{name}"
 
 
 def note_metrics(state: TrainerState, args: TrainingArguments, metrics: Mapping[str, float]) -> bool:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from paceline.errors import ConfigError
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.callbacks.base import TrainerCallback, length_of
+from paceline.trainer.callbacks.best_checkpoint import metric_key
 from paceline.trainer.callbacks.profiling import ProfileCallback
 from paceline.trainer.callbacks.tracking import TrackedRun, TrackingCallback
 
@@ -36,7 +37,9 @@ def with_defaults(callbacks: Sequence[Any], args: TrainingArguments, run: Tracke
         # A bar redraws itself, which would fill a log file with lines.
         is_quiet = not (sys.stderr.isatty() or "ipykernel" in sys.modules)
     display = PrinterCallback() if is_quiet else ProgressCallback()
-    profiling = [ProfileCallback(run.accelerator, args.profile_steps)] if args.profile_steps else []
+    profiling = []
+    if args.profile_steps:
+        profiling = [ProfileCallback(run.accelerator, args.profile_steps)]
     return [DefaultFlowCallback(), TrackingCallback(run), *profiling, *callbacks, display]
 
 
@@ -95,12 +98,14 @@ class EarlyStoppingCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> None:
         """Count evaluations without improvement, and stop after too many."""
         name = args.metric_for_best_model
-        value = things["metrics"].get(name if name.startswith("eval_") else f"eval_{name}")
+        value = things["metrics"].get(metric_key(name))
         if value is None:  # another one of several evaluation sets; if none has the metric, the training raises
             return
         sign = 1 if args.greater_is_better else -1
         # NaN is never an improvement.
-        gain = value if math.isnan(value) else math.inf
+        gain = value
+        if not math.isnan(value):
+            gain = math.inf
         if state.best_metric is not None:
             gain = sign * (value - state.best_metric)
         if gain > max(0.0, self.early_stopping_threshold):
@@ -187,4 +192,6 @@ def as_line(logs: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)

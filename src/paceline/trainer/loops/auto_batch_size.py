@@ -55,7 +55,9 @@ def agree_on_plan(args: TrainingArguments, accelerator: Accelerator, plan: Batch
     if not args.auto_find_batch_size or accelerator.num_processes == 1:
         return plan
     least = min(accelerator.gather_object([plan.micro_batch]))
-    return plan if least == plan.micro_batch else args.batch_plan(accelerator.num_processes, least)
+    if least == plan.micro_batch:
+        return plan
+    return args.batch_plan(accelerator.num_processes, least)
 
 
 def run_with_smaller_batches(
@@ -75,7 +77,9 @@ def run_with_smaller_batches(
     can_retry, has_begun = _can_retry_in_process(hooks), False
     while True:
         try:
-            return loop.run_until_done() if has_begun else loop.run()
+            if has_begun:
+                return loop.run_until_done()
+            return loop.run()
         except (MemoryError, RuntimeError) as error:
             # Evaluations and optimizer steps do not fit better with smaller batches, and the latter may be half done.
             if find_out_of_memory(error) is None or not loop.in_batch or plan.micro_batch == 1:

@@ -16,14 +16,12 @@ from paceline.trainer.batches.collate import columns_in
 from paceline.trainer.batches.nested import map_leaves
 from paceline.trainer.callbacks.base import fire
 from paceline.trainer.loops.evaluation_outputs import PADDING, KeptBatches, join_ranks, to_numpy
-from paceline.trainer.loops.losses import ModelCall, count_items
+from paceline.trainer.loops.losses import LoopInputs, count_items
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor, nn
-
-    from paceline.trainer.protocol import TrainerHooks
+    from torch import Tensor
 
 __all__ = ["EvalLoopOutput", "EvalPrediction", "EvaluationLoop", "PredictionOutput"]
 
@@ -90,35 +88,20 @@ class EvaluationLoop:
     """One pass over a loader without gradients.
 
     Args:
-        hooks: Computes predictions and metrics.
-        call: Counts the targets of a batch.
-        model: As prepared.
-        loader: As prepared.
+        inputs: What it runs on.
         prefix: Prepended to the names of metrics.
         loss_only: Keep no predictions.
-        ignore_keys: Outputs of the model that are not predictions.
         requires_metrics: Raise if metrics cannot be computed for want of labels; else warn.
     """
 
-    def __init__(
-        self,
-        hooks: TrainerHooks,
-        call: ModelCall,
-        model: nn.Module,
-        loader: Any,
-        *,
-        prefix: str,
-        loss_only: bool,
-        ignore_keys: list[str] | None,
-        requires_metrics: bool,
-    ) -> None:
-        self.hooks = hooks
-        self.call = call
-        self.model = model
-        self.loader = loader
+    def __init__(self, inputs: LoopInputs, *, prefix: str, loss_only: bool, requires_metrics: bool) -> None:
+        self.hooks = hooks = inputs.hooks
+        self.call = inputs.call
+        self.model = inputs.model
+        self.loader = inputs.loader
+        self.ignore_keys = inputs.ignore_keys
         self.prefix = prefix
         self.loss_only = loss_only
-        self.ignore_keys = ignore_keys
         self.requires_metrics = requires_metrics
         self.args = hooks.args
         self.accelerator = hooks.accelerator
@@ -146,7 +129,9 @@ class EvaluationLoop:
                 self._batch(inputs)
                 batches += 1
                 fire(self.hooks, "on_prediction_step")
-        stored = None if self._streams else self.stored.everything(concatenate=self.args.eval_do_concat_batches)
+        stored = None
+        if not self._streams:
+            stored = self.stored.everything(concatenate=self.args.eval_do_concat_batches)
         metrics = self._metrics(stored)
         seconds = max(time.perf_counter() - started, 1e-9)
         metrics |= {"runtime": seconds, "steps_per_second": batches / seconds}
@@ -157,14 +142,18 @@ class EvaluationLoop:
         return EvalLoopOutput(predictions, labels, named, self.num_samples)
 
     def _prefixed(self, name: str) -> str:
-        return name if name.startswith(f"{self.prefix}_") else f"{self.prefix}_{name}"
+        if name.startswith(f"{self.prefix}_"):
+            return name
+        return f"{self.prefix}_{name}"
 
     def _batch(self, inputs: Any) -> None:
         counts = self.loader.counts
         rank = self.accelerator.process_index
         # A rank without samples left gets a batch of other samples, which is not counted.
         rows, real = counts.rows[rank], counts.real[rank]
-        samples = sum(counts.real) if counts.counted else None
+        samples = None
+        if counts.counted:
+            samples = sum(counts.real)
         self.num_samples += samples or 0
         # Before the step, because an overridden `compute_loss` may pop the labels.
         items = count_items(self.hooks, self.call, inputs)
@@ -252,11 +241,17 @@ class EvaluationLoop:
         if metric is None:
             return {}
         if self._streams:
-            return metric.compute() if hasattr(metric, "compute") else self.streamed
+            if hasattr(metric, "compute"):
+                return metric.compute()
+            return self.streamed
         if stored is None:
             return {}
-        first = stored if isinstance(stored, dict) else stored[0]
-        return metric(_as_prediction(stored)) if "label_ids" in first else {}
+        first = stored
+        if not isinstance(stored, dict):
+            first = stored[0]
+        if "label_ids" in first:
+            return metric(_as_prediction(stored))
+        return {}
 
 
 def _predictions_and_labels(stored: Any) -> tuple[Any, Any]:
@@ -275,7 +270,9 @@ def _as_prediction(stored: Any) -> EvalPrediction:
 
 def _as_number(value: Any) -> Any:
     """A metric as JSON value."""
-    return value.item() if isinstance(value, torch.Tensor | np.generic) or _is_scalar_array(value) else value
+    if isinstance(value, torch.Tensor | np.generic) or _is_scalar_array(value):
+        return value.item()
+    return value
 
 
 def _is_scalar_array(value: Any) -> bool:

@@ -90,11 +90,15 @@ def to_numpy(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if value.dtype == torch.bfloat16:
+        value = value.float()
+    return value.numpy()
 
 
 def _to_host(value: Any) -> Any:
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    return value
 
 
 def _joined(parts: list[Any], samples: Sequence[int | None], where: str) -> Any:
@@ -138,7 +142,9 @@ def _maybe_per_sample(parts: list[Any], samples: Sequence[int | None]) -> bool |
     kind = type(parts[0])
     evidence = [SampleEvidence.of(part, n) for part, n in zip(parts, samples, strict=True) if n is not None]
     if any(map(is_ambiguous, parts)):
-        return maybe_per_sample(evidence, kind) if len(evidence) == len(parts) else None
+        if len(evidence) == len(parts):
+            return maybe_per_sample(evidence, kind)
+        return None
     # A tuple of tensors is a structure, unless they look like those of single samples.
     if not any(map(is_uniform_tensor_tuple, parts)) or maybe_per_sample(evidence, kind) is not True:
         return False

@@ -61,9 +61,10 @@ def training_length(args: TrainingArguments, loader: Any, *, accumulation: int, 
     length = getattr(loader, "total_dataset_length", None)
     if args.global_batch_size is not None and length:
         # Computed from samples rather than batches, so that it does not depend on how a step is split.
-        drops = args.dataloader_drop_last
-        updates = max(1, length // batch_size) if drops else math.ceil(length / batch_size)
-        share = 1 / updates if drops else batch_size / length
+        updates, share = math.ceil(length / batch_size), batch_size / length
+        if args.dataloader_drop_last:
+            updates = max(1, length // batch_size)
+            share = 1 / updates
     if args.max_steps > 0:
         epochs = math.ceil(args.max_steps / updates)
         return TrainingLength(args.max_steps, epochs, updates, share, batch_size, args.max_steps * batch_size)

@@ -68,7 +68,9 @@ class LossMeter:
         self._sum = self._count = None
         self._past_sum += total
         self._past_count += count
-        return (total / count, True) if count else (float("nan"), True)
+        if count:
+            return (total / count, True)
+        return (float("nan"), True)
 
     def reduce_pending(self) -> None:
         """Sum over ranks what was added, for `state_dict`. Collective: every rank must call it."""
@@ -106,8 +108,9 @@ class LossMeter:
         if not self._losses:
             return
         losses = torch.stack([loss.reshape(()) for loss in self._losses]).to(self._dtype)
-        has_weights = len(self._weights) == len(self._losses)
-        weights = torch.stack(self._weights).to(losses) if has_weights else torch.ones_like(losses)
+        weights = torch.ones_like(losses)
+        if len(self._weights) == len(self._losses):
+            weights = torch.stack(self._weights).to(losses)
         if self._only_finite:
             finite = torch.isfinite(losses)
             losses, weights = torch.where(finite, losses, 0.0), torch.where(finite, weights, 0.0)

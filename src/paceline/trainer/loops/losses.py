@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,29 @@ if TYPE_CHECKING:
 
     from paceline.trainer.protocol import TrainerHooks
 
-__all__ = ["IGNORED", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
+__all__ = ["IGNORED", "LoopInputs", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
 
 # The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
 IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class LoopInputs:
+    """What a training or an evaluation loop runs on.
+
+    Attributes:
+        hooks: The Trainer's steps, state and callbacks.
+        call: Counts the targets of a batch.
+        model: As prepared.
+        loader: As prepared.
+        ignore_keys: Outputs of the model that are not predictions; None takes what its configuration says.
+    """
+
+    hooks: TrainerHooks
+    call: ModelCall
+    model: nn.Module
+    loader: Any
+    ignore_keys: list[str] | None
 
 
 class ModelCall:
@@ -49,7 +69,9 @@ class ModelCall:
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Tensor | None = None) -> Any:
         """Call a model: a mapping becomes keywords, a sequence positional arguments, anything else one argument."""
-        more = {"num_items_in_batch": num_items.clamp(min=1)} if self.takes_num_items and num_items is not None else {}
+        more = {}
+        if self.takes_num_items and num_items is not None:
+            more = {"num_items_in_batch": num_items.clamp(min=1)}
         if isinstance(inputs, Mapping):
             return model(**inputs, **more)
         if isinstance(inputs, list | tuple):
@@ -63,7 +85,9 @@ class ModelCall:
             inputs: The micro-batch.
             last_is_target: Whether the last element of a sequence is the labels.
         """
-        shifted = inputs.get("shift_labels") if hasattr(inputs, "get") else None
+        shifted = None
+        if hasattr(inputs, "get"):
+            shifted = inputs.get("shift_labels")
         if shifted is not None:
             count: Tensor = shifted.ne(IGNORED).sum()
             return count
@@ -115,7 +139,9 @@ def compute_loss(
         inputs = _without_labels(inputs)
     outputs = call(model, inputs, None if is_separate else num_items)
     if loss_function is not None:
-        count = None if num_items is None else num_items.clamp(min=1)
+        count = None
+        if num_items is not None:
+            count = num_items.clamp(min=1)
         return loss_function(outputs, labels, num_items_in_batch=count), outputs
     if is_separate:
         return _smoothed_loss(outputs, labels, label_smoothing, shift=call.shifts_labels), outputs
@@ -132,7 +158,9 @@ def find_labels(inputs: Any, *, last_is_target: bool) -> Any:
     """The labels in a batch: the entry `labels` of a mapping, or the last element of a sequence; None if absent."""
     if isinstance(inputs, Mapping):
         return inputs.get("labels")
-    return inputs[-1] if last_is_target and isinstance(inputs, list | tuple) and len(inputs) > 1 else None
+    if last_is_target and isinstance(inputs, list | tuple) and len(inputs) > 1:
+        return inputs[-1]
+    return None
 
 
 def _without_labels(inputs: Any) -> Any:
@@ -150,7 +178,9 @@ def _loss_of(outputs: Any) -> Tensor:
     loss = maybe_loss(outputs)
     if loss is not None:
         return loss
-    names = f"with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
+    names = ""
+    if isinstance(outputs, Mapping):
+        names = f"with {', '.join(map(str, outputs))}"
     raise PacelineError(
         f"The model returned a {type(outputs).__name__} {names}".rstrip(),
         "It contains no loss to train on",
@@ -161,22 +191,28 @@ def _loss_of(outputs: Any) -> Tensor:
 def maybe_loss(outputs: Any) -> Tensor | None:
     """The loss in a model's outputs: `loss`, the first of a tuple, or the only tensor; None if there is none."""
     if isinstance(outputs, torch.Tensor):
-        return outputs if outputs.dim() == 0 else None
+        if outputs.dim() == 0:
+            return outputs
+        return None
+    loss = None
     if isinstance(outputs, Mapping):
         loss = outputs.get("loss")
     elif hasattr(outputs, "loss"):
         loss = outputs.loss
-    else:
-        loss = outputs[0] if isinstance(outputs, list | tuple) and outputs else None
-        loss = loss if isinstance(loss, torch.Tensor) and loss.dim() == 0 else None
-    return loss if isinstance(loss, torch.Tensor) else None
+    elif isinstance(outputs, list | tuple) and outputs and getattr(outputs[0], "ndim", None) == 0:
+        loss = outputs[0]
+    if isinstance(loss, torch.Tensor):
+        return loss
+    return None
 
 
 def _smoothed_loss(outputs: Any, labels: Tensor, smoothing: float, *, shift: bool) -> Tensor:
     """Cross entropy with label smoothing, mean over the targets."""
     logits = outputs["logits"] if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if logits is None:
-        logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        logits = outputs
+        if not isinstance(outputs, torch.Tensor):
+            logits = outputs[0]
     if shift:
         logits, labels = logits[..., :-1, :], labels[..., 1:]
     flat = logits.reshape(-1, logits.shape[-1]).float()

@@ -75,7 +75,9 @@ def _labels_of(hooks: TrainerHooks, inputs: Any, *, needs_labels: bool) -> Any:
         return find_labels(inputs, last_is_target=True)
     labels = [inputs.get(name) for name in hooks.label_names]
     if labels and all(label is not None for label in labels):
-        return labels[0] if len(labels) == 1 else tuple(labels)
+        if len(labels) == 1:
+            return labels[0]
+        return tuple(labels)
     # A batch that is only predicted for need not have labels.
     has_others = any(label is not None for label in (*labels, *map(inputs.get, label_names_of(hooks.model))))
     if hooks.args.label_names and (needs_labels or has_others):
@@ -100,14 +102,18 @@ def warn_of_missing_labels(label_names: list[str], inputs: Any) -> None:
 def _predictions_of(outputs: Any, ignored: frozenset[str], *, has_loss: bool) -> Any:
     """A model's outputs without the loss: a single one as it is, several as a tuple."""
     if isinstance(outputs, torch.Tensor):
-        return None if has_loss and outputs.dim() == 0 else outputs
+        if has_loss and outputs.dim() == 0:
+            return None
+        return outputs
     outputs = _as_mapping(outputs)
     if isinstance(outputs, Mapping):
         kept = [outputs[name] for name in outputs if name not in ignored and name != "loss"]
         kept = [value for value in kept if value is not None]
     else:
         kept = list(outputs[1:] if has_loss else outputs)
-    return kept[0] if len(kept) == 1 else tuple(kept)
+    if len(kept) == 1:
+        return kept[0]
+    return tuple(kept)
 
 
 def _as_mapping(outputs: Any) -> Any:
@@ -116,4 +122,6 @@ def _as_mapping(outputs: Any) -> Any:
         return outputs
     if is_dataclass(outputs):
         return {part.name: getattr(outputs, part.name) for part in fields(outputs)}
-    return vars(outputs) if hasattr(outputs, "__dict__") else outputs
+    if hasattr(outputs, "__dict__"):
+        return vars(outputs)
+    return outputs

@@ -66,7 +66,9 @@ def resume_training(
 
 def _load(hooks: TrainerHooks, requested: str | bool) -> str:
     output_dir = hooks.args.output_dir
-    folder = None if str(requested).lower() == "true" else Path(str(requested)).expanduser()
+    folder = None
+    if str(requested).lower() != "true":
+        folder = Path(str(requested)).expanduser()
     try:
         # Without a folder, all ranks agree on the newest complete one, and log each one that is skipped.
         loaded = hooks.accelerator.load_state(folder)
@@ -89,7 +91,9 @@ def _load(hooks: TrainerHooks, requested: str | bool) -> str:
 def _restore_best(hooks: TrainerHooks, resumed_from: str) -> None:
     # If machines have disks of their own, weights are loaded from rank 0's, and old checkpoints removed there.
     accelerator = hooks.accelerator
-    local = best_checkpoint.locate_best(hooks.state, Path(resumed_from)) if accelerator.is_main_process else None
+    local = None
+    if accelerator.is_main_process:
+        local = best_checkpoint.locate_best(hooks.state, Path(resumed_from))
     best_checkpoint.restore_best(hooks.state, resumed_from, accelerator.broadcast_object_list([local])[0])
     best_checkpoint.forget_other_metric(hooks.state, hooks.args)
 
@@ -133,7 +137,9 @@ def _load_transformers_state(hooks: TrainerHooks, loop: TrainingLoop, folder: st
     state.passes, state.updates_in_pass = epochs, 0
     loop.logged_at = state.global_step
     loop.loader.set_epoch(epochs)
-    return StepSize(0, round(state.global_step / epoch)) if epochs else StepSize()
+    if epochs:
+        return StepSize(0, round(state.global_step / epoch))
+    return StepSize()
 
 
 def _convert_progress(

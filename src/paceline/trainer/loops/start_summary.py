@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from paceline.errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,7 +39,7 @@ def _strategy(hooks: TrainerHooks) -> str:
             # The Trainer's arguments become the Accelerator's; name those that the user wrote.
             reason = reason.partition("Accelerator(")[0] + f"TrainingArguments({field}=…)"
             break
-    return f"{reason}; {_count(accelerator.num_processes, 'rank')} on {accelerator.device.type}"
+    return f"{reason}; {counted(accelerator.num_processes, 'rank')} on {accelerator.device.type}"
 
 
 def _parameters(model: nn.Module) -> str:
@@ -64,18 +66,18 @@ def _epochs(hooks: TrainerHooks, loop: TrainingLoop) -> Iterator[str]:
         return
     args = hooks.args
     epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * length.epochs_per_step
-    yield f"{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {_count(length.steps_per_epoch, 'step')}"
-    yield "an unknown number of samples" if samples is None else f"{_count(samples, 'sample')} an epoch"
+    yield f"{epochs:.4g} {'epoch' if epochs == 1 else 'epochs'} of {counted(length.steps_per_epoch, 'step')}"
+    yield "an unknown number of samples" if samples is None else f"{counted(samples, 'sample')} an epoch"
 
 
 def _batch(hooks: TrainerHooks, loader: Any) -> str:
     ranks, total = hooks.accelerator.num_processes, loader.total_batch_size
     micro_batches = hooks.accelerator.gradient_accumulation_steps
     if total is None:
-        return f"as the loader yields them x {_count(ranks, 'rank')} x {_count(micro_batches, 'micro-batch')}"
+        return f"as the loader yields them x {counted(ranks, 'rank')} x {counted(micro_batches, 'micro-batch')}"
     return (
-        f"{total * micro_batches:,} samples = {_count(ranks, 'rank')} x {total // ranks} x "
-        f"{_count(micro_batches, 'micro-batch')}"
+        f"{total * micro_batches:,} samples = {counted(ranks, 'rank')} x {total // ranks} x "
+        f"{counted(micro_batches, 'micro-batch')}"
     )
 
 
@@ -83,8 +85,3 @@ def _precision(hooks: TrainerHooks) -> str:
     mode = hooks.accelerator.mixed_precision
     weights = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in hooks.model.parameters()}))
     return f"{weights or 'float32'} throughout" if mode == "no" else f"{mode} mixed precision, weights {weights}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"

@@ -62,18 +62,27 @@ class TokenCounter:
 
     def add_tokens(self, inputs: Any) -> None:
         """Count the tokens of a micro-batch, if its main input is token ids."""
-        tokens = inputs.get(self._name) if isinstance(inputs, Mapping) else None
+        tokens = None
+        if isinstance(inputs, Mapping):
+            tokens = inputs.get(self._name)
         if tokens is not None and not tokens.is_floating_point():
             self._local = self._local + tokens.numel()
 
     def add(self, inputs: Any) -> None:
         """Count the tokens of a micro-batch."""
         if not isinstance(inputs, Mapping):
-            tokens = inputs[0] if isinstance(inputs, list | tuple) else inputs
+            tokens = inputs
+            if isinstance(inputs, list | tuple):
+                tokens = inputs[0]
         else:
             tokens = inputs.get(self._name, next(iter(inputs.values())))
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and not self._padding else None
-        self._local = self._local + (tokens.numel() if mask is None else mask.sum())
+        mask = None
+        if isinstance(inputs, Mapping) and not self._padding:
+            mask = inputs.get("attention_mask")
+        if mask is None:
+            self._local = self._local + tokens.numel()
+        else:
+            self._local = self._local + mask.sum()
 
     def read(self) -> int:
         """The tokens of all ranks so far. Collective: every rank must call it."""

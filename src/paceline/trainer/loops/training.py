@@ -11,7 +11,7 @@ import torch
 from paceline.trainer.callbacks.base import fire
 from paceline.trainer.callbacks.best_checkpoint import metric_key, note_metrics
 from paceline.trainer.loops.loss_meter import LossMeter
-from paceline.trainer.loops.losses import ModelCall, count_items
+from paceline.trainer.loops.losses import LoopInputs, count_items
 from paceline.trainer.loops.prediction import warn_of_missing_labels
 from paceline.trainer.loops.token_counter import TokenCounter
 from paceline.trainer.optim.schedules import follows_metric
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.accelerator import Accelerator
     from paceline.trainer.loops.length import TrainingLength
-    from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["TrainOutput", "TrainingLoop"]
 
@@ -44,29 +43,17 @@ class TrainingLoop:
     """One training, constructed when everything is prepared.
 
     Args:
-        hooks: The Trainer's steps, state and callbacks.
-        call: Counts the targets of a micro-batch.
-        model: As prepared.
-        loader: As prepared.
+        inputs: What it runs on.
         length: How long to train.
-        ignore_keys: Outputs of the model that are not predictions, for evaluations.
     """
 
-    def __init__(
-        self,
-        hooks: TrainerHooks,
-        call: ModelCall,
-        model: nn.Module,
-        loader: Any,
-        length: TrainingLength,
-        ignore_keys: list[str] | None,
-    ) -> None:
-        self.hooks = hooks
-        self.call = call
-        self.model = model
-        self.loader = loader
+    def __init__(self, inputs: LoopInputs, length: TrainingLength) -> None:
+        self.hooks = hooks = inputs.hooks
+        self.call = inputs.call
+        self.model = model = inputs.model
+        self.loader = loader = inputs.loader
+        self.ignore_keys = inputs.ignore_keys
         self.length = length
-        self.ignore_keys = ignore_keys
         self.accelerator = hooks.accelerator
         self.args = hooks.args
         # Listed once: walking over the modules in every step would take longer than the step of a small model.
@@ -176,7 +163,9 @@ class TrainingLoop:
             if self.call.takes_num_items:
                 return None
             items = torch.full((), counts.rows[rank], dtype=torch.int64, device=self.accelerator.device)
-        return items if counts.real[rank] else torch.zeros_like(items)
+        if counts.real[rank]:
+            return items
+        return torch.zeros_like(items)
 
     def _micro_batch(self, inputs: Any) -> None:
         hooks, accelerator = self.hooks, self.accelerator
@@ -276,7 +265,9 @@ class TrainingLoop:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = self.hooks.state.global_step - self._first_step
         samples = self.samples if self._counts_samples else steps * self.hooks.state.samples_per_step
-        memory = {} if self.args.skip_memory_metrics else {"peak_memory_bytes": float(self.accelerator.peak_memory())}
+        memory = {}
+        if not self.args.skip_memory_metrics:
+            memory = {"peak_memory_bytes": float(self.accelerator.peak_memory())}
         throughput = {} if samples is None else {"train_samples_per_second": samples / seconds}
         return {
             **memory,

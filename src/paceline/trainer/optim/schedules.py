@@ -37,12 +37,16 @@ def constant(step: int, warmup: int, total: int) -> float:
 
 def constant_with_warmup(step: int, warmup: int, total: int) -> float:
     """Warmup, then the peak rate."""
-    return _rise(step, warmup) if step < warmup else 1.0
+    if step < warmup:
+        return _rise(step, warmup)
+    return 1.0
 
 
 def linear(step: int, warmup: int, total: int) -> float:
     """Warmup, then linear decay to 0."""
-    return _rise(step, warmup) if step < warmup else max(0.0, 1.0 - _progress(step, warmup, total))
+    if step < warmup:
+        return _rise(step, warmup)
+    return max(0.0, 1.0 - _progress(step, warmup, total))
 
 
 def cosine(

@@ -1,0 +1,127 @@
+"""The rules of a program that is written for Accelerate: what it tolerates, divides by, and asks for the loop."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+from paceline.accelerator.policies import Policies
+from paceline.compat.accelerate.data_loader import DataLoaderAdapter, prepare_data_loader
+from paceline.compat.accelerate.optimizer import AcceleratedOptimizer
+from paceline.compat.accelerate.scheduler import AcceleratedScheduler
+from paceline.compat.accelerate.state import GradientState
+from paceline.config import Leniency
+from paceline.stepping import WindowPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from paceline.collectives import Group
+    from paceline.compat.accelerate.settings.plugins import DataLoaderConfiguration
+    from paceline.data import ActiveLoaders
+
+__all__ = ["LoaderRules", "rules_of"]
+
+_LENIENT = Leniency(
+    foreign_parameters=True,
+    unassigned_parameters=True,
+    unread_settings=True,
+    clip_inside_window=True,
+    save_open_gradients=True,
+    script_wins=True,
+)
+
+
+class SharedBoundary:
+    """`sync_gradients` of the `GradientState`, which programs set too."""
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-batch is the last of its window."""
+        return GradientState().sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        GradientState()._set_sync_gradients(value)
+
+
+class InnermostLoader:
+    """The loop ends where the innermost loader does."""
+
+    remaining = None
+
+    def begin_micro_batch(self) -> None:
+        """Count nothing: the loader knows."""
+
+    @property
+    def loop_ends(self) -> bool:
+        """Whether the current batch is the last of the innermost loader."""
+        return GradientState().end_of_dataloader
+
+
+class LoaderRules:
+    """Prepares loaders of the classic kind. What programs change in the configuration holds from then on.
+
+    Args:
+        config: How data is divided among ranks.
+        rng_types: Generators that get rank 0's state at the start of each pass.
+        mesh: Returns the mesh of the ranks.
+    """
+
+    def __init__(
+        self,
+        config: DataLoaderConfiguration,
+        rng_types: Sequence[Any] | None,
+        mesh: Callable[[], DeviceMesh | None],
+    ) -> None:
+        self.config = config
+        self.rng_types = rng_types
+        # The slicing function of the call in progress.
+        self.slice_fn: Callable[..., Any] | None = None
+        self.position = InnermostLoader()
+        self.current = None
+        self._mesh = mesh
+
+    def prepare(self, loader: Any, *, group: Group, device: torch.device | None, **_: Any) -> Any:
+        """See `paceline.data.LoaderFamily`; anything but a loader of torch comes back as it is."""
+        if isinstance(loader, DataLoaderAdapter) or not isinstance(loader, DataLoader):
+            return loader
+        config = self.config
+        return prepare_data_loader(
+            loader,
+            device,
+            num_processes=group.size,
+            process_index=group.rank,
+            split_batches=config.split_batches,
+            put_on_device=device is not None,
+            rng_types=None if self.rng_types is None else list(self.rng_types),
+            dispatch_batches=config.dispatch_batches,
+            even_batches=config.even_batches,
+            slice_fn_for_dispatch=self.slice_fn,
+            use_seedable_sampler=config.use_seedable_sampler,
+            data_seed=config.data_seed,
+            non_blocking=config.non_blocking,
+            use_stateful_dataloader=config.use_stateful_dataloader,
+            torch_device_mesh=self._mesh(),
+        )
+
+
+def rules_of(loaders: LoaderRules) -> Policies:
+    """The rules of a run with these loaders."""
+
+    def family(_active: ActiveLoaders) -> LoaderRules:
+        return loaders
+
+    return Policies(
+        leniency=_LENIENT,
+        window=WindowPolicy(divide_by="num_steps"),
+        boundary=SharedBoundary,
+        optimizer=AcceleratedOptimizer,
+        scheduler=partial(AcceleratedScheduler, loader_config=loaders.config),
+        loaders=family,
+    )

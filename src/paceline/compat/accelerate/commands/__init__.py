@@ -1,0 +1,1 @@
+"""What programs import from Accelerate's commands: the default configuration file, and launching a script."""

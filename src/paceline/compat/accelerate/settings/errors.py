@@ -1,0 +1,48 @@
+"""Errors of the kinds that programs catch: `ValueError`, `TypeError`, `RuntimeError`, `NotImplementedError`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from paceline.errors import PacelineError
+
+__all__ = ["InvalidValueError", "NotInitializedError", "UnsupportedError", "WrongTypeError", "unsupported"]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class InvalidValueError(PacelineError, ValueError):
+    """A value that is not allowed, or that contradicts another."""
+
+
+class WrongTypeError(PacelineError, TypeError):
+    """An object of a type that the call does not accept."""
+
+
+class NotInitializedError(PacelineError, RuntimeError):
+    """A call that needs a state, before there is one."""
+
+
+class UnsupportedError(PacelineError, NotImplementedError):
+    """A function of Accelerate that paceline does not have."""
+
+
+def unsupported(why: str, todo: str) -> Callable[[F], F]:
+    """Make a decorator for functions that are importable, with their signature, and raise `UnsupportedError`.
+
+    Args:
+        why: Why they are not supported.
+        todo: What to do instead.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
+            raise UnsupportedError(f"{function.__qualname__} was called", why, todo)
+
+        return refuse  # type: ignore[return-value]
+
+    return decorate

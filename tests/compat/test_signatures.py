@@ -1,0 +1,193 @@
+"""The public names, and the signatures of what they stand for, are Accelerate's."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import pytest
+
+from tests.compat.signatures import EXPORTING, MODULES, described, full_name, recorded
+
+TWIN = "paceline.compat.accelerate"
+
+_MEGATRON = "Megatron-LM is not driven"
+_TPU = "TPUs are not supported"
+_SAGEMAKER = "SageMaker is not supported"
+_FP8 = "fp8 is not built"
+_INNER = "a step of Accelerate's own work, which the core does otherwise"
+_COMMAND = "paceline's commands are made with click; clients import only launch_command and load_config_from_file"
+_PLACEMENT = "device maps and hooks: the class can be imported, not made"
+
+# Names that the twin does not have.
+ABSENT = {
+    "utils": {
+        **dict.fromkeys(
+            [
+                "AbstractTrainStep",
+                "BertTrainStep",
+                "GPTTrainStep",
+                "T5TrainStep",
+                "MegatronLMDummyDataLoader",
+                "MegatronLMDummyScheduler",
+                "avg_losses_across_data_parallel_group",
+                "add_model_config_to_megatron_parser",
+            ],
+            _MEGATRON,
+        ),
+        **dict.fromkeys(["install_xla", "prepare_tpu"], _TPU),
+        "prepare_sagemager_args_inputs": _SAGEMAKER,
+        **dict.fromkeys(
+            ["apply_fp8_autowrap", "contextual_fp8_autocast", "convert_model", "has_transformer_engine_layers"], _FP8
+        ),
+        **dict.fromkeys(
+            [
+                "PrepareForLaunch",
+                "prepare_deepspeed_cmd_env",
+                "prepare_multi_gpu_env",
+                "prepare_simple_launcher_cmd_env",
+                "write_basic_config",
+            ],
+            _COMMAND,
+        ),
+    },
+    "commands.config": dict.fromkeys(
+        ["config_command_parser", "default_command_parser", "get_config_parser", "main", "update_command_parser"],
+        _COMMAND,
+    ),
+    "commands.launch": dict.fromkeys(
+        [
+            "CustomHelpFormatter",
+            "clean_option",
+            "deepspeed_launcher",
+            "main",
+            "multi_gpu_launcher",
+            "sagemaker_launcher",
+            "simple_launcher",
+            "tpu_launcher",
+            "tpu_pod_launcher",
+        ],
+        _COMMAND,
+    ),
+    "inference": dict.fromkeys(
+        ["build_pipeline", "find_pippy_batch_size", "generate_device_map", "pippy_forward"], _INNER
+    ),
+    "state": {"ThreadLocalSharedDict": _TPU, "do_nothing": _INNER},
+    "optimizer": dict.fromkeys(["move_to_device", "patch_optimizer_step"], _INNER),
+    "utils.constants": dict.fromkeys(
+        [
+            "SAGEMAKER_PARALLEL_EC2_INSTANCES",
+            "SAGEMAKER_PYTHON_VERSION",
+            "SAGEMAKER_PYTORCH_VERSION",
+            "SAGEMAKER_TRANSFORMERS_VERSION",
+        ],
+        _SAGEMAKER,
+    ),
+    "utils.dataclasses": dict.fromkeys(
+        [
+            "add_model_config_to_megatron_parser",
+            "parse_bert_config",
+            "parse_glm4_moe_config",
+            "parse_gpt2_config",
+            "parse_llama_config",
+            "parse_t5_config",
+        ],
+        _MEGATRON,
+    ),
+    "utils.modeling": dict.fromkeys(
+        [
+            "fallback_allocate",
+            "get_module_leaves",
+            "get_module_size_with_ties",
+            "get_state_dict_from_offload",
+            "get_state_dict_offloaded_model",
+        ],
+        _PLACEMENT,
+    ),
+    "utils.operations": dict.fromkeys(["chained_operation", "verify_operation", "is_torch_xpu_tensor"], _INNER),
+}
+# Names that stand for something else than in Accelerate.
+OTHERWISE = {
+    "hooks": dict.fromkeys(
+        ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
+        _PLACEMENT,
+    ),
+    "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON, "BnbQuantizationConfig": _PLACEMENT},
+    "utils.offload": dict.fromkeys(["OffloadedWeightsLoader", "PrefixedDataset"], _PLACEMENT),
+}
+
+
+# Methods ("()" is the constructor) that take more, or whose signature Accelerate's own decorators hide.
+DIFFERENT = {
+    "accelerator": {"Accelerator": {"init_trackers", "log", "trigger_sync_in_backward"}},
+    # The position of a loader is known without a correction for batches read ahead.
+    "data_loader": {
+        "DataLoaderAdapter": {"adjust_state_dict_for_prefetch"},
+        "DataLoaderDispatcher": {"adjust_state_dict_for_prefetch"},
+        "DataLoaderShard": {"adjust_state_dict_for_prefetch"},
+        "SkipDataLoader": {"adjust_state_dict_for_prefetch"},
+        "SeedableRandomSampler": {"()"},
+    },
+    # The core's optimizer and scheduler have arguments of their own, and know by themselves which step was skipped.
+    "optimizer": {"AcceleratedOptimizer": {"()", "step_was_skipped"}},
+    "scheduler": {"AcceleratedScheduler": {"()"}},
+    "utils.deepspeed": {
+        "DeepSpeedOptimizerWrapper": {"()", "step", "step_was_skipped"},
+        "DeepSpeedSchedulerWrapper": {"()", "step"},
+        "DummyOptim": {"()"},
+    },
+}
+
+
+def _load(module: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a module that moved
+        return importlib.import_module(full_name(TWIN, module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_names(module: str) -> None:
+    record, loaded = recorded()[module], _load(module)
+    missing = {name for name in record if not hasattr(loaded, name)}
+    assert missing == set(ABSENT.get(module, {}))
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in EXPORTING])
+def test_signatures(module: str) -> None:
+    record, loaded = recorded()[module], _load(module)
+    left_out = {*ABSENT.get(module, {}), *OTHERWISE.get(module, {})}
+    different = {}
+    for name, expected in record.items():
+        if name not in left_out:
+            difference = _difference(expected, described(getattr(loaded, name)))
+            if difference:
+                different[name] = difference
+    known = DIFFERENT.get(module, {})
+    unknown = {name: found for name, found in different.items() if set(found) != known.get(name)}
+    assert unknown == {}
+    assert set(different) == set(known)
+
+
+def _difference(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Accelerate's and the twin's signatures, where they differ. More methods than Accelerate has are no difference."""
+    expected, found = dict(expected), dict(found)
+    methods = {**expected.pop("methods", {}), "()": expected.pop("parameters", None)}
+    ours = {**found.pop("methods", {}), "()": found.pop("parameters", None)}
+    difference = {name: (text, ours.get(name)) for name, text in methods.items() if ours.get(name) != text}
+    rest = {key: (value, found.get(key)) for key, value in expected.items() if found.get(key) != value}
+    return {**difference, **rest}
+
+
+@pytest.mark.parametrize("module", [module for module in OTHERWISE if module != "utils.dataclasses"])
+def test_what_stands_for_something_else_says_so(module: str) -> None:
+    for name in OTHERWISE[module]:
+        with pytest.raises(NotImplementedError, match="not"):
+            getattr(_load(module), name)(*[None, None][: 2 if name == "PrefixedDataset" else 0])
+
+
+def test_all_names_of_the_top_can_be_listed() -> None:
+    package = importlib.import_module(TWIN)
+    assert set(recorded()[""]) <= set(package.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = package.nothing

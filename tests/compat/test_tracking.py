@@ -1,0 +1,129 @@
+"""Trackers with Accelerate's constructors."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import yaml
+
+from paceline.compat.accelerate import tracking
+from paceline.compat.accelerate.state import PartialState
+from paceline.compat.accelerate.tracking import GeneralTracker, TensorBoardTracker, filter_trackers
+from paceline.compat.accelerate.utils import LoggerType
+from tests.support.ranks import run_on_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _one_process() -> Iterator[None]:
+    PartialState._reset_state()
+    PartialState(cpu=True)
+    yield
+    PartialState._reset_state()
+
+
+class Kept(GeneralTracker):
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self, project: str = "", **settings: Any) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+        self.settings = settings
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.calls
+
+    @tracking.on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.calls.append((values, step))
+
+
+def test_tensorboard_writes_where_accelerate_does(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = TensorBoardTracker("project", tmp_path, flush_secs=1)
+    tracker.start()
+    tracker.store_init_configuration({"lr": 0.1, "name": "x", "deep": True})
+    tracker.log({"loss": torch.tensor(0.5), "note": "text", "both": {"a": 1, "b": 2}}, step=3)
+    tracker.log_images({"image": torch.zeros(2, 3, 4, 4).numpy()}, step=3)
+    assert tracker.tracker.log_dir == str(tmp_path / "project")
+    tracker.finish()
+    events = EventAccumulator(str(tmp_path / "project")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5)]
+    assert events.Tags()["images"]
+    (written,) = (tmp_path / "project").glob("*/hparams.yml")
+    assert yaml.safe_load(written.read_text()) == {"lr": 0.1, "name": "x", "deep": True}
+
+
+def test_all_constructors_need_no_package() -> None:
+    with_folder = [name for name, kind in tracking.LOGGER_TYPE_TO_CLASS.items() if kind.requires_logging_directory]
+    assert sorted(with_folder) == ["aim", "tensorboard"]
+    for name, kind in tracking.LOGGER_TYPE_TO_CLASS.items():
+        arguments = ["project", "folder"] if name in with_folder else ["project"]
+        assert kind(*arguments).name == name  # type: ignore[arg-type]
+
+
+def test_mlflow_reads_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    monkeypatch.setenv("MLFLOW_TAGS", json.dumps({"a": 1}))
+    monkeypatch.setenv("MLFLOW_NESTED_RUN", "true")
+    tracker = tracking.MLflowTracker("experiment", run_id="7")
+    assert (tracker.experiment_name, tracker.tags, tracker.nested_run, tracker.run_id) == ("other", {"a": 1}, True, "7")
+
+
+def test_requested_trackers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = Kept()
+    assert filter_trackers(None) == []
+    assert filter_trackers(["tensorboard", "tensorboard", own], tmp_path) == [LoggerType.TENSORBOARD, own]
+    assert LoggerType.TENSORBOARD in filter_trackers([own, "all"], tmp_path)
+    assert filter_trackers("clearml") == []
+    assert "clearml" in caplog.text
+    with pytest.raises(ValueError, match="nothing"):
+        filter_trackers("nothing")
+    with pytest.raises(ValueError, match="folder"):
+        filter_trackers("tensorboard")
+
+
+def test_a_tracker_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", dict(tracking.LOGGER_TYPE_TO_CLASS))
+    with pytest.raises(ValueError, match="kept"):
+        filter_trackers("kept")
+    tracking.register_tracker_class(Kept)
+    assert filter_trackers("kept") == ["kept"]
+    with pytest.warns(UserWarning, match="kept"):
+        tracking.register_tracker_class(Kept)
+    with pytest.raises(ValueError, match="GeneralTracker"):
+        tracking.register_tracker_class(dict)  # type: ignore[arg-type]
+
+
+def test_an_incomplete_tracker_names_what_it_lacks() -> None:
+    class Nothing(GeneralTracker):
+        name = "nothing"
+
+    with pytest.raises(NotImplementedError, match="requires_logging_directory and no tracker"):
+        Nothing()
+    assert GeneralTracker(_blank=True).main_process_only
+
+
+def _logged() -> list[Any]:
+    PartialState._reset_state()
+    PartialState(cpu=True)
+    limited, free = Kept(), Kept()
+    free.main_process_only = False
+    for tracker in (limited, free):
+        tracker.log({"a": 1}, step=2)
+    PartialState._reset_state()
+    return [limited.calls, free.calls]
+
+
+def test_only_the_main_process_tracks_unless_the_tracker_says_otherwise() -> None:
+    call = [({"a": 1}, 2)]
+    assert run_on_ranks(2, _logged) == [[call, call], [[], call]]

@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,7 @@ def contenders() -> dict[str, Callable[[], Iterable[Any]]]:
     found: dict[str, Callable[[], Iterable[Any]]] = {
         "on the device already": lambda: (there[i % 4] for i in range(STEPS)),
         "by hand, ordinary DataLoader": lambda: (batch.cuda(non_blocking=True) for batch in ordinary),
-        **{name: (lambda loader=loader: loader) for name, loader in loaders.items()},
+        **{name: partial(iter, loader) for name, loader in loaders.items()},
     }
     try:
         from accelerate import Accelerator as Other
@@ -86,10 +87,13 @@ def main() -> None:
             for _ in range(3):
                 total = total @ weight
 
+    def train_on(way: Callable[[], Iterable[Any]]) -> None:
+        train(way())
+
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds + 1):
         for name, way in ways.items():
-            times[name].append(synchronized(lambda way=way: train(way())) / STEPS * 1000)
+            times[name].append(synchronized(partial(train_on, way)) / STEPS * 1000)
     print(next(iter(describe())), flush=True)
     first = times["on the device already"][1:]
     rows = [

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +106,8 @@ def make_model(case: Case, loss: str) -> WithLoss:
     """Build the model on the device, always with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    build: Any = LlamaConfig
+    config = build(
         vocab_size=case.vocabulary,
         hidden_size=case.width,
         intermediate_size=case.inner,
@@ -293,6 +295,12 @@ def synchronized(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def take_steps(contender: Contender, batches: list[Tensor]) -> None:
+    """One optimizer step on each batch."""
+    for tokens in batches:
+        contender.step(tokens)
+
+
 def matmul_rate() -> float:
     """Floating-point operations a second of a large bf16 product, as measured here and now."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -349,7 +357,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             for _ in range(2 if turn == 0 else 0):
                 contender.step(batches[0])
             steps = [batches[i % len(batches)] for i in range(case.block)]
-            took = synchronized(lambda one=contender, steps=steps: [one.step(tokens) for tokens in steps])
+            took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
         if time.perf_counter() - started > seconds:
             break

@@ -158,7 +158,7 @@ class Doubles(nn.Module):
         self.block = block
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = InPlace.apply(self.block(x)) / 2
+        out: torch.Tensor = InPlace.apply(self.block(x)) / 2  # type: ignore[no-untyped-call]
         return out
 
 

@@ -42,7 +42,8 @@ class Language(nn.Module):
             return loss
         logits = self.head(hidden).float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
-        return loss + 1e-3 * logits.logsumexp(-1).square().sum()
+        total: Tensor = loss + 1e-3 * logits.logsumexp(-1).square().sum()
+        return total
 
 
 def train(strategy: str, chunked: bool, tied: bool, precision: str) -> list[float]:

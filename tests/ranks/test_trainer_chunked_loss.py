@@ -111,11 +111,12 @@ def test_no_step_of_the_training_computes_all_logits(tmp_path: Path) -> None:
         shapes.append(tuple(source.shape))
         return original(source, *rest, **more)
 
-    torch.nn.functional.cross_entropy = watched
+    functional: Any = torch.nn.functional
+    functional.cross_entropy = watched
     try:
         train(model, str(tmp_path), chunked_loss=True)
     finally:
-        torch.nn.functional.cross_entropy = original
+        functional.cross_entropy = original
     assert len(shapes) == 1, "only the trial of the first batch"
 
 

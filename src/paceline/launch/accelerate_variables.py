@@ -174,7 +174,8 @@ def _plain_variables(resolved: Resolved, target: Target) -> dict[str, str]:
     is_engine = config.strategy == "deepspeed" and not config.as_accelerate
     if not target.has_device and not is_engine and (config.use_cpu or target.world_size > 1):
         variables["ACCELERATE_USE_CPU"] = "true"
-    if config.dynamo_config.backend != "no":
+    # By default Accelerate compiles nothing.
+    if config.dynamo_config.backend not in ("no", "auto"):
         variables.update(_of_section(config.dynamo_config, _DYNAMO))
         variables["ACCELERATE_DYNAMO_BACKEND"] = config.dynamo_config.backend.upper()
     return variables

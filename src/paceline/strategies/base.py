@@ -273,6 +273,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     @override
     def stepped(self) -> None:
+        """Take note of an optimizer step that was taken or skipped, for what is compiled by default."""
         for compilation in self._compilations:
             if not compilation.is_decided:
                 compilation.stepped()

@@ -50,7 +50,7 @@ class ChunkedLoss:
         self._standing_in: Tensor | None = None
         self._targets: Tensor | None = None
         self._num_items: Tensor | None = None
-        head.forward = self._head_forward  # type: ignore[method-assign]
+        head.forward = self._head_forward  # type: ignore[method-assign, assignment]
         model.loss_function = self._loss
         self._hook = model.register_forward_hook(self._without_logits)
 
@@ -176,7 +176,8 @@ def enable_chunked_loss(
     """
     if wanted is False:
         return None
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    user: Any = model
+    base: Any = user.get_base_model() if hasattr(user, "get_base_model") else user
     obstacle = obstacle or _obstacle_in(base, any_size=bool(wanted))
     if obstacle is None:
         chunked = ChunkedLoss(base, base.get_output_embeddings())

@@ -40,7 +40,8 @@ def test_every_way_on_one_process() -> None:
 @pytest.mark.slow
 @needs_peft
 def test_every_way_under_ddp() -> None:
-    _compare([way for way in WAYS if way not in WRONG_ON_RANKS], 2)
+    # Ranks with different numbers of batches wait for each other without end, on both sides.
+    _compare([way for way in WAYS if way not in (*WRONG_ON_RANKS, "uneven batches")], 2)
 
 
 @pytest.mark.slow

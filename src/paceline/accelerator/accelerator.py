@@ -20,7 +20,6 @@ from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
 from paceline.data import ActiveLoaders, skip_first_batches
-from paceline.stepping import Window
 from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
@@ -157,27 +156,15 @@ class Accelerator:
         accumulation = arguments.accumulation_settings(gradient_accumulation_plugin, context.config)
         self._prepared = prepared = Prepared()
         family = policies.loaders(loaders := ActiveLoaders())
-        self._window = window = Window(
-            accumulation.num_steps,
-            family.position,
-            context.group,
-            sync_with_dataloader=accumulation.sync_with_dataloader,
-            policy=policies.window,
-            boundary=policies.boundary(),
-            leniency=policies.leniency,
-        )
+        self._window = window = policies.open_window(accumulation, family.position, context.group)
         self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
         self.scaler = scaler = usable_scaler(components, selector.maybe_current)
         self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
         self._communicator = Communicator(context, family)
         self._weights = WeightWriter(context.group, selector)
+        state = prepared.state_source(selector, scaler)
         self._checkpoints = CheckpointManager(
-            self.project_configuration,
-            context.group,
-            prepared.state_source(selector, scaler),
-            prepared.registered,
-            window,
-            loaders,
+            self.project_configuration, context.group, state, prepared.registered, window, loaders
         )
         recorder = start_recording(components, self, prepared, loaders, self._checkpoints.wait)
         self._gradients = Gradients(

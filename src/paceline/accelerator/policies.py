@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from paceline.config.leniency import STRICT, Leniency
 from paceline.data import OwnLoaders
-from paceline.stepping import TRUE_MEAN, AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary
+from paceline.stepping import TRUE_MEAN, AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from paceline.collectives import Group
+    from paceline.config import GradientAccumulationPlugin
     from paceline.data import ActiveLoaders, LoaderFamily
     from paceline.stepping import GradientBoundary, WindowPolicy
+    from paceline.stepping.window import LoopPosition
 
 __all__ = ["Policies", "current_policies", "use_policies"]
 
@@ -40,6 +43,24 @@ class Policies:
     optimizer: Callable[..., AcceleratedOptimizer] = AcceleratedOptimizer
     scheduler: Callable[..., AcceleratedScheduler] = AcceleratedScheduler
     loaders: Callable[[ActiveLoaders], LoaderFamily] = OwnLoaders
+
+    def open_window(self, accumulation: GradientAccumulationPlugin, position: LoopPosition, group: Group) -> Window:
+        """Make the accumulation window of a run.
+
+        Args:
+            accumulation: Its length, and whether it ends with the loader.
+            position: Where the loop is.
+            group: The ranks.
+        """
+        return Window(
+            accumulation.num_steps,
+            position,
+            group,
+            sync_with_dataloader=accumulation.sync_with_dataloader,
+            policy=self.window,
+            boundary=self.boundary(),
+            leniency=self.leniency,
+        )
 
 
 _OWN = Policies()

@@ -260,7 +260,7 @@ class IterableDatasetShard(IterableDataset[Any]):
         if isinstance(generator, torch.Generator) and not hasattr(self.dataset, "set_epoch"):
             generator.manual_seed(self.epoch)
         size, share = self._sizes()
-        mine = slice(self.process_index * share, (self.process_index + 1) * share)
+        local = slice(self.process_index * share, (self.process_index + 1) * share)
         first: list[Any] = []
         for block in _blocks(self.dataset, size):
             first = first or block
@@ -268,7 +268,7 @@ class IterableDatasetShard(IterableDataset[Any]):
                 if self.drop_last:
                     return
                 block = [*block, *itertools.islice(itertools.cycle(first), size - len(block))]
-            yield from block[mine]
+            yield from block[local]
 
     def _sizes(self) -> tuple[int, int]:
         """Samples in a block, and in one rank's share of it."""

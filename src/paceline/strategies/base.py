@@ -209,14 +209,22 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     # One step
 
     def hold_gradient_sync(self, model: nn.Module) -> None:
-        """Let a model's gradients add up on each rank, until every hold on it is released."""
+        """Let a model's gradients add up on each rank, until every hold on it is released.
+
+        Args:
+            model: A prepared model.
+        """
         holds = self._sync_holds.get(id(model), 0)
         self._sync_holds[id(model)] = holds + 1
         if holds == 0:
             self.set_gradient_sync(model, False)
 
     def release_gradient_sync(self, model: nn.Module) -> None:
-        """Release one hold on a model; the last one lets its next backward average gradients again."""
+        """Release one hold on a model; the last one lets its next backward average gradients again.
+
+        Args:
+            model: A prepared model.
+        """
         holds = self._sync_holds.pop(id(model), 1) - 1
         if holds > 0:
             self._sync_holds[id(model)] = holds

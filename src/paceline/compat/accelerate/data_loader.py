@@ -605,18 +605,8 @@ def prepare_data_loader(
         ValueError: `dispatch_batches` without `put_on_device`, or `split_batches` with a batch size that the ranks
             cannot share evenly, or with none.
     """
-    if dispatch_batches is None:
-        dispatch_batches = put_on_device and isinstance(dataloader.dataset, IterableDataset)
-    if dispatch_batches and not put_on_device:
-        raise ValueError(
-            "dispatch_batches=True with put_on_device=False: the batches that rank 0 sends arrive on the device. "
-            "Use put_on_device=True (device_placement=True), or dispatch_batches=False."
-        )
-    state = PartialState()
-    ranks = state.num_processes if num_processes is None else num_processes
-    rank = state.process_index if process_index is None else process_index
-    if torch_device_mesh is not None:
-        ranks, rank = _data_parallel_ranks(torch_device_mesh, state, ranks, rank)
+    dispatch_batches = _reads_for_all(dataloader, dispatch_batches, put_on_device)
+    ranks, rank = _place_among_ranks(num_processes, process_index, torch_device_mesh)
     if split_batches:
         _check_divisible(dataloader, ranks)
 
@@ -657,6 +647,28 @@ def prepare_data_loader(
     if reseeded and _batch_sampler(prepared) is not None:
         prepared.set_sampler(sampler)
     return prepared
+
+
+def _reads_for_all(dataloader: DataLoader[Any], dispatch_batches: bool | None, put_on_device: bool) -> bool:
+    """Whether rank 0 reads for all ranks."""
+    if dispatch_batches is None:
+        return put_on_device and isinstance(dataloader.dataset, IterableDataset)
+    if dispatch_batches and not put_on_device:
+        raise ValueError(
+            "dispatch_batches=True with put_on_device=False: the batches that rank 0 sends arrive on the device. "
+            "Use put_on_device=True (device_placement=True), or dispatch_batches=False."
+        )
+    return dispatch_batches
+
+
+def _place_among_ranks(
+    num_processes: int | None, process_index: int | None, mesh: DeviceMesh | None
+) -> tuple[int, int]:
+    """The number of ranks that share the samples, and this one's index among them."""
+    state = PartialState()
+    ranks = state.num_processes if num_processes is None else num_processes
+    rank = state.process_index if process_index is None else process_index
+    return (ranks, rank) if mesh is None else _data_parallel_ranks(mesh, state, ranks, rank)
 
 
 class _Share:

@@ -156,6 +156,58 @@ def test_a_model_that_changes_its_logits_keeps_the_dense_loss(tmp_path: Path) ->
     assert train(Capped.model(), str(tmp_path / "c"))[0] == dense
 
 
+def gemma2() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=CLASSES, head_dim=8, **SIZES))
+
+
+def mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=CLASSES, num_local_experts=4, output_router_logits=True, **SIZES)
+    return MixtralForCausalLM(config)
+
+
+def gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": CLASSES, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
+
+
+def lora() -> Any:
+    peft = pytest.importorskip("peft", reason="pip install 'paceline[peft]'")
+    base = llama()
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+# PEFT asks transformers under an older name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("make", [mixtral, gpt2, lora])
+def test_other_models_train_the_same(make: Any, tmp_path: Path) -> None:
+    """With a router's loss beside, with a loss of no name, and inside of adapters."""
+    dense = train(make(), str(tmp_path / "a"), chunked_loss=False)[0]
+    assert train(make(), str(tmp_path / "b"), chunked_loss=True)[0] == pytest.approx(dense, rel=1e-4)
+
+
+def test_soft_capped_logits_are_noticed_though_the_first_loss_is_nearly_the_same(tmp_path: Path) -> None:
+    with pytest.raises(PrepareError, match="Gemma2ForCausalLM changes its logits before the loss"):
+        train(gemma2(), str(tmp_path), chunked_loss=True)
+
+
 class ReadsLogits(Trainer):
     """Computes its own loss."""
 

@@ -133,7 +133,8 @@ class ChunkedLoss:
         Raises:
             PrepareError: It is no trial.
         """
-        self.problem = f"{type(self._model).__name__} {what}"
+        # What follows from the first one is not the reason.
+        self.problem = self.problem or f"{type(self._model).__name__} {what}"
         if not self._is_trial:
             raise PrepareError(
                 f"{self.problem}, which it did not for the first batch",
@@ -197,7 +198,11 @@ def enable_chunked_loss(
 
 
 def _is_causal(base: Any) -> bool:
-    return str(getattr(base, "loss_type", "")).startswith("ForCausalLM") and hasattr(base, "loss_function")
+    if not hasattr(base, "main_input_name") or not hasattr(base, "loss_function"):
+        return False
+    # A model without a type of its own, such as GPT-2, has the same loss.
+    is_causal = getattr(base.loss_function, "__name__", "") == "ForCausalLMLoss"
+    return is_causal or str(getattr(base, "loss_type", "")).startswith("ForCausalLM")
 
 
 def _is_small(base: Any) -> bool:

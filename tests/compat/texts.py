@@ -44,9 +44,14 @@ class PieceStream(IterableDataset[dict[str, Any]]):
         return iter([{"input_ids": row} for row in self.rows])
 
 
-def padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def padded_evenly(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Collate rows to batches of one width, which rank 0 can send as one."""
+    return padded(rows, width=24)
+
+
+def padded(rows: list[dict[str, Any]], width: int = 0) -> dict[str, torch.Tensor]:
     """Collate rows; padding has no label."""
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = max(width, *(len(row["input_ids"]) for row in rows))
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
     labels = torch.full((len(rows), longest), -100)
     mask = torch.zeros(len(rows), longest, dtype=torch.long)

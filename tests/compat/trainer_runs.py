@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.compat.texts import Pieces, PieceStream, llama, padded, saved_weights
+from tests.compat.texts import Pieces, PieceStream, llama, padded, padded_evenly, saved_weights
 
 WAYS: dict[str, dict[str, Any]] = {
     "shuffle": {},
@@ -118,8 +118,11 @@ class Run:
         metrics = BatchMetrics() if self.way == "batch metrics" else right
         kind = OutOfMemory if self.way == "find batch size" else Plain
         trainer_class = type("Trained", (kind, Trainer), {})
+        collate = padded_evenly if self.way in ("dispatch", "stream") else padded
         arguments = TrainingArguments(**settings)
-        return trainer_class(model=model, args=arguments, data_collator=padded, compute_metrics=metrics, **data, **more)
+        return trainer_class(
+            model=model, args=arguments, data_collator=collate, compute_metrics=metrics, **data, **more
+        )
 
     def result(self) -> dict[str, Any]:
         """All numbers of the run."""

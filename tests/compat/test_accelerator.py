@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline.compat.accelerate.accelerator import Accelerator
+from paceline.compat.accelerate.bridge.sections import dynamo_section
 from paceline.compat.accelerate.optimizer import AcceleratedOptimizer
 from paceline.compat.accelerate.scheduler import AcceleratedScheduler
 from paceline.compat.accelerate.settings.errors import UnsupportedError
@@ -541,3 +542,11 @@ def test_calls_that_cannot_work() -> None:
         with pytest.raises(ValueError, match="device_placement has 1 entries for 2"):
             accelerator.prepare(1, 2, device_placement=[True])
         assert accelerator.prepare(None, "text", {"a": 1}) == (None, "text", {"a": 1})
+
+
+def test_nothing_compiles_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = dynamo_section(TorchDynamoPlugin())
+    assert section is not None
+    assert section.backend == "no", "paceline's own default compiles on a GPU"
+    monkeypatch.setenv("PACELINE_DYNAMO_BACKEND", "auto")
+    assert dynamo_section(TorchDynamoPlugin()) is None, "the configuration says it"

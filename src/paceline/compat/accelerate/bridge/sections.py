@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -106,9 +107,13 @@ def accumulation_section(plugin: GradientAccumulationPlugin | None) -> config.Gr
 
 
 def dynamo_section(plugin: TorchDynamoPlugin | None) -> config.TorchDynamoPlugin | None:
-    """The settings of torch.compile; None where nothing is compiled."""
+    """The settings of torch.compile; None where those of the launcher's configuration hold.
+
+    Without any, nothing is compiled, as Accelerate does it: paceline's own default compiles on a GPU.
+    """
     if plugin is None or plugin.backend == DynamoBackend.NO:
-        return None
+        configured = config.worker_config(os.environ).origin("dynamo_config.dynamo_backend").is_explicit
+        return None if configured else config.TorchDynamoPlugin(backend="no")
     values = {name: value for name, value in vars(plugin).items() if value is not None}
     return config.TorchDynamoPlugin(**{**values, "backend": plugin.backend.value.lower()})
 

@@ -544,6 +544,26 @@ def test_calls_that_cannot_work() -> None:
         assert accelerator.prepare(None, "text", {"a": 1}) == (None, "text", {"a": 1})
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["zero_grad first", "zero_grad last"])
+def test_gradients_are_dropped_where_they_are_synchronized(first: bool) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    weights = []
+    for value in (1.0, 2.0, 4.0, 8.0):
+        with accelerator.accumulate(model):
+            if first:
+                optimizer.zero_grad()
+            accelerator.backward(model(torch.full((1, 1), value)).sum())
+            optimizer.step()
+            if not first:
+                optimizer.zero_grad()
+        weights.append(model.weight.item())
+    # A script that drops gradients first trains on the last micro-batch and on what the step before it left.
+    assert weights == ([0.0, -1.0, -1.0, -5.0] if first else [0.0, -1.5, -1.5, -7.5])
+
+
 def test_nothing_compiles_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     section = dynamo_section(TorchDynamoPlugin())
     assert section is not None

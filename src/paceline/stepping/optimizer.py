@@ -123,8 +123,15 @@ class AcceleratedOptimizer(Optimizer):
         Args:
             set_to_none: Free their memory instead of writing zeros.
         """
-        if not self._window.can_zero_gradients:
-            return
+        if self._window.can_zero_gradients:
+            self.drop_gradients(set_to_none)
+
+    def drop_gradients(self, set_to_none: bool = True) -> None:
+        """Drop gradients, whatever the open window still needs.
+
+        Args:
+            set_to_none: Free their memory instead of writing zeros.
+        """
         if self._strategy is None:
             self.optimizer.zero_grad(set_to_none=set_to_none)
         else:

@@ -41,9 +41,10 @@ class AcceleratedOptimizer(stepping.AcceleratedOptimizer):
         self.gradient_state = GradientState()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop gradients, unless the open window still needs them.
+        """Drop gradients where `sync_gradients` is true, whether before or after the backward pass.
 
         Args:
             set_to_none: False writes zeros; else their memory is freed.
         """
-        super().zero_grad(set_to_none is None or set_to_none)
+        if self.gradient_state.sync_gradients:
+            self.drop_gradients(set_to_none is None or set_to_none)

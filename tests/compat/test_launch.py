@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.unit.launch.test_unused import FOUNDING, NOT_SHARDED, TRAINS
+from tests.unit.launch.test_unused import NOT_SHARDED, ON_TWO_CPUS, TRAINS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ def has_transformers() -> bool:
 @pytest.mark.skipif(not has_transformers(), reason="pip install 'paceline[compat]'")
 def test_the_trainer_shards_on_cpus_under_the_switch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TRAINS)
-    (tmp_path / "run.yaml").write_text(FOUNDING)
+    (tmp_path / "run.yaml").write_text(ON_TWO_CPUS)
     command = [sys.executable, "-m", "paceline", "launch", "--quiet", "--config_file", "run.yaml", "--as-accelerate"]
     done = subprocess.run(
         [*command, "script.py"],

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group
     from paceline.config import GradientAccumulationPlugin
-    from paceline.data import ActiveLoaders, LoaderFamily
+    from paceline.data import ActiveLoaders, LoaderFamily, LoopPosition
     from paceline.stepping import GradientBoundary, WindowPolicy
-    from paceline.stepping.window import LoopPosition
 
 __all__ = ["Policies", "current_policies", "use_policies"]
 

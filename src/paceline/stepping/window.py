@@ -20,28 +20,11 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group
     from paceline.config.leniency import Leniency
+    from paceline.data import LoopPosition
     from paceline.stepping.policies import GradientBoundary, WindowPolicy
     from paceline.strategies import Strategy
 
 __all__ = ["Accumulation", "Window"]
-
-
-class LoopPosition(Protocol):
-    """How far the loop over the prepared loaders has come, in micro-batches."""
-
-    def begin_micro_batch(self) -> None:
-        """Count a micro-batch."""
-        ...
-
-    @property
-    def remaining(self) -> int | None:
-        """How many follow the current one; None if that is not known."""
-        ...
-
-    @property
-    def loop_ends(self) -> bool:
-        """Whether the current one is the last of the loop."""
-        ...
 
 
 class WindowedOptimizer(Protocol):

@@ -16,25 +16,10 @@ from paceline.errors import ConfigError
 from paceline.launch import Command, plan
 from paceline.launch.accelerate_variables import Target, accelerate_variables, not_carried
 from paceline.launch.script_imports import trains_with_accelerate
+from tests.unit.config.files import FOUNDING
 
 ON_GPUS = Target("1.15.0", has_device=True, world_size=4)
 ON_CPUS = Target("1.15.0", has_device=False, world_size=2)
-FOUNDING = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_reshard_after_forward: true
-  fsdp_cpu_offload: false
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_cpu_ram_efficient_loading: true
-  fsdp_activation_checkpointing: false
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
-mixed_precision: bf16
-num_machines: 1
-num_processes: 4
-"""
 FSDP = "distributed_type: FSDP\nnum_processes: 4\nfsdp_config:\n"
 DEEPSPEED = "distributed_type: DEEPSPEED\nnum_processes: 4\ndeepspeed_config:\n"
 

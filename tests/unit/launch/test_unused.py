@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from paceline.config import resolve
+from tests.unit.config.files import FOUNDING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,23 +192,7 @@ print(
     type(trainer.model_wrapped).__name__, len(set(sums)), flush=True,
 )
 """
-FOUNDING = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_reshard_after_forward: true
-  fsdp_cpu_offload: false
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_cpu_ram_efficient_loading: true
-  fsdp_activation_checkpointing: false
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
-mixed_precision: bf16
-num_machines: 1
-num_processes: 2
-use_cpu: true
-"""
+ON_TWO_CPUS = FOUNDING.replace("num_processes: 4", "num_processes: 2") + "use_cpu: true\n"
 
 
 @pytest.mark.timeout(300)
@@ -216,7 +201,7 @@ def test_the_trainer_of_transformers_acts_on_the_file(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
     pytest.importorskip("accelerate", reason="pip install accelerate")
     (tmp_path / "script.py").write_text(TRAINS)
-    (tmp_path / "run.yaml").write_text(FOUNDING)
+    (tmp_path / "run.yaml").write_text(ON_TWO_CPUS)
     command = [sys.executable, "-m", "paceline", "launch", "--quiet", "--config_file", "run.yaml", "script.py"]
     done = subprocess.run(
         command,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -157,7 +158,8 @@ class Accelerator:
         self._prepared = prepared = Prepared()
         family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = policies.open_window(accumulation, family.position, context.group)
-        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
+        remaining_steps = partial(prepared.remaining_steps, window)
+        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy, remaining_steps)
         self.scaler = scaler = usable_scaler(components, selector.maybe_current)
         self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
         self._communicator = Communicator(context, family)

@@ -20,7 +20,7 @@ from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Container, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -54,8 +54,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        # Optimizer steps that are left, if that is known; the Accelerator sets it.
-        self.remaining_steps: Callable[[], int | None] = _unknown
         self._compilations: list[AutomaticCompilation] = []
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
@@ -182,7 +180,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         settings = self.context.config.dynamo_config
         compile_model(model, settings)
         if settings.backend == "auto" and not settings.disable:
-            found = automatic_compilation(model, settings, self.context.device, lambda: self.remaining_steps())
+            found = automatic_compilation(model, settings, self.context.device, self.context.remaining_steps)
             self._compilations += [found] if found is not None else []
 
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
@@ -343,10 +341,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
-
-
-def _unknown() -> None:
-    """What is known of a run's length without an Accelerator."""
 
 
 def check_trainable(model: nn.Module) -> None:

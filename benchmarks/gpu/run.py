@@ -22,11 +22,13 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ["step", "default", "fp8", "fsdp", "fsdp-default", "launch", "launch-default"]
+TRAINING = ["step", "default", "fp8", "fp8-rowwise", "fp8-fsdp", "fsdp", "fsdp-default", "launch", "launch-default"]
 TITLES = {
     "step": "Llama 1.26 B, sequence 4096, batch 4",
     "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
     "fp8": "Llama 1.26 B, sequence 4096, batch 4, fp8",
+    "fp8-rowwise": "Llama 1.26 B, sequence 4096, batch 4, fp8 by rows",
+    "fp8-fsdp": "Llama 1.26 B under FSDP2, fp8",
     "fsdp": "Llama 1.26 B under FSDP2",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",

@@ -96,6 +96,8 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = ["-m", "benchmarks.gpu.losses"]
         case "input":
             command = ["-m", "benchmarks.gpu.inputs"]
+        case "input-parts":
+            command = ["-m", "benchmarks.gpu.inputs", "--parts"]
         case _:
             command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
     started = time.monotonic()
@@ -154,6 +156,13 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                     f"| {row['vocabulary']:,} | {row['way']} | {row['ms']:.1f} | {row['gib']:.2f} | "
                     f"{row['loss_gap']:.1e} | {errors} |"
                 )
+        case "input-parts":
+            lines = [
+                f"\n### Parts of the way of {found['megabytes']:.0f} MB to the device\n",
+                "| part | ms | GB/s |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.1f} |" for row in found["rows"]),
+            ]
         case "input":
             lines = [
                 f"\n### Batches of {found['megabytes']:.0f} MB\n",

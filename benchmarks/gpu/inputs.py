@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.inputs
 
 A batch has 113 MB, and a step of matrix products takes about 3.5 ms, as in the other measurements of this project. The
-loader yields a tensor that exists already, so what is measured is the way to the device, not reading; with workers, they
-collate it from rows. `--parts` measures what the way to the device is made of.
+loader yields a tensor that exists already, so what is measured is the way to the device, not reading; workers make
+theirs. `--parts` measures what the way to the device is made of.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ TITLES = {
     "launch": "Llama 0.37 B, sequence 512, batch 2",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
 }
+GPU_TESTS = {"test-fp8": "tests/gpu/test_fp8.py", "test-waits": "tests/gpu/test_host_waits.py"}
 TESTS = [
     "tests/unit/data/test_prefetch.py",
     "tests/unit/data/test_pinning.py",
@@ -84,6 +85,21 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
     match part:
         case "tests":
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", *TESTS]
+        case "test-fp8" | "test-waits":
+            command = [
+                "-m",
+                "pytest",
+                "-q",
+                "-rP",
+                "-W",
+                "default",
+                "--timeout",
+                "200",
+                "-p",
+                "no:cacheprovider",
+                GPU_TESTS[part],
+            ]
+            command += ["--tb=short", "-x"] if part == "test-fp8" else ["--tb=short"]
         case "compile-tests":
             chosen = ["tests/ranks/test_automatic_compilation.py", "tests/ranks/test_prepare.py"]
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", "-k", "compil", *chosen]
@@ -117,7 +133,7 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
         log, code = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", 124
     print(f"--- {part}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
     lines = [line for line in log.splitlines() if line.strip()]
-    if part in ("tests", "compile-tests", "probe", "probe-hidden") or code:
+    if "test" in part or part.startswith("probe") or code:
         print("\n".join(lines[-60:]), flush=True)
         return None, log, code
     print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)

@@ -212,4 +212,4 @@ def test_it_is_refused_with_the_reason() -> None:
     with pytest.raises(ConfigError, match="DeepSpeed's engine"):
         Accelerator(cpu=True, mixed_precision="fp8", strategy="deepspeed", kwargs_handlers=[FP8Config(emulate=True)])
     with pytest.raises(ConfigError, match="mixed_precision is bf16"):
-        Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[FP8Config()])
+        Accelerator(cpu=True, mixed_precision="bf16", kwargs_handlers=[FP8Config(recipe="rowwise")])

@@ -23,20 +23,24 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ["step", "default", "fp8", "fsdp", "fsdp-default", "launch", "launch-default"]
+TRAINING = ["step", "default", "fp8", "fp8-rowwise", "fp8-fsdp", "fsdp", "fsdp-default", "launch", "launch-default"]
 TITLES = {
     "step": "Llama 1.26 B, sequence 4096, batch 4",
     "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
     "fp8": "Llama 1.26 B, sequence 4096, batch 4, fp8",
+    "fp8-rowwise": "Llama 1.26 B, sequence 4096, batch 4, fp8 by rows",
+    "fp8-fsdp": "Llama 1.26 B under FSDP2, fp8",
     "fsdp": "Llama 1.26 B under FSDP2",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
     "several-fsdp": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2",
+    "several-fp8": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2, fp8",
     "several-zero": "Llama 1.26 B, sequence 4096, batch 4 a device, ZeRO",
     "several-ddp": "Llama 0.37 B, sequence 2048, batch 8 a device, DDP",
     "several-corner": "Llama 1.26 B, sequence 2048, batch 1 a device, FSDP2",
 }
+GPU_TESTS = {"test-fp8": "tests/gpu/test_fp8.py", "test-waits": "tests/gpu/test_host_waits.py"}
 TESTS = [
     "tests/unit/data/test_prefetch.py",
     "tests/unit/data/test_pinning.py",
@@ -88,6 +92,21 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
     match part:
         case "tests":
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", *TESTS]
+        case "test-fp8" | "test-waits":
+            command = [
+                "-m",
+                "pytest",
+                "-q",
+                "-rP",
+                "-W",
+                "default",
+                "--timeout",
+                "200",
+                "-p",
+                "no:cacheprovider",
+                GPU_TESTS[part],
+            ]
+            command += ["--tb=short", "-x"] if part == "test-fp8" else ["--tb=short"]
         case "compile-tests":
             chosen = ["tests/ranks/test_automatic_compilation.py", "tests/ranks/test_prepare.py"]
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", "-k", "compil", *chosen]
@@ -105,6 +124,8 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = [*ranks, "-m", "benchmarks.gpu.several", part.removeprefix("several-")]
             command += ["--seconds", str(max(10.0, min(150.0, seconds - 40)))]
             environment |= {"OMP_NUM_THREADS": "4"}
+        case "input-parts":
+            command = ["-m", "benchmarks.gpu.inputs", "--parts"]
         case _:
             command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
     started = time.monotonic()
@@ -124,7 +145,7 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
         log, code = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", 124
     print(f"--- {part}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
     lines = [line for line in log.splitlines() if line.strip()]
-    if part in ("tests", "compile-tests", "probe", "probe-hidden") or code:
+    if "test" in part or part.startswith("probe") or code:
         print("\n".join(lines[-60:]), flush=True)
         return None, log, code
     print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)
@@ -170,6 +191,13 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                 "| way | us a call | ratio |",
                 "|---|--:|--:|",
                 *(f"| {row['contender']} | {row['us']:.0f} | {row['ratio']:.3f} |" for row in found["rows"]),
+            ]
+        case "input-parts":
+            lines = [
+                f"\n### Parts of the way of {found['megabytes']:.0f} MB to the device\n",
+                "| part | ms | GB/s |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.1f} |" for row in found["rows"]),
             ]
         case "input":
             lines = [

@@ -160,6 +160,13 @@ def contenders_of(name: str) -> list[Contender]:
                 WithAccelerate("Accelerate", LARGE, fsdp=True),
                 WithFabric("Lightning Fabric", LARGE, fsdp=True),
             ]
+        case "fp8":
+            by_hand = {"fsdp": True, "compiled": True, "fp8": "tensorwise"}
+            return [
+                Raw("raw FSDP2 eager", LARGE, fsdp=True),
+                Raw("raw FSDP2, fp8 gathered, chunked loss", LARGE, "chunked", **by_hand),
+                Paceline("paceline, fp8, chunked loss", LARGE, "chunked", fsdp=True, precision="fp8", settle=2),
+            ]
         case "zero":
             return [
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
@@ -235,7 +242,7 @@ def _repeat(work: Any, times: int) -> None:
 def main() -> None:
     """Measure the tables that were named; rank 0 prints one line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", metavar="TABLE", help="fsdp, zero, ddp, corner, gather")
+    parser.add_argument("names", nargs="+", metavar="TABLE", help="fsdp, fp8, zero, ddp, corner, gather")
     parser.add_argument("--seconds", type=float, default=100.0, help="for each table")
     args = parser.parse_args()
     local = int(os.environ["LOCAL_RANK"])

@@ -61,7 +61,7 @@ class Accelerator:
 
     Args:
         device_placement: Move models and batches to the device.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        mixed_precision: `no`, `bf16`, `fp16` or `fp8`.
         gradient_accumulation_steps: Micro-batches to an optimizer step.
         cpu: Use the CPU even if there is an accelerator.
         strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or one of your own: a class derived from
@@ -73,7 +73,7 @@ class Accelerator:
         gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one of them.
         step_scheduler_with_optimizer: Step a prepared scheduler once for each optimizer step; else on every call.
         kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
-            `InitProcessGroupKwargs`, `ProfileKwargs`: at most one of each.
+            `InitProcessGroupKwargs`, `ProfileKwargs`, `FP8Config`: at most one of each.
         dynamo_plugin: Settings of `torch.compile`.
         dynamo_backend: Short for `TorchDynamoPlugin(backend=...)`.
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
@@ -234,7 +234,7 @@ class Accelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """The precision: `no`, `bf16` or `fp16`."""
+        """The precision: `no`, `bf16`, `fp16` or `fp8`."""
         return self._context.precision.mode
 
     @property

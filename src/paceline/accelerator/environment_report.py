@@ -38,7 +38,6 @@ _PACKAGES = (
     "mpi4py",
     "numpy",
     "peft",
-    "pydantic",
     "ray",
     "safetensors",
     "tensorboard",

@@ -83,7 +83,7 @@ class Resolved:
             The text, which `from_json` reads.
         """
         document: dict[str, Any] = {
-            "config": self.config.model_dump(exclude_unset=True),
+            "config": self.config.given(),
             "origins": {key: asdict(origin) for key, origin in self.origins.items()},
             "notes": self.notes,
         }

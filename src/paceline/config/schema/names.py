@@ -128,7 +128,7 @@ def _option(dotted: str, setting: Setting) -> Option:
         flag=setting.flag,
         kind=kind,
         choices=choices,
-        description=setting.info.description or "",
+        description=setting.description,
         section=dotted.rpartition(".")[0],
         default=setting.default,
     )

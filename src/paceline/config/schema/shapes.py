@@ -13,7 +13,6 @@ from paceline.errors import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from pydantic.fields import FieldInfo
 
 Style = Literal["native", "plain", "quoted", "text"]
 """How a value was written: a Python or YAML value, an unquoted or quoted YAML scalar, or a bare string of a
@@ -40,11 +39,11 @@ class Shape:
     nullable: bool
 
     @classmethod
-    def of(cls, field: FieldInfo) -> Shape:
-        """Read the shape from a pydantic field's annotation."""
+    def of(cls, annotation: Any) -> Shape:
+        """Read the shape from a type."""
         types: set[type] = set()
         choices: list[object] = []
-        for part in _parts(field.annotation):
+        for part in _parts(annotation):
             if isinstance(part, type):
                 types.add(part)
             else:

@@ -29,8 +29,9 @@ A message has three parts: what was seen (with the value), why it cannot work, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -103,7 +104,7 @@ def _rebuild(cls: type[PacelineError], args: tuple[object, ...], fields: dict[st
     return error
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with the configuration.
 

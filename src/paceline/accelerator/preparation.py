@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
-from paceline.data import PreparedDataLoader, looks_like_batches
-from paceline.data.sample_order import maybe_length
 from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import (
@@ -130,6 +128,8 @@ class Preparer:
         """Prepare a scheduler or an iterable of batches; anything else is returned unchanged."""
         if is_scheduler(other) or isinstance(other, DummyScheduler):
             return self.prepare_scheduler(other)
+        from paceline.data import looks_like_batches
+
         # Unchanged, every rank would iterate over all batches.
         if self._context.group.size > 1 and looks_like_batches(other):
             return self.prepare_data_loader(other, place)
@@ -154,6 +154,8 @@ class Preparer:
 
     def prepare_data_loader(self, data_loader: Any, device_placement: bool | None, *, saved: bool = True) -> Any:
         """See `Accelerator.prepare_data_loader`."""
+        from paceline.data import PreparedDataLoader
+
         place = self._placement(device_placement)
         prepared = self._family.prepare(
             data_loader,
@@ -366,6 +368,8 @@ def _remaining_steps(prepared: Prepared, window: Window) -> int | None:
     """
     planned = [planned_steps(wrapper.scheduler) for wrapper in prepared.schedulers]
     if not any(planned):
+        from paceline.data.sample_order import maybe_length
+
         lengths = [maybe_length(loader) for loader in prepared.loaders]
         planned = [None if length is None else 3 * length // window.num_steps for length in lengths]
     longest = max((steps for steps in planned if steps is not None), default=None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
-from paceline.training_state.state import TrainingState
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
+    from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
 
 
-@dataclass(slots=True, eq=False)
+@lazy_dataclass(slots=True, eq=False)
 class Prepared:
     """The prepared objects, in order; each list stays the same object as it grows.
 
@@ -61,6 +62,8 @@ class Prepared:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
 
         def take_state() -> TrainingState:
+            from paceline.training_state.state import TrainingState
+
             return TrainingState(
                 strategy=selector.current,
                 models=self.models,

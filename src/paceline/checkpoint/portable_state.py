@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ _MODEL = re.compile(r"model_\d+/")
 __all__ = ["LazyTensors", "PortableOptimizer", "PortableState", "TensorSource"]
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class TensorSource:
     """How one whole tensor is read.
 
@@ -78,7 +79,7 @@ class LazyTensors(Mapping[str, "Tensor"]):
         return self.sources[name].slot
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class PortableOptimizer:
     """One optimizer's state by parameter name: the fields of `OptimizerState`, with whole tensors."""
 
@@ -94,7 +95,7 @@ class PortableOptimizer:
         return int(max(counts, default=0))
 
 
-@dataclass(slots=True, kw_only=True)
+@lazy_dataclass(slots=True, kw_only=True)
 class PortableState:
     """The training state in a folder, whatever library wrote it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
@@ -15,6 +15,7 @@ from paceline.config.schema.parallelism import ParallelismConfig
 from paceline.config.schema.run import RunConfig
 from paceline.config.sources.origin import Origin
 from paceline.errors import Problem
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ _STRATEGY_OF = {"NO": "single", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}
 _UNSUPPORTED_TYPES = ("XLA", "MEGATRON_LM")
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Draft:
     """Values with their sources.
 
@@ -72,6 +73,8 @@ class Draft:
     def fields(self, section: str, model: type[Section]) -> dict[str, Any]:
         """Return the values of a section (empty: of the top level) by Python name."""
         prefix = f"{section}." if section else ""
+        if not any(key.startswith(prefix) for key in self.values):
+            return {}
         keys = {setting.field: prefix + setting.key for setting in settings_of(model)}
         return {field: self.values[key] for field, key in keys.items() if key in self.values}
 
@@ -82,6 +85,8 @@ def read_values(raws: Mapping[str, Raw]) -> Draft:
     origins: dict[str, Origin] = {}
     for section, models in {"": (RunConfig,), **sections()}.items():
         prefix = f"{section}." if section else ""
+        if not any(key.startswith(prefix) for key in raws):
+            continue
         for setting in (setting for model in models for setting in settings_of(model)):
             raw = raws.get(prefix + setting.key)
             if raw is not None and (section or setting.field not in sections()):

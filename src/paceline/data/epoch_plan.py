@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from paceline.collectives import BatchCounts
 from paceline.errors import DataError
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ __all__ = ["BatchListPlan", "EpochPlan", "Layout", "UniformBatchPlan", "within_b
 KEYS_AT_A_TIME = 2048
 
 
-@dataclass(slots=True, kw_only=True)
+@lazy_dataclass(slots=True, kw_only=True)
 class Layout:
     """How each global batch is distributed over the ranks.
 

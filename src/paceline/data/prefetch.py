@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from paceline.collectives.nested import leaves, map_tensors, send_to_device
 from paceline.data.pinning import Pinner, num_copiers
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,7 @@ _SMALL = 64 * 1024
 _MAX_ON_DEVICE = 5
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class _Copied:
     """A batch on the device, complete once `event` has happened; without one, it is still to be copied."""
 
@@ -133,7 +134,7 @@ class DevicePrefetcher:
         return batch
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class _CopyThread:
     """Pins batches and copies them to the device, in a thread that starts with the first one."""
 

@@ -12,9 +12,10 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +28,7 @@ def stacks_folder(run_id: str, attempt: int) -> Path:
     return Path(tempfile.gettempdir()) / f"paceline-hang-{run_id.replace(os.sep, '_')}-{attempt}"
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class ErrorFile:
     """The error file of this rank.
 

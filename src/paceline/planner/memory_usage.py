@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from paceline.environment.device import memory_info
+from paceline.environment.host import resident_bytes
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ __all__ = ["MemoryUsage", "measure_memory", "process_memory"]
 _NUM_LARGEST = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lazy_dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUsage:
     """Bytes on one rank's device, or in its process on a CPU.
 
@@ -56,7 +56,7 @@ class MemoryUsage:
         return self.parameters + self.gradients + self.optimizer
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class Storages:
     """Storages by address, each counted once."""
 
@@ -147,13 +147,15 @@ def _free(device: torch.device) -> tuple[int, int]:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if device.type != "cpu" or limit == resource.RLIM_INFINITY:
         return free, total
+    import psutil
+
     return min(free, max(limit - int(psutil.Process().memory_info().vms), 0)), min(total, limit)
 
 
 def _used(device: torch.device) -> tuple[int, int]:
     """Bytes in use, and bytes that the allocator has reserved without using them."""
     if device.type == "cpu":
-        return int(psutil.Process().memory_info().rss), 0
+        return resident_bytes(), 0
     used = int(torch.accelerator.memory_allocated(device))
     return used, int(torch.accelerator.memory_reserved(device)) - used
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_text", "to_json"]
 
@@ -14,7 +16,7 @@ __all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_tex
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-@dataclass
+@lazy_dataclass()
 class LogEntry:
     """One call of `log`.
 

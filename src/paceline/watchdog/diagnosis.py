@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import named_ranks
+from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.watchdog.locations import CodeLocation
 from paceline.watchdog.recorder import Operation
 
@@ -33,7 +34,7 @@ _SAME_CALLS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lazy_dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
     """Where one rank is.
 

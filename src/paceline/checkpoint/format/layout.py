@@ -7,11 +7,13 @@ The format, and its dtype codes: https://github.com/huggingface/safetensors#form
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 from typing import TYPE_CHECKING, Final
 
 import torch
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -66,7 +68,7 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class TensorShape:
     """Shape of a whole tensor, and its dtype's name in torch."""
 
@@ -79,7 +81,7 @@ class TensorShape:
         return prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class FileOffset:
     """The file of a tensor, and the offset of its first byte."""
 
@@ -87,7 +89,7 @@ class FileOffset:
     offset: int
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class FileLayout:
     """One file: its header, its size and its tensors.
 

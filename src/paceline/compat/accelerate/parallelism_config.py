@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from paceline.compat.accelerate.settings.parallelism import (
     TorchContextParallelConfig,
     TorchTensorParallelConfig,
 )
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,7 +27,7 @@ _PREFIX = "PARALLELISM_CONFIG_"
 _AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 
-@dataclass
+@lazy_dataclass()
 class ParallelismConfig:
     """The sizes of the device mesh; those not set come from `PARALLELISM_CONFIG_*`, and are 1 without it."""
 

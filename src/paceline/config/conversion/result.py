@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.config.resolution import resolve
 from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError, Problem
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ConvertedKey"]
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class ConvertedKey:
     """What became of one key of the source.
 
@@ -39,7 +40,7 @@ class ConvertedKey:
         return f"{self.where}: {self.key} {shown}: {self.became}".replace(f"{self.key} :", f"{self.key}:")
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class Conversion:
     """A configuration converted from another format.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Final
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["RENDEZVOUS", "RENDEZVOUS_OPTIONS", "RendezvousOptions", "read_rendezvous_options"]
 
@@ -11,7 +12,7 @@ RENDEZVOUS: Final = ("static", "c10d")
 """The supported rendezvous backends."""
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class RendezvousOptions:
     """The options of `rdzv_conf`; times are in seconds.
 
@@ -36,7 +37,7 @@ class RendezvousOptions:
 
 
 _ALIASES: Final = {"join_timeout": "timeout"}
-RENDEZVOUS_OPTIONS: Final = (*(f.name for f in fields(RendezvousOptions)), *_ALIASES)
+RENDEZVOUS_OPTIONS: Final = (*RendezvousOptions.__annotations__, *_ALIASES)
 """The names of all options."""
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from paceline.errors import did_you_mean
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +24,7 @@ _INTEGRAL: Final = re.compile(r"[+-]?\d+(_\d+)*")
 _NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Shape:
     """The types and choices that a field accepts.
 

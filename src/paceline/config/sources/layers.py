@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.schema.names import (
@@ -15,13 +15,15 @@ from paceline.config.schema.names import (
     settings_by_key,
 )
 from paceline.config.schema.shapes import Shape
-from paceline.config.sources.document import Item, read_document
 from paceline.config.sources.origin import Detected, Kind, Origin, Raw
 from paceline.errors import Problem
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from paceline.config.sources.document import Item
 
 
 PREFIX: Final = "PACELINE_"
@@ -37,7 +39,7 @@ _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
 _SAGEMAKER: Final = "amazon_sagemaker"
 
 
-@dataclass(slots=True)
+@lazy_dataclass(slots=True)
 class Layer:
     """The values of one source.
 
@@ -100,6 +102,9 @@ def detected_layer(detected: Mapping[str, object]) -> Layer:
 
 def file_layer(path: Path) -> Layer:
     """Read a configuration file."""
+    # A rank has its configuration from the launcher: it reads no YAML.
+    from paceline.config.sources.document import read_document
+
     layer = Layer()
     items, problems = read_document(path)
     layer.problems.extend(problems)

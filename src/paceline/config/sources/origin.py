@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from paceline.config.schema.shapes import Style
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 Kind = Literal["argument", "flag", "environment", "file", "detected", "default"]
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Origin:
     """The source of one value.
 
@@ -32,7 +33,7 @@ class Origin:
 DEFAULT = Origin("default", "default")
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Detected:
     """A detected value with its source.
 
@@ -45,7 +46,7 @@ class Detected:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
+@lazy_dataclass(frozen=True, slots=True)
 class Raw:
     """A value as a source gave it, before it is checked."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import SteppingError
+from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.strategies.placeholders import DummyOptim
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from paceline.strategies.deepspeed.partitions import Partitions, PartitionSlice
 
 
-@dataclass(slots=True, eq=False)
+@lazy_dataclass(slots=True, eq=False)
 class ZeroEngine:
     """One model in training: DeepSpeed's engine, and what it was built from.
 

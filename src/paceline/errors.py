@@ -29,9 +29,8 @@ A message has three parts: what was seen (with the value), why it cannot work, w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -104,7 +103,7 @@ def _rebuild(cls: type[PacelineError], args: tuple[object, ...], fields: dict[st
     return error
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One thing wrong with the configuration.
 

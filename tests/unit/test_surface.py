@@ -77,8 +77,8 @@ def plugins() -> Iterator[str]:
     for name in paceline.__all__:
         cls = getattr(paceline, name)
         if isinstance(cls, type) and issubclass(cls, Section):
-            for field, declaration in sorted(cls.declarations.items()):
-                yield f"{name}({field}={declaration.make_default()!r})"
+            for field, info in sorted(cls.model_fields.items()):
+                yield f"{name}({field}={info.get_default(call_default_factory=True)!r})"
 
 
 def training_arguments() -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.config import (
@@ -16,7 +17,6 @@ from paceline.config import (
     TorchDynamoPlugin,
 )
 from paceline.errors import ConfigError, Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ _HANDLERS = (
 )
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Handlers:
     """The `kwargs_handlers`, sorted by kind; defaults where the script passed none."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from paceline.environment.device import choose_device
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.precision import LossScaler, policy_for
 from paceline.strategies import RunContext
 from paceline.watchdog import start_watch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from paceline.config import Resolved
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RunComponents:
     """What a run has before there is a model.
 

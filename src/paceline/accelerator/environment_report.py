@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +21,6 @@ from paceline.environment.device import describe_device, memory_info
 from paceline.environment.host import core_count, cpu_quota, host_memory, processor_name
 from paceline.environment.world import World
 from paceline.errors import ConfigError, PacelineError, WorldError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +38,7 @@ _PACKAGES = (
     "mpi4py",
     "numpy",
     "peft",
+    "pydantic",
     "ray",
     "safetensors",
     "tensorboard",
@@ -98,7 +98,7 @@ _PROGRAM_SECONDS = 10
 _SHARED_MEMORY: Final = Path("/dev/shm")
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class DeviceReport:
     """One accelerator, with its memory in bytes."""
 
@@ -107,7 +107,7 @@ class DeviceReport:
     total: int
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class EnvironmentReport:
     """What a bug report should contain about a machine.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.config.leniency import STRICT, Leniency
 from paceline.data import OwnLoaders
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.stepping import TRUE_MEAN, AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, Window
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Policies", "current_policies", "use_policies"]
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policies:
     """The rules of one run.
 

@@ -136,8 +136,8 @@ def select_strategy(
     if choice.settings:
         plugin = config.fsdp_config or FullyShardedDataParallelPlugin()
         # Explicit settings take precedence.
-        chosen = {key: value for key, value in choice.settings.items() if key not in plugin.fields_set}
-        context = replace(context, config=config.changed(fsdp_config=plugin.changed(**chosen)))
+        chosen = {key: value for key, value in choice.settings.items() if key not in plugin.model_fields_set}
+        context = replace(context, config=config.model_copy(update={"fsdp_config": plugin.changed(**chosen)}))
     return load_strategy(choice.strategy)(context), f"{choice.reason} (auto)"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.checkpoint.folder import LEFTOVER, Checkpoint, number_of, numbered_subfolders, open_checkpoint, subfolders
 from paceline.checkpoint.format.manifest import MANIFEST
 from paceline.environment.logging import get_logger
 from paceline.errors import DamagedCheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     import os
@@ -19,7 +19,7 @@ __all__ = ["CatalogEntry", "find_checkpoints", "find_foreign", "is_foreign_state
 _LOG = get_logger(__name__)
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A folder that holds a checkpoint, or what is left of one.
 

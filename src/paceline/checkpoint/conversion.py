@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,6 @@ from paceline.checkpoint.format.shards import Slot, TensorShard
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.checkpoint.save_load import Common, Content, save_checkpoint
 from paceline.collectives import SoloGroup
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -173,7 +173,7 @@ class _LatestTensor:
             return self._tensor
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _LazyShard(TensorShard):
     """A whole tensor that is read when its first piece is written."""
 

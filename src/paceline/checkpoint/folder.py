@@ -13,14 +13,13 @@ import re
 import shutil
 import stat
 import zlib
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint.format.manifest import MANIFEST, Manifest
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,7 +57,7 @@ _LARGEST_MANIFEST = 2 * 1024**3
 _NO_LINKS = "The folder may be a symbolic link, but no file in it: cp -rL makes a copy with the files themselves"
 
 
-@lazy_dataclass(frozen=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk.
 

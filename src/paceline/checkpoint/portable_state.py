@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ _MODEL = re.compile(r"model_\d+/")
 __all__ = ["LazyTensors", "PortableOptimizer", "PortableState", "TensorSource"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorSource:
     """How one whole tensor is read.
 
@@ -79,7 +78,7 @@ class LazyTensors(Mapping[str, "Tensor"]):
         return self.sources[name].slot
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class PortableOptimizer:
     """One optimizer's state by parameter name: the fields of `OptimizerState`, with whole tensors."""
 
@@ -95,7 +94,7 @@ class PortableOptimizer:
         return int(max(counts, default=0))
 
 
-@lazy_dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PortableState:
     """The training state in a folder, whatever library wrote it.
 

@@ -9,7 +9,7 @@ import time
 import uuid
 import zlib
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +30,6 @@ from paceline.checkpoint.format.manifest import FileRecord
 from paceline.checkpoint.io.planning import ShardLoadPlanner, ShardSavePlanner
 from paceline.checkpoint.io.storage import FolderReader, FolderWriter
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, named
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +48,7 @@ _SPARE = 16 * 1024**2
 """Bytes to leave free beside the tensors, for JSON files and the file system's own data."""
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Content:
     """What one rank writes into a checkpoint.
 
@@ -66,7 +65,7 @@ class Content:
     manifest: Manifest
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Common:
     """What is the same on all ranks: whole tensors, and JSON texts by file name."""
 
@@ -74,7 +73,7 @@ class Common:
     documents: Mapping[str, str] = field(default_factory=dict)
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class SaveTimings:
     """Seconds that a save took on this rank.
 
@@ -98,7 +97,7 @@ class SaveTimings:
         return self.planned + self.written + self.synced + self.committed
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class _Disks:
     """Which ranks see the same folder: for each rank, the lowest rank that does."""
 

@@ -28,7 +28,7 @@ def variant(resolved: Resolved, without: Iterable[str] = (), **values: Any) -> R
     """
     left_out = {*without, *values}
     config = resolved.config
-    kept = {name: getattr(config, name) for name in config.fields_set - left_out}
+    kept = {name: getattr(config, name) for name in config.model_fields_set - left_out}
     origins = {key: origin for key, origin in resolved.origins.items() if key.partition(".")[0] not in left_out}
     origins |= {key: Origin("flag", "paceline's own check") for key in values}
     return replace(resolved, config=RunConfig(**kept, **values), origins=origins)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from paceline.collectives.transport import Op, as_bytes, as_contiguous, from_bytes
 from paceline.errors import CollectiveError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COALESCED_BYTES = 1 << 22
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class CoalescedBuffer:
     """Where several tensors lie in one buffer of bytes.
 

@@ -7,7 +7,7 @@ group.
 from __future__ import annotations
 
 import threading
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +16,6 @@ from torch._C._distributed_c10d import HashStore
 from paceline.collectives.group import Board, Group, Pending
 from paceline.collectives.transport import Op, TransportOp, as_contiguous, pickle_or_reason, reduce_with, unpickle_from
 from paceline.errors import CollectiveError, named_ranks
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ __all__ = ["FakeGroup", "run_fake_ranks"]
 T = TypeVar("T")
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Exchange:
     """One exchange: the operation and the value of each rank that has arrived."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from paceline.collectives.per_sample import (
     maybe_per_sample,
 )
 from paceline.errors import CollectiveError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchCounts", "gather_samples"]
 
 
-@lazy_dataclass(frozen=True)
+@dataclass(frozen=True)
 class BatchCounts:
     """How many samples of the current batch each rank has.
 
@@ -117,7 +117,7 @@ def gather_samples(
     return gathering.run(data)
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _TensorShape:
     """What the ranks must know of each other's tensors, as three integers; -1 for a missing dimension.
 
@@ -135,7 +135,7 @@ class _TensorShape:
         return cls(rows, width, checksum)
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Contribution:
     """The rows of a tensor that this rank sends, and how many rows each rank sends."""
 

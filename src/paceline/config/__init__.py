@@ -1,6 +1,6 @@
 """The configuration: one schema, its sources, its checks, and the origin of every value.
 
-Names are imported on first use: reading a constant of this package must not import the schema.
+Names are imported on first use: reading a constant of this package must not import the schema (pydantic).
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.leniency import STRICT
 from paceline.config.schema.names import all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["CheckContext", "find_problems"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Readers:
     """Which strategies read a section, and what to write so that one of them is chosen."""
 
@@ -58,7 +58,7 @@ _HOST_FILTERS: Final = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filte
 _MESH: Final = "parallelism_config.parallelism_config_"
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class CheckContext:
     """What the checks look at.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.deepspeed_file.settings import AUTO, FILE_KEY, Shared, name_problems, read_settings, shared_values
@@ -15,7 +15,6 @@ from paceline.config.schema.parallelism import ParallelismConfig
 from paceline.config.schema.run import RunConfig
 from paceline.config.sources.origin import Origin
 from paceline.errors import Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +31,7 @@ _STRATEGY_OF = {"NO": "single", "FSDP": "fsdp", "DEEPSPEED": "deepspeed"}
 _UNSUPPORTED_TYPES = ("XLA", "MEGATRON_LM")
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Draft:
     """Values with their sources.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from paceline.config.schema.base import field_check, settings_of
+from paceline.config.schema.base import settings_of
 from paceline.config.schema.names import sections
 from paceline.config.schema.run import RunConfig
 from paceline.config.sources.layers import GONE
@@ -62,15 +62,8 @@ def _section(setting: Setting) -> dict[str, Any]:
 
 
 def _fields(model: type[Section]) -> list[tuple[Setting, dict[str, Any]]]:
-    return [(setting, _schema(model, setting)) for setting in settings_of(model)]
-
-
-def _schema(model: type[Section], setting: Setting) -> dict[str, Any]:
-    """Describe the Python field."""
-    default = setting.default
-    if isinstance(default, tuple):
-        default = list(default)
-    return {"default": default, **field_check(model, setting.field).schema()}
+    described = model.model_json_schema()["properties"]
+    return [(setting, described[setting.field]) for setting in settings_of(model)]
 
 
 def _spellings(setting: Setting, schema: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from paceline.lazy_dataclasses import lazy_dataclass
+from dataclasses import dataclass
 
 __all__ = ["STRICT", "Leniency"]
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leniency:
     """What is tolerated instead of refused. By default everything is refused.
 

@@ -193,7 +193,7 @@ def _add_argument(draft: Draft, name: str, value: object, leniency: Leniency) ->
         what = f"a {type(value).__name__} is not allowed"
         return draft.with_problem(Problem(_source(name), name, what, f"it must be a {model.__name__}"))
     for setting in settings_of(model):
-        if setting.field in value.fields_set:
+        if setting.field in value.model_fields_set:
             where = _source(name, f"{model.__name__}({setting.field}=…)")
             draft = _add_value(draft, f"{name}.{setting.key}", getattr(value, setting.field), where, leniency)
     return draft

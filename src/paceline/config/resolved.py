@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.config.schema.base import Section, settings_of
@@ -13,7 +13,6 @@ from paceline.config.schema.names import sections
 from paceline.config.schema.run import RunConfig
 from paceline.config.sources.origin import DEFAULT, Origin
 from paceline.errors import ConfigError, Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Recording", "Resolved", "current_configuration", "use_configuration", "values_of"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Recording:
     """What a run records for `paceline verify-resume` and `paceline parity`.
 
@@ -42,7 +41,7 @@ class Recording:
     keep_dropout: bool = False
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """A configuration with the source of each value.
 
@@ -84,7 +83,7 @@ class Resolved:
             The text, which `from_json` reads.
         """
         document: dict[str, Any] = {
-            "config": self.config.given(),
+            "config": self.config.model_dump(exclude_unset=True),
             "origins": {key: asdict(origin) for key, origin in self.origins.items()},
             "notes": self.notes,
         }

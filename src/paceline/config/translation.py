@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.schema.base import settings_of
@@ -10,7 +10,6 @@ from paceline.config.schema.fsdp import FsdpVersion1
 from paceline.config.schema.shapes import Shape
 from paceline.config.sources.origin import Raw
 from paceline.errors import Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +51,7 @@ _ALWAYS: Final[dict[str, tuple[object, str]]] = {
 _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Translation:
     """The values of a file under the keys of version 2.
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from paceline.collectives import as_bytes
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ __all__ = ["HEADER_BYTES", "PackedBatch", "read_header", "unpack"]
 HEADER_BYTES = 8 * 4
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class PackedBatch:
     """A value in the form that `unpack` restores.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,6 @@ from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import seed_batches
 from paceline.data.sharding import PlannedSharding
 from paceline.errors import DataError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchSource", "MapBatchSource", "Position"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Position:
     """Where an iteration begins.
 

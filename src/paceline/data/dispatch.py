@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, SeededKeys, mix_seed, seed_global_rngs
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.errors import DataError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["DispatchBatchSource", "GlobalBatches", "MapGlobalBatches", "SplitBatches", "StreamGlobalBatches"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class GlobalBatch:
     """One global batch.
 
@@ -55,7 +55,7 @@ class GlobalBatch:
         return all(self.counts.rows)
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Delivery:
     """What rank 0 sends to one rank: its parts of some consecutive global batches.
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from paceline.collectives import BatchCounts
 from paceline.errors import DataError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ __all__ = ["BatchListPlan", "EpochPlan", "Layout", "UniformBatchPlan", "within_b
 KEYS_AT_A_TIME = 2048
 
 
-@lazy_dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Layout:
     """How each global batch is distributed over the ranks.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import DataError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from paceline.collectives import BatchCounts
@@ -101,7 +101,7 @@ class PlannedProgress(IterationProgress):
         return self._batches - self.num_yielded
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RecordedBatch:
     """A global batch that was read and not yielded yet.
 

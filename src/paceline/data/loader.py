@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, DistributedSampler
@@ -15,7 +16,6 @@ from paceline.data.epochs import WorkerCopies
 from paceline.data.randomness import mix_seed
 from paceline.data.sample_order import maybe_length
 from paceline.errors import DataError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 STATE_VERSION = 1
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class LoaderIteration:
     """One iteration over a loader, begun at `start`."""
 

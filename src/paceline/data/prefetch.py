@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from paceline.collectives.nested import leaves, map_tensors, send_to_device
 from paceline.data.pinning import Pinner, num_copiers
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +29,7 @@ _SMALL = 64 * 1024
 _MAX_ON_DEVICE = 5
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Copied:
     """A batch on the device, complete once `event` has happened; without one, it is still to be copied."""
 
@@ -134,7 +133,7 @@ class DevicePrefetcher:
         return batch
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class _CopyThread:
     """Pins batches and copies them to the device, in a thread that starts with the first one."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.collectives.nested import leaves
 from paceline.data.iteration_progress import IterationProgress
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -77,7 +77,7 @@ def num_bytes(batch: Any) -> int:
     return total
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Consecutive global batches that this rank knows everything about.
 

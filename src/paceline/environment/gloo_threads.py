@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["wait_for_gloo_threads"]
 
@@ -27,7 +26,7 @@ _BLIND_WAIT = 0.1
 _FUTEX = {"x86_64": "202", "aarch64": "98"}.get(platform.machine())
 
 
-@lazy_dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Thread:
     """The state of a gloo thread at one moment.
 

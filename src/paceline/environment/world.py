@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from paceline.errors import WorldError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ DEFAULT_PORT = 29500
 WorldSource = Literal["none", "torchrun", "slurm", "openmpi", "pmi"]
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """The rank of this process, the world size, and where the ranks meet.
 

@@ -136,7 +136,7 @@ def _of_section(resolved: Resolved, name: str, section: Section) -> Iterator[str
 
 
 def _is_explicit(origin: Origin, model: type[Section], field: str, value: Any) -> bool:
-    default = model.declarations[field].make_default()
+    default = model.model_fields[field].get_default(call_default_factory=True)
     return origin.is_explicit and bool(value != default)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,7 +19,7 @@ _ADAM_BYTES_PER_ELEMENT = 8.0
 _PROBE_ELEMENTS = 1024
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """Bytes of one unsharded copy of the training state, without activations.
 

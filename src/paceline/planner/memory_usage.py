@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from paceline.environment.device import memory_info
 from paceline.environment.host import resident_bytes
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ __all__ = ["MemoryUsage", "measure_memory", "process_memory"]
 _NUM_LARGEST = 5
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUsage:
     """Bytes on one rank's device, or in its process on a CPU.
 
@@ -56,7 +56,7 @@ class MemoryUsage:
         return self.parameters + self.gradients + self.optimizer
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Storages:
     """Storages by address, each counted once."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -10,7 +11,6 @@ from torch import nn
 
 from paceline.environment.device import describe_device, supported_precisions
 from paceline.errors import NotBuiltError, PrecisionError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,7 +24,7 @@ Mode = Literal["no", "bf16", "fp16"]
 _DTYPES: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrecisionPolicy:
     """The dtype of matrix products and convolutions; weights and reductions stay in fp32.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["TRUE_MEAN", "GradientBoundary", "OwnBoundary", "WindowPolicy"]
 
@@ -15,14 +14,14 @@ class GradientBoundary(Protocol):
     sync_gradients: bool
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class OwnBoundary:
     """A boundary of one Accelerator."""
 
     sync_gradients: bool = True
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WindowPolicy:
     """How the gradients of a window become a mean.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from paceline.config.leniency import STRICT
 from paceline.errors import SteppingError
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.stepping.policies import TRUE_MEAN, OwnBoundary
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Phase(enum.Enum):
     """The window is over: whatever comes next opens a new one."""
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class LossWeights:
     """The weights of a window's losses.
 
@@ -64,7 +64,7 @@ class LossWeights:
     is_estimate: bool
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class WindowState:
     """What has happened in one window.
 

@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ import torch
 
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.environment.logging import get_logger
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.strategies.blocks import class_name, find_units
 from paceline.strategies.compilation import LostGradientsError, compiler_arguments
 
@@ -226,7 +226,7 @@ def _first_line(error: Exception) -> str:
             return f"the compiler failed with {kind}: {lines[0] if lines else ''}"[:200]
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class _Clock:
     """The times between marks on a device, read once at the end."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.config.leniency import STRICT
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class DistributedType(str, enum.Enum):
         return self.value
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """Everything that a strategy knows of its run.
 

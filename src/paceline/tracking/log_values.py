@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_text", "to_json"]
 
@@ -16,7 +14,7 @@ __all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_tex
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-@lazy_dataclass()
+@dataclass()
 class LogEntry:
     """One call of `log`.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from paceline.errors import MissingExtraError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from paceline.tracking.base import Backend
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["TRACKERS", "TrackerEntry", "load_backend"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TrackerEntry:
     """A tracker that paceline knows.
 

@@ -7,6 +7,7 @@ when it is loaded, the tensor gets the layout that the object has then: sharded 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from paceline.checkpoint import TensorShard, from_plain, to_plain
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError, StateError, named
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -177,7 +177,7 @@ class LiveTensors:
         return from_plain(plain, fitted)
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class LoadTarget:
     """Memory that a saved tensor is read into.
 

@@ -7,7 +7,7 @@ and loading. Everything else is JSON. Nothing is unpickled.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbered, rank_document, to_plain
@@ -16,7 +16,6 @@ from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.logging import get_logger
 from paceline.environment.rng_state import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, named
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.training_state.registered_tensors import (
@@ -46,7 +45,7 @@ __all__ = ["TrainingState", "name_differences"]
 _LOG = get_logger(__name__)
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
     """Everything that changes while a run trains.
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import named_ranks
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.watchdog.locations import CodeLocation
 from paceline.watchdog.recorder import Operation
 
@@ -34,7 +33,7 @@ _SAME_CALLS = (
 )
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankStatus:
     """Where one rank is.
 

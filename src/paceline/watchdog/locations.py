@@ -9,10 +9,9 @@ import sys
 import textwrap
 import threading
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ _FACADE = re.compile(r"paceline\.accelerator\.\w+")
 _MAX_CODE_LENGTH = 100
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CodeLocation:
     """A line of the user's program.
 
@@ -49,7 +48,7 @@ class CodeLocation:
         return f"{self.where}{inside}" + (f": {self.code}" if self.code else "")
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Level:
     file: str
     line: int

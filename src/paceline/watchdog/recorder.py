@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch._C._distributed_c10d as c10d
 
 from paceline.errors import named
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ _MAX_OPERATIONS = 24
 GroupStatus = dict[str, tuple[str, str]]
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
     """A collective that this process has entered.
 

@@ -51,12 +51,12 @@ SECTIONS: list[type[Section]] = [
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_field_has_one_sentence_and_a_default(section: type[Section]) -> None:
     built = section()
-    for name, declaration in section.declarations.items():
-        assert declaration.description, name
-        assert declaration.description.endswith("."), name
-        assert hasattr(built, name), name
+    for name, info in section.model_fields.items():
+        assert info.description, name
+        assert info.description.endswith("."), name
+        assert not info.is_required(), name
     with pytest.raises(ConfigError, match="a configuration is immutable"):
-        setattr(built, next(iter(section.declarations)), None)
+        setattr(built, next(iter(section.model_fields)), None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ optimizer state. The universal layout has a folder with whole tensors for each p
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.foreign.torch_optimizer import name_optimizer, own_names
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState, TensorSource
 from paceline.errors import CheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -156,7 +156,7 @@ def _read_whole(
 # Stages 1, 2 and 3
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _Group:
     """One rank's partitions of one parameter group: flat tensors by slot, and values that are not tensors."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,7 +23,6 @@ from paceline.checkpoint.conversion import write_paceline
 from paceline.checkpoint.io.streaming import stream_weights
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState
 from paceline.errors import CheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -96,7 +95,7 @@ def _torch_optimizer(optimizer: PortableOptimizer) -> dict[str, Any]:
     return {"state": states, "param_groups": groups}
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _LazyTensor:
     """A tensor that is read when it is written to its file."""
 

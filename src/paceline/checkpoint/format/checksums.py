@@ -7,10 +7,9 @@ https://github.com/madler/zlib/blob/v1.3.1/crc32.c), which Python's zlib does no
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +22,7 @@ _ONE = 1 << 31
 _X_TO_THE_8 = 1 << 23
 
 
-@lazy_dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Span:
     """Bytes `[start, stop)` of a file, and their CRC-32."""
 

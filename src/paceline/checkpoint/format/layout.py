@@ -7,13 +7,11 @@ The format, and its dtype codes: https://github.com/huggingface/safetensors#form
 from __future__ import annotations
 
 import json
-from dataclasses import field
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Final
 
 import torch
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -68,7 +66,7 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorShape:
     """Shape of a whole tensor, and its dtype's name in torch."""
 
@@ -81,7 +79,7 @@ class TensorShape:
         return prod(self.shape) * DTYPE_SIZES[self.dtype]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FileOffset:
     """The file of a tensor, and the offset of its first byte."""
 
@@ -89,7 +87,7 @@ class FileOffset:
     offset: int
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class FileLayout:
     """One file: its header, its size and its tensors.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ import torch
 from paceline.checkpoint.format.checksums import Span, of_spans
 from paceline.checkpoint.format.layout import DTYPE_SIZES
 from paceline.errors import DamagedCheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat()
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements `[start, stop)` of a tensor in row-major order, and the CRC-32 of their bytes."""
 
@@ -50,7 +49,7 @@ class Piece:
     crc32: int
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """Where one whole tensor is stored.
 
@@ -95,7 +94,7 @@ class TensorRecord:
             yield Span(self.offset + piece.start * size, self.offset + piece.stop * size, piece.crc32)
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FileRecord:
     """One file.
 
@@ -108,7 +107,7 @@ class FileRecord:
     crc32: int
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """The content of `manifest.json`.
 

@@ -7,11 +7,9 @@ when a state is loaded by other ranks or under another strategy.
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +20,7 @@ __all__ = ["OptimizerState", "Slot", "TensorShard"]
 Number = float | int | bool | None
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TensorShard:
     """The contiguous range of one tensor that one rank has, in live memory.
 
@@ -72,7 +70,7 @@ class TensorShard:
         self.values.copy_(flat.view(self.values.shape))
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """Shape and dtype of a whole tensor, such as one of an optimizer's state."""
 
@@ -80,7 +78,7 @@ class Slot:
     dtype: torch.dtype
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class OptimizerState:
     """An optimizer's state by parameter name.
 

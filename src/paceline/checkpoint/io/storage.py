@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,6 @@ from paceline.checkpoint.format.layout import (
 from paceline.checkpoint.format.manifest import FileRecord, Piece, TensorRecord
 from paceline.checkpoint.io.transfer import HostBuffers, in_threads
 from paceline.errors import CheckpointError, DamagedCheckpointError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["FolderReader", "FolderWriter", "Written", "damaged_piece"]
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Written:
     """What all ranks have written.
 

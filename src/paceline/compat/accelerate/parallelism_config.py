@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,6 @@ from paceline.compat.accelerate.settings.parallelism import (
     TorchContextParallelConfig,
     TorchTensorParallelConfig,
 )
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +26,7 @@ _PREFIX = "PARALLELISM_CONFIG_"
 _AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 
-@lazy_dataclass()
+@dataclass()
 class ParallelismConfig:
     """The sizes of the device mesh; those not set come from `PARALLELISM_CONFIG_*`, and are 1 without it."""
 

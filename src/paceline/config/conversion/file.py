@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.deepspeed import convert_deepspeed, is_deepspeed
@@ -12,7 +13,6 @@ from paceline.config.sources.document import Item, read_document
 from paceline.config.sources.layers import GONE, file_layer
 from paceline.config.translation import Translation, translate
 from paceline.errors import ConfigError, Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ def _leaves(items: tuple[Item, ...]) -> Iterator[tuple[str, Item]]:
             yield "", item
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class _KeyConverter:
     """Converts the keys of one file, one by one.
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paceline.config.resolution import resolve
 from paceline.config.sources.writing import as_yaml
 from paceline.errors import ConfigError, Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ConvertedKey"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ConvertedKey:
     """What became of one key of the source.
 
@@ -40,7 +39,7 @@ class ConvertedKey:
         return f"{self.where}: {self.key} {shown}: {self.became}".replace(f"{self.key} :", f"{self.key}:")
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Conversion:
     """A configuration converted from another format.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.conversion.result import Conversion
 from paceline.errors import Problem, did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +63,7 @@ KNOWN_OPTIONS: Final = (
 _VARIABLES: Final = {"OMP_NUM_THREADS": "num_cpu_threads_per_process", "CUDA_VISIBLE_DEVICES": "gpu_ids"}
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class _Line:
     """A parsed command line; flags by name, with underscores."""
 

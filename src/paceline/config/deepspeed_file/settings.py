@@ -9,12 +9,12 @@ import base64
 import binascii
 import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.deepspeed_file.keys import ARGUMENTS, OLD, REFUSED, REMOVED, REMOVED_FROM_ZERO, SECTIONS, TOP
 from paceline.errors import Problem, did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -204,7 +204,7 @@ def _communication(settings: Mapping[str, Any]) -> _Findings:
         yield "communication_data_type", f"{value!r} is not allowed", why, ""
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Shared:
     """A value that the JSON and the run's configuration can both set.
 

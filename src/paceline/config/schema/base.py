@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Final, get_args
 
-from paceline.config.schema.checking import Rejected, check_of
-from paceline.config.schema.fields import Declaration, FieldInfo
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from paceline.config.schema.shapes import Shape
 from paceline.errors import ConfigError, Problem, did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from pydantic.fields import FieldInfo
     from typing_extensions import Self
 
-    from paceline.config.schema.checking import Check
-
+_LIMITS: Final = frozenset({"greater_than", "greater_than_equal", "less_than", "less_than_equal"})
 _CONTAINERS: Final[Mapping[type, str]] = {list: "list", tuple: "list", dict: "mapping"}
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Key:
     """The names of a field outside Python.
 
@@ -43,7 +43,7 @@ class Key:
     labels: tuple[tuple[str, str], ...] = ()
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Fault:
     """A wrong value of one field; `field` is a Python name."""
 
@@ -53,7 +53,7 @@ class Fault:
     hint: str = ""
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Setting:
     """One field of a section, with all its names."""
 
@@ -70,51 +70,36 @@ class Setting:
     @property
     def description(self) -> str:
         """One sentence on what the field does."""
-        return self.info.declaration.description
+        return self.info.description or ""
 
     @property
     def default(self) -> Any:
         """The default of the field."""
-        return self.info.declaration.make_default()
+        return self.info.get_default(call_default_factory=True)
 
 
-class Section:
+class Section(BaseModel):
     """A frozen group of settings; a wrong name or value raises `ConfigError` with all problems.
-
-    Fields are annotated and declared with `Field(...)`. Their types are read when the first value is checked.
 
     Attributes:
         key_prefix: The prefix of the section's YAML keys; keys without it are accepted too.
-        declarations: What is declared for each field.
-        fields_set: The names of the fields that were given, rather than taking their default.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     key_prefix: ClassVar[str] = ""
-    declarations: ClassVar[dict[str, Declaration]] = {}
-    fields_set: frozenset[str]
-
-    def __init_subclass__(cls) -> None:
-        own = {name: value for name, value in vars(cls).items() if isinstance(value, Declaration)}
-        cls.declarations = {**cls.declarations, **own}
 
     def __init__(self, **values: Any) -> None:
         folded, faults = self.fold(values)
-        read, wrong = _checked(type(self), {field: self._read(field, value) for field, value in folded.items()})
-        faults = [*faults, *wrong]
-        if not wrong:
-            self._fill(read)
+        read = {field: self._read(field, value) for field, value in folded.items()}
+        try:
+            self.__pydantic_validator__.validate_python(read, self_instance=self)
+        except ValidationError as error:
+            faults = [*faults, *faults_of(type(self), error)]
+        else:
             faults = [*faults, *self.clashes()]
         if faults:
             where = f"{type(self).__name__}(…)"
             raise ConfigError(Problem(where, f.field, f.what, f.why, f.hint) for f in faults)
-
-    def _fill(self, values: Mapping[str, Any]) -> None:
-        """Set the given values, and defaults for the rest."""
-        # Not by assignment, which is an error.
-        fields = vars(self)
-        for name, declaration in self.declarations.items():
-            fields[name] = values[name] if name in values else declaration.make_default()
-        fields["fields_set"] = frozenset(values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         section = type(self).__name__
@@ -130,24 +115,6 @@ class Section:
             ]
         )
 
-    def __delattr__(self, name: str) -> None:
-        self.__setattr__(name, None)
-
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        fields = vars(self)
-        return ((name, fields[name]) for name in self.declarations)
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return dict(self) == dict(other)
-
-    def __hash__(self) -> int:
-        return hash((type(self), tuple(self)))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self)})"
-
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> tuple[Self, list[Fault]]:
         """Build a section from the valid values.
@@ -159,18 +126,15 @@ class Section:
             The section, and what is wrong with the other values. Contradictions are looked for only when every
             single value is valid.
         """
-        read, faults = _checked(cls, values)
         made = cls.__new__(cls)
-        made._fill(read)
-        return made, faults or list(made.clashes())
-
-    def given(self) -> dict[str, Any]:
-        """Return the fields that were given, with those of inner sections as dicts."""
-        return {
-            name: value.given() if isinstance(value, Section) else value
-            for name, value in self
-            if name in self.fields_set
-        }
+        try:
+            cls.__pydantic_validator__.validate_python(dict(values), self_instance=made)
+        except ValidationError as error:
+            faults = list(faults_of(cls, error))
+            bad = {fault.field for fault in faults}
+            good = {field: value for field, value in values.items() if field not in bad}
+            return cls.build(good)[0], faults
+        return made, list(made.clashes())
 
     @classmethod
     def fold(cls, values: dict[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
@@ -200,9 +164,7 @@ class Section:
         Raises:
             ConfigError: A value is wrong, or contradicts another.
         """
-        made = type(self)(**{**dict(self), **values})
-        vars(made)["fields_set"] = self.fields_set | values.keys()
-        return made
+        return type(self)(**{**dict(self), **values})
 
     @classmethod
     def _read(cls, field: str, value: Any) -> Any:
@@ -215,7 +177,7 @@ class Section:
 @cache
 def settings_of(section: type[Section]) -> tuple[Setting, ...]:
     """List the fields of a section with their keys, flags and shapes."""
-    return tuple(_setting(section, name, info) for name, info in field_infos(section).items())
+    return tuple(_setting(section, name, info) for name, info in section.model_fields.items())
 
 
 @cache
@@ -235,55 +197,28 @@ def settings_by_name(section: type[Section]) -> dict[str, Setting]:
     return names
 
 
-@cache
-def field_infos(section: type[Section]) -> dict[str, FieldInfo]:
-    """Map the name of each field to its type and its declaration."""
-    infos = {}
-    for name, declaration in section.declarations.items():
-        annotation, metadata = _annotation(section, name), ()
-        if get_origin(annotation) is Annotated:
-            annotation, *metadata = get_args(annotation)
-        infos[name] = FieldInfo(annotation, tuple(metadata), declaration)
-    return infos
-
-
-def _annotation(section: type[Section], field: str) -> Any:
-    """Evaluate the annotation of a field in its module; `typing.get_type_hints` takes ten times as long."""
-    home = next(cls for cls in section.__mro__ if field in cls.__annotations__)
-    return eval(home.__annotations__[field], vars(sys.modules[home.__module__]))
-
-
-@cache
-def field_check(section: type[Section], field: str) -> Check:
-    """Return the check of a field's values."""
-    info = field_infos(section)[field]
-    if info.metadata:
-        return check_of(Annotated[(info.annotation, *info.metadata)])  # type: ignore[return-value]
-    return check_of(info.annotation)
-
-
 def _setting(section: type[Section], name: str, info: FieldInfo) -> Setting:
     key = next((item for item in info.metadata if isinstance(item, Key)), Key())
     yaml_key = key.name or (name if name.startswith(section.key_prefix) else section.key_prefix + name)
     flag = key.flag or yaml_key
-    shape = Shape.of(info.annotation)
-    return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, shape, info)
+    return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
 
 
-def _checked(section: type[Section], values: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """Split values into those that fit, as the fields keep them, and what is wrong with the others."""
-    good: dict[str, Any] = {}
-    faults: list[Fault] = []
-    for field, value in values.items():
-        if field not in section.declarations:
-            known = settings_by_field(section)
-            faults.append(Fault(field, "unknown name", hint=did_you_mean(field, known) or _listed(known)))
+def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]:
+    """Translate the errors of pydantic, one for each field."""
+    seen: set[str] = set()
+    known = settings_by_field(section)
+    for item in error.errors(include_url=False):
+        field = ""
+        if item["loc"]:
+            field = str(item["loc"][0])
+        if field in seen:
             continue
-        try:
-            good[field] = field_check(section, field).read(value)
-        except Rejected as rejected:
-            faults.append(_value_fault(settings_by_field(section)[field], value, rejected))
-    return good, faults
+        seen.add(field)
+        if field not in known:
+            yield Fault(field, "unknown name", hint=did_you_mean(field, known) or _listed(known))
+        else:
+            yield _value_fault(known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", "")))
 
 
 def value_fault(setting: Setting, value: object) -> Fault:
@@ -312,12 +247,34 @@ def shown(value: object) -> str:
     return f"the {_CONTAINERS.get(type(value), type(value).__name__)} {value!r}"
 
 
-def _value_fault(setting: Setting, value: object, rejected: Rejected) -> Fault:
-    if rejected.reason:
-        return Fault(setting.field, f"{shown(value)} cannot be used", rejected.reason)
-    if rejected.limits:
-        return Fault(setting.field, f"{shown(value)} is out of range", f"it must be {rejected.limits}")
+def _value_fault(setting: Setting, kind: str, value: object, reason: str) -> Fault:
+    if kind == "value_error":
+        return Fault(setting.field, f"{shown(value)} cannot be used", reason)
+    if kind in _LIMITS:
+        return Fault(setting.field, f"{shown(value)} is out of range", f"it must be {_limits(setting.info)}")
     return value_fault(setting, value)
+
+
+def _limits(info: FieldInfo) -> str:
+    words = []
+    for item in (*info.metadata, *_nested_metadata(info.annotation)):
+        match item:
+            case Ge(ge=bound):
+                words.append(f"at least {bound}")
+            case Gt(gt=bound):
+                words.append(f"more than {bound}")
+            case Le(le=bound):
+                words.append(f"at most {bound}")
+            case Lt(lt=bound):
+                words.append(f"less than {bound}")
+    return " and ".join(words)
+
+
+def _nested_metadata(annotation: Any) -> Iterator[object]:
+    """Yield what is annotated on the parts of a union."""
+    for part in get_args(annotation):
+        for item in getattr(part, "__metadata__", ()):
+            yield from getattr(item, "metadata", ())
 
 
 def _listed(known: Mapping[str, Setting]) -> str:

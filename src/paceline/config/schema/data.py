@@ -6,8 +6,9 @@ import signal
 from collections.abc import Iterator
 from typing import Annotated
 
+from pydantic import Field
+
 from paceline.config.schema.base import Fault, Section
-from paceline.config.schema.fields import Field
 from paceline.config.schema.readers import FilePath
 
 

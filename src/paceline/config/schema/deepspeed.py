@@ -6,8 +6,9 @@ import copy
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from paceline.config.schema.base import Fault, Key, Section
-from paceline.config.schema.fields import Field
 from paceline.config.schema.readers import FilePath, Names
 
 Offload = Literal["none", "cpu", "nvme"]
@@ -97,7 +98,7 @@ class DeepSpeedPlugin(Section):
 
     def clashes(self) -> Iterator[Fault]:
         """Yield the fields whose values contradict each other."""
-        if self.hf_ds_config not in (None, "none") and "zero_stage" not in self.fields_set:
+        if self.hf_ds_config not in (None, "none") and "zero_stage" not in self.model_fields_set:
             return  # DeepSpeed's own configuration sets the stage, and is read later.
         for part in ("optimizer", "param"):
             yield from self._offload_faults(part)

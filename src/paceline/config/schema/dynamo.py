@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from paceline.config.schema.base import Fault, Key, Section
-from paceline.config.schema.fields import Field
 
 Backend = Literal[
     "auto",
@@ -63,10 +64,10 @@ class TorchDynamoPlugin(Section):
         if self.backend not in ("no", "auto"):
             return
         why = "so nothing is compiled" if self.backend == "no" else "which chooses by itself"
-        for field, declaration in self.declarations.items():
+        for field, info in type(self).model_fields.items():
             value = getattr(self, field)
             takes_effect = field == "backend" or (field == "disable" and self.backend == "auto")
-            if not takes_effect and value and value != declaration.default:
+            if not takes_effect and value and value != info.default:
                 yield Fault(
                     field,
                     f"{value!r} is not used",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field
+
 from paceline.config.schema.base import Key, Section
-from paceline.config.schema.fields import BeforeValidator, Field
 from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
 
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field
+
 from paceline.config.schema.base import Fault, Key, Section
-from paceline.config.schema.fields import BeforeValidator, Field
 from paceline.config.schema.readers import Names, as_dtype_name
 
 Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, BeforeValidator(as_dtype_name)]

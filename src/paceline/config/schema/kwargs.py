@@ -6,8 +6,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import Field
+
 from paceline.config.schema.base import Key, Section
-from paceline.config.schema.fields import Field
 from paceline.config.schema.readers import FilePath, Names
 
 CommHook = Literal["no", "fp16", "bf16", "power_sgd", "batched_power_sgd"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from paceline.config.schema.base import Section
-from paceline.config.schema.fields import Field
 from paceline.config.schema.readers import FilePath
 
 Size = Annotated[int, Field(ge=1)]

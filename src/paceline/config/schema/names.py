@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Final, Literal, get_args
 
@@ -9,7 +10,6 @@ from paceline.config.schema.base import Section, Setting, settings_by_name, sett
 from paceline.config.schema.fsdp import FsdpVersion1, FullyShardedDataParallelPlugin
 from paceline.config.schema.run import RunConfig
 from paceline.errors import did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 
 PARADIGMS: Final = {
     "multi_gpu": "MULTI_GPU",
@@ -31,7 +31,7 @@ _SWITCHES: Final = {
 }
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One flag of `paceline launch`.
 
@@ -128,7 +128,7 @@ def _option(dotted: str, setting: Setting) -> Option:
         flag=setting.flag,
         kind=kind,
         choices=choices,
-        description=setting.description,
+        description=setting.info.description or "",
         section=dotted.rpartition(".")[0],
         default=setting.default,
     )

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from math import prod
 from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
 from paceline.config.schema.base import Fault, Section
-from paceline.config.schema.fields import Field
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -60,9 +61,9 @@ class ParallelismConfig(Section):
     def _unused(self, part: str) -> Iterator[Fault]:
         if getattr(self, f"{part}_size") > 1:
             return
-        for field, declaration in self.declarations.items():
+        for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            if field.startswith(f"{part}_") and field != f"{part}_size" and value != declaration.default:
+            if field.startswith(f"{part}_") and field != f"{part}_size" and value != info.default:
                 yield Fault(
                     field,
                     f"{value!r} is not used",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any
 
-from paceline.config.schema.fields import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 
 def as_names(value: Any) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 __all__ = ["RENDEZVOUS", "RENDEZVOUS_OPTIONS", "RendezvousOptions", "read_rendezvous_options"]
 
@@ -12,7 +11,7 @@ RENDEZVOUS: Final = ("static", "c10d")
 """The supported rendezvous backends."""
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class RendezvousOptions:
     """The options of `rdzv_conf`; times are in seconds.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
 from paceline.config.schema.base import Key, Section
 from paceline.config.schema.deepspeed import DeepSpeedPlugin
 from paceline.config.schema.dynamo import TorchDynamoPlugin
-from paceline.config.schema.fields import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from paceline.config.schema.fp8 import FP8Config
 from paceline.config.schema.fsdp import FullyShardedDataParallelPlugin
 from paceline.config.schema.kwargs import DistributedDataParallelKwargs

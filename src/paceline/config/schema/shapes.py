@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from enum import Enum
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from paceline.errors import did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pydantic.fields import FieldInfo
 
 Style = Literal["native", "plain", "quoted", "text"]
 """How a value was written: a Python or YAML value, an unquoted or quoted YAML scalar, or a bare string of a
@@ -24,7 +25,7 @@ _INTEGRAL: Final = re.compile(r"[+-]?\d+(_\d+)*")
 _NAMES: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Shape:
     """The types and choices that a field accepts.
 
@@ -39,11 +40,11 @@ class Shape:
     nullable: bool
 
     @classmethod
-    def of(cls, annotation: Any) -> Shape:
-        """Read the shape from a type."""
+    def of(cls, field: FieldInfo) -> Shape:
+        """Read the shape from a pydantic field's annotation."""
         types: set[type] = set()
         choices: list[object] = []
-        for part in _parts(annotation):
+        for part in _parts(field.annotation):
             if isinstance(part, type):
                 types.add(part)
             else:

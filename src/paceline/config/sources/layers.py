@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from paceline.config.schema.names import (
@@ -17,7 +17,6 @@ from paceline.config.schema.names import (
 from paceline.config.schema.shapes import Shape
 from paceline.config.sources.origin import Detected, Kind, Origin, Raw
 from paceline.errors import Problem
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +38,7 @@ _BOOL: Final = Shape(frozenset({bool}), (), nullable=False)
 _SAGEMAKER: Final = "amazon_sagemaker"
 
 
-@lazy_dataclass(slots=True)
+@dataclass(slots=True)
 class Layer:
     """The values of one source.
 

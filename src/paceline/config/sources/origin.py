@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from paceline.config.schema.shapes import Style
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
 Kind = Literal["argument", "flag", "environment", "file", "detected", "default"]
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Origin:
     """The source of one value.
 
@@ -33,7 +32,7 @@ class Origin:
 DEFAULT = Origin("default", "default")
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Detected:
     """A detected value with its source.
 
@@ -46,7 +45,7 @@ class Detected:
     where: str
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Raw:
     """A value as a source gave it, before it is checked."""
 

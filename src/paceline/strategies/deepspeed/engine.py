@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paceline.errors import SteppingError
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.strategies.placeholders import DummyOptim
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from paceline.strategies.deepspeed.partitions import Partitions, PartitionSlice
 
 
-@lazy_dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ZeroEngine:
     """One model in training: DeepSpeed's engine, and what it was built from.
 

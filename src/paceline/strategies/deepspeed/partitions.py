@@ -8,6 +8,7 @@ value, gradient and moments are a slice of a flat tensor: a `PartitionSlice`. At
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from typing_extensions import override
 
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@lazy_dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class PartitionSlice:
     """Where a rank stores its shard of one parameter.
 

@@ -6,6 +6,7 @@ The result describes the run as it is; `engine_settings` later takes out what th
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,6 @@ from paceline.config.deepspeed_file.keys import OPTIMIZERS, SCHEDULES
 from paceline.config.deepspeed_file.settings import AUTO, value_at, walk
 from paceline.config.deepspeed_file.values import decided_settings
 from paceline.errors import ConfigError, Problem, did_you_mean
-from paceline.lazy_dataclasses import lazy_dataclass
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _ADAM_MORE = {"torch_adam", "adam_w_mode", "bias_correction", "fp32_optimizer_st
 _ADAM_DEFAULTS = {"betas": [0.9, 0.999], "eps": 1e-8}
 
 
-@lazy_dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AutoValues:
     """What the run knows, for the values that are `"auto"`.
 

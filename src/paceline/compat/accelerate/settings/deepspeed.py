@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,6 @@ from paceline.compat.accelerate.settings.deepspeed_file import HfDeepSpeedConfig
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 from paceline.compat.accelerate.settings.fsdp import get_module_class_from_name
 from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +38,7 @@ _KEYS = {
 _SET_BY_FILE = frozenset({*_KEYS, "mixed_precision"})
 
 
-@lazy_dataclass()
+@dataclass()
 class DeepSpeedPlugin:
     """How DeepSpeed's ZeRO shards and offloads.
 

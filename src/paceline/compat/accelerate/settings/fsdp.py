@@ -6,11 +6,11 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env, str_to_bool
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ _POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 _PRECISIONS = {"fp8": "bfloat16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-@lazy_dataclass()
+@dataclass()
 class FullyShardedDataParallelPlugin:
     """How FSDP shards parameters, gradients and optimizer state.
 

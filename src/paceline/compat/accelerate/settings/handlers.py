@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.compat.accelerate.settings.enums import DDPCommunicationHookType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 from paceline.compat.accelerate.settings.variables import clear_environment
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +43,7 @@ class KwargsHandler:
         return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
 
 
-@lazy_dataclass()
+@dataclass()
 class AutocastKwargs(KwargsHandler):
     """How `torch.autocast` runs in forward."""
 
@@ -52,7 +51,7 @@ class AutocastKwargs(KwargsHandler):
     cache_enabled: bool | None = None
 
 
-@lazy_dataclass()
+@dataclass()
 class DistributedDataParallelKwargs(KwargsHandler):
     """How `DistributedDataParallel` averages gradients."""
 
@@ -97,7 +96,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
         model.register_comm_hook(state=state, hook=hook)
 
 
-@lazy_dataclass()
+@dataclass()
 class GradScalerKwargs(KwargsHandler):
     """How `torch.amp.GradScaler` adapts the loss scale."""
 
@@ -108,7 +107,7 @@ class GradScalerKwargs(KwargsHandler):
     enabled: bool = True
 
 
-@lazy_dataclass()
+@dataclass()
 class InitProcessGroupKwargs(KwargsHandler):
     """How `torch.distributed` opens the process group; without a timeout, 10 minutes under NCCL and 30 elsewhere."""
 
@@ -121,7 +120,7 @@ class InitProcessGroupKwargs(KwargsHandler):
             self.timeout = timedelta(minutes=10 if self.backend == "nccl" else 30)
 
 
-@lazy_dataclass()
+@dataclass()
 class ProfileKwargs(KwargsHandler):
     """What `torch.profiler` records, and where traces go."""
 
@@ -181,7 +180,7 @@ class _Recipe(KwargsHandler):
         raise UnsupportedError(f"{type(self).__name__}(…) was made", _NO_FP8, _USE_BF16)
 
 
-@lazy_dataclass()
+@dataclass()
 class AORecipeKwargs(_Recipe):
     """A recipe for torchao."""
 
@@ -191,7 +190,7 @@ class AORecipeKwargs(_Recipe):
     enable_fsdp_float8_all_gather: bool | None = None
 
 
-@lazy_dataclass()
+@dataclass()
 class TERecipeKwargs(_Recipe):
     """A recipe for Transformer Engine."""
 
@@ -205,14 +204,14 @@ class TERecipeKwargs(_Recipe):
     use_mxfp8_block_scaling: bool | None = None
 
 
-@lazy_dataclass()
+@dataclass()
 class MSAMPRecipeKwargs(_Recipe):
     """A recipe for MS-AMP."""
 
     opt_level: Literal["O1", "O2"] | None = None
 
 
-@lazy_dataclass()
+@dataclass()
 class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
     """A recipe for Transformer Engine or MS-AMP."""
 

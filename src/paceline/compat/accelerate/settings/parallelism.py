@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env
-from paceline.lazy_dataclasses import lazy_dataclass
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +25,7 @@ _EXCHANGES = ("allgather", "alltoall")
 _ATTENTION = ("flash_attention_2", "flash_attention_3", "sdpa")
 
 
-@lazy_dataclass()
+@dataclass()
 class TorchTensorParallelPlugin:
     """The size of tensor parallelism, in the form that preceded `ParallelismConfig`."""
 
@@ -33,7 +33,7 @@ class TorchTensorParallelPlugin:
     torch_device_mesh: DeviceMesh | None = None
 
 
-@lazy_dataclass()
+@dataclass()
 class TorchTensorParallelConfig:
     """How layers are divided among ranks."""
 
@@ -44,7 +44,7 @@ class TorchTensorParallelConfig:
             warnings.warn("enable_async_tp has no effect", stacklevel=3)
 
 
-@lazy_dataclass()
+@dataclass()
 class TorchContextParallelConfig:
     """How ranks that share a sequence exchange keys and values."""
 
@@ -61,7 +61,7 @@ class TorchContextParallelConfig:
             )
 
 
-@lazy_dataclass()
+@dataclass()
 class DeepSpeedSequenceParallelConfig:
     """How DeepSpeed's Ulysses attention divides sequences."""
 

@@ -26,7 +26,7 @@ _PREFIX = "PARALLELISM_CONFIG_"
 _AXES = ("dp_replicate", "dp_shard", "cp", "sp", "tp")
 
 
-@dataclass
+@dataclass()
 class ParallelismConfig:
     """The sizes of the device mesh; those not set come from `PARALLELISM_CONFIG_*`, and are 1 without it."""
 

@@ -24,7 +24,7 @@ _POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 _PRECISIONS = {"fp8": "bfloat16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
-@dataclass
+@dataclass()
 class FullyShardedDataParallelPlugin:
     """How FSDP shards parameters, gradients and optimizer state.
 

@@ -43,7 +43,7 @@ class KwargsHandler:
         return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
 
 
-@dataclass
+@dataclass()
 class AutocastKwargs(KwargsHandler):
     """How `torch.autocast` runs in forward."""
 
@@ -51,7 +51,7 @@ class AutocastKwargs(KwargsHandler):
     cache_enabled: bool | None = None
 
 
-@dataclass
+@dataclass()
 class DistributedDataParallelKwargs(KwargsHandler):
     """How `DistributedDataParallel` averages gradients."""
 
@@ -96,7 +96,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
         model.register_comm_hook(state=state, hook=hook)
 
 
-@dataclass
+@dataclass()
 class GradScalerKwargs(KwargsHandler):
     """How `torch.amp.GradScaler` adapts the loss scale."""
 
@@ -107,7 +107,7 @@ class GradScalerKwargs(KwargsHandler):
     enabled: bool = True
 
 
-@dataclass
+@dataclass()
 class InitProcessGroupKwargs(KwargsHandler):
     """How `torch.distributed` opens the process group; without a timeout, 10 minutes under NCCL and 30 elsewhere."""
 
@@ -120,7 +120,7 @@ class InitProcessGroupKwargs(KwargsHandler):
             self.timeout = timedelta(minutes=10 if self.backend == "nccl" else 30)
 
 
-@dataclass
+@dataclass()
 class ProfileKwargs(KwargsHandler):
     """What `torch.profiler` records, and where traces go."""
 
@@ -180,7 +180,7 @@ class _Recipe(KwargsHandler):
         raise UnsupportedError(f"{type(self).__name__}(…) was made", _NO_FP8, _USE_BF16)
 
 
-@dataclass
+@dataclass()
 class AORecipeKwargs(_Recipe):
     """A recipe for torchao."""
 
@@ -190,7 +190,7 @@ class AORecipeKwargs(_Recipe):
     enable_fsdp_float8_all_gather: bool | None = None
 
 
-@dataclass
+@dataclass()
 class TERecipeKwargs(_Recipe):
     """A recipe for Transformer Engine."""
 
@@ -204,14 +204,14 @@ class TERecipeKwargs(_Recipe):
     use_mxfp8_block_scaling: bool | None = None
 
 
-@dataclass
+@dataclass()
 class MSAMPRecipeKwargs(_Recipe):
     """A recipe for MS-AMP."""
 
     opt_level: Literal["O1", "O2"] | None = None
 
 
-@dataclass
+@dataclass()
 class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
     """A recipe for Transformer Engine or MS-AMP."""
 

@@ -25,7 +25,7 @@ _EXCHANGES = ("allgather", "alltoall")
 _ATTENTION = ("flash_attention_2", "flash_attention_3", "sdpa")
 
 
-@dataclass
+@dataclass()
 class TorchTensorParallelPlugin:
     """The size of tensor parallelism, in the form that preceded `ParallelismConfig`."""
 
@@ -33,7 +33,7 @@ class TorchTensorParallelPlugin:
     torch_device_mesh: DeviceMesh | None = None
 
 
-@dataclass
+@dataclass()
 class TorchTensorParallelConfig:
     """How layers are divided among ranks."""
 
@@ -44,7 +44,7 @@ class TorchTensorParallelConfig:
             warnings.warn("enable_async_tp has no effect", stacklevel=3)
 
 
-@dataclass
+@dataclass()
 class TorchContextParallelConfig:
     """How ranks that share a sequence exchange keys and values."""
 
@@ -61,7 +61,7 @@ class TorchContextParallelConfig:
             )
 
 
-@dataclass
+@dataclass()
 class DeepSpeedSequenceParallelConfig:
     """How DeepSpeed's Ulysses attention divides sequences."""
 

@@ -27,7 +27,7 @@ __all__ = [
 _DYNAMO = "ACCELERATE_DYNAMO_"
 
 
-@dataclass
+@dataclass()
 class TensorInformation:
     """Shape and dtype of a tensor that another rank has."""
 
@@ -35,7 +35,7 @@ class TensorInformation:
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass()
 class DataLoaderConfiguration:
     """How prepared data loaders divide data among ranks."""
 
@@ -48,7 +48,7 @@ class DataLoaderConfiguration:
     use_stateful_dataloader: bool = False
 
 
-@dataclass
+@dataclass()
 class ProjectConfiguration:
     """Where a run keeps its files, and how many checkpoints."""
 
@@ -69,7 +69,7 @@ class ProjectConfiguration:
             self.logging_dir = project_dir
 
 
-@dataclass
+@dataclass()
 class GradientAccumulationPlugin(KwargsHandler):
     """How many micro-batches make one optimizer step, and when gradients are averaged."""
 
@@ -79,7 +79,7 @@ class GradientAccumulationPlugin(KwargsHandler):
     sync_each_batch: bool = False
 
 
-@dataclass
+@dataclass()
 class TorchDynamoPlugin(KwargsHandler):
     """How models are compiled by `torch.compile`; fields that are not set come from `ACCELERATE_DYNAMO_*`."""
 

@@ -47,6 +47,7 @@ from paceline.compat.accelerate.settings.plugins import (
 )
 from paceline.compat.accelerate.settings.variables import parse_flag_from_env
 from paceline.compat.accelerate.state import AcceleratorState, GradientState, PartialState
+from paceline.compat.accelerate.utils.imports import is_bitsandbytes_multi_backend_available, is_xpu_available
 from paceline.config import worker_config
 from paceline.strategies.placeholders import DummyScheduler
 
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 # Stands for an argument that was not passed.
 _NOT_GIVEN = object()
 
@@ -133,6 +134,7 @@ class Accelerator:
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: ParallelismConfig | None = None,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
         _refuse_megatron(megatron_lm_plugin)
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
         if project_dir is not None and self.project_dir is None:
@@ -149,7 +151,8 @@ class Accelerator:
         self.dataloader_config = dataloader_config or DataLoaderConfiguration()
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
         self.rng_types = ["generator"] if rng_types is None else rng_types
-        self._loaders = LoaderRules(self.dataloader_config, self.rng_types, lambda: self.torch_device_mesh)
+        # It does not refer to the Accelerator, which is freed with the last reference of the program then.
+        self._loaders = LoaderRules(self.dataloader_config, self.rng_types, _shared_mesh)
         plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         self.gradient_state = GradientState(plugin)
         self._known_plugin: Any = None
@@ -498,6 +501,8 @@ class Accelerator:
                 "Pass as many",
             )
         models = [thing for thing in args if isinstance(thing, nn.Module)]
+        for model in models:
+            _check_quantized(model)
         self._check_device_map(models)
         self._push_plugin(models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
@@ -591,6 +596,7 @@ class Accelerator:
             device_placement: Whether it is moved to the device.
             evaluation_mode: Only place it, and exchange no gradients for it.
         """
+        _check_quantized(model)
         self._check_device_map([model])
         self._push_plugin([model])
         prepared = self._core.prepare_model(model, device_placement, evaluation_mode)
@@ -652,10 +658,11 @@ class Accelerator:
             keep_fp32_wrapper: False lets the forward return the precision that it computes in.
             keep_torch_compile: False also removes the wrapper of `torch.compile(model)`.
         """
+        from paceline.compat.accelerate.utils.other import extract_model_from_parallel
+
         inner = self._core.unwrap_model(model, keep_torch_compile=keep_torch_compile)
-        # A wrapper of another Accelerator, or of one whose memory was freed.
-        while isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
+        # Wrappers of the program, of another Accelerator, or of one whose memory was freed.
+        inner = extract_model_from_parallel(inner, keep_fp32_wrapper, keep_torch_compile)
         if not keep_fp32_wrapper:
             for key, hook in list(inner._forward_hooks.items()):
                 if hook is _to_fp32:
@@ -962,10 +969,14 @@ class Accelerator:
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Add objects with `state_dict` and `load_state_dict` to what `save_state` saves."""
-        invalid = [each for each in objects if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict"))]
+        invalid = [
+            f"Item at index {index} ({type(each).__name__})"
+            for index, each in enumerate(objects)
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict"))
+        ]
         if invalid:
             raise InvalidValueError(
-                f"{', '.join(type(each).__name__ for each in invalid)} cannot be registered for checkpoints",
+                f"{', '.join(invalid)} cannot be registered for checkpoints",
                 "It lacks state_dict or load_state_dict",
                 "Add both methods",
             )
@@ -1090,9 +1101,28 @@ class Accelerator:
             tracker.finish()
         self.state.destroy_process_group()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        prepared = (self._models, self._optimizers, self._schedulers)
+        lists = tuple(list(each) for each in (*prepared, self._dataloaders, self._custom_objects))
+        return _unpickled, (type(self), self._arguments, self.step, lists)
+
     def __deepcopy__(self, memo: Any) -> Any:
         _LOG.info("A copy of an Accelerator is the Accelerator itself")
         return self
+
+
+def _unpickled(
+    accelerator_class: type[Accelerator], arguments: dict[str, Any], step: int, lists: tuple[list[Any], ...]
+) -> Accelerator:
+    """Make an Accelerator of the same settings in this process, and let it prepare the same again."""
+    given = {name: value for name, value in arguments.items() if name != "split_batches"}
+    accelerator = accelerator_class(**given)
+    models, optimizers, schedulers, loaders, objects = lists
+    accelerator.prepare(*models, *optimizers, *schedulers)
+    accelerator._dataloaders.extend(loaders)
+    accelerator._custom_objects.extend(objects)
+    accelerator.step = step
+    return accelerator
 
 
 class _Fp32Outputs:
@@ -1105,6 +1135,29 @@ class _Fp32Outputs:
 
 
 _to_fp32 = _Fp32Outputs()
+
+
+def _check_quantized(model: nn.Module) -> None:
+    """Refuse to train a model of bitsandbytes whose layers are not on the device."""
+    is_quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    placed: Any = getattr(model, "hf_device_map", None)
+    if not is_quantized or not placed:
+        return
+    places = {str(place) for place in placed.values()}
+    can_compute_on_cpu = is_bitsandbytes_multi_backend_available() and not is_xpu_available()
+    is_offloaded = "disk" in places or ("cpu" in places and not can_compute_on_cpu)
+    if is_offloaded:
+        raise InvalidValueError(
+            f"{type(model).__name__} was loaded in 8 or 4 bits, and its device_map puts layers on {sorted(places)}",
+            "Quantized layers are trained on the device only, without CPU or disk offload",
+            "Load it with device_map={'': accelerator.device}",
+        )
+
+
+def _shared_mesh() -> DeviceMesh | None:
+    """The mesh of the run."""
+    mesh: DeviceMesh | None = AcceleratorState().device_mesh
+    return mesh
 
 
 def _refuse_megatron(plugin: Any) -> None:

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _IS_INSTALLED = {
     LoggerType.TENSORBOARD: imports.is_tensorboard_available,
     LoggerType.WANDB: imports.is_wandb_available,
@@ -536,7 +536,7 @@ def _known_kind(item: str | LoggerType, logging_dir: str | os.PathLike[str] | No
         return None
     if LOGGER_TYPE_TO_CLASS[str(kind)].requires_logging_directory and logging_dir is None:
         raise InvalidValueError(
-            f"log_with is {item!r} without a folder",
+            f"Logging with `{item}` requires a `logging_dir`, and there is none",
             "It writes its files there",
             "Pass project_dir, or ProjectConfiguration(logging_dir=...)",
         )

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 import paceline
 from paceline.accelerator.policies import use_policies
 from paceline.compat.accelerate.bridge import sections
-from paceline.compat.accelerate.bridge.rules import LoaderRules, rules_of
+from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
+from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
 from paceline.compat.accelerate.settings.deepspeed import DeepSpeedPlugin
 from paceline.compat.accelerate.settings.enums import DistributedType
@@ -30,6 +31,7 @@ from paceline.compat.accelerate.settings.errors import (
     NotInitializedError,
     UnsupportedError,
     WrongTypeError,
+    value_errors,
 )
 from paceline.compat.accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from paceline.compat.accelerate.settings.handlers import (
@@ -156,7 +158,8 @@ class Accelerator:
         plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         self.gradient_state = GradientState(plugin)
         self._known_plugin: Any = None
-        with use_policies(rules_of(self._loaders)):
+        self._kinds = PreparedKinds(self.dataloader_config)
+        with use_policies(rules_of(self._loaders, self._kinds)), value_errors():
             self._core = self._make_core(plugin, compile_plugin, handlers)
         self.gradient_state.plugin_kwargs.setdefault("num_steps", self._core.gradient_accumulation_steps)
         self.scaler: Any = self._core.scaler
@@ -464,6 +467,11 @@ class Accelerator:
         return self._core.prepared.registered
 
     @property
+    def deepspeed_config(self) -> dict[str, Any] | None:
+        """DeepSpeed's configuration, complete once a model is prepared; None elsewhere."""
+        return None if self.deepspeed_plugin is None else self.deepspeed_plugin.deepspeed_config
+
+    @property
     def deepspeed_engine_wrapped(self) -> Any:
         """The engine of the model that is trained under DeepSpeed; None before it is prepared."""
         from paceline.compat.accelerate.utils.deepspeed import DeepSpeedEngineWrapper
@@ -504,15 +512,40 @@ class Accelerator:
         for model in models:
             _check_quantized(model)
         self._check_device_map(models)
+        self._fill_deepspeed(args, models)
         self._push_plugin(models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
         if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
-        result = self._core.prepare(*args, device_placement=device_placement)
+        self._kinds.is_engines_schedule = any(isinstance(thing, DummyScheduler) for thing in args)
+        with value_errors():
+            result = self._core.prepare(*args, device_placement=device_placement)
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
         return result
+
+    def _fill_deepspeed(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        """Fill each `auto` of DeepSpeed's configuration, before the first model is prepared."""
+        plugin = self.deepspeed_plugin
+        has_optimizer = any(isinstance(thing, Optimizer) for thing in args)
+        if plugin is None or not models or self._models or not has_optimizer:
+            return
+        fill_configuration(
+            plugin,
+            args,
+            accumulation=self.gradient_accumulation_steps,
+            ranks=self.num_processes,
+            split_batches=self.split_batches,
+        )
+        described = int(plugin.get_value("gradient_accumulation_steps", 1))
+        if described != self.gradient_accumulation_steps:
+            _LOG.warning(
+                "DeepSpeed's configuration says %s micro-batches to a step, the Accelerator %s: DeepSpeed's number holds.",
+                described,
+                self.gradient_accumulation_steps,
+            )
+            self.gradient_accumulation_steps = described
 
     def _check_engine(self, optimizers: Sequence[Any], models: Sequence[nn.Module]) -> None:
         """Refuse an optimizer for an engine of DeepSpeed that is not there."""
@@ -543,8 +576,6 @@ class Accelerator:
             return
         if isinstance(made, nn.Module):
             self._return_fp32(made)
-        if isinstance(given, DummyScheduler):
-            made.is_of_engine = True
         if isinstance(made, (nn.Module, Optimizer, DataLoader)) or made is not given:
             with contextlib.suppress(AttributeError):
                 made._is_accelerate_prepared = True
@@ -722,14 +753,17 @@ class Accelerator:
 
         Args:
             loss: One value.
-            kwargs: Passed on to `Tensor.backward`; `scale_wrt_gas` has no effect, as no engine divides.
+            kwargs: Passed on to `Tensor.backward`; under DeepSpeed `scale_wrt_gas=False` leaves the loss undivided.
 
         Raises:
             UnsupportedError: The optimizer is to step in the backward.
         """
         if "learning_rate" in kwargs:
             raise self._no_lomo()
-        kwargs.pop("scale_wrt_gas", None)
+        is_divided = kwargs.pop("scale_wrt_gas", True)
+        if self.distributed_type == DistributedType.DEEPSPEED and not is_divided:
+            # The program has divided it.
+            loss = loss * self.gradient_accumulation_steps
         self._core.backward(loss, **kwargs)
 
     def lomo_backward(self, loss: Tensor, learning_rate: float) -> None:
@@ -758,7 +792,9 @@ class Accelerator:
         configured = self._configured_norm()
         if configured is not None and float(max_norm) != float("inf"):
             max_norm = configured
-        return self._core.clip_grad_norm_(parameters, max_norm, norm_type)
+        norm = self._core.clip_grad_norm_(parameters, max_norm, norm_type)
+        is_engines = self.distributed_type == DistributedType.DEEPSPEED
+        return float(norm) if is_engines and norm is not None else norm
 
     def _configured_norm(self) -> float | None:
         if self.distributed_type != DistributedType.DEEPSPEED or self.deepspeed_plugin is None:

@@ -154,7 +154,9 @@ def load_accelerator_state(
     """
     if map_location not in (None, "cpu", "on_device"):
         raise WrongTypeError(
-            f"Unsupported optimizer map location passed: {map_location!r}", "There is no such choice", "Use cpu, on_device, or leave it out"
+            f"Unsupported optimizer map location passed: {map_location!r}",
+            "There is no such choice",
+            "Use cpu, on_device, or leave it out",
         )
     folder = Path(input_dir)
     where = PartialState().device if map_location == "on_device" else torch.device("cpu")

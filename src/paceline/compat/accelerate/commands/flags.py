@@ -118,8 +118,8 @@ def _type(option: Option) -> Any:
         return _three_words
     if option.flag in _READ_AS_BOOL:
         return str_to_bool
-    is_flag_of_ours = option.section == "ddp_config" or option.flag in OWN_FLAGS
-    if is_flag_of_ours or option.kind in ("str", "choice"):
+    is_of_paceline = option.section == "ddp_config" or option.flag in OWN_FLAGS
+    if is_of_paceline or option.kind in ("str", "choice"):
         return str
     return {"bool": str, "int": int, "float": float}[option.kind]
 

@@ -60,8 +60,6 @@ _TPU_KEYS: Final = (
 _PREFIXES: Final = {"fsdp_config": "fsdp_", "fp8_config": "fp8_", "dynamo_config": "dynamo_", "ddp_config": "ddp_"}
 # Of the configuration itself, or decided by what follows here.
 _NOT_SETTINGS: Final = frozenset({"compute_environment", "distributed_type", "mixed_precision"})
-# Decided by the launcher, unless somebody says otherwise.
-_OF_LAUNCHER: Final = ("num_cpu_threads_per_process", "gpu_ids", "as_accelerate")
 _COMMAND_SWITCHES: Final = ("module", "no_python", "quiet")
 
 
@@ -72,8 +70,9 @@ def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `launch`, if it is one of several.
     """
     texts: dict[str, Any] = {
-        "description": "Run a script on all devices. Flags can also be written with hyphens (`--num-processes 2`); "
-        "`paceline launch --help` describes them with examples.",
+        # The flag stands first, so that no line breaks within it.
+        "description": "`--num-processes 2` and the like can also be written with underscores. Run a script on all "
+        "devices; `paceline launch --help` describes the flags with examples.",
         "usage": "accelerate launch [flags] script [arguments]",
         "allow_abbrev": False,
     }
@@ -188,7 +187,6 @@ def _reject_contradictions(args: argparse.Namespace) -> None:
 
 def _complete_from_file(args: argparse.Namespace, file: ClusterConfig) -> None:
     """Take from the file what the flags leave open. A flag that was given counts, and any value set by a program."""
-    given = getattr(args, "nondefault", set())
     kind = str(getattr(file.distributed_type, "value", file.distributed_type))
     if not any(getattr(args, name) for name in ("multi_gpu", "tpu_use_cluster", *_PARADIGMS)):
         for name, (value, _) in _PARADIGMS.items():
@@ -196,21 +194,25 @@ def _complete_from_file(args: argparse.Namespace, file: ClusterConfig) -> None:
         args.multi_gpu = kind.startswith("MULTI_") and kind != "MULTI_CPU"
         args.use_parallelism_config = bool(file.parallelism_config)
         args.distributed_type = kind
-    preset = defaults()
+    given, preset = getattr(args, "nondefault", set()), defaults()
     args.from_file = set()
     for name, value in _leaves(file):
         is_open = name not in given and getattr(args, name, None) in (None, preset.get(name))
         if is_open and value is not None:
             setattr(args, name, value)
             args.from_file.add(name)
+    _reject_incomplete(args, kind)
+
+
+def _reject_incomplete(args: argparse.Namespace, kind: str) -> None:
     if args.num_processes == -1:
         raise InvalidValueError(
             "The configuration file has no num_processes",
             f"Its distributed_type {kind} needs the number of processes on all machines",
             "Add the key, or --num_processes",
         )
-    one = args.gpu_ids not in (None, "all") and "," not in str(args.gpu_ids)
-    if one and args.multi_gpu and (args.num_machines or 1) <= 1:
+    is_one_device = args.gpu_ids not in (None, "all") and "," not in str(args.gpu_ids)
+    if is_one_device and args.multi_gpu and (args.num_machines or 1) <= 1:
         raise InvalidValueError(
             f"gpu_ids is {args.gpu_ids}, and distributed_type {kind}",
             "Several processes need several devices",
@@ -258,20 +260,31 @@ def _threads(args: argparse.Namespace) -> int:
 
 def _flags(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield the flags of `paceline launch` that stand for the flags and the file of Accelerate."""
-    given, sections = getattr(args, "nondefault", set()), _used_sections(args)
-    of_file = getattr(args, "from_file", set())
-    # The file's distributed_type, or the flags that take its place.
-    skipped = set(_OF_LAUNCHER) | ({"multi_gpu", *_PARADIGMS} if args.distributed_type else set())
+    given, of_file = getattr(args, "nondefault", set()), getattr(args, "from_file", set())
+    sections, skipped = _used_sections(args), _skipped(args) - of_file
     for option in options():
         name = destination(option)
         value = getattr(args, name, None)
-        is_used = option.section in sections and (name not in _TPU_KEYS or args.tpu)
         is_set = name in of_file or value != defaults().get(name)
-        if value is not None and (name in given or (is_used and is_set and name not in skipped - of_file)):
+        is_read = option.section in sections and (args.tpu or name not in _TPU_KEYS)
+        is_used = is_set and is_read and name not in skipped
+        if value is not None and (name in given or is_used):
             yield option.flag, _text(value)
+    yield from _of_version_1(args)
+
+
+def _of_version_1(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """FSDP of version 1 saves whole weights unless somebody says otherwise; paceline's own default is shards."""
     if args.use_fsdp and str(args.fsdp_version) == "1" and args.fsdp_state_dict_type is None:
-        # Version 1 saves whole weights unless it is told otherwise.
         yield "fsdp_state_dict_type", "FULL_STATE_DICT"
+
+
+def _skipped(args: argparse.Namespace) -> set[str]:
+    """Flags that a run does without unless somebody gave them."""
+    skipped = {"num_cpu_threads_per_process", "gpu_ids", "as_accelerate"}
+    if args.distributed_type:
+        skipped |= {"multi_gpu", *_PARADIGMS}
+    return skipped
 
 
 def _used_sections(args: argparse.Namespace) -> tuple[str, ...]:

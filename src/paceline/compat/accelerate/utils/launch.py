@@ -111,17 +111,22 @@ def prepare_simple_launcher_cmd_env(args: argparse.Namespace) -> tuple[list[str]
     env = {**os.environ, **_common(args), "ACCELERATE_USE_CPU": str(bool(args.cpu or args.use_cpu))}
     if args.cpu or args.use_cpu:
         env |= {"KMP_AFFINITY": "granularity=fine,compact,1,0", "KMP_BLOCKTIME": "1"}
+    return command, {**env, **_meeting_point(args)}
+
+
+def _meeting_point(args: argparse.Namespace) -> dict[str, str]:
+    """Where several processes meet."""
     machines = args.num_machines or 1
-    if (args.num_processes or 1) > 1 or machines > 1:
-        if machines > 1 and (args.main_process_ip is None or args.main_process_port is None):
-            raise InvalidValueError(
-                f"{machines} machines, and main_process_ip is {args.main_process_ip}",
-                "They meet at the address and port of the first one",
-                "Give --main_process_ip and --main_process_port",
-            )
-        env["MASTER_ADDR"] = args.main_process_ip or "127.0.0.1"
-        env["MASTER_PORT"] = str(args.main_process_port or _DEFAULT_PORT)
-    return command, env
+    if (args.num_processes or 1) <= 1 and machines <= 1:
+        return {}
+    if machines > 1 and (args.main_process_ip is None or args.main_process_port is None):
+        raise InvalidValueError(
+            f"{machines} machines, and main_process_ip is {args.main_process_ip}",
+            "They meet at the address and port of the first one",
+            "Give --main_process_ip and --main_process_port",
+        )
+    port = args.main_process_port or _DEFAULT_PORT
+    return {"MASTER_ADDR": args.main_process_ip or "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def prepare_multi_gpu_env(args: argparse.Namespace) -> dict[str, str]:

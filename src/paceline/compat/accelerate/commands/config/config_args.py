@@ -118,6 +118,9 @@ class BaseConfig:
         Raises:
             InvalidValueError: There is no `distributed_type`.
         """
+        for key in ("distributed_type", "mixed_precision"):
+            if config_dict.get(key) is False:  # what YAML makes of an unquoted NO
+                config_dict[key] = "NO" if key == "distributed_type" else "no"
         strategy = config_dict.get("strategy")
         if strategy in _TYPE_OF_STRATEGY:
             config_dict.setdefault("distributed_type", _TYPE_OF_STRATEGY[strategy])

@@ -541,7 +541,7 @@ class Accelerator:
         described = int(plugin.get_value("gradient_accumulation_steps", 1))
         if described != self.gradient_accumulation_steps:
             _LOG.warning(
-                "DeepSpeed's configuration says %s micro-batches to a step, the Accelerator %s: DeepSpeed's number holds.",
+                "DeepSpeed's configuration says %s micro-batches to a step, the Accelerator %s: DeepSpeed's holds.",
                 described,
                 self.gradient_accumulation_steps,
             )

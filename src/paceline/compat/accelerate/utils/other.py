@@ -177,7 +177,7 @@ def extract_model_from_parallel(
 
     Args:
         model: The model.
-        keep_fp32_wrapper: False gives a model its own forward back that a program wrapped itself, keeping the old one as
+        keep_fp32_wrapper: False gives a model its own forward back that a program wrapped, keeping the old one as
             `_original_forward`. The forward of a prepared model is its own in any case.
         keep_torch_compile: Keep the wrapper of `torch.compile`, around the model that was found.
         recursive: Take wrappers inside the model off, too.

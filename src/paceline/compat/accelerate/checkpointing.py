@@ -450,14 +450,7 @@ def save_model(
     if folder.is_file():
         _LOG.error("%s is a file: the model is not saved", folder)
         return
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise NotInitializedError(
-            f"{', '.join(empty[:3])} of {type(model).__name__} have no values",
-            "They are on the meta device",
-            "Load them",
-        )
-    weights = accelerator.get_state_dict(model)
+    weights = _all_weights(accelerator, model)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if safe_serialization:
@@ -467,6 +460,23 @@ def save_model(
                 old.unlink()
             _save_parts(weights, folder, max_shard_size)
     accelerator.wait_for_everyone()
+
+
+def _all_weights(accelerator: Any, model: nn.Module) -> dict[str, Any]:
+    """The weights of a model, those that are offloaded to host memory or disk too."""
+    from paceline.placement import get_state_dict_offloaded_model, has_offloaded_params
+
+    if any(map(has_offloaded_params, model.modules())):
+        return get_state_dict_offloaded_model(model)
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise NotInitializedError(
+            f"{', '.join(empty[:3])} of {type(model).__name__} have no values",
+            "They are on the meta device",
+            "Load them",
+        )
+    weights: dict[str, Any] = accelerator.get_state_dict(model)
+    return weights
 
 
 def _save_parts(weights: dict[str, Any], folder: Path, max_shard_size: int | str) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paceline.tracking.base import TableBackend
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Tracker"]
 
@@ -41,21 +38,6 @@ class Tracker(TableBackend):
         """Record images; keywords are those of `wandb.Image`."""
         converted = {name: [self._package.Image(one, **kwargs) for one in images] for name, images in values.items()}
         self._run.log(converted, step=step)
-
-    def log_table(
-        self,
-        table_name: str,
-        columns: Sequence[str] | None = None,
-        data: Sequence[Sequence[Any]] | None = None,
-        dataframe: Any = None,
-        step: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Record a table; keywords are those of `Run.log`."""
-        named = None if columns is None else list(columns)
-        rows = None if data is None else [list(row) for row in data]
-        table = self._package.Table(columns=named, data=rows, dataframe=dataframe)
-        self._run.log({table_name: table}, step=step, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
         """Store a file with the run."""

@@ -18,7 +18,7 @@ import socket
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from paceline import Accelerator
-from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from paceline.config import FP8Config, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from paceline.nn import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -175,8 +175,11 @@ class Raw(Contender):
         if settings.get("fp8"):
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+            config = Float8LinearConfig.from_recipe_name(settings["fp8"])
+            if settings.get("fsdp"):
+                config = replace(config, enable_fsdp_float8_all_gather=True)
             for block in blocks_of(self.model):
-                convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(settings["fp8"]))
+                convert_to_float8_training(block, config=config)
         if settings.get("compiled"):
             for block in blocks_of(self.model):
                 block.compile()
@@ -196,15 +199,20 @@ class Raw(Contender):
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.settings.get("fp8") and self.settings.get("fsdp"):
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(self.model)
         return loss.detach()
 
 
 class Paceline(Contender):
-    """Through the Accelerator; `dynamo` is its argument."""
+    """Through the Accelerator; `dynamo`, `precision` and `handlers` are its arguments."""
 
     def prepare(self) -> None:
         """Prepare model and optimizer in one call."""
         settings: dict[str, Any] = {"mixed_precision": self.settings.get("precision", "bf16")}
+        settings["kwargs_handlers"] = self.settings.get("handlers", ())
         if self.settings.get("fsdp"):
             settings["fsdp_plugin"] = FullyShardedDataParallelPlugin()
             settings["strategy"] = "fsdp"
@@ -251,7 +259,29 @@ def contenders_of(name: str) -> list[Contender]:
                 Raw(
                     "raw, fp8 tensorwise, blocks and loss compiled", LARGE, "compiled", compiled=True, fp8="tensorwise"
                 ),
-                Raw("raw, fp8 tensorwise, chunked loss", LARGE, "chunked", compiled=True, fp8="tensorwise"),
+                Paceline("paceline, fp8, chunked loss", LARGE, "chunked", precision="fp8", settle=2),
+            ]
+        case "fp8-rowwise":
+            rowwise = [FP8Config(recipe="rowwise")]
+            return [
+                Raw("raw eager", LARGE),
+                Raw("raw, fp8 rowwise, chunked loss", LARGE, "chunked", compiled=True, fp8="rowwise"),
+                Paceline(
+                    "paceline, fp8 rowwise, chunked loss", LARGE, "chunked", precision="fp8", handlers=rowwise, settle=2
+                ),
+            ]
+        case "fp8-fsdp":
+            return [
+                Raw("raw FSDP2 eager", LARGE, fsdp=True),
+                Raw(
+                    "raw FSDP2, fp8 gathered, chunked loss",
+                    LARGE,
+                    "chunked",
+                    fsdp=True,
+                    compiled=True,
+                    fp8="tensorwise",
+                ),
+                Paceline("paceline FSDP2, fp8, chunked loss", LARGE, "chunked", fsdp=True, precision="fp8", settle=2),
             ]
         case "fsdp":
             return [
@@ -287,12 +317,23 @@ def contenders_of(name: str) -> list[Contender]:
 
 
 def synchronized(work: Callable[[], Any]) -> float:
-    """Seconds of some work on the device."""
+    """Seconds of some work on the device; all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
     torch.cuda.synchronize()
     started = time.perf_counter()
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def agreed(stop: bool) -> bool:
+    """Whether any rank wants to stop: ranks that took turns alone would wait for each other for ever."""
+    if not dist.is_initialized():
+        return stop
+    flag = torch.tensor([float(stop)], device="cuda")
+    dist.all_reduce(flag)
+    return bool(flag)
 
 
 def take_steps(contender: Contender, batches: list[Tensor]) -> None:
@@ -311,8 +352,9 @@ def matmul_rate() -> float:
 
 
 def batches_of(case: Case) -> list[Tensor]:
-    """Tokens of all compared steps, the same for every contender."""
-    generator = torch.Generator().manual_seed(1)
+    """Tokens of all compared steps, the same for every contender; each rank has its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(1 + rank)
     shape = (case.batch, case.sequence)
     return [torch.randint(case.vocabulary, shape, generator=generator).cuda() for _ in range(COMPARED_STEPS)]
 
@@ -334,11 +376,10 @@ def warm_up(contender: Contender, batches: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, contenders: list[Contender], seconds: float) -> dict[str, Any]:
     """Build all contenders, compare their losses, and let them take turns for `seconds` at most."""
     started = time.perf_counter()
     rate = matmul_rate()
-    contenders = contenders_of(name)
     case = contenders[0].case
     batches = batches_of(case)
     usable = []
@@ -359,9 +400,10 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             steps = [batches[i % len(batches)] for i in range(case.block)]
             took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
-        if time.perf_counter() - started > seconds:
+        if agreed(time.perf_counter() - started > seconds):
             break
     first = usable[0]
+    # Sharded parameters tell their whole number of elements, too.
     parameters = sum(p.numel() for p in first.model.parameters())
     rows = []
     for contender in usable:
@@ -397,7 +439,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
-    if args.name.startswith("fsdp"):
+    if "fsdp" in args.name and "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]
@@ -411,7 +453,7 @@ def main() -> None:
         )
         torch.cuda.set_device(0)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
-    found = measure(args.name, args.seconds)
+    found = measure(args.name, contenders_of(args.name), args.seconds)
     print(json.dumps(found), flush=True)
     # Threads of compilers and process groups have nothing left to do.
     os._exit(0)

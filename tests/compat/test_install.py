@@ -40,7 +40,7 @@ def run_python(*arguments: str, folder: Path | None = None) -> subprocess.Comple
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
 

@@ -46,7 +46,7 @@ def run(folder: Path, way: str, example: str, *arguments: str) -> str:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

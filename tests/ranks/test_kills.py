@@ -68,7 +68,6 @@ def test_killed_twice(never_killed: Path, strategy: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2, 27))
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"], indirect=True)
 def test_killed_again_and_again(never_killed: Path, strategy: str, tmp_path: Path, seed: int) -> None:

@@ -118,7 +118,7 @@ def result(running: Running) -> Any:
 def alone(folder: Path) -> Any:
     command = [sys.executable, "-m", "paceline", "launch", "--cpu", "--num_processes", "1", "train.py"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=800, check=True)
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
 
 

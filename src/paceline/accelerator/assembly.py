@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from paceline.collectives import SoloGroup, TorchGroup
 from paceline.config import with_arguments, worker_config
-from paceline.environment.device import choose_device
+from paceline.environment.device import choose_device, supported_precisions
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
@@ -65,6 +65,8 @@ def resolve_arguments(
     explicit = {key: value for key, value in arguments.items() if value is not None}
     if handlers.ddp is not None:
         explicit["ddp_config"] = handlers.ddp
+    if handlers.fp8 is not None:
+        explicit["fp8_config"] = handlers.fp8
     return with_arguments(worker_config(env), explicit, policies.leniency)
 
 
@@ -106,7 +108,9 @@ def assemble(
     if backend is not None:
         start_watch(world, error_file, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
-    precision = policy_for(config.mixed_precision, device, handlers.autocast)
+    emulates_fp8 = config.fp8_config is not None and config.fp8_config.emulate
+    supported = supported_precisions(device) | ({"fp8"} if emulates_fp8 else set())
+    precision = policy_for(config.mixed_precision, device, handlers.autocast, supported=supported)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     context = RunContext(
         world=world, device=device, group=group, precision=precision, config=config, leniency=policies.leniency

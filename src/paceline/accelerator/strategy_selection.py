@@ -14,7 +14,7 @@ from paceline.planner import choose_strategy, measure
 from paceline.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -36,14 +36,21 @@ class StrategySelector:
         optimizers: The prepared optimizers, whose state counts for `auto`; grows.
         strategy: The script's own: an object, or a class or function that is called with the `RunContext`. With a
             name or None the configured one is built.
+        remaining_steps: See `RunContext.remaining_steps`.
 
     Attributes:
         maybe_current: The strategy; None while `auto` waits for a model.
         reason: Which strategy it is and why, in one line; empty while it is undecided.
     """
 
-    def __init__(self, components: RunComponents, optimizers: Sequence[AcceleratedOptimizer], strategy: object) -> None:
-        self._components = components
+    def __init__(
+        self,
+        components: RunComponents,
+        optimizers: Sequence[AcceleratedOptimizer],
+        strategy: object,
+        remaining_steps: Callable[[], int | None],
+    ) -> None:
+        self._components = replace(components, context=replace(components.context, remaining_steps=remaining_steps))
         self._optimizers = optimizers
         self._own_strategy = None if isinstance(strategy, str) else strategy
         self.maybe_current: Strategy | None

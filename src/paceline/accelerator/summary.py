@@ -62,6 +62,7 @@ def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str
 def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator[tuple[str, str]]:
     yield "precision", components.context.precision.mode
     if strategy is not None:
+        yield from (("precision", line) for line in strategy.describe_fp8())
         yield "dtypes", ", ".join(f"{use} {dtype}" for use, dtype in strategy.dtypes().items())
 
 

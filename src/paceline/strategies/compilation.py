@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError
-from paceline.strategies.blocks import find_units
+from paceline.strategies.blocks import repeated_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +74,7 @@ def compiler_arguments(settings: TorchDynamoPlugin, backend: Any) -> dict[str, A
 def _modules_to_compile(model: nn.Module, settings: TorchDynamoPlugin) -> list[nn.Module]:
     if not settings.use_regional_compilation:
         return [model]
-    blocks = find_units(model, FullyShardedDataParallelPlugin()).names
+    blocks = repeated_blocks(model)
     return [model.get_submodule(name) for name in blocks] or [model]
 
 

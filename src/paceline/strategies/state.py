@@ -12,6 +12,7 @@ import torch
 
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
+from paceline.precision.fp8 import plain_local
 from paceline.strategies.activation_checkpointing import plain_name
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
         )
     # A save does this once a tensor while training waits; under no_grad no graph is built.
     with torch.no_grad():
-        local = tensor.to_local().detach()
+        local = plain_local(tensor.to_local().detach())
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
     return TensorShard(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
 

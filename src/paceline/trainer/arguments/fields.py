@@ -175,7 +175,17 @@ class DataFields:
         None, "Names of the inputs that are labels; none takes them from the model's forward, [] means there are none."
     )
     train_sampling_strategy: Sampling = _field("random", "Order of the training samples.")
-    length_column_name: str = _field("length", "Column with the length of each sample, for group_by_length.")
+    length_column_name: str = _field(
+        "length", "Column with the length of each sample, for group_by_length and packing."
+    )
+    packing: bool = _field(
+        False,
+        "Pack the training sequences into rows of packing_length tokens, without padding between them; a sample of the "
+        "batch sizes is a row then.",
+    )
+    packing_length: int | None = _field(
+        None, "Tokens of a packed row; none takes the longest training sample, which a stream does not know."
+    )
     seed: int = _field(42, "Seed of all random generators.")
     data_seed: int | None = _field(None, "Seed of the order of samples; none takes seed.")
     full_determinism: bool = _field(False, "Use deterministic kernels only.")

@@ -25,7 +25,7 @@ from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuratio
 from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
 from paceline.compat.accelerate.settings.deepspeed import DeepSpeedPlugin
-from paceline.compat.accelerate.settings.enums import DistributedType
+from paceline.compat.accelerate.settings.enums import DistributedType, FP8BackendType
 from paceline.compat.accelerate.settings.errors import (
     InvalidValueError,
     NotInitializedError,
@@ -35,6 +35,7 @@ from paceline.compat.accelerate.settings.errors import (
 )
 from paceline.compat.accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from paceline.compat.accelerate.settings.handlers import (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -47,7 +48,7 @@ from paceline.compat.accelerate.settings.plugins import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from paceline.compat.accelerate.settings.variables import parse_flag_from_env
+from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env
 from paceline.compat.accelerate.state import AcceleratorState, GradientState, PartialState
 from paceline.compat.accelerate.utils.imports import is_bitsandbytes_multi_backend_available, is_xpu_available
 from paceline.config import worker_config
@@ -147,6 +148,8 @@ class Accelerator:
         compile_plugin = _compile_plugin(dynamo_plugin, dynamo_backend)
         sizes = _sizes(parallelism_config, torch_tp_plugin)
         self.state = self._make_state(mixed_precision, cpu, compile_plugin, deepspeed, fsdp, sizes)
+        self.fp8_enabled = self.state.mixed_precision == "fp8"
+        self.ao_recipe_handler = _fp8_recipe(self.ao_recipe_handler, self.fp8_enabled)
         self._join_mesh(sizes)
 
         self.device_placement = device_placement
@@ -181,9 +184,10 @@ class Accelerator:
         self.init_handler = handlers.get(InitProcessGroupKwargs)
         self.autocast_handler = handlers.get(AutocastKwargs)
         self.profile_handler = handlers.get(ProfileKwargs)
-        self.fp8_recipe_handler = self.te_recipe_handler = self.ao_recipe_handler = self.msamp_recipe_handler = None
+        self.ao_recipe_handler = handlers.get(AORecipeKwargs)
+        self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = None
         self.has_lomo_optimizer = False
-        self.fp8_enabled = self.delayed_fp8_autocast = False
+        self.delayed_fp8_autocast = False
 
     def _make_state(
         self, precision: Any, cpu: bool, dynamo: Any, deepspeed: Any, fsdp: Any, sizes: ParallelismConfig | None
@@ -219,7 +223,8 @@ class Accelerator:
     ) -> paceline.Accelerator:
         arguments: dict[str, Any] = {
             "device_placement": self.device_placement,
-            "mixed_precision": self.state.mixed_precision,
+            # torchao's layers compute in fp8; all else is in bf16.
+            "mixed_precision": "bf16" if self.fp8_enabled else self.state.mixed_precision,
             "cpu": True if self.device.type == "cpu" else None,
             "strategy": self._strategy_name,
             "gradient_accumulation_plugin": sections.accumulation_section(plugin),
@@ -298,9 +303,14 @@ class Accelerator:
         return self.state.mixed_precision
 
     @property
-    def fp8_backend(self) -> None:
-        """The library that computes in 8-bit floats: none."""
-        return None
+    def fp8_backend(self) -> FP8BackendType:
+        """The library that computes in 8-bit floats: torchao, or none."""
+        return FP8BackendType.NO if self.ao_recipe_handler is None else FP8BackendType.AO
+
+    @property
+    def has_fp8_handler(self) -> bool:
+        """Whether there is a recipe for 8-bit floats."""
+        return self.ao_recipe_handler is not None
 
     @property
     def is_fsdp2(self) -> bool:
@@ -512,6 +522,7 @@ class Accelerator:
         for model in models:
             _check_quantized(model)
         self._check_device_map(models)
+        self._convert_fp8(models)
         self._fill_deepspeed(args, models)
         self._push_plugin(models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
@@ -524,6 +535,17 @@ class Accelerator:
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
         return result
+
+    def _convert_fp8(self, models: Sequence[nn.Module]) -> None:
+        """Let linear layers of models that are not prepared yet compute in 8-bit floats."""
+        recipe = self.ao_recipe_handler
+        if recipe is None:
+            return
+        from paceline.compat.accelerate.utils.ao import convert_model_to_fp8_ao, has_ao_layers
+
+        for model in models:
+            if not has_ao_layers(model):
+                convert_model_to_fp8_ao(model, config=recipe.config, module_filter_func=recipe.module_filter_func)
 
     def _fill_deepspeed(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
         """Fill each `auto` of DeepSpeed's configuration, before the first model is prepared."""
@@ -629,6 +651,7 @@ class Accelerator:
         """
         _check_quantized(model)
         self._check_device_map([model])
+        self._convert_fp8([model])
         self._push_plugin([model])
         prepared = self._core.prepare_model(model, device_placement, evaluation_mode)
         self._finish(model, prepared)
@@ -1188,6 +1211,24 @@ def _check_quantized(model: nn.Module) -> None:
             "Quantized layers are trained on the device only, without CPU or disk offload",
             "Load it with device_map={'': accelerator.device}",
         )
+
+
+def _fp8_recipe(given: AORecipeKwargs | None, is_enabled: bool) -> AORecipeKwargs | None:
+    """How torchao computes in 8-bit floats; None where nothing does."""
+    if given is not None and not is_enabled:
+        raise InvalidValueError(
+            "AORecipeKwargs is passed, and mixed_precision is not fp8",
+            "Nothing would compute in 8-bit floats",
+            "Pass mixed_precision='fp8', or leave the handler out",
+        )
+    if given is not None or not is_enabled:
+        return given
+    backend = parse_choice_from_env("ACCELERATE_FP8_BACKEND", "AO").upper()
+    if backend not in ("AO", "AUTO"):
+        raise UnsupportedError(
+            f"8-bit floats are to be computed by {backend}", "paceline drives torchao", "Use the backend AO"
+        )
+    return AORecipeKwargs()
 
 
 def _shared_mesh() -> DeviceMesh | None:

@@ -11,6 +11,7 @@ from paceline import config
 from paceline.compat.accelerate.settings.enums import DynamoBackend
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError, WrongTypeError
 from paceline.compat.accelerate.settings.handlers import (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -42,6 +43,7 @@ __all__ = [
 
 _LOG = logging.getLogger("accelerate.accelerator")
 _KINDS = (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,

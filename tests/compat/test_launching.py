@@ -18,7 +18,9 @@ def test_a_file_is_read_as_keys_and_values(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n")
     loaded = config.load_config_from_file(file)
-    assert loaded.to_dict() == {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}}
+    values = loaded.to_dict()
+    assert values["distributed_type"] == "FSDP"
+    assert values["fsdp_config"] == {"fsdp_version": 2}
     assert loaded.distributed_type == "FSDP"
     with pytest.raises(AttributeError):
         _ = loaded.nothing
@@ -55,11 +57,13 @@ def test_flags_and_arguments_reach_the_command(monkeypatch: pytest.MonkeyPatch) 
         assert flags[flags.index(flag) + 1] == value
 
 
-def test_a_switch_has_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = _command(monkeypatch, "--config_file", "a.yaml", "-m", "--quiet", "package.train", "-x")
+def test_a_switch_has_no_value(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("strategy: ddp\n")
+    command = _command(monkeypatch, "--config_file", str(file), "-m", "--quiet", "package.train", "-x")
     assert command[-2:] == ["package.train", "-x"]
     assert {"--module", "--quiet", "--config_file"} <= set(command)
-    assert command[command.index("--config_file") + 1] == "a.yaml"
+    assert command[command.index("--config_file") + 1] == str(file)
 
 
 def test_a_failed_run_ends_the_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ __all__ = ["LogEntry", "copy_to_host", "flatten", "numbers", "plain", "short_tex
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 
-@dataclass()
+@dataclass
 class LogEntry:
     """One call of `log`.
 

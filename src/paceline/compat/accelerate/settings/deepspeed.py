@@ -38,7 +38,7 @@ _KEYS = {
 _SET_BY_FILE = frozenset({*_KEYS, "mixed_precision"})
 
 
-@dataclass()
+@dataclass
 class DeepSpeedPlugin:
     """How DeepSpeed's ZeRO shards and offloads.
 

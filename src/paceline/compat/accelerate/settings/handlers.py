@@ -6,11 +6,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.compat.accelerate.settings.enums import DDPCommunicationHookType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
-from paceline.compat.accelerate.settings.variables import clear_environment
+from paceline.compat.accelerate.settings.variables import clear_environment, parse_flag_from_env
+from paceline.errors import MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +46,7 @@ class KwargsHandler:
         return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
 
 
-@dataclass()
+@dataclass
 class AutocastKwargs(KwargsHandler):
     """How `torch.autocast` runs in forward."""
 
@@ -51,7 +54,7 @@ class AutocastKwargs(KwargsHandler):
     cache_enabled: bool | None = None
 
 
-@dataclass()
+@dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
     """How `DistributedDataParallel` averages gradients."""
 
@@ -96,7 +99,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
         model.register_comm_hook(state=state, hook=hook)
 
 
-@dataclass()
+@dataclass
 class GradScalerKwargs(KwargsHandler):
     """How `torch.amp.GradScaler` adapts the loss scale."""
 
@@ -107,7 +110,7 @@ class GradScalerKwargs(KwargsHandler):
     enabled: bool = True
 
 
-@dataclass()
+@dataclass
 class InitProcessGroupKwargs(KwargsHandler):
     """How `torch.distributed` opens the process group; without a timeout, 10 minutes under NCCL and 30 elsewhere."""
 
@@ -120,7 +123,7 @@ class InitProcessGroupKwargs(KwargsHandler):
             self.timeout = timedelta(minutes=10 if self.backend == "nccl" else 30)
 
 
-@dataclass()
+@dataclass
 class ProfileKwargs(KwargsHandler):
     """What `torch.profiler` records, and where traces go."""
 
@@ -180,17 +183,33 @@ class _Recipe(KwargsHandler):
         raise UnsupportedError(f"{type(self).__name__}(…) was made", _NO_FP8, _USE_BF16)
 
 
-@dataclass()
-class AORecipeKwargs(_Recipe):
-    """A recipe for torchao."""
+@dataclass
+class AORecipeKwargs(KwargsHandler):
+    """How torchao computes in 8-bit floats. What is not set comes from `ACCELERATE_FP8_*`.
+
+    Raises:
+        MissingExtraError: torchao is not installed.
+    """
 
     config: Any = None
     module_filter_func: Callable[..., bool] | None = None
     pad_inner_dim: bool | None = None
     enable_fsdp_float8_all_gather: bool | None = None
 
+    def __post_init__(self) -> None:
+        if find_spec("torchao") is None:
+            raise MissingExtraError("torchao", "torchao", "AORecipeKwargs")
+        if self.config is not None:
+            return
+        for name in ("pad_inner_dim", "enable_fsdp_float8_all_gather"):
+            if getattr(self, name) is None:
+                setattr(self, name, parse_flag_from_env(f"ACCELERATE_FP8_{name.upper()}", True))
+        self.config = import_module("torchao.float8").Float8LinearConfig(
+            pad_inner_dim=self.pad_inner_dim, enable_fsdp_float8_all_gather=self.enable_fsdp_float8_all_gather
+        )
 
-@dataclass()
+
+@dataclass
 class TERecipeKwargs(_Recipe):
     """A recipe for Transformer Engine."""
 
@@ -204,14 +223,14 @@ class TERecipeKwargs(_Recipe):
     use_mxfp8_block_scaling: bool | None = None
 
 
-@dataclass()
+@dataclass
 class MSAMPRecipeKwargs(_Recipe):
     """A recipe for MS-AMP."""
 
     opt_level: Literal["O1", "O2"] | None = None
 
 
-@dataclass()
+@dataclass
 class FP8RecipeKwargs(TERecipeKwargs, MSAMPRecipeKwargs):
     """A recipe for Transformer Engine or MS-AMP."""
 

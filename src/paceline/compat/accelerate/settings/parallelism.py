@@ -25,7 +25,7 @@ _EXCHANGES = ("allgather", "alltoall")
 _ATTENTION = ("flash_attention_2", "flash_attention_3", "sdpa")
 
 
-@dataclass()
+@dataclass
 class TorchTensorParallelPlugin:
     """The size of tensor parallelism, in the form that preceded `ParallelismConfig`."""
 
@@ -33,7 +33,7 @@ class TorchTensorParallelPlugin:
     torch_device_mesh: DeviceMesh | None = None
 
 
-@dataclass()
+@dataclass
 class TorchTensorParallelConfig:
     """How layers are divided among ranks."""
 
@@ -44,7 +44,7 @@ class TorchTensorParallelConfig:
             warnings.warn("enable_async_tp has no effect", stacklevel=3)
 
 
-@dataclass()
+@dataclass
 class TorchContextParallelConfig:
     """How ranks that share a sequence exchange keys and values."""
 
@@ -55,13 +55,13 @@ class TorchContextParallelConfig:
             self.cp_comm_strategy = parse_choice_from_env(f"{_PREFIX}CP_COMM_STRATEGY", "allgather")
         if self.cp_comm_strategy not in _EXCHANGES:
             raise InvalidValueError(
-                f"cp_comm_strategy is {self.cp_comm_strategy!r}",
+                f"Invalid cp_comm_strategy: {self.cp_comm_strategy}",
                 "There is no such exchange",
                 f"Use one of {', '.join(_EXCHANGES)}",
             )
 
 
-@dataclass()
+@dataclass
 class DeepSpeedSequenceParallelConfig:
     """How DeepSpeed's Ulysses attention divides sequences."""
 
@@ -95,7 +95,7 @@ class DeepSpeedSequenceParallelConfig:
         if name is None or name in _ATTENTION or ("/" in name and "flash-attn" in name):
             return
         raise InvalidValueError(
-            f"sp_attn_implementation is {name!r}",
+            f"Invalid sp_attn_implementation: {name}",
             "Ulysses attention needs a fused kernel",
             f"Use one of {', '.join(_ATTENTION)}, or a kernel of the hub such as kernels-community/flash-attn2",
         )

@@ -52,7 +52,7 @@ __all__ = [
     "save_fsdp_optimizer",
 ]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 _COMPILED = "_orig_mod."
 

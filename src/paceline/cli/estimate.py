@@ -29,7 +29,8 @@ my_package.models:build or train.py:build. It is built without memory for its we
 Weights, gradients and optimizer state are counted. Activations are measured: one forward and backward run on tensors
 without memory, and what is alive after each operation is noted. `peak` is the most at any moment of a step, as
 torch.cuda.max_memory_allocated() reports it for a run; it is less than the sum of the parts, which are not all there at
-once. A loss without logits (the Trainer's chunked loss) and compiled blocks take less than is shown here.
+once. It is that of eager
+PyTorch: compiled blocks, and a loss without logits (the chunked loss of the Trainer), take less.
 
 A model of your own needs --inputs for activations: a function that takes a number of samples and returns a batch (a
 dictionary, a tuple or a tensor). Without it only the state is shown.
@@ -197,7 +198,7 @@ class Estimate:
             model=source.model,
             blocks=_blocks(source.model),
             loss_of=source.loss if source.batch_of else None,
-            call=source.call if source.batch_of else None,
+            call=source.infer if source.batch_of else None,
             optimizer=OptimizerCost.measure(_optimizer(self.settings["optimizer"]), weights),
             compute=getattr(torch, compute) if compute else None,
             accumulation=self.settings["gradient_accumulation_steps"],

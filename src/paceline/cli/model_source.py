@@ -37,10 +37,15 @@ class ModelSource:
     batch_of: Callable[[int], Any] | None
     samples: str
 
-    def call(self, model: nn.Module, batch: int) -> Any:
-        """Run the forward on a batch of this many samples."""
+    def infer(self, model: nn.Module, batch: int) -> Any:
+        """Run the forward on a batch of this many samples, without labels."""
+        return self._call(model, batch, without="labels")
+
+    def _call(self, model: nn.Module, batch: int, without: str = "") -> Any:
         assert self.batch_of is not None
         inputs = self.batch_of(batch)
+        if isinstance(inputs, dict):
+            inputs = {name: value for name, value in inputs.items() if name != without}
         with _without_packing():
             if isinstance(inputs, dict):
                 return model(**inputs)
@@ -48,7 +53,7 @@ class ModelSource:
 
     def loss(self, model: nn.Module, batch: int) -> torch.Tensor:
         """Run the forward and return the loss: what the model calls so, else the mean of what it returns."""
-        result = self.call(model, batch)
+        result = self._call(model, batch)
         loss = result.get("loss") if hasattr(result, "get") else getattr(result, "loss", None)
         if loss is not None:
             found: torch.Tensor = loss

@@ -285,7 +285,7 @@ class Transfer:
         self.target.let_computation_wait(self._mark)
 
 
-# Where a piece begins and ends, and the parts of tensors in it: the tensor, the first byte in it and in the piece, bytes.
+# Where a piece begins and ends; the parts of tensors in it: the tensor, the first byte in it and in the piece, bytes.
 _Piece = tuple[int, int, list[tuple[Segment, int, int, int]]]
 
 

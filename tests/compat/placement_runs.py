@@ -166,7 +166,10 @@ def offload_folders(folder: Path) -> Any:
     save_offload_index(offload_weight(torch.ones(2), "e", folder / "weights", {}), folder / "weights")
     loader = OffloadedWeightsLoader(state_dict={"f": torch.zeros(1)}, save_folder=folder / "weights")
     return [
-        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "weights").glob("*.dat"))},
+        {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted((folder / "weights").glob("*.dat"))
+        },
         json.loads((folder / "weights" / "index.json").read_text()),
         {name: [str(loader[name].dtype), list(loader[name].shape), loader[name].float().tolist()] for name in loader},
         len(loader),
@@ -196,9 +199,7 @@ def offloaded_models(folder: Path) -> Any:
                 disk_offload(model, place, torch.device("cpu"), buffers, preload_module_classes=preload)
             else:
                 names = {"embedding": "cpu", "blocks.0": "disk", "blocks.1": "cpu", "blocks.2": "disk", "head": "cpu"}
-                dispatch_model(
-                    model, names, offload_dir=place, offload_buffers=buffers, preload_module_classes=preload
-                )
+                dispatch_model(model, names, offload_dir=place, offload_buffers=buffers, preload_module_classes=preload)
             found.append([_logits(model), _logits(model), _devices(model)])
             hooks = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
             remove_hook_from_submodules(model)

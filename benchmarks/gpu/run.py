@@ -22,7 +22,18 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ["step", "default", "fp8", "fp8-rowwise", "fp8-fsdp", "fsdp", "fsdp-default", "launch", "launch-default"]
+TRAINING = [
+    "step",
+    "default",
+    "fp8",
+    "fp8-rowwise",
+    "fp8-fsdp",
+    "fsdp",
+    "fsdp-default",
+    "launch",
+    "launch-default",
+    "memory",
+]
 TITLES = {
     "step": "Llama 1.26 B, sequence 4096, batch 4",
     "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
@@ -32,6 +43,7 @@ TITLES = {
     "fsdp": "Llama 1.26 B under FSDP2",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
+    "memory": "Llama with 8 of its layers under FSDP2: memory against time",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
 }
 GPU_TESTS = {"test-fp8": "tests/gpu/test_fp8.py", "test-waits": "tests/gpu/test_host_waits.py"}

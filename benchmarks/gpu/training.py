@@ -65,6 +65,7 @@ class Case:
 
 
 LARGE = Case(layers=22, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=6, block=2)
+MEDIUM = Case(layers=8, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=4, block=2)
 SMALL = Case(layers=24, width=1024, inner=2816, heads=16, vocabulary=32_000, sequence=512, batch=2, rounds=12, block=5)
 
 
@@ -214,12 +215,17 @@ class Paceline(Contender):
         settings: dict[str, Any] = {"mixed_precision": self.settings.get("precision", "bf16")}
         settings["kwargs_handlers"] = self.settings.get("handlers", ())
         if self.settings.get("fsdp"):
-            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+            plugin = self.settings["fsdp"]
+            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin() if plugin is True else plugin
             settings["strategy"] = "fsdp"
         if "dynamo" in self.settings:
             backend = self.settings["dynamo"]
             regional = backend not in ("no", "auto")
-            settings["dynamo_plugin"] = TorchDynamoPlugin(backend=backend, use_regional_compilation=regional)
+            settings["dynamo_plugin"] = TorchDynamoPlugin(
+                backend=backend,
+                use_regional_compilation=regional,
+                activation_memory_budget=self.settings.get("budget", 1.0),
+            )
         self.accelerator = Accelerator(**settings)
         self.make_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -297,6 +303,21 @@ def contenders_of(name: str) -> list[Contender]:
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
                 Paceline("paceline FSDP2 by default", LARGE, fsdp=True, settle=12),
                 Paceline("paceline FSDP2 by default, chunked loss", LARGE, "chunked", fsdp=True, settle=12),
+            ]
+        case "memory":
+            eager = FullyShardedDataParallelPlugin()
+            full = FullyShardedDataParallelPlugin(activation_checkpointing=True)
+            products = full.changed(activation_checkpointing_policy="products")
+            return [
+                Paceline("compiled", MEDIUM, "chunked", fsdp=eager, dynamo="inductor"),
+                *(
+                    Paceline(
+                        f"compiled, budget {budget}", MEDIUM, "chunked", fsdp=eager, dynamo="inductor", budget=budget
+                    )
+                    for budget in (0.75, 0.5, 0.25, 0.0)
+                ),
+                Paceline("compiled, all but products recomputed", MEDIUM, "chunked", fsdp=products, dynamo="inductor"),
+                Paceline("compiled, everything recomputed", MEDIUM, "chunked", fsdp=full, dynamo="inductor"),
             ]
         case "launch":
             return [
@@ -427,7 +448,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
-    if "fsdp" in args.name and "RANK" not in os.environ:
+    if ("fsdp" in args.name or args.name == "memory") and "RANK" not in os.environ:
         with socket.socket() as listener:
             listener.bind(("", 0))
             port = listener.getsockname()[1]

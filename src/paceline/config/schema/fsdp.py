@@ -57,6 +57,11 @@ class FullyShardedDataParallelPlugin(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute the activations of each sharding unit in backward instead of storing them."
     )
+    activation_checkpointing_policy: Literal["full", "products"] = Field(
+        "full",
+        description="What is recomputed: full: everything but the inputs of a unit; products: all but the results of "
+        "matrix products and attention, which takes more memory and less time.",
+    )
     activation_checkpointing_offload: bool = Field(
         False, description="Store the inputs of recomputed units in host memory, under activation checkpointing."
     )
@@ -102,6 +107,13 @@ class FullyShardedDataParallelPlugin(Section):
                 "activation_checkpointing_offload",
                 "true without activation checkpointing",
                 "it offloads what activation checkpointing stores",
+                "set fsdp_activation_checkpointing to true as well",
+            )
+        if self.activation_checkpointing_policy != "full" and not self.activation_checkpointing:
+            yield Fault(
+                "activation_checkpointing_policy",
+                f"{self.activation_checkpointing_policy} without activation checkpointing",
+                "nothing is recomputed",
                 "set fsdp_activation_checkpointing to true as well",
             )
         policy = self.auto_wrap_policy

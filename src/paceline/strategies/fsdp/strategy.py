@@ -97,7 +97,12 @@ class FSDPStrategy(Strategy):
         if self.context.group.rank == 0:
             initialize_meta(model, ownership)
         if plugin.activation_checkpointing:
-            checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
+            checkpoint_blocks(
+                model,
+                units.names,
+                offload=plugin.activation_checkpointing_offload,
+                keeps_products=plugin.activation_checkpointing_policy == "products",
+            )
         layers = self.convert_layers(model, gathers=True)
         placed: set[nn.Module] = set()
         for module in [*(model.get_submodule(name) for name in units.names), model]:
@@ -430,7 +435,7 @@ class FSDPStrategy(Strategy):
         extras = [
             text
             for text, on in (
-                ("activation checkpointing", self._plugin.activation_checkpointing),
+                (_checkpointing_text(self._plugin), self._plugin.activation_checkpointing),
                 ("parameters in host memory", self._plugin.cpu_offload),
             )
             if on
@@ -476,6 +481,12 @@ def check_shardable(model: nn.Module) -> None:
             "Make the parameter real, of shape [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
+
+
+def _checkpointing_text(plugin: FullyShardedDataParallelPlugin) -> str:
+    if plugin.activation_checkpointing_policy == "products":
+        return "activation checkpointing of all but matrix products and attention"
+    return "activation checkpointing"
 
 
 def _is_inside(module: nn.Module, others: Iterable[nn.Module]) -> bool:

@@ -41,6 +41,7 @@ TITLES = {
     "fp8-rowwise": "Llama 1.26 B, sequence 4096, batch 4, fp8 by rows",
     "fp8-fsdp": "Llama 1.26 B under FSDP2, fp8",
     "fsdp": "Llama 1.26 B under FSDP2",
+    "fsdp-2": "Llama 1.26 B under FSDP2 on two GPUs, batch 4 on each",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
     "memory": "Llama with 8 of its layers under FSDP2: memory against time",
@@ -126,6 +127,9 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = ["-m", "benchmarks.gpu.inputs"]
         case "input-parts":
             command = ["-m", "benchmarks.gpu.inputs", "--parts"]
+        case "fsdp-2":
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command += ["-m", "benchmarks.gpu.training", part]
         case _:
             command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
     started = time.monotonic()

@@ -298,6 +298,30 @@ def contenders_of(name: str) -> list[Contender]:
                     "paceline FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, dynamo="inductor"
                 ),
             ]
+        case "fsdp-2":
+            raw = Raw("raw FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, compiled=True)
+            plain = FullyShardedDataParallelPlugin(keep_last_unit=False)
+            ways = {
+                "every unit dropped": plain,
+                "last unit kept": plain.changed(keep_last_unit=True),
+                "last unit kept, 2 gathered ahead": plain.changed(keep_last_unit=True, prefetch_units=2),
+                "last unit kept, own group": plain.changed(keep_last_unit=True, separate_reduce_scatter_group=True),
+            }
+            return [
+                raw,
+                *(
+                    Paceline(f"paceline, {name}", LARGE, "chunked", fsdp=way, dynamo="inductor")
+                    for name, way in ways.items()
+                ),
+                Paceline(
+                    "paceline, last unit kept, fp8",
+                    LARGE,
+                    "chunked",
+                    fsdp=ways["last unit kept"],
+                    precision="fp8",
+                    settle=2,
+                ),
+            ]
         case "fsdp-default":
             return [
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
@@ -344,6 +368,11 @@ def synchronized(work: Callable[[], Any]) -> float:
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def num_ranks() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def take_steps(contender: Contender, batches: list[Tensor]) -> None:
@@ -410,7 +439,8 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             steps = [batches[i % len(batches)] for i in range(case.block)]
             took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
-        if time.perf_counter() - started > seconds:
+        # Several ranks would not agree on the time.
+        if num_ranks() == 1 and time.perf_counter() - started > seconds:
             break
     first = usable[0]
     parameters = sum(p.numel() for p in first.model.parameters())
@@ -440,6 +470,19 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     }
 
 
+def open_group() -> None:
+    """Open the process group: that of torchrun, or of this process alone."""
+    if "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", device))
+
+
 def main() -> None:
     """Measure one table, and print it as JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -448,22 +491,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
-    if ("fsdp" in args.name or args.name == "memory") and "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        torch.cuda.set_device(0)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    if "fsdp" in args.name or args.name == "memory":
+        open_group()
     found = measure(args.name, args.seconds)
-    print(json.dumps(found), flush=True)
+    if num_ranks() == 1 or dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
     # Threads of compilers and process groups have nothing left to do.
     os._exit(0)
 

@@ -18,7 +18,7 @@ from tests.support.engines import needs_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
-WIDTH = 72
+WIDTH = 64
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:

@@ -23,7 +23,18 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ["step", "default", "fp8", "fp8-rowwise", "fp8-fsdp", "fsdp", "fsdp-default", "launch", "launch-default"]
+TRAINING = [
+    "step",
+    "default",
+    "fp8",
+    "fp8-rowwise",
+    "fp8-fsdp",
+    "fsdp",
+    "fsdp-default",
+    "launch",
+    "launch-default",
+    "memory",
+]
 TITLES = {
     "step": "Llama 1.26 B, sequence 4096, batch 4",
     "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
@@ -31,8 +42,10 @@ TITLES = {
     "fp8-rowwise": "Llama 1.26 B, sequence 4096, batch 4, fp8 by rows",
     "fp8-fsdp": "Llama 1.26 B under FSDP2, fp8",
     "fsdp": "Llama 1.26 B under FSDP2",
+    "fsdp-2": "Llama 1.26 B under FSDP2 on two GPUs, batch 4 on each",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
+    "memory": "Llama with 8 of its layers under FSDP2: memory against time",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
     "several-fsdp": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2",
     "several-fp8": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2, fp8",
@@ -126,6 +139,9 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             environment |= {"OMP_NUM_THREADS": "4"}
         case "input-parts":
             command = ["-m", "benchmarks.gpu.inputs", "--parts"]
+        case "fsdp-2":
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command += ["-m", "benchmarks.gpu.training", part]
         case _:
             command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
     started = time.monotonic()

@@ -65,6 +65,7 @@ class Case:
 
 
 LARGE = Case(layers=22, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=6, block=2)
+MEDIUM = Case(layers=8, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=4, block=2)
 SMALL = Case(layers=24, width=1024, inner=2816, heads=16, vocabulary=32_000, sequence=512, batch=2, rounds=12, block=5)
 
 
@@ -214,12 +215,17 @@ class Paceline(Contender):
         settings: dict[str, Any] = {"mixed_precision": self.settings.get("precision", "bf16")}
         settings["kwargs_handlers"] = self.settings.get("handlers", ())
         if self.settings.get("fsdp"):
-            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+            plugin = self.settings["fsdp"]
+            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin() if plugin is True else plugin
             settings["strategy"] = "fsdp"
         if "dynamo" in self.settings:
             backend = self.settings["dynamo"]
             regional = backend not in ("no", "auto")
-            settings["dynamo_plugin"] = TorchDynamoPlugin(backend=backend, use_regional_compilation=regional)
+            settings["dynamo_plugin"] = TorchDynamoPlugin(
+                backend=backend,
+                use_regional_compilation=regional,
+                activation_memory_budget=self.settings.get("budget", 1.0),
+            )
         self.accelerator = Accelerator(**settings)
         self.make_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -292,11 +298,50 @@ def contenders_of(name: str) -> list[Contender]:
                     "paceline FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, dynamo="inductor"
                 ),
             ]
+        case "fsdp-2":
+            raw = Raw("raw FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, compiled=True)
+            plain = FullyShardedDataParallelPlugin(keep_last_unit=False)
+            ways = {
+                "every unit dropped": plain,
+                "last unit kept": plain.changed(keep_last_unit=True),
+                "last unit kept, 2 gathered ahead": plain.changed(keep_last_unit=True, prefetch_units=2),
+                "last unit kept, own group": plain.changed(keep_last_unit=True, separate_reduce_scatter_group=True),
+            }
+            return [
+                raw,
+                *(
+                    Paceline(f"paceline, {name}", LARGE, "chunked", fsdp=way, dynamo="inductor")
+                    for name, way in ways.items()
+                ),
+                Paceline(
+                    "paceline, last unit kept, fp8",
+                    LARGE,
+                    "chunked",
+                    fsdp=ways["last unit kept"],
+                    precision="fp8",
+                    settle=2,
+                ),
+            ]
         case "fsdp-default":
             return [
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
                 Paceline("paceline FSDP2 by default", LARGE, fsdp=True, settle=12),
                 Paceline("paceline FSDP2 by default, chunked loss", LARGE, "chunked", fsdp=True, settle=12),
+            ]
+        case "memory":
+            eager = FullyShardedDataParallelPlugin()
+            full = FullyShardedDataParallelPlugin(activation_checkpointing=True)
+            products = full.changed(activation_checkpointing_policy="products")
+            return [
+                Paceline("compiled", MEDIUM, "chunked", fsdp=eager, dynamo="inductor"),
+                *(
+                    Paceline(
+                        f"compiled, budget {budget}", MEDIUM, "chunked", fsdp=eager, dynamo="inductor", budget=budget
+                    )
+                    for budget in (0.75, 0.5, 0.25, 0.0)
+                ),
+                Paceline("compiled, all but products recomputed", MEDIUM, "chunked", fsdp=products, dynamo="inductor"),
+                Paceline("compiled, everything recomputed", MEDIUM, "chunked", fsdp=full, dynamo="inductor"),
             ]
         case "launch":
             return [
@@ -334,6 +379,11 @@ def agreed(stop: bool) -> bool:
     flag = torch.tensor([float(stop)], device="cuda")
     dist.all_reduce(flag)
     return bool(flag)
+
+
+def num_ranks() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def take_steps(contender: Contender, batches: list[Tensor]) -> None:
@@ -431,6 +481,19 @@ def measure(name: str, contenders: list[Contender], seconds: float) -> dict[str,
     }
 
 
+def open_group() -> None:
+    """Open the process group: that of torchrun, or of this process alone."""
+    if "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", device))
+
+
 def main() -> None:
     """Measure one table, and print it as JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -439,22 +502,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
-    if "fsdp" in args.name and "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        torch.cuda.set_device(0)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    if "fsdp" in args.name or args.name == "memory":
+        open_group()
     found = measure(args.name, contenders_of(args.name), args.seconds)
-    print(json.dumps(found), flush=True)
+    if num_ranks() == 1 or dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
     # Threads of compilers and process groups have nothing left to do.
     os._exit(0)
 

@@ -222,7 +222,7 @@ def test_the_exit_code_and_the_traceback_are_those_of_the_script(tmp_path: Path)
     assert "paceline" not in done.stderr
 
 
-@pytest.mark.parametrize("source", ["flag", "file", "environment"])
+@pytest.mark.parametrize("source", ["flag", "file", pytest.param("environment", marks=pytest.mark.slow)])
 def test_the_launcher_hands_the_switch_to_its_ranks(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

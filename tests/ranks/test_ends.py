@@ -64,6 +64,7 @@ def test_under_torchrun() -> None:
     assert done.stdout.count("done") == 2
 
 
+@pytest.mark.slow
 def test_words_given_to_exit_are_the_end_of_a_launched_rank_too() -> None:
     done = launched("paceline", "launch", "--cpu", "--num_processes", "2", way="words")
     assert done.returncode == 1, done.stderr

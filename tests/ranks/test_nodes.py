@@ -143,6 +143,7 @@ def test_two_hosts_train_as_one_process_does(make_hosts: Callable[[int], Hosts],
     assert weights == pytest.approx(expected_weights, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_failure_on_one_host_is_reported_on_both(make_hosts: Callable[[int], Hosts]) -> None:
     hosts = make_hosts(2)
     running = launch_all(hosts, "boom")

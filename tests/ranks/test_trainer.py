@@ -279,7 +279,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("more", [{}, {"global_batch_size": None, "gradient_accumulation_steps": 2}], ids=str)
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_arguments_act_where_a_deepspeed_configuration_is_silent(
     stage: int, more: dict[str, Any], tmp_path: Path
 ) -> None:

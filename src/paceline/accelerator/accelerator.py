@@ -20,7 +20,7 @@ from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
-from paceline.data import ActiveLoaders, skip_first_batches
+from paceline.data import ActiveLoaders
 from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
@@ -564,6 +564,8 @@ class Accelerator:
             >>> [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
             [[2, 3]]
         """
+        from paceline.data import skip_first_batches
+
         return skip_first_batches(dataloader, num_batches)
 
     def unwrap_model(

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
-from paceline.data import PreparedDataLoader, looks_like_batches
 from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import (
@@ -127,6 +126,8 @@ class Preparer:
         """Prepare a scheduler or an iterable of batches; anything else is returned unchanged."""
         if is_scheduler(other) or isinstance(other, DummyScheduler):
             return self.prepare_scheduler(other)
+        from paceline.data import looks_like_batches
+
         # Unchanged, every rank would iterate over all batches.
         if self._context.group.size > 1 and looks_like_batches(other):
             return self.prepare_data_loader(other, place)
@@ -151,6 +152,8 @@ class Preparer:
 
     def prepare_data_loader(self, data_loader: Any, device_placement: bool | None, *, saved: bool = True) -> Any:
         """See `Accelerator.prepare_data_loader`."""
+        from paceline.data import PreparedDataLoader
+
         place = self._placement(device_placement)
         prepared = self._family.prepare(
             data_loader,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from paceline.data.sample_order import maybe_length
 from paceline.stepping import planned_steps
-from paceline.training_state.state import TrainingState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +17,7 @@ if TYPE_CHECKING:
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, Window
+    from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
 
@@ -70,6 +69,8 @@ class Prepared:
         """
         planned = [planned_steps(wrapper.scheduler) for wrapper in self.schedulers]
         if not any(planned):
+            from paceline.data.sample_order import maybe_length
+
             lengths = [maybe_length(loader) for loader in self.loaders]
             planned = [None if length is None else 3 * length // window.num_steps for length in lengths]
         longest = max((steps for steps in planned if steps is not None), default=None)
@@ -80,6 +81,8 @@ class Prepared:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
 
         def take_state() -> TrainingState:
+            from paceline.training_state.state import TrainingState
+
             return TrainingState(
                 strategy=selector.current,
                 models=self.models,

@@ -10,7 +10,6 @@ import torch
 from paceline.config import FullyShardedDataParallelPlugin, GradScalerKwargs
 from paceline.environment.device import describe_device, memory_info
 from paceline.errors import ConfigError, PrepareError, Problem
-from paceline.planner import choose_strategy, measure
 from paceline.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
@@ -131,6 +130,8 @@ def select_strategy(
         return load_strategy(config.strategy)(context), f"{config.strategy}: set by {source.where}"
     if group.size == 1:
         return load_strategy("single")(context), "single: there is one process"
+    from paceline.planner import choose_strategy, measure
+
     free, _ = memory_info(context.device, local_size=context.world.local_size)
     choice = choose_strategy(
         measure(models, optimizers, context.device),

@@ -109,6 +109,7 @@ def find_problems(context: CheckContext) -> list[Problem]:
     checks = (
         _unsupported_type,
         _fp8_needs,
+        _two_ways_to_recompute,
         _unsupported_mesh,
         _unused_sections,
         _unused_multi_node_keys,
@@ -169,6 +170,15 @@ def _fp8_needs(context: CheckContext) -> Iterator[Problem]:
         why = "without torch.compile, scaling and rounding cost more than fp8 products save"
         hint = "remove the key: fp8 compiles the model's blocks by itself; or write mixed_precision: bf16"
         yield Problem(where, "mixed_precision", "fp8 with torch.compile turned off", why, hint)
+
+
+def _two_ways_to_recompute(context: CheckContext) -> Iterator[Problem]:
+    fsdp, dynamo = context.config.fsdp_config, context.config.dynamo_config
+    if fsdp is not None and fsdp.activation_checkpointing and dynamo.activation_memory_budget < 1:
+        key = "dynamo_config.dynamo_activation_memory_budget"
+        what = f"{dynamo.activation_memory_budget:g} with fsdp_activation_checkpointing"
+        why = "a checkpointed block keeps its input only, so there is nothing left to choose from"
+        yield context.problem(key, what, why, "set one of them")
 
 
 def _unsupported_mesh(context: CheckContext) -> Iterator[Problem]:

@@ -44,6 +44,10 @@ __all__ = ["cpu_offload", "disk_offload", "dispatch_model", "load_checkpoint_and
 logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
+# What weights on the way may take of the main device: this many of the largest offloaded blocks, and some bytes, so
+# that small ones are on the way even while the largest is in use.
+_BLOCKS_AHEAD = 1.25
+_BYTES_AHEAD = 64 * 2**20
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -156,8 +160,8 @@ def dispatch_model(
         skip_keys: Keyword arguments, and keys in them, that stay on their device.
         preload_module_classes: Classes of modules that use the weights of modules inside them without calling these.
         force_hooks: Add hooks even if there is one device.
-        stream: Brings the weights ahead of need; by default one that keeps as many bytes on the main device as the
-            largest offloaded module of the map has.
+        stream: Brings the weights ahead of need; by default one that takes 1.25 times the largest offloaded module of
+            the map, and 64 MiB, of the main device.
 
     Returns:
         The model; `model.hf_device_map` is the map.
@@ -299,10 +303,12 @@ class _Dispatch:
             offload_state_dict(folder, extract_submodules_state_dict(self._model.state_dict(), modules))
 
     def stream(self) -> WeightStream:
-        """A stream that keeps as much on the main device as `infer_auto_device_map` leaves free for it."""
+        """A stream whose weights take about as much of the main device as `infer_auto_device_map` leaves free."""
         sizes = compute_module_sizes(self._model)
         offloaded = [sizes.get(name, 0) for name, each in self.offloaded().items() if each]
-        return WeightStream(limit=int(max(offloaded, default=0)) or None)
+        if not offloaded:
+            return WeightStream()
+        return WeightStream(limit=int(max(offloaded) * _BLOCKS_AHEAD) + _BYTES_AHEAD)
 
 
 def _tied_addresses(model: nn.Module, ties: Sequence[Sequence[str]]) -> TiedParameters:

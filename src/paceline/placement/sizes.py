@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ __all__ = [
     "get_max_memory",
     "get_module_leaves",
 ]
+
+logger = logging.getLogger(__name__)
 
 # Of bytes, in either system; a small b at the end counts bits.
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -159,18 +162,31 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
         PlacementError: There can be no such device.
     """
     if max_memory is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        free: dict[int | str, float] = {}
-        if accelerator is not None:
-            for index in range(torch.accelerator.device_count()):
-                free[index] = memory_info(torch.device(accelerator.type, index))[0]
-        return {**free, "cpu": psutil.virtual_memory().available}
+        return _free_memory()
     numbers = sorted(key for key in max_memory if isinstance(key, int))
     ordered = [*numbers, *(key for key in ("mps", "cpu", "disk") if key in max_memory)]
     unknown = [key for key in max_memory if key not in ordered]
     if unknown:
         raise PlacementError(f"max_memory has {unknown!r}", "It is no device", 'Use numbers, "mps", "cpu" and "disk"')
+    absent = [key for key in numbers if not 0 <= key < torch.accelerator.device_count()]
+    if absent:
+        logger.warning("max_memory has devices that this machine does not have: %s", absent)
     return {key: _bytes(max_memory[key]) for key in ordered}
+
+
+def _free_memory() -> dict[int | str, float]:
+    """The free bytes of every device, and of the host unless an accelerator shares its memory."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    host = psutil.virtual_memory().available
+    if accelerator is None:
+        return {"cpu": host}
+    if accelerator.type == "mps":
+        return {"mps": host}
+    free: dict[int | str, float] = {}
+    for index in range(torch.accelerator.device_count()):
+        free[index] = memory_info(torch.device(accelerator.type, index))[0]
+    shares = accelerator.type == "cuda" and bool(getattr(torch.cuda.get_device_properties(0), "is_integrated", False))
+    return free if shares else {**free, "cpu": host}
 
 
 def _bytes(size: float | str) -> float:
@@ -203,29 +219,34 @@ def get_balanced_memory(
         low_zero: Put as little as possible on device 0, which then has room for other things (generation, for example).
     """
     limits = get_max_memory(max_memory)
-    devices = [key for key in limits if key not in ("cpu", "disk") and limits[key] > 0]
+    devices = _usable_accelerators(limits)
     if not devices:
         return limits
     numbers = sorted(key for key in devices if isinstance(key, int))
-    low_zero = low_zero and len(devices) > 1 and 0 in limits
     if devices == numbers[:1] and max_memory is None:
         limits[numbers[0]] *= _USED_PART
     sizes = compute_module_sizes(model, dtype, special_dtypes)
-    share = sizes[""] // (len(devices) - 1 if low_zero else len(devices))
-    share += int(_BLOCKS_OF_MARGIN * _typical_block(model, sizes, class_names(no_split_module_classes)))
-    # The last one keeps its limit, in case the margin is not enough.
-    for index in numbers[:-1]:
-        if not low_zero or index != 0:
-            limits[index] = min(share, limits[index])
-    if low_zero:
-        limits[0] = _least_on_first(sizes[""], limits, numbers)
+    margin = int(_BLOCKS_OF_MARGIN * _typical_block(model, sizes, class_names(no_split_module_classes)))
+    if low_zero and len(devices) > 1:
+        _limit_equally(limits, numbers[:-1], sizes[""] // (len(devices) - 1) + margin, spared=0)
+        rest = sizes[""] - sum(limits[index] for index in numbers if index != 0)
+        limits[0] = min(max(0, rest), limits.get(0, 0))
+    else:
+        _limit_equally(limits, numbers[:-1], sizes[""] // len(devices) + margin)
     return limits
 
 
-def _least_on_first(total: float, limits: Mapping[int | str, float], numbers: Sequence[int]) -> float:
-    """The bytes of a model that do not fit on the other accelerators, as far as device 0 has room for them."""
-    rest = total - sum(limits[index] for index in numbers if index != 0)
-    return min(max(0, rest), limits[0])
+def _usable_accelerators(limits: Mapping[int | str, float]) -> list[int | str]:
+    return [key for key in limits if key not in ("cpu", "disk") and limits[key] > 0]
+
+
+def _limit_equally(
+    limits: dict[int | str, float], numbers: Sequence[int], share: float, spared: int | None = None
+) -> None:
+    """Limit accelerators to an equal share. The last one is not in `numbers`: it takes what is left over."""
+    for index in numbers:
+        if index != spared:
+            limits[index] = min(share, limits[index])
 
 
 def _typical_block(model: nn.Module, sizes: Mapping[str, float], whole: Collection[str]) -> float:

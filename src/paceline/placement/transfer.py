@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -209,8 +209,14 @@ class Transfers:
         return Transfers, ()
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix="paceline-weights")
+    def _jobs(self) -> queue.SimpleQueue[Callable[[], None] | None]:
+        """What the threads have to do; they end when nobody has this object any more."""
+        jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        for number in range(self._threads):
+            name = f"paceline-weights-{number}"
+            threading.Thread(target=_work, args=(jobs,), name=name, daemon=True).start()
+        weakref.finalize(self, _end_threads, jobs, self._threads)
+        return jobs
 
     @cached_property
     def _slots(self) -> queue.SimpleQueue[_Slot]:
@@ -238,8 +244,22 @@ class Transfers:
         transfer = Transfer(target, len(pieces))
         slots = self._slots if staging is None else None
         for piece in pieces:
-            self._pool.submit(_run_piece, piece, transfer, block, staging, slots)
+            self._jobs.put(partial(_run_piece, piece, transfer, block, staging, slots))
         return transfer
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    """Do jobs until there is an empty one. Runs in a thread."""
+    job = jobs.get()
+    while job is not None:
+        job()
+        del job  # it keeps memory of the device
+        job = jobs.get()
+
+
+def _end_threads(jobs: queue.SimpleQueue[Callable[[], None] | None], count: int) -> None:
+    for _ in range(count):
+        jobs.put(None)
 
 
 class Transfer:
@@ -285,7 +305,7 @@ class Transfer:
         self.target.let_computation_wait(self._mark)
 
 
-# Where a piece begins and ends, and the parts of tensors in it: the tensor, the first byte in it and in the piece, bytes.
+# Where a piece begins and ends; the parts of tensors in it: the tensor, the first byte in it and in the piece, bytes.
 _Piece = tuple[int, int, list[tuple[Segment, int, int, int]]]
 
 

@@ -113,6 +113,11 @@ class AutomaticCompilation:
         self.is_on = False
         self.is_decided = False
 
+    @property
+    def state(self) -> str:
+        """How far it is, or why it stopped."""
+        return self._state
+
     def describe(self) -> str:
         """Describe in one line what is compiled, or why nothing is."""
         counts = Counter(map(class_name, self._blocks))
@@ -158,7 +163,7 @@ class AutomaticCompilation:
     def start_at_once(self) -> None:
         """Compile from the first step on: the model is slower eagerly than before it was changed."""
         self.is_decided = True
-        self._state = f"compiled by {BACKEND} from the first step on, as fp8 needs; code is kept in {_cache_folder()}"
+        self._state = f"compiled by {BACKEND} from the first step on; code is kept in {_cache_folder()}"
         self._compile()
 
     def _compile(self) -> None:

@@ -216,8 +216,12 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         # These need the configuration's schema, which takes too long to load for a mere import of paceline.
         from paceline.strategies.automatic_compilation import automatic_compilation
         from paceline.strategies.compilation import compile_model
+        from paceline.strategies.compile_cache import open_cache
 
         settings = self.context.config.dynamo_config
+        needs_compiler = self.context.precision.mode == "fp8" or settings.activation_memory_budget < 1
+        if settings.backend == "inductor" or (settings.backend == "auto" and self.context.device.type == "cuda"):
+            open_cache(settings, may_empty=self.context.world.is_local_main)
         compile_model(model, settings)
         if settings.backend == "auto" and not settings.disable:
             found = automatic_compilation(
@@ -225,8 +229,15 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
                 settings,
                 self.context.device,
                 self.context.remaining_steps,
-                at_once=self.context.precision.mode == "fp8",
+                at_once=needs_compiler,
             )
+            if settings.activation_memory_budget < 1 and (found is None or not found.is_on):
+                raise PrepareError(
+                    f"dynamo_activation_memory_budget is {settings.activation_memory_budget:g}, and "
+                    f"{type(model).__name__} is not compiled: {found.state if found else 'auto compiles on CUDA only'}",
+                    "Only compiled code has a budget, so the memory would be that of a run without one",
+                    "Set dynamo_backend to inductor, or use activation checkpointing",
+                )
             self._compilations += [found] if found is not None else []
 
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:

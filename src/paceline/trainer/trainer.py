@@ -42,6 +42,7 @@ from paceline.trainer.loops.start_summary import summarize
 from paceline.trainer.loops.training import TrainingLoop, TrainOutput
 from paceline.trainer.model_changes import checkpoint_activations, noisy_embeddings
 from paceline.trainer.optim import optimizers as optimizer_choice
+from paceline.trainer.optim.muon import MuonAdamW, muon_groups
 from paceline.trainer.optim.schedules import follows_metric, make_schedule
 from paceline.trainer.state import TrainerControl, TrainerState
 
@@ -864,6 +865,8 @@ class Trainer:
         section = self._deepspeed_section("optimizer")
         if section is None:
             cls, options = self._optimizer_class_and_options()
+            if issubclass(cls, MuonAdamW):
+                groups = muon_groups(model, groups)
             self.optimizer = optimizer_choice.build_optimizer(cls, groups, options, self.args)
         else:
             options = adam_arguments(section, self.args)

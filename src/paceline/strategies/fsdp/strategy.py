@@ -27,6 +27,7 @@ from paceline.strategies.activation_checkpointing import checkpoint_blocks, plai
 from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units
 from paceline.strategies.context import DistributedType
+from paceline.strategies.fsdp.overlap import check_switches, describe_switches, set_switches
 from paceline.strategies.fsdp.sharding import (
     Ownership,
     Replacements,
@@ -65,6 +66,8 @@ class FSDPStrategy(Strategy):
         self._mixed = _mixed_precision(context, self._plugin)
         self._replacements = Replacements()
         self._units: dict[int, tuple[FSDPModule, ...]] = {}
+        # Those whose parameters stay gathered after a forward.
+        self._kept: list[FSDPModule] = []
         self._description: list[str] = []
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
@@ -90,6 +93,7 @@ class FSDPStrategy(Strategy):
             return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
+        check_switches(plugin)
         units = find_units(model, plugin)
         ignored = self._ignored_modules(model)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -97,7 +101,12 @@ class FSDPStrategy(Strategy):
         if self.context.group.rank == 0:
             initialize_meta(model, ownership)
         if plugin.activation_checkpointing:
-            checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
+            checkpoint_blocks(
+                model,
+                units.names,
+                offload=plugin.activation_checkpointing_offload,
+                keeps_products=plugin.activation_checkpointing_policy == "products",
+            )
         layers = self.convert_layers(model, gathers=True)
         placed: set[nn.Module] = set()
         for module in [*(model.get_submodule(name) for name in units.names), model]:
@@ -106,6 +115,7 @@ class FSDPStrategy(Strategy):
         ownership.check_ties(names)
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
+        self._kept += set_switches(model, units.names[::-1], plugin)
         autocast_forward(model, self.context.precision)
         if layers is not None and layers.are_gathered:
             model.register_forward_pre_hook(torch.compiler.disable(layers.check_scales))
@@ -367,6 +377,9 @@ class FSDPStrategy(Strategy):
     @override
     def stepped(self) -> None:
         super().stepped()
+        for unit in self._kept:
+            # A forward without a backward, as in an evaluation before the step, has left the former weights there.
+            unit.reshard()
         for layers in self._fp8:
             layers.weights_changed()
 
@@ -430,13 +443,20 @@ class FSDPStrategy(Strategy):
         extras = [
             text
             for text, on in (
-                ("activation checkpointing", self._plugin.activation_checkpointing),
+                (_checkpointing_text(self._plugin), self._plugin.activation_checkpointing),
                 ("parameters in host memory", self._plugin.cpu_offload),
             )
             if on
         ]
         self._description.append(
-            "; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} after the forward", *extras])
+            "; ".join(
+                [
+                    f"FSDP2 over {shape}: {units}",
+                    f"parameters {kept} after the forward",
+                    *describe_switches(self._plugin),
+                    *extras,
+                ]
+            )
         )
 
     @override
@@ -476,6 +496,12 @@ def check_shardable(model: nn.Module) -> None:
             "Make the parameter real, of shape [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
+
+
+def _checkpointing_text(plugin: FullyShardedDataParallelPlugin) -> str:
+    if plugin.activation_checkpointing_policy == "products":
+        return "activation checkpointing of all but matrix products and attention"
+    return "activation checkpointing"
 
 
 def _is_inside(module: nn.Module, others: Iterable[nn.Module]) -> bool:

@@ -108,6 +108,15 @@ def check_constructor(
     )
     conflicts += (
         (
+            deepspeed is not None and args.optim == "muon" and (optimizer or optimizer_class) is None,
+            field_problem(
+                "optim",
+                "'muon' under DeepSpeed",
+                "ZeRO cuts weights into flat pieces, and Muon needs whole matrices",
+                "use fsdp, or another optimizer",
+            ),
+        ),
+        (
             args.packing and data_collator is not None,
             field_problem(
                 "packing",

@@ -101,7 +101,7 @@ class PrecisionFields:
         None, "Recompute activations in the backward pass to save memory; none is false."
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = _field(
-        None, "Arguments of torch.utils.checkpoint, and every_n_layers: a mapping, or JSON text."
+        None, "Arguments of torch.utils.checkpoint, every_n_layers, and policy (full or products): a mapping, or JSON."
     )
     gradient_checkpointing: bool = _field(False, "Older name of activation_checkpointing.")
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = _field(

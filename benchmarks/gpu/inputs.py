@@ -3,7 +3,8 @@
     python -m benchmarks.gpu.inputs
 
 A batch has 113 MB, and a step of matrix products takes about 3.5 ms, as in the other measurements of this project. The
-loader yields a tensor that exists already, so what is measured is the way to the device, not reading.
+loader yields a tensor that exists already, so what is measured is the way to the device, not reading; workers make
+theirs. `--parts` measures what the way to the device is made of.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from benchmarks.gpu.training import synchronized
 from torch.utils.data import DataLoader, Dataset
 
 from paceline import Accelerator
+from paceline.data.pinning import StagedCopier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -28,6 +31,16 @@ if TYPE_CHECKING:
 
 STEPS = 40
 ROWS, COLUMNS = 28_250, 1000
+
+
+class Rows(Dataset["Tensor"]):
+    """Batches that workers make, each in memory of its own."""
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full((ROWS, COLUMNS), float(index))
 
 
 class Repeated(Dataset["Tensor"]):
@@ -66,17 +79,65 @@ def contenders() -> dict[str, Callable[[], Iterable[Any]]]:
         found["Accelerate, ordinary DataLoader"] = lambda: other
     except Exception as error:  # It is compared with where it works.
         print(f"Accelerate: {error}", flush=True)
+    # At most this fast do workers hand batches over: one process makes and sends 113 MB.
+    working = DataLoader(Rows(), batch_size=None, num_workers=8, prefetch_factor=4, persistent_workers=True)
+    found["by hand, 8 workers"] = lambda: (batch.cuda(non_blocking=True) for batch in working)
+    found["paceline, 8 workers"] = partial(iter, accelerator.prepare(working))
     found["described"] = lambda: [loaders["paceline, ordinary DataLoader"].describe()]
     return found
+
+
+def parts() -> list[dict[str, Any]]:
+    """Milliseconds of each part of the way of one batch to the device, and gigabytes a second."""
+    pageable = [torch.randn(ROWS, COLUMNS) for _ in range(4)]
+    pinned = [batch.pin_memory() for batch in pageable]
+    device = torch.device("cuda", 0)
+    stream = torch.Stream(device=device)
+    target = torch.empty(ROWS, COLUMNS, device=device)
+    found: dict[str, Callable[[Tensor], Any]] = {
+        "pinned to the device": lambda _: target.copy_(pinned[0], non_blocking=True),
+        "pageable to the device, by the driver": target.copy_,
+        "Tensor.pin_memory": lambda batch: batch.pin_memory(),
+        "a copy in host memory, one thread": lambda batch: np.copyto(pinned[0].numpy(), batch.numpy()),
+    }
+    copiers = []
+    for threads in (1, 2, 4, 8):
+        for megabytes in (1, 2, 4, 8):
+            copier = StagedCopier(device, stream, threads, chunk_bytes=megabytes * 2**20)
+            copiers.append(copier)
+            found[f"through buffers of {megabytes} MB, {threads} threads"] = copier.copy
+    rows = []
+    for name, copy in found.items():
+        times = []
+        for turn in range(4):
+            times.append(synchronized(partial(_several, copy, pageable)) / 8 * 1000)
+            if turn == 0:
+                times.clear()
+        best = min(times)
+        rows.append({"contender": name, "ms": best, "ratio": pageable[0].nbytes / best / 1e6})
+        print(f"{name}: {best:.2f} ms, {pageable[0].nbytes / best / 1e6:.1f} GB/s", flush=True)
+    for copier in copiers:
+        copier.close()
+    return rows
+
+
+def _several(copy: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
+    for batch in batches * 2:
+        copy(batch)
 
 
 def main() -> None:
     """Measure, and print JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
+    if args.parts:
+        megabytes = ROWS * COLUMNS * 4 / 1e6
+        print(json.dumps({"name": "input-parts", "megabytes": megabytes, "rows": parts()}), flush=True)
+        return
     ways = contenders()
     describe = ways.pop("described")
     weight = torch.randn(COLUMNS, COLUMNS, device="cuda")

@@ -1,6 +1,7 @@
 """Everything about the speed of one GPU in one command: builds, checks losses, measures, and writes the tables.
 
     python -m benchmarks.gpu.run --rows tests loss input step fsdp launch
+    python -m benchmarks.gpu.run --rows several-fsdp several-ddp several-gather    # on all devices of this machine
 
 Each part is a process of its own. The tables are printed, appended to benchmarks/RESULTS.md with hardware and versions,
 and written to `--output` with the parts' logs.
@@ -22,16 +23,37 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAINING = ["step", "default", "fp8", "fsdp", "fsdp-default", "launch", "launch-default"]
+TRAINING = [
+    "step",
+    "default",
+    "fp8",
+    "fp8-rowwise",
+    "fp8-fsdp",
+    "fsdp",
+    "fsdp-default",
+    "launch",
+    "launch-default",
+    "memory",
+]
 TITLES = {
     "step": "Llama 1.26 B, sequence 4096, batch 4",
     "default": "Llama 1.26 B, sequence 4096, batch 4, by default",
     "fp8": "Llama 1.26 B, sequence 4096, batch 4, fp8",
+    "fp8-rowwise": "Llama 1.26 B, sequence 4096, batch 4, fp8 by rows",
+    "fp8-fsdp": "Llama 1.26 B under FSDP2, fp8",
     "fsdp": "Llama 1.26 B under FSDP2",
+    "fsdp-2": "Llama 1.26 B under FSDP2 on two GPUs, batch 4 on each",
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
+    "memory": "Llama with 8 of its layers under FSDP2: memory against time",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
+    "several-fsdp": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2",
+    "several-fp8": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2, fp8",
+    "several-zero": "Llama 1.26 B, sequence 4096, batch 4 a device, ZeRO",
+    "several-ddp": "Llama 0.37 B, sequence 2048, batch 8 a device, DDP",
+    "several-corner": "Llama 1.26 B, sequence 2048, batch 1 a device, FSDP2",
 }
+GPU_TESTS = {"test-fp8": "tests/gpu/test_fp8.py", "test-waits": "tests/gpu/test_host_waits.py"}
 TESTS = [
     "tests/unit/data/test_prefetch.py",
     "tests/unit/data/test_pinning.py",
@@ -45,6 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=["loss", "input", *TRAINING], help="parts, in this order")
     parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
+    parser.add_argument("--part-minutes", type=float, default=4, help="for one part at most")
     parser.add_argument("--output", type=Path, help="folder of the logs and of tables.md")
     args = parser.parse_args()
     end = time.monotonic() + args.minutes * 60
@@ -55,7 +78,7 @@ def main() -> int:
         if left < 20:
             print(f"{part}: no time is left", flush=True)
             continue
-        found, log, failed = run_part(part, left)
+        found, log, failed = run_part(part, min(left, args.part_minutes * 60))
         code = code or failed
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -64,7 +87,7 @@ def main() -> int:
             texts.append(table_of(part, found))
             print(texts[-1], flush=True)
     if texts:
-        text = f"\n## Speed on one GPU\n\n{hardware()}\n" + "".join(texts)
+        text = f"\n## Speed on a GPU\n\n{hardware()}\n" + "".join(texts)
         with (ROOT / "benchmarks" / "RESULTS.md").open("a", encoding="utf-8") as file:
             file.write(text)
         if args.output:
@@ -82,6 +105,21 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
     match part:
         case "tests":
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", *TESTS]
+        case "test-fp8" | "test-waits":
+            command = [
+                "-m",
+                "pytest",
+                "-q",
+                "-rP",
+                "-W",
+                "default",
+                "--timeout",
+                "200",
+                "-p",
+                "no:cacheprovider",
+                GPU_TESTS[part],
+            ]
+            command += ["--tb=short", "-x"] if part == "test-fp8" else ["--tb=short"]
         case "compile-tests":
             chosen = ["tests/ranks/test_automatic_compilation.py", "tests/ranks/test_prepare.py"]
             command = ["-m", "pytest", "-q", "--timeout", "120", "-p", "no:cacheprovider", "-k", "compil", *chosen]
@@ -94,6 +132,16 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = ["-m", "benchmarks.gpu.losses"]
         case "input":
             command = ["-m", "benchmarks.gpu.inputs"]
+        case part if part.startswith("several-"):
+            ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
+            command = [*ranks, "-m", "benchmarks.gpu.several", part.removeprefix("several-")]
+            command += ["--seconds", str(max(10.0, min(150.0, seconds - 40)))]
+            environment |= {"OMP_NUM_THREADS": "4"}
+        case "input-parts":
+            command = ["-m", "benchmarks.gpu.inputs", "--parts"]
+        case "fsdp-2":
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            command += ["-m", "benchmarks.gpu.training", part]
         case _:
             command = ["-m", "benchmarks.gpu.training", part, "--seconds", str(max(10.0, min(150.0, seconds - 25)))]
     started = time.monotonic()
@@ -113,26 +161,27 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
         log, code = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else error.stdout or "", 124
     print(f"--- {part}: exit code {code} after {time.monotonic() - started:.0f} s", flush=True)
     lines = [line for line in log.splitlines() if line.strip()]
-    if part in ("tests", "compile-tests", "probe", "probe-hidden") or code:
+    if "test" in part or part.startswith("probe") or code:
         print("\n".join(lines[-60:]), flush=True)
         return None, log, code
     print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)
-    found: dict[str, Any] = json.loads(lines[-1])
+    found: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
     return found, log, code
 
 
 def hardware() -> str:
     """One line: the device, and the versions that matter."""
     versions = []
-    for name in ("transformers", "accelerate", "torchao", "triton"):
+    for name in ("transformers", "accelerate", "lightning", "deepspeed", "torchao", "triton"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
     day = datetime.datetime.now(tz=datetime.timezone.utc).date()
     python = sys.version.split()[0]
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return (
-        f"{day}, `python -m benchmarks.gpu.run`, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{day}, `python -m benchmarks.gpu.run`, {device}, torch {torch.__version__}, "
         f"Python {python}, {', '.join(versions)}."
     )
 
@@ -152,6 +201,20 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                     f"| {row['vocabulary']:,} | {row['way']} | {row['ms']:.1f} | {row['gib']:.2f} | "
                     f"{row['loss_gap']:.1e} | {errors} |"
                 )
+        case "several-gather":
+            lines = [
+                f"\n### Gathering two small tensors on {found['devices']} devices (equal: {found['equal']})\n",
+                "| way | us a call | ratio |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['us']:.0f} | {row['ratio']:.3f} |" for row in found["rows"]),
+            ]
+        case "input-parts":
+            lines = [
+                f"\n### Parts of the way of {found['megabytes']:.0f} MB to the device\n",
+                "| part | ms | GB/s |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.1f} |" for row in found["rows"]),
+            ]
         case "input":
             lines = [
                 f"\n### Batches of {found['megabytes']:.0f} MB\n",
@@ -163,7 +226,7 @@ def table_of(part: str, found: dict[str, Any]) -> str:
             lines = [
                 f"\n### {TITLES[part]}\n",
                 f"{found['parameters'] / 1e9:.2f} B parameters; products at {found['matmul_tflops']:.0f} TFLOP/s; "
-                f"{found['rounds']} rounds.\n",
+                f"{found['rounds']} rounds; {found.get('devices', 1)} device(s).\n",
                 "| contender | ms a step | of the first | MFU | GiB | tokens/s | losses off by |",
                 "|---|--:|--:|--:|--:|--:|--:|",
                 *(

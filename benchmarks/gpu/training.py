@@ -18,7 +18,7 @@ import socket
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from paceline import Accelerator
-from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from paceline.config import FP8Config, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from paceline.nn import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Case:
 
 
 LARGE = Case(layers=22, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=6, block=2)
+MEDIUM = Case(layers=8, width=2048, inner=5632, heads=32, vocabulary=32_000, sequence=4096, batch=4, rounds=4, block=2)
 SMALL = Case(layers=24, width=1024, inner=2816, heads=16, vocabulary=32_000, sequence=512, batch=2, rounds=12, block=5)
 
 
@@ -175,8 +176,11 @@ class Raw(Contender):
         if settings.get("fp8"):
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
+            config = Float8LinearConfig.from_recipe_name(settings["fp8"])
+            if settings.get("fsdp"):
+                config = replace(config, enable_fsdp_float8_all_gather=True)
             for block in blocks_of(self.model):
-                convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(settings["fp8"]))
+                convert_to_float8_training(block, config=config)
         if settings.get("compiled"):
             for block in blocks_of(self.model):
                 block.compile()
@@ -196,22 +200,32 @@ class Raw(Contender):
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.settings.get("fp8") and self.settings.get("fsdp"):
+            from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+            precompute_float8_dynamic_scale_for_fsdp(self.model)
         return loss.detach()
 
 
 class Paceline(Contender):
-    """Through the Accelerator; `dynamo` is its argument."""
+    """Through the Accelerator; `dynamo`, `precision` and `handlers` are its arguments."""
 
     def prepare(self) -> None:
         """Prepare model and optimizer in one call."""
         settings: dict[str, Any] = {"mixed_precision": self.settings.get("precision", "bf16")}
+        settings["kwargs_handlers"] = self.settings.get("handlers", ())
         if self.settings.get("fsdp"):
-            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+            plugin = self.settings["fsdp"]
+            settings["fsdp_plugin"] = FullyShardedDataParallelPlugin() if plugin is True else plugin
             settings["strategy"] = "fsdp"
         if "dynamo" in self.settings:
             backend = self.settings["dynamo"]
             regional = backend not in ("no", "auto")
-            settings["dynamo_plugin"] = TorchDynamoPlugin(backend=backend, use_regional_compilation=regional)
+            settings["dynamo_plugin"] = TorchDynamoPlugin(
+                backend=backend,
+                use_regional_compilation=regional,
+                activation_memory_budget=self.settings.get("budget", 1.0),
+            )
         self.accelerator = Accelerator(**settings)
         self.make_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -251,7 +265,29 @@ def contenders_of(name: str) -> list[Contender]:
                 Raw(
                     "raw, fp8 tensorwise, blocks and loss compiled", LARGE, "compiled", compiled=True, fp8="tensorwise"
                 ),
-                Raw("raw, fp8 tensorwise, chunked loss", LARGE, "chunked", compiled=True, fp8="tensorwise"),
+                Paceline("paceline, fp8, chunked loss", LARGE, "chunked", precision="fp8", settle=2),
+            ]
+        case "fp8-rowwise":
+            rowwise = [FP8Config(recipe="rowwise")]
+            return [
+                Raw("raw eager", LARGE),
+                Raw("raw, fp8 rowwise, chunked loss", LARGE, "chunked", compiled=True, fp8="rowwise"),
+                Paceline(
+                    "paceline, fp8 rowwise, chunked loss", LARGE, "chunked", precision="fp8", handlers=rowwise, settle=2
+                ),
+            ]
+        case "fp8-fsdp":
+            return [
+                Raw("raw FSDP2 eager", LARGE, fsdp=True),
+                Raw(
+                    "raw FSDP2, fp8 gathered, chunked loss",
+                    LARGE,
+                    "chunked",
+                    fsdp=True,
+                    compiled=True,
+                    fp8="tensorwise",
+                ),
+                Paceline("paceline FSDP2, fp8, chunked loss", LARGE, "chunked", fsdp=True, precision="fp8", settle=2),
             ]
         case "fsdp":
             return [
@@ -262,11 +298,50 @@ def contenders_of(name: str) -> list[Contender]:
                     "paceline FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, dynamo="inductor"
                 ),
             ]
+        case "fsdp-2":
+            raw = Raw("raw FSDP2, blocks compiled, chunked loss", LARGE, "chunked", fsdp=True, compiled=True)
+            plain = FullyShardedDataParallelPlugin(keep_last_unit=False)
+            ways = {
+                "every unit dropped": plain,
+                "last unit kept": plain.changed(keep_last_unit=True),
+                "last unit kept, 2 gathered ahead": plain.changed(keep_last_unit=True, prefetch_units=2),
+                "last unit kept, own group": plain.changed(keep_last_unit=True, separate_reduce_scatter_group=True),
+            }
+            return [
+                raw,
+                *(
+                    Paceline(f"paceline, {name}", LARGE, "chunked", fsdp=way, dynamo="inductor")
+                    for name, way in ways.items()
+                ),
+                Paceline(
+                    "paceline, last unit kept, fp8",
+                    LARGE,
+                    "chunked",
+                    fsdp=ways["last unit kept"],
+                    precision="fp8",
+                    settle=2,
+                ),
+            ]
         case "fsdp-default":
             return [
                 Raw("raw FSDP2 eager", LARGE, fsdp=True),
                 Paceline("paceline FSDP2 by default", LARGE, fsdp=True, settle=12),
                 Paceline("paceline FSDP2 by default, chunked loss", LARGE, "chunked", fsdp=True, settle=12),
+            ]
+        case "memory":
+            eager = FullyShardedDataParallelPlugin()
+            full = FullyShardedDataParallelPlugin(activation_checkpointing=True)
+            products = full.changed(activation_checkpointing_policy="products")
+            return [
+                Paceline("compiled", MEDIUM, "chunked", fsdp=eager, dynamo="inductor"),
+                *(
+                    Paceline(
+                        f"compiled, budget {budget}", MEDIUM, "chunked", fsdp=eager, dynamo="inductor", budget=budget
+                    )
+                    for budget in (0.75, 0.5, 0.25, 0.0)
+                ),
+                Paceline("compiled, all but products recomputed", MEDIUM, "chunked", fsdp=products, dynamo="inductor"),
+                Paceline("compiled, everything recomputed", MEDIUM, "chunked", fsdp=full, dynamo="inductor"),
             ]
         case "launch":
             return [
@@ -287,12 +362,28 @@ def contenders_of(name: str) -> list[Contender]:
 
 
 def synchronized(work: Callable[[], Any]) -> float:
-    """Seconds of some work on the device."""
+    """Seconds of some work on the device; all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
     torch.cuda.synchronize()
     started = time.perf_counter()
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def agreed(stop: bool) -> bool:
+    """Whether any rank wants to stop: ranks that took turns alone would wait for each other for ever."""
+    if not dist.is_initialized():
+        return stop
+    flag = torch.tensor([float(stop)], device="cuda")
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+def num_ranks() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def take_steps(contender: Contender, batches: list[Tensor]) -> None:
@@ -311,8 +402,9 @@ def matmul_rate() -> float:
 
 
 def batches_of(case: Case) -> list[Tensor]:
-    """Tokens of all compared steps, the same for every contender."""
-    generator = torch.Generator().manual_seed(1)
+    """Tokens of all compared steps, the same for every contender; each rank has its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(1 + rank)
     shape = (case.batch, case.sequence)
     return [torch.randint(case.vocabulary, shape, generator=generator).cuda() for _ in range(COMPARED_STEPS)]
 
@@ -334,11 +426,10 @@ def warm_up(contender: Contender, batches: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, contenders: list[Contender], seconds: float) -> dict[str, Any]:
     """Build all contenders, compare their losses, and let them take turns for `seconds` at most."""
     started = time.perf_counter()
     rate = matmul_rate()
-    contenders = contenders_of(name)
     case = contenders[0].case
     batches = batches_of(case)
     usable = []
@@ -359,9 +450,10 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             steps = [batches[i % len(batches)] for i in range(case.block)]
             took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
-        if time.perf_counter() - started > seconds:
+        if agreed(time.perf_counter() - started > seconds):
             break
     first = usable[0]
+    # Sharded parameters tell their whole number of elements, too.
     parameters = sum(p.numel() for p in first.model.parameters())
     rows = []
     for contender in usable:
@@ -389,6 +481,19 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     }
 
 
+def open_group() -> None:
+    """Open the process group: that of torchrun, or of this process alone."""
+    if "RANK" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", device))
+
+
 def main() -> None:
     """Measure one table, and print it as JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -397,22 +502,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
-    if args.name.startswith("fsdp"):
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        torch.cuda.set_device(0)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
-    found = measure(args.name, args.seconds)
-    print(json.dumps(found), flush=True)
+    if "fsdp" in args.name or args.name == "memory":
+        open_group()
+    found = measure(args.name, contenders_of(args.name), args.seconds)
+    if num_ranks() == 1 or dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
     # Threads of compilers and process groups have nothing left to do.
     os._exit(0)
 

@@ -302,8 +302,8 @@ def accumulation_against_json() -> tuple[int, dict[str, Any]]:
 
 
 @needs_deepspeed
-def test_the_programs_windows_go_before_deepspeeds_json() -> None:
-    assert on_ranks(2, accumulation_against_json) == [(1, {"micro": 3})] * 2
+def test_deepspeeds_json_goes_before_the_programs_windows() -> None:
+    assert on_ranks(2, accumulation_against_json) == [(2, {"micro": 3})] * 2
 
 
 def placeholders() -> tuple[list[float], int]:

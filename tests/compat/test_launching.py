@@ -96,7 +96,7 @@ def test_a_script_runs_with_the_twin_on_all_ranks(tmp_path: Path) -> None:
         "from paceline.compat.accelerate.commands.launch import launch_command, launch_command_parser\n"
         f"launch_command(launch_command_parser().parse_args({tokens!r}))"
     )
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=800)
     assert finished.returncode == 0, finished.stderr
     lines = sorted(line for line in finished.stdout.splitlines() if "--a" in line)
     assert [line[line.index(" 2 ") - 1 :] for line in lines] == ["0 2 ['--a', 'b']", "1 2 ['--a', 'b']"]

@@ -113,7 +113,7 @@ OTHERWISE = {
         ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
         _PLACEMENT,
     ),
-    "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON, "BnbQuantizationConfig": _PLACEMENT},
+    "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON},
     "utils.offload": dict.fromkeys(["OffloadedWeightsLoader", "PrefixedDataset"], _PLACEMENT),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
-from paceline.data import ActiveLoaders, skip_first_batches
+from paceline.data import ActiveLoaders
 from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Accelerator:
 
     Args:
         device_placement: Move models and batches to the device.
-        mixed_precision: `no`, `bf16` or `fp16`.
+        mixed_precision: `no`, `bf16`, `fp16` or `fp8`.
         gradient_accumulation_steps: Micro-batches to an optimizer step.
         cpu: Use the CPU even if there is an accelerator.
         strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or one of your own: a class derived from
@@ -72,7 +73,7 @@ class Accelerator:
         gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one of them.
         step_scheduler_with_optimizer: Step a prepared scheduler once for each optimizer step; else on every call.
         kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
-            `InitProcessGroupKwargs`, `ProfileKwargs`: at most one of each.
+            `InitProcessGroupKwargs`, `ProfileKwargs`, `FP8Config`: at most one of each.
         dynamo_plugin: Settings of `torch.compile`.
         dynamo_backend: Short for `TorchDynamoPlugin(backend=...)`.
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
@@ -157,7 +158,8 @@ class Accelerator:
         self._prepared = prepared = Prepared()
         family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = policies.open_window(accumulation, family.position, context.group)
-        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
+        remaining_steps = partial(prepared.remaining_steps, window)
+        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy, remaining_steps)
         self.scaler = scaler = usable_scaler(components, selector.maybe_current)
         self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
         self._communicator = Communicator(context, family)
@@ -232,7 +234,7 @@ class Accelerator:
 
     @property
     def mixed_precision(self) -> str:
-        """The precision: `no`, `bf16` or `fp16`."""
+        """The precision: `no`, `bf16`, `fp16` or `fp8`."""
         return self._context.precision.mode
 
     @property
@@ -562,6 +564,8 @@ class Accelerator:
             >>> [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
             [[2, 3]]
         """
+        from paceline.data import skip_first_batches
+
         return skip_first_batches(dataloader, num_batches)
 
     def unwrap_model(

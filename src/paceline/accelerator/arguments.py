@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.config import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    FP8Config,
     GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HANDLERS = (
     AutocastKwargs,
     DistributedDataParallelKwargs,
+    FP8Config,
     GradScalerKwargs,
     InitProcessGroupKwargs,
     ProfileKwargs,
@@ -41,6 +43,7 @@ class Handlers:
     process_group: InitProcessGroupKwargs
     profile: ProfileKwargs
     ddp: DistributedDataParallelKwargs | None
+    fp8: FP8Config | None
 
     @classmethod
     def sort(cls, handlers: Iterable[object]) -> Handlers:
@@ -65,6 +68,7 @@ class Handlers:
             process_group=by_kind.get(InitProcessGroupKwargs) or InitProcessGroupKwargs(),
             profile=by_kind.get(ProfileKwargs) or ProfileKwargs(),
             ddp=by_kind.get(DistributedDataParallelKwargs),
+            fp8=by_kind.get(FP8Config),
         )
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from paceline.collectives import SoloGroup, TorchGroup
 from paceline.config import with_arguments, worker_config
-from paceline.environment.device import choose_device
+from paceline.environment.device import choose_device, supported_precisions
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
+from paceline.errors import ConfigError, Problem
 from paceline.precision import LossScaler, policy_for
 from paceline.strategies import RunContext
 from paceline.watchdog import start_watch
@@ -65,7 +67,17 @@ def resolve_arguments(
     explicit = {key: value for key, value in arguments.items() if value is not None}
     if handlers.ddp is not None:
         explicit["ddp_config"] = handlers.ddp
+    if handlers.fp8 is not None:
+        explicit["fp8_config"] = handlers.fp8
     return with_arguments(worker_config(env), explicit, policies.leniency)
+
+
+def _refuse_idle_switch(resolved: Resolved) -> None:
+    """Raise where only the environment asks for the switch: nothing turns it on in a process of plain Python."""
+    why = "Python had started the script before paceline was imported, so `import accelerate` finds the real package"
+    hint = "start it with `python -m paceline.compat SCRIPT` or `paceline launch SCRIPT`, or unset the variable"
+    where = resolved.origin("as_accelerate").where
+    raise ConfigError([Problem(where, "as_accelerate", "true has no effect here", why, hint)])
 
 
 def assemble(
@@ -87,6 +99,8 @@ def assemble(
     """
     resolved = resolve_arguments(env, arguments, handlers, policies)
     config = resolved.config
+    if config.as_accelerate and "PACELINE_CONFIG" not in env and "paceline.compat.install" not in sys.modules:
+        _refuse_idle_switch(resolved)
     world = World.read(env)
     device = choose_device(world, cpu=config.use_cpu, named=env.get("ACCELERATE_TORCH_DEVICE", ""))
     group_settings = handlers.process_group
@@ -106,7 +120,9 @@ def assemble(
     if backend is not None:
         start_watch(world, error_file, config.hang_timeout)
     group: Group = SoloGroup(device) if backend is None else TorchGroup(device)
-    precision = policy_for(config.mixed_precision, device, handlers.autocast)
+    emulates_fp8 = config.fp8_config is not None and config.fp8_config.emulate
+    supported = supported_precisions(device) | ({"fp8"} if emulates_fp8 else set())
+    precision = policy_for(config.mixed_precision, device, handlers.autocast, supported=supported)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     context = RunContext(
         world=world, device=device, group=group, precision=precision, config=config, leniency=policies.leniency

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from paceline.config import find_config_file, is_accelerate_file, resolve
+from paceline.config import TorchDynamoPlugin, find_config_file, is_accelerate_file, resolve
 from paceline.environment.device import describe_device, memory_info
 from paceline.environment.host import core_count, cpu_quota, host_memory, processor_name
 from paceline.environment.world import World
 from paceline.errors import ConfigError, PacelineError, WorldError
+from paceline.strategies.compile_cache import describe_cache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,6 +122,7 @@ class EnvironmentReport:
         processor: Its model name.
         cores: Physical processor cores that this process may use.
         host_memory: Bytes of host memory available, and in all.
+        compile_cache: Where compiled code is kept, and how large that is.
         limits: What runs often hit: shared memory, disk, open files, a container's share of the processor.
         programs: The installed launchers and compilers, in one line.
         world: This process's rank and size, and whose variables they come from.
@@ -139,6 +141,7 @@ class EnvironmentReport:
     processor: str
     cores: int
     host_memory: tuple[int, int]
+    compile_cache: str
     limits: Mapping[str, str]
     programs: str
     world: str
@@ -163,6 +166,7 @@ class EnvironmentReport:
             *self.drivers.items(),
             ("backends", self.backends),
             *self.limits.items(),
+            ("compile cache", self.compile_cache),
             ("programs", self.programs or "no launcher or compiler"),
             ("packages", ", ".join(f"{name} {version}" for name, version in self.packages.items())),
             ("world", self.world),
@@ -183,7 +187,7 @@ def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> 
         ask_programs: Run the vendor's programs for drivers and topology, which may take seconds.
     """
     searched = env if ask_programs else {**env, "PATH": ""}
-    file, problems = _config(env)
+    file, problems, dynamo = _config(env)
     return EnvironmentReport(
         versions={
             "paceline": _maybe_version("paceline") or "not installed: runs from its source",
@@ -199,6 +203,7 @@ def environment_report(env: Mapping[str, str], *, ask_programs: bool = True) -> 
         processor=processor_name(),
         cores=core_count(),
         host_memory=host_memory(),
+        compile_cache=describe_cache(dynamo, env),
         limits=_limits(),
         programs=", ".join(name for name in _PROGRAMS if shutil.which(name, path=env.get("PATH"))),
         world=_world(env),
@@ -293,16 +298,18 @@ def _world(env: Mapping[str, str]) -> str:
     return f"rank {world.rank} of {world.size} ({local}) by {world.source}"
 
 
-def _config(env: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+def _config(env: Mapping[str, str]) -> tuple[str, tuple[str, ...], TorchDynamoPlugin]:
     file = None
+    problems: tuple[str, ...] = ()
+    dynamo = TorchDynamoPlugin()
     try:
         file = find_config_file(env, None)
-        resolve(flags={}, env=env, file=file)
+        dynamo = resolve(flags={}, env=env, file=file).config.dynamo_config
     except ConfigError as error:
-        return str(file or ""), tuple(map(str, error.problems))
+        problems = tuple(map(str, error.problems))
     except PacelineError as error:
-        return str(file or ""), (str(error),)
-    return str(file or ""), ()
+        problems = (str(error),)
+    return str(file or ""), problems, dynamo
 
 
 def _config_origin(file: str, env: Mapping[str, str]) -> str:

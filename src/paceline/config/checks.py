@@ -108,7 +108,8 @@ def find_problems(context: CheckContext) -> list[Problem]:
     """Return everything that is wrong with a whole configuration."""
     checks = (
         _unsupported_type,
-        _unsupported_precision,
+        _fp8_needs,
+        _two_ways_to_recompute,
         _unsupported_mesh,
         _unused_sections,
         _unused_multi_node_keys,
@@ -150,9 +151,34 @@ def _unsupported_type(context: CheckContext) -> Iterator[Problem]:
         yield _unsupported(context, key, f"{shown} (a TPU setting)", "remove the key")
 
 
-def _unsupported_precision(context: CheckContext) -> Iterator[Problem]:
-    if context.config.mixed_precision == "fp8":
-        yield _unsupported(context, "mixed_precision", "fp8", "write mixed_precision: bf16")
+def _fp8_needs(context: CheckContext) -> Iterator[Problem]:
+    """Report what fp8 cannot be combined with."""
+    config = context.config
+    if config.mixed_precision != "fp8":
+        return
+    if config.strategy == "deepspeed":
+        why = f"DeepSpeed's engine computes in bf16 or fp16 ({context.where('strategy', 'distributed_type')})"
+        yield context.problem("mixed_precision", "fp8 under strategy deepspeed", why, "write strategy: fsdp, or bf16")
+    dynamo, settings = config.dynamo_config, config.fp8_config
+    emulates = settings is not None and settings.emulate
+    if config.use_cpu and not emulates:
+        why = f"use_cpu is true ({context.where('use_cpu')}), and fp8 needs an NVIDIA GPU"
+        yield context.problem("mixed_precision", "fp8 on the CPU", why, "write mixed_precision: bf16")
+    if (dynamo.backend == "no" or dynamo.disable) and not emulates:
+        key = "dynamo_config.dynamo_disable" if dynamo.disable else "dynamo_config.dynamo_backend"
+        where = context.where(key, "mixed_precision")
+        why = "without torch.compile, scaling and rounding cost more than fp8 products save"
+        hint = "remove the key: fp8 compiles the model's blocks by itself; or write mixed_precision: bf16"
+        yield Problem(where, "mixed_precision", "fp8 with torch.compile turned off", why, hint)
+
+
+def _two_ways_to_recompute(context: CheckContext) -> Iterator[Problem]:
+    fsdp, dynamo = context.config.fsdp_config, context.config.dynamo_config
+    if fsdp is not None and fsdp.activation_checkpointing and dynamo.activation_memory_budget < 1:
+        key = "dynamo_config.dynamo_activation_memory_budget"
+        what = f"{dynamo.activation_memory_budget:g} with fsdp_activation_checkpointing"
+        why = "a checkpointed block keeps its input only, so there is nothing left to choose from"
+        yield context.problem(key, what, why, "set one of them")
 
 
 def _unsupported_mesh(context: CheckContext) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ from paceline.errors import DeviceError, counted
 if TYPE_CHECKING:
     from paceline.environment.world import World
 
-__all__ = ["choose_device", "describe_device", "memory_info", "supported_precisions"]
+__all__ = ["choose_device", "describe_device", "memory_info", "supported_precisions", "why_no_fp8"]
 
 # The first NVIDIA generation (Ada, then Hopper) whose tensor cores multiply 8-bit floats.
 _FP8_CAPABILITY = (8, 9)
@@ -127,12 +127,28 @@ def _has_bf16(device: torch.device) -> bool:
     return True
 
 
+def why_no_fp8(device: torch.device) -> str:
+    """Say what a device lacks for fp8; empty if it has it."""
+    needs = f"fp8 needs an NVIDIA GPU of compute capability {'.'.join(map(str, _FP8_CAPABILITY))} or higher"
+    capability = _cuda_capability(device)
+    if capability is None:
+        return needs
+    if capability >= _FP8_CAPABILITY:
+        return ""
+    return f"{needs}, and this one has {'.'.join(map(str, capability))}"
+
+
 def _has_fp8(device: torch.device) -> bool:
+    capability = _cuda_capability(device)
+    return capability is not None and capability >= _FP8_CAPABILITY
+
+
+def _cuda_capability(device: torch.device) -> tuple[int, int] | None:
     # torch.version.cuda is None in builds for other vendors, whose capability numbers differ in meaning.
     if device.type == "cpu" or torch.version.cuda is None:
-        return False
+        return None
     query = getattr(_module(device), "get_device_capability", None)
     capability = None
     if query is not None:
         capability = query(device)
-    return isinstance(capability, tuple) and capability >= _FP8_CAPABILITY
+    return capability if isinstance(capability, tuple) else None

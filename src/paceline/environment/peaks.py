@@ -63,14 +63,14 @@ def peak_flops(device: torch.device, mode: str) -> float | None:
 
     Args:
         device: The device.
-        mode: `no`, `bf16` or `fp16`.
+        mode: `no`, `bf16`, `fp16` or `fp8`, whose MFU is by convention that of bf16.
     """
     if device.type != "cuda":
         return None
     peak = peak_of(torch.cuda.get_device_name(device))
     if peak is None:
         return None
-    if mode in ("bf16", "fp16"):
+    if mode in ("bf16", "fp16", "fp8"):
         return peak.half * 1e12
     is_fast = torch.get_float32_matmul_precision() != "highest"
     return (peak.tf32 if is_fast else peak.full) * 1e12

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from paceline.environment.device import describe_device, supported_precisions
-from paceline.errors import NotBuiltError, PrecisionError
+from paceline.environment.device import describe_device, supported_precisions, why_no_fp8
+from paceline.errors import PrecisionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
     from paceline.config import AutocastKwargs
 
-Mode = Literal["no", "bf16", "fp16"]
+Mode = Literal["no", "bf16", "fp16", "fp8"]
 
-_DTYPES: dict[str, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Under fp8 only the products of large linear layers are in 8 bits; everything else is as under bf16.
+_DTYPES: dict[str, torch.dtype] = {
+    "no": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +35,7 @@ class PrecisionPolicy:
     """The dtype of matrix products and convolutions; weights and reductions stay in fp32.
 
     Attributes:
-        mode: `bf16` or `fp16`; `no` computes in the dtype of the weights.
+        mode: `bf16`, `fp16` or `fp8`; `no` computes in the dtype of the weights.
         device_type: The `torch.device.type` that autocast acts on.
         handler: The settings of autocast.
     """
@@ -80,20 +86,17 @@ def policy_for(
     """Check that the device can compute in a precision, and return the policy for it.
 
     Args:
-        mode: `no`, `bf16` or `fp16`.
+        mode: `no`, `bf16`, `fp16` or `fp8`.
         device: Where the run computes.
         handler: Settings of autocast; torch's defaults when left out.
         supported: The modes that the device supports; looked up when left out.
 
     Raises:
         PrecisionError: The device does not support `mode`; names those that it does.
-        NotBuiltError: `mode` is `fp8`.
     """
     known = frozenset(supported_precisions(device) if supported is None else supported)
-    if mode == "fp8":
-        raise NotBuiltError("mixed_precision='fp8'", f"Use one of {', '.join(sorted(known - {'fp8'}))}")
     if mode not in known or mode not in _DTYPES:
-        raise PrecisionError(mode, describe_device(device), known - {"fp8"})
+        raise PrecisionError(mode, describe_device(device), known, why_no_fp8(device) if mode == "fp8" else "")
     if handler is None:
         from paceline.config import AutocastKwargs
 

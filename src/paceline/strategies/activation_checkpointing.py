@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
 
 
-def checkpoint_blocks(model: nn.Module, names: Iterable[str], *, offload: bool = False) -> None:
+def checkpoint_blocks(
+    model: nn.Module, names: Iterable[str], *, offload: bool = False, keeps_products: bool = False
+) -> None:
     """Checkpoint the activations of each named block in place, before the blocks are sharded.
 
     Names in the state dict stay the same; `plain_name` restores those of `named_parameters`.
@@ -22,11 +24,15 @@ def checkpoint_blocks(model: nn.Module, names: Iterable[str], *, offload: bool =
         model: Contains the blocks.
         names: The blocks' names in the model.
         offload: Whether to keep each block's input in host memory.
+        keeps_products: Whether to keep the results of matrix products and attention, too.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
+    from paceline.nn.recomputation import keep_products
+
+    more = {"context_fn": keep_products()} if keeps_products else {}
     for name in names:
-        block = checkpoint_wrapper(model.get_submodule(name))
+        block = checkpoint_wrapper(model.get_submodule(name), **more)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, offload_wrapper(block) if offload else block)
 

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from paceline.config import FullyShardedDataParallelPlugin
 from paceline.environment.logging import get_logger
-from paceline.strategies.blocks import class_name, find_units
+from paceline.strategies.blocks import class_name, repeated_blocks
 from paceline.strategies.compilation import LostGradientsError, compiler_arguments
 
 if TYPE_CHECKING:
@@ -53,7 +52,12 @@ _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx"
 
 
 def automatic_compilation(
-    model: nn.Module, settings: TorchDynamoPlugin, device: torch.device, remaining_steps: Callable[[], int | None]
+    model: nn.Module,
+    settings: TorchDynamoPlugin,
+    device: torch.device,
+    remaining_steps: Callable[[], int | None],
+    *,
+    at_once: bool = False,
 ) -> AutomaticCompilation | None:
     """Choose what to compile of a model, if the device is one where that is done by default.
 
@@ -62,27 +66,22 @@ def automatic_compilation(
         settings: Of the compiler.
         device: Where it will be trained.
         remaining_steps: Returns the optimizer steps that are left; None if that is unknown.
+        at_once: Whether the model must be compiled, however long the run is.
 
     Returns:
         To be told of every optimizer step; None where models stay as they are.
     """
     if device.type not in DEVICE_TYPES:
         return None
-    blocks = _repeated_blocks(model)
+    blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
     compilation = AutomaticCompilation(blocks, settings, device, remaining_steps)
     if not blocks:
         compilation.stop("the model has no repeated blocks")
     elif any(block._compiled_call_impl is not None for module in blocks for block in module.modules()):
         compilation.stop("the script compiles blocks itself")
+    elif at_once:
+        compilation.start_at_once()
     return compilation
-
-
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules of a class of which the model has several: compiled once, they are used often."""
-    names = find_units(model, FullyShardedDataParallelPlugin()).names
-    blocks = [model.get_submodule(name) for name in names]
-    counts = Counter(map(class_name, blocks))
-    return [block for block in blocks if counts[class_name(block)] > 1]
 
 
 class AutomaticCompilation:
@@ -113,6 +112,11 @@ class AutomaticCompilation:
         # Whether forwards use compiled code; off, they stay eager from the next step on.
         self.is_on = False
         self.is_decided = False
+
+    @property
+    def state(self) -> str:
+        """How far it is, or why it stopped."""
+        return self._state
 
     def describe(self) -> str:
         """Describe in one line what is compiled, or why nothing is."""
@@ -153,8 +157,17 @@ class AutomaticCompilation:
                 f"about {seconds:.0f} s of compilation"
             )
             return
-        self.is_on = True
         self._state = "being compiled"
+        self._compile()
+
+    def start_at_once(self) -> None:
+        """Compile from the first step on: the model is slower eagerly than before it was changed."""
+        self.is_decided = True
+        self._state = f"compiled by {BACKEND} from the first step on; code is kept in {_cache_folder()}"
+        self._compile()
+
+    def _compile(self) -> None:
+        self.is_on = True
         self._started = time.perf_counter()
         # With fullgraph, a graph break is an error, before anything has run.
         arguments = {**compiler_arguments(self._settings, BACKEND), "fullgraph": True}

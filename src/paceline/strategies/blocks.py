@@ -63,6 +63,23 @@ def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Unit
     return Units(tuple(name for name, _ in reversed(units)), tuple(classes.items()), how)
 
 
+def repeated_blocks(model: nn.Module) -> list[str]:
+    """Names of modules of a class of which the model has several: compiled once, they are used often.
+
+    Args:
+        model: Of any size.
+
+    Returns:
+        Inner blocks before outer ones; empty if nothing is repeated.
+    """
+    from paceline.config import FullyShardedDataParallelPlugin
+
+    chosen = {id(block) for block in _choose(model, FullyShardedDataParallelPlugin())[0]}
+    named = [(name, module) for name, module in model.named_modules() if id(module) in chosen and name]
+    counts = Counter(class_name(module) for _, module in named)
+    return [name for name, module in reversed(named) if counts[class_name(module)] > 1]
+
+
 def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[list[nn.Module], str]:
     if plugin.auto_wrap_policy == "NO_WRAP":
         return [], "NO_WRAP"

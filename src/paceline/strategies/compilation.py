@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError
-from paceline.strategies.blocks import find_units
+from paceline.strategies.blocks import repeated_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,21 +61,47 @@ def compiler_arguments(settings: TorchDynamoPlugin, backend: Any) -> dict[str, A
     # torch accepts either a mode or options, not both.
     mode = settings.mode if settings.mode != "default" and not settings.options else None
     options = settings.options or None
+    if settings.activation_memory_budget < 1:
+        backend = _WithBudget(_as_callable(backend, mode, options, settings.dynamic), settings.activation_memory_budget)
+        mode = options = None
     if _TORCH >= (2, 13):
         return {"backend": backend, "mode": mode, "options": options, "dynamic": settings.dynamic}
+    inner = _as_callable(backend, mode, options, settings.dynamic)
     if backend == "inductor":
-        inductor: Any = torch._TorchCompileInductorWrapper
-        inner = inductor(mode, options, settings.dynamic)
         return {"backend": _CheckedBackend(inner), "dynamic": settings.dynamic}
-    inner = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
     return {"backend": _CheckedBackend(inner), "mode": mode, "options": options, "dynamic": settings.dynamic}
 
 
 def _modules_to_compile(model: nn.Module, settings: TorchDynamoPlugin) -> list[nn.Module]:
     if not settings.use_regional_compilation:
         return [model]
-    blocks = find_units(model, FullyShardedDataParallelPlugin()).names
+    blocks = repeated_blocks(model)
     return [model.get_submodule(name) for name in blocks] or [model]
+
+
+def _as_callable(backend: Any, mode: str | None, options: Any, dynamic: bool | None) -> Callable[..., Any]:
+    """A backend that is called with graph and inputs."""
+    if backend == "inductor":
+        inductor: Any = torch._TorchCompileInductorWrapper
+        made: Callable[..., Any] = inductor(mode, options, dynamic)
+        return made
+    found: Callable[..., Any] = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    return found
+
+
+class _WithBudget:
+    """A backend under which forward and backward are divided by an activation memory budget."""
+
+    def __init__(self, backend: Callable[..., Any], budget: float) -> None:
+        self._backend = backend
+        self._budget = budget
+
+    def __call__(self, graph: GraphModule, inputs: list[Any], **kwargs: Any) -> Any:
+        import torch._functorch.config as settings
+
+        # torch has one setting for the process; other models are compiled without it.
+        with settings.patch(activation_memory_budget=self._budget):
+            return self._backend(graph, inputs, **kwargs)
 
 
 class _CheckedBackend:

@@ -14,6 +14,7 @@ import torch
 
 from paceline.checkpoint.format.shards import OptimizerState, TensorShard
 from paceline.strategies.activation_checkpointing import plain_name
+from paceline.strategies.quantized_states import quantize_before_step
 from paceline.strategies.state import (
     allocate_slots,
     check_groups,
@@ -168,6 +169,7 @@ class TrainingStateAccess:
                     optimizer.state[parameter] = state
                 else:
                     optimizer.state.pop(parameter, None)
+        quantize_before_step(optimizer)
 
     def set_groups(self, optimizer: Optimizer, names: Mapping[int, str], groups: Sequence[Mapping[str, Any]]) -> None:
         """Restore the options of an optimizer's parameter groups.

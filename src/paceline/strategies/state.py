@@ -12,7 +12,9 @@ import torch
 
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
+from paceline.precision.fp8 import plain_local
 from paceline.strategies.activation_checkpointing import plain_name
+from paceline.strategies.quantized_states import full_precision, is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +45,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
         StateError: It is sharded over another dimension than the first.
     """
     if not is_dtensor(tensor):
-        return TensorShard.whole(tensor.detach())
+        return TensorShard.whole(full_precision(tensor.detach()))
     from torch.distributed.tensor import Shard
 
     axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
@@ -55,7 +57,7 @@ def local_shard(tensor: Tensor) -> TensorShard:
         )
     # A save does this once a tensor while training waits; under no_grad no graph is built.
     with torch.no_grad():
-        local = tensor.to_local().detach()
+        local = full_precision(plain_local(tensor.to_local().detach()))
     start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
     return TensorShard(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
 
@@ -140,7 +142,7 @@ def allocate_slots(
 def _allocate(
     current: Any, key: str, slot: Slot, parameter: nn.Parameter, group: Mapping[str, Any], name: str
 ) -> Tensor:
-    if isinstance(current, torch.Tensor) and tuple(current.shape) == slot.shape:
+    if isinstance(current, torch.Tensor) and tuple(current.shape) == slot.shape and not is_quantized(current):
         return current
     if slot.shape == tuple(parameter.shape):
         return torch.zeros_like(parameter, dtype=slot.dtype, requires_grad=False)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from paceline.errors import PrepareError
+from paceline.nn.recomputation import keep_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +26,21 @@ def checkpoint_activations(model: nn.Module, settings: Any) -> None:
     Args:
         model: Has `gradient_checkpointing_enable`, as models of transformers do, or repeated blocks in a `ModuleList`
             or `Sequential`.
-        settings: Arguments of `torch.utils.checkpoint.checkpoint`, and `every_n_layers`.
+        settings: Arguments of `torch.utils.checkpoint.checkpoint`, `every_n_layers`, and `policy`: `full`, or
+            `products`, which keeps the results of matrix products and attention.
 
     Raises:
-        PrepareError: The model has no repeated blocks.
+        PrepareError: The model has no repeated blocks, or there is no such policy.
     """
     options = {"use_reentrant": False, **(settings or {})}
     every = options.pop("every_n_layers", 1)
+    policy = options.pop("policy", "full")
+    if policy not in ("full", "products"):
+        raise PrepareError(
+            f"activation_checkpointing_kwargs has policy={policy!r}", "There is none", "Write full or products"
+        )
+    if policy == "products":
+        options["context_fn"] = keep_products()
     own = getattr(model, "gradient_checkpointing_enable", None)
     if callable(own) and every == 1:
         own(gradient_checkpointing_kwargs=options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,15 @@ from paceline.trainer import model_files, result_files
 from paceline.trainer.arguments.accelerator import build_accelerator
 from paceline.trainer.arguments.constructor_checks import check_constructor, require_own_arguments
 from paceline.trainer.arguments.deepspeed import adam_arguments
-from paceline.trainer.batches.collate import label_names_of
-from paceline.trainer.batches.loaders import choose_collator, named_dataset, prepared_loader, train_sampler
+from paceline.trainer.batches.collate import columns_of, label_names_of
+from paceline.trainer.batches.loaders import (
+    choose_collator,
+    named_dataset,
+    packed_loader,
+    prepared_loader,
+    train_sampler,
+)
+from paceline.trainer.batches.packing import check_packing
 from paceline.trainer.callbacks import best_checkpoint
 from paceline.trainer.callbacks.base import CallbackHandler, fire
 from paceline.trainer.callbacks.builtin import with_defaults
@@ -34,6 +42,7 @@ from paceline.trainer.loops.start_summary import summarize
 from paceline.trainer.loops.training import TrainingLoop, TrainOutput
 from paceline.trainer.model_changes import checkpoint_activations, noisy_embeddings
 from paceline.trainer.optim import optimizers as optimizer_choice
+from paceline.trainer.optim.muon import MuonAdamW, muon_groups
 from paceline.trainer.optim.schedules import follows_metric, make_schedule
 from paceline.trainer.state import TrainerControl, TrainerState
 
@@ -156,6 +165,8 @@ class Trainer:
             optimizer_class=optimizer_cls_and_kwargs,
             compute_metrics=compute_metrics,
             compute_loss_func=compute_loss_func,
+            data_collator=data_collator,
+            takes=self._columns(),
             deepspeed=self._deepspeed_settings,
         )
         fire(self, "on_init_end")
@@ -486,6 +497,8 @@ class Trainer:
             return nullcontext()
         if self._chooses_loss:
             self._chooses_loss = False
+            if self.args.packing and "position_ids" in inputs:
+                check_packing(self.accelerator, self.model, partial(self._loss_alone, model), inputs, self._columns())
             self._chunked_loss = enable_chunked_loss(
                 self.accelerator,
                 self.model,
@@ -495,6 +508,12 @@ class Trainer:
                 obstacle=self._obstacle_to_chunks(),
             )
         return nullcontext() if self._chunked_loss is None or needs_outputs else self._chunked_loss.during()
+
+    def _loss_alone(self, model: nn.Module, inputs: Any) -> Tensor | None:
+        return losses.maybe_loss(self._call(model, inputs))
+
+    def _columns(self) -> frozenset[str] | None:
+        return columns_of(self.model, self.label_names)
 
     def _obstacle_to_chunks(self) -> str | None:
         """Why this Trainer needs the logits, if it does."""
@@ -698,6 +717,8 @@ class Trainer:
         if hasattr(self.train_dataset, "__len__") and len(self.train_dataset) == 0:
             hint = "Check the dataset's path and filters"
             raise PrepareError("The train_dataset has no samples", "There is nothing to train on", hint)
+        if self.args.packing:
+            return packed_loader(self.accelerator, self.args, self.train_dataset, self.model, self._batch_plan)
         sampler = self._get_train_sampler(self.train_dataset)
         return self._loader(self.train_dataset, sampler=sampler, batch_size=self._batch_plan.micro_batch)
 
@@ -844,6 +865,8 @@ class Trainer:
         section = self._deepspeed_section("optimizer")
         if section is None:
             cls, options = self._optimizer_class_and_options()
+            if issubclass(cls, MuonAdamW):
+                groups = muon_groups(model, groups)
             self.optimizer = optimizer_choice.build_optimizer(cls, groups, options, self.args)
         else:
             options = adam_arguments(section, self.args)

@@ -253,7 +253,7 @@ def test_every_problem_of_a_file_is_named_with_its_line(paceline: Paceline, scri
         (["--num-proceses", "2"], "--num_processes"),
         (["--num_processes"], "requires an argument"),
         (["--use_fsdp", "--fsdp_version", "3"], "--fsdp_version"),
-        (["--mixed_precision", "fp8"], "not supported in this release"),
+        (["--mixed_precision", "fp8", "--cpu"], "fp8 on the CPU"),
         (["--use_deepspeed", "--zero_stage", "4"], "--zero_stage"),
         (["--use_fsdp", "--multi_gpu"], "--multi_gpu"),
         (["--multi_gpu"], "that type trains on devices"),

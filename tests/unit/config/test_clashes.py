@@ -141,7 +141,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "config.yaml:1 sets it too",
     ),
     (
-        "mixed_precision: bf16\nfp8_config:\n  backend: TE",
+        "mixed_precision: bf16\nfp8_config:\n  backend: AO",
         {},
         "config.yaml:3",
         "fp8_config",
@@ -329,8 +329,6 @@ NOT_BUILT = [
         "rdzv_backend",
         "write static, or c10d",
     ),
-    ("mixed_precision: fp8", 1, "mixed_precision", "write mixed_precision: bf16"),
-    ("mixed_precision: fp8\nfp8_config:\n  amax_history_length: 16", 1, "mixed_precision", "bf16"),
     ("parallelism_config:\n  tp_size: 2", 2, "parallelism_config.parallelism_config_tp_size", "write 1"),
     ("parallelism_config:\n  cp_size: 2", 2, "parallelism_config.parallelism_config_cp_size", "write 1"),
     ("parallelism_config:\n  sp_size: 2", 2, "parallelism_config.parallelism_config_sp_size", "write 1"),
@@ -384,3 +382,19 @@ def test_mpirun_starts_ranks_on_processors(tmp_path: Path) -> None:
     assert (found.where, found.key) == ("config.yaml:2", "mpirun_config")
     assert "distributed_type: MULTI_CPU" in found.hint
     read(tmp_path, f"{text}\ndistributed_type: MULTI_CPU")
+
+
+FP8 = [
+    ("use_cpu: true", 1, "mixed_precision", "write mixed_precision: bf16"),
+    ("dynamo_backend: 'no'", 2, "mixed_precision", "fp8 compiles the model's blocks by itself"),
+    ("strategy: deepspeed", 1, "mixed_precision", "write strategy: fsdp"),
+    ("fp8_config:\n  backend: TE", 3, "fp8_config.fp8_backend", "write AO"),
+    ("fp8_config:\n  amax_history_length: 16", 3, "fp8_config.fp8_amax_history_len", "remove the key"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "key", "todo"), FP8)
+def test_what_fp8_cannot_be_combined_with(tmp_path: Path, text: str, line: int, key: str, todo: str) -> None:
+    [found] = problems(tmp_path, f"mixed_precision: fp8\n{text}")
+    assert (found.where, found.key) == (f"config.yaml:{line}", key)
+    assert todo in found.hint

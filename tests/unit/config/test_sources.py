@@ -151,7 +151,7 @@ def test_a_plugin_argument_chooses_its_strategy_when_nobody_did(tmp_path: Path) 
         ({"mixed_precision": "bf61"}, "mixed_precision"),
         ({"gradient_accumulation_steps": "2"}, "gradient_accumulation_steps"),
         ({"fsdp_config": {"cpu_offload": True}}, "fsdp_config"),
-        ({"mixed_precision": "fp8"}, "mixed_precision"),
+        ({"mixed_precision": "fp8", "use_cpu": True}, "mixed_precision"),
     ],
 )
 def test_a_wrong_argument_is_a_problem(arguments: dict[str, object], key: str) -> None:

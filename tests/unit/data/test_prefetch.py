@@ -122,7 +122,7 @@ def test_pageable_batches_do_not_pile_up_on_the_device() -> None:
     size = rows * 1024 * 4
     assert torch.accelerator.max_memory_allocated() - before < 8 * size + 3 * slow.nbytes
     text = prefetcher.describe()
-    assert "pinned in a thread" in text
+    assert "MB of pinned buffers" in text
     assert "MB on the device" in text
 
 
@@ -140,3 +140,19 @@ def test_an_error_of_the_loader_reaches_the_loop() -> None:
     assert [next(batches)["x"].mean().item() for _ in range(2)] == [0, 1]
     with pytest.raises(ValueError, match="no more"):
         next(batches)
+
+
+@pytest.mark.gpu
+@needs_accelerator
+@pytest.mark.parametrize("rows", [8, 64, 8192])
+def test_a_source_may_use_its_memory_again(rows: int) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    buffer = torch.empty(rows, 1024)
+
+    def source() -> Iterator[torch.Tensor]:
+        for value in range(30):
+            yield buffer.fill_(value)
+
+    found = DevicePrefetcher(device, non_blocking=True).iterate(source())
+    assert [(batch.amin().item(), batch.amax().item()) for batch in found] == [(i, i) for i in range(30)]

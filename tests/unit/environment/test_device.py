@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from paceline.environment.device import choose_device, describe_device, memory_info, supported_precisions
+from paceline.environment.device import choose_device, describe_device, memory_info, supported_precisions, why_no_fp8
 from paceline.environment.host import core_count, host_memory
 from paceline.environment.world import World
 from paceline.errors import DeviceError
@@ -91,6 +91,9 @@ def test_precisions_of_a_device(
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert supported_precisions(torch.device("cuda", 0)) == expected
+    reason = why_no_fp8(torch.device("cuda", 0))
+    assert (reason == "") == ("fp8" in expected)
+    assert reason == "" or reason.endswith(f"8.9 or higher, and this one has {capability[0]}.{capability[1]}")
 
 
 def test_memory_of_the_processor_is_shared_out() -> None:

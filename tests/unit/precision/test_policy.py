@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paceline.config import AutocastKwargs
-from paceline.errors import NotBuiltError, PrecisionError
+from paceline.errors import PrecisionError
 from paceline.precision import autocast_forward, policy_for
 
 CPU = torch.device("cpu")
@@ -39,16 +39,19 @@ def test_a_device_that_cannot_says_what_it_can() -> None:
     with pytest.raises(PrecisionError) as error:
         policy_for("bf16", CPU, supported=["no", "fp16", "fp8"])
     assert error.value.requested == "bf16"
-    assert error.value.supported == ("fp16", "no")
+    assert error.value.supported == ("fp16", "fp8", "no")
     assert "mixed_precision='bf16'" in str(error.value)
     with pytest.raises(PrecisionError, match="Choose one of"):
         policy_for("fp32", CPU)
 
 
-@pytest.mark.parametrize("supported", [["no", "bf16"], ["no", "bf16", "fp8"]])
-def test_fp8_is_not_built_wherever_it_is_asked_for(supported: list[str]) -> None:
-    with pytest.raises(NotBuiltError, match="Use one of bf16, no"):
-        policy_for("fp8", CPU, supported=supported)
+def test_fp8_says_what_it_needs_and_computes_the_rest_in_bf16() -> None:
+    with pytest.raises(PrecisionError, match=r"compute capability 8\.9 or higher\. Choose one of bf16, no"):
+        policy_for("fp8", CPU, supported=["no", "bf16"])
+    policy = policy_for("fp8", CPU, supported=["no", "bf16", "fp8"])
+    with policy.context():
+        assert LINEAR(INPUT).dtype == torch.bfloat16
+    assert not policy.needs_loss_scaling
 
 
 def test_autocast_may_be_switched_off() -> None:

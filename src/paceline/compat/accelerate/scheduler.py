@@ -28,6 +28,9 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         loader_config: Says `split_batches`, as it is when the scheduler steps.
     """
 
+    # Whether it stands for a schedule that belongs to an engine, which counts each step once.
+    is_of_engine = False
+
     def __init__(
         self,
         scheduler: Any,
@@ -45,8 +48,6 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         super().__init__(scheduler, window=window, optimizers=(), step_with_optimizer=step_with_optimizer)
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
-        # Whether it stands for a schedule that belongs to an engine, which counts each step once.
-        self.is_of_engine = False
         self._split_batches = split_batches
         self._loader_config = loader_config
 

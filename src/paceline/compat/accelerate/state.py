@@ -273,7 +273,8 @@ def _distributed_type(device: torch.device, cpu: bool) -> DistributedType:
 def _missing_attribute(owner: str, name: str, known: Iterable[str]) -> AttributeError:
     if name in known:
         return AttributeError(
-            f"{owner} has no {name} now: _reset_state() emptied it. Make a new Accelerator or PartialState."
+            f"`{owner}` object has no attribute `{name}` now. This happens if `{owner}._reset_state()` emptied it. "
+            "Make a new Accelerator or PartialState."
         )
     return AttributeError(f"{owner!r} object has no attribute {name!r}")
 

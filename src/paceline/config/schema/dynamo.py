@@ -29,6 +29,8 @@ Backend = Literal[
     "hpu_backend",
     "neuron",
 ]
+# The other fields are chosen by auto itself.
+_USED_BY_AUTO = ("disable", "cache_dir", "cache_limit_gb", "activation_memory_budget")
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -59,14 +61,35 @@ class TorchDynamoPlugin(Section):
         description="Compile the model's repeated block once instead of the whole model: a much shorter first step.",
     )
 
+    cache_dir: str | None = Field(
+        None,
+        description="Folder that keeps compiled code between runs; none: TORCHINDUCTOR_CACHE_DIR if that is set, else "
+        "paceline/compiled in the user's cache folder.",
+    )
+    cache_limit_gb: Annotated[float, Field(gt=0)] = Field(
+        20.0, description="Size in GB above which that folder is emptied before a run compiles."
+    )
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        description="How much of the activations compiled code keeps for the backward, from 0 (recompute all that it "
+        "can) to 1 (keep what is fastest).",
+    )
+
     def clashes(self) -> Iterator[Fault]:
         """Yield settings that have no effect because nothing is compiled, or auto chooses them."""
+        if self.backend == "eager" and self.activation_memory_budget < 1:
+            yield Fault(
+                "activation_memory_budget",
+                f"{self.activation_memory_budget:g} is not used",
+                "dynamo_backend is eager, which does not divide forward and backward",
+                "set dynamo_backend to inductor",
+            )
         if self.backend not in ("no", "auto"):
             return
         why = "so nothing is compiled" if self.backend == "no" else "which chooses by itself"
         for field, info in type(self).model_fields.items():
             value = getattr(self, field)
-            takes_effect = field == "backend" or (field == "disable" and self.backend == "auto")
+            takes_effect = field == "backend" or (self.backend == "auto" and field in _USED_BY_AUTO)
             if not takes_effect and value and value != info.default:
                 yield Fault(
                     field,

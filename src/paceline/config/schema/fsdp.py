@@ -57,11 +57,36 @@ class FullyShardedDataParallelPlugin(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute the activations of each sharding unit in backward instead of storing them."
     )
+    activation_checkpointing_policy: Literal["full", "products"] = Field(
+        "full",
+        description="What is recomputed: full: everything but the inputs of a unit; products: all but the results of "
+        "matrix products and attention, which takes more memory and less time.",
+    )
     activation_checkpointing_offload: bool = Field(
         False, description="Store the inputs of recomputed units in host memory, under activation checkpointing."
     )
     ignored_modules: str | None = Field(
         None, description="Regular expression for modules that stay unsharded; it must match the full name."
+    )
+    keep_last_unit: bool = Field(
+        True,
+        description="Keep the parameters of the last unit and of what is in no unit gathered after forward: the backward "
+        "begins with them. Only where fsdp_reshard_after_forward is true.",
+    )
+    prefetch_units: Annotated[int, Field(ge=0)] = Field(
+        0, description="Units that are all-gathered ahead explicitly; 0 leaves it to FSDP2, which looks one ahead."
+    )
+    separate_reduce_scatter_group: bool = Field(
+        False,
+        description="Reduce gradients in a process group of their own, so that all-gathers need not wait (torch 2.13).",
+    )
+    reduce_scatter_buffers: Annotated[int, Field(ge=1)] = Field(
+        1, description="Buffers of gradients that may wait to be reduced; more avoid stalls (torch 2.13)."
+    )
+    find_unused_parameters: bool = Field(
+        False,
+        description="Let parameters without gradient take part in the reduction with zeros, where ranks may use "
+        "different ones (torch 2.13).",
     )
     param_dtype: Dtype = Field(None, description="Dtype of all-gathered parameters; None takes mixed_precision.")
     reduce_dtype: Dtype = Field(None, description="Dtype in which gradients are reduced; None means fp32.")
@@ -102,6 +127,13 @@ class FullyShardedDataParallelPlugin(Section):
                 "activation_checkpointing_offload",
                 "true without activation checkpointing",
                 "it offloads what activation checkpointing stores",
+                "set fsdp_activation_checkpointing to true as well",
+            )
+        if self.activation_checkpointing_policy != "full" and not self.activation_checkpointing:
+            yield Fault(
+                "activation_checkpointing_policy",
+                f"{self.activation_checkpointing_policy} without activation checkpointing",
+                "nothing is recomputed",
                 "set fsdp_activation_checkpointing to true as well",
             )
         policy = self.auto_wrap_policy

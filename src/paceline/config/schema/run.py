@@ -45,7 +45,7 @@ _PRECISIONS = (
     ("no", "fp32 throughout"),
     ("fp16", "16 bits, with loss scaling"),
     ("bf16", "16 bits with the range of fp32"),
-    ("fp8", "8 bits; not supported in this release"),
+    ("fp8", "bf16, with the matrix products of large layers in 8 bits (torchao)"),
 )
 Count = Annotated[int, Field(ge=1)]
 
@@ -179,7 +179,7 @@ class RunConfig(Section):
         None, description="How DeepSpeed shards and offloads (strategy deepspeed)."
     )
     parallelism_config: ParallelismConfig | None = Field(None, description="Sizes of the device mesh (strategy fsdp).")
-    fp8_config: FP8Config | None = Field(None, description="How fp8 matrix products are scaled; not supported.")
+    fp8_config: FP8Config | None = Field(None, description="How fp8 matrix products are scaled (mixed_precision fp8).")
     dynamo_config: TorchDynamoPlugin = Field(
         default_factory=TorchDynamoPlugin, description="How models are compiled by torch.compile."
     )

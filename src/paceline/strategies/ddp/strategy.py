@@ -74,6 +74,7 @@ class DDPStrategy(Strategy):
                 "DDP keeps every parameter whole on every rank",
                 "Train with strategy='fsdp', or rebuild the model and prepare that",
             )
+        self.convert_layers(model)
         self.place_whole(model, place=place)
         self.compile(model)
         wrapped = NamingDDP(model, self._open_group, **self._arguments(place))

@@ -22,10 +22,12 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, named
 from paceline.precision import autocast_forward
+from paceline.precision.fp8 import has_layers, plain_local
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
 from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units
 from paceline.strategies.context import DistributedType
+from paceline.strategies.fsdp.overlap import check_switches, describe_switches, set_switches
 from paceline.strategies.fsdp.sharding import (
     Ownership,
     Replacements,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.checkpoint.format.shards import OptimizerState, TensorShard
+    from paceline.precision.fp8 import Fp8Layers
     from paceline.strategies.blocks import Units
     from paceline.strategies.context import RunContext
 
@@ -63,6 +66,8 @@ class FSDPStrategy(Strategy):
         self._mixed = _mixed_precision(context, self._plugin)
         self._replacements = Replacements()
         self._units: dict[int, tuple[FSDPModule, ...]] = {}
+        # Those whose parameters stay gathered after a forward.
+        self._kept: list[FSDPModule] = []
         self._description: list[str] = []
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
@@ -88,6 +93,7 @@ class FSDPStrategy(Strategy):
             return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
+        check_switches(plugin)
         units = find_units(model, plugin)
         ignored = self._ignored_modules(model)
         names = {id(p): name for name, p in model.named_parameters()}
@@ -95,25 +101,44 @@ class FSDPStrategy(Strategy):
         if self.context.group.rank == 0:
             initialize_meta(model, ownership)
         if plugin.activation_checkpointing:
-            checkpoint_blocks(model, units.names, offload=plugin.activation_checkpointing_offload)
+            checkpoint_blocks(
+                model,
+                units.names,
+                offload=plugin.activation_checkpointing_offload,
+                keeps_products=plugin.activation_checkpointing_policy == "products",
+            )
+        layers = self.convert_layers(model, gathers=True)
         placed: set[nn.Module] = set()
         for module in [*(model.get_submodule(name) for name in units.names), model]:
             if not isinstance(module, FSDPModule):
-                self._shard(module, ownership, ignored, placed)
+                self._shard(module, ownership, ignored, placed, layers)
         ownership.check_ties(names)
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
+        self._kept += set_switches(model, units.names[::-1], plugin)
         autocast_forward(model, self.context.precision)
+        if layers is not None and layers.are_gathered:
+            model.register_forward_pre_hook(torch.compiler.disable(layers.check_scales))
+            layers.weights_changed()
         self.compile(model)
         self._note_description(units)
         return model
 
-    def _shard(self, module: nn.Module, ownership: Ownership, ignored: list[nn.Module], placed: set[nn.Module]) -> None:
+    def _shard(
+        self,
+        module: nn.Module,
+        ownership: Ownership,
+        ignored: list[nn.Module],
+        placed: set[nn.Module],
+        layers: Fp8Layers | None,
+    ) -> None:
         """Shard what is in `module` and in no unit inside it; `placed` has the modules that are done."""
         own = [p for p in module.parameters() if not isinstance(p, DTensor)]
         inner = [m for m in module.modules() if m not in placed]
         buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
         materialize(own, buffers, ownership, self.context.device, self.context.group)
+        if layers is not None:
+            layers.gather_in_fp8([m for m in inner if not _is_inside(m, ignored)], ownership.replace)
         placed.update(inner)
         fully_shard(
             module,
@@ -141,6 +166,8 @@ class FSDPStrategy(Strategy):
             # The previous run may have ended inside an accumulation window.
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
+        if not has_layers(model):
+            self.convert_layers(model)
         autocast_forward(model, self.context.precision)
         self.compile(model)
         self._description.append(f"FSDP2: {len(units)} units that were sharded already")
@@ -171,6 +198,8 @@ class FSDPStrategy(Strategy):
                     f"fsdp_offload_params={self._plugin.cpu_offload} needs it in {where} memory",
                 )
         for unit in _units_in(model):
+            if has_layers(unit) and self.context.precision.mode != "fp8":
+                raise _other_sharding(type(unit).__name__, "to compute in fp8", "this run computes in bf16 or fp32")
             dtype = unit._get_fsdp_state()._mp_policy.param_dtype
             if dtype not in (None, self._mixed.param_dtype):
                 computes = short_dtype(self._mixed.param_dtype or torch.float32)
@@ -342,6 +371,17 @@ class FSDPStrategy(Strategy):
     @override
     def state_written(self) -> None:
         self._reshard()
+        for layers in self._fp8:
+            layers.forget_scales()
+
+    @override
+    def stepped(self) -> None:
+        super().stepped()
+        for unit in self._kept:
+            # A forward without a backward, as in an evaluation before the step, has left the former weights there.
+            unit.reshard()
+        for layers in self._fp8:
+            layers.weights_changed()
 
     def _reshard(self) -> None:
         """Drop gathered copies of parameters that a forward has left behind: the shards are the state."""
@@ -388,7 +428,7 @@ class FSDPStrategy(Strategy):
     def _whole(self, value: Tensor) -> Tensor:
         if not isinstance(value, DTensor):
             return value
-        local = value.to_local().to(self.context.device)
+        local = plain_local(value.to_local()).to(self.context.device)
         here = DTensor.from_local(local, value.device_mesh, value.placements, shape=value.shape, stride=value.stride())
         return here.full_tensor()
 
@@ -403,13 +443,20 @@ class FSDPStrategy(Strategy):
         extras = [
             text
             for text, on in (
-                ("activation checkpointing", self._plugin.activation_checkpointing),
+                (_checkpointing_text(self._plugin), self._plugin.activation_checkpointing),
                 ("parameters in host memory", self._plugin.cpu_offload),
             )
             if on
         ]
         self._description.append(
-            "; ".join([f"FSDP2 over {shape}: {units}", f"parameters {kept} after the forward", *extras])
+            "; ".join(
+                [
+                    f"FSDP2 over {shape}: {units}",
+                    f"parameters {kept} after the forward",
+                    *describe_switches(self._plugin),
+                    *extras,
+                ]
+            )
         )
 
     @override
@@ -449,6 +496,16 @@ def check_shardable(model: nn.Module) -> None:
             "Make the parameter real, of shape [..., 2], and use torch.view_as_complex() in the forward, or train "
             "with strategy='ddp'",
         )
+
+
+def _checkpointing_text(plugin: FullyShardedDataParallelPlugin) -> str:
+    if plugin.activation_checkpointing_policy == "products":
+        return "activation checkpointing of all but matrix products and attention"
+    return "activation checkpointing"
+
+
+def _is_inside(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    return any(module is inner for other in others for inner in other.modules())
 
 
 def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:

@@ -46,6 +46,7 @@ _AT_LEAST = {
     "seed": 0,
     "ddp_timeout": 1,
     "torch_empty_cache_steps": 1,
+    "packing_length": 1,
 }
 _UNSUPPORTED_OPTIMIZERS = ("galore_", "apollo_", "lomo", "adalomo", "grokadamw", "stable_adamw", "adamw_anyprecision")
 _OF_WORKERS = ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context")
@@ -216,6 +217,20 @@ _CONFLICTS = (
         "is not supported",
         "paceline uploads nothing",
         "use huggingface_hub on output_dir",
+    ),
+    _Conflict(
+        "packing_length",
+        lambda args: args.packing_length is not None and not args.packing,
+        "{args.packing_length} without packing",
+        "nothing is packed",
+        "write packing=True, or leave it out",
+    ),
+    _Conflict(
+        "packing",
+        lambda args: args.packing and args.train_sampling_strategy == "group_by_length",
+        "given together with train_sampling_strategy='group_by_length'",
+        "all packed rows have one length",
+        "give one of them",
     ),
     _Conflict(
         "batch_eval_metrics",

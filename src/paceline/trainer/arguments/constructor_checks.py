@@ -44,6 +44,8 @@ def check_constructor(
     optimizer_class: Any,
     compute_metrics: Any,
     compute_loss_func: Any,
+    data_collator: Any,
+    takes: frozenset[str] | None,
     deepspeed: Mapping[str, Any] | None,
 ) -> None:
     """Compare the arguments with what else a Trainer was given.
@@ -56,6 +58,8 @@ def check_constructor(
         optimizer_class: `optimizer_cls_and_kwargs`.
         compute_metrics: A function or metric.
         compute_loss_func: A loss function.
+        data_collator: A collator.
+        takes: The columns that the model takes; None if it takes any.
         deepspeed: The DeepSpeed configuration of the run, if it has one.
 
     Raises:
@@ -99,6 +103,44 @@ def check_constructor(
                 "given together with compute_loss_func",
                 "that function computes the whole loss",
                 "give one of them",
+            ),
+        ),
+    )
+    conflicts += (
+        (
+            deepspeed is not None and args.optim == "muon" and (optimizer or optimizer_class) is None,
+            field_problem(
+                "optim",
+                "'muon' under DeepSpeed",
+                "ZeRO cuts weights into flat pieces, and Muon needs whole matrices",
+                "use fsdp, or another optimizer",
+            ),
+        ),
+        (
+            args.packing and data_collator is not None,
+            field_problem(
+                "packing",
+                "given together with a data_collator",
+                "packed rows are collated with their positions, so it would not be called",
+                "leave one of them out",
+            ),
+        ),
+        (
+            args.packing and compute_loss_func is not None,
+            field_problem(
+                "packing",
+                "given together with compute_loss_func",
+                "whether sequences see each other is checked by the model's own loss",
+                "leave one of them out",
+            ),
+        ),
+        (
+            args.packing and takes is not None and "position_ids" not in takes,
+            field_problem(
+                "packing",
+                "given for a model whose forward takes no position_ids",
+                "it cannot tell the sequences of a row apart",
+                "leave it out",
             ),
         ),
     )

@@ -101,7 +101,7 @@ class PrecisionFields:
         None, "Recompute activations in the backward pass to save memory; none is false."
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = _field(
-        None, "Arguments of torch.utils.checkpoint, and every_n_layers: a mapping, or JSON text."
+        None, "Arguments of torch.utils.checkpoint, every_n_layers, and policy (full or products): a mapping, or JSON."
     )
     gradient_checkpointing: bool = _field(False, "Older name of activation_checkpointing.")
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = _field(
@@ -175,7 +175,17 @@ class DataFields:
         None, "Names of the inputs that are labels; none takes them from the model's forward, [] means there are none."
     )
     train_sampling_strategy: Sampling = _field("random", "Order of the training samples.")
-    length_column_name: str = _field("length", "Column with the length of each sample, for group_by_length.")
+    length_column_name: str = _field(
+        "length", "Column with the length of each sample, for group_by_length and packing."
+    )
+    packing: bool = _field(
+        False,
+        "Pack the training sequences into rows of packing_length tokens, without padding between them; a sample of the "
+        "batch sizes is a row then.",
+    )
+    packing_length: int | None = _field(
+        None, "Tokens of a packed row; none takes the longest training sample, which a stream does not know."
+    )
     seed: int = _field(42, "Seed of all random generators.")
     data_seed: int | None = _field(None, "Seed of the order of samples; none takes seed.")
     full_determinism: bool = _field(False, "Use deterministic kernels only.")

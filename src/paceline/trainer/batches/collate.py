@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Columns", "PaddingCollator", "columns_in", "columns_of", "default_collator", "label_names_of"]
+__all__ = ["IGNORED", "Columns", "PaddingCollator", "columns_in", "columns_of", "default_collator", "label_names_of"]
+
+# The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
+IGNORED = -100
 
 
 def default_collator(samples: Sequence[Any]) -> Any:

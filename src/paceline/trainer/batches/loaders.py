@@ -17,6 +17,7 @@ from paceline.trainer.batches.collate import (
     default_collator,
     nothing_left,
 )
+from paceline.trainer.batches.packing import PackedSet, PackingCollator, pack_dataset, packs_flat
 from paceline.trainer.batches.sampling import LengthGroupedSampler, lengths_of
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.accelerator import Accelerator
     from paceline.data import PreparedDataLoader
-    from paceline.trainer.arguments.arguments import TrainingArguments
+    from paceline.trainer.arguments.arguments import BatchPlan, TrainingArguments
 
-__all__ = ["choose_collator", "named_dataset", "prepared_loader", "train_sampler"]
+__all__ = ["choose_collator", "named_dataset", "packed_loader", "prepared_loader", "train_sampler"]
 
 
 def choose_collator(given: Callable[[Any], Any] | None, processing_class: Any) -> Callable[[Any], Any]:
@@ -112,6 +113,47 @@ def prepared_loader(
         args, dataset, collator, batch_size=size, sampler=sampler, drop_last=drop_last, device=accelerator.device
     )
     return accelerator.prepare_data_loader(loader, saved=is_training)
+
+
+def packed_loader(
+    accelerator: Accelerator, args: TrainingArguments, dataset: Any, model: nn.Module, plan: BatchPlan
+) -> PreparedDataLoader:
+    """A loader of packed rows for training.
+
+    Args:
+        accelerator: Prepares it.
+        args: How to load and pack.
+        dataset: The samples.
+        model: Decides which columns are packed, and whether rows are put one after the other.
+        plan: How many rows a micro-batch has.
+    """
+    shuffle = args.train_sampling_strategy == "random"
+    seed = args.seed if args.data_seed is None else args.data_seed
+    packed, length = pack_dataset(
+        dataset, args.packing_length, shuffle=shuffle, seed=seed, length_column=args.length_column_name
+    )
+    takes = columns_of(model, ["labels"]) if args.remove_unused_columns else None
+    collator = PackingCollator(length, takes, packs_flat(model))
+    sampler: Sampler[int] | None = None
+    if isinstance(packed, PackedSet):
+        sampler = RandomSampler(packed) if shuffle else SequentialSampler(packed)
+        tokens, rows = packed.num_tokens, len(packed)
+        accelerator.print(
+            f"Packed {packed.num_samples:,} samples into {rows:,} rows of {length:,} tokens, "
+            f"{100 * (1 - tokens / (rows * length)):.1f} % of which are left over",
+            flush=True,
+        )
+    size = plan.micro_batch * (accelerator.num_processes if accelerator.split_batches else 1)
+    loader = _make_loader(
+        args,
+        packed,
+        collator,
+        batch_size=size,
+        sampler=sampler,
+        drop_last=args.dataloader_drop_last,
+        device=accelerator.device,
+    )
+    return accelerator.prepare_data_loader(loader)
 
 
 def train_sampler(args: TrainingArguments, dataset: Any, *, total_batch: int, input_name: str) -> Sampler[int] | None:

@@ -52,31 +52,38 @@ class LengthGroupedSampler(Sampler[int]):
         yield from torch.cat(chunks).tolist()
 
 
-def lengths_of(dataset: Any, column: str, input_name: str) -> list[int]:
+def lengths_of(dataset: Any, column: str, input_name: str, *, setting: str = _SETTING) -> list[int]:
     """The length of each sample: the value of a column, else the length of the inputs.
 
     Inputs of shape [1, L], which tokenizers return with `return_tensors`, have length L.
+
+    Args:
+        dataset: Map-style.
+        column: The column, which need not exist.
+        input_name: The column of the inputs.
+        setting: What needs the lengths, for errors.
 
     Raises:
         DataError: Samples have neither, or the column does not contain numbers.
     """
     first = dataset[0]
     if _has_column(dataset, column):
-        lengths = [_number(value, column) for value in dataset[column]]
+        lengths = [_number(value, column, setting) for value in dataset[column]]
     elif isinstance(first, Mapping) and column in first:
-        lengths = [_number(dataset[index][column], column) for index in range(len(dataset))]
+        lengths = [_number(dataset[index][column], column, setting) for index in range(len(dataset))]
     elif isinstance(first, Mapping) and input_name in first:
-        sizes = [_sizes(dataset[index][input_name], input_name) for index in range(len(dataset))]
+        sizes = [_sizes(dataset[index][input_name], input_name, setting) for index in range(len(dataset))]
         # If some samples have size 1 in this dimension and others more, it is the length of all of them.
         dim = min(map(len, sizes)) - 1
         lengths = [size[dim] for size in sizes]
     else:
         raise DataError(
-            _SETTING,
+            setting,
             f"Samples have neither {column!r} nor {input_name!r}",
             f"{_REMEDY} and name it in length_column_name",
         )
-    _warn_if_all_alike(lengths)
+    if setting == _SETTING:
+        _warn_if_all_alike(lengths)
     return lengths
 
 
@@ -93,7 +100,7 @@ def _warn_if_all_alike(lengths: list[int]) -> None:
         )  # fmt: skip
 
 
-def _sizes(inputs: Any, name: str) -> list[int]:
+def _sizes(inputs: Any, name: str, setting: str) -> list[int]:
     """The sizes of the dimensions of one sample's inputs, up to the first that is not 1."""
     sizes: list[int] = []
     while hasattr(inputs, "__len__") and _has_dimensions(inputs):
@@ -102,7 +109,7 @@ def _sizes(inputs: Any, name: str) -> list[int]:
             break
         inputs = inputs[0]
     if not sizes:
-        raise DataError(f"{_SETTING}, and {name} of a sample is {inputs!r:.60}", "It has no length", _REMEDY)
+        raise DataError(f"{setting}, and {name} of a sample is {inputs!r:.60}", "It has no length", _REMEDY)
     return sizes
 
 
@@ -110,7 +117,7 @@ def _has_dimensions(value: Any) -> bool:
     return not isinstance(value, str | bytes) and getattr(value, "ndim", 1) > 0
 
 
-def _number(value: Any, column: str) -> int:
+def _number(value: Any, column: str, setting: str) -> int:
     """The length in a column, which may be wrapped in a list or a tensor."""
     while isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1:
         value = value[0]
@@ -118,5 +125,5 @@ def _number(value: Any, column: str) -> int:
         return int(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{_SETTING}, and {column} of a sample is {value!r:.60}", "A length is one number", f"{_REMEDY}, one each"
+            f"{setting}, and {column} of a sample is {value!r:.60}", "A length is one number", f"{_REMEDY}, one each"
         ) from error

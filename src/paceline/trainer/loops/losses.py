@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from paceline.errors import PacelineError
+from paceline.trainer.batches.collate import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from paceline.trainer.protocol import TrainerHooks
 
 __all__ = ["IGNORED", "LoopInputs", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
-
-# The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)

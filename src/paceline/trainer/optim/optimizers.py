@@ -82,7 +82,7 @@ _TABLE: dict[str, _OptimizerSpec] = {
     "nadam": _OptimizerSpec("torch.optim", "NAdam", adam=True),
     "adamax": _OptimizerSpec("torch.optim", "Adamax", adam=True),
     "adadelta": _OptimizerSpec("torch.optim", "Adadelta"),
-    "muon": _OptimizerSpec("torch.optim", "Muon"),
+    "muon": _OptimizerSpec("paceline.trainer.optim.muon", "MuonAdamW", adam=True),
     "adamw_bnb_8bit": _OptimizerSpec(_BNB, "AdamW8bit", adam=True),
     "adamw_8bit": _OptimizerSpec(_BNB, "AdamW8bit", adam=True),
     "paged_adamw_32bit": _OptimizerSpec(_BNB, "PagedAdamW32bit", adam=True),
@@ -103,6 +103,7 @@ _TABLE: dict[str, _OptimizerSpec] = {
     "schedule_free_sgd": _OptimizerSpec(_SCHEDULE_FREE, "SGDScheduleFree"),
     "adamw_torch_8bit": _OptimizerSpec("torchao.optim", "AdamW8bit", adam=True),
     "adamw_torch_4bit": _OptimizerSpec("torchao.optim", "AdamW4bit", adam=True),
+    "adamw_torch_fp8": _OptimizerSpec("torchao.optim", "AdamWFp8", adam=True),
 }
 _PURPOSES = {"bitsandbytes": "bitsandbytes", "schedulefree": "schedulefree", "torchao": "torchao"}
 
@@ -126,9 +127,7 @@ def optimizer_class(args: OptimizerSettings, device: torch.device) -> tuple[type
     """
     spec = _TABLE[args.optim]
     cls = _load(spec, args.optim)
-    arguments: dict[str, Any] = {"lr": args.learning_rate}
-    if args.optim != "muon":
-        arguments["weight_decay"] = args.weight_decay
+    arguments: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
     if spec.adam or spec.lion:
         arguments["betas"] = (args.adam_beta1, args.adam_beta2, *spec.extra_betas)
     if spec.adam:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from paceline.compat.accelerate.lazy import lazy_attributes
-
 # Now, as this module and its function have one name: importing the module later must not replace the function.
 from paceline.compat.accelerate.utils.tqdm import tqdm as tqdm
+from paceline.lazy_names import lazy_attributes
 
 _NAMES = {
     ".parallelism_config": "ParallelismConfig",

@@ -286,8 +286,11 @@ def test_an_order_is_learned_by_the_last_two() -> None:
             order.visit(groups[name])
     for name in "aba":
         order.visit(groups[name])
-    upcoming = order.upcoming()
-    assert [next(upcoming) for _ in range(3)] == [groups["c"], groups["a"], groups["d"]]
+    position = order.position
+    for name in "cadabac":
+        found = order.after(position)
+        assert found is groups[name]
+        position = (position[1], found)
 
 
 def test_threads_end_with_the_stream() -> None:

@@ -166,7 +166,7 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
     if max_memory is None:
         return _free_memory()
     numbers = sorted(key for key in max_memory if isinstance(key, int))
-    ordered = [*numbers, *(key for key in _BESIDE_NUMBERS if key in max_memory)]
+    ordered: list[int | str] = [*numbers, *(key for key in _BESIDE_NUMBERS if key in max_memory)]
     unknown = sorted(str(key) for key in set(max_memory) - set(ordered))
     if unknown:
         raise PlacementError(f"max_memory has {unknown!r}", "It is no device", 'Use numbers, "mps", "cpu" and "disk"')

@@ -18,7 +18,7 @@ _SAGEMAKER = "SageMaker is not supported"
 _FP8 = "fp8 is not built"
 _INNER = "a step of Accelerate's own work, which the core does otherwise"
 _COMMAND = "paceline's commands are made with click; clients import only launch_command and load_config_from_file"
-_PLACEMENT = "device maps and hooks: the class can be imported, not made"
+_QUANTIZATION = "quantization of bitsandbytes: the class can be imported, not made"
 
 # Names that the twin does not have.
 ABSENT = {
@@ -65,26 +65,11 @@ ABSENT = {
         ],
         _MEGATRON,
     ),
-    "utils.modeling": dict.fromkeys(
-        [
-            "fallback_allocate",
-            "get_module_leaves",
-            "get_module_size_with_ties",
-            "get_state_dict_from_offload",
-            "get_state_dict_offloaded_model",
-        ],
-        _PLACEMENT,
-    ),
     "utils.operations": dict.fromkeys(["chained_operation", "verify_operation", "is_torch_xpu_tensor"], _INNER),
 }
 # Names that stand for something else than in Accelerate.
 OTHERWISE = {
-    "hooks": dict.fromkeys(
-        ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
-        _PLACEMENT,
-    ),
     "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON},
-    "utils.offload": dict.fromkeys(["OffloadedWeightsLoader", "PrefixedDataset"], _PLACEMENT),
 }
 
 
@@ -147,13 +132,6 @@ def _difference(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, An
     difference = {name: (text, ours.get(name)) for name, text in methods.items() if ours.get(name) != text}
     rest = {key: (value, found.get(key)) for key, value in expected.items() if found.get(key) != value}
     return {**difference, **rest}
-
-
-@pytest.mark.parametrize("module", [module for module in OTHERWISE if module != "utils.dataclasses"])
-def test_what_stands_for_something_else_says_so(module: str) -> None:
-    for name in OTHERWISE[module]:
-        with pytest.raises(NotImplementedError, match="not"):
-            getattr(_load(module), name)(*[None, None][: 2 if name == "PrefixedDataset" else 0])
 
 
 def test_all_names_of_the_top_can_be_listed() -> None:

@@ -225,6 +225,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
         Args:
             model: As it will be trained.
+
+        Raises:
+            PrepareError: There is an activation memory budget, and the model is not compiled.
         """
         # These need the configuration's schema, which takes too long to load for a mere import of paceline.
         from paceline.strategies.automatic_compilation import automatic_compilation

@@ -22,36 +22,6 @@ _PLACEMENT = "device maps and hooks: the class can be imported, not made"
 
 # Names that the twin does not have.
 ABSENT = {
-    "utils": {
-        **dict.fromkeys(
-            [
-                "AbstractTrainStep",
-                "BertTrainStep",
-                "GPTTrainStep",
-                "T5TrainStep",
-                "MegatronLMDummyDataLoader",
-                "MegatronLMDummyScheduler",
-                "avg_losses_across_data_parallel_group",
-                "add_model_config_to_megatron_parser",
-            ],
-            _MEGATRON,
-        ),
-        **dict.fromkeys(["install_xla", "prepare_tpu"], _TPU),
-        "prepare_sagemager_args_inputs": _SAGEMAKER,
-        **dict.fromkeys(
-            ["apply_fp8_autowrap", "contextual_fp8_autocast", "convert_model", "has_transformer_engine_layers"], _FP8
-        ),
-        **dict.fromkeys(
-            [
-                "PrepareForLaunch",
-                "prepare_deepspeed_cmd_env",
-                "prepare_multi_gpu_env",
-                "prepare_simple_launcher_cmd_env",
-                "write_basic_config",
-            ],
-            _COMMAND,
-        ),
-    },
     "commands.config": dict.fromkeys(
         ["config_command_parser", "default_command_parser", "get_config_parser", "main", "update_command_parser"],
         _COMMAND,

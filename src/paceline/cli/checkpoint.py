@@ -184,7 +184,8 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
     return {
         "epoch": manifest.epoch,
         "samples": f"{manifest.samples:,} of the epoch",
-        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}, {manifest.mixed_precision}",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}",
+        "precision": manifest.mixed_precision,
         "created": manifest.created,
         "paceline": manifest.paceline,
         "torch": manifest.torch,

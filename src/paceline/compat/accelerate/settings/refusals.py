@@ -7,21 +7,13 @@ from typing import Any, ClassVar, Final
 
 from paceline.compat.accelerate.settings.errors import UnsupportedError
 
-__all__ = ["MEGATRON", "MENU", "TPU", "TRANSFORMER_ENGINE", "Refused", "refused_names"]
+__all__ = ["MEGATRON", "MENU", "Refused", "refused_names"]
 
 Reason = tuple[str, str]
 
 MEGATRON: Final[Reason] = (
     "paceline does not drive Megatron-LM",
     "Shard with FullyShardedDataParallelPlugin or DeepSpeedPlugin, or run with Accelerate itself, without the switch",
-)
-TPU: Final[Reason] = (
-    "paceline trains on GPUs and CPUs",
-    "Run this program with Accelerate itself, without the switch",
-)
-TRANSFORMER_ENGINE: Final[Reason] = (
-    "paceline does not convert models for Transformer Engine",
-    "Use mixed_precision='fp8' with AORecipeKwargs (torchao), or mixed_precision='bf16'",
 )
 MENU: Final[Reason] = (
     "paceline asks its questions in another way",

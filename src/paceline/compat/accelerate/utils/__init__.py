@@ -7,8 +7,8 @@ from paceline.compat.accelerate.utils.tqdm import tqdm as tqdm
 from paceline.lazy_names import lazy_attributes
 
 _NAMES = {
-    ".parallelism_config": "ParallelismConfig",
     ".commands.config.default": "write_basic_config",
+    ".parallelism_config": "ParallelismConfig",
     "ao": "convert_model_to_fp8_ao filter_first_and_last_linear_layers has_ao_layers",
     "bnb": "has_4bit_bnb_layers load_and_quantize_model",
     "constants": """
@@ -92,7 +92,9 @@ _NAMES = {
     """,
     "random": "set_seed synchronize_rng_state synchronize_rng_states",
     "torch_xla": "install_xla",
-    "transformer_engine": "apply_fp8_autowrap contextual_fp8_autocast convert_model has_transformer_engine_layers",
+    "transformer_engine": """
+        apply_fp8_autowrap contextual_fp8_autocast convert_model has_transformer_engine_layers
+    """,
     "versions": "compare_versions is_torch_version",
 }
 

@@ -1,11 +1,12 @@
-"""Installing torch_xla, which is not supported."""
+"""The name of a TPU's set-up, which paceline does not do: importable, and an error where it is used."""
 
 from __future__ import annotations
 
-from paceline.compat.accelerate.settings.refusals import TPU, refused_names
+from paceline.compat.accelerate.settings.errors import unsupported
 
-_NAMES = """
-    install_xla
-"""
+__all__ = ["install_xla"]
 
-__getattr__, __all__ = refused_names(__name__, _NAMES, TPU)
+
+@unsupported("paceline does not run on TPUs", "Install torch_xla as its own documentation says")
+def install_xla(upgrade: bool = False) -> None:
+    """Install torch_xla in a notebook."""

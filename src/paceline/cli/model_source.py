@@ -16,7 +16,7 @@ from torch import nn
 
 from paceline.errors import MissingExtraError, UsageError
 
-__all__ = ["ModelSource", "load_attribute", "model_source"]
+__all__ = ["ModelSource", "build_model", "load_attribute", "model_source"]
 
 _TOKENS = 2048
 _WITH_LABELS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
@@ -72,11 +72,28 @@ def _plain(result: Any) -> Any:
     return list(result.values()) if isinstance(result, Mapping) else result
 
 
-def model_source(name: str, inputs: str | None, sequence_length: int | None) -> ModelSource:
+def build_model(name: str, flag: str) -> nn.Module:
     """Build a model on the meta device.
 
     Args:
         name: `module:function`, `file.py:function`, or the file or folder of a transformers configuration.
+        flag: Where it was named, for errors.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be built.
+        MissingExtraError: transformers is not installed.
+    """
+    path = Path(name)
+    if path.exists() and path.suffix != ".py":
+        return _from_configuration(path, flag)
+    return _from_function(name, flag)
+
+
+def model_source(name: str, inputs: str | None, sequence_length: int | None) -> ModelSource:
+    """Build a model on the meta device, and find out what it takes.
+
+    Args:
+        name: As for `build_model`.
         inputs: `module:function` that makes a batch of a number of samples.
         sequence_length: Tokens of a sample, for models of text.
 
@@ -84,28 +101,26 @@ def model_source(name: str, inputs: str | None, sequence_length: int | None) -> 
         UsageError: There is no such model, or it cannot be built.
         MissingExtraError: transformers is not installed.
     """
-    path = Path(name)
-    is_configuration = path.exists() and path.suffix != ".py"
-    model, config = (_from_configuration(path), True) if is_configuration else (_from_function(name), False)
+    model = build_model(name, "MODEL")
     if inputs is not None:
         return ModelSource(model, load_attribute(inputs, "--inputs"), "samples")
-    if not config and not hasattr(model, "main_input_name"):
+    if not hasattr(model, "main_input_name"):
         return ModelSource(model, None, "samples")
     return _with_own_batches(model, sequence_length)
 
 
-def _from_function(name: str) -> nn.Module:
-    found = load_attribute(name, "MODEL")
+def _from_function(name: str, flag: str) -> nn.Module:
+    found = load_attribute(name, flag)
     try:
         with torch.device("meta"):
             is_factory = isinstance(found, type) or not isinstance(found, nn.Module)
             model = found() if is_factory else found
     except Exception as error:
         hint = "Name a function without arguments that returns the model"
-        raise UsageError(f"{name}() failed: {type(error).__name__}: {error}", "", hint) from error
+        raise UsageError(f"{flag} {name} failed: {type(error).__name__}: {error}", "", hint) from error
     if not isinstance(model, nn.Module):
         why = "It must be a torch.nn.Module, or a function without arguments that returns one"
-        raise UsageError(f"{name} is a {type(model).__name__}", why, "Name the function that builds the model")
+        raise UsageError(f"{flag} {name} is a {type(model).__name__}", why, "Name the function that builds the model")
     return model
 
 
@@ -122,14 +137,14 @@ def load_attribute(name: str, flag: str) -> Any:
     module_name, separator, attribute = name.rpartition(":")
     if not separator or not module_name:
         why = "It is neither module:function, file.py:function, nor a file or folder that exists"
-        raise UsageError(f"{flag}: {name} cannot be found", why, "Write, for example, my_package.models:build_model")
+        raise UsageError(f"{flag} {name} cannot be found", why, "Write, for example, my_package.models:build_model")
     try:
         module = _module(module_name)
         found: Any = module
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise UsageError(f"{flag}: {name} cannot be imported: {error}", "", "Check the name") from error
+        raise UsageError(f"{flag} {name} cannot be imported: {error}", "", "Check the name") from error
     return found
 
 
@@ -148,7 +163,7 @@ def _module(name: str) -> Any:
     return module
 
 
-def _from_configuration(path: Path) -> nn.Module:
+def _from_configuration(path: Path, flag: str) -> nn.Module:
     try:
         import transformers
     except ImportError:
@@ -165,7 +180,7 @@ def _from_configuration(path: Path) -> nn.Module:
             model: nn.Module = make(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         why = "It must hold the config.json of a model of transformers"
-        raise UsageError(f"MODEL: {path} cannot be read: {error}", why, "Name such a file or folder") from error
+        raise UsageError(f"{flag} {path} cannot be read: {error}", why, "Name such a file or folder") from error
     return model
 
 

@@ -78,11 +78,12 @@ class Fp8Layers:
             if _ORIGINAL not in vars(layer):
                 continue
             self._gathered.append(layer)
-            if plain_local(layer.weight) is layer.weight:  # type: ignore[arg-type]
+            weight: Any = layer.weight
+            if plain_local(weight) is weight:
                 # torchao wraps the weight of a layer that it makes; the layer itself is here already.
                 bare = nn.Linear(1, 1, bias=False, device="meta")
-                bare.weight = layer.weight  # type: ignore[assignment]
-                replace(bare.weight, _torchao_layer(bare, self._config).weight)
+                bare.weight = weight
+                replace(weight, _torchao_layer(bare, self._config).weight)
 
     def weights_changed(self) -> None:
         """Compute the scales of all gathered weights at once: one small collective.
@@ -173,7 +174,8 @@ def plain_local(tensor: Tensor) -> Tensor:
     """The tensor of master weights inside what FSDP2 gathers in fp8; any other tensor itself."""
     module = sys.modules.get("torchao.float8.fsdp_utils")
     if module is not None and isinstance(tensor, module.WeightWithDynamicFloat8CastTensor):
-        inner: Tensor = tensor._tensor.detach()  # type: ignore[attr-defined]
+        wrapped: Any = tensor
+        inner: Tensor = wrapped._tensor.detach()
         return inner
     return tensor
 

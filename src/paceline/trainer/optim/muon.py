@@ -214,7 +214,8 @@ def _matrices(model: nn.Module) -> set[int]:
 def _outputs(modules: list[nn.Module]) -> list[nn.Module]:
     """The output layers that modules name, else the last linear layer."""
     named = [output for output in map(_output_of, modules) if output is not None]
-    return named or [module for module in modules if isinstance(module, nn.Linear)][-1:]
+    linears: list[nn.Module] = [module for module in modules if isinstance(module, nn.Linear)]
+    return named or linears[-1:]
 
 
 def _output_of(module: nn.Module) -> nn.Module | None:

@@ -65,7 +65,9 @@ TESTS = [
 def main() -> int:
     """Run the parts that were chosen, as long as there is time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=["loss", "input", *TRAINING], help="parts, in this order")
+    parser.add_argument(
+        "--rows", nargs="*", default=["loss", "input", "trainer", "packing", *TRAINING], help="parts, in this order"
+    )
     parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
     parser.add_argument("--part-minutes", type=float, default=4, help="for one part at most")
     parser.add_argument("--output", type=Path, help="folder of the logs and of tables.md")
@@ -139,6 +141,10 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             environment |= {"OMP_NUM_THREADS": "4"}
         case "input-parts":
             command = ["-m", "benchmarks.gpu.inputs", "--parts"]
+        case "trainer" | "packing":
+            command = ["-m", "benchmarks.gpu.trainers", part]
+        case "fp8-sizes":
+            command = ["-m", "benchmarks.gpu.fp8_sizes"]
         case "fsdp-2":
             command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
             command += ["-m", "benchmarks.gpu.training", part]
@@ -214,6 +220,36 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                 "| part | ms | GB/s |",
                 "|---|--:|--:|",
                 *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.1f} |" for row in found["rows"]),
+            ]
+        case "fp8-sizes":
+            lines = [
+                f"\n### Linear layers in fp8, forward and backward of {found['tokens']:,} tokens\n",
+                "| outputs | inputs | bf16, ms | by tensor | of bf16 | by row | of bf16 |",
+                "|--:|--:|--:|--:|--:|--:|--:|",
+                *(
+                    f"| {row['rows']:,} | {row['columns']:,} | {row['bf16']:.3f} | {row['tensorwise']:.3f} | "
+                    f"{row['tensorwise'] / row['bf16']:.2f} | {row['rowwise']:.3f} | "
+                    f"{row['rowwise'] / row['bf16']:.2f} |"
+                    for row in found["rows"]
+                ),
+            ]
+        case "trainer":
+            lines = [
+                "\n### The Trainer and the Accelerator's own loop\n",
+                "| loop | ms a step | ratio |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.3f} |" for row in found["rows"]),
+            ]
+        case "packing":
+            lines = [
+                f"\n### Packing: {found['samples']:,} functions of Python's library, {found['mean_length']:.0f} bytes "
+                "on average\n",
+                "| rows | targets/s | ratio | loss |",
+                "|---|--:|--:|--:|",
+                *(
+                    f"| {row['contender']} | {row['tokens_s']:,.0f} | {row['ratio']:.2f} | {row['loss']:.3f} |"
+                    for row in found["rows"]
+                ),
             ]
         case "input":
             lines = [

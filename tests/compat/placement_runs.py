@@ -112,39 +112,45 @@ def _attempt(function: Callable[[], Any]) -> Any:
 @_run
 def device_maps(_folder: Path) -> Any:
     """Maps of random models for random limits."""
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import compute_module_sizes, get_balanced_memory
+    return [_device_map(seed) for seed in range(120)]
 
-    found = []
-    for seed in range(120):
-        choose = random.Random(1000 + seed)
-        model = _random_model(seed)
-        size = compute_module_sizes(model)[""]
-        devices: list[int | str] = [0, 1, 2][: choose.randrange(4)]
-        limits: dict[Any, Any] = {device: int(size * choose.uniform(0.05, 0.8)) for device in devices}
-        if choose.random() < 0.6:
-            limits["cpu"] = int(size * choose.uniform(0.2, 1.5))
-        limits = limits or {"cpu": int(size // 2)}
-        options: dict[str, Any] = {
-            "no_split_module_classes": choose.choice([None, [], ["Block"], ["Attention", "Block"], "Block"]),
-            "dtype": choose.choice([None, None, torch.float16, "float16"]),
-        }
-        more = {
-            "clean_result": choose.random() < 0.8,
-            "offload_buffers": choose.random() < 0.5,
-            "fallback_allocation": choose.random() < 0.5,
-        }
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            chosen = _attempt(lambda: dict(infer_auto_device_map(model, dict(limits), **options, **more)))
-        balanced = _attempt(lambda: get_balanced_memory(model, dict(limits), low_zero=seed % 3 == 0, **options))
-        answers = [
-            sorted((name, str(device)) for name, device in chosen.items()) if isinstance(chosen, dict) else chosen,
-            sorted((str(key), value) for key, value in balanced.items()) if isinstance(balanced, dict) else balanced,
-            len(caught),
-        ]
-        found.append(json.loads(json.dumps(answers)))
-    return found
+
+def _device_map(seed: int) -> Any:
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import check_device_map, compute_module_sizes, get_balanced_memory
+
+    choose = random.Random(1000 + seed)
+    model = _random_model(seed)
+    size = compute_module_sizes(model)[""]
+    devices: list[int | str] = [0, 1, 2][: choose.randrange(4)]
+    limits: dict[Any, Any] = {device: int(size * choose.uniform(0.05, 0.8)) for device in devices}
+    if choose.random() < 0.6:
+        limits["cpu"] = int(size * choose.uniform(0.2, 1.5))
+    limits = limits or {"cpu": int(size // 2)}
+    options: dict[str, Any] = {
+        "no_split_module_classes": choose.choice([None, [], ["Block"], ["Attention", "Block"], "Block"]),
+        "dtype": choose.choice([None, None, torch.float16, "float16"]),
+    }
+    more = {
+        "clean_result": choose.random() < 0.8,
+        "offload_buffers": choose.random() < 0.5,
+        "fallback_allocation": choose.random() < 0.5,
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = _attempt(lambda: dict(infer_auto_device_map(model, dict(limits), **options, **more)))
+        everything = _attempt(
+            lambda: infer_auto_device_map(model, dict(limits), **options, **{**more, "clean_result": False})
+        )
+    if isinstance(everything, dict) and _attempt(lambda: check_device_map(model, everything)) is not None:
+        chosen = CRASH  # a buffer of a module that was split has no device
+    balanced = _attempt(lambda: get_balanced_memory(model, dict(limits), low_zero=seed % 3 == 0, **options))
+    answers = [
+        sorted((name, str(device)) for name, device in chosen.items()) if isinstance(chosen, dict) else chosen,
+        sorted((str(key), value) for key, value in balanced.items()) if isinstance(balanced, dict) else balanced,
+        len(caught),
+    ]
+    return json.loads(json.dumps(answers))
 
 
 @_run
@@ -294,8 +300,14 @@ def transformers_device_maps(folder: Path) -> Any:
             {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "a"},
             {"device_map": "balanced", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "b"},
             {"device_map": "sequential", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "c"},
-            {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "d", "offload_buffers": True},
-            {"device_map": "auto", "max_memory": {"cpu": 50_000}, "dtype": torch.bfloat16, "offload_folder": folder / "e"},
+            {
+                "device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "d",
+                "offload_buffers": True,
+            },
+            {
+                "device_map": "auto", "max_memory": {"cpu": 50_000}, "offload_folder": folder / "e",
+                "dtype": torch.bfloat16,
+            },
             {
                 "device_map": {
                     "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu",

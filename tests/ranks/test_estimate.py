@@ -151,7 +151,7 @@ def test_state_is_exact_and_the_peak_within_ten_percent(
     found = (
         measured(strategy, precision, checkpointing)
         if ranks == 1
-        else run_on_ranks(check_ranks, ranks, strategy, precision, checkpointing)[0]
+        else run_on_ranks(ranks, check_ranks, strategy, precision, checkpointing)[0]
     )
     assert (estimated.weights, estimated.gradients, estimated.optimizer) == (
         found["weights"],

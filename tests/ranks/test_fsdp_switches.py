@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from paceline import Accelerator
 from paceline.config import FullyShardedDataParallelPlugin
-from paceline.errors import PrepareError
+from paceline.errors import PrepareError, SteppingError
 from paceline.strategies.fsdp.overlap import check_switches
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
@@ -38,7 +39,7 @@ def has(settings: dict[str, Any]) -> bool:
     return True
 
 
-def train(settings: dict[str, Any], *, look: bool = False, accumulation: int = 1) -> tuple[list[float], str]:
+def train(settings: dict[str, Any], *, look: str = "", accumulation: int = 1) -> tuple[list[float], str]:
     """Losses over all ranks; `look` evaluates between backward and step, and again after it."""
     plugin = FullyShardedDataParallelPlugin(**settings)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=accumulation)
@@ -46,9 +47,11 @@ def train(settings: dict[str, Any], *, look: bool = False, accumulation: int = 1
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.05))
     losses = []
 
+    listed = list(model.parameters())
+
     def evaluate() -> None:
         tokens = make_tokens(2, seed=100)
-        with torch.no_grad():
+        with torch.set_grad_enabled(look == "with gradients"):
             losses.append(float(token_losses(model(tokens), tokens).mean()))
 
     for i in range(4):
@@ -58,7 +61,8 @@ def train(settings: dict[str, Any], *, look: bool = False, accumulation: int = 1
             accelerator.backward(loss)
             if look:
                 evaluate()
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(listed, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         if look:
@@ -68,7 +72,7 @@ def train(settings: dict[str, Any], *, look: bool = False, accumulation: int = 1
 
 
 def on_rank(_: int) -> None:
-    for look, accumulation in ((False, 1), (True, 1), (True, 2)):
+    for look, accumulation in (("", 1), ("without gradients", 1), ("with gradients", 2)):
         expected, said = train(SWITCHES["none"], look=look, accumulation=accumulation)
         assert "parameters dropped after the forward" in said
         for name, settings in SWITCHES.items():
@@ -77,6 +81,17 @@ def on_rank(_: int) -> None:
                 assert found == pytest.approx(expected, abs=1e-6), (name, look, accumulation)
     assert "but for the last unit and the rest" in train({"prefetch_units": 2})[1]
     assert "2 units gathered ahead" in train({"prefetch_units": 2})[1]
+
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
+    model: Any = accelerator.prepare_model(TinyTransformer())
+    tokens = make_tokens(2)
+    accelerator.backward(token_losses(model(tokens), tokens).mean())
+    with torch.no_grad():
+        model(tokens)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    model(tokens)
+    with pytest.raises(SteppingError, match="a forward after the last backward has gathered"):
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
 
 
 def test_no_loss_depends_on_a_switch_and_no_weight_is_stale() -> None:

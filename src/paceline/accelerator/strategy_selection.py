@@ -9,6 +9,7 @@ import torch
 
 from paceline.config import FullyShardedDataParallelPlugin, GradScalerKwargs
 from paceline.environment.device import describe_device, memory_info
+from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.strategies import Strategy, load_strategy
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from paceline.stepping import AcceleratedOptimizer
     from paceline.strategies import RunContext
 
-__all__ = ["StrategySelector", "usable_scaler"]
+__all__ = ["StrategySelector", "unused_settings", "usable_scaler"]
+
+_LOG = get_logger(__name__)
+# The strategy that reads a section, of those that `auto` chooses among.
+_READER = {"ddp_config": "ddp", "fsdp_config": "fsdp", "parallelism_config": "fsdp"}
 
 
 class StrategySelector:
@@ -129,6 +134,7 @@ def select_strategy(
         source = components.resolved.origin("strategy")
         return load_strategy(config.strategy)(context), f"{config.strategy}: set by {source.where}"
     if group.size == 1:
+        _warn_of_unused(components, "single", "single: there is one process")
         return load_strategy("single")(context), "single: there is one process"
     from paceline.planner import choose_strategy, measure
 
@@ -145,7 +151,35 @@ def select_strategy(
         # Explicit settings take precedence.
         chosen = {key: value for key, value in choice.settings.items() if key not in plugin.model_fields_set}
         context = replace(context, config=config.model_copy(update={"fsdp_config": plugin.changed(**chosen)}))
+    _warn_of_unused(components, choice.strategy, choice.reason)
     return load_strategy(choice.strategy)(context), f"{choice.reason} (auto)"
+
+
+def unused_settings(components: RunComponents, strategy: str) -> list[str]:
+    """The explicit settings of sections that a strategy does not read, which `auto` has chosen.
+
+    Args:
+        components: The run.
+        strategy: The name of the strategy.
+
+    Returns:
+        Dotted keys, such as `fsdp_config.fsdp_offload_params`.
+    """
+    if components.context.config.strategy != "auto":
+        return []
+    explicit = [key for key, _, origin in components.resolved.explain() if origin.is_explicit]
+    return [key for key in explicit if _READER.get(key.partition(".")[0], strategy) != strategy]
+
+
+def _warn_of_unused(components: RunComponents, strategy: str, reason: str) -> None:
+    unused = unused_settings(components, strategy)
+    if not unused or components.policies.leniency.unread_settings:
+        return
+    places = ", ".join(f"{key} ({components.resolved.origin(key).where})" for key in unused)
+    verb = "has" if len(unused) == 1 else "have"
+    readers = sorted({_READER[key.partition(".")[0]] for key in unused})
+    hint = f"set strategy to {' or '.join(readers)}, or remove {'it' if len(unused) == 1 else 'them'}"
+    _LOG.warning("%s %s no effect: strategy auto chose %s; %s", places, verb, reason, hint)
 
 
 def usable_scaler(components: RunComponents, strategy: Strategy | None) -> LossScaler | None:

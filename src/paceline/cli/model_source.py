@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -54,7 +54,7 @@ class ModelSource:
     def loss(self, model: nn.Module, batch: int) -> torch.Tensor:
         """Run the forward and return the loss: what the model calls so, else the mean of what it returns."""
         result = self._call(model, batch)
-        loss = result.get("loss") if hasattr(result, "get") else getattr(result, "loss", None)
+        loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
         if loss is not None:
             found: torch.Tensor = loss
             return found
@@ -69,7 +69,7 @@ class ModelSource:
 
 def _plain(result: Any) -> Any:
     """The values of an output class of transformers, which is no tree to torch unless it was registered."""
-    return list(result.values()) if hasattr(result, "values") else result
+    return list(result.values()) if isinstance(result, Mapping) else result
 
 
 def model_source(name: str, inputs: str | None, sequence_length: int | None) -> ModelSource:

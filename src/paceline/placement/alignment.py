@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from paceline.collectives.nested import send_to_device, tensors
-from paceline.placement.hooks import ModelHook, add_hook_to_module
+from paceline.placement.hooks import ModelHook, add_hook_to_module, not_compiled
 from paceline.placement.offload_folder import OffloadedWeightsLoader, PrefixedDataset, source_of
 from paceline.placement.streaming import WeightGroup, WeightStream
 from paceline.placement.tensors import (
@@ -77,7 +77,7 @@ class AlignDevicesHook(ModelHook):
         self.input_device: torch.device | None = None
         self.original_devices: dict[str, torch.device] = {}
         self._loan = _Loan()
-        self._plans: dict[torch.device, _Plan] = {}
+        self._plans = _Plans()
         self._device: tuple[Device | None, torch.device | None] = (None, None)
 
     def __repr__(self) -> str:
@@ -125,6 +125,7 @@ class AlignDevicesHook(ModelHook):
             remove_non_persistent=persistent,
         )
 
+    @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Bring inputs and weights onto the device."""
         if self.io_same_device:
@@ -136,6 +137,7 @@ class AlignDevicesHook(ModelHook):
             return args, kwargs
         return send_to_device(args, device), send_to_device(kwargs, device, skip_keys=self.skip_keys)
 
+    @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Give the weights back, and bring the output to the input's device if that is wanted."""
         if self.offload:
@@ -156,7 +158,7 @@ class AlignDevicesHook(ModelHook):
         assert self.weights_map is not None
         for name, device in self.original_devices.items():
             if device != META:
-                value = self.weights_map.get(name)
+                value = _with_memory_of_its_own(self.weights_map.get(name))
                 scales = self._scales(name, value)
                 set_module_tensor_to_device(module, name, device, value=value, fp16_statistics=scales)
         return module
@@ -197,7 +199,7 @@ class AlignDevicesHook(ModelHook):
     def _resolved_device(self) -> torch.device | None:
         """The device where the module runs."""
         if self.execution_device is not None and self._device[0] is not self.execution_device:
-            self._device = (self.execution_device, as_device(self.execution_device))
+            self._device = (self.execution_device, _with_number(as_device(self.execution_device)))
         return None if self.execution_device is None else self._device[1]
 
     def _plan(self, module: nn.Module) -> _Plan:
@@ -220,8 +222,25 @@ class AlignDevicesHook(ModelHook):
             self.stream.forget([group for group, _ in plan.groups])
 
 
+def _with_number(device: torch.device) -> torch.device:
+    """The device, with the number of the current one if it has none: tensors have one, and are compared with it."""
+    if device.index is not None or device.type in ("cpu", "meta", "mps"):
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 def _is_on(value: object, device: torch.device) -> bool:
     return type(value) is torch.Tensor and value.device == device
+
+
+class _Plans(dict[torch.device, "_Plan"]):
+    """How a module's offloaded weights come to each device; a copy of the hook makes its own."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Plans:
+        return _Plans()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Plans, ()
 
 
 class _Plan:
@@ -349,6 +368,13 @@ class _Loan:
             assert stream is not None
             stream.release(group)
         self._places, self._groups, self._tied = [], [], []
+
+
+def _with_memory_of_its_own(value: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, outside of the page-locked block that it shares with others."""
+    if value is None or value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    return value.clone()
 
 
 def _resident(copies: Mapping[Any, torch.Tensor], device: torch.device) -> torch.Tensor | None:
@@ -556,8 +582,30 @@ class _Blocks:
                 attach_execution_device_hook(module, device, self._skip_keys, None, self._tied)
         elif is_root:
             add_hook_to_module(module, self.hook(devices.get(""), io_same_device=True))
+        else:
+            self._attach_to_tensors(module, name, devices, offloaded)
         for child_name, child in module.named_children():
             self.attach(child, f"{name}.{child_name}" if name else child_name, devices, offloaded)
+
+    def _attach_to_tensors(
+        self, module: nn.Module, name: str, devices: Mapping[str, Device | None], offloaded: Mapping[str, bool]
+    ) -> None:
+        """Add a hook to a module that was split: its own tensors have devices, but not the module."""
+        own = {key: tensor for key, tensor in named_module_tensors(module) if f"{name}.{key}" in devices}
+        if not own:
+            return
+        device = devices[f"{name}.{next(iter(own))}"]
+        if not any(offloaded.get(f"{name}.{key}") for key in own):
+            add_hook_to_module(module, self.hook(device))
+            return
+        stored = self._weights or {}
+        weights = {
+            key: stored[f"{name}.{key}"] if f"{name}.{key}" in stored else tensor.to("cpu")
+            for key, tensor in own.items()
+        }
+        hook = self.hook(device, offload=True, weights_map=weights, offload_buffers=self._offload_buffers)
+        hook.stream = self._stream
+        add_hook_to_module(module, hook)
 
     def attach_offloaded(
         self, module: nn.Module, name: str, device: Device | None, preload: Sequence[str] | None

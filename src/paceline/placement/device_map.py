@@ -289,8 +289,12 @@ def _has_children(module: Any) -> bool:
 
 
 def _parts(name: str, module: nn.Module) -> list[Named]:
-    """The parameters and children of a module, with full names."""
-    parts: list[Named] = [*module.named_parameters(recurse=False), *module.named_children()]
+    """The tensors and children of a module, with full names."""
+    parts: list[Named] = [
+        *module.named_parameters(recurse=False),
+        *module.named_children(),
+        *module.named_buffers(recurse=False),
+    ]
     return [(f"{name}.{part}", each) for part, each in parts]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,28 @@ M = TypeVar("M", bound=nn.Module)
 
 # Methods of a model that are replaced while it is spread over devices; they go with the hook.
 GUARDED_METHODS = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron", "hpu")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def not_compiled(function: F) -> F:
+    """Let `torch.compile` leave a function and all that it calls as they are.
+
+    That is what `torch.compiler.disable` does. As it imports the compiler, which takes seconds, it is only called where
+    that was imported before.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class ModelHook:

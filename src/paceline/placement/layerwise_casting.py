@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from paceline.placement.hooks import ModelHook, add_hook_to_module
+from paceline.placement.hooks import ModelHook, add_hook_to_module, not_compiled
 
 __all__ = ["CASTABLE_LAYERS", "LayerwiseCastingHook", "attach_layerwise_casting_hooks"]
 
@@ -43,11 +43,13 @@ class LayerwiseCastingHook(ModelHook):
         """Cast the weights for storage."""
         return module.to(dtype=self.storage_dtype, non_blocking=self.non_blocking)
 
+    @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cast the weights for the forward."""
         module.to(dtype=self.compute_dtype, non_blocking=self.non_blocking)
         return args, kwargs
 
+    @not_compiled
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Cast the weights back."""
         module.to(dtype=self.storage_dtype, non_blocking=self.non_blocking)

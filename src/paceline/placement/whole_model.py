@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from paceline.collectives.nested import send_to_device
-from paceline.placement.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from paceline.placement.hooks import ModelHook, add_hook_to_module, not_compiled, remove_hook_from_module
 from paceline.placement.tensors import Device, as_device
 
 __all__ = ["CpuOffload", "UserCpuOffloadHook", "cpu_offload_with_hook"]
@@ -34,6 +34,7 @@ class CpuOffload(ModelHook):
         """Put the model into host memory."""
         return module.to("cpu")
 
+    @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put the model on its device, and its inputs."""
         previous = self.prev_module_hook

@@ -194,32 +194,51 @@ class OptimizerCost:
 
     Attributes:
         state: What it keeps between steps.
-        temporary: What a step creates besides.
+        temporary: What a step creates for all parameters at once.
+        for_one: What a step creates for one parameter after the other.
     """
 
     state: float
     temporary: float
+    for_one: float
 
     @classmethod
     def measure(cls, make: Callable[[list[nn.Parameter]], Optimizer], dtype: torch.dtype) -> OptimizerCost:
-        """Let an optimizer take two steps on small parameters.
+        """Let an optimizer take steps on small parameters.
 
         Args:
             make: Builds the optimizer from parameters.
             dtype: The dtype of the weights that it updates.
         """
-        parameters = [nn.Parameter(torch.zeros(_PROBE // 64, 64, dtype=dtype)) for _ in range(4)]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer = make(parameters)
+        kept, four = _step_of(make, 4, dtype)
+        _, eight = _step_of(make, 8, dtype)
+        temporary = (eight - four) / 4
+        return cls(kept / 4 / _PROBE, temporary / _PROBE, max(four - 4 * temporary, 0) / _PROBE)
+
+    def update(self, parameters: Sequence[nn.Parameter], ranks: int = 1) -> int:
+        """Return the bytes that a step creates on this rank.
+
+        Args:
+            parameters: All that it updates.
+            ranks: Ranks over which each is sharded.
+        """
+        largest = max((_shard([parameter], ranks) for parameter in parameters), default=0)
+        return int(_shard(parameters, ranks) * self.temporary + largest * self.for_one)
+
+
+def _step_of(make: Callable[[list[nn.Parameter]], Optimizer], count: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that an optimizer keeps for some parameters, and that its second step creates."""
+    parameters = [nn.Parameter(torch.zeros(_PROBE // 64, 64, dtype=dtype)) for _ in range(count)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make(parameters)
+    optimizer.step()
+    tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    kept = sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
+    known = [*parameters, *tensors, *(p.grad for p in parameters if p.grad is not None)]
+    with TensorMemory(known, granularity=1) as memory:
         optimizer.step()
-        tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-        kept = sum(t.numel() * t.element_size() for t in tensors if t.numel() > 1)
-        known = [*parameters, *tensors, *(p.grad for p in parameters if p.grad is not None)]
-        with TensorMemory(known, granularity=1) as memory:
-            optimizer.step()
-        elements = _PROBE * len(parameters)
-        return cls(kept / elements, memory.peak / elements)
+    return kept, memory.peak
 
 
 @dataclass(frozen=True)
@@ -355,7 +374,7 @@ class Estimator:
         step = activations + gradients
         if curve and not stays:
             step = curve.peak(batch)
-        update = gradients + int(elements * self.optimizer.temporary)
+        update = gradients + self.optimizer.update(trained)
         return RankMemory(
             layout=layout,
             num_processes=ranks,
@@ -374,19 +393,21 @@ class Estimator:
         optimizer = int(trained * self.optimizer.state)
         curve = self._curve(self.compute, checkpointing=layout.checkpointing)
         root, unit = _elements(size.root), size.largest_unit
-        # The root's weights stay from its forward to the end of the backward. Of the blocks, one computes, the next
-        # is gathered: a buffer, and the weights copied out of it.
-        blocks = min(2, len(size.units)) * unit + unit
-        if not layout.reshard:
-            blocks = _elements(size.parameters) - root + unit
-        gathered = (root + blocks) * computed
-        reduced = unit * (computed + _FP32)
-        extra = (gathered, (2 * root + (blocks if not layout.reshard else unit)) * computed, gathered + reduced)
+        # The root's weights stay from its forward to the end of the backward.
+        whole = root * computed
+        kept = 0 if layout.reshard else (_elements(size.parameters) - root) * computed
+        # Forward: a block's weights, the buffer that they were gathered in, and that of the block before.
+        forward = whole + (kept + unit * computed if kept else 3 * unit * computed)
+        # Backward: the weights of a block, the next ones in their buffer, its gradients, and the ones of the block
+        # before, in fp32, on their way to other ranks.
+        backward = whole + (kept or 2 * unit * computed) + unit * (computed + _FP32)
+        # The loss: the gradients of the root begin, and the last block is gathered.
+        extra = (forward, 2 * whole + (kept or unit * computed), backward)
         on_device = 0.0 if layout.offload else 1.0
         share = on_device * gradients / max(curve.all_gradients, 1) if curve else 0.0
         step = curve.peak(batch, share, extra) if curve else int(max(extra) + on_device * gradients)
         last = root * (2 * computed + _FP32) + on_device * gradients
-        update = on_device * (gradients + trained * self.optimizer.temporary)
+        update = on_device * (gradients + self.optimizer.update(_trained(size.parameters), ranks))
         state = 0 if layout.offload else weights + optimizer
         return RankMemory(
             layout=layout,

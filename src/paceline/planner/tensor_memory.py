@@ -32,7 +32,7 @@ class TensorMemory(TorchDispatchMode):
         self.activations: list[int] = []
         self.gradients: list[int] = []
         self._granularity = granularity
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no other gets their keys
+        self._known = [_storage(tensor) for tensor in known]  # kept, so that no other gets their keys
         self._sizes: dict[int, int] = {storage._cdata: 0 for storage in self._known}
         self._references: dict[int, Any] = {}
         self._of_gradients: set[int] = set()
@@ -64,7 +64,7 @@ class TensorMemory(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once."""
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         key = storage._cdata
         if key in self._sizes:
             return
@@ -79,7 +79,7 @@ class TensorMemory(TorchDispatchMode):
         if parameter.grad is None:
             return
         self.add(parameter.grad)
-        key = parameter.grad.untyped_storage()._cdata
+        key = _storage(parameter.grad)._cdata
         if key not in self._of_gradients:
             self._of_gradients.add(key)
             self._alive -= self._sizes[key]
@@ -97,3 +97,9 @@ class TensorMemory(TorchDispatchMode):
     def _note(self) -> None:
         self.activations.append(self._alive)
         self.gradients.append(self._alive_gradients)
+
+
+def _storage(tensor: Any) -> torch.UntypedStorage:
+    """The storage of a tensor; of a sharded one, that of this rank's part."""
+    storage: torch.UntypedStorage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    return storage

@@ -70,8 +70,8 @@ class FullyShardedDataParallelPlugin(Section):
     )
     keep_last_unit: bool = Field(
         True,
-        description="Keep the parameters of the last unit and of what is in no unit gathered after forward: the backward "
-        "begins with them. Only where fsdp_reshard_after_forward is true.",
+        description="Keep the last unit, and what is in none, gathered after forward, since the backward "
+        "begins with them; only where fsdp_reshard_after_forward is true.",
     )
     prefetch_units: Annotated[int, Field(ge=0)] = Field(
         0, description="Units that are all-gathered ahead explicitly; 0 leaves it to FSDP2, which looks one ahead."

@@ -69,8 +69,16 @@ def set_switches(
     # The backward begins with the last unit and what follows it, which would be gathered again at once.
     kept = (inner[-1], model)
     for unit in kept:
+        module: Any = unit
         unit.set_reshard_after_forward(False, recurse=False)
+        module.register_forward_hook(_drop_without_gradients)
     return kept
+
+
+def _drop_without_gradients(unit: Any, _inputs: Any, _output: Any) -> None:
+    """Drop gathered parameters after a forward that no backward follows."""
+    if not torch.is_grad_enabled():
+        unit.reshard()
 
 
 def _prefetch(model: FSDPModule, inner: list[FSDPModule], count: int) -> None:

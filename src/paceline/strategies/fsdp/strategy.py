@@ -299,8 +299,34 @@ class FSDPStrategy(Strategy):
         self._has_unsharded_gradients = self._has_unsharded_gradients or bool(self._without_sync)
         super().backward(loss, scale, **kwargs)
 
+    def _drop_gathered(self) -> bool:
+        """Drop gathered weights that a forward without a backward has left; they hide the shards and become stale."""
+        gathered = [unit for unit in self._kept if any(group.is_unsharded for group in _groups_of(unit))]
+        for unit in gathered:
+            unit.reshard()
+        return len(gathered) > 0
+
+    @override
+    def check_first_backward(self) -> None:
+        self._drop_gathered()
+
+    @override
+    def parameters(self) -> list[nn.Parameter]:
+        if self._parameters is None:
+            self._drop_gathered()
+        return super().parameters()
+
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self._drop_gathered():
+            parameters = list(parameters)
+            whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+            if whole:
+                raise SteppingError(
+                    f"{len(whole)} parameters were passed that a forward after the last backward has gathered",
+                    "Their gradients are in the shards, so nothing would happen to them",
+                    "List the parameters once, after prepare(), or run that forward under torch.no_grad()",
+                )
         if not self._has_unsharded_gradients:
             return
         self._has_unsharded_gradients = False
@@ -377,9 +403,6 @@ class FSDPStrategy(Strategy):
     @override
     def stepped(self) -> None:
         super().stepped()
-        for unit in self._kept:
-            # A forward without a backward, as in an evaluation before the step, has left the former weights there.
-            unit.reshard()
         for layers in self._fp8:
             layers.weights_changed()
 
@@ -403,6 +426,7 @@ class FSDPStrategy(Strategy):
 
     @override
     def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        self._drop_gathered()
         return ((plain_name(name), parameter) for name, parameter in model.named_parameters())
 
     @override
@@ -512,14 +536,18 @@ def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:
     return tuple(module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def _drop_whole_gradients(unit: FSDPModule) -> None:
-    """Drop gradients that were accumulated without an exchange: zero_grad() of the script does not reach them."""
+def _groups_of(unit: FSDPModule) -> list[Any]:
+    """The groups of parameters of a unit: several in torch 2.13, one or none in earlier versions."""
     state = unit._get_fsdp_state()
-    # torch 2.13 keeps several groups of parameters for a unit, earlier versions one or none.
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [group for group in (getattr(state, "_fsdp_param_group", None),) if group is not None]
-    for group in groups:
+    return list(groups)
+
+
+def _drop_whole_gradients(unit: FSDPModule) -> None:
+    """Drop gradients that were accumulated without an exchange: zero_grad() of the script does not reach them."""
+    for group in _groups_of(unit):
         for parameter in group.fsdp_params:
             parameter.unsharded_accumulated_grad = None
             whole = getattr(parameter, "_unsharded_param", None)

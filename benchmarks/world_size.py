@@ -1,0 +1,105 @@
+"""What a step costs one rank as the number of ranks grows, with collectives that do nothing.
+
+    python -m benchmarks.world_size --sizes 1 8 64 512 4096
+
+Each number of ranks is a process of its own, which is rank 0 of a world that torch's fake process group makes up: what
+is left is what this process does itself. The least of many blocks of steps is shown, the calls of functions in a step,
+which no other load changes, and the milliseconds of `prepare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SIZES = [1, 8, 64, 512, 4096]
+STRATEGIES = ["ddp", "fsdp"]
+
+
+def measure(strategy: str, size: int) -> dict[str, Any]:
+    """Steps of a small model in a world of `size` ranks."""
+    import torch
+    import torch.distributed as dist
+    from tests.support.calls import count_calls
+    from torch import nn
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils.data import DataLoader, Dataset
+
+    os.environ.update(RANK="0", WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    # The made-up group has no store for the watchdog.
+    os.environ.update(GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400", PACELINE_HANG_TIMEOUT="0")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    from paceline import Accelerator
+
+    class Samples(Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 4 * size * 100_000
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return torch.ones(64)
+
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    model: Any = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    loader: Any = DataLoader(Samples(), batch_size=4, shuffle=True)
+    started = time.perf_counter()
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    prepared = time.perf_counter() - started
+    parameters = list(model.parameters())
+    batches = iter(loader)
+
+    def step() -> None:
+        with accelerator.accumulate(model):
+            loss = model(next(batches)).pow(2).mean()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(10):
+        step()
+    calls = count_calls(step)
+    times = []
+    for _ in range(30):
+        before = time.process_time()
+        for _ in range(10):
+            step()
+        times.append((time.process_time() - before) / 10 * 1e6)
+    return {"strategy": strategy, "size": size, "us": min(times), "calls": calls, "prepare_ms": prepared * 1000}
+
+
+def main() -> int:
+    """Measure all, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one[0], int(args.one[1]))), flush=True)
+        # Threads of the made-up group have nothing to end.
+        os._exit(0)
+    print("| strategy | ranks | us of processor time a step | calls a step | ms of prepare |\n|---|--:|--:|--:|--:|")
+    for strategy in args.strategies:
+        for size in args.sizes:
+            command = [sys.executable, "-m", "benchmarks.world_size", "--one", strategy, str(size)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(done.stderr[-2000:], file=sys.stderr)
+                return 1
+            row = json.loads(done.stdout.splitlines()[-1])
+            print(
+                f"| {strategy} | {size:,} | {row['us']:.0f} | {row['calls']:,} | {row['prepare_ms']:.0f} |", flush=True
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -172,7 +172,7 @@ def test_a_checkpoint_beside_the_default_stream(tmp_path: Path) -> None:
             model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(12)])
         load_checkpoint_and_dispatch(model, tmp_path, {"": 0})
         for index, layer in enumerate(model):
-            assert layer.weight.unique().tolist() == [index]  # type: ignore[union-attr,operator]
+            assert layer.weight.unique().tolist() == [index]  # type: ignore[operator]
 
 
 def test_tied_weights_are_on_the_gpu_once() -> None:

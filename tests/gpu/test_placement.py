@@ -186,7 +186,7 @@ def test_tied_weights_are_on_the_gpu_once() -> None:
 def test_a_map_by_memory_runs() -> None:
     model = tower(width=256, blocks=8)
     expected = expected_logits(width=256, blocks=8)
-    names = infer_auto_device_map(model, {0: 4 * MIB, "cpu": "1GB"}, no_split_module_classes=["Block"])
+    names = infer_auto_device_map(model, {0: 4 * MIB, "cpu": "1GB"}, ["Block"], offload_buffers=True)
     assert {0, "cpu"} == set(names.values())
     dispatch_model(model, names)
     assert torch.equal(logits(model), expected)

@@ -367,7 +367,7 @@ def _small_models() -> dict[str, Callable[[], Any]]:
     return {
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4)),
         "t5": lambda: t.T5ForConditionalGeneration(
-            t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+            t.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
         ),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**sizes, intermediate_size=48)),
         "mixtral": lambda: t.MixtralForCausalLM(

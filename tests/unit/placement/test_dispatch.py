@@ -224,6 +224,7 @@ def test_layers_stored_in_a_small_dtype() -> None:
     assert model[0].weight.dtype == torch.float16
 
 
+@pytest.mark.slow
 def test_compiled_models_run_offloaded() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))

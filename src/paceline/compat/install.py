@@ -114,7 +114,9 @@ class AccelerateFinder(MetaPathFinder):
         if not _is_accelerate(fullname):
             return None
         if fullname == _TESTS or fullname.startswith(f"{_TESTS}."):
-            return _tests_of_the_real_one(fullname, path)
+            # Unless somebody has put a copy into the twin.
+            if importlib.util.find_spec(_TARGET + _TESTS.removeprefix(_NAME)) is None:
+                return _tests_of_the_real_one(fullname, path)
         source = importlib.util.find_spec(_TARGET + fullname.removeprefix(_NAME))
         if source is None:
             raise ModuleNotFoundError(

@@ -122,7 +122,7 @@ def _device_map(seed: int) -> Any:
     choose = random.Random(1000 + seed)
     model = _random_model(seed)
     size = compute_module_sizes(model)[""]
-    devices: list[int | str] = [0, 1, 2][: choose.randrange(4)]
+    devices = [0, 1, 2][: choose.randrange(4)]
     limits: dict[Any, Any] = {device: int(size * choose.uniform(0.05, 0.8)) for device in devices}
     if choose.random() < 0.6:
         limits["cpu"] = int(size * choose.uniform(0.2, 1.5))
@@ -246,7 +246,7 @@ def checkpoints(folder: Path) -> Any:
         {"embedding": "cpu", "blocks": "disk", "head": "cpu"},
         {"embedding": "disk", "blocks.0": "cpu", "blocks.1": "disk", "blocks.2": "disk", "head": "disk"},
     ]
-    for place in ("bin", "safetensors", "bin-shards", "safetensors-shards"):
+    for source in ("bin", "safetensors", "bin-shards", "safetensors-shards"):
         for number, device_map in enumerate(maps):
             for dtype in (None, "bfloat16"):
                 if device_map is None:
@@ -254,9 +254,9 @@ def checkpoints(folder: Path) -> Any:
                 else:
                     with init_empty_weights():
                         empty = Tower(tied=False)
-                offload = folder / f"{place}{number}{dtype}"
+                offload = folder / f"{source}{number}{dtype}"
                 loaded = load_checkpoint_and_dispatch(
-                    empty, folder / place, device_map, offload_folder=offload, dtype=dtype, offload_buffers=True
+                    empty, folder / source, device_map, offload_folder=offload, dtype=dtype, offload_buffers=True
                 )
                 if dtype is not None and device_map is not None:
                     loaded.float() if number == 1 else None
@@ -347,7 +347,7 @@ def lora_on_an_offloaded_model(folder: Path) -> Any:
     plain = AutoModelForCausalLM.from_pretrained(saved)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(5)
-    get_peft_model(plain, config).save_pretrained(folder / "adapter")
+    get_peft_model(plain, config).save_pretrained(str(folder / "adapter"))
     offload = {"device_map": "auto", "max_memory": {"cpu": 50_000}, "offload_folder": folder / "offload"}
     model = AutoModelForCausalLM.from_pretrained(saved, **offload)
     adapted = PeftModel.from_pretrained(

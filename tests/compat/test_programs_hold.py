@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import warnings
 import weakref
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -271,3 +272,32 @@ def test_a_report_is_read_and_compared(tmp_path: Path) -> None:
 
 def test_every_exception_has_a_reason() -> None:
     assert all(name.startswith("tests/") and reason.endswith(".") for name, reason in exceptions().items())
+
+
+def test_a_configuration_of_loaders_that_is_replaced_holds_from_then_on() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.dataloader_config = DataLoaderConfiguration(dispatch_batches=True)
+    loader: Any = accelerator.prepare(DataLoader(samples(6), batch_size=2))
+    assert isinstance(loader, DataLoaderDispatcher)
+    assert accelerator.dispatch_batches is True
+
+
+def joined_streams() -> list[str]:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+
+    class Stream(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+    model = accelerator.prepare(nn.Linear(1, 1))
+    accelerator.prepare(DataLoader(Stream(), batch_size=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with accelerator.join_uneven_inputs([model], even_batches=False):
+            pass
+    return [str(each.message) for each in caught if each.category is UserWarning]
+
+
+def test_even_batches_cannot_be_overridden_for_streams() -> None:
+    for messages in on_ranks(2, joined_streams):
+        assert any("only supported for map-style datasets" in message for message in messages)

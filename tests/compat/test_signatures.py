@@ -16,7 +16,6 @@ _MEGATRON = "Megatron-LM is not driven"
 _TPU = "TPUs are not supported"
 _INNER = "a step of Accelerate's own work, which the core does otherwise"
 _COMMAND = "an inner part of Accelerate's parser"
-_PLACEMENT = "device maps and hooks: the class can be imported, not made"
 
 # Names that the twin does not have.
 ABSENT = {
@@ -30,10 +29,6 @@ ABSENT = {
 }
 # Names that stand for something else than in Accelerate.
 OTHERWISE = {
-    "hooks": dict.fromkeys(
-        ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
-        _PLACEMENT,
-    ),
     "utils.dataclasses": dict.fromkeys(
         [
             "MegatronLMPlugin",
@@ -46,7 +41,6 @@ OTHERWISE = {
         ],
         _MEGATRON,
     ),
-    "utils.offload": dict.fromkeys(["OffloadedWeightsLoader", "PrefixedDataset"], _PLACEMENT),
 }
 
 

@@ -88,7 +88,7 @@ def test_requested_trackers(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "clearml" in caplog.text
     with pytest.raises(ValueError, match="nothing"):
         filter_trackers("nothing")
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(ValueError, match="requires a `logging_dir`"):
         filter_trackers("tensorboard")
 
 

@@ -104,6 +104,7 @@ class Run:
             "dataloader_pin_memory": False,
             "seed": 3,
             **_of_strategy(self.strategy),
+            **({"use_cpu": True} if self.way.startswith("bf16") else {}),
             **WAYS[self.way],
         }
         model = llama(dropout=0.1 if self.way == "dropout" else 0.0)

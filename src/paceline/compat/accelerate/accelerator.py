@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -104,7 +105,6 @@ class Accelerator:
         scaler: The loss scaler of fp16; None elsewhere.
         step: Micro-batches that `accumulate` has begun since the last loader ended.
         project_configuration: Where the run keeps its files.
-        dataloader_config: How loaders that are prepared from now on are divided among ranks.
         trackers: The trackers that are open.
         log_with: The trackers that `init_trackers` opens.
 
@@ -153,15 +153,15 @@ class Accelerator:
         self._join_mesh(sizes)
 
         self.device_placement = device_placement
-        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+        config = dataloader_config or DataLoaderConfiguration()
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.rng_types = ["generator"] if rng_types is None else rng_types
+        rng_types = ["generator"] if rng_types is None else rng_types
         # It does not refer to the Accelerator, which is freed with the last reference of the program then.
-        self._loaders = LoaderRules(self.dataloader_config, self.rng_types, _shared_mesh)
+        self._loaders = LoaderRules(config, rng_types, _shared_mesh)
         plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         self.gradient_state = GradientState(plugin)
         self._known_plugin: Any = None
-        self._kinds = PreparedKinds(self.dataloader_config)
+        self._kinds = PreparedKinds(self._loaders)
         with use_policies(rules_of(self._loaders, self._kinds)), value_errors():
             self._core = self._make_core(plugin, compile_plugin, handlers)
         self.gradient_state.plugin_kwargs.setdefault("num_steps", self._core.gradient_accumulation_steps)
@@ -380,6 +380,24 @@ class Accelerator:
         raise UnsupportedError("context_parallel_rank is requested", "There is no such axis", "Leave it out")
 
     # Settings
+
+    @property
+    def dataloader_config(self) -> DataLoaderConfiguration:
+        """How loaders that are prepared from now on are divided among ranks."""
+        return self._loaders.config
+
+    @dataloader_config.setter
+    def dataloader_config(self, value: DataLoaderConfiguration) -> None:
+        self._loaders.config = value
+
+    @property
+    def rng_types(self) -> Sequence[Any] | None:
+        """Generators that get rank 0's state at the start of each pass over loaders prepared from now on."""
+        return self._loaders.rng_types
+
+    @rng_types.setter
+    def rng_types(self, value: Sequence[Any] | None) -> None:
+        self._loaders.rng_types = value
 
     @property
     def split_batches(self) -> bool:
@@ -853,7 +871,13 @@ class Accelerator:
             joinables: The models that are trained inside.
             even_batches: Overrides the setting of map-style loaders inside.
         """
-        if self.distributed_type == DistributedType.NO:
+        if not self.distributed_type.name.startswith("MULTI_"):
+            if self.distributed_type != DistributedType.NO:
+                warnings.warn(
+                    "join_uneven_inputs has no effect here: it is only supported for multi-GPU training with whole "
+                    "replicas (DDP)",
+                    stacklevel=3,
+                )
             yield
             return
         all_samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
@@ -861,7 +885,7 @@ class Accelerator:
         before = [each.even_batches for each in samplers]
         if even_batches is not None:
             if len(samplers) < len(self._dataloaders):
-                _LOG.warning("even_batches is not overridden for loaders whose samples are not divided by an index")
+                warnings.warn("Overriding even_batches is only supported for map-style datasets", stacklevel=3)
             for each in samplers:
                 each.even_batches = even_batches
         try:

@@ -64,7 +64,12 @@ def fill_configuration(
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     if isinstance(schedule, DummyScheduler) and schedule.lr_scheduler_callable is None:
         values.update(_schedule_values(schedule, 1 if split_batches else ranks))
+    total = "scheduler.params.total_num_steps"
+    is_counted = total in values and plugin.is_auto(total)
     _fill(plugin, **values)
+    if is_counted:
+        # What the core compares with the section.
+        schedule.total_num_steps = values[total]
 
 
 def _fill(plugin: DeepSpeedPlugin, **values: Any) -> None:

@@ -117,15 +117,15 @@ class PreparedKinds:
     """The classes of prepared optimizers and schedulers, which programs ask for.
 
     Args:
-        config: Says `split_batches`, as it is when a schedule steps.
+        loaders: Say `split_batches`, as it is when a schedule steps.
 
     Attributes:
         is_engines_schedule: Whether the call in progress prepares a schedule that an engine of DeepSpeed makes.
     """
 
-    def __init__(self, config: DataLoaderConfiguration) -> None:
+    def __init__(self, loaders: LoaderRules) -> None:
         self.is_engines_schedule = False
-        self._config = config
+        self._loaders = loaders
 
     def optimizer(self, optimizer: Optimizer, **core: Any) -> AcceleratedOptimizer:
         """Wrap an optimizer."""
@@ -135,7 +135,7 @@ class PreparedKinds:
     def scheduler(self, scheduler: Any, **core: Any) -> AcceleratedScheduler:
         """Wrap a learning-rate scheduler."""
         kind = DeepSpeedSchedulerWrapper if self.is_engines_schedule else AcceleratedScheduler
-        return kind(scheduler, loader_config=self._config, **core)
+        return kind(scheduler, loaders=self._loaders, **core)
 
 
 def rules_of(loaders: LoaderRules, kinds: PreparedKinds) -> Policies:

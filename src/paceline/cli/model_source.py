@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +19,7 @@ from paceline.errors import MissingExtraError, UsageError
 __all__ = ["ModelSource", "build_model", "load_attribute", "model_source"]
 
 _TOKENS = 2048
+_OF_TRAINING = ("labels", "use_cache")
 _WITH_LABELS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
 _WITH_CLASSES = ("ForSequenceClassification", "ForImageClassification")
 
@@ -38,14 +39,14 @@ class ModelSource:
     samples: str
 
     def infer(self, model: nn.Module, batch: int) -> Any:
-        """Run the forward on a batch of this many samples, without labels."""
-        return self._call(model, batch, without="labels")
+        """Run the forward on this many samples: without labels, and with a cache where the model keeps one."""
+        return self._call(model, batch, without=_OF_TRAINING)
 
-    def _call(self, model: nn.Module, batch: int, without: str = "") -> Any:
+    def _call(self, model: nn.Module, batch: int, without: Container[str] = ()) -> Any:
         assert self.batch_of is not None
         inputs = self.batch_of(batch)
         if isinstance(inputs, dict):
-            inputs = {name: value for name, value in inputs.items() if name != without}
+            inputs = {name: value for name, value in inputs.items() if name not in without}
         with _without_packing():
             if isinstance(inputs, dict):
                 return model(**inputs)
@@ -199,7 +200,9 @@ def _with_own_batches(model: Any, sequence_length: int | None) -> ModelSource:
 
         def tokens(batch: int) -> dict[str, Any]:
             ids = torch.zeros(batch, length, dtype=torch.long)
-            return {"input_ids": ids, **_labels(kind, batch, ids)}
+            # A cache of keys and values is of no use in training; recomputed blocks would fill it twice.
+            cache = {"use_cache": False} if getattr(text, "use_cache", False) else {}
+            return {"input_ids": ids, **cache, **_labels(kind, batch, ids)}
 
         return ModelSource(model, tokens, f"sequences of {length} tokens")
     size = getattr(config, "image_size", None)

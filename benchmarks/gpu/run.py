@@ -1,6 +1,7 @@
 """Everything about the speed of one GPU in one command: builds, checks losses, measures, and writes the tables.
 
     python -m benchmarks.gpu.run --rows tests loss input step fsdp launch
+    python -m benchmarks.gpu.run --rows several-fsdp several-ddp several-gather    # on all devices of this machine
 
 Each part is a process of its own. The tables are printed, appended to benchmarks/RESULTS.md with hardware and versions,
 and written to `--output` with the parts' logs.
@@ -46,6 +47,11 @@ TITLES = {
     "launch": "Llama 0.37 B, sequence 512, batch 2",
     "memory": "Llama with 8 of its layers under FSDP2: memory against time",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
+    "several-fsdp": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2",
+    "several-fp8": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2, fp8",
+    "several-zero": "Llama 1.26 B, sequence 4096, batch 4 a device, ZeRO",
+    "several-ddp": "Llama 0.37 B, sequence 2048, batch 8 a device, DDP",
+    "several-corner": "Llama 1.26 B, sequence 2048, batch 1 a device, FSDP2",
 }
 GPU_TESTS = {"test-fp8": "tests/gpu/test_fp8.py", "test-waits": "tests/gpu/test_host_waits.py"}
 TESTS = [
@@ -63,6 +69,7 @@ def main() -> int:
         "--rows", nargs="*", default=["loss", "input", "trainer", "packing", *TRAINING], help="parts, in this order"
     )
     parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
+    parser.add_argument("--part-minutes", type=float, default=4, help="for one part at most")
     parser.add_argument("--output", type=Path, help="folder of the logs and of tables.md")
     args = parser.parse_args()
     end = time.monotonic() + args.minutes * 60
@@ -73,7 +80,7 @@ def main() -> int:
         if left < 20:
             print(f"{part}: no time is left", flush=True)
             continue
-        found, log, failed = run_part(part, left)
+        found, log, failed = run_part(part, min(left, args.part_minutes * 60))
         code = code or failed
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -82,7 +89,7 @@ def main() -> int:
             texts.append(table_of(part, found))
             print(texts[-1], flush=True)
     if texts:
-        text = f"\n## Speed on one GPU\n\n{hardware()}\n" + "".join(texts)
+        text = f"\n## Speed on a GPU\n\n{hardware()}\n" + "".join(texts)
         with (ROOT / "benchmarks" / "RESULTS.md").open("a", encoding="utf-8") as file:
             file.write(text)
         if args.output:
@@ -127,6 +134,11 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = ["-m", "benchmarks.gpu.losses"]
         case "input":
             command = ["-m", "benchmarks.gpu.inputs"]
+        case part if part.startswith("several-"):
+            ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
+            command = [*ranks, "-m", "benchmarks.gpu.several", part.removeprefix("several-")]
+            command += ["--seconds", str(max(10.0, min(150.0, seconds - 40)))]
+            environment |= {"OMP_NUM_THREADS": "4"}
         case "input-parts":
             command = ["-m", "benchmarks.gpu.inputs", "--parts"]
         case "trainer" | "packing":
@@ -159,22 +171,23 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
         print("\n".join(lines[-60:]), flush=True)
         return None, log, code
     print("\n".join(line for line in lines[:-1] if " warn" not in line.lower())[-3000:], flush=True)
-    found: dict[str, Any] = json.loads(lines[-1])
+    found: dict[str, Any] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
     return found, log, code
 
 
 def hardware() -> str:
     """One line: the device, and the versions that matter."""
     versions = []
-    for name in ("transformers", "accelerate", "torchao", "triton"):
+    for name in ("transformers", "accelerate", "lightning", "deepspeed", "torchao", "triton"):
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
     day = datetime.datetime.now(tz=datetime.timezone.utc).date()
     python = sys.version.split()[0]
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return (
-        f"{day}, `python -m benchmarks.gpu.run`, {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"{day}, `python -m benchmarks.gpu.run`, {device}, torch {torch.__version__}, "
         f"Python {python}, {', '.join(versions)}."
     )
 
@@ -194,6 +207,13 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                     f"| {row['vocabulary']:,} | {row['way']} | {row['ms']:.1f} | {row['gib']:.2f} | "
                     f"{row['loss_gap']:.1e} | {errors} |"
                 )
+        case "several-gather":
+            lines = [
+                f"\n### Gathering two small tensors on {found['devices']} devices (equal: {found['equal']})\n",
+                "| way | us a call | ratio |",
+                "|---|--:|--:|",
+                *(f"| {row['contender']} | {row['us']:.0f} | {row['ratio']:.3f} |" for row in found["rows"]),
+            ]
         case "input-parts":
             lines = [
                 f"\n### Parts of the way of {found['megabytes']:.0f} MB to the device\n",
@@ -242,7 +262,7 @@ def table_of(part: str, found: dict[str, Any]) -> str:
             lines = [
                 f"\n### {TITLES[part]}\n",
                 f"{found['parameters'] / 1e9:.2f} B parameters; products at {found['matmul_tflops']:.0f} TFLOP/s; "
-                f"{found['rounds']} rounds.\n",
+                f"{found['rounds']} rounds; {found.get('devices', 1)} device(s).\n",
                 "| contender | ms a step | of the first | MFU | GiB | tokens/s | losses off by |",
                 "|---|--:|--:|--:|--:|--:|--:|",
                 *(

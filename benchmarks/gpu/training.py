@@ -362,12 +362,23 @@ def contenders_of(name: str) -> list[Contender]:
 
 
 def synchronized(work: Callable[[], Any]) -> float:
-    """Seconds of some work on the device."""
+    """Seconds of some work on the device; all ranks begin together."""
+    if dist.is_initialized():
+        dist.barrier()
     torch.cuda.synchronize()
     started = time.perf_counter()
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def agreed(stop: bool) -> bool:
+    """Whether any rank wants to stop: ranks that took turns alone would wait for each other for ever."""
+    if not dist.is_initialized():
+        return stop
+    flag = torch.tensor([float(stop)], device="cuda")
+    dist.all_reduce(flag)
+    return bool(flag)
 
 
 def num_ranks() -> int:
@@ -391,8 +402,9 @@ def matmul_rate() -> float:
 
 
 def batches_of(case: Case) -> list[Tensor]:
-    """Tokens of all compared steps, the same for every contender."""
-    generator = torch.Generator().manual_seed(1)
+    """Tokens of all compared steps, the same for every contender; each rank has its own."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    generator = torch.Generator().manual_seed(1 + rank)
     shape = (case.batch, case.sequence)
     return [torch.randint(case.vocabulary, shape, generator=generator).cuda() for _ in range(COMPARED_STEPS)]
 
@@ -414,11 +426,10 @@ def warm_up(contender: Contender, batches: list[Tensor]) -> float:
     return time.perf_counter() - started
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, contenders: list[Contender], seconds: float) -> dict[str, Any]:
     """Build all contenders, compare their losses, and let them take turns for `seconds` at most."""
     started = time.perf_counter()
     rate = matmul_rate()
-    contenders = contenders_of(name)
     case = contenders[0].case
     batches = batches_of(case)
     usable = []
@@ -439,10 +450,10 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             steps = [batches[i % len(batches)] for i in range(case.block)]
             took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
-        # Several ranks would not agree on the time.
-        if num_ranks() == 1 and time.perf_counter() - started > seconds:
+        if agreed(time.perf_counter() - started > seconds):
             break
     first = usable[0]
+    # Sharded parameters tell their whole number of elements, too.
     parameters = sum(p.numel() for p in first.model.parameters())
     rows = []
     for contender in usable:
@@ -493,7 +504,7 @@ def main() -> None:
         sys.exit("There is no GPU here.")
     if "fsdp" in args.name or args.name == "memory":
         open_group()
-    found = measure(args.name, args.seconds)
+    found = measure(args.name, contenders_of(args.name), args.seconds)
     if num_ranks() == 1 or dist.get_rank() == 0:
         print(json.dumps(found), flush=True)
     # Threads of compilers and process groups have nothing left to do.

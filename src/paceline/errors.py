@@ -16,6 +16,8 @@ PacelineError                      exit code 1
 ├── UnusedParametersError          parameters that took no part in the backward pass
 ├── SteppingError                  a step, clip or backward at the wrong moment
 ├── CollectiveError                ranks disagree about what they exchange
+├── PlacementError                 a device map, size or weight that does not fit the model
+├── OffloadedModelError            a model was moved while parts of it are in host memory or on disk
 ├── DataError                      a loader that cannot be divided among ranks, or is empty
 ├── StateError                     a training state that cannot be saved, or does not fit
 │   └── CheckpointError            files that cannot be written, or hold another state
@@ -45,7 +47,9 @@ __all__ = [
     "ForeignOptimizerError",
     "MissingExtraError",
     "NotBuiltError",
+    "OffloadedModelError",
     "PacelineError",
+    "PlacementError",
     "PrecisionError",
     "PrepareError",
     "Problem",
@@ -295,6 +299,14 @@ class SteppingError(PacelineError):
 
 class CollectiveError(PacelineError):
     """Ranks disagree about what they exchange."""
+
+
+class PlacementError(PacelineError, ValueError):
+    """A device map, a size or a weight that does not fit the model."""
+
+
+class OffloadedModelError(PacelineError, RuntimeError):
+    """A model was to be moved while parts of it are in host memory or on disk."""
 
 
 class DataError(PacelineError):

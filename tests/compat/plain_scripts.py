@@ -19,6 +19,8 @@ RUNS = (
     "cross_validation",
     "k_fold",
 )
+# Of each kind one: accumulation, state, samples for metrics, several models.
+SHORT = ["automatic_gradient_accumulation", "checkpointing", "metrics", "multi_model"]
 
 
 def run(name: str, folder: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def run_python(*arguments: str, folder: Path | None = None) -> subprocess.Comple
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
 
@@ -222,7 +222,7 @@ def test_the_exit_code_and_the_traceback_are_those_of_the_script(tmp_path: Path)
     assert "paceline" not in done.stderr
 
 
-@pytest.mark.parametrize("source", ["flag", "file", "environment"])
+@pytest.mark.parametrize("source", ["flag", "file", pytest.param("environment", marks=pytest.mark.slow)])
 def test_the_launcher_hands_the_switch_to_its_ranks(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +241,17 @@ def test_the_launcher_hands_the_switch_to_its_ranks(
     lines = sorted(line for line in done.stdout.splitlines() if line)
     assert [line.partition(" ")[0] for line in lines] == ["0", "1"]
     assert all(f"{NAME}|" in line and line.endswith(f"script.py x{SAID}") for line in lines)
+
+
+def test_a_variable_that_nobody_acts_on_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACELINE_AS_ACCELERATE", "true")
+    (tmp_path / "script.py").write_text("from paceline import Accelerator\nprint(Accelerator(cpu=True).num_processes)\n")
+    plain = run_python("script.py", folder=tmp_path)
+    assert plain.returncode == 1
+    assert "PACELINE_AS_ACCELERATE: as_accelerate: true has no effect here" in plain.stderr
+    assert "python -m paceline.compat SCRIPT" in plain.stderr
+    switched = run_python("-m", "paceline.compat", "script.py", folder=tmp_path)
+    assert (switched.returncode, switched.stdout.strip()) == (0, "1"), switched.stderr
 
 
 def test_the_plan_and_config_show_tell_the_switch(tmp_path: Path) -> None:
@@ -268,3 +279,53 @@ def test_a_python_without_paceline_says_what_pythonpath_does(tmp_path: Path) -> 
         check=False,
     )
     assert "PYTHONPATH says that accelerate is paceline here" in done.stderr
+
+
+TEST_HELPERS = """
+from paceline.compat import install_as_accelerate
+install_as_accelerate()
+import importlib
+"""
+
+
+@needs_the_real_one
+def test_helpers_for_tests_are_the_real_ones_on_this_accelerate() -> None:
+    code = (
+        TEST_HELPERS
+        + """
+helpers = importlib.import_module("accelerate.test_utils.testing")
+state = importlib.import_module("paceline.compat.accelerate.state")
+script = helpers.path_in_accelerate_package("test_utils", "scripts", "test_ops.py")
+shown = {
+    "file": helpers.__file__,
+    "state": helpers.AcceleratorState is state.AcceleratorState,
+    "script": script.exists(),
+    "command": str(helpers.path_in_accelerate_package("commands", "launch.py")),
+}
+"""
+    )
+    shown = shown_by(code)
+    assert TWIN not in str(shown["file"])
+    assert str(shown["file"]).endswith(str(Path("accelerate", "test_utils", "testing.py")))
+    assert (shown["state"], shown["script"]) == (True, True)
+    assert TWIN in str(shown["command"])
+
+
+def test_without_the_real_package_there_are_no_helpers_for_tests(tmp_path: Path) -> None:
+    code = (
+        TEST_HELPERS
+        + """
+import importlib.machinery as machinery
+find = machinery.PathFinder.find_spec
+machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None: None if name == "accelerate" else find(name, path, target)
+)
+try:
+    importlib.import_module("accelerate.test_utils")
+except ModuleNotFoundError as error:
+    shown = {"text": str(error), "name": error.name}
+"""
+    )
+    shown = shown_by(code)
+    assert shown["name"] == "accelerate.test_utils"
+    assert "no helpers for tests of its own" in str(shown["text"])

@@ -24,7 +24,6 @@ def has_transformers() -> bool:
 
 
 @pytest.mark.compat
-@pytest.mark.timeout(400)
 @pytest.mark.skipif(not has_transformers(), reason="pip install 'paceline[compat]'")
 def test_the_trainer_shards_on_cpus_under_the_switch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TRAINS)

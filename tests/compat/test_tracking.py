@@ -88,7 +88,7 @@ def test_requested_trackers(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "clearml" in caplog.text
     with pytest.raises(ValueError, match="nothing"):
         filter_trackers("nothing")
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(ValueError, match="requires a `logging_dir`"):
         filter_trackers("tensorboard")
 
 
@@ -127,3 +127,59 @@ def _logged() -> list[Any]:
 def test_only_the_main_process_tracks_unless_the_tracker_says_otherwise() -> None:
     call = [({"a": 1}, 2)]
     assert run_on_ranks(2, _logged) == [[call, call], [[], call]]
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_mlflow_leaves_out_settings_that_are_too_long_and_shows_its_run(program: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"file://{program / 'runs'}")
+    tracker = tracking.MLflowTracker("experiment")
+    tracker.start()
+    settings = {"lr": 0.1, "long": "x" * (mlflow.utils.validation.MAX_PARAM_VAL_LENGTH + 1)}
+    tracker.store_init_configuration(settings)
+    tracker.log({"loss": 0.5, "note": "text"}, step=3, synchronous=True)
+    identity = tracker.active_run.info.run_id
+    tracker.finish()
+    data = mlflow.get_run(identity).data
+    assert (data.params, data.metrics) == ({"lr": "0.1"}, {"loss": 0.5})
+    assert set(settings) == {"lr", "long"}
+
+
+def test_dvclive_records_texts_too_and_shows_its_run(program: Path) -> None:
+    pytest.importorskip("dvclive")
+    tracker = tracking.DVCLiveTracker(dir=str(program / "live"), save_dvc_exp=False, dvcyaml=None)
+    tracker.start()
+    tracker.log({"loss": torch.tensor(0.5), "note": "text", "list": [1]}, step=3)
+    live: Any = tracker.live
+    tracker.finish()
+    latest = json.loads((program / "live" / "metrics.json").read_text())
+    assert latest == {"loss": 0.5, "note": "text", "step": 3}
+    assert live is tracker.tracker
+
+
+def test_clearml_records_single_images_and_tables_that_name_their_columns(program: Path) -> None:
+    clearml = pytest.importorskip("clearml")
+    from clearml.config import get_offline_dir
+
+    clearml.Task.set_offline(True)
+    tracker = tracking.ClearMLTracker("project")
+    tracker.start()
+    tracker.store_init_configuration({"lr": 0.1})
+    tracker.log_images({"train_image": torch.eye(8).mul(255).byte().numpy()}, step=1)
+    tracker.log_table("table", data=[["a", "b"], [1, 2]])
+    folder = type(program)(get_offline_dir(task_id=tracker.tracker.id))
+    tracker.finish()
+    assert len(list((folder / "data").rglob("*.jpeg"))) == 1
+    (table,) = [
+        json.loads(each["plot_str"])
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        for each in json.loads(line)
+        if "plot_str" in each
+    ]
+    assert table["data"][0]["header"]["values"] == ["a", "b"]
+    assert "General" in json.loads((folder / "task.json").read_text())["configuration"]

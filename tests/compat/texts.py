@@ -24,8 +24,8 @@ def pieces(count: int, seed: int = 0, longest: int = 24) -> list[list[int]]:
 class Pieces(Dataset[dict[str, Any]]):
     """Pieces of text as rows."""
 
-    def __init__(self, count: int, seed: int = 0) -> None:
-        self.rows = pieces(count, seed)
+    def __init__(self, count: int, seed: int = 0, longest: int = 24) -> None:
+        self.rows = pieces(count, seed, longest)
 
     def __len__(self) -> int:
         return len(self.rows)

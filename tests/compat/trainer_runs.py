@@ -17,6 +17,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "dropout": {},
     "accumulation": {"gradient_accumulation_steps": 3, "num_train_epochs": 2},
     "bf16": {"bf16": True},
+    "bf16 accumulation": {"bf16": True, "gradient_accumulation_steps": 3, "num_train_epochs": 2},
     "evaluate first": {},
     "predict first": {},
     "train twice": {},
@@ -69,7 +70,7 @@ def run(name: str, folder: str) -> dict[str, Any]:
     way, _, strategy = name.partition(", ")
     # On the CPU the real Accelerate does not shard, and under DeepSpeed takes each rank for the only one: DDP gives
     # what it should give, but for the names of files.
-    sharded = strategy != ""
+    sharded = strategy == "fsdp" or (strategy != "" and int(os.environ.get("WORLD_SIZE", "1")) > 1)
     if sharded and os.environ["COMPAT_SIDE"] == "real":
         strategy = ""
     found = Run(way, strategy, folder).result()
@@ -103,6 +104,7 @@ class Run:
             "dataloader_pin_memory": False,
             "seed": 3,
             **_of_strategy(self.strategy),
+            **({"use_cpu": True} if self.way.startswith("bf16") else {}),
             **WAYS[self.way],
         }
         model = llama(dropout=0.1 if self.way == "dropout" else 0.0)

@@ -95,10 +95,10 @@ def load_and_go_on(
         (SINGLE, FSDP),
         (DDP, SINGLE),
         (FSDP, FSDP),
-        (FSDP, DDP_THREE),
         *[
             pytest.param(*pair, marks=pytest.mark.slow)
             for pair in [
+                (FSDP, DDP_THREE),
                 (FSDP_FOUR, HSDP),
                 (SINGLE, SINGLE),
                 (DDP, DDP),
@@ -108,11 +108,12 @@ def load_and_go_on(
                 (HSDP, FSDP),
             ]
         ],
-        *[pytest.param(*pair, marks=needs_deepspeed) for pair in [(ZERO_2, ZERO_3), (ZERO_3, ZERO_1), (DDP, ZERO_2)]],
+        *[pytest.param(*pair, marks=needs_deepspeed) for pair in [(ZERO_3, ZERO_1), (DDP, ZERO_2)]],
         *[
             pytest.param(*pair, marks=[needs_deepspeed, pytest.mark.slow])
             for pair in [
                 (ZERO_1, ZERO_1),
+                (ZERO_2, ZERO_3),
                 (ZERO_3, ZERO_3),
                 (ZERO_2, SINGLE),
                 (FSDP, ZERO_3_FOUR),

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from paceline import Accelerator, DeepSpeedPlugin, DummyOptim, DummyScheduler
 from paceline.errors import ConfigError, PrecisionError, PrepareError, SteppingError
-from tests.support.engines import ZERO_STAGES, make, needs_deepspeed, with_deepspeed
+from tests.support.engines import ZERO_STAGES, make, needs_deepspeed, slowly, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
@@ -534,7 +534,7 @@ def two_trained(strategy: str) -> tuple[list[float], list[float], str]:
     return *losses, str(error.value)
 
 
-@pytest.mark.parametrize("strategy", with_deepspeed(["zero2", "zero3"]))
+@pytest.mark.parametrize("strategy", [*with_deepspeed(["zero2"]), *slowly(with_deepspeed(["zero3"]))])
 def test_two_trained_models(strategy: str) -> None:
     for one, two, message in run_on_ranks(2, two_trained, strategy):
         assert one == pytest.approx(plain_losses(3), abs=1e-5)

@@ -125,7 +125,7 @@ def test_a_signal_ends_the_ranks_on_every_host(number: signal.Signals, hosts: Sh
         time.sleep(0.1)
     pids = [int(str(note["pid"])) for note in notes(tmp_path)]
     process.send_signal(number)
-    out, _ = process.communicate(timeout=240)
+    out, _ = process.communicate(timeout=800)
     assert process.returncode == 128 + number, out
     assert f"stopped by {number.name}" in out
     deadline = time.monotonic() + 60

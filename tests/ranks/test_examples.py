@@ -46,7 +46,7 @@ def run(folder: Path, way: str, example: str, *arguments: str) -> str:
         env=environment(folder),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -126,6 +126,7 @@ TRAINER = ["--max_steps", "8", "--width", "32", "--layers", "2", "--context", "3
 TRAINER += ["--eval_steps", "4", "--save_steps", "4", "--logging_steps", "2", "--learning_rate", "1e-2", "--output_dir"]
 
 
+@pytest.mark.slow
 def test_the_trainer_trains_a_language_model_under_the_sample_configuration(tmp_path: Path) -> None:
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("pip install 'paceline[transformers]'")

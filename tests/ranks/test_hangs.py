@@ -22,7 +22,7 @@ LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
 PATHS = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, PATHS))}
 # Seconds for one launch on a machine that is busy otherwise; the ranks that do not come sleep longer.
-PATIENCE = 400
+PATIENCE = 800
 
 
 @pytest.fixture

@@ -63,12 +63,11 @@ def check(never_killed: Path, strategy: str, folder: Path, kills: int, seed: int
 
 
 @pytest.mark.parametrize("strategy", ["fsdp"], indirect=True)
-def test_killed_twice(never_killed: Path, strategy: str, tmp_path: Path) -> None:
-    check(never_killed, strategy, tmp_path, kills=2, seed=1)
+def test_killed_once(never_killed: Path, strategy: str, tmp_path: Path) -> None:
+    check(never_killed, strategy, tmp_path, kills=1, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(2, 27))
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"], indirect=True)
 def test_killed_again_and_again(never_killed: Path, strategy: str, tmp_path: Path, seed: int) -> None:

@@ -53,7 +53,7 @@ if world.rank == 1:
 dist.barrier()
 """
 # Seconds for one launch on a machine that is busy otherwise; what must not be waited for takes longer.
-PATIENCE = 300
+PATIENCE = 800
 SLEEP = """
 import os, time
 os.write(1, b"ready\\n")

@@ -29,7 +29,7 @@ from paceline.errors import (
     UnknownBlockError,
     UnusedParametersError,
 )
-from tests.support.engines import ZERO_STAGES, make, needs_deepspeed, with_deepspeed
+from tests.support.engines import ZERO_STAGES, make, needs_deepspeed, slowly, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
@@ -445,7 +445,13 @@ def compiled(strategy: str, regional: bool) -> list[float]:
 
 @pytest.mark.parametrize(
     ("strategy", "regional"),
-    [("ddp", False), ("ddp", True), ("fsdp", True), *with_deepspeed([("zero2", False), ("zero3", True)])],
+    [
+        ("ddp", False),
+        ("ddp", True),
+        ("fsdp", True),
+        *with_deepspeed([("zero2", False)]),
+        *slowly(with_deepspeed([("zero3", True)])),
+    ],
 )
 def test_compiled_models_train_alike(strategy: str, regional: bool) -> None:
     plain = run_on_ranks(2, trained, strategy, "together")[0][:3]

@@ -14,6 +14,7 @@ from paceline import Trainer, TrainingArguments
 from paceline.checkpoint import open_checkpoint
 from paceline.errors import PrepareError
 from tests.ranks.test_trainer import LAYOUTS
+from tests.support.engines import slowly
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, arguments, farthest, tagger, timeless
@@ -72,7 +73,7 @@ def again(layout: Layout, folder: str, how: str) -> list[float]:
 
 WAYS = [
     (BY_CLASS, "free_memory"),
-    (BY_SIZE, "free_memory"),
+    *slowly([(BY_SIZE, "free_memory")]),
     (CHECKPOINTED, "inside a window"),
     (WHOLE, "another accelerator"),
     (FSDP, "evaluation between"),
@@ -115,7 +116,7 @@ def by_the_script(folder: str, how: str) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("how", ["all of it", "blocks alone", "the root alone"])
+@pytest.mark.parametrize("how", ["all of it", *slowly(["blocks alone", "the root alone"])])
 def test_what_the_script_sharded_is_trained(how: str, tmp_path: Path) -> None:
     [alone] = run_on_ranks(1, again, SINGLE, str(tmp_path / "alone"), "free_memory")
     for losses in run_on_ranks(2, by_the_script, str(tmp_path / "state"), how):

@@ -54,7 +54,6 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(not HAS_RAY, reason="needs Ray, which is not installed (pip install 'paceline[ray]')")
 def test_workers_train_together(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))

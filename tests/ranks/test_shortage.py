@@ -17,7 +17,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def run(*command: str) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=170, env=ENVIRONMENT, check=False
+        [sys.executable, *command], capture_output=True, text=True, timeout=800, env=ENVIRONMENT, check=False
     )
     return done.returncode, done.stderr
 

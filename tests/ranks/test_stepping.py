@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from paceline import Accelerator, GradientAccumulationPlugin, GradScalerKwargs
 from paceline.errors import SteppingError
-from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
+from tests.support.engines import ZERO_STAGES, make, slowly, whole_gradients, with_deepspeed
 from tests.support.models import VOCABULARY, TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
@@ -232,7 +232,14 @@ def schedule(strategy: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
-    [(1, "single"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), *with_deepspeed([(2, f"zero{stage}") for stage in range(4)])],
+    [
+        (1, "single"),
+        (2, "ddp"),
+        (2, "fsdp"),
+        (4, "ddp"),
+        *with_deepspeed([(2, f"zero{stage}") for stage in range(3)]),
+        *slowly(with_deepspeed([(2, "zero3")])),
+    ],
 )
 def test_a_schedule_of_100_steps_ends_at_step_100(ranks: int, strategy: str) -> None:
     for rates, taken in run_on_ranks(ranks, schedule, strategy):

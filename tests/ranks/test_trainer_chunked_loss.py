@@ -13,7 +13,7 @@ import torch
 
 from paceline.errors import PrepareError
 from paceline.trainer import Trainer, TrainingArguments
-from tests.support.engines import with_deepspeed
+from tests.support.engines import slowly, with_deepspeed
 from tests.support.ranks import run_on_ranks
 
 pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
@@ -93,7 +93,10 @@ def on_rank(chunked: bool, folder: str, layout: dict[str, Any]) -> tuple[list[fl
     return found, len(found)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp", "head as a unit", *with_deepspeed(["zero2", "zero3"])])
+@pytest.mark.parametrize(
+    "layout",
+    [*slowly(["ddp", "fsdp"]), "head as a unit", *with_deepspeed(["zero3"]), *slowly(with_deepspeed(["zero2"]))],
+)
 def test_every_strategy_trains_the_same_without_logits(layout: str, tmp_path: Path) -> None:
     dense, chunked = (
         run_on_ranks(2, on_rank, choice, str(tmp_path / str(choice)), LAYOUTS[layout])[0][0] for choice in (False, True)

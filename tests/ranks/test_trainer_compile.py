@@ -29,7 +29,6 @@ def train(changes: dict[str, Any], folder: str) -> tuple[list[dict[str, Any]], l
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the processor with g++")
 @pytest.mark.parametrize("more", [{}, {"activation_checkpointing": True}], ids=["", "recomputed"])
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -47,7 +47,6 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("changes", [{}, FSDP, ZERO], ids=["ddp", "fsdp", "deepspeed"])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_all_ranks_begin_again_with_smaller_batches(where: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -68,7 +67,6 @@ def test_all_ranks_begin_again_with_smaller_batches(where: str, changes: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_launcher_that_starts_too_seldom(tmp_path: Path) -> None:
     changes = {"auto_find_batch_size": True}
     done = launch(tmp_path / "never", "forward", changes, 0)

@@ -31,7 +31,7 @@ def both(what: str, folder: Path, ranks: int) -> tuple[Any, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,7 +65,6 @@ def test_every_evaluation_is_the_same(case: str, logs: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_every_event_comes_when_it_should_with_the_same_flags(tmp_path: Path) -> None:
     theirs, mine = both("flows", tmp_path, 1)
     for flow in side_by_side.FLOWS:

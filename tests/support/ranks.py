@@ -33,7 +33,7 @@ class RanksFailed(AssertionError):
 
 
 def run_on_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", timeout: float = 120.0
+    size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", timeout: float = 400.0
 ) -> list[Any]:
     """Run `function(*arguments)` on `size` real ranks at once; return what each returned, by rank."""
     pool = _POOLS.get((size, device))
@@ -79,7 +79,7 @@ class RankPool:
         answers: dict[int, tuple[bool, Any]] = {}
         while len(answers) < len(self.connections):
             waiting = [c for i, c in enumerate(self.connections) if i not in answers]
-            ready = wait(waiting, timeout=timeout if not answers else min(timeout, 60.0))
+            ready = wait(waiting, timeout=timeout if not answers else min(timeout, 200.0))
             if not ready:
                 break
             for rank in [i for i, c in enumerate(self.connections) if c in ready]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 UP, DOWN, RIGHT, LEFT = "\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D"
 ENTER, ESCAPE, CTRL_C, CTRL_D = "\r", "\x1b", "\x03", "\x04"
 COLUMNS, LINES = 100, 60
-PATIENCE = 150.0
+PATIENCE = 400.0
 
 
 class _Screen(pyte.Screen):

@@ -18,7 +18,7 @@ UNASKED = {"accelerate", "deepspeed", "sklearn", "tensorboard", "transformers", 
 def modules_after(statement: str) -> frozenset[str]:
     """The modules loaded after one statement in a fresh interpreter."""
     code = f"import sys\n{statement}\nprint('\\n'.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr
     return frozenset(done.stdout.split())
 
@@ -87,7 +87,7 @@ def test_the_accelerator_leaves_the_schema_and_dtensor_to_the_first_use() -> Non
     foreign = {name.partition(".")[0] for name in extra} - {"paceline"} - set(sys.stdlib_module_names)
     assert foreign <= {"safetensors", "typing_extensions"}, foreign
     assert len([name for name in extra if name.startswith("torch.")]) <= 2
-    assert len(extra) < 130
+    assert len(extra) < 85
 
 
 def test_an_accelerator_on_one_cpu_needs_none_of_torchs_heavy_parts() -> None:
@@ -128,7 +128,7 @@ def test_help_comes_at_once() -> None:
     for _ in range(5):
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "paceline", "--help"], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-m", "paceline", "--help"], capture_output=True, text=True, timeout=800, check=True
         )
         took.append(time.perf_counter() - begun)
         assert "launch" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
-from paceline.data import ActiveLoaders, skip_first_batches
+from paceline.data import ActiveLoaders
 from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ class Accelerator:
         self._prepared = prepared = Prepared()
         family = policies.loaders(loaders := ActiveLoaders())
         self._window = window = policies.open_window(accumulation, family.position, context.group)
-        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy)
+        remaining_steps = partial(prepared.remaining_steps, window)
+        self._selector = selector = StrategySelector(components, prepared.optimizers, strategy, remaining_steps)
         self.scaler = scaler = usable_scaler(components, selector.maybe_current)
         self._tracker = RunTracker(log_with, self.logging_dir, components, prepared, selector, window)
         self._communicator = Communicator(context, family)
@@ -562,6 +564,8 @@ class Accelerator:
             >>> [batch.tolist() for batch in accelerator.skip_first_batches(loader, 1)]
             [[2, 3]]
         """
+        from paceline.data import skip_first_batches
+
         return skip_first_batches(dataloader, num_batches)
 
     def unwrap_model(

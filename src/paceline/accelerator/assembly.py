@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from paceline.environment.device import choose_device, supported_precisions
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
+from paceline.errors import ConfigError, Problem
 from paceline.precision import LossScaler, policy_for
 from paceline.strategies import RunContext
 from paceline.watchdog import start_watch
@@ -70,6 +72,14 @@ def resolve_arguments(
     return with_arguments(worker_config(env), explicit, policies.leniency)
 
 
+def _refuse_idle_switch(resolved: Resolved) -> None:
+    """Raise where only the environment asks for the switch: nothing turns it on in a process of plain Python."""
+    why = "Python had started the script before paceline was imported, so `import accelerate` finds the real package"
+    hint = "start it with `python -m paceline.compat SCRIPT` or `paceline launch SCRIPT`, or unset the variable"
+    where = resolved.origin("as_accelerate").where
+    raise ConfigError([Problem(where, "as_accelerate", "true has no effect here", why, hint)])
+
+
 def assemble(
     env: Mapping[str, str], arguments: Mapping[str, object], handlers: Handlers, policies: Policies
 ) -> RunComponents:
@@ -89,6 +99,8 @@ def assemble(
     """
     resolved = resolve_arguments(env, arguments, handlers, policies)
     config = resolved.config
+    if config.as_accelerate and "PACELINE_CONFIG" not in env and "paceline.compat.install" not in sys.modules:
+        _refuse_idle_switch(resolved)
     world = World.read(env)
     device = choose_device(world, cpu=config.use_cpu, named=env.get("ACCELERATE_TORCH_DEVICE", ""))
     group_settings = handlers.process_group

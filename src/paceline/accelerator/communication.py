@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from paceline.collectives import main_process_first, operations
+from paceline import collectives
 from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Communicator:
 
     def gather(self, tensor: Any) -> Any:
         """See `Accelerator.gather`."""
-        return operations.gather(self._group, tensor, debug=self._debug)
+        return collectives.gather(self._group, tensor, debug=self._debug)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool, pad_index: float | None) -> Any:
         """See `Accelerator.gather_for_metrics`."""
@@ -48,7 +48,7 @@ class Communicator:
         counts = None if loader is None else loader.counts
         if counts is not None and 0 in counts.rows:
             raise _out_of_batches(counts)
-        return operations.gather_samples(
+        return collectives.gather_samples(
             self._group,
             input_data,
             counts,
@@ -59,27 +59,27 @@ class Communicator:
 
     def gather_object(self, value: Any) -> list[Any]:
         """See `Accelerator.gather_object`."""
-        return operations.gather_object(self._group, value)
+        return collectives.gather_object(self._group, value)
 
     def reduce(self, tensor: Any, reduction: Reduction, scale: float) -> Any:
         """See `Accelerator.reduce`."""
-        return operations.reduce(self._group, tensor, reduction, scale, debug=self._debug)
+        return collectives.reduce(self._group, tensor, reduction, scale, debug=self._debug)
 
     def broadcast(self, tensor: Any, from_process: int) -> Any:
         """See `Accelerator.broadcast`."""
-        return operations.broadcast(self._group, tensor, from_process, debug=self._debug)
+        return collectives.broadcast(self._group, tensor, from_process, debug=self._debug)
 
     def broadcast_object_list(self, object_list: list[Any], from_process: int) -> list[Any]:
         """See `Accelerator.broadcast_object_list`."""
-        return operations.broadcast_object_list(self._group, object_list, from_process)
+        return collectives.broadcast_object_list(self._group, object_list, from_process)
 
     def pad_across_processes(self, tensor: Any, dim: int, pad_index: int, pad_first: bool) -> Any:
         """See `Accelerator.pad_across_processes`."""
-        return operations.pad_across_processes(self._group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        return collectives.pad_across_processes(self._group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     def split_between_processes(self, inputs: Any, apply_padding: bool) -> AbstractContextManager[Any]:
         """See `Accelerator.split_between_processes`."""
-        return operations.split_between_processes(self._group, inputs, apply_padding)
+        return collectives.split_between_processes(self._group, inputs, apply_padding)
 
     def wait_for_everyone(self) -> None:
         """See `Accelerator.wait_for_everyone`."""
@@ -87,11 +87,13 @@ class Communicator:
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """See `Accelerator.main_process_first`."""
-        return main_process_first(self._group, self._world.is_main)
+        return collectives.main_process_first(self._group, self._world.is_main)
 
     def local_main_process_first(self) -> AbstractContextManager[None]:
         """See `Accelerator.local_main_process_first`."""
-        return main_process_first(self._group, self._world.is_local_main, f"machine {self._world.node_rank}")
+        return collectives.main_process_first(
+            self._group, self._world.is_local_main, f"machine {self._world.node_rank}"
+        )
 
     def set_trigger(self) -> None:
         """See `Accelerator.set_trigger`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
+from paceline.errors import PrepareError, SteppingError
 from paceline.stepping import AcceleratedOptimizer, Accumulation, scalar_loss
 
 if TYPE_CHECKING:
@@ -100,6 +101,12 @@ class Gradients:
         scale = self._window.scale_of(loss, weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
+        if self._selector.maybe_current is None:
+            raise PrepareError(
+                "backward() was called before any model was passed to prepare()",
+                "The gradients would not be averaged over the ranks",
+                "Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
+            )
         strategy = self._selector.current
         strategy.set_window_end(self._window.sync_gradients)
         strategy.backward(loss, scale, **kwargs)
@@ -118,6 +125,12 @@ class Gradients:
 
     def _finalized(self, what: str, parameters: Any) -> list[nn.Parameter]:
         """The parameters as a list, their gradients final and unscaled."""
+        if isinstance(parameters, nn.Module):
+            raise SteppingError(
+                f"{what} got a {type(parameters).__name__}, which is a model",
+                "It takes parameters",
+                f"Call {what}(model.parameters(), ...)",
+            )
         self._window.require_end(what)
         listed: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         strategy = self._selector.current

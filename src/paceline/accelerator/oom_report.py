@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from paceline.environment.device import describe_device
-from paceline.planner import RunSettings, describe_out_of_memory, measure_memory, process_memory, requested_bytes
+from paceline.environment.host import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def report_out_of_memory_at_exit(owner: _SnapshotOwner, components: RunComponent
         components: The run.
     """
     device = components.context.device
-    libraries = process_memory(device) if device.type == "cpu" else 0
+    libraries = resident_bytes() if device.type == "cpu" else 0
     snapshot = weakref.WeakMethod(owner.memory_snapshot)
     report = partial(_report, components, snapshot, os.getpid(), libraries)
     # When the interpreter exits, the traceback still keeps alive what filled the memory.
@@ -84,6 +84,8 @@ def explain_out_of_memory(
         error: The exception that said that memory ran out.
         libraries: Bytes that the process used before there was a model.
     """
+    from paceline.planner import RunSettings, describe_out_of_memory, measure_memory, requested_bytes
+
     context, plugin = components.context, components.context.config.fsdp_config
     run = RunSettings(
         ranks=context.world.size,

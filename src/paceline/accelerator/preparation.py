@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,8 +11,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
-from paceline.data import PreparedDataLoader, looks_like_batches
-from paceline.data.sample_order import maybe_length
 from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
 from paceline.stepping import (
@@ -21,7 +18,6 @@ from paceline.stepping import (
     AcceleratedScheduler,
     ScheduleLengthCheck,
     is_scheduler,
-    planned_steps,
     unassigned_parameters,
 )
 from paceline.strategies.placeholders import DummyScheduler, placeholder_error
@@ -130,6 +126,8 @@ class Preparer:
         """Prepare a scheduler or an iterable of batches; anything else is returned unchanged."""
         if is_scheduler(other) or isinstance(other, DummyScheduler):
             return self.prepare_scheduler(other)
+        from paceline.data import looks_like_batches
+
         # Unchanged, every rank would iterate over all batches.
         if self._context.group.size > 1 and looks_like_batches(other):
             return self.prepare_data_loader(other, place)
@@ -154,6 +152,8 @@ class Preparer:
 
     def prepare_data_loader(self, data_loader: Any, device_placement: bool | None, *, saved: bool = True) -> Any:
         """See `Accelerator.prepare_data_loader`."""
+        from paceline.data import PreparedDataLoader
+
         place = self._placement(device_placement)
         prepared = self._family.prepare(
             data_loader,
@@ -249,7 +249,6 @@ class Preparer:
         strategy = self._selector.select(models, optimizers) if models else self._selector.maybe_current
         done: dict[int, Any] = {id(optimizer): self._wrap_optimizer(optimizer) for optimizer in optimizers}
         if strategy is not None:
-            strategy.remaining_steps = partial(_remaining_steps, self._prepared, self._window)
             where = [self._placement(place.get(id(model))) for model in models]
             # Optimizers prepared before their model still have its original parameters.
             known = [wrapper.optimizer for wrapper in self._prepared.optimizers]
@@ -356,21 +355,6 @@ def _log_pending(warnings: list[str]) -> None:
     """Log and remove warnings that waited for the end of the training."""
     while warnings:
         _LOG.warning("%s", warnings.pop())
-
-
-def _remaining_steps(prepared: Prepared, window: Window) -> int | None:
-    """The optimizer steps that are left, by the schedule, else by three epochs of the longest loader.
-
-    Returns:
-        None if there is no schedule that ends, and no loader of known length.
-    """
-    planned = [planned_steps(wrapper.scheduler) for wrapper in prepared.schedulers]
-    if not any(planned):
-        lengths = [maybe_length(loader) for loader in prepared.loaders]
-        planned = [None if length is None else 3 * length // window.num_steps for length in lengths]
-    longest = max((steps for steps in planned if steps is not None), default=None)
-    done = max((optimizer.num_steps for optimizer in prepared.optimizers), default=0)
-    return None if longest is None else max(0, longest - done)
 
 
 def _placement_flags(args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> dict[int, bool | None]:

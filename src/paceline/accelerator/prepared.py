@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from paceline.training_state.state import TrainingState
+from paceline.stepping import planned_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
-    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
+    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, Window
+    from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
 
@@ -57,10 +58,31 @@ class Prepared:
         sizes = [loader.batch_size for loader in (*self.loaders, *self.foreign_loaders)]
         return min((size for size in sizes if size is not None), default=None)
 
+    def remaining_steps(self, window: Window) -> int | None:
+        """The optimizer steps that are left, by the schedule, else by three epochs of the longest loader.
+
+        Args:
+            window: Says how many batches a step takes.
+
+        Returns:
+            None if there is no schedule that ends, and no loader of known length.
+        """
+        planned = [planned_steps(wrapper.scheduler) for wrapper in self.schedulers]
+        if not any(planned):
+            from paceline.data.sample_order import maybe_length
+
+            lengths = [maybe_length(loader) for loader in self.loaders]
+            planned = [None if length is None else 3 * length // window.num_steps for length in lengths]
+        longest = max((steps for steps in planned if steps is not None), default=None)
+        done = max((optimizer.num_steps for optimizer in self.optimizers), default=0)
+        return None if longest is None else max(0, longest - done)
+
     def state_source(self, selector: StrategySelector, scaler: LossScaler | None) -> Callable[[], TrainingState]:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
 
         def take_state() -> TrainingState:
+            from paceline.training_state.state import TrainingState
+
             return TrainingState(
                 strategy=selector.current,
                 models=self.models,

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.config import FullyShardedDataParallelPlugin, GradScalerKwargs
 from paceline.environment.device import describe_device, memory_info
+from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, PrepareError, Problem
-from paceline.planner import choose_strategy, measure
 from paceline.strategies import Strategy, load_strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
     from torch.optim import Optimizer
@@ -25,7 +24,11 @@ if TYPE_CHECKING:
     from paceline.stepping import AcceleratedOptimizer
     from paceline.strategies import RunContext
 
-__all__ = ["StrategySelector", "usable_scaler"]
+__all__ = ["StrategySelector", "unused_settings", "usable_scaler"]
+
+_LOG = get_logger(__name__)
+# The strategy that reads a section, of those that `auto` chooses among.
+_READER = {"ddp_config": "ddp", "fsdp_config": "fsdp", "parallelism_config": "fsdp"}
 
 
 class StrategySelector:
@@ -36,14 +39,21 @@ class StrategySelector:
         optimizers: The prepared optimizers, whose state counts for `auto`; grows.
         strategy: The script's own: an object, or a class or function that is called with the `RunContext`. With a
             name or None the configured one is built.
+        remaining_steps: See `RunContext.remaining_steps`.
 
     Attributes:
         maybe_current: The strategy; None while `auto` waits for a model.
         reason: Which strategy it is and why, in one line; empty while it is undecided.
     """
 
-    def __init__(self, components: RunComponents, optimizers: Sequence[AcceleratedOptimizer], strategy: object) -> None:
-        self._components = components
+    def __init__(
+        self,
+        components: RunComponents,
+        optimizers: Sequence[AcceleratedOptimizer],
+        strategy: object,
+        remaining_steps: Callable[[], int | None],
+    ) -> None:
+        self._components = replace(components, context=replace(components.context, remaining_steps=remaining_steps))
         self._optimizers = optimizers
         self._own_strategy = None if isinstance(strategy, str) else strategy
         self.maybe_current: Strategy | None
@@ -123,7 +133,10 @@ def select_strategy(
         source = components.resolved.origin("strategy")
         return load_strategy(config.strategy)(context), f"{config.strategy}: set by {source.where}"
     if group.size == 1:
+        _warn_of_unused(components, "single", "single: there is one process")
         return load_strategy("single")(context), "single: there is one process"
+    from paceline.planner import choose_strategy, measure
+
     free, _ = memory_info(context.device, local_size=context.world.local_size)
     choice = choose_strategy(
         measure(models, optimizers, context.device),
@@ -133,11 +146,41 @@ def select_strategy(
         device=describe_device(context.device),
     )
     if choice.settings:
+        from paceline.config import FullyShardedDataParallelPlugin
+
         plugin = config.fsdp_config or FullyShardedDataParallelPlugin()
         # Explicit settings take precedence.
         chosen = {key: value for key, value in choice.settings.items() if key not in plugin.model_fields_set}
         context = replace(context, config=config.model_copy(update={"fsdp_config": plugin.changed(**chosen)}))
+    _warn_of_unused(components, choice.strategy, choice.reason)
     return load_strategy(choice.strategy)(context), f"{choice.reason} (auto)"
+
+
+def unused_settings(components: RunComponents, strategy: str) -> list[str]:
+    """The explicit settings of sections that a strategy does not read, which `auto` has chosen.
+
+    Args:
+        components: The run.
+        strategy: The name of the strategy.
+
+    Returns:
+        Dotted keys, such as `fsdp_config.fsdp_offload_params`.
+    """
+    if components.context.config.strategy != "auto":
+        return []
+    explicit = [key for key, _, origin in components.resolved.explain() if origin.is_explicit]
+    return [key for key in explicit if _READER.get(key.partition(".")[0], strategy) != strategy]
+
+
+def _warn_of_unused(components: RunComponents, strategy: str, reason: str) -> None:
+    unused = unused_settings(components, strategy)
+    if not unused or components.policies.leniency.unread_settings:
+        return
+    places = ", ".join(f"{key} ({components.resolved.origin(key).where})" for key in unused)
+    verb = "has" if len(unused) == 1 else "have"
+    readers = sorted({_READER[key.partition(".")[0]] for key in unused})
+    hint = f"set strategy to {' or '.join(readers)}, or remove {'it' if len(unused) == 1 else 'them'}"
+    _LOG.warning("%s %s no effect: strategy auto chose %s; %s", places, verb, reason, hint)
 
 
 def usable_scaler(components: RunComponents, strategy: Strategy | None) -> LossScaler | None:
@@ -148,6 +191,9 @@ def usable_scaler(components: RunComponents, strategy: Strategy | None) -> LossS
     """
     if strategy is None or not strategy.scales_loss:
         return components.scaler
+    # On first use: the schema takes longer to load than all of this package.
+    from paceline.config import GradScalerKwargs
+
     if components.handlers.scaler != GradScalerKwargs() and not components.policies.leniency.unread_settings:
         hint = "write initial_scale_power and loss_scale_window into the fp16 section of its configuration"
         why = f"the engine of {strategy.name} scales the loss itself"

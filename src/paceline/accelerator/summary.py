@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paceline.accelerator.strategy_selection import unused_settings
 from paceline.environment.device import describe_device
 
 if TYPE_CHECKING:
@@ -32,7 +33,11 @@ def describe_run(components: RunComponents, selector: StrategySelector, prepared
     rows = [*_hardware(components), *_strategy(strategy, selector.reason), *_precision(components, strategy)]
     rows += [row for loader in prepared.loaders for row in _data(loader, num_steps)]
     rows += [("note", note) for note in components.resolved.notes]
-    rows += [("settings", f"{key} = {value} ({origin.where})") for key, value, origin in _explicit(components)]
+    unused = [] if strategy is None else unused_settings(components, strategy.name)
+    rows += [
+        ("settings", f"{key} = {value} ({origin.where}{'; not used' if key in unused else ''})")
+        for key, value, origin in _explicit(components)
+    ]
     return "\n".join(_table(rows))
 
 
@@ -47,7 +52,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
 def _hardware(components: RunComponents) -> Iterator[tuple[str, str]]:
     world = components.context.world
     machines = "" if world.num_nodes == 1 else f" on {world.num_nodes} machines"
-    yield "processes", f"{world.size}{machines} (by the variables of {world.source})" if world.size > 1 else "1"
+    starter = "paceline launch or torchrun" if world.source == "torchrun" else world.source
+    yield "processes", f"{world.size}{machines} (started by {starter})" if world.size > 1 else "1"
     yield "device", describe_device(components.context.device) + (", one each" if world.size > 1 else "")
     yield "backend", components.backend or "none: nothing is exchanged"
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from paceline.checkpoint import save_weights
-from paceline.checkpoint.folder import real_folder
+from paceline import checkpoint
 from paceline.errors import PacelineError
 from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted, write_adapters
 from paceline.training_state.manager import require_safe_serialization
@@ -51,7 +48,9 @@ class WeightWriter:
         """See `Accelerator.save_model`."""
         require_safe_serialization("save_model", safe_serialization)
         state = self.gather(model)
-        self._write_on_main(save_directory, lambda folder: save_weights(state, folder, max_shard_size=max_shard_size))
+        self._write_on_main(
+            save_directory, lambda folder: checkpoint.save_weights(state, folder, max_shard_size=max_shard_size)
+        )
 
     def save_adapter(self, model: nn.Module, save_directory: str | os.PathLike[str]) -> None:
         """See `Accelerator.save_adapter`."""
@@ -69,10 +68,12 @@ class WeightWriter:
 
     def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
         """Write into what the name leads to on rank 0, and raise a failure on all ranks."""
+        from safetensors import SafetensorError
+
         failure: str | None = None
         if self._group.rank == 0:
             try:
-                write(real_folder(folder))
+                write(checkpoint.real_folder(folder))
             except (OSError, PacelineError, SafetensorError) as error:
                 failure = f"{type(error).__name__}: {error}"
         failure = self._group.broadcast_object(failure)

@@ -1,18 +1,38 @@
 """Weights and complete training states on disk."""
 
-from paceline.checkpoint.catalog import (
-    CatalogEntry,
-    find_checkpoints,
-    find_foreign,
-    is_foreign_state,
-    newest_checkpoint,
-)
-from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document
-from paceline.checkpoint.format.json_state import from_plain, to_plain
-from paceline.checkpoint.format.manifest import Manifest, numbered
-from paceline.checkpoint.format.shards import Slot, TensorShard
-from paceline.checkpoint.io.weights import parse_size, save_weights
-from paceline.checkpoint.saver import Saver
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paceline.lazy_names import lazy_attributes
+
+if TYPE_CHECKING:
+    from paceline.checkpoint.catalog import (
+        CatalogEntry,
+        find_checkpoints,
+        find_foreign,
+        is_foreign_state,
+        newest_checkpoint,
+    )
+    from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document, real_folder
+    from paceline.checkpoint.format.json_state import from_plain, to_plain
+    from paceline.checkpoint.format.manifest import Manifest, numbered
+    from paceline.checkpoint.format.shards import Slot, TensorShard
+    from paceline.checkpoint.io.weights import parse_size, save_weights
+    from paceline.checkpoint.saver import Saver
+else:
+    __getattr__, _ = lazy_attributes(
+        __name__,
+        {
+            "catalog": "CatalogEntry find_checkpoints find_foreign is_foreign_state newest_checkpoint",
+            "folder": "Checkpoint next_number open_checkpoint rank_document real_folder",
+            "format.json_state": "from_plain to_plain",
+            "format.manifest": "Manifest numbered",
+            "format.shards": "Slot TensorShard",
+            "io.weights": "parse_size save_weights",
+            "saver": "Saver",
+        },
+    )
 
 __all__ = [
     "CatalogEntry",
@@ -31,6 +51,7 @@ __all__ = [
     "open_checkpoint",
     "parse_size",
     "rank_document",
+    "real_folder",
     "save_weights",
     "to_plain",
 ]

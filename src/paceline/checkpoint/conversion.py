@@ -74,7 +74,7 @@ def _read_ranks(state: PortableState, checkpoint: Checkpoint) -> None:
         if saved["generators"]:
             state.generators[rank] = from_plain(saved["generators"])
         if saved.get("loaders") and not rank:
-            state.notes.append("skipped: loader positions; a run that loads the result starts a new epoch")
+            state.has_loader_positions = True
 
 
 def _short(full: str) -> str:

@@ -112,6 +112,7 @@ class PortableState:
         step: Optimizer steps taken.
         epoch: Current epoch; 0 if the folder does not say.
         notes: Sentences about what was left out, and why.
+        has_loader_positions: Whether the checkpoint has positions of loaders, which a converted one has not.
     """
 
     kind: str
@@ -126,6 +127,7 @@ class PortableState:
     step: int = 0
     epoch: int = 0
     notes: list[str] = field(default_factory=list)
+    has_loader_positions: bool = False
 
     def model(self, index: int) -> LazyTensors:
         """The weights of one model, by their names in that model.

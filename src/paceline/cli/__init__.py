@@ -27,13 +27,14 @@ _COMMANDS = {
         "paceline.cli.script_checks.parity",
         "Check that a script trains the same on several processes as on one.",
     ),
+    "estimate": ("paceline.cli.estimate", "Show what a model takes in memory, by strategy and number of ranks."),
     "report": ("paceline.cli.report", "Write one HTML page about a run: curves, settings, environment."),
     "env": ("paceline.cli.env", "Show versions, devices and the configuration file."),
     "completion": ("paceline.cli.completion", "Print the shell completion script."),
 }
 
 _TOPICS = {
-    "Start": ("launch", "config"),
+    "Start": ("estimate", "launch", "config"),
     "Check": ("env", "test", "parity", "verify-resume"),
     "Inspect": ("report", "checkpoint", "merge-weights"),
 }
@@ -45,6 +46,7 @@ _EXAMPLES = (
     ("paceline launch train.py --lr 1e-3", "train on all devices"),
     ("paceline launch --use_fsdp train.py", "the same, sharded"),
     ("paceline launch --dry_run train.py", "show what would be started"),
+    ("paceline estimate config.json", "does the model fit, and how must it be sharded?"),
     ("paceline config", "answer a few questions once, launch without flags"),
     ("paceline config show --explain", "every setting and its source"),
     ("paceline parity train.py", "does it train the same on several as on one?"),

@@ -184,7 +184,8 @@ def _manifest_summary(folder: Path) -> dict[str, Any]:
     return {
         "epoch": manifest.epoch,
         "samples": f"{manifest.samples:,} of the epoch",
-        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}, {manifest.mixed_precision}",
+        "saved by": f"{counted(manifest.world_size, 'rank')}, {manifest.strategy}",
+        "precision": manifest.mixed_precision,
         "created": manifest.created,
         "paceline": manifest.paceline,
         "torch": manifest.torch,
@@ -376,6 +377,8 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
     state = open_any(source, names)
     with _progress(f"convert {source.name}", total_bytes(state)) as advance:
         left = WRITERS[to](state, out, advance)
+    if state.has_loader_positions:
+        left = [*left, "skipped: loader positions; a run that loads the result starts a new epoch"]
     click.echo(
         f"{state.kind} to {to}: {len(state.weights)} weights, {len(state.optimizers)} optimizers, step {state.step}, "
         f"{_size(sum(path.stat().st_size for path in out.rglob('*') if path.is_file()))} in {out}"

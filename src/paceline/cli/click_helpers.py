@@ -76,6 +76,14 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"No such command {args[0]!r}. Did you mean {close[0]!r}?", ctx)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Context) -> Any:
+        """Run the command; of a mistyped flag only the closest one is suggested, where click sorts several by name."""
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            error.possibilities = list(error.possibilities or ())[:1]
+            raise
+
     def format_commands(self, ctx: Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, topic by topic."""
         width = max(map(len, self._lazy))

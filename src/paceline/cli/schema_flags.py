@@ -47,18 +47,6 @@ _INSTEAD = {
 }
 """Flags of Accelerate (past and present) and torchrun that `paceline launch` does not have, with what to do."""
 
-_TITLES = {
-    "": "What runs where",
-    "ddp_config": "DDP",
-    "fsdp_config": "FSDP",
-    "deepspeed_config": "DeepSpeed",
-    "parallelism_config": "Mesh",
-    "fp8_config": "fp8",
-    "dynamo_config": "torch.compile",
-    "mpirun_config": "MPI",
-    "megatron_lm_config": "Megatron-LM",
-}
-
 
 def _underscored(name: str) -> str:
     if not name.startswith("-"):
@@ -136,7 +124,7 @@ class _SchemaOption(click.Option):
     """A flag made from the schema."""
 
     def __init__(self, option: Option) -> None:
-        self.topic = _TITLES.get(option.section, option.section)
+        self.topic = option.topic
         self._words = ("true", "false") if option.kind == "bool" else option.choices
         shown = "" if option.default in (None, "", (), False) else f"  [default: {option.default}]"
         super().__init__(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +15,8 @@ from paceline.collectives.transport import (
     TransportOp,
     as_bytes,
     as_contiguous,
+    as_sendable,
+    is_common,
     pickle_or_reason,
     reduce_with,
     unpickle_from,
@@ -23,7 +24,7 @@ from paceline.collectives.transport import (
 from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch._C._distributed_c10d import Store
 
@@ -114,6 +115,16 @@ class Group(ABC):
 
         The shape and dtype must be the same on all ranks. Collective: every rank must call it.
         """
+
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give every rank the tensors of all ranks, [size * n, ...] for [n, ...], in rank order; [size] for a scalar.
+
+        The shape and dtype must be the same on all ranks. Collective: every rank must call it.
+        """
+        gathered = self.all_gather(tensor)
+        if gathered.dim() == 1:
+            return gathered
+        return gathered.flatten(0, 1)
 
     @abstractmethod
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
@@ -320,11 +331,48 @@ class TorchGroup(Group):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.all_gather`. Collective: every rank must call it."""
-        return self._all_gather(tensor, async_op=False).wait()
+        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
+        result = staged.new_empty((self.size, *staged.shape))
+        if staged.numel():
+            with self._translating_errors("all_gather"):
+                _all_gather_flat(as_sendable(result), as_sendable(staged), group=self.process_group)
+        if staged.device == tensor.device:
+            return result
+        return result.to(tensor.device)
+
+    def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Group.concatenate`. Collective: every rank must call it."""
+        if not (tensor.dim() and tensor.numel() and self._is_sent_directly(tensor)):
+            return super().concatenate(tensor)
+        result = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        with self._translating_errors("all_gather"):
+            _all_gather_flat(result, tensor.detach(), group=self.process_group)
+        return result
+
+    def _is_sent_directly(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's own backend can send it, as it lies in memory."""
+        known_device = tensor.device.type in self._backend_devices or not self._backend_devices
+        return known_device and is_common(tensor) and tensor.is_contiguous()
 
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         """See `Group.start_all_gather`. Collective: every rank must call it."""
-        return self._all_gather(tensor, async_op=True)
+        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
+        result = staged.new_empty((self.size, *staged.shape))
+        if not staged.numel():
+            return Pending(lambda: result.to(tensor.device))
+        with self._translating_errors("all_gather"):
+            work = _all_gather_flat(as_sendable(result), as_sendable(staged), group=self.process_group, async_op=True)
+
+        def finish() -> torch.Tensor:
+            if work is not None:
+                with self._translating_errors("all_gather"):
+                    work.wait()
+            # `staged` is used here so that it outlives the exchange.
+            if staged.device == tensor.device:
+                return result
+            return result.to(tensor.device)
+
+        return Pending(finish)
 
     def all_reduce(self, tensor: torch.Tensor, op: Op = "sum") -> torch.Tensor:
         """See `Group.all_reduce`. Collective: every rank must call it."""
@@ -401,25 +449,6 @@ class TorchGroup(Group):
         self._reduce_flat(arrived, "sum", operation="barrier")
         arrived.item()
 
-    def _all_gather(self, tensor: torch.Tensor, *, async_op: bool) -> Pending:
-        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
-        result = staged.new_empty((self.size, *staged.shape))
-        if not staged.numel():
-            return Pending(lambda: result.to(tensor.device))
-        with self._translating_errors("all_gather"):
-            work = _all_gather_flat(as_bytes(result), as_bytes(staged), group=self.process_group, async_op=async_op)
-
-        def finish() -> torch.Tensor:
-            if work is not None:
-                with self._translating_errors("all_gather"):
-                    work.wait()
-            # `staged` is used here so that it outlives the exchange.
-            if staged.device == tensor.device:
-                return result
-            return result.to(tensor.device)
-
-        return Pending(finish)
-
     def _reduce_flat(self, buffer: torch.Tensor, op: TransportOp, operation: str = "all_reduce") -> None:
         staged = buffer.to(self._exchange_device(buffer.device))
         with self._translating_errors(operation):
@@ -435,13 +464,30 @@ class TorchGroup(Group):
             return self.device
         return torch.device(min(self._backend_devices))
 
-    @contextmanager
-    def _translating_errors(self, operation: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
+    def _translating_errors(self, operation: str) -> _TranslatedErrors:
+        return _TranslatedErrors(self.rank, self.size, operation)
+
+
+class _TranslatedErrors:
+    """Turns errors of the backend inside the `with` block into `CollectiveError`.
+
+    A class and no generator: it is entered in every collective, and costs a third.
+    """
+
+    __slots__ = ("_operation", "_rank", "_size")
+
+    def __init__(self, rank: int, size: int, operation: str) -> None:
+        self._rank = rank
+        self._size = size
+        self._operation = operation
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
             raise CollectiveError(
-                f"Rank {self.rank} of {self.size} failed in {operation}: {_cleaned_message(error)}",
+                f"Rank {self._rank} of {self._size} failed in {self._operation}: {_cleaned_message(error)}",
                 "Another rank exited, did not arrive in time, or passed another shape or dtype",
                 "Look for the first error on the other ranks; every rank must make the same calls in the same order",
             ) from error

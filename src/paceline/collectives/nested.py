@@ -48,6 +48,12 @@ def maybe_children(value: Any) -> list[tuple[object, Any]] | None:
     """
     if isinstance(value, torch.Tensor):
         return None
+    # The usual containers first: whether something is a Mapping takes longer to find out.
+    kind = type(value)
+    if kind is dict:
+        return list(value.items())
+    if kind is list or kind is tuple:
+        return list(enumerate(value))
     if isinstance(value, Mapping):
         return list(value.items())
     if is_namedtuple(value):
@@ -64,6 +70,9 @@ def rebuild(like: Any, children: list[Any]) -> Any:
 
     `like` itself is left untouched.
     """
+    kind = type(like)
+    if kind is list or kind is tuple:
+        return kind(children)
     if isinstance(like, Mapping):
         return _rebuild_mapping(like, dict(zip(like, children, strict=True)))
     if is_namedtuple(like):
@@ -74,14 +83,11 @@ def rebuild(like: Any, children: list[Any]) -> Any:
 
 
 def _rebuild_sequence(like: Any, children: list[Any]) -> Any:
-    kind = type(like)
-    if kind in (list, tuple):
-        return kind(children)
     if isinstance(like, list):
         fresh = copy.copy(like)
         fresh[:] = children
         return fresh
-    return kind(children)
+    return type(like)(children)
 
 
 def _rebuild_mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

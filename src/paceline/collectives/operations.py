@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from paceline.collectives.agreement import check_agreement
-from paceline.collectives.coalescing import all_gather_coalesced, all_reduce_coalesced, broadcast_coalesced
+from paceline.collectives.coalescing import (
+    all_gather_coalesced,
+    all_reduce_coalesced,
+    broadcast_coalesced,
+    check_dense,
+)
 from paceline.collectives.nested import leaves, map_tensors, path_text, send_to_device
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
@@ -37,6 +42,10 @@ __all__ = [
 T = TypeVar("T")
 Reduction = Literal["sum", "mean", "max", "min", "none"]
 
+# So few tensors are gathered one by one: on two H200 two cost 105 us by themselves, and 360 us through a shared buffer,
+# which has to be filled and taken apart.
+FEW_TENSORS = 4
+
 
 def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
     """Concatenate every tensor over the ranks along dimension 0, in rank order.
@@ -60,6 +69,10 @@ def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
     tensors = tensors_only(data, "gather")
     if group.size == 1:
         return map_tensors(_at_least_1d, data)
+    if len(tensors) <= FEW_TENSORS:
+        for tensor in tensors:
+            check_dense(tensor)
+        return map_tensors(group.concatenate, data)
     results = iter(all_gather_coalesced(group, tensors))
     return map_tensors(lambda _: _ranks_concatenated(next(results)), data)
 

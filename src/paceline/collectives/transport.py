@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Op: TypeAlias = Literal["sum", "mean", "max", "min"]
 TransportOp: TypeAlias = Literal["sum", "max", "min"]
 
-# The dtypes that gloo and NCCL both reduce; all others are widened for the exchange.
-_REDUCED_AS_IS = frozenset(
+# The dtypes that gloo and NCCL both know. Others are widened for a reduction, and sent as bytes.
+_COMMON_DTYPES = frozenset(
     {
         torch.float32,
         torch.float64,
@@ -38,6 +38,18 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     # Not view(-1): a tensor of at most one element counts as contiguous with any stride (`x[:, 0]` of one row), keeps
     # that stride, and then cannot be viewed as a dtype of another size.
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def is_common(tensor: torch.Tensor) -> bool:
+    """Say whether every backend can send the tensor's elements as they are."""
+    return tensor.dtype in _COMMON_DTYPES and not tensor.is_neg()
+
+
+def as_sendable(tensor: torch.Tensor) -> torch.Tensor:
+    """View a contiguous, detached tensor as a flat one that every backend can send, sharing its memory."""
+    if tensor.dtype in _COMMON_DTYPES:
+        return tensor.view(-1)
+    return as_bytes(tensor)
 
 
 def from_bytes(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -122,11 +134,11 @@ def _transport_dtype(dtype: torch.dtype, op: Op) -> torch.dtype:
     if not (dtype.is_floating_point or dtype.is_complex):
         if op == "mean":
             return torch.float32
-        return dtype if dtype in _REDUCED_AS_IS else torch.int64
+        return dtype if dtype in _COMMON_DTYPES else torch.int64
     # A sum of a few float16 values can overflow (65,504) although their mean does not.
     if op == "mean" and dtype == torch.float16:
         return torch.float32
-    return dtype if dtype in _REDUCED_AS_IS else torch.float32
+    return dtype if dtype in _COMMON_DTYPES else torch.float32
 
 
 def _write_result(tensor: torch.Tensor, result: torch.Tensor, op: Op) -> torch.Tensor:

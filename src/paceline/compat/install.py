@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from importlib.abc import InspectLoader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +30,8 @@ VERSION: Final = "1.15.0"
 
 _NAME: Final = "accelerate"
 _TARGET: Final = "paceline.compat.accelerate"
+# Helpers for tests, which have no twin: a suite brings the real package's own files, and they use the twin.
+_TESTS: Final = "accelerate.test_utils"
 # Holds a package `accelerate` that turns the switch on, and the metadata of a distribution of that name.
 _PATH_ENTRY: Final = str(Path(__file__).with_name("path_entry"))
 
@@ -111,6 +113,8 @@ class AccelerateFinder(MetaPathFinder):
         """Find the stand-in of a module of Accelerate; leave all others to the next finder."""
         if not _is_accelerate(fullname):
             return None
+        if fullname == _TESTS or fullname.startswith(f"{_TESTS}."):
+            return _tests_of_the_real_one(fullname, path)
         source = importlib.util.find_spec(_TARGET + fullname.removeprefix(_NAME))
         if source is None:
             raise ModuleNotFoundError(
@@ -165,6 +169,52 @@ class _AliasLoader(InspectLoader):
     def is_package(self, fullname: str) -> bool:
         """Whether the module has submodules."""
         return self._source.submodule_search_locations is not None
+
+
+def _tests_of_the_real_one(fullname: str, path: Sequence[str] | None) -> ModuleSpec:
+    """Find a module of `accelerate.test_utils` in the real package, which is searched for and not imported."""
+    if fullname == _TESTS:
+        path = _folders_of_the_real_one()
+    spec = PathFinder.find_spec(fullname, path)
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"No module named {fullname!r}: paceline is installed as accelerate in this process, and has no helpers "
+            "for tests of its own. Those of the real package are used where it is installed: pip install accelerate.",
+            name=fullname,
+        )
+    if fullname == f"{_TESTS}.testing":
+        spec.loader = _TestingLoader(spec.loader)
+    return spec
+
+
+def _folders_of_the_real_one() -> list[str]:
+    """The folder of the installed package, if there is one."""
+    spec = PathFinder.find_spec(_NAME, [entry for entry in sys.path if entry != _PATH_ENTRY])
+    return list(spec.submodule_search_locations or ()) if spec is not None else []
+
+
+class _TestingLoader(Loader):
+    """Loads `test_utils.testing`: scripts of the real package's tests are where that package is."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the file's own loader."""
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the file, and let what it says of the package's folder hold for its tests."""
+        self._loader.exec_module(module)
+        in_twin: Any = vars(module)["path_in_accelerate_package"]
+        package = Path(str(module.__file__)).parents[1]
+
+        def path_in_accelerate_package(*components: str) -> Path:
+            in_real = package.joinpath(*components)
+            return in_real if components[:1] == ("test_utils",) else in_twin(*components)
+
+        vars(module)["path_in_accelerate_package"] = path_in_accelerate_package
 
 
 def _is_accelerate(name: str) -> bool:

@@ -167,8 +167,8 @@ class BatchSamplerShard(BatchSampler):
 
 def _indivisible(batch_size: int | None, ranks: int) -> str:
     return (
-        f"split_batches=True with batches of {batch_size} samples on {ranks} processes: each batch is divided among "
-        f"the processes in equal parts. Choose a batch size that is a multiple of {ranks}, or split_batches=False."
+        f"split_batches=True with batches of {batch_size} samples on {ranks} processes: each is divided among the "
+        f"processes in equal parts. Choose a batch size that is a round multiple of {ranks}, or split_batches=False."
     )
 
 

@@ -72,6 +72,8 @@ class Draft:
     def fields(self, section: str, model: type[Section]) -> dict[str, Any]:
         """Return the values of a section (empty: of the top level) by Python name."""
         prefix = f"{section}." if section else ""
+        if not any(key.startswith(prefix) for key in self.values):
+            return {}
         keys = {setting.field: prefix + setting.key for setting in settings_of(model)}
         return {field: self.values[key] for field, key in keys.items() if key in self.values}
 
@@ -82,6 +84,8 @@ def read_values(raws: Mapping[str, Raw]) -> Draft:
     origins: dict[str, Origin] = {}
     for section, models in {"": (RunConfig,), **sections()}.items():
         prefix = f"{section}." if section else ""
+        if not any(key.startswith(prefix) for key in raws):
+            continue
         for setting in (setting for model in models for setting in settings_of(model)):
             raw = raws.get(prefix + setting.key)
             if raw is not None and (section or setting.field not in sections()):

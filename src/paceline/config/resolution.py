@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from paceline.config.checks import CheckContext, find_problems
 from paceline.config.draft import Draft, build, infer, read_values
 from paceline.config.leniency import STRICT
-from paceline.config.resolved import Resolved, current_configuration, values_of
+from paceline.config.resolved import Resolved, current_configuration, values_at
 from paceline.config.schema.base import settings_by_field, settings_of
 from paceline.config.schema.names import sections
 from paceline.config.schema.run import RunConfig
@@ -134,8 +134,7 @@ def with_arguments(resolved: Resolved, arguments: Mapping[str, object], leniency
     Raises:
         ConfigError: An argument contradicts an explicit value of another source, or cannot work.
     """
-    values = {key: value for key, value in values_of(resolved.config) if key in resolved.origins}
-    draft = Draft(values, resolved.origins)
+    draft = Draft(values_at(resolved.config, resolved.origins), resolved.origins)
     for name, value in arguments.items():
         if value is not None:
             draft = _add_argument(draft, name, value, leniency)

@@ -15,7 +15,7 @@ from paceline.config.sources.origin import DEFAULT, Origin
 from paceline.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = ["Recording", "Resolved", "current_configuration", "use_configuration", "values_of"]
 
@@ -129,6 +129,22 @@ def values_of(config: RunConfig) -> Iterator[tuple[str, Any]]:
                 yield f"{setting.key}.{inner.key}", getattr(value, inner.field)
         elif setting.field not in sections():
             yield setting.key, value
+
+
+def values_at(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Return the values of these dotted keys, without those of sections that are None."""
+    by_section: dict[str, set[str]] = {}
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        by_section.setdefault(section, set()).add(name)
+    found: dict[str, Any] = {}
+    for section, names in by_section.items():
+        holder = getattr(config, section) if section else config
+        if isinstance(holder, Section):
+            prefix = f"{section}." if section else ""
+            inner = ((setting.key, setting.field) for setting in settings_of(type(holder)) if setting.key in names)
+            found.update({prefix + key: getattr(holder, field) for key, field in inner})
+    return found
 
 
 def _load(values: Mapping[str, Any]) -> RunConfig:

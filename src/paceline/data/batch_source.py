@@ -11,7 +11,7 @@ import torch
 from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import seed_batches
 from paceline.data.sharding import PlannedSharding
-from paceline.errors import DataError
+from paceline.errors import DataError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -255,6 +255,9 @@ class MapBatchSource(BatchSource):
         ]
         if num_batches is not None:
             parts.append(f"{num_batches:,} batches per rank")
+        repeated = sharding.num_repeated()
+        if repeated:
+            parts.append(f"the last filled up with {counted(repeated, 'sample')} from the start of the epoch")
         return ", ".join(parts)
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from paceline.data.loader import PreparedDataLoader
-from paceline.data.prepare import prepare_loader
-
 if TYPE_CHECKING:
     import torch
     from torch.utils.data import DataLoader
@@ -14,6 +11,7 @@ if TYPE_CHECKING:
     from paceline.collectives import Group
     from paceline.config import DataLoaderConfiguration
     from paceline.data.active_loaders import ActiveLoaders, LoaderStatus
+    from paceline.data.loader import PreparedDataLoader
 
 __all__ = ["LoaderFamily", "LoopPosition", "OwnLoaders"]
 
@@ -104,6 +102,9 @@ class OwnLoaders:
         num_merged_ranks: int = 1,
     ) -> PreparedDataLoader:
         """See `LoaderFamily`."""
+        # Not at the start of every program: it is half of this package.
+        from paceline.data.prepare import prepare_loader
+
         return prepare_loader(
             loader, group=group, device=device, config=config, active=self._active, num_merged_ranks=num_merged_ranks
         )

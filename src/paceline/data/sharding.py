@@ -77,6 +77,10 @@ class Sharding(ABC):
     def size(self) -> int | None:
         """Return the number of samples in an epoch, None if unknown."""
 
+    def num_repeated(self) -> int:
+        """Return how many samples are read twice in an epoch, as far as that is known beforehand."""
+        return 0
+
     @abstractmethod
     def describe(self, seed: int) -> str:
         """Describe in a few words where the order comes from."""
@@ -133,6 +137,13 @@ class SampleSharding(PlannedSharding):
     def size(self) -> int | None:
         """See `Sharding.size`."""
         return self._source.size()
+
+    def num_repeated(self) -> int:
+        """See `Sharding.num_repeated`."""
+        size = self._source.size()
+        if not (self.layout.padded and self.layout.fill):
+            return 0
+        return self.layout.num_global_batches(size) * self.layout.global_batch_size - size
 
     def describe(self, seed: int) -> str:
         """See `Sharding.describe`."""

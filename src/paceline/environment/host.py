@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
 
-__all__ = ["core_count", "cpu_quota", "host_memory", "oom_kill_count", "processor_name"]
+__all__ = ["core_count", "cpu_quota", "host_memory", "oom_kill_count", "processor_name", "resident_bytes"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -25,6 +26,17 @@ def host_memory() -> tuple[int, int]:
     # Cached files count as used by the container, and are dropped when memory is needed.
     reclaimable = _counters(_CGROUP / "memory.stat").get("inactive_file", 0)
     return min(available, max(0, limit - used + reclaimable)), limit
+
+
+def resident_bytes() -> int:
+    """Return the bytes of host memory that this process has in use."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:  # not Linux
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    return int(pages) * resource.getpagesize()
 
 
 def core_count() -> int:

@@ -167,7 +167,7 @@ def plan_machine(
         extra: More variables that all of them get.
     """
     total, size, first = sum(sizes), sizes[index], sum(sizes[:index])
-    config = resolved.config.model_copy(update={"num_processes": total})
+    config = resolved.config.changed(num_processes=total)
     origins = dict(resolved.origins)
     if config.max_machines > 1:  # may differ from the configured number: machines differ, join and leave
         origins["num_processes"] = Origin("detected", "the machines that joined")

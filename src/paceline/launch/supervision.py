@@ -100,6 +100,10 @@ class Signals:
         self.received.append(number)
 
 
+# The share of memory in use from which on a killed rank may have run out of it: the last seconds are not seen.
+_LIKELY_SHORT = 0.8
+
+
 @dataclass(slots=True)
 class _HostMemoryLog:
     """Host memory in use over the last seconds, for the report about a killed rank."""
@@ -118,6 +122,8 @@ class _HostMemoryLog:
         use = f"host memory use reached {used / 2**30:.1f} of {total / 2**30:.1f} GiB"
         if oom_kill_count() > self.kills_before:
             return f"out of host memory: the kernel's OOM killer ran during this time; {use}"
+        if used < _LIKELY_SHORT * total:
+            return f"from outside; memory is unlikely to be the reason, as {use}"
         return f"from outside; out of host memory? {use}"
 
 

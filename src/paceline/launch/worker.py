@@ -39,7 +39,7 @@ __all__ = ["exit_now", "is_library", "main", "pack", "run", "unpack"]
 _PR_SET_PDEATHSIG = 1
 # Frames of these files are not part of the script.
 _PACELINE_FILES = {__file__, str(Path(__file__).with_name("notebook") / "rank_main.py")}
-_FACADE = "paceline.accelerator.accelerator"
+_FACADE = "paceline.accelerator"
 _SWITCH = "paceline.compat"
 # Seconds between two checks for a process group that the script opens itself.
 _POLL = 2.0
@@ -187,12 +187,23 @@ class _DistributedImportHook:
 
     def _watch(self) -> None:
         while not self._is_open():
-            if _FACADE in sys.modules:  # the Accelerator starts its own watchdog, with its own limit
+            if self._has_facade():
                 return
             time.sleep(_POLL)
+        if self._has_facade():
+            return
         from paceline.launch.bare_watchdog import start_bare_watchdog
 
         start_bare_watchdog(os.environ)
+
+    @staticmethod
+    def _has_facade() -> bool:
+        """Whether an Accelerator is at hand: it starts its own watchdog, with its own limit.
+
+        Its package counts from the first of its modules on. This thread imports what they import, and two threads that
+        import parts of one package at the same time can deadlock.
+        """
+        return _FACADE in sys.modules
 
     def _is_open(self) -> bool:
         # This thread does not hold the import lock, so the module may be partially initialized.

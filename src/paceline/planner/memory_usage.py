@@ -6,10 +6,10 @@ import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from paceline.environment.device import memory_info
+from paceline.environment.host import resident_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -147,13 +147,15 @@ def _free(device: torch.device) -> tuple[int, int]:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if device.type != "cpu" or limit == resource.RLIM_INFINITY:
         return free, total
+    import psutil
+
     return min(free, max(limit - int(psutil.Process().memory_info().vms), 0)), min(total, limit)
 
 
 def _used(device: torch.device) -> tuple[int, int]:
     """Bytes in use, and bytes that the allocator has reserved without using them."""
     if device.type == "cpu":
-        return int(psutil.Process().memory_info().rss), 0
+        return resident_bytes(), 0
     used = int(torch.accelerator.memory_allocated(device))
     return used, int(torch.accelerator.memory_reserved(device)) - used
 

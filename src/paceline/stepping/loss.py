@@ -26,7 +26,7 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
         A real number, shape [].
 
     Raises:
-        SteppingError: It is no real number, and `gradient` does not make it one.
+        SteppingError: It is no real number, and `gradient` does not make it one; or it has no gradient.
     """
     if not isinstance(loss, torch.Tensor):
         raise SteppingError(
@@ -48,6 +48,12 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
             f"backward() got a loss of dtype {loss.dtype}",
             "Grad can be implicitly created only for real scalar outputs",
             "Pass a real number, such as loss.abs() or loss.real",
+        )
+    if not loss.requires_grad:
+        raise SteppingError(
+            "backward() got a loss that depends on no trainable parameter: element 0 of tensors does not require grad",
+            "The forward ran under torch.no_grad(), the loss was detached, or all parameters are frozen",
+            "Compute the loss where gradients are recorded, and do not detach it",
         )
     return loss if loss.ndim == 0 else loss.reshape(())
 

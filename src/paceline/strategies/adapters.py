@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from paceline.errors import CheckpointError, named
 from paceline.strategies.activation_checkpointing import plain_name
@@ -99,6 +98,8 @@ def read_adapters(module: nn.Module, folder: Path) -> dict[str, Tensor]:
         by_mark = {id(mark): name for name, mark in marks.items()}
         saved_as = get_peft_model_state_dict(adapted, state_dict=marks, adapter_name=adapter)
         own = {saved: by_mark[id(mark)] for saved, mark in saved_as.items() if id(mark) in by_mark}
+        from safetensors.torch import load_file
+
         saved_state = load_file(path)
         unknown = sorted(set(saved_state) ^ set(own))
         if unknown:

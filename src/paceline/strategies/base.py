@@ -22,7 +22,7 @@ from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Container, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,8 +60,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        # Optimizer steps that are left, if that is known; the Accelerator sets it.
-        self.remaining_steps: Callable[[], int | None] = _unknown
         self._compilations: list[AutomaticCompilation] = []
         self._fp8: list[Fp8Layers] = []
         self._models: list[nn.Module] = []
@@ -168,11 +166,24 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     def place_whole(self, model: nn.Module, *, place: bool = True) -> None:
         """Move an unsharded model to this rank's device, and let its forward compute in the run's precision.
 
+        A model that a device map has spread over several devices stays where it is.
+
         Args:
             model: Changed in place.
             place: False leaves it where it is.
+
+        Raises:
+            PrepareError: There are several ranks, and a device map has spread the model.
         """
-        if place:
+        devices = _devices_of_map(model)
+        if len(devices) > 1 and self.context.group.size > 1:
+            raise PrepareError(
+                f"{type(model).__name__} is spread over {', '.join(map(str, devices))} by a device map, and there are "
+                f"{self.context.group.size} ranks",
+                "Each rank trains a whole model on its device",
+                "Load the model without device_map, shard it (FSDP or DeepSpeed), or run one process",
+            )
+        if place and len(devices) <= 1:
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
 
@@ -233,7 +244,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
                 model,
                 settings,
                 self.context.device,
-                lambda: self.remaining_steps(),
+                self.context.remaining_steps,
                 at_once=needs_compiler,
             )
             if settings.activation_memory_budget < 1 and (found is None or not found.is_on):
@@ -413,10 +424,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
 
 
-def _unknown() -> None:
-    """What is known of a run's length without an Accelerator."""
-
-
 def check_trainable(model: nn.Module) -> None:
     """Refuse a model without anything to train.
 
@@ -464,3 +471,9 @@ def short_dtype(dtype: torch.dtype) -> str:
     """
     name = str(dtype).removeprefix("torch.")
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
+
+
+def _devices_of_map(model: nn.Module) -> list[object]:
+    """The devices over which a device map has spread a model, or the model inside a wrapper."""
+    maps = [getattr(module, "hf_device_map", None) for module in model.modules()]
+    return list(dict.fromkeys(device for each in maps if isinstance(each, dict) for device in each.values()))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from paceline.config.leniency import STRICT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from paceline.collectives import Group
@@ -32,6 +34,10 @@ class DistributedType(str, enum.Enum):
         return self.value
 
 
+def unknown_length() -> None:
+    """The steps that are left in a run of unknown length."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """Everything that a strategy knows of its run.
@@ -43,6 +49,7 @@ class RunContext:
         precision: The dtype of the forward, and autocast.
         config: The resolved configuration.
         leniency: What is tolerated.
+        remaining_steps: Returns how many optimizer steps are left; None while nobody knows.
     """
 
     world: World
@@ -51,3 +58,4 @@ class RunContext:
     precision: PrecisionPolicy
     config: RunConfig
     leniency: Leniency = STRICT
+    remaining_steps: Callable[[], int | None] = unknown_length

@@ -10,7 +10,7 @@ from paceline.tracking.log_values import flatten, to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Tracker"]
+__all__ = ["Tracker", "plot_and_curve"]
 
 
 class Tracker(Backend):
@@ -44,13 +44,13 @@ class Tracker(Backend):
             elif isinstance(value, int | float) and step is None:
                 logger.report_single_value(name, value)
             elif isinstance(value, int | float):
-                title, series = _plot_and_curve(name)
+                title, series = plot_and_curve(name)
                 logger.report_scalar(title, series, value, step, **kwargs)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Record images; keywords are those of `report_image`."""
         for name, images in values.items():
-            title, series = _plot_and_curve(name)
+            title, series = plot_and_curve(name)
             for index, image in enumerate(images):
                 shown = {"iteration": step, "image": image, **kwargs}
                 self._run.get_logger().report_image(title, f"{series}_{index}", **shown)
@@ -65,8 +65,11 @@ class Tracker(Backend):
         **kwargs: Any,
     ) -> None:
         """Record a table."""
-        table = dataframe if dataframe is not None else [list(columns or ()), *map(list, data or ())]
-        title, series = _plot_and_curve(table_name)
+        table = dataframe
+        if dataframe is None:
+            # The first row names the columns, where nothing else does.
+            table = [*([list(columns)] if columns else []), *map(list, data or ())]
+        title, series = plot_and_curve(table_name)
         self._run.get_logger().report_table(title, series, iteration=step, table_plot=table, **kwargs)
 
     def log_artifact(self, path: str, name: str | None = None, **kwargs: Any) -> None:
@@ -82,7 +85,7 @@ class Tracker(Backend):
         self._run.close()
 
 
-def _plot_and_curve(name: str) -> tuple[str, str]:
+def plot_and_curve(name: str) -> tuple[str, str]:
     """The plot and the curve of a value: `eval_loss` is the curve eval of the plot loss."""
     for split in ("eval", "test", "train"):
         if name.startswith(f"{split}_"):

@@ -8,14 +8,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import (
-    Saver,
-    find_checkpoints,
-    find_foreign,
-    is_foreign_state,
-    next_number,
-    open_checkpoint,
-)
+from paceline import checkpoint as checkpoints
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
 from paceline.training_state.preemption import Preempted, Preemption
@@ -77,7 +70,7 @@ class CheckpointManager:
         self._registered = registered
         self._window = window
         self._loaders = loaders
-        self._saver = Saver(group)
+        self._saver = checkpoints.Saver(group)
         self._save_hooks: list[Callable[..., Any]] = []
         self._load_hooks: list[Callable[..., Any]] = []
         self._preemption: Preemption | None = None
@@ -131,7 +124,7 @@ class CheckpointManager:
         folder = self._numbered_folder
         if folder is None:
             return self._project.iteration
-        return next_number(folder, self._project.iteration)
+        return checkpoints.next_number(folder, self._project.iteration)
 
     @property
     def _numbered_folder(self) -> Path | None:
@@ -252,7 +245,7 @@ class CheckpointManager:
 
     def _is_foreign(self, folder: Path) -> bool:
         """Whether all ranks see a training state of another library in this folder."""
-        return all(self._group.all_gather_object(is_foreign_state(folder)))
+        return all(self._group.all_gather_object(checkpoints.is_foreign_state(folder)))
 
     def _import_foreign(self, folder: Path, *, strict: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
@@ -272,23 +265,23 @@ class CheckpointManager:
 
     def _open(self, folder: Path) -> Checkpoint:
         """Open a checkpoint that is complete and the same on all ranks."""
-        checkpoint: Checkpoint | None = None
+        opened: Checkpoint | None = None
         problem = ""
         try:
-            checkpoint = open_checkpoint(folder)
+            opened = checkpoints.open_checkpoint(folder)
         except PacelineError as error:
             problem = f"rank {self._group.rank}: {error}"
-        of_ranks = self._group.all_gather_object((problem, checkpoint.manifest.id if checkpoint else ""))
+        of_ranks = self._group.all_gather_object((problem, opened.manifest.id if opened else ""))
         problems = [text for text, _ in of_ranks if text]
         if not problems and len({save_id for _, save_id in of_ranks}) > 1:
             problems = ["the ranks see checkpoints of different saves under this name"]
-        if problems or checkpoint is None:
+        if problems or opened is None:
             raise DamagedCheckpointError(f"{folder} cannot be loaded", problems[0], "")
-        return checkpoint
+        return opened
 
     def _load_newest(self, project: Path, *, strict: bool) -> str | None:
         """Load the newest complete checkpoint, with a warning for each newer one that is damaged."""
-        paths = [entry.folder.relative_to(project) for entry in find_checkpoints(project)]
+        paths = [entry.folder.relative_to(project) for entry in checkpoints.find_checkpoints(project)]
         skipped = 0
         for path in self._group.broadcast_object(paths):
             try:
@@ -300,7 +293,7 @@ class CheckpointManager:
                 continue
             _LOG.info("resumed from %s", project / path)
             return str(project / path)
-        for other in find_foreign(project)[:1]:
+        for other in checkpoints.find_foreign(project)[:1]:
             _LOG.warning("skipped %s: another library wrote it; load_state('%s') imports it", other.name, other)
         if skipped:
             raise DamagedCheckpointError(

@@ -89,6 +89,7 @@ def test_an_interrupt_leaves_everything_as_it_was(terminal: Terminal, home: Path
     assert file.read_text() == "num_processes: 1\n"
 
 
+@pytest.mark.slow
 def test_the_old_file_is_kept_and_the_end_can_be_declined(terminal: Terminal, home: Path) -> None:
     home.mkdir()
     file = home / "default_config.yaml"

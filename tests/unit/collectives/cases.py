@@ -258,11 +258,37 @@ def gather_takes_one_exchange(group: Group) -> None:
 def large_tensors_travel_alone(group: Group) -> None:
     counting = CountingGroup(group)
     big = torch.full((1100, 1000), float(group.rank))
-    result = gather(counting, [big, torch.tensor([group.rank]), torch.tensor(group.rank)])
+    result = gather(counting, [big, *(torch.tensor([group.rank]) for _ in range(5)), torch.tensor(group.rank)])
     assert counting.calls["all_gather"] == (2 if group.size > 1 else 0)
     same(result[0][::1100, 0], torch.arange(group.size).float())
-    same(result[1], torch.arange(group.size))
-    same(result[2], torch.arange(group.size))
+    for small in result[1:]:
+        same(small, torch.arange(group.size))
+
+
+def a_few_tensors_of_any_kind(group: Group) -> None:
+    # No shared buffer: each kind of memory has to be right by itself.
+    rank, ranks = group.rank, torch.arange(group.size)
+    columns = torch.full((3, 2), rank).t()
+    weights = torch.full((2, 2), float(rank), requires_grad=True)
+    result = gather(
+        group,
+        (columns, torch.tensor([rank > 0]), torch.complex(ranks[rank].float(), ranks.new_ones(()).float()).conj()),
+    )
+    same(result[0], ranks.repeat_interleave(2).view(-1, 1).expand(-1, 3))
+    same(result[1], ranks > 0)
+    same(result[2].imag, -torch.ones(group.size))
+    result = gather(
+        group,
+        {
+            "weights": weights,
+            "negative": torch.complex(ranks.float(), ranks.float()).conj().imag,
+            "one": torch.full((2, 3), rank)[:1, :1],
+        },
+    )
+    assert not result["weights"].requires_grad
+    same(result["weights"], ranks.float().repeat_interleave(2).view(-1, 1).expand(-1, 2))
+    same(result["negative"], -ranks.float().repeat(group.size))
+    same(result["one"], ranks.view(-1, 1))
 
 
 def gather_refuses_objects(group: Group) -> None:

@@ -53,7 +53,7 @@ def start(tmp_path: Path, body: str, size: int, port: int) -> list[subprocess.Po
 def run(tmp_path: Path, body: str, size: int = 2) -> list[tuple[int, str, str]]:
     results = []
     for process in start(tmp_path, body, size, free_port()):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=800)
         results.append((process.returncode, out, err))
     return results
 
@@ -140,7 +140,7 @@ def test_a_restart_does_not_meet_the_dead(tmp_path: Path) -> None:
         print(value.item(), flush=True)
         os._exit(9)
         """
-        results = [p.communicate(timeout=120) for p in start(tmp_path, body, 2, store.port)]
+        results = [p.communicate(timeout=800) for p in start(tmp_path, body, 2, store.port)]
         assert [out for out, _ in results] == ["2.0\n", "2.0\n"]
 
 

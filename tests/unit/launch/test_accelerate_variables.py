@@ -198,7 +198,7 @@ def read_by_accelerate(tmp_path_factory: pytest.TempPathFactory) -> dict[str, di
         input=json.dumps(asked),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -195,7 +195,7 @@ print(
 ON_TWO_CPUS = FOUNDING.replace("num_processes: 4", "num_processes: 2") + "use_cpu: true\n"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_the_trainer_of_transformers_acts_on_the_file(tmp_path: Path) -> None:
     """The ranks train one model, in the file's precision; it says that it cannot shard before it trains."""
     pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
@@ -210,7 +210,7 @@ def test_the_trainer_of_transformers_acts_on_the_file(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout

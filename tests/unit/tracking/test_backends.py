@@ -35,7 +35,7 @@ def run(name: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]
     """Log to a tracker in a process of its own: packages leave threads and variables behind."""
     env = {**os.environ, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(SCRIPT), name, str(folder), *more]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=800, check=False)
 
 
 @pytest.mark.parametrize("name", backends())

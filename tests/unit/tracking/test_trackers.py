@@ -259,7 +259,7 @@ def test_a_crash_closes_the_trackers(launched: bool, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(CRASHING.format(folder=str(tmp_path)), encoding="utf-8")
     how = ["-m", "paceline", "launch", "--cpu", "--num_processes", "1"] if launched else []
-    done = subprocess.run([sys.executable, *how, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, *how, str(script)], capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 1
     (start,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["starts"]
     assert start["crashed"] is True

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paceline.accelerator.recording.parity import ParityRecorder
-from paceline.accelerator.recording.resume import ResumeRecorder
 from paceline.stepping import steps_taken
 
 if TYPE_CHECKING:
@@ -13,12 +11,11 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.assembly import RunComponents
     from paceline.accelerator.prepared import Prepared
-    from paceline.accelerator.recording.parity import Recorded
+    from paceline.accelerator.recording.parity import ParityRecorder, Recorded
+    from paceline.accelerator.recording.resume import ResumeRecorder
     from paceline.data import ActiveLoaders
 
-__all__ = ["RunRecorder", "start_recording"]
-
-RunRecorder = ParityRecorder | ResumeRecorder
+    RunRecorder = ParityRecorder | ResumeRecorder
 
 
 def start_recording(
@@ -43,6 +40,10 @@ def start_recording(
     recording, group = components.resolved.recording, components.context.group
     if recording is None:
         return None
+    # Few runs are recorded.
+    from paceline.accelerator.recording.parity import ParityRecorder
+    from paceline.accelerator.recording.resume import ResumeRecorder
+
     recorder: RunRecorder
     if recording.parity:
         recorder = ParityRecorder(recording, group, run, prepared.models, prepared.optimizers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,18 +22,21 @@ from torch.utils.hooks import RemovableHandle
 import paceline
 from paceline.accelerator.policies import use_policies
 from paceline.compat.accelerate.bridge import sections
-from paceline.compat.accelerate.bridge.rules import LoaderRules, rules_of
+from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
+from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
 from paceline.compat.accelerate.settings.deepspeed import DeepSpeedPlugin
-from paceline.compat.accelerate.settings.enums import DistributedType
+from paceline.compat.accelerate.settings.enums import DistributedType, FP8BackendType
 from paceline.compat.accelerate.settings.errors import (
     InvalidValueError,
     NotInitializedError,
     UnsupportedError,
     WrongTypeError,
+    value_errors,
 )
 from paceline.compat.accelerate.settings.fsdp import FullyShardedDataParallelPlugin
 from paceline.compat.accelerate.settings.handlers import (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -45,8 +49,9 @@ from paceline.compat.accelerate.settings.plugins import (
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
-from paceline.compat.accelerate.settings.variables import parse_flag_from_env
+from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env
 from paceline.compat.accelerate.state import AcceleratorState, GradientState, PartialState
+from paceline.compat.accelerate.utils.imports import is_bitsandbytes_multi_backend_available, is_xpu_available
 from paceline.config import worker_config
 from paceline.strategies.placeholders import DummyScheduler
 
@@ -60,7 +65,7 @@ if TYPE_CHECKING:
 __all__ = ["Accelerator"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 # Stands for an argument that was not passed.
 _NOT_GIVEN = object()
 
@@ -100,7 +105,6 @@ class Accelerator:
         scaler: The loss scaler of fp16; None elsewhere.
         step: Micro-batches that `accumulate` has begun since the last loader ended.
         project_configuration: Where the run keeps its files.
-        dataloader_config: How loaders that are prepared from now on are divided among ranks.
         trackers: The trackers that are open.
         log_with: The trackers that `init_trackers` opens.
 
@@ -133,6 +137,7 @@ class Accelerator:
         deepspeed_plugins: DeepSpeedPlugin | dict[str, DeepSpeedPlugin] | None = None,
         parallelism_config: ParallelismConfig | None = None,
     ) -> None:
+        self._arguments = {name: value for name, value in locals().items() if name != "self"}
         _refuse_megatron(megatron_lm_plugin)
         self.project_configuration = project_config or ProjectConfiguration(project_dir=project_dir)
         if project_dir is not None and self.project_dir is None:
@@ -143,17 +148,21 @@ class Accelerator:
         compile_plugin = _compile_plugin(dynamo_plugin, dynamo_backend)
         sizes = _sizes(parallelism_config, torch_tp_plugin)
         self.state = self._make_state(mixed_precision, cpu, compile_plugin, deepspeed, fsdp, sizes)
+        self.fp8_enabled = self.state.mixed_precision == "fp8"
+        self.ao_recipe_handler = _fp8_recipe(self.ao_recipe_handler, self.fp8_enabled)
         self._join_mesh(sizes)
 
         self.device_placement = device_placement
-        self.dataloader_config = dataloader_config or DataLoaderConfiguration()
+        config = dataloader_config or DataLoaderConfiguration()
         self.step_scheduler_with_optimizer = step_scheduler_with_optimizer
-        self.rng_types = ["generator"] if rng_types is None else rng_types
-        self._loaders = LoaderRules(self.dataloader_config, self.rng_types, lambda: self.torch_device_mesh)
+        rng_types = ["generator"] if rng_types is None else rng_types
+        # It does not refer to the Accelerator, which is freed with the last reference of the program then.
+        self._loaders = LoaderRules(config, rng_types, _shared_mesh)
         plugin = _accumulation(gradient_accumulation_plugin, gradient_accumulation_steps)
         self.gradient_state = GradientState(plugin)
         self._known_plugin: Any = None
-        with use_policies(rules_of(self._loaders)):
+        self._kinds = PreparedKinds(self._loaders)
+        with use_policies(rules_of(self._loaders, self._kinds)), value_errors():
             self._core = self._make_core(plugin, compile_plugin, handlers)
         self.gradient_state.plugin_kwargs.setdefault("num_steps", self._core.gradient_accumulation_steps)
         self.scaler: Any = self._core.scaler
@@ -175,9 +184,10 @@ class Accelerator:
         self.init_handler = handlers.get(InitProcessGroupKwargs)
         self.autocast_handler = handlers.get(AutocastKwargs)
         self.profile_handler = handlers.get(ProfileKwargs)
-        self.fp8_recipe_handler = self.te_recipe_handler = self.ao_recipe_handler = self.msamp_recipe_handler = None
+        self.ao_recipe_handler = handlers.get(AORecipeKwargs)
+        self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = None
         self.has_lomo_optimizer = False
-        self.fp8_enabled = self.delayed_fp8_autocast = False
+        self.delayed_fp8_autocast = False
 
     def _make_state(
         self, precision: Any, cpu: bool, dynamo: Any, deepspeed: Any, fsdp: Any, sizes: ParallelismConfig | None
@@ -213,7 +223,8 @@ class Accelerator:
     ) -> paceline.Accelerator:
         arguments: dict[str, Any] = {
             "device_placement": self.device_placement,
-            "mixed_precision": self.state.mixed_precision,
+            # torchao's layers compute in fp8; all else is in bf16.
+            "mixed_precision": "bf16" if self.fp8_enabled else self.state.mixed_precision,
             "cpu": True if self.device.type == "cpu" else None,
             "strategy": self._strategy_name,
             "gradient_accumulation_plugin": sections.accumulation_section(plugin),
@@ -292,9 +303,14 @@ class Accelerator:
         return self.state.mixed_precision
 
     @property
-    def fp8_backend(self) -> None:
-        """The library that computes in 8-bit floats: none."""
-        return None
+    def fp8_backend(self) -> FP8BackendType:
+        """The library that computes in 8-bit floats: torchao, or none."""
+        return FP8BackendType.NO if self.ao_recipe_handler is None else FP8BackendType.AO
+
+    @property
+    def has_fp8_handler(self) -> bool:
+        """Whether there is a recipe for 8-bit floats."""
+        return self.ao_recipe_handler is not None
 
     @property
     def is_fsdp2(self) -> bool:
@@ -364,6 +380,24 @@ class Accelerator:
         raise UnsupportedError("context_parallel_rank is requested", "There is no such axis", "Leave it out")
 
     # Settings
+
+    @property
+    def dataloader_config(self) -> DataLoaderConfiguration:
+        """How loaders that are prepared from now on are divided among ranks."""
+        return self._loaders.config
+
+    @dataloader_config.setter
+    def dataloader_config(self, value: DataLoaderConfiguration) -> None:
+        self._loaders.config = value
+
+    @property
+    def rng_types(self) -> Sequence[Any] | None:
+        """Generators that get rank 0's state at the start of each pass over loaders prepared from now on."""
+        return self._loaders.rng_types
+
+    @rng_types.setter
+    def rng_types(self, value: Sequence[Any] | None) -> None:
+        self._loaders.rng_types = value
 
     @property
     def split_batches(self) -> bool:
@@ -461,6 +495,11 @@ class Accelerator:
         return self._core.prepared.registered
 
     @property
+    def deepspeed_config(self) -> dict[str, Any] | None:
+        """DeepSpeed's configuration, complete once a model is prepared; None elsewhere."""
+        return None if self.deepspeed_plugin is None else self.deepspeed_plugin.deepspeed_config
+
+    @property
     def deepspeed_engine_wrapped(self) -> Any:
         """The engine of the model that is trained under DeepSpeed; None before it is prepared."""
         from paceline.compat.accelerate.utils.deepspeed import DeepSpeedEngineWrapper
@@ -498,16 +537,55 @@ class Accelerator:
                 "Pass as many",
             )
         models = [thing for thing in args if isinstance(thing, nn.Module)]
+        for model in models:
+            _check_quantized(model)
         self._check_device_map(models)
+        self._convert_fp8(models)
+        self._fill_deepspeed(args, models)
         self._push_plugin(models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
         if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
-        result = self._core.prepare(*args, device_placement=device_placement)
+        self._kinds.is_engines_schedule = any(isinstance(thing, DummyScheduler) for thing in args)
+        with value_errors():
+            result = self._core.prepare(*args, device_placement=device_placement)
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
         return result
+
+    def _convert_fp8(self, models: Sequence[nn.Module]) -> None:
+        """Let linear layers of models that are not prepared yet compute in 8-bit floats."""
+        recipe = self.ao_recipe_handler
+        if recipe is None:
+            return
+        from paceline.compat.accelerate.utils.ao import convert_model_to_fp8_ao, has_ao_layers
+
+        for model in models:
+            if not has_ao_layers(model):
+                convert_model_to_fp8_ao(model, config=recipe.config, module_filter_func=recipe.module_filter_func)
+
+    def _fill_deepspeed(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        """Fill each `auto` of DeepSpeed's configuration, before the first model is prepared."""
+        plugin = self.deepspeed_plugin
+        has_optimizer = any(isinstance(thing, Optimizer) for thing in args)
+        if plugin is None or not models or self._models or not has_optimizer:
+            return
+        fill_configuration(
+            plugin,
+            args,
+            accumulation=self.gradient_accumulation_steps,
+            ranks=self.num_processes,
+            split_batches=self.split_batches,
+        )
+        described = int(plugin.get_value("gradient_accumulation_steps", 1))
+        if described != self.gradient_accumulation_steps:
+            _LOG.warning(
+                "DeepSpeed's configuration says %s micro-batches to a step, the Accelerator %s: DeepSpeed's holds.",
+                described,
+                self.gradient_accumulation_steps,
+            )
+            self.gradient_accumulation_steps = described
 
     def _check_engine(self, optimizers: Sequence[Any], models: Sequence[nn.Module]) -> None:
         """Refuse an optimizer for an engine of DeepSpeed that is not there."""
@@ -538,8 +616,6 @@ class Accelerator:
             return
         if isinstance(made, nn.Module):
             self._return_fp32(made)
-        if isinstance(given, DummyScheduler):
-            made.is_of_engine = True
         if isinstance(made, (nn.Module, Optimizer, DataLoader)) or made is not given:
             with contextlib.suppress(AttributeError):
                 made._is_accelerate_prepared = True
@@ -591,7 +667,9 @@ class Accelerator:
             device_placement: Whether it is moved to the device.
             evaluation_mode: Only place it, and exchange no gradients for it.
         """
+        _check_quantized(model)
         self._check_device_map([model])
+        self._convert_fp8([model])
         self._push_plugin([model])
         prepared = self._core.prepare_model(model, device_placement, evaluation_mode)
         self._finish(model, prepared)
@@ -652,10 +730,11 @@ class Accelerator:
             keep_fp32_wrapper: False lets the forward return the precision that it computes in.
             keep_torch_compile: False also removes the wrapper of `torch.compile(model)`.
         """
+        from paceline.compat.accelerate.utils.other import extract_model_from_parallel
+
         inner = self._core.unwrap_model(model, keep_torch_compile=keep_torch_compile)
-        # A wrapper of another Accelerator, or of one whose memory was freed.
-        while isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
+        # Wrappers of the program, of another Accelerator, or of one whose memory was freed.
+        inner = extract_model_from_parallel(inner, keep_fp32_wrapper, keep_torch_compile)
         if not keep_fp32_wrapper:
             for key, hook in list(inner._forward_hooks.items()):
                 if hook is _to_fp32:
@@ -715,14 +794,17 @@ class Accelerator:
 
         Args:
             loss: One value.
-            kwargs: Passed on to `Tensor.backward`; `scale_wrt_gas` has no effect, as no engine divides.
+            kwargs: Passed on to `Tensor.backward`; under DeepSpeed `scale_wrt_gas=False` leaves the loss undivided.
 
         Raises:
             UnsupportedError: The optimizer is to step in the backward.
         """
         if "learning_rate" in kwargs:
             raise self._no_lomo()
-        kwargs.pop("scale_wrt_gas", None)
+        is_divided = kwargs.pop("scale_wrt_gas", True)
+        if self.distributed_type == DistributedType.DEEPSPEED and not is_divided:
+            # The program has divided it.
+            loss = loss * self.gradient_accumulation_steps
         self._core.backward(loss, **kwargs)
 
     def lomo_backward(self, loss: Tensor, learning_rate: float) -> None:
@@ -751,7 +833,9 @@ class Accelerator:
         configured = self._configured_norm()
         if configured is not None and float(max_norm) != float("inf"):
             max_norm = configured
-        return self._core.clip_grad_norm_(parameters, max_norm, norm_type)
+        norm = self._core.clip_grad_norm_(parameters, max_norm, norm_type)
+        is_engines = self.distributed_type == DistributedType.DEEPSPEED
+        return float(norm) if is_engines and norm is not None else norm
 
     def _configured_norm(self) -> float | None:
         if self.distributed_type != DistributedType.DEEPSPEED or self.deepspeed_plugin is None:
@@ -787,7 +871,13 @@ class Accelerator:
             joinables: The models that are trained inside.
             even_batches: Overrides the setting of map-style loaders inside.
         """
-        if self.distributed_type == DistributedType.NO:
+        if not self.distributed_type.name.startswith("MULTI_"):
+            if self.distributed_type != DistributedType.NO:
+                warnings.warn(
+                    "join_uneven_inputs has no effect here: it is only supported for multi-GPU training with whole "
+                    "replicas (DDP)",
+                    stacklevel=3,
+                )
             yield
             return
         all_samplers: list[Any] = [getattr(loader, "batch_sampler", None) for loader in self._dataloaders]
@@ -795,7 +885,7 @@ class Accelerator:
         before = [each.even_batches for each in samplers]
         if even_batches is not None:
             if len(samplers) < len(self._dataloaders):
-                _LOG.warning("even_batches is not overridden for loaders whose samples are not divided by an index")
+                warnings.warn("Overriding even_batches is only supported for map-style datasets", stacklevel=3)
             for each in samplers:
                 each.even_batches = even_batches
         try:
@@ -962,10 +1052,14 @@ class Accelerator:
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Add objects with `state_dict` and `load_state_dict` to what `save_state` saves."""
-        invalid = [each for each in objects if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict"))]
+        invalid = [
+            f"Item at index {index} ({type(each).__name__})"
+            for index, each in enumerate(objects)
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict"))
+        ]
         if invalid:
             raise InvalidValueError(
-                f"{', '.join(type(each).__name__ for each in invalid)} cannot be registered for checkpoints",
+                f"{', '.join(invalid)} cannot be registered for checkpoints",
                 "It lacks state_dict or load_state_dict",
                 "Add both methods",
             )
@@ -1090,9 +1184,28 @@ class Accelerator:
             tracker.finish()
         self.state.destroy_process_group()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        prepared = (self._models, self._optimizers, self._schedulers)
+        lists = tuple(list(each) for each in (*prepared, self._dataloaders, self._custom_objects))
+        return _unpickled, (type(self), self._arguments, self.step, lists)
+
     def __deepcopy__(self, memo: Any) -> Any:
         _LOG.info("A copy of an Accelerator is the Accelerator itself")
         return self
+
+
+def _unpickled(
+    accelerator_class: type[Accelerator], arguments: dict[str, Any], step: int, lists: tuple[list[Any], ...]
+) -> Accelerator:
+    """Make an Accelerator of the same settings in this process, and let it prepare the same again."""
+    given = {name: value for name, value in arguments.items() if name != "split_batches"}
+    accelerator = accelerator_class(**given)
+    models, optimizers, schedulers, loaders, objects = lists
+    accelerator.prepare(*models, *optimizers, *schedulers)
+    accelerator._dataloaders.extend(loaders)
+    accelerator._custom_objects.extend(objects)
+    accelerator.step = step
+    return accelerator
 
 
 class _Fp32Outputs:
@@ -1105,6 +1218,47 @@ class _Fp32Outputs:
 
 
 _to_fp32 = _Fp32Outputs()
+
+
+def _check_quantized(model: nn.Module) -> None:
+    """Refuse to train a model of bitsandbytes whose layers are not on the device."""
+    is_quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+    placed: Any = getattr(model, "hf_device_map", None)
+    if not is_quantized or not placed:
+        return
+    places = {str(place) for place in placed.values()}
+    can_compute_on_cpu = is_bitsandbytes_multi_backend_available() and not is_xpu_available()
+    is_offloaded = "disk" in places or ("cpu" in places and not can_compute_on_cpu)
+    if is_offloaded:
+        raise InvalidValueError(
+            f"{type(model).__name__} was loaded in 8 or 4 bits, and its device_map puts layers on {sorted(places)}",
+            "Quantized layers are trained on the device only, without CPU or disk offload",
+            "Load it with device_map={'': accelerator.device}",
+        )
+
+
+def _fp8_recipe(given: AORecipeKwargs | None, is_enabled: bool) -> AORecipeKwargs | None:
+    """How torchao computes in 8-bit floats; None where nothing does."""
+    if given is not None and not is_enabled:
+        raise InvalidValueError(
+            "AORecipeKwargs is passed, and mixed_precision is not fp8",
+            "Nothing would compute in 8-bit floats",
+            "Pass mixed_precision='fp8', or leave the handler out",
+        )
+    if given is not None or not is_enabled:
+        return given
+    backend = parse_choice_from_env("ACCELERATE_FP8_BACKEND", "AO").upper()
+    if backend not in ("AO", "AUTO"):
+        raise UnsupportedError(
+            f"8-bit floats are to be computed by {backend}", "paceline drives torchao", "Use the backend AO"
+        )
+    return AORecipeKwargs()
+
+
+def _shared_mesh() -> DeviceMesh | None:
+    """The mesh of the run."""
+    mesh: DeviceMesh | None = AcceleratorState().device_mesh
+    return mesh
 
 
 def _refuse_megatron(plugin: Any) -> None:

@@ -1,14 +1,22 @@
-"""Models that are spread over devices, host memory and disk: not supported through the switch, but importable."""
+"""Models that are spread over devices, host memory and disk: paceline's placement under Accelerate's signatures."""
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from paceline.compat.accelerate.settings.errors import UnsupportedError
-from paceline.compat.accelerate.utils.modeling import check_device_map, placement_unsupported
+from paceline import placement
+from paceline.compat.accelerate.settings.errors import InvalidValueError
+from paceline.compat.accelerate.settings.variables import parse_flag_from_env
+from paceline.compat.accelerate.utils.modeling import check_device_map
+from paceline.placement import attach_layerwise_casting_hooks, cpu_offload_with_hook
+from paceline.placement.dispatch import spread
 
 __all__ = [
     "attach_layerwise_casting_hooks",
@@ -22,116 +30,137 @@ __all__ = [
     "load_checkpoint_and_dispatch",
 ]
 
+# Programs listen to this name.
+logger = logging.getLogger("accelerate.big_modeling")
+
+PathLike = str | os.PathLike[str]
+Device = int | str | torch.device
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Build models without memory for weights, within a block.
+
+    Args:
+        include_buffers: Build buffers without memory, too; by default as ACCELERATE_INIT_INCLUDE_BUFFERS says.
+    """
+    with init_on_device(torch.device("meta"), include_buffers=include_buffers):
+        yield
+
+
+@contextmanager
+def init_on_device(device: torch.device, include_buffers: bool | None = None) -> Iterator[None]:
+    """Build models on a device, within a block.
+
+    Args:
+        device: The device.
+        include_buffers: Build buffers there, too; by default as ACCELERATE_INIT_INCLUDE_BUFFERS says.
+    """
+    if include_buffers is None:
+        include_buffers = parse_flag_from_env("ACCELERATE_INIT_INCLUDE_BUFFERS")
+    with placement.init_on_device(device, include_buffers=include_buffers):
+        yield
+
+
+def cpu_offload(
+    model: nn.Module,
+    execution_device: torch.device | None = None,
+    offload_buffers: bool = False,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    preload_module_classes: list[str] | None = None,
+) -> nn.Module:
+    """Keep a model's weights in host memory; the arguments are those of `paceline.placement.cpu_offload`."""
+    return placement.cpu_offload(model, execution_device, offload_buffers, state_dict, preload_module_classes)
+
+
+def disk_offload(
+    model: nn.Module,
+    offload_dir: PathLike,
+    execution_device: torch.device | None = None,
+    offload_buffers: bool = False,
+    preload_module_classes: list[str] | None = None,
+) -> nn.Module:
+    """Keep a model's weights on disk; the arguments are those of `paceline.placement.disk_offload`."""
+    return placement.disk_offload(model, offload_dir, execution_device, offload_buffers, preload_module_classes)
+
 
 def dispatch_model(
     model: nn.Module,
-    device_map: dict[str, Any],
-    main_device: Any = None,
-    state_dict: Any = None,
-    offload_dir: Any = None,
-    offload_index: Any = None,
+    device_map: dict[str, Device],
+    main_device: torch.device | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    offload_dir: PathLike | None = None,
+    offload_index: dict[str, Any] | None = None,
     offload_buffers: bool = False,
-    skip_keys: Any = None,
-    preload_module_classes: Any = None,
+    skip_keys: str | list[str] | None = None,
+    preload_module_classes: list[str] | None = None,
     force_hooks: bool = False,
 ) -> nn.Module:
-    """Put a model on the device that `device_map` has for all its modules, and remember it as `hf_device_map`.
-
-    Args:
-        model: The model.
-        device_map: Devices by name of a module.
-        main_device: Unused, as all that follows: for several devices.
-        state_dict: Unused.
-        offload_dir: Unused.
-        offload_index: Unused.
-        offload_buffers: Unused.
-        skip_keys: Unused.
-        preload_module_classes: Unused.
-        force_hooks: Refused if True.
-
-    Raises:
-        UnsupportedError: There are several devices, or one is the disk.
-    """
+    """Spread a model over devices; the arguments are those of `paceline.placement.dispatch_model`."""
     # transformers replaces it in this module, for models with tensors that are placed by hand.
     check_device_map(model, device_map)
-    devices = {str(device) for device in device_map.values()}
-    if len(devices) != 1 or "disk" in devices or force_hooks:
-        raise UnsupportedError(
-            f"A model is to be spread over {', '.join(sorted(devices))}" + (" with hooks" if force_hooks else ""),
-            "Placing one model on several devices, in host memory or on disk is not supported through the switch",
-            "Shard it instead (FSDP or DeepSpeed), or pass one device: device_map={'': 0}",
-        )
-    device = next(iter(device_map.values()))
-    model.to(torch.device(device) if isinstance(device, int | str) else device)
-    model.hf_device_map = dict(device_map)  # type: ignore[assignment]
-    return model
+    return spread(
+        model,
+        device_map,
+        main_device,
+        state_dict,
+        offload_dir,
+        offload_index,
+        offload_buffers,
+        skip_keys,
+        preload_module_classes,
+        force_hooks,
+        log=logger,
+    )
 
 
-@placement_unsupported
-def init_empty_weights(include_buffers: bool | None = None) -> Any:
-    """Build models without memory, within a block."""
-
-
-@placement_unsupported
-def init_on_device(device: torch.device, include_buffers: bool | None = None) -> Any:
-    """Build models on a device, within a block."""
-
-
-@placement_unsupported
-def cpu_offload(
-    model: nn.Module,
-    execution_device: Any = None,
-    offload_buffers: bool = False,
-    state_dict: Any = None,
-    preload_module_classes: Any = None,
-) -> Any:
-    """Keep a model's weights in host memory."""
-
-
-@placement_unsupported
-def cpu_offload_with_hook(model: nn.Module, execution_device: Any = None, prev_module_hook: Any = None) -> Any:
-    """Keep a model's weights in host memory between its uses."""
-
-
-@placement_unsupported
-def disk_offload(
-    model: nn.Module,
-    offload_dir: Any,
-    execution_device: Any = None,
-    offload_buffers: bool = False,
-    preload_module_classes: Any = None,
-) -> Any:
-    """Keep a model's weights on disk."""
-
-
-@placement_unsupported
 def load_checkpoint_and_dispatch(
     model: nn.Module,
-    checkpoint: Any,
-    device_map: Any = None,
-    max_memory: Any = None,
-    no_split_module_classes: Any = None,
-    offload_folder: Any = None,
+    checkpoint: PathLike,
+    device_map: str | dict[str, Device] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    no_split_module_classes: list[str] | None = None,
+    offload_folder: PathLike | None = None,
     offload_buffers: bool = False,
-    dtype: Any = None,
-    offload_state_dict: Any = None,
-    skip_keys: Any = None,
-    preload_module_classes: Any = None,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool | None = None,
+    skip_keys: str | list[str] | None = None,
+    preload_module_classes: list[str] | None = None,
     force_hooks: bool = False,
     strict: bool = False,
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
-) -> Any:
-    """Load weights into a model that is spread over devices."""
+) -> nn.Module:
+    """Load weights and spread the model; the arguments are those of `paceline.placement.load_checkpoint_and_dispatch`."""
+    return placement.load_checkpoint_and_dispatch(
+        model,
+        checkpoint,
+        device_map,
+        max_memory,
+        no_split_module_classes,
+        offload_folder,
+        offload_buffers,
+        dtype,
+        offload_state_dict,
+        skip_keys,
+        preload_module_classes,
+        force_hooks,
+        strict,
+        full_state_dict,
+        broadcast_from_rank0,
+    )
 
 
-@placement_unsupported
-def attach_layerwise_casting_hooks(
-    module: nn.Module,
-    storage_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    skip_modules_pattern: Any = None,
-    skip_modules_classes: Any = None,
-    non_blocking: bool = False,
-) -> Any:
-    """Store weights in one dtype and compute in another."""
+def _refuse_recurrent_layers_under_sequence_parallelism(model: nn.Module) -> None:
+    """Refuse layers that carry a state along the sequence, where the sequence is divided among ranks."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    layers = getattr(config, "layer_types", None) or ()
+    recurrent = sorted({name for name in layers if "linear_attention" in name})
+    if recurrent:
+        raise InvalidValueError(
+            f"{type(model).__name__} has layers of type {', '.join(recurrent)}, and sequence parallelism is on",
+            "These layers carry a state along the sequence, which would begin anew on every rank",
+            "Use a model with full attention only, or turn sequence parallelism off",
+        )

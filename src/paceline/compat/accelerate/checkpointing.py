@@ -28,7 +28,7 @@ from paceline.compat.accelerate.utils.constants import (
     SCHEDULER_NAME,
     WEIGHTS_NAME,
 )
-from paceline.compat.accelerate.utils.other import save
+from paceline.compat.accelerate.utils.other import id_tensor_storage, save
 from paceline.compat.samplers import SeedableRandomSampler
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ __all__ = [
     "save_state",
 ]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _NUMBERED = re.compile(r"checkpoint_\d+")
 
 
@@ -154,12 +154,16 @@ def load_accelerator_state(
     """
     if map_location not in (None, "cpu", "on_device"):
         raise WrongTypeError(
-            f"map_location is {map_location!r}", "There is no such choice", "Use cpu, on_device, or leave it out"
+            f"Unsupported optimizer map location passed: {map_location!r}",
+            "There is no such choice",
+            "Use cpu, on_device, or leave it out",
         )
     folder = Path(input_dir)
     where = PartialState().device if map_location == "on_device" else torch.device("cpu")
     for index, model in enumerate(models):
-        model.load_state_dict(_weights(folder, index, where), **load_model_func_kwargs)
+        weights = _weights(folder, index, where)
+        _add_shared(weights, model)
+        model.load_state_dict(weights, **load_model_func_kwargs)
     options = {"map_location": where, "weights_only": True, **(load_kwargs or {})}
     for index, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(torch.load(_file(folder, OPTIMIZER_NAME, index, ".bin"), **options))
@@ -184,6 +188,22 @@ def _weights(folder: Path, index: int, where: torch.device) -> dict[str, Any]:
         _file(folder, MODEL_NAME, index, ".bin"), map_location=where, weights_only=True
     )
     return weights
+
+
+def _add_shared(weights: dict[str, Any], model: nn.Module) -> None:
+    """Add the second names of shared tensors, of which a safetensors file has one."""
+    present: dict[Any, str] = {}
+    missing: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            memory = (id_tensor_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+            if name in weights:
+                present[memory] = name
+            else:
+                missing[name] = memory
+    for name, memory in missing.items():
+        if memory in present:
+            weights[name] = weights[present[memory]]
 
 
 def _load_loader(loader: Any, folder: Path, index: int, process_index: int) -> None:
@@ -430,14 +450,7 @@ def save_model(
     if folder.is_file():
         _LOG.error("%s is a file: the model is not saved", folder)
         return
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise NotInitializedError(
-            f"{', '.join(empty[:3])} of {type(model).__name__} have no values",
-            "They are on the meta device",
-            "Load them",
-        )
-    weights = accelerator.get_state_dict(model)
+    weights = _all_weights(accelerator, model)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if safe_serialization:
@@ -447,6 +460,23 @@ def save_model(
                 old.unlink()
             _save_parts(weights, folder, max_shard_size)
     accelerator.wait_for_everyone()
+
+
+def _all_weights(accelerator: Any, model: nn.Module) -> dict[str, Any]:
+    """The weights of a model, those that are offloaded to host memory or disk too."""
+    from paceline.placement import get_state_dict_offloaded_model, has_offloaded_params
+
+    if any(map(has_offloaded_params, model.modules())):
+        return get_state_dict_offloaded_model(model)
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise NotInitializedError(
+            f"{', '.join(empty[:3])} of {type(model).__name__} have no values",
+            "They are on the meta device",
+            "Load them",
+        )
+    weights: dict[str, Any] = accelerator.get_state_dict(model)
+    return weights
 
 
 def _save_parts(weights: dict[str, Any], folder: Path, max_shard_size: int | str) -> None:

@@ -82,7 +82,7 @@ _KEPT_ARGUMENTS = (
 # What a loader holds of the process, which is not pickled with it.
 _OF_THE_PROCESS = ("gradient_state", "state")
 _EXHAUSTED = object()
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 
 
 class DataLoaderStateMixin:

@@ -40,6 +40,15 @@ class AcceleratedOptimizer(stepping.AcceleratedOptimizer):
         self.accelerator_state = AcceleratorState()
         self.gradient_state = GradientState()
 
+    @property
+    def _is_overflow(self) -> bool:
+        """Whether the last step was skipped: the name under which programs set it, in tests of schedules."""
+        return self.step_was_skipped
+
+    @_is_overflow.setter
+    def _is_overflow(self, value: bool) -> None:
+        self.step_was_skipped = value
+
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Drop gradients where `sync_gradients` is true, whether before or after the backward pass.
 

@@ -187,19 +187,24 @@ class ParallelismConfig:
         Returns:
             The mesh; None without such an axis, and under Ulysses attention, where DeepSpeed has its own groups.
         """
-        axes = self._enabled(*_AXES)
+        axes, shape = self._get_mesh()
         if not axes or self.sp_enabled:
             return None
         from torch.distributed.device_mesh import init_device_mesh
 
-        shape = tuple(self._size(axis) for axis in axes)
         assert prod(shape) == self.total_size
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=tuple(axes))
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=axes)
         parts = {"dp": self.dp_dim_names, "dp_shard_cp": self.dp_shard_cp_dim_names, "dp_cp": self.dp_cp_dim_names}
         for name, names in parts.items():
             if names:
-                mesh[tuple(names)]._flatten(name)
+                # Torch takes a list as well as a tuple.
+                mesh[names]._flatten(name)  # type: ignore[index]
         return mesh
+
+    def _get_mesh(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The axes of more than one rank and their sizes, from the slowest axis to the fastest."""
+        axes = tuple(self._enabled(*_AXES))
+        return axes, tuple(self._size(axis) for axis in axes)
 
     def get_device_mesh(self, device_type: str | None = None) -> DeviceMesh | None:
         """Return the mesh, which the first call builds.

@@ -11,7 +11,7 @@ from paceline.data import ActiveLoaders
 from paceline.stepping import Window
 
 if TYPE_CHECKING:
-    from paceline.compat.accelerate.settings.plugins import DataLoaderConfiguration
+    from paceline.compat.accelerate.bridge.rules import LoaderRules
 
 __all__ = ["AcceleratedScheduler"]
 
@@ -25,8 +25,11 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         step_with_optimizer: False steps once on every call.
         split_batches: Whether the global batch does not grow with the number of ranks, so that one step counts once.
         window: What the core hands over.
-        loader_config: Says `split_batches`, as it is when the scheduler steps.
+        loaders: Say `split_batches` in their `config`, as it is when the scheduler steps.
     """
+
+    # Whether it stands for a schedule that belongs to an engine, which counts each step once.
+    is_of_engine = False
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         split_batches: bool = False,
         *,
         window: Window | None = None,
-        loader_config: DataLoaderConfiguration | None = None,
+        loaders: LoaderRules | None = None,
     ) -> None:
         self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if window is None:
@@ -45,15 +48,13 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         super().__init__(scheduler, window=window, optimizers=(), step_with_optimizer=step_with_optimizer)
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
-        # Whether it stands for a schedule that belongs to an engine, which counts each step once.
-        self.is_of_engine = False
         self._split_batches = split_batches
-        self._loader_config = loader_config
+        self._loaders = loaders
 
     @property
     def split_batches(self) -> bool:
         """Whether one step counts once, whatever the number of ranks."""
-        return self._split_batches if self._loader_config is None else self._loader_config.split_batches
+        return self._split_batches if self._loaders is None else self._loaders.config.split_batches
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step if the optimizer did: not inside a window, and not after a skipped step.

@@ -247,8 +247,10 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     world = World.read(os.environ)
     requested = os.environ.get("ACCELERATE_TORCH_DEVICE")
     device = torch.device(requested) if requested else choose_device(world, cpu=cpu)
-    # As under torchrun: a launcher that starts one process on a device gives it a process group of its own.
-    is_launched = world.size > 1 or (world.source != "none" and (cpu or device.type != "cpu"))
+    # As under torchrun: it gives one process on a device a process group of its own. The launcher's single process runs
+    # without one, unless it shards.
+    is_alone = "PACELINE_CONFIG" in os.environ and not _shards()
+    is_launched = world.size > 1 or (world.source != "none" and (cpu or device.type != "cpu") and not is_alone)
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
     return {
         "_cpu": cpu,
@@ -262,6 +264,11 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _shards() -> bool:
+    """Whether the launcher's variables ask for DeepSpeed or FSDP."""
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
 def _distributed_type(device: torch.device, cpu: bool) -> DistributedType:
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not cpu:
         if find_spec("deepspeed") is None:
@@ -273,7 +280,8 @@ def _distributed_type(device: torch.device, cpu: bool) -> DistributedType:
 def _missing_attribute(owner: str, name: str, known: Iterable[str]) -> AttributeError:
     if name in known:
         return AttributeError(
-            f"{owner} has no {name} now: _reset_state() emptied it. Make a new Accelerator or PartialState."
+            f"`{owner}` object has no attribute `{name}` now. This happens if `{owner}._reset_state()` emptied it. "
+            "Make a new Accelerator or PartialState."
         )
     return AttributeError(f"{owner!r} object has no attribute {name!r}")
 

@@ -21,6 +21,7 @@ from paceline.compat.accelerate.settings.variables import maybe_flag
 from paceline.compat.accelerate.state import PartialState
 from paceline.compat.accelerate.utils import imports
 from paceline.compat.accelerate.utils.operations import listify
+from paceline.tracking.clearml import plot_and_curve
 from paceline.tracking.registry import load_backend
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _IS_INSTALLED = {
     LoggerType.TENSORBOARD: imports.is_tensorboard_available,
     LoggerType.WANDB: imports.is_wandb_available,
@@ -375,6 +376,24 @@ class MLflowTracker(_BackendTracker):
         )
         self._open()
 
+    @property
+    def active_run(self) -> Any:
+        """The run of `mlflow`."""
+        return self.tracker
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Record the run's settings, without those that are longer than MLflow allows.
+
+        Args:
+            values: The settings by name.
+        """
+        longest = import_module("mlflow").utils.validation.MAX_PARAM_VAL_LENGTH
+        too_long = [name for name, value in values.items() if len(str(value)) > longest]
+        if too_long:
+            _LOG.warning("MLflow stores %s characters for a setting: %s left out.", longest, ", ".join(too_long))
+        super().store_init_configuration({name: value for name, value in values.items() if name not in too_long})
+
     @on_main_process
     def log_figure(self, figure: Any, artifact_file: str, **save_kwargs: Any) -> None:
         """Store a figure of matplotlib or plotly.
@@ -432,6 +451,28 @@ class ClearMLTracker(_TableTracker):
         given = {key: os.environ[variable] for key, variable in names.items() if variable in os.environ}
         self._open(**{key: value for key, value in given.items() if key not in self.init_kwargs})
 
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Record the run's settings as the configuration of the task.
+
+        Args:
+            values: The settings by name.
+        """
+        self.tracker.connect_configuration(values)
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images.
+
+        Args:
+            values: One image by name: an array, an image of PIL, or a path.
+            step: The step.
+            **kwargs: Arguments of `Logger.report_image`.
+        """
+        for name, image in values.items():
+            title, series = plot_and_curve(name)
+            self.tracker.get_logger().report_image(title=title, series=series, iteration=step, image=image, **kwargs)
+
 
 class DVCLiveTracker(_BackendTracker):
     """A run of `dvclive`; settings are those of `Live`.
@@ -452,6 +493,26 @@ class DVCLiveTracker(_BackendTracker):
     def start(self) -> None:
         """Open a run, or use the program's."""
         self._open(**({} if self.live is None else {"live": self.live}))
+        self.live = self.tracker
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record the numbers and texts of a step, and advance to the next.
+
+        Args:
+            values: Numbers and texts by name; anything else is left out.
+            step: The step.
+            **kwargs: Arguments of `Live.log_metric`.
+        """
+        can_log = import_module("dvclive.plots").Metric.could_log
+        if step is not None:
+            self.live.step = step
+        for name, value in listify(values).items():
+            if can_log(value):
+                self.live.log_metric(name, value, **kwargs)
+            else:
+                _LOG.warning("dvclive records numbers and texts: %s is a %s, and left out.", name, type(value).__name__)
+        self.live.next_step()
 
 
 LOGGER_TYPE_TO_CLASS: dict[str, type[GeneralTracker]] = {
@@ -536,7 +597,7 @@ def _known_kind(item: str | LoggerType, logging_dir: str | os.PathLike[str] | No
         return None
     if LOGGER_TYPE_TO_CLASS[str(kind)].requires_logging_directory and logging_dir is None:
         raise InvalidValueError(
-            f"log_with is {item!r} without a folder",
+            f"Logging with `{item}` requires a `logging_dir`, and there is none",
             "It writes its files there",
             "Pass project_dir, or ProjectConfiguration(logging_dir=...)",
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.deepspeed_file.keys import ARGUMENTS, OLD, REFUSED, REMOVED, REMOVED_FROM_ZERO, SECTIONS, TOP
-from paceline.config.sources.document import describe_json_error
 from paceline.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any] | None, str, str]:
     try:
         settings = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
+        from paceline.config.sources.document import describe_json_error
+
         return None, name, f"{name}:{error.lineno} is not valid JSON: {describe_json_error(error)}"
     except KeyError as error:
         return None, name, f"{name} has the key {error.args[0]!r} twice in one object"

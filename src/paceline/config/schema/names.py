@@ -31,6 +31,20 @@ _SWITCHES: Final = {
 }
 
 
+_TOPICS: Final = {
+    "": "What runs where",
+    "ddp_config": "DDP",
+    "fsdp_config": "FSDP",
+    "deepspeed_config": "DeepSpeed",
+    "parallelism_config": "Mesh",
+    "fp8_config": "fp8",
+    "dynamo_config": "torch.compile",
+    "mpirun_config": "MPI",
+    "megatron_lm_config": "Megatron-LM",
+}
+"""What the flags of each section are about; those of the top level come first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One flag of `paceline launch`.
@@ -52,6 +66,11 @@ class Option:
     description: str
     section: str = ""
     default: object = None
+
+    @property
+    def topic(self) -> str:
+        """The heading under which help lists the flag."""
+        return _TOPICS.get(self.section, self.section)
 
 
 @cache

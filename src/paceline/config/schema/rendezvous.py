@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 __all__ = ["RENDEZVOUS", "RENDEZVOUS_OPTIONS", "RendezvousOptions", "read_rendezvous_options"]
@@ -36,7 +36,7 @@ class RendezvousOptions:
 
 
 _ALIASES: Final = {"join_timeout": "timeout"}
-RENDEZVOUS_OPTIONS: Final = (*(f.name for f in fields(RendezvousOptions)), *_ALIASES)
+RENDEZVOUS_OPTIONS: Final = (*RendezvousOptions.__annotations__, *_ALIASES)
 """The names of all options."""
 
 

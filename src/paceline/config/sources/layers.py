@@ -15,13 +15,14 @@ from paceline.config.schema.names import (
     settings_by_key,
 )
 from paceline.config.schema.shapes import Shape
-from paceline.config.sources.document import Item, read_document
 from paceline.config.sources.origin import Detected, Kind, Origin, Raw
 from paceline.errors import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from paceline.config.sources.document import Item
 
 
 PREFIX: Final = "PACELINE_"
@@ -100,6 +101,9 @@ def detected_layer(detected: Mapping[str, object]) -> Layer:
 
 def file_layer(path: Path) -> Layer:
     """Read a configuration file."""
+    # A rank has its configuration from the launcher: it reads no YAML.
+    from paceline.config.sources.document import read_document
+
     layer = Layer()
     items, problems = read_document(path)
     layer.problems.extend(problems)

@@ -181,8 +181,14 @@ class FSDPStrategy(Strategy):
         """
         sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
         where = "cpu" if self._plugin.cpu_offload else self.context.device.type
+        held = {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
         for name, parameter in sharded:
             mesh = parameter.device_mesh
+            if id(parameter) not in held:
+                axes = ", ".join(mesh.mesh_dim_names or ("no name",))
+                raise _other_sharding(
+                    name, f"over the mesh axis {axes} by something other than FSDP", "FSDP would need these ranks, too"
+                )
             if mesh.size() != self.context.group.size or mesh.device_type != self.context.device.type:
                 raise _other_sharding(
                     name,

@@ -67,8 +67,10 @@ class ModelCall:
         is_causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
         self.shifts_labels = is_causal and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
-        # With a cache, models of transformers take a row for one sequence, whatever its positions say.
-        self._extra = {"use_cache": False} if packed and hasattr(config, "use_cache") else {}
+        # The keys and values that generating needs cost memory here, and compiled blocks are compiled again for each
+        # layer. With them, models of transformers also take a packed row for one sequence, whatever its positions say.
+        caches = getattr(config, "use_cache", False) and "use_cache" in parameters
+        self._extra = {"use_cache": False} if caches or (packed and hasattr(config, "use_cache")) else {}
         self.requires_labels = labels is not None and labels.default is labels.empty
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Tensor | None = None) -> Any:

@@ -61,10 +61,9 @@ class TrainingLoop:
         self.meter = LossMeter(self.accelerator, only_finite=self.args.logging_nan_inf_filter)
         self.tokens = TokenCounter.for_run(hooks)
         self.all_tokens = TokenCounter.for_throughput(hooks)
-        # Over all ranks; counted only if batches differ in size, else computed from the steps. None: a loader that
-        # batches by itself does not tell.
+        # Of all ranks, each once. None: a loader that batches by itself does not tell.
         self.samples: int | None = 0
-        self._counts_samples = getattr(loader, "total_batch_size", None) is None
+        self._batch_size: int | None = getattr(loader, "total_batch_size", None)
         # Whether to look for labels in the first batch.
         self._checks_labels = bool(self.args.label_names) and hooks.eval_dataset is not None
         self.grad_norm: Tensor | None = None
@@ -192,9 +191,14 @@ class TrainingLoop:
         if self.tokens is not None:
             self.tokens.add(inputs)
         self.all_tokens.add_tokens(inputs)
-        if self._counts_samples and self.samples is not None:
-            counts = self.loader.counts
-            self.samples = self.samples + sum(counts.real) if counts.counted else None
+        if self.samples is None:
+            return
+        if self._batch_size is not None and not self.loader.end_of_dataloader:
+            self.samples += self._batch_size
+            return
+        # The last batch may be short, or be filled up; others differ in size.
+        counts = self.loader.counts
+        self.samples = self.samples + sum(counts.real) if counts.counted else None
 
     def _optimizer_step(self) -> None:
         hooks, optimizer = self.hooks, self.hooks.optimizer
@@ -264,11 +268,10 @@ class TrainingLoop:
         """Runtime in seconds, throughput, and the mean loss of this training."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = self.hooks.state.global_step - self._first_step
-        samples = self.samples if self._counts_samples else steps * self.hooks.state.samples_per_step
         memory = {}
         if not self.args.skip_memory_metrics:
             memory = {"peak_memory_bytes": float(self.accelerator.peak_memory())}
-        throughput = {} if samples is None else {"train_samples_per_second": samples / seconds}
+        throughput = {} if self.samples is None else {"train_samples_per_second": self.samples / seconds}
         return {
             **memory,
             "train_runtime": seconds,

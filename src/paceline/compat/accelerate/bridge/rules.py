@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader
@@ -11,7 +10,9 @@ from paceline.accelerator.policies import Policies
 from paceline.compat.accelerate.data_loader import DataLoaderAdapter, prepare_data_loader
 from paceline.compat.accelerate.optimizer import AcceleratedOptimizer
 from paceline.compat.accelerate.scheduler import AcceleratedScheduler
-from paceline.compat.accelerate.state import GradientState
+from paceline.compat.accelerate.settings.enums import DistributedType
+from paceline.compat.accelerate.state import AcceleratorState, GradientState
+from paceline.compat.accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from paceline.config import Leniency
 from paceline.stepping import WindowPolicy
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
     from paceline.collectives import Group
     from paceline.compat.accelerate.settings.plugins import DataLoaderConfiguration
     from paceline.data import ActiveLoaders
 
-__all__ = ["LoaderRules", "rules_of"]
+__all__ = ["LoaderRules", "PreparedKinds", "rules_of"]
 
 _LENIENT = Leniency(
     foreign_parameters=True,
@@ -111,8 +113,33 @@ class LoaderRules:
         )
 
 
-def rules_of(loaders: LoaderRules) -> Policies:
-    """The rules of a run with these loaders."""
+class PreparedKinds:
+    """The classes of prepared optimizers and schedulers, which programs ask for.
+
+    Args:
+        loaders: Say `split_batches`, as it is when a schedule steps.
+
+    Attributes:
+        is_engines_schedule: Whether the call in progress prepares a schedule that an engine of DeepSpeed makes.
+    """
+
+    def __init__(self, loaders: LoaderRules) -> None:
+        self.is_engines_schedule = False
+        self._loaders = loaders
+
+    def optimizer(self, optimizer: Optimizer, **core: Any) -> AcceleratedOptimizer:
+        """Wrap an optimizer."""
+        is_engines = AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+        return (DeepSpeedOptimizerWrapper if is_engines else AcceleratedOptimizer)(optimizer, **core)
+
+    def scheduler(self, scheduler: Any, **core: Any) -> AcceleratedScheduler:
+        """Wrap a learning-rate scheduler."""
+        kind = DeepSpeedSchedulerWrapper if self.is_engines_schedule else AcceleratedScheduler
+        return kind(scheduler, loaders=self._loaders, **core)
+
+
+def rules_of(loaders: LoaderRules, kinds: PreparedKinds) -> Policies:
+    """The rules of a run with these loaders, optimizers and schedulers."""
 
     def family(_active: ActiveLoaders) -> LoaderRules:
         return loaders
@@ -121,7 +148,7 @@ def rules_of(loaders: LoaderRules) -> Policies:
         leniency=_LENIENT,
         window=WindowPolicy(divide_by="num_steps"),
         boundary=SharedBoundary,
-        optimizer=AcceleratedOptimizer,
-        scheduler=partial(AcceleratedScheduler, loader_config=loaders.config),
+        optimizer=kinds.optimizer,
+        scheduler=kinds.scheduler,
         loaders=family,
     )

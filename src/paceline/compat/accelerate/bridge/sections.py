@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from paceline import config
 from paceline.compat.accelerate.settings.enums import DynamoBackend
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError, WrongTypeError
 from paceline.compat.accelerate.settings.handlers import (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -39,7 +41,9 @@ __all__ = [
     "mesh_section",
 ]
 
+_LOG = logging.getLogger("accelerate.accelerator")
 _KINDS = (
+    AORecipeKwargs,
     AutocastKwargs,
     DistributedDataParallelKwargs,
     GradScalerKwargs,
@@ -144,6 +148,7 @@ def mesh_section(sizes: ParallelismConfig | None) -> config.ParallelismConfig | 
 def deepspeed_section(plugin: DeepSpeedPlugin) -> config.DeepSpeedPlugin:
     """The settings of DeepSpeed: its configuration as the plugin holds it now."""
     settings = _without_open_ends(plugin.deepspeed_config)
+    _mend_stage(settings.get("zero_optimization", {}))
     # The run's own: the launcher's or the program's number of micro-batches, and no progress of DeepSpeed's.
     for key in ("gradient_accumulation_steps", "steps_per_print"):
         settings.pop(key, None)
@@ -153,6 +158,15 @@ def deepspeed_section(plugin: DeepSpeedPlugin) -> config.DeepSpeedPlugin:
     if plugin.transformer_moe_cls_names:
         section["transformer_moe_cls_names"] = tuple(plugin.transformer_moe_cls_names.split(","))
     return config.DeepSpeedPlugin(**section)
+
+
+def _mend_stage(zero: dict[str, Any]) -> None:
+    """Read a stage that is written as text, and leave out what it does not have."""
+    stage = str(zero.get("stage", "")).removeprefix("zero")
+    if stage.isdigit():
+        zero["stage"] = int(stage)
+    if zero.get("stage") in (0, 1, 2) and zero.pop("offload_param", None) is not None:
+        _LOG.warning("offload_param_device has no effect: ZeRO stage %s keeps whole parameters.", stage)
 
 
 def _without_open_ends(settings: Any) -> Any:

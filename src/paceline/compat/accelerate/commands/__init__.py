@@ -1,1 +1,1 @@
-"""What programs import from Accelerate's commands: the default configuration file, and launching a script."""
+"""Accelerate's commands, by its names and flags. They stand on paceline's own, which `paceline --help` lists."""

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from paceline.errors import PacelineError
+from paceline.errors import ConfigError, PacelineError, PrepareError
 
-__all__ = ["InvalidValueError", "NotInitializedError", "UnsupportedError", "WrongTypeError", "unsupported"]
+__all__ = [
+    "InvalidValueError",
+    "NotInitializedError",
+    "UnsupportedError",
+    "WrongTypeError",
+    "unsupported",
+    "value_errors",
+]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +38,25 @@ class UnsupportedError(PacelineError, NotImplementedError):
     """A function of Accelerate that paceline does not have."""
 
 
+@contextmanager
+def value_errors() -> Iterator[None]:
+    """Let what the core refuses be a `ValueError` too, for programs that catch that."""
+    try:
+        yield
+    except (ConfigError, PrepareError) as error:
+        if isinstance(error, ValueError):
+            raise
+        kind = _also_value_error(type(error))
+        copied = kind.__new__(kind, *error.args)
+        vars(copied).update(vars(error))
+        raise copied.with_traceback(error.__traceback__) from error.__cause__
+
+
+@functools.cache
+def _also_value_error(kind: type[PacelineError]) -> type[PacelineError]:
+    return type(kind.__name__, (kind, ValueError), {"__module__": kind.__module__})
+
+
 def unsupported(why: str, todo: str) -> Callable[[F], F]:
     """Make a decorator for functions that are importable, with their signature, and raise `UnsupportedError`.
 
@@ -43,6 +70,8 @@ def unsupported(why: str, todo: str) -> Callable[[F], F]:
         def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
             raise UnsupportedError(f"{function.__qualname__} was called", why, todo)
 
+        # For the table of what is supported.
+        refuse.reason = (why, todo)  # type: ignore[attr-defined]
         return refuse  # type: ignore[return-value]
 
     return decorate

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FullyShardedDataParallelPlugin", "get_module_class_from_name"]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("accelerate.utils.dataclasses")  # where programs look for these messages
 _PREFIX = "FSDP_"
 _POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 _PRECISIONS = {"fp8": "bfloat16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}

@@ -6,11 +6,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.compat.accelerate.settings.enums import DDPCommunicationHookType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
-from paceline.compat.accelerate.settings.variables import clear_environment
+from paceline.compat.accelerate.settings.variables import clear_environment, parse_flag_from_env
+from paceline.errors import MissingExtraError
 
 if TYPE_CHECKING:
     import torch
@@ -181,13 +184,29 @@ class _Recipe(KwargsHandler):
 
 
 @dataclass
-class AORecipeKwargs(_Recipe):
-    """A recipe for torchao."""
+class AORecipeKwargs(KwargsHandler):
+    """How torchao computes in 8-bit floats. What is not set comes from `ACCELERATE_FP8_*`.
+
+    Raises:
+        MissingExtraError: torchao is not installed.
+    """
 
     config: Any = None
     module_filter_func: Callable[..., bool] | None = None
     pad_inner_dim: bool | None = None
     enable_fsdp_float8_all_gather: bool | None = None
+
+    def __post_init__(self) -> None:
+        if find_spec("torchao") is None:
+            raise MissingExtraError("torchao", "torchao", "AORecipeKwargs")
+        if self.config is not None:
+            return
+        for name in ("pad_inner_dim", "enable_fsdp_float8_all_gather"):
+            if getattr(self, name) is None:
+                setattr(self, name, parse_flag_from_env(f"ACCELERATE_FP8_{name.upper()}", True))
+        self.config = import_module("torchao.float8").Float8LinearConfig(
+            pad_inner_dim=self.pad_inner_dim, enable_fsdp_float8_all_gather=self.enable_fsdp_float8_all_gather
+        )
 
 
 @dataclass

@@ -55,7 +55,7 @@ class TorchContextParallelConfig:
             self.cp_comm_strategy = parse_choice_from_env(f"{_PREFIX}CP_COMM_STRATEGY", "allgather")
         if self.cp_comm_strategy not in _EXCHANGES:
             raise InvalidValueError(
-                f"cp_comm_strategy is {self.cp_comm_strategy!r}",
+                f"Invalid cp_comm_strategy: {self.cp_comm_strategy}",
                 "There is no such exchange",
                 f"Use one of {', '.join(_EXCHANGES)}",
             )
@@ -95,7 +95,7 @@ class DeepSpeedSequenceParallelConfig:
         if name is None or name in _ATTENTION or ("/" in name and "flash-attn" in name):
             return
         raise InvalidValueError(
-            f"sp_attn_implementation is {name!r}",
+            f"Invalid sp_attn_implementation: {name}",
             "Ulysses attention needs a fused kernel",
             f"Use one of {', '.join(_ATTENTION)}, or a kernel of the hub such as kernels-community/flash-attn2",
         )

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from paceline.compat.accelerate.settings.enums import DynamoBackend
-from paceline.compat.accelerate.settings.errors import UnsupportedError
+from paceline.compat.accelerate.settings.enums import CustomDtype, DynamoBackend
+from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 from paceline.compat.accelerate.settings.handlers import KwargsHandler
 from paceline.compat.accelerate.settings.variables import maybe_flag, parse_choice_from_env, parse_flag_from_env
 
@@ -133,7 +133,59 @@ class MegatronLMPlugin(_Unsupported):
     todo = "Use FullyShardedDataParallelPlugin or DeepSpeedPlugin"
 
 
-class BnbQuantizationConfig(_Unsupported):
-    """Settings of bitsandbytes, for models that are loaded in 4 or 8 bits."""
+@dataclass
+class BnbQuantizationConfig:
+    """Settings of bitsandbytes, for models that are loaded in 4 or 8 bits.
 
-    todo = "Load the model with transformers' own BitsAndBytesConfig"
+    Raises:
+        InvalidValueError: Both widths or none is chosen, or a value is not one of its kind.
+    """
+
+    load_in_8bit: bool = False
+    llm_int8_threshold: float = 6.0
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: Any = "fp16"
+    torch_dtype: Any = None
+    skip_modules: list[str] | None = None
+    keep_in_fp32_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        self.bnb_4bit_compute_dtype = _torch_dtype("bnb_4bit_compute_dtype", self.bnb_4bit_compute_dtype)
+        if self.torch_dtype is not None:
+            self.torch_dtype = _torch_dtype("torch_dtype", self.torch_dtype)
+        import torch
+
+        if self.load_in_8bit:
+            self.target_dtype: Any = torch.int8
+            self.torch_dtype = self.torch_dtype or torch.float16
+        else:
+            self.target_dtype = CustomDtype.INT4
+            self.torch_dtype = self.torch_dtype or self.bnb_4bit_compute_dtype
+
+    def _check(self) -> None:
+        if bool(self.load_in_8bit) == bool(self.load_in_4bit):
+            raise InvalidValueError(
+                f"load_in_8bit is {self.load_in_8bit} and load_in_4bit {self.load_in_4bit}",
+                "Weights are stored in one of them",
+                "Set one of them to True",
+            )
+        if self.bnb_4bit_quant_type not in ("fp4", "nf4"):
+            raise InvalidValueError(
+                f"bnb_4bit_quant_type is {self.bnb_4bit_quant_type!r}", "There is no such format", "Use fp4 or nf4"
+            )
+        for name in ("skip_modules", "keep_in_fp32_modules"):
+            if not isinstance(getattr(self, name), (list, type(None))):
+                raise InvalidValueError(f"{name} is {getattr(self, name)!r}", "It lists names", "Pass a list")
+
+
+def _torch_dtype(field_name: str, value: Any) -> torch.dtype:
+    import torch
+
+    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = known.get(value, value)
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidValueError(f"{field_name} is {value!r}", "It is no dtype", f"Use one of {', '.join(known)}")
+    return dtype

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from paceline.compat.accelerate.lazy import lazy_attributes
-
 # Now, as this module and its function have one name: importing the module later must not replace the function.
 from paceline.compat.accelerate.utils.tqdm import tqdm as tqdm
+from paceline.lazy_names import lazy_attributes
 
 _NAMES = {
+    ".commands.config.default": "write_basic_config",
     ".parallelism_config": "ParallelismConfig",
     "ao": "convert_model_to_fp8_ao filter_first_and_last_linear_layers has_ao_layers",
     "bnb": "has_4bit_bnb_layers load_and_quantize_model",
@@ -56,6 +56,14 @@ _NAMES = {
         is_triton_available is_wandb_available is_weights_only_available is_xccl_available is_xpu_available
         torchao_required
     """,
+    "launch": """
+        PrepareForLaunch prepare_deepspeed_cmd_env prepare_multi_gpu_env prepare_sagemager_args_inputs
+        prepare_simple_launcher_cmd_env prepare_tpu
+    """,
+    "megatron_lm": """
+        AbstractTrainStep BertTrainStep GPTTrainStep MegatronLMDummyDataLoader MegatronLMDummyScheduler T5TrainStep
+        add_model_config_to_megatron_parser avg_losses_across_data_parallel_group
+    """,
     "memory": "clear_device_cache find_executable_batch_size release_memory should_reduce_batch_size",
     "modeling": """
         align_module_device calculate_maximum_sizes check_device_map check_tied_parameters_in_config
@@ -83,6 +91,10 @@ _NAMES = {
         wait_for_everyone
     """,
     "random": "set_seed synchronize_rng_state synchronize_rng_states",
+    "torch_xla": "install_xla",
+    "transformer_engine": """
+        apply_fp8_autowrap contextual_fp8_autocast convert_model has_transformer_engine_layers
+    """,
     "versions": "compare_versions is_torch_version",
 }
 

@@ -64,6 +64,8 @@ class DeepSpeedOptimizerWrapper(AcceleratedOptimizer):
 class DeepSpeedSchedulerWrapper(AcceleratedScheduler):
     """A schedule that belongs to an engine, which counts each step once."""
 
+    is_of_engine = True
+
 
 def get_active_deepspeed_plugin(state: AcceleratorState) -> DeepSpeedPlugin:
     """Return the plugin of DeepSpeed that is in use.

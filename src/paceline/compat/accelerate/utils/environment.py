@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _PREFIX = "ACCELERATE_"
 
 

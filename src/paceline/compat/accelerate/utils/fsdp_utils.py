@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ __all__ = [
     "save_fsdp_optimizer",
 ]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 _COMPILED = "_orig_mod."
 
@@ -103,6 +103,22 @@ def _options(plugin: FullyShardedDataParallelPlugin, *, loads: bool = False) -> 
     )
 
 
+class _Kind(NamedTuple):
+    """What of a run is saved.
+
+    Attributes:
+        key: Its key in a file of shards.
+        name: How its files and folders begin.
+    """
+
+    key: str
+    name: str
+
+
+_MODEL = _Kind("model", FSDP_MODEL_NAME)
+_OPTIMIZER = _Kind("optimizer", OPTIMIZER_NAME)
+
+
 def _named(folder: str | os.PathLike[str], stem: str, index: int, suffix: str) -> Path:
     return Path(folder, f"{stem}{suffix}" if index == 0 else f"{stem}_{index}{suffix}")
 
@@ -140,13 +156,8 @@ def save_fsdp_model(
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     _require_dcp(use_dcp)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     state = _selected(model, get_model_state_dict(model, options=_options(fsdp_plugin)), adapter_only)
-    if not _is_whole(fsdp_plugin):
-        _write_shards({"model": state}, Path(output_dir, f"{FSDP_MODEL_NAME}_{model_index}"))
-    elif accelerator.process_index == 0:
-        torch.save(state, _named(output_dir, FSDP_MODEL_NAME, model_index, ".bin"))
-    accelerator.wait_for_everyone()
+    _save(accelerator, state, _MODEL, output_dir, model_index, whole=_is_whole(fsdp_plugin))
 
 
 def load_fsdp_model(
@@ -177,16 +188,10 @@ def load_fsdp_model(
     _require_dcp(use_dcp)
     accelerator.wait_for_everyone()
     if _is_whole(fsdp_plugin):
-        state: dict[str, Any] = {}
-        if accelerator.process_index == 0:
-            file = _named(input_dir, FSDP_MODEL_NAME, model_index, ".bin")
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _load_whole(accelerator, _MODEL, input_dir, model_index)
     else:
-        folder = Path(input_dir)
-        if FSDP_MODEL_NAME not in folder.name:
-            folder = folder / f"{FSDP_MODEL_NAME}_{model_index}"
         state = _selected(model, get_model_state_dict(model, options=_options(fsdp_plugin)), adapter_only)
-        state = _read_shards({"model": state}, folder)["model"]
+        state = _load_shards(state, _MODEL, input_dir, model_index)
     return set_model_state_dict(model, state, options=_options(fsdp_plugin, loads=True))
 
 
@@ -213,13 +218,8 @@ def save_fsdp_optimizer(
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     _require_dcp(use_dcp)
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
     state = get_optimizer_state_dict(model, _inner(optimizer), options=_options(fsdp_plugin))
-    if not _is_whole(fsdp_plugin):
-        _write_shards({"optimizer": state}, Path(output_dir, f"{OPTIMIZER_NAME}_{optimizer_index}"))
-    elif accelerator.process_index == 0:
-        torch.save(state, _named(output_dir, OPTIMIZER_NAME, optimizer_index, ".bin"))
-    accelerator.wait_for_everyone()
+    _save(accelerator, state, _OPTIMIZER, output_dir, optimizer_index, whole=_is_whole(fsdp_plugin))
 
 
 def load_fsdp_optimizer(
@@ -250,16 +250,10 @@ def load_fsdp_optimizer(
     accelerator.wait_for_everyone()
     inner = _inner(optimizer)
     if _is_whole(fsdp_plugin):
-        state: dict[str, Any] = {}
-        if accelerator.process_index == 0 or accelerator.num_processes == 1:
-            file = _named(input_dir, OPTIMIZER_NAME, optimizer_index, ".bin")
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _load_whole(accelerator, _OPTIMIZER, input_dir, optimizer_index)
     else:
-        folder = Path(input_dir)
-        if OPTIMIZER_NAME not in folder.name:
-            folder = folder / f"{OPTIMIZER_NAME}_{optimizer_index}"
         state = get_optimizer_state_dict(model, inner, options=_options(fsdp_plugin))
-        state = _read_shards({"optimizer": state}, folder)["optimizer"]
+        state = _load_shards(state, _OPTIMIZER, input_dir, optimizer_index)
     set_optimizer_state_dict(model, inner, state, options=_options(fsdp_plugin, loads=True))
 
 
@@ -274,6 +268,37 @@ def _require_dcp(use_dcp: bool) -> None:
             "Shards are written by torch.distributed.checkpoint, which any number of ranks can read",
             "Leave it out",
         )
+
+
+def _save(
+    run: Run, state: dict[str, Any], kind: _Kind, output_dir: str | os.PathLike[str], index: int, *, whole: bool
+) -> None:
+    """Write a state: whole on rank 0, or each rank its shards."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    if whole and run.process_index == 0:
+        torch.save(state, _named(output_dir, kind.name, index, ".bin"))
+    elif not whole:
+        _write_shards({kind.key: state}, Path(output_dir, f"{kind.name}_{index}"))
+    run.wait_for_everyone()
+
+
+def _load_whole(run: Run, kind: _Kind, input_dir: str | os.PathLike[str], index: int) -> dict[str, Any]:
+    """Read a whole state on rank 0; other ranks get theirs from it when it is set."""
+    if run.process_index > 0:
+        return {}
+    state: dict[str, Any] = torch.load(
+        _named(input_dir, kind.name, index, ".bin"), map_location="cpu", weights_only=True
+    )
+    return state
+
+
+def _load_shards(state: dict[str, Any], kind: _Kind, input_dir: str | os.PathLike[str], index: int) -> dict[str, Any]:
+    """Read this rank's shards into a state; the folder is that of the run's checkpoint, or the shards' own."""
+    folder = Path(input_dir)
+    if kind.name not in folder.name:
+        folder = folder / f"{kind.name}_{index}"
+    read: dict[str, Any] = _read_shards({kind.key: state}, folder)[kind.key]
+    return read
 
 
 def _checkpoint_module() -> Any:

@@ -407,10 +407,25 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
     flat: list[torch.Tensor] = []
     recursively_apply(flat.append, tensor, error_on_other_type=True)
     dense = [leaf for leaf in flat if not leaf.is_nested]
+    _check_dimensions(dense)
     if len(dense) < len(flat):
         warnings.warn("Nested tensors are not padded", CannotPadNestedTensorWarning, stacklevel=2)
     padded = iter(collectives.pad_across_processes(current_group(), dense, dim, pad_index, pad_first))
     return recursively_apply(lambda leaf: leaf if leaf.is_nested else next(padded), tensor)
+
+
+def _check_dimensions(tensors: list[torch.Tensor]) -> None:
+    """In debug mode, refuse tensors of which ranks have different numbers of dimensions."""
+    if not (PartialState().debug and _is_distributed()):
+        return
+    dimensions = current_group().all_gather_object([tensor.ndim for tensor in tensors])
+    if any(each != dimensions[0] for each in dimensions):
+        seen = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(dimensions))
+        raise DistributedOperationException(
+            f"pad_across_processes got tensors with different numbers of dimensions: {seen}",
+            "Only sizes along one dimension can be made equal",
+            "Pass tensors of the same kind on all ranks",
+        )
 
 
 def gather_tensor_shape(tensor: torch.Tensor | None) -> tuple[torch.Size, torch.dtype]:

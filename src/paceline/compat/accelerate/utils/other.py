@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import logging
 import platform
+import re
 import socket
 import sys
 from collections import defaultdict
 from functools import reduce
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -48,7 +51,9 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound=nn.Module)
-_LOG = logging.getLogger(__name__)
+# Kernels before it were seen to hang.
+_OLDEST_KERNEL = Version("5.5.0")
+_LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 # NumPy's generators and arrays, which checkpoints of random states hold.
 _SAFE_GLOBALS = [
     np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
@@ -106,6 +111,9 @@ def _compiled(module: nn.Module, compile_kwargs: dict[str, Any]) -> nn.Module:
     if not has_repeated_blocks(module):
         return _whole(module, compile_kwargs)
     shell = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            vars(shell)[name] = MethodType(value.__func__, shell)
     vars(shell)["_modules"] = {name: _compiled(child, compile_kwargs) for name, child in module.named_children()}
     return shell
 
@@ -169,7 +177,8 @@ def extract_model_from_parallel(
 
     Args:
         model: The model.
-        keep_fp32_wrapper: Has no effect: the forward of a prepared model is the program's own.
+        keep_fp32_wrapper: False gives a model its own forward back that a program wrapped, keeping the old one as
+            `_original_forward`. The forward of a prepared model is its own in any case.
         keep_torch_compile: Keep the wrapper of `torch.compile`, around the model that was found.
         recursive: Take wrappers inside the model off, too.
     """
@@ -185,6 +194,8 @@ def extract_model_from_parallel(
         inner = inner.module
     if recursive:
         inner = _without_wrappers(inner)
+    if not keep_fp32_wrapper:
+        _restore_forward(inner)
     if compiled is None or not keep_torch_compile:
         return inner
     if is_compiled_module(compiled):
@@ -192,6 +203,18 @@ def extract_model_from_parallel(
     else:
         vars(compiled)["_orig_mod"] = inner
     return compiled
+
+
+def _restore_forward(model: Any) -> None:
+    """Take the wrappers off a forward down to the model's original one, if it is among them."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    forward = model.forward
+    while hasattr(forward, "__wrapped__") and forward != original:
+        forward = forward.__wrapped__
+    # As a method of the model, which can be pickled.
+    model.forward = forward if isinstance(forward, MethodType) else MethodType(forward, model)
 
 
 def _without_wrappers(module: nn.Module) -> nn.Module:
@@ -227,7 +250,8 @@ def clean_state_dict_for_safetensors(state_dict: dict[str, Any]) -> dict[str, An
     for name in removed:
         del state_dict[name]
     if removed:
-        _LOG.warning("%s are left out of the file: they share memory with other tensors.", ", ".join(removed))
+        names = ", ".join(removed)
+        _LOG.warning("Removed shared tensor(s) %s from the file: it has their memory under another name.", names)
     return {name: each.contiguous() if isinstance(each, torch.Tensor) else each for name, each in state_dict.items()}
 
 
@@ -303,9 +327,10 @@ def convert_bytes(size: float) -> str:
 
 def check_os_kernel() -> None:
     """Warn about a Linux older than 5.5, on which processes were seen to hang."""
-    release = platform.release().split(".")
-    if platform.system() == "Linux" and [int(part) for part in release[:2]] < [5, 5]:
-        _LOG.warning("Linux %s is old: with less than 5.5, processes may hang.", platform.release())
+    system = platform.uname()
+    version = re.match(r"\d+\.\d+(\.\d+)?", system.release)
+    if system.system == "Linux" and version is not None and Version(version.group()) < _OLDEST_KERNEL:
+        _LOG.warning(f"Linux {version.group()} is old: with less than {_OLDEST_KERNEL}, processes may hang.")
 
 
 def recursive_getattr(obj: Any, attr: str) -> Any:

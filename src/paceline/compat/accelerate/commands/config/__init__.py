@@ -1,49 +1,46 @@
-"""The configuration file, as its keys and values."""
+"""`accelerate config`: writes the configuration file, and reads it."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import argparse
+import sys
 from typing import Any
 
-import yaml
+from paceline.compat.accelerate.commands.config.config import config_command_parser
+from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from paceline.compat.accelerate.commands.config.default import default_command_parser
+from paceline.compat.accelerate.commands.config.update import update_command_parser
 
-from paceline.config.sources import locate
-
-__all__ = ["ConfigFile", "default_config_file", "load_config_from_file"]
-
-default_config_file = str(locate.find_config_file(os.environ) or locate.default_config_file(os.environ))
-"""The file that `paceline launch` reads without `--config_file`; it may not exist."""
-
-
-class ConfigFile:
-    """The keys of a configuration file, also as attributes.
-
-    Args:
-        values: Values by key.
-    """
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._values:
-            raise AttributeError(name)
-        return self._values[name]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return values by key."""
-        return dict(self._values)
+__all__ = [
+    "config_command_parser",
+    "default_command_parser",
+    "default_config_file",
+    "get_config_parser",
+    "load_config_from_file",
+    "main",
+    "update_command_parser",
+]
 
 
-def load_config_from_file(config_file: str | os.PathLike[str] | None) -> ConfigFile:
-    """Read a file in YAML or JSON.
+def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
+    """Return the parser of `accelerate config` with its commands `default` and `update`.
 
     Args:
-        config_file: The file; None reads the default one.
-
-    Raises:
-        FileNotFoundError: There is no such file.
+        subparsers: Where to add it as the command `config`, if it is one of several.
     """
-    path = Path(default_config_file if config_file is None else config_file)
-    return ConfigFile(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    parser = config_command_parser(subparsers)
+    parent = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    commands = parser.add_subparsers(title="subcommands", dest="subcommand")
+    default_command_parser(commands, [parent])
+    update_command_parser(commands, [parent])
+    return parser
+
+
+def main() -> None:
+    """Run `accelerate config`."""
+    args = get_config_parser().parse_args(sys.argv[1:])
+    args.func(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Checkpoints into models: straight from the files to where each weight belongs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.errors import PlacementError
+from paceline.placement.device_map import (
+    check_tied_parameters_on_same_device,
+    device_of,
+    warn_if_untied,
+)
+from paceline.placement.offload_folder import load_offloaded_weight, offload_weight, save_offload_index
+from paceline.placement.tensors import (
+    META,
+    Device,
+    as_device,
+    as_dtype,
+    find_tied_parameters,
+    is_number_kept,
+    retie_parameters,
+    set_module_tensor_to_device,
+)
+from paceline.placement.transfer import DeviceQueue, Transfer, Transfers, pack
+from paceline.placement.weight_file import FileSlice, SafetensorsFile
+
+__all__ = ["checkpoint_files", "load_checkpoint_in_model", "load_offloaded_weights", "load_state_dict"]
+
+logger = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+_WHOLE = ("pytorch_model.bin", "model.safetensors")
+_INDEX = ".index.json"
+# Of weights on their way to devices at one time.
+_BYTES_ON_THE_WAY = 2**30
+
+
+def checkpoint_files(checkpoint: PathLike) -> list[Path]:
+    """Return the files of a checkpoint.
+
+    Args:
+        checkpoint: A file of weights, the index of a sharded checkpoint, or a folder with either.
+
+    Raises:
+        PlacementError: It is none of these.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return _indexed_files(path) if path.suffix == ".json" else [path]
+    if not path.is_dir():
+        raise PlacementError(
+            f"The checkpoint {path} does not exist", "", "Name a file of weights, an index, or a folder with either"
+        )
+    for name in _WHOLE:
+        if (path / name).is_file():
+            return [path / name]
+    indices = sorted(each for each in path.iterdir() if each.name.endswith(_INDEX))
+    if len(indices) != 1:
+        names = ", ".join(each.name for each in indices) or "none"
+        raise PlacementError(
+            f"The folder {path} has neither {' nor '.join(_WHOLE)}, and of indices (*{_INDEX}): {names}",
+            "It must have exactly one index then",
+            "Name the file or the index instead of the folder",
+        )
+    return _indexed_files(indices[0])
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    entries = json.loads(index.read_text())
+    names = entries.get("weight_map", entries)
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def load_state_dict(
+    checkpoint_file: PathLike, device_map: Mapping[str, Device] | None = None
+) -> dict[str, torch.Tensor]:
+    """Read a file of weights, in the format of safetensors or torch's own.
+
+    Args:
+        checkpoint_file: The file.
+        device_map: Devices by name of a module, for safetensors; the rest, and what belongs on disk, goes to the CPU.
+
+    Raises:
+        PlacementError: It is a safetensors file of another framework.
+    """
+    path = Path(checkpoint_file)
+    if path.suffix != ".safetensors":
+        return _load_pickle(path)
+    reader = SafetensorsFile(path)
+    slices = reader.slices()
+    _check_framework(path, reader.metadata)
+    weights = {name: each.tensor(reader.mapped) for name, each in slices.items()}
+    placed = {}
+    for name, weight in weights.items():
+        device = _device_or_cpu(name, device_map or {})
+        placed[name] = weight if device.type == "cpu" else weight.to(device)
+    return placed
+
+
+def _device_or_cpu(name: str, device_map: Mapping[str, Device]) -> torch.device:
+    try:
+        device = device_of(name, device_map)
+    except PlacementError:
+        device = "cpu"
+    return torch.device("cpu") if device == "disk" else as_device(device)
+
+
+def _check_framework(path: Path, metadata: Mapping[str, str] | None) -> None:
+    framework = (metadata or {}).get("format", "pt")
+    if framework != "pt":
+        raise PlacementError(
+            f"{path} was written for the framework {framework!r}", "Its tensors may be laid out in another way"
+        )
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: PathLike) -> None:
+    """Load weights of a folder of offloaded weights into a model, in host memory.
+
+    Args:
+        model: The model.
+        index: The entries of the weights; nothing is loaded if there are none.
+        offload_folder: The folder.
+    """
+    for name, info in (index or {}).items():
+        weight = load_offloaded_weight(Path(offload_folder, f"{name}.dat"), info)
+        set_module_tensor_to_device(model, name, "cpu", value=weight.clone())
+
+
+def load_checkpoint_in_model(
+    model: nn.Module,
+    checkpoint: PathLike,
+    device_map: Mapping[str, Device] | None = None,
+    offload_folder: PathLike | None = None,
+    dtype: str | torch.dtype | None = None,
+    offload_state_dict: bool | None = False,
+    offload_buffers: bool = False,
+    keep_in_fp32_modules: Sequence[str] | None = None,
+    offload_8bit_bnb: bool = False,
+    strict: bool = False,
+    full_state_dict: bool = True,
+    broadcast_from_rank0: bool = False,
+) -> None:
+    """Load a checkpoint into a model, each weight straight to its device.
+
+    Weights of safetensors files that belong on disk are not written again: `offload_folder/index.json` says where they
+    are. Those of host memory are read from the disk when they are first used. Collective if `broadcast_from_rank0`.
+
+    Args:
+        model: The model, which may be on the meta device.
+        checkpoint: A file of weights, the index of a sharded checkpoint, or a folder with either.
+        device_map: Devices by name of a module; by default weights go where the model has them.
+        offload_folder: Where weights that belong on disk are listed, or written if they are in no safetensors file.
+        dtype: What floating-point weights are converted to; by default they become what the model has.
+        offload_state_dict: Accepted, and without effect: a checkpoint's weights take host memory only where they stay.
+        offload_buffers: Buffers of modules on disk stay there, too.
+        keep_in_fp32_modules: Names of modules whose weights become float32 where `dtype` is float16.
+        offload_8bit_bnb: Not supported.
+        strict: Names that the checkpoint lacks, or has too many, are an error.
+        full_state_dict: The checkpoint has whole tensors, also where the model's are sharded.
+        broadcast_from_rank0: Rank 0 reads and sends the weights to the others.
+
+    Raises:
+        PlacementError: The checkpoint does not fit, or an argument is missing.
+    """
+    if offload_8bit_bnb:
+        raise PlacementError(
+            "offload_8bit_bnb=True was given", "paceline does not offload 8-bit weights of bitsandbytes"
+        )
+    files = checkpoint_files(checkpoint)
+    ties = find_tied_parameters(model)
+    warn_if_untied(model, ties)
+    if device_map is None:
+        unexpected = _load_in_place(model, files, strict, full_state_dict, broadcast_from_rank0)
+    else:
+        check_tied_parameters_on_same_device(ties, device_map)
+        loading = _Loading(model, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules or ())
+        for file in files:
+            loading.load(file)
+        loading.finish()
+        unexpected = loading.unexpected
+        loading.report_missing(ties, strict)
+    if unexpected:
+        _report_unexpected(checkpoint, model, unexpected, strict)
+    retie_parameters(model, ties)
+
+
+def _report_unexpected(checkpoint: PathLike, model: nn.Module, names: set[str], strict: bool) -> None:
+    kind = type(model).__name__
+    text = f"{', '.join(sorted(names))} of the checkpoint {checkpoint} were not used when {kind} was loaded"
+    if strict:
+        raise PlacementError(text, "strict=True was given, and the model has no such weights")
+    logger.warning("%s: the model has no such weights.", text)
+
+
+def _load_in_place(
+    model: nn.Module, files: Sequence[Path], strict: bool, full_state_dict: bool, broadcast_from_rank0: bool
+) -> set[str]:
+    """Load into the tensors that the model has; return the names that it does not have."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    names = set(model.state_dict())
+    devices = {tensor.device for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)}
+    unexpected: set[str] = set()
+    for file in files:
+        reads = not broadcast_from_rank0 or torch.distributed.get_rank() == 0
+        weights: dict[str, Any] = dict(load_state_dict(file)) if reads else {}
+        if len(devices - {META}) <= 1:
+            options = StateDictOptions(
+                full_state_dict=full_state_dict, strict=strict, broadcast_from_rank0=broadcast_from_rank0
+            )
+            set_model_state_dict(model, weights, options=options)
+        else:
+            model.load_state_dict(weights, strict=strict)
+        unexpected |= set(weights) - names
+    return unexpected
+
+
+class _Loading:
+    """Loads files into a model, tensor by tensor."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device_map: Mapping[str, Device],
+        offload_folder: PathLike | None,
+        dtype: str | torch.dtype | None,
+        offload_buffers: bool,
+        keep_in_fp32: Sequence[str],
+    ) -> None:
+        if "disk" in device_map.values():
+            if offload_folder is None:
+                raise PlacementError(
+                    "device_map puts modules on disk", "There is no folder for them", "Pass offload_folder="
+                )
+            Path(offload_folder).mkdir(parents=True, exist_ok=True)
+        self._model = model
+        self._device_map = device_map
+        self._folder = offload_folder
+        self._dtype = None if dtype is None else as_dtype(dtype)
+        self._keep_in_fp32 = keep_in_fp32
+        self._names = set(model.state_dict())
+        self._on_disk_allowed = self._names - (
+            set() if offload_buffers else {name for name, _ in model.named_buffers()}
+        )
+        self._index: dict[str, Any] = {}
+        self._loaded: set[str] = set()
+        self._copies = _DeviceCopies(model)
+        self.unexpected: set[str] = set()
+
+    def load(self, path: Path) -> None:
+        """Load one file."""
+        for name, value, scales in self._weights(path):
+            if name not in self._names:
+                self.unexpected.add(name)
+                continue
+            self._loaded.add(name)
+            self._place(name, value, path, scales)
+        gc.collect()
+
+    def _weights(self, path: Path) -> Iterator[tuple[str, torch.Tensor | FileSlice, torch.Tensor | None]]:
+        """The weights of a file: tensors, or where the file has them."""
+        if path.suffix == ".safetensors":
+            reader = SafetensorsFile(path)
+            found: Mapping[str, torch.Tensor | FileSlice] = reader.slices()
+            _check_framework(path, reader.metadata)
+        else:
+            found = _load_pickle(path)
+        for name, value in found.items():
+            if "SCB" not in name:
+                scales = found.get(name.replace("weight", "SCB")) if "weight" in name else None
+                yield name, value, _as_tensor(scales) if value.dtype == torch.int8 and scales is not None else None
+
+    def _place(self, name: str, value: torch.Tensor | FileSlice, path: Path, scales: torch.Tensor | None) -> None:
+        device = device_of(name, self._device_map)
+        dtype = self._target_dtype(name, value.dtype)
+        if device == "disk":
+            if name in self._on_disk_allowed:
+                self._leave_on_disk(name, value, path, dtype)
+                return
+            device = "cpu"
+        if isinstance(value, FileSlice) and self._copies.takes(name, value, device):
+            self._copies.add(name, value, as_device(device), dtype)
+            return
+        set_module_tensor_to_device(
+            self._model, name, device, value=_as_tensor(value), dtype=dtype, fp16_statistics=scales
+        )
+
+    def _target_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+        """What a weight is converted to; None for what the model has."""
+        if self._dtype is None or is_number_kept(dtype):
+            return self._dtype
+        is_kept = any(f"{key}." in name or key == name for key in self._keep_in_fp32)
+        return torch.float32 if is_kept and self._dtype == torch.float16 else self._dtype
+
+    def _leave_on_disk(self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None) -> None:
+        """List where a weight is, or write it to the folder."""
+        assert self._folder is not None
+        set_module_tensor_to_device(self._model, name, META, dtype=value.dtype if dtype is None else dtype)
+        if isinstance(value, torch.Tensor):
+            offload_weight(value, name, self._folder, self._index)
+            return
+        kept = value.dtype if dtype is None or is_number_kept(value.dtype) else dtype
+        self._index[name] = {
+            "safetensors_file": str(path.resolve()),
+            "weight_name": name,
+            "dtype": str(kept).removeprefix("torch."),
+            "shape": list(value.shape),
+        }
+
+    def finish(self) -> None:
+        """Wait for the copies, and write the index of the weights on disk."""
+        self._copies.finish()
+        if self._folder is not None:
+            save_offload_index(self._index, self._folder)
+
+    def report_missing(self, ties: Sequence[Sequence[str]], strict: bool) -> None:
+        """Tell which weights of the model no file had."""
+        loaded = set(self._loaded)
+        for group in ties:
+            if loaded & set(group):
+                loaded |= set(group)
+        missing = sorted(self._names - loaded)
+        if not missing:
+            return
+        text = f"The checkpoint has no {', '.join(missing)}"
+        if strict:
+            raise PlacementError(text, "strict=True was given, and the model needs them")
+        logger.warning("%s: the model keeps the values that it had.", text)
+
+
+def _as_tensor(value: torch.Tensor | FileSlice) -> torch.Tensor:
+    return value.tensor() if isinstance(value, FileSlice) else value
+
+
+class _DeviceCopies:
+    """Weights on their way from files to accelerators: read by several threads, copied beside each other."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._transfers = Transfers()
+        self._queues: dict[torch.device, DeviceQueue] = {}
+        self._waiting: list[tuple[str, torch.Tensor, Transfer, torch.device, torch.dtype | None]] = []
+        self._bytes = 0
+
+    def takes(self, name: str, value: FileSlice, device: Device) -> bool:
+        """Whether a weight is plain memory that goes to an accelerator."""
+        if value.nbytes == 0 or as_device(device).type != "cuda":
+            return False
+        owner = self._model.get_submodule(name.rpartition(".")[0])
+        place = owner._parameters.get(name.rpartition(".")[2])
+        return place is None or type(place) is nn.Parameter
+
+    def add(self, name: str, value: FileSlice, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Begin to copy a weight."""
+        if device not in self._queues:
+            self._queues[device] = DeviceQueue(device)
+        queue = self._queues[device]
+        segments, _ = pack([value])
+        block = torch.empty(value.nbytes, dtype=torch.uint8, device=device)
+        queue.wait_for(queue.mark_computation())  # the memory may have served something else
+        transfer = self._transfers.start(segments, queue, block)
+        self._waiting.append((name, segments[0].view(block), transfer, device, dtype))
+        self._bytes += value.nbytes
+        while self._bytes > _BYTES_ON_THE_WAY:
+            self._take_one()
+
+    def _take_one(self) -> None:
+        """Wait for the oldest copy, and put it into the model."""
+        name, tensor, transfer, device, dtype = self._waiting.pop(0)
+        transfer.wait()
+        self._bytes -= tensor.nbytes
+        set_module_tensor_to_device(self._model, name, device, value=tensor, dtype=dtype)
+
+    def finish(self) -> None:
+        """Wait for all copies."""
+        while self._waiting:
+            self._take_one()

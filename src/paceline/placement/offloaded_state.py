@@ -1,0 +1,106 @@
+"""The weights of modules whose hooks keep them somewhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from paceline.placement.alignment import AlignDevicesHook
+from paceline.placement.tensors import META, Device, set_module_tensor_to_device
+
+__all__ = [
+    "align_module_device",
+    "get_state_dict_from_offload",
+    "get_state_dict_offloaded_model",
+    "has_offloaded_params",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def has_offloaded_params(module: nn.Module) -> bool:
+    """Whether a hook keeps a module's parameters somewhere else between forwards."""
+    hook = getattr(module, "_hf_hook", None)
+    return isinstance(hook, AlignDevicesHook) and hook.offload
+
+
+@contextmanager
+def align_module_device(module: nn.Module, execution_device: Device | None = None) -> Iterator[None]:
+    """Bring the parameters of a module onto a device, for a block.
+
+    Args:
+        module: The module; not those inside it.
+        execution_device: The device; by default that where the module runs.
+    """
+    if has_offloaded_params(module):
+        hook: Any = module._hf_hook
+        device = hook.execution_device
+        hook.execution_device = device if execution_device is None else execution_device
+        try:
+            hook.pre_forward(module)
+            yield
+        finally:
+            hook.post_forward(module, None)
+            hook.execution_device = device
+    elif execution_device is None:
+        yield
+    else:
+        devices = {name: parameter.device for name, parameter in module.named_parameters(recurse=False)}
+        try:
+            for name in devices:
+                set_module_tensor_to_device(module, name, execution_device)
+            yield
+        finally:
+            for name, before in devices.items():
+                set_module_tensor_to_device(module, name, before)
+
+
+def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state dict of a model with offloaded weights, in host memory.
+
+    Args:
+        model: The model.
+    """
+    state: dict[str, torch.Tensor] = {}
+    missing: set[str] = set()
+    for prefix, module in model.named_modules():
+        with align_module_device(module, "cpu"):
+            for key, tensor in module.state_dict(prefix=f"{prefix}." if prefix else "").items():
+                if tensor.device == META:
+                    missing.add(key)
+                else:
+                    state[key] = tensor.to("cpu")
+    missing -= set(state)
+    if missing:
+        logger.warning("These tensors have no values, and are left out: %s", ", ".join(sorted(missing)))
+    return {name: state[name] for name in model.state_dict() if name in state}
+
+
+def get_state_dict_from_offload(
+    module: nn.Module,
+    module_name: str,
+    state_dict: dict[str, Any],
+    device_to_put_offload: Device = "cpu",
+) -> dict[str, Any]:
+    """Fill the entries of one module in a state dict with its values.
+
+    Args:
+        module: The module.
+        module_name: The full name of one of its tensors, such as `layers.0.weight`.
+        state_dict: The state dict; changed in place.
+        device_to_put_offload: Where offloaded values go.
+
+    Returns:
+        The state dict.
+    """
+    root = module_name.rpartition(".")[0]
+    with align_module_device(module, device_to_put_offload if has_offloaded_params(module) else None):
+        for key, tensor in module.state_dict().items():
+            if f"{root}.{key}" in state_dict:
+                state_dict[f"{root}.{key}"] = tensor
+    return state_dict

@@ -27,7 +27,7 @@ def _run(way: str, folder: Path, text: str) -> dict[str, Any]:
 def _reference(folder: Path, precision: str) -> dict[str, Any]:
     """Accelerate itself, which trains whole replicas on CPUs."""
     variables = {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"}
-    return launch_founding("torchrun", folder, "--nproc-per-node", "2", **variables)
+    return launch_founding("torchrun", folder, "--nproc-per-node", "2", variables=variables)
 
 
 def test_through_the_switch_it_shards_and_gives_the_same_numbers(tmp_path: Path) -> None:

@@ -7,7 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["launch_founding"]
 
@@ -22,7 +26,12 @@ _WAYS = {
 
 
 def launch_founding(
-    way: str, folder: Path, *flags: str, size: str = "tiny", steps: int = 6, **variables: str
+    way: str,
+    folder: Path,
+    *flags: str,
+    size: str = "tiny",
+    steps: int = 6,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run the program to its end.
 
@@ -32,7 +41,7 @@ def launch_founding(
         *flags: Flags of the launcher.
         size: The model.
         steps: Optimizer steps.
-        **variables: More of the environment.
+        variables: More of the environment.
 
     Returns:
         What rank 0 printed, and under "output" everything that was printed.

@@ -245,7 +245,9 @@ def test_the_launcher_hands_the_switch_to_its_ranks(
 
 def test_a_variable_that_nobody_acts_on_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PACELINE_AS_ACCELERATE", "true")
-    (tmp_path / "script.py").write_text("from paceline import Accelerator\nprint(Accelerator(cpu=True).num_processes)\n")
+    (tmp_path / "script.py").write_text(
+        "from paceline import Accelerator\nprint(Accelerator(cpu=True).num_processes)\n"
+    )
     plain = run_python("script.py", folder=tmp_path)
     assert plain.returncode == 1
     assert "PACELINE_AS_ACCELERATE: as_accelerate: true has no effect here" in plain.stderr

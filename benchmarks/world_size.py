@@ -70,7 +70,7 @@ def measure(strategy: str, size: int) -> dict[str, Any]:
         step()
     calls = count_calls(step)
     times = []
-    for _ in range(30):
+    for _ in range(12):
         before = time.process_time()
         for _ in range(10):
             step()

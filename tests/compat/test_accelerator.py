@@ -78,8 +78,7 @@ def build(strategy: str, **arguments: Any) -> Accelerator:
     if strategy == "fsdp":
         arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
     if strategy.startswith("zero"):
-        # By default Accelerate lets engines clip to a norm of 1.
-        arguments["deepspeed_plugin"] = DeepSpeedPlugin(zero_stage=int(strategy[-1]), gradient_clipping=0.0)
+        arguments["deepspeed_plugin"] = DeepSpeedPlugin(zero_stage=int(strategy[-1]))
         # Under DeepSpeed this argument would mean DDP.
         os.environ["ACCELERATE_USE_CPU"] = "false"
         return Accelerator(**arguments)

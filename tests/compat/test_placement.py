@@ -14,7 +14,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-SLOW = ("lora on an offloaded model", "saving an offloaded model")
+SLOW = ("lora on an offloaded model", "saving an offloaded model", "models of other kinds")
 
 
 def _differences(runs: list[str]) -> dict[str, str]:

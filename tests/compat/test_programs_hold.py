@@ -271,7 +271,7 @@ def test_a_report_is_read_and_compared(tmp_path: Path) -> None:
 
 
 def test_every_exception_has_a_reason() -> None:
-    assert all(name.startswith("tests/") and reason.endswith(".") for name, reason in exceptions().items())
+    assert all(name.startswith("tests/") and reason.strip().endswith(".") for name, reason in exceptions().items())
 
 
 def test_a_configuration_of_loaders_that_is_replaced_holds_from_then_on() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ def one_rank() -> Iterator[None]:
     """A process group of this process alone, for FSDP2."""
     dist.init_process_group(
         "cpu:gloo,cuda:nccl",
-        store=dist.HashStore(),
+        store=HashStore(),
         rank=0,
         world_size=1,
         device_id=torch.device("cuda", torch.cuda.current_device()),

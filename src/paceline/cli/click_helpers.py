@@ -81,8 +81,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.NoSuchOption as error:
-            error.possibilities = list(error.possibilities or ())[:1]
-            raise
+            closest = list(error.possibilities or ())[:1]
+            raise click.NoSuchOption(error.option_name, possibilities=closest, ctx=error.ctx) from None
 
     def format_commands(self, ctx: Context, formatter: click.HelpFormatter) -> None:
         """Write the commands, topic by topic."""

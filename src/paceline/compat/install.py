@@ -113,7 +113,9 @@ class AccelerateFinder(MetaPathFinder):
         """Find the stand-in of a module of Accelerate; leave all others to the next finder."""
         if not _is_accelerate(fullname):
             return None
-        if fullname == _TESTS or fullname.startswith(f"{_TESTS}."):
+        is_test = fullname == _TESTS or fullname.startswith(f"{_TESTS}.")
+        # Unless somebody has put a copy into the twin.
+        if is_test and importlib.util.find_spec(_TARGET + _TESTS.removeprefix(_NAME)) is None:
             return _tests_of_the_real_one(fullname, path)
         source = importlib.util.find_spec(_TARGET + fullname.removeprefix(_NAME))
         if source is None:

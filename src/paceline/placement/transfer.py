@@ -95,6 +95,8 @@ class DeviceQueue:
         if device.type == "cuda":
             self._module = torch.get_device_module(device)
             self._stream = self._module.Stream(device)
+            # Streams come from a pool, with the memory of their last user, with which something may still compute.
+            self._stream.wait_stream(self._module.current_stream(device))
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this queue's stream torch's current one, for a block."""

@@ -79,7 +79,8 @@ class Fp8Layers:
                 continue
             self._gathered.append(layer)
             weight: Any = layer.weight
-            if plain_local(weight) is weight:
+            is_plain = plain_local(weight) is weight
+            if is_plain:
                 # torchao wraps the weight of a layer that it makes; the layer itself is here already.
                 bare = nn.Linear(1, 1, bias=False, device="meta")
                 bare.weight = weight

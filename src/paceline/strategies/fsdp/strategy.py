@@ -180,15 +180,10 @@ class FSDPStrategy(Strategy):
             PrepareError: Over other ranks, without values, in another precision, or in other memory.
         """
         sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        _refuse_foreign(model, sharded)
         where = "cpu" if self._plugin.cpu_offload else self.context.device.type
-        held = {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
         for name, parameter in sharded:
             mesh = parameter.device_mesh
-            if id(parameter) not in held:
-                axes = ", ".join(mesh.mesh_dim_names or ("no name",))
-                raise _other_sharding(
-                    name, f"over the mesh axis {axes} by something other than FSDP", "FSDP would need these ranks, too"
-                )
             if mesh.size() != self.context.group.size or mesh.device_type != self.context.device.type:
                 raise _other_sharding(
                     name,
@@ -582,6 +577,16 @@ def _refuse_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
         "The copy would share its FSDP state with the original",
         "Copy the model before prepare(), and prepare both: model, average = prepare(model, AveragedModel(model))",
     )
+
+
+def _refuse_foreign(model: nn.Module, sharded: Iterable[tuple[str, DTensor]]) -> None:
+    """Refuse parameters that something other than FSDP has sharded, such as tensor parallelism."""
+    of_units = {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
+    for name, parameter in sharded:
+        if id(parameter) not in of_units:
+            axes = ", ".join(parameter.device_mesh.mesh_dim_names or ("no name",))
+            how = f"over the mesh axis {axes} by something other than FSDP"
+            raise _other_sharding(name, how, "FSDP would need these ranks, too")
 
 
 def _other_sharding(what: str, how: str, wanted: str) -> PrepareError:

@@ -50,8 +50,8 @@ def fill_configuration(
     _check_optimizer(plugin, optimizer)
     _check_schedule(plugin, schedule, optimizer)
     model = next(thing for thing in things if isinstance(thing, nn.Module))
+    # Not gradient_clipping, which Accelerate sets to 1: nothing clips that neither the program nor the file asks for.
     values: dict[str, Any] = {
-        "gradient_clipping": 1.0,
         "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
         _MICRO_BATCH: micro_batch,
         "train_batch_size": micro_batch * plugin.get_value("gradient_accumulation_steps", 1) * ranks,

@@ -158,8 +158,9 @@ def _name_row(full: str, name: str, loaded: Any, expected: Any) -> Row:
     reason = getattr(value, "reason", None)
     if isinstance(reason, tuple):
         return Row(full, "not supported", reason[1])
-    if isinstance(value, type) and getattr(value, "todo", None):
-        return Row(full, "not supported", value.todo)
+    todo = getattr(value, "todo", None)
+    if isinstance(value, type) and todo:
+        return Row(full, "not supported", todo)
     note = DIFFERENT.get(full, "")
     how = _signature(expected, value) if expected is not None else ""
     text = "; ".join(part for part in (note, how) if part)

@@ -44,7 +44,7 @@ def test_names_that_are_not_supported_raise_one_error_with_the_alternative() -> 
             warnings.simplefilter("ignore")
             loaded: Any = importlib.import_module(f"{TWIN}.{module}" if module else TWIN)
         for name in names:
-            value = getattr(loaded, name, None)
+            value: Any = getattr(loaded, name, None)
             if isinstance(getattr(value, "reason", None), tuple):
                 with pytest.raises(UnsupportedError) as caught:
                     value()

@@ -241,6 +241,35 @@ def _step_of(make: Callable[[list[nn.Parameter]], Optimizer], count: int, dtype:
     return kept, memory.peak
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What a rank of a sharded strategy keeps, in bytes.
+
+    Attributes:
+        weights: On the device.
+        gradients: On the device.
+        optimizer: On the device.
+        update: What the optimizer's step needs besides weights and state.
+        host: In host memory.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    update: int = 0
+    host: int = 0
+
+    def offloaded(self, *, keeps_weights: bool, copies: int) -> _State:
+        """Move the optimizer to the host, and the weights unless they are kept.
+
+        Args:
+            keeps_weights: Whether the device keeps them.
+            copies: Bytes of the copies that the host works on.
+        """
+        moved = self.optimizer + copies + (0 if keeps_weights else self.weights)
+        return replace(self, weights=self.weights if keeps_weights else 0, optimizer=0, update=0, host=moved)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """Estimates a model's memory for any layout, number of ranks and batch.
@@ -388,70 +417,84 @@ class Estimator:
 
     def _fsdp(self, layout: Layout, ranks: int, batch: int) -> RankMemory:
         size, computed = self.size, self._computed
-        shard, trained = _shard(size.parameters, ranks), _shard(_trained(size.parameters), ranks)
-        weights, gradients = shard * self._width, trained * self._width
-        optimizer = int(trained * self.optimizer.state)
-        curve = self._curve(self.compute, checkpointing=layout.checkpointing)
-        root, unit = _elements(size.root), size.largest_unit
-        # The root's weights stay from its forward to the end of the backward.
-        whole = root * computed
-        kept = 0 if layout.reshard else (_elements(size.parameters) - root) * computed
-        # Forward: a block's weights, the buffer that they were gathered in, and that of the block before.
-        forward = whole + (kept + unit * computed if kept else 3 * unit * computed)
-        # Backward: the weights of a block, the next ones in their buffer, its gradients, and the ones of the block
-        # before, in fp32, on their way to other ranks.
-        backward = whole + (kept or 2 * unit * computed) + unit * (computed + _FP32)
-        # The loss: the gradients of the root begin, and the last block is gathered.
-        extra = (forward, 2 * whole + (kept or unit * computed), backward)
-        on_device = 0.0 if layout.offload else 1.0
-        share = on_device * gradients / max(curve.all_gradients, 1) if curve else 0.0
-        step = curve.peak(batch, share, extra) if curve else int(max(extra) + on_device * gradients)
-        last = root * (2 * computed + _FP32) + on_device * gradients
-        update = on_device * (gradients + self.optimizer.update(_trained(size.parameters), ranks))
-        state = 0 if layout.offload else weights + optimizer
-        return RankMemory(
-            layout=layout,
-            num_processes=ranks,
-            batch=batch,
-            weights=0 if layout.offload else weights + size.buffers,
-            gradients=int(on_device * gradients),
-            optimizer=0 if layout.offload else optimizer,
-            activations=curve.peak(batch, share=0.0) if curve else 0,
-            communication=int(max(extra)),
-            peak=int(state + size.buffers + max(step, last, update)),
-            host=weights + optimizer + gradients if layout.offload else 0,
+        trained = _trained(size.parameters)
+        elements = _shard(trained, ranks)
+        root, unit = _elements(size.root) * computed, size.largest_unit
+        state = _State(
+            weights=_shard(size.parameters, ranks) * self._width,
+            gradients=elements * self._width,
+            optimizer=int(elements * self.optimizer.state),
+            update=elements * self._width + self.optimizer.update(trained, ranks),
         )
+        # The root's weights stay from its forward to the end of the backward. Forward: a block's weights, the buffer
+        # that they were gathered in, and that of the block before. Backward: the weights of a block and the next ones
+        # in their buffer; and its gradients, and those of the block before, in fp32, on their way to other ranks.
+        forward, backward, loss = 3 * unit * computed, 2 * unit * computed, unit * computed
+        if not layout.reshard:
+            blocks = _elements(size.parameters) * computed - root
+            forward, backward, loss = blocks + unit * computed, blocks, blocks
+        extra = (root + forward, 2 * root + loss, root + backward + unit * (computed + _FP32))
+        last = 2 * root + _elements(size.root) * _FP32
+        if layout.offload:
+            state = _State(host=state.weights + state.gradients + state.optimizer)
+        curve = self._curve(self.compute, checkpointing=layout.checkpointing)
+        return self._assembled(self._row(layout, ranks, batch), state, curve, extra, last + state.gradients)
 
     def _zero(self, layout: Layout, ranks: int, batch: int) -> RankMemory:
         """DeepSpeed: weights in the computed dtype, and a flat fp32 copy of this rank's part beside the optimizer."""
         stage, computed = int(layout.strategy[-1]), self._computed
         elements, trained = _elements(self.size.parameters), _elements(_trained(self.size.parameters))
         part = -(-trained // ranks)
-        weights = (elements if stage < 3 else -(-elements // ranks)) * computed
-        gradients = (trained if stage == 1 else part) * computed
-        optimizer = int(part * (self.optimizer.state + _FP32))
-        curve = self._curve(self.compute, checkpointing=layout.checkpointing, autocast=False)
-        live = min(elements, _ZERO3_LIVE) if stage == 3 else 0
-        gathered = live * computed
+        state = _State(
+            weights=(elements if stage < 3 else -(-elements // ranks)) * computed,
+            gradients=(trained if stage == 1 else part) * computed,
+            optimizer=int(part * (self.optimizer.state + _FP32)),
+            update=part * _FP32,
+        )
+        gathered = 0
+        if stage == 3:
+            gathered = min(elements, _ZERO3_LIVE) * computed
         bucket = 2 * self.size.largest_unit * computed if stage > 1 else 0
-        extra = (float(gathered), float(gathered + bucket), float(gathered + bucket))
-        share = gradients / max(curve.all_gradients, 1) if curve else 0.0
-        step = curve.peak(batch, share, extra) if curve else int(max(extra) + gradients)
-        update = gradients + (0 if layout.offload else part * _FP32)
-        on_host = optimizer + (weights if stage == 3 else 0) + part * _FP32 if layout.offload else 0
-        kept = 0 if layout.offload and stage == 3 else weights
-        state = kept + (0 if layout.offload else optimizer)
-        return RankMemory(
-            layout=layout,
-            num_processes=ranks,
-            batch=batch,
-            weights=kept + self.size.buffers,
-            gradients=gradients,
-            optimizer=0 if layout.offload else optimizer,
-            activations=curve.peak(batch, share=0.0) if curve else 0,
-            communication=int(max(extra)),
-            peak=int(state + self.size.buffers + max(step, update)),
-            host=on_host,
+        extra = (gathered, gathered + bucket, gathered + bucket)
+        if layout.offload:
+            state = state.offloaded(keeps_weights=stage < 3, copies=part * _FP32)
+        curve = self._curve(self.compute, checkpointing=layout.checkpointing, autocast=False)
+        return self._assembled(self._row(layout, ranks, batch), state, curve, extra, state.gradients + state.update)
+
+    def _row(self, layout: Layout, ranks: int, batch: int) -> RankMemory:
+        return RankMemory(layout=layout, num_processes=ranks, batch=batch)
+
+    def _assembled(
+        self,
+        row: RankMemory,
+        state: _State,
+        curve: MemoryCurve | None,
+        extra: tuple[int, int, int],
+        last: int,
+    ) -> RankMemory:
+        """Fill in a row of a sharded strategy.
+
+        Args:
+            row: What is estimated.
+            state: What stays on the device, and on the host.
+            curve: What the step creates.
+            extra: What is gathered and reduced during the forward, the loss, and the backward of the blocks.
+            last: What there is when the backward ends, besides weights and optimizer.
+        """
+        step, activations = max(extra) + state.gradients, 0
+        if curve is not None:
+            share = state.gradients / max(curve.all_gradients, 1)
+            step, activations = curve.peak(row.batch, share, extra), curve.peak(row.batch, share=0.0)
+        stays = state.weights + state.optimizer + self.size.buffers
+        return replace(
+            row,
+            weights=state.weights + self.size.buffers,
+            gradients=state.gradients,
+            optimizer=state.optimizer,
+            activations=activations,
+            communication=max(extra),
+            peak=stays + max(step, last, state.update),
+            host=state.host,
         )
 
     def rows(self, num_processes: int, batch: int) -> Iterator[RankMemory]:

@@ -91,7 +91,9 @@ class BlockMarks:
         block.register_forward_hook(self._watch_output)
 
     def _watch_output(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        tensors: list[Any] = [
+            leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+        ]
         if tensors:
             tensors[0].register_hook(lambda _gradient: self.backward.append(self._mark()))
 

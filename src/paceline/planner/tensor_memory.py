@@ -15,7 +15,7 @@ from typing_extensions import override
 __all__ = ["TensorMemory"]
 
 
-class TensorMemory(TorchDispatchMode):
+class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations create, for as long as they live.
 
     Args:
@@ -28,7 +28,7 @@ class TensorMemory(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = (), granularity: int = 512) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.activations: list[int] = []
         self.gradients: list[int] = []
         self._granularity = granularity

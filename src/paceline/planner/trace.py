@@ -153,7 +153,8 @@ class _Trace:
                 marks.watch(block)
             _checkpoint(copy, self.checkpointed)
             copy.train(is_training)
-            for parameter in copy.parameters():
+            parameters: Iterable[Any] = copy.parameters()
+            for parameter in parameters:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(memory.add_gradient)
             backward = self._step(copy, memory, partial(call, copy, batch), is_training=is_training)

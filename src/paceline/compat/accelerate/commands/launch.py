@@ -194,7 +194,8 @@ def _complete_from_file(args: argparse.Namespace, file: ClusterConfig) -> None:
         args.multi_gpu = kind.startswith("MULTI_") and kind != "MULTI_CPU"
         args.use_parallelism_config = bool(file.parallelism_config)
         args.distributed_type = kind
-    given, preset = getattr(args, "nondefault", set()), defaults()
+    given: set[str] = getattr(args, "nondefault", set())
+    preset = defaults()
     args.from_file = set()
     for name, value in _leaves(file):
         is_open = name not in given and getattr(args, name, None) in (None, preset.get(name))
@@ -260,7 +261,8 @@ def _threads(args: argparse.Namespace) -> int:
 
 def _flags(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield the flags of `paceline launch` that stand for the flags and the file of Accelerate."""
-    given, of_file = getattr(args, "nondefault", set()), getattr(args, "from_file", set())
+    given: set[str] = getattr(args, "nondefault", set())
+    of_file: set[str] = getattr(args, "from_file", set())
     sections, skipped = _used_sections(args), _skipped(args) - of_file
     for option in options():
         name = destination(option)
@@ -288,7 +290,7 @@ def _skipped(args: argparse.Namespace) -> set[str]:
 
 
 def _used_sections(args: argparse.Namespace) -> tuple[str, ...]:
-    used = _SECTIONS_OF_ALL
+    used: tuple[str, ...] = _SECTIONS_OF_ALL
     for name, (_, sections) in _PARADIGMS.items():
         if getattr(args, name):
             used += sections

@@ -403,7 +403,9 @@ class PrepareForLaunch:
         """Run the function as the process of this index."""
         if self.debug:
             size = int(os.environ["WORLD_SIZE"])
-            store = torch.distributed.FileStore(os.environ["ACCELERATE_DEBUG_RDV_FILE"], size)
+            store = torch.distributed.FileStore(  # type: ignore[attr-defined]
+                os.environ["ACCELERATE_DEBUG_RDV_FILE"], size
+            )
             torch.distributed.init_process_group("gloo", rank=index, store=store, world_size=size)
         elif self.distributed_type.value.startswith("MULTI_"):
             machine = int(os.environ.get("NODE_RANK", "0")) * int(os.environ.get("NPROC", "1"))

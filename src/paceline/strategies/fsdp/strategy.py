@@ -118,7 +118,8 @@ class FSDPStrategy(Strategy):
         self._kept += set_switches(model, units.names[::-1], plugin)
         autocast_forward(model, self.context.precision)
         if layers is not None and layers.are_gathered:
-            model.register_forward_pre_hook(torch.compiler.disable(layers.check_scales))
+            uncompiled: Any = torch.compiler.disable
+            model.register_forward_pre_hook(uncompiled(layers.check_scales))
             layers.weights_changed()
         self.compile(model)
         self._note_description(units)
@@ -201,7 +202,7 @@ class FSDPStrategy(Strategy):
         for unit in _units_in(model):
             self._check_computation(unit)
 
-    def _check_computation(self, unit: FSDPModule) -> None:
+    def _check_computation(self, unit: Any) -> None:
         """Refuse a unit that computes in another precision than this run.
 
         Raises:

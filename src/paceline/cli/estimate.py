@@ -47,7 +47,7 @@ _COLUMNS = ("weights", "gradients", "optimizer", "activations", "communication",
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-class _Bytes(click.ParamType):
+class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
     """A size such as 80GiB or 24e9."""
 
     name = "SIZE"
@@ -61,7 +61,7 @@ class _Bytes(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-class _Ranks(click.ParamType):
+class _Ranks(click.ParamType):  # type: ignore[type-arg]
     """Numbers of ranks with commas between."""
 
     name = "N,N"

@@ -3,8 +3,9 @@
     python benchmarks/startup.py
 
 Compares `paceline launch` of a script that prints one line with torchrun, and with `accelerate launch` where that is
-installed; then `from paceline import Accelerator` with `import torch` alone. The commands take turns, so that a busy
-machine slows all of them. The tables have wall time, and the CPU time of all processes.
+installed; then `from paceline import Accelerator` with `import torch` alone; then what importing and building an
+`Accelerator` costs over `import torch`: paceline's, and Accelerate's through the switch and by itself. The commands
+take turns, so that a busy machine slows all of them. The tables have wall time, and the CPU time of all processes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
                 TORCHRUN,
             )
     print_table("import", measure(imports(), rounds), TORCH)
+    print_costs(measure_over_torch(over_torch(), rounds))
 
 
 def launches(script: str, count: int) -> dict[str, list[str]]:
@@ -60,6 +62,49 @@ def imports() -> dict[str, list[str]]:
     """The commands that import something and exit."""
     ways = {TORCH: "import torch", "and Accelerator": "import torch; from paceline import Accelerator"}
     return {name: ["-c", f"import os; {statement}; os._exit(0)"] for name, statement in ways.items()}
+
+
+def over_torch() -> dict[str, str]:
+    """What a program does after `import torch`."""
+    build = "from accelerate import Accelerator; Accelerator(cpu=True)"
+    switch = "from paceline.compat import install_as_accelerate; install_as_accelerate()"
+    ways = {
+        "from paceline import Accelerator": "from paceline import Accelerator",
+        "and Accelerator(cpu=True)": "from paceline import Accelerator; Accelerator(cpu=True)",
+        "Accelerate's, through the switch": f"{switch}; {build}",
+    }
+    if find_spec("accelerate"):
+        ways["Accelerate's"] = build
+    return ways
+
+
+def measure_over_torch(ways: dict[str, str], rounds: int) -> dict[str, list[tuple[float, float, int]]]:
+    """Return for each way and round its CPU seconds, those of `import torch` before it, and the modules it imports."""
+    program = (
+        "import os, sys, time; import torch, torch.distributed\n"
+        "known = len(sys.modules); torchs = time.process_time()\n"
+        "{}\nprint(time.process_time() - torchs, torchs, len(sys.modules) - known, flush=True); os._exit(0)"
+    )
+    # With bytecode: where Python may not write it, it would compile paceline's sources in every run.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, statement in ways.items():
+            command = [sys.executable, "-c", program.format(statement)]
+            done = subprocess.run(command, env=env, capture_output=True, check=True, text=True)
+            seconds, torchs, modules = done.stdout.split()[-3:]
+            if number:  # the first round fills the caches
+                found[name].append((float(seconds), float(torchs), int(modules)))
+    return found
+
+
+def print_costs(found: dict[str, list[tuple[float, float, int]]]) -> None:
+    """Print the least and the median CPU time of each way, and its share of that of `import torch`."""
+    print("\n| over import torch | least CPU s | median | of import torch | modules |\n|---|--:|--:|--:|--:|")
+    for name, rounds in found.items():
+        seconds = [one[0] for one in rounds]
+        share = statistics.median(one[0] / one[1] for one in rounds)
+        print(f"| {name} | {min(seconds):.3f} | {statistics.median(seconds):.3f} | {share:.3f} | {rounds[0][2]} |")
 
 
 def measure(ways: dict[str, list[str]], rounds: int) -> dict[str, list[tuple[float, float]]]:

@@ -38,7 +38,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 def _environment() -> dict[str, str]:
     # The first step of any torch optimizer in a process sets the second one, the import of DeepSpeed the third, and
-    # torch's compiler those of the prefix.
+    # torch's compiler and Triton those of the prefixes (KMP_: that of OpenMP).
     passing = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK")
-    prefix = "_TORCHINDUCTOR_"
-    return {name: value for name, value in os.environ.items() if name not in passing and not name.startswith(prefix)}
+    prefixes = ("_TORCHINDUCTOR_", "TRITON_", "KMP_")
+    return {name: value for name, value in os.environ.items() if name not in passing and not name.startswith(prefixes)}

@@ -22,7 +22,7 @@ from benchmarks.gpu.training import synchronized
 from torch.utils.data import DataLoader, Dataset
 
 from paceline import Accelerator
-from paceline.data.pinning import StagedCopier
+from paceline.data.pinning import Pinner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -91,21 +91,21 @@ def parts() -> list[dict[str, Any]]:
     """Milliseconds of each part of the way of one batch to the device, and gigabytes a second."""
     pageable = [torch.randn(ROWS, COLUMNS) for _ in range(4)]
     pinned = [batch.pin_memory() for batch in pageable]
-    device = torch.device("cuda", 0)
-    stream = torch.Stream(device=device)
-    target = torch.empty(ROWS, COLUMNS, device=device)
+    target = torch.empty(ROWS, COLUMNS, device="cuda")
     found: dict[str, Callable[[Tensor], Any]] = {
         "pinned to the device": lambda _: target.copy_(pinned[0], non_blocking=True),
         "pageable to the device, by the driver": target.copy_,
         "Tensor.pin_memory": lambda batch: batch.pin_memory(),
         "a copy in host memory, one thread": lambda batch: np.copyto(pinned[0].numpy(), batch.numpy()),
     }
-    copiers = []
+    pinners = []
     for threads in (1, 2, 4, 8):
-        for megabytes in (1, 2, 4, 8):
-            copier = StagedCopier(device, stream, threads, chunk_bytes=megabytes * 2**20)
-            copiers.append(copier)
-            found[f"through buffers of {megabytes} MB, {threads} threads"] = copier.copy
+        pinner = Pinner(lambda tensor: torch.empty_like(tensor, pin_memory=True), threads)
+        pinners.append(pinner)
+        found[f"into pinned memory, {threads} threads"] = partial(_with_torch_threads, 1, pinner.pin)
+    found[f"into pinned memory, torch's {torch.get_num_threads()} threads"] = partial(
+        _with_torch_threads, torch.get_num_threads(), pinners[-1].pin
+    )
     rows = []
     for name, copy in found.items():
         times = []
@@ -116,9 +116,16 @@ def parts() -> list[dict[str, Any]]:
         best = min(times)
         rows.append({"contender": name, "ms": best, "ratio": pageable[0].nbytes / best / 1e6})
         print(f"{name}: {best:.2f} ms, {pageable[0].nbytes / best / 1e6:.1f} GB/s", flush=True)
-    for copier in copiers:
-        copier.close()
+    for pinner in pinners:
+        pinner.close()
     return rows
+
+
+def _with_torch_threads(count: int, copy: Callable[[Tensor], Any], batch: Tensor) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    copy(batch)
+    torch.set_num_threads(before)
 
 
 def _several(copy: Callable[[Tensor], Any], batches: list[Tensor]) -> None:

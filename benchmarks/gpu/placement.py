@@ -99,7 +99,8 @@ def make_model(config: Any) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(config).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.eval()
     finally:
         torch.set_default_dtype(before)
 

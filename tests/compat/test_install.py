@@ -243,6 +243,19 @@ def test_the_launcher_hands_the_switch_to_its_ranks(
     assert all(f"{NAME}|" in line and line.endswith(f"script.py x{SAID}") for line in lines)
 
 
+def test_a_variable_that_nobody_acts_on_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PACELINE_AS_ACCELERATE", "true")
+    (tmp_path / "script.py").write_text(
+        "from paceline import Accelerator\nprint(Accelerator(cpu=True).num_processes)\n"
+    )
+    plain = run_python("script.py", folder=tmp_path)
+    assert plain.returncode == 1
+    assert "PACELINE_AS_ACCELERATE: as_accelerate: true has no effect here" in plain.stderr
+    assert "python -m paceline.compat SCRIPT" in plain.stderr
+    switched = run_python("-m", "paceline.compat", "script.py", folder=tmp_path)
+    assert (switched.returncode, switched.stdout.strip()) == (0, "1"), switched.stderr
+
+
 def test_the_plan_and_config_show_tell_the_switch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("")
     (tmp_path / "run.yaml").write_text("num_processes: 1\nas_accelerate: true\n")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from paceline.compat.accelerate.commands import config, launch
+from paceline.compat.accelerate.commands import accelerate_cli, config, estimate, launch
+from paceline.compat.accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig
+from paceline.compat.accelerate.commands.config.default import write_basic_config
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,3 +102,165 @@ def test_a_script_runs_with_the_twin_on_all_ranks(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     lines = sorted(line for line in finished.stdout.splitlines() if "--a" in line)
     assert [line[line.index(" 2 ") - 1 :] for line in lines] == ["0 2 ['--a', 'b']", "1 2 ['--a', 'b']"]
+
+
+def _flags(monkeypatch: pytest.MonkeyPatch, file: Path, text: str, *tokens: str) -> dict[str, str]:
+    file.write_text(text)
+    command = _command(monkeypatch, "--config_file", str(file), *tokens, "train.py")
+    flags = [token for token in command[4:-1] if token not in ("--quiet", "--module")]
+    return {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+
+
+def test_a_file_is_merged_as_accelerate_merges_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = """
+    distributed_type: FSDP
+    num_processes: 4
+    mixed_precision: bf16
+    same_network: true
+    fsdp_config: {fsdp_version: 2, offload_params: true, fsdp_state_dict_type: FULL_STATE_DICT}
+    deepspeed_config: {zero_stage: 3}
+    tpu_name: a
+    """
+    flags = _flags(monkeypatch, tmp_path / "a.yaml", text, "--num_processes", "2", "--fsdp_offload_params", "false")
+    assert flags["distributed_type"] == "FSDP"
+    assert flags["num_processes"] == "2"
+    assert flags["mixed_precision"] == "bf16"
+    # The flag counts before the file, and a key of the file counts where Accelerate would drop it.
+    assert flags["fsdp_offload_params"] == "false"
+    assert flags["same_network"] == "true"
+    assert flags["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    # What this type does not read is left out.
+    assert not {"zero_stage", "tpu_name", "multi_gpu"} & set(flags)
+
+
+def test_sections_that_are_not_read_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "distributed_type: 'NO'\nfsdp_config: {fsdp_version: 2}\n"
+    assert "fsdp_version" not in _flags(monkeypatch, tmp_path / "a.yaml", text)
+    assert "not read under distributed_type NO: fsdp_config" in capsys.readouterr().err
+
+
+def test_a_typed_way_to_train_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2}\n"
+    flags = _flags(monkeypatch, tmp_path / "a.yaml", text, "--multi_gpu")
+    assert flags["multi_gpu"] == "true"
+    assert not {"distributed_type", "fsdp_version", "use_fsdp"} & set(flags)
+
+
+def test_version_1_saves_whole_weights_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n"
+    assert _flags(monkeypatch, tmp_path / "a.yaml", text)["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    text = text.replace("}", ", fsdp_state_dict_type: SHARDED_STATE_DICT}")
+    assert _flags(monkeypatch, tmp_path / "b.yaml", text)["fsdp_state_dict_type"] == "SHARDED_STATE_DICT"
+
+
+def test_values_that_a_program_sets_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: seen.append(command) or 0)
+    args = launch.launch_command_parser().parse_args(["train.py"])
+    args.num_processes, args.mixed_precision = 3, "bf16"
+    launch.launch_command(args)
+    assert seen[0][seen[0].index("--num_processes") + 1] == "3"
+    assert seen[0][seen[0].index("--mixed_precision") + 1] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (("--multi_gpu", "--use_fsdp"), "--multi_gpu and --use_fsdp"),
+        (("--multi_gpu", "--num_processes", "1"), "Several devices need several processes"),
+        (("--use_parallelism_config",), "The mesh belongs to FSDP2"),
+    ],
+)
+def test_flags_that_contradict_each_other(tokens: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        launch.launch_command(launch.launch_command_parser().parse_args([*tokens, "train.py"]))
+
+
+@pytest.mark.parametrize("tokens", [("--tpu",), ("--role", "worker"), ("--aws_access_key_id", "a")])
+def test_what_is_not_supported_names_the_alternative(tokens: tuple[str, ...]) -> None:
+    with pytest.raises(NotImplementedError, match="paceline"):
+        launch.launch_command(launch.launch_command_parser().parse_args([*tokens, "train.py"]))
+
+
+def test_a_job_on_sagemaker_is_read_and_not_launched(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "compute_environment: AMAZON_SAGEMAKER\ndistributed_type: NO\nec2_instance_type: a\niam_role_name: b\n"
+    )
+    loaded = config.load_config_from_file(file)
+    assert isinstance(loaded, SageMakerConfig)
+    assert loaded.ec2_instance_type == "a"
+    with pytest.raises(NotImplementedError, match="SageMaker"):
+        launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_configurations_are_written_as_they_are_read(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a.{suffix}"
+    assert write_basic_config("bf16", str(file)) == file
+    assert write_basic_config("bf16", str(file)) is False
+    loaded = config.load_config_from_file(file)
+    assert isinstance(loaded, ClusterConfig)
+    assert (loaded.mixed_precision, loaded.compute_environment) == ("bf16", "LOCAL_MACHINE")
+    again = tmp_path / f"b.{suffix}"
+    loaded.to_yaml_file(again) if suffix == "yaml" else loaded.to_json_file(again)
+    assert config.load_config_from_file(again) == loaded
+
+
+def test_old_and_unknown_keys(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("distributed_type: NO\nfp16: true\ndynamo_backend: INDUCTOR\n")
+    loaded: Any = config.load_config_from_file(file)
+    assert (loaded.mixed_precision, loaded.num_processes) == ("fp16", 1)
+    assert loaded.dynamo_config == {"dynamo_backend": "INDUCTOR"}
+    file.write_text("distributed_type: NO\nnum_procesess: 2\n")
+    with pytest.raises(ValueError, match="did you mean num_processes"):
+        config.load_config_from_file(file)
+    file.write_text("num_processes: 2\n")
+    with pytest.raises(ValueError, match="no `distributed_type`"):
+        config.load_config_from_file(file)
+
+
+def test_all_commands_are_listed_and_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["accelerate", "--help"])
+    with pytest.raises(SystemExit):
+        accelerate_cli.main()
+    listed = capsys.readouterr().out
+    for name in ("config", "estimate-memory", "env", "launch", "merge-weights", "tpu-config", "test", "to-fsdp2"):
+        assert name in listed
+    monkeypatch.setattr(sys, "argv", ["accelerate", "config", "--help"])
+    with pytest.raises(SystemExit):
+        accelerate_cli.main()
+    assert {"default", "update"} <= set(
+        capsys.readouterr().out.replace("{", " ").replace(",", " ").replace("}", " ").split()
+    )
+
+
+def test_the_size_of_a_model_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    values = '{"model_type": "bert", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, '
+    (tmp_path / "config.json").write_text(values + '"num_attention_heads": 2, "intermediate_size": 32}')
+    args = estimate.estimate_command_parser().parse_args([str(tmp_path), "--dtypes", "float32", "float16", "int4"])
+    whole, half, least = estimate.gather_data(args)
+    assert whole[2] == 2 * half[2] == 8 * least[2]
+    assert max(whole[3].values()) == 4 * whole[2]
+    assert max(least[3].values()) == -1
+    estimate.estimate_command(args)
+    assert "N/A" in capsys.readouterr().out
+
+
+def test_a_real_run_under_the_name_of_accelerate(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    file = tmp_path / "a.yaml"
+    file.write_text("distributed_type: FSDP\nnum_processes: 2\nuse_cpu: true\nfsdp_config: {fsdp_version: 2}\n")
+    words = ["-m", "paceline.compat", "-m", "accelerate.commands.launch", "--quiet", "--config-file", str(file)]
+    finished = subprocess.run(
+        [sys.executable, *words, str(script), "--a", "b"], capture_output=True, text=True, timeout=250, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert sum("--a" in line for line in finished.stdout.splitlines()) == 2

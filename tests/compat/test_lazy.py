@@ -27,6 +27,28 @@ def test_the_import_adds_few_modules() -> None:
     assert all(name.startswith("paceline") for name in added)
 
 
+def test_an_accelerator_through_the_switch_imports_little() -> None:
+    """Seconds depend on the machine; the modules that are read do not."""
+    program = """
+import json, sys
+import torch, torch.distributed
+before = set(sys.modules)
+from paceline.compat import install_as_accelerate
+install_as_accelerate()
+from accelerate import Accelerator
+Accelerator(cpu=True)
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    added = json.loads(_run(program).splitlines()[-1])
+    own = [name for name in added if name.startswith("paceline")]
+    assert len(own) <= 150, len(own)
+    unused = ("checkpoint.catalog", "data.prepare", "planner", "tracking.wandb", "trainer", "launch", "cli")
+    assert not [name for name in own if name.removeprefix("paceline.").startswith(unused)]
+    foreign = {name.partition(".")[0] for name in added} - {"paceline", "accelerate"} - set(sys.stdlib_module_names)
+    of_schema = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
+    assert {name for name in foreign if not name.startswith("_")} <= of_schema | {"packaging"}
+
+
 def test_states_and_operations_need_no_client_and_no_schema() -> None:
     program = """
 import sys

@@ -14,48 +14,24 @@ TWIN = "paceline.compat.accelerate"
 
 _MEGATRON = "Megatron-LM is not driven"
 _TPU = "TPUs are not supported"
-_SAGEMAKER = "SageMaker is not supported"
-_FP8 = "fp8 is not built"
 _INNER = "a step of Accelerate's own work, which the core does otherwise"
-_COMMAND = "paceline's commands are made with click; clients import only launch_command and load_config_from_file"
-_PLACEMENT = "device maps and hooks: the class can be imported, not made"
+_COMMAND = "an inner part of Accelerate's parser"
 
 # Names that the twin does not have.
 ABSENT = {
-    "commands.config": dict.fromkeys(
-        ["config_command_parser", "default_command_parser", "get_config_parser", "main", "update_command_parser"],
-        _COMMAND,
-    ),
-    "commands.launch": dict.fromkeys(
-        [
-            "CustomHelpFormatter",
-            "clean_option",
-            "deepspeed_launcher",
-            "main",
-            "multi_gpu_launcher",
-            "sagemaker_launcher",
-            "simple_launcher",
-            "tpu_launcher",
-            "tpu_pod_launcher",
-        ],
-        _COMMAND,
-    ),
+    "commands.launch": dict.fromkeys(["CustomHelpFormatter", "clean_option"], _COMMAND),
     "inference": dict.fromkeys(
         ["build_pipeline", "find_pippy_batch_size", "generate_device_map", "pippy_forward"], _INNER
     ),
     "state": {"ThreadLocalSharedDict": _TPU, "do_nothing": _INNER},
     "optimizer": dict.fromkeys(["move_to_device", "patch_optimizer_step"], _INNER),
-    "utils.constants": dict.fromkeys(
-        [
-            "SAGEMAKER_PARALLEL_EC2_INSTANCES",
-            "SAGEMAKER_PYTHON_VERSION",
-            "SAGEMAKER_PYTORCH_VERSION",
-            "SAGEMAKER_TRANSFORMERS_VERSION",
-        ],
-        _SAGEMAKER,
-    ),
+    "utils.operations": dict.fromkeys(["chained_operation", "verify_operation", "is_torch_xpu_tensor"], _INNER),
+}
+# Names that stand for something else than in Accelerate.
+OTHERWISE = {
     "utils.dataclasses": dict.fromkeys(
         [
+            "MegatronLMPlugin",
             "add_model_config_to_megatron_parser",
             "parse_bert_config",
             "parse_glm4_moe_config",
@@ -65,26 +41,6 @@ ABSENT = {
         ],
         _MEGATRON,
     ),
-    "utils.modeling": dict.fromkeys(
-        [
-            "fallback_allocate",
-            "get_module_leaves",
-            "get_module_size_with_ties",
-            "get_state_dict_from_offload",
-            "get_state_dict_offloaded_model",
-        ],
-        _PLACEMENT,
-    ),
-    "utils.operations": dict.fromkeys(["chained_operation", "verify_operation", "is_torch_xpu_tensor"], _INNER),
-}
-# Names that stand for something else than in Accelerate.
-OTHERWISE = {
-    "hooks": dict.fromkeys(
-        ["AlignDevicesHook", "CpuOffload", "LayerwiseCastingHook", "ModelHook", "SequentialHook", "UserCpuOffloadHook"],
-        _PLACEMENT,
-    ),
-    "utils.dataclasses": {"MegatronLMPlugin": _MEGATRON},
-    "utils.offload": dict.fromkeys(["OffloadedWeightsLoader", "PrefixedDataset"], _PLACEMENT),
 }
 
 

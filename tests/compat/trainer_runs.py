@@ -70,6 +70,10 @@ def run(name: str, folder: str) -> dict[str, Any]:
     way, _, strategy = name.partition(", ")
     # On the CPU the real Accelerate does not shard, and under DeepSpeed takes each rank for the only one: DDP gives
     # what it should give, but for the names of files.
+    if strategy.startswith("zero") and "RANK" not in os.environ:
+        # Without them DeepSpeed asks MPI.
+        one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(one_rank)
     sharded = strategy == "fsdp" or (strategy != "" and int(os.environ.get("WORLD_SIZE", "1")) > 1)
     if sharded and os.environ["COMPAT_SIDE"] == "real":
         strategy = ""
@@ -104,6 +108,7 @@ class Run:
             "dataloader_pin_memory": False,
             "seed": 3,
             **_of_strategy(self.strategy),
+            **({"use_cpu": True} if self.way.startswith("bf16") else {}),
             **WAYS[self.way],
         }
         model = llama(dropout=0.1 if self.way == "dropout" else 0.0)

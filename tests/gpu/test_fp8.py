@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -18,7 +16,6 @@ from paceline.errors import PrecisionError
 from tests.support.text import standard_library
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytest.importorskip("torchao")
@@ -73,18 +70,6 @@ def batches() -> torch.Tensor:
     needed = STEPS * BATCH
     rows = rows.repeat(-(-needed // count), 1)[:needed]
     return rows.view(STEPS, BATCH, LENGTH).cuda()
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group for FSDP2."""
-    if not dist.is_initialized():
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29577")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", rank=0, world_size=1, device_id=torch.device("cuda", torch.cuda.current_device())
-        )
-    yield
-    dist.destroy_process_group()
 
 
 def prepared(strategy: str, precision: str, **fp8: Any) -> tuple[Accelerator, Any, Any]:

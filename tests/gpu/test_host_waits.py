@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,18 +37,6 @@ def watched() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.fixture
-def group(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A process group for FSDP2."""
-    if not dist.is_initialized():
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29578")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl", rank=0, world_size=1, device_id=torch.device("cuda", torch.cuda.current_device())
-        )
-    yield
-    dist.destroy_process_group()
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
@@ -109,12 +95,12 @@ def test_the_loop_waits_for_nothing(precision: str, large: bool) -> None:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_the_loop_under_fsdp_waits_for_nothing(large: bool, group: None) -> None:
+def test_the_loop_under_fsdp_waits_for_nothing(large: bool, one_rank: None) -> None:
     losses = run("fsdp", "bf16", large)
     assert float(losses[-1]) < float(losses[0])
 
 
-def test_fp8_waits_for_nothing(group: None) -> None:
+def test_fp8_waits_for_nothing(one_rank: None) -> None:
     pytest.importorskip("torchao")
     from paceline.config import FP8Config
 

@@ -104,7 +104,7 @@ def test_ahead_of_need_nothing_is_overwritten(tmp_path: Path, way: str) -> None:
     with torch.no_grad():
         for turn in range(12):
             if turn % 3 == 0:
-                torch.cuda._sleep(20_000_000)
+                torch.cuda._sleep(20_000_000)  # type: ignore[no-untyped-call]
             assert torch.equal(model(x), expected)
             assert torch.equal(model(x[:1]), few)
     assert stream.foreseen > 10 * stream.unforeseen
@@ -133,11 +133,10 @@ def test_gradients_flow_through_offloaded_weights() -> None:
     copy.deepcopy(model).to(GPU)(twin).sum().backward()
     cpu_offload(model, GPU, stream=WeightStream(limit=3 * 17 * MIB))
     for _ in range(3):
-        x.grad = None
         model(x).sum().backward()
-        assert x.grad is not None
-        assert twin.grad is not None
-        assert torch.equal(x.grad, twin.grad)
+    assert x.grad is not None
+    assert twin.grad is not None
+    torch.testing.assert_close(x.grad, 3 * twin.grad)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -173,7 +172,7 @@ def test_a_checkpoint_beside_the_default_stream(tmp_path: Path) -> None:
             model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(12)])
         load_checkpoint_and_dispatch(model, tmp_path, {"": 0})
         for index, layer in enumerate(model):
-            assert bool((layer.weight == index).all())  # type: ignore[operator]
+            assert layer.weight.unique().tolist() == [index]  # type: ignore[operator]
 
 
 def test_tied_weights_are_on_the_gpu_once() -> None:
@@ -187,7 +186,7 @@ def test_tied_weights_are_on_the_gpu_once() -> None:
 def test_a_map_by_memory_runs() -> None:
     model = tower(width=256, blocks=8)
     expected = expected_logits(width=256, blocks=8)
-    names = infer_auto_device_map(model, {0: 4 * MIB, "cpu": "1GB"}, no_split_module_classes=["Block"])
+    names = infer_auto_device_map(model, {0: 4 * MIB, "cpu": "1GB"}, ["Block"], offload_buffers=True)
     assert {0, "cpu"} == set(names.values())
     dispatch_model(model, names)
     assert torch.equal(logits(model), expected)
@@ -208,14 +207,14 @@ def test_moving_and_copying() -> None:
 
 
 def test_whole_models_make_room_for_each_other() -> None:
-    first, first_hook = cpu_offload_with_hook(nn.Linear(4, 5))
-    second, second_hook = cpu_offload_with_hook(nn.Linear(5, 5), prev_module_hook=first_hook)
+    first, second = nn.Linear(4, 5), nn.Linear(5, 5)
+    _, first_hook = cpu_offload_with_hook(first)
+    _, second_hook = cpu_offload_with_hook(second, prev_module_hook=first_hook)
     output = second(first(torch.randn(3, 4)))
     assert output.device == GPU
-    assert first.weight.device.type == "cpu"  # type: ignore[union-attr]
-    assert second.weight.device == GPU
+    assert [first.weight.device.type, second.weight.device.type] == ["cpu", "cuda"]
     second_hook.offload()
-    assert second.weight.device.type == "cpu"  # type: ignore[union-attr]
+    assert second.weight.device.type == "cpu"
 
 
 def test_layers_stored_in_eight_bits() -> None:

@@ -33,6 +33,7 @@ from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deeps
 from tests.support.models import TinyTransformer
 from tests.support.ranks import run_on_ranks
 from tests.support.state import prepared_models
+from tests.support.warned import warnings_of
 from tests.unit.data.support import Numbers
 
 
@@ -280,6 +281,42 @@ def test_a_run_describes_itself(strategy: str, kind: str) -> None:
     assert "bf16" in text
     assert "gloo" in text
     assert "processes     2" in text
+
+
+def filled(fill: bool) -> tuple[list[str], str]:
+    flags = {"use_cpu": True, "fsdp_offload_params": True}
+    os.environ["PACELINE_CONFIG"] = resolve(flags=flags, env={}, file=None).to_json()
+    try:
+        one = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=fill))
+    finally:
+        del os.environ["PACELINE_CONFIG"]
+    model: Any = TinyTransformer()
+    with warnings_of() as warned:
+        one.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(Numbers(61), batch_size=4))
+    return warned, one.describe()
+
+
+def test_what_auto_leaves_unused_and_what_is_read_twice_is_told() -> None:
+    warned, text = run_on_ranks(2, filled, True)[0]
+    assert len(warned) == 1
+    assert "fsdp_config.fsdp_offload_params" in warned[0]
+    assert "no effect: strategy auto chose ddp" in warned[0]
+    assert "set strategy to fsdp, or remove it" in warned[0]
+    assert "fsdp_offload_params = True" in text
+    assert "; not used)" in text
+    assert "8 batches per rank, the last filled up with 3 samples from the start of the epoch" in text
+    assert "filled up" not in run_on_ranks(2, filled, False)[0][1]
+
+
+def backward_of_nothing_prepared() -> None:
+    one = Accelerator(cpu=True)
+    model = nn.Linear(2, 1)
+    with pytest.raises(PrepareError, match=r"before any model was passed to prepare\(\)"):
+        one.backward(model(torch.ones(1, 2)).sum())
+
+
+def test_a_model_that_was_never_prepared_is_named_first() -> None:
+    run_on_ranks(2, backward_of_nothing_prepared)
 
 
 def own_class() -> list[str]:

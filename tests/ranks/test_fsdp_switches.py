@@ -18,10 +18,10 @@ from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
 SWITCHES: dict[str, dict[str, Any]] = {
-    "none": {"keep_last_unit": False},
-    "by default": {},
-    "prefetch": {"prefetch_units": 2},
-    "prefetch all": {"prefetch_units": 9, "keep_last_unit": False},
+    "none": {},
+    "last unit kept": {"keep_last_unit": True},
+    "prefetch": {"prefetch_units": 2, "keep_last_unit": True},
+    "prefetch all": {"prefetch_units": 9},
     "kept": {"reshard_after_forward": False},
     "separate group": {"separate_reduce_scatter_group": True},
     "buffers": {"reduce_scatter_buffers": 2},
@@ -76,13 +76,13 @@ def on_rank(_: int) -> None:
         expected, said = train(SWITCHES["none"], look=look, accumulation=accumulation)
         assert "parameters dropped after the forward" in said
         for name, settings in SWITCHES.items():
-            if has(settings) and (not look or name in ("by default", "kept", "prefetch")):
+            if has(settings) and (not look or name in ("last unit kept", "kept", "prefetch")):
                 found, said = train(settings, look=look, accumulation=accumulation)
                 assert found == pytest.approx(expected, abs=1e-6), (name, look, accumulation)
-    assert "but for the last unit and the rest" in train({"prefetch_units": 2})[1]
+    assert "but for the last unit and the rest" in train({"keep_last_unit": True})[1]
     assert "2 units gathered ahead" in train({"prefetch_units": 2})[1]
 
-    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin())
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(keep_last_unit=True))
     model: Any = accelerator.prepare_model(TinyTransformer())
     tokens = make_tokens(2)
     accelerator.backward(token_losses(model(tokens), tokens).mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +16,9 @@ from paceline import Accelerator, DeepSpeedPlugin, GradientAccumulationPlugin
 from paceline.errors import ConfigError, PrepareError
 from tests.support.engines import make, needs_deepspeed, with_deepspeed
 from tests.support.ranks import run_on_ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STRATEGIES = ["ddp", "fsdp", *with_deepspeed(["zero2", "zero3"])]
 STEPS = 3
@@ -187,6 +190,58 @@ def sharded_elsewhere(how: str) -> dict[str, torch.Tensor]:
         name: value.full_tensor() if hasattr(value, "full_tensor") else value
         for name, value in model.state_dict().items()
     }
+
+
+def parallel_under_fsdp() -> str:
+    model = parallelize_module(net(), init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), {"0": ColwiseParallel()})
+    with pytest.raises(PrepareError) as refused:
+        make("fsdp").prepare(model)
+    return str(refused.value)
+
+
+def test_fsdp_refuses_what_tensor_parallelism_has_sharded() -> None:
+    for message in run_on_ranks(2, parallel_under_fsdp):
+        assert "0.weight is sharded already, over the mesh axis tp by something other than FSDP" in message
+
+
+def loaded_in_shards(folder: str) -> tuple[list[float], str]:
+    """Train what transformers has sharded while it loaded, and return the losses."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    accelerator = make("fsdp")
+    model: Any = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    losses = _losses(accelerator, model)
+    accelerator.save_state(f"{folder}/state")
+    accelerator.load_state(f"{folder}/state")
+    return losses, type(next(model.parameters())).__name__
+
+
+def _losses(accelerator: Accelerator, model: Any) -> list[float]:
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    rows = torch.arange(32).reshape(4, 8)[accelerator.process_index :: accelerator.num_processes]
+    losses = []
+    for _ in range(STEPS):
+        loss = model(input_ids=rows, labels=rows).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+    return losses
+
+
+@pytest.mark.compat
+def test_what_transformers_loads_in_shards_is_trained_as_it_is(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape))
+    model.save_pretrained(tmp_path)
+    wanted = _losses(make("single"), model)
+    for losses, kind in run_on_ranks(2, loaded_in_shards, str(tmp_path)):
+        assert kind == "DTensor"
+        assert losses == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("how", ["fully_shard", "tensor parallel"])

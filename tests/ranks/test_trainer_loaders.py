@@ -128,6 +128,14 @@ def test_two_ranks_share_it_as_they_are_told(how: str, strategy: dict[str, Any],
         assert samples is None
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_each_sample_counts_once(ranks: int, tmp_path: Path) -> None:
+    # Neither fills the last batch nor the last window of a pass.
+    changes = {"gradient_accumulation_steps": 3}
+    for _, samples, _ in run_on_ranks(ranks, trained, "unprepared", str(tmp_path), changes):
+        assert samples == pytest.approx(2 * SAMPLES)
+
+
 def trained_in_pairs(folder: str) -> list[dict[str, Any]]:
     return trained("plain", folder, {"per_device_train_batch_size": 2 * BATCH})[0]
 

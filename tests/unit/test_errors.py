@@ -21,7 +21,9 @@ from paceline.errors import (
     ForeignOptimizerError,
     MissingExtraError,
     NotBuiltError,
+    OffloadedModelError,
     PacelineError,
+    PlacementError,
     PrecisionError,
     PrepareError,
     Problem,
@@ -62,6 +64,8 @@ EXAMPLES: list[PacelineError] = [
     DamagedCheckpointError("saw", "why", "todo"),
     CollectiveError("saw", "why", "todo"),
     DataError("saw", "why", "todo"),
+    PlacementError("saw", "why", "todo"),
+    OffloadedModelError("saw", "why", "todo"),
     WorkerError("Traceback …", 3),
 ]
 

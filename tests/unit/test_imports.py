@@ -87,7 +87,7 @@ def test_the_accelerator_leaves_the_schema_and_dtensor_to_the_first_use() -> Non
     foreign = {name.partition(".")[0] for name in extra} - {"paceline"} - set(sys.stdlib_module_names)
     assert foreign <= {"safetensors", "typing_extensions"}, foreign
     assert len([name for name in extra if name.startswith("torch.")]) <= 2
-    assert len(extra) < 130
+    assert len(extra) < 85
 
 
 def test_an_accelerator_on_one_cpu_needs_none_of_torchs_heavy_parts() -> None:

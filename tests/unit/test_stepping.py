@@ -291,6 +291,23 @@ def test_clipping_inside_a_window_is_refused() -> None:
     assert float(model.weight.grad) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_a_model_is_no_parameter_to_clip() -> None:
+    accelerator = make(1)
+    model: Any = accelerator.prepare(scalar())
+    accelerator.backward(model(torch.ones(1, 1)).sum())
+    with pytest.raises(SteppingError, match=r"clip_grad_norm_ got a Linear.*clip_grad_norm_\(model.parameters\(\)"):
+        accelerator.clip_grad_norm_(model, 1.0)
+
+
+def test_a_loss_without_a_graph_is_named() -> None:
+    accelerator = make(1)
+    model: Any = accelerator.prepare(scalar())
+    with torch.no_grad():
+        loss = model(torch.ones(1, 1)).sum()
+    with pytest.raises(SteppingError, match=r"depends on no trainable parameter.*no_grad"):
+        accelerator.backward(loss)
+
+
 def test_clipping_values() -> None:
     accelerator = make(1)
     model: Any = accelerator.prepare(nn.Linear(3, 1, bias=False))

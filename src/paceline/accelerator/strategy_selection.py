@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from paceline.config import FullyShardedDataParallelPlugin, GradScalerKwargs
 from paceline.environment.device import describe_device, memory_info
 from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, PrepareError, Problem
@@ -147,6 +146,8 @@ def select_strategy(
         device=describe_device(context.device),
     )
     if choice.settings:
+        from paceline.config import FullyShardedDataParallelPlugin
+
         plugin = config.fsdp_config or FullyShardedDataParallelPlugin()
         # Explicit settings take precedence.
         chosen = {key: value for key, value in choice.settings.items() if key not in plugin.model_fields_set}
@@ -190,6 +191,9 @@ def usable_scaler(components: RunComponents, strategy: Strategy | None) -> LossS
     """
     if strategy is None or not strategy.scales_loss:
         return components.scaler
+    # On first use: the schema takes longer to load than all of this package.
+    from paceline.config import GradScalerKwargs
+
     if components.handlers.scaler != GradScalerKwargs() and not components.policies.leniency.unread_settings:
         hint = "write initial_scale_power and loss_scale_window into the fp16 section of its configuration"
         why = f"the engine of {strategy.name} scales the loss itself"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,9 +16,10 @@ from torch import nn
 
 from paceline.errors import MissingExtraError, UsageError
 
-__all__ = ["ModelSource", "load_attribute", "model_source"]
+__all__ = ["ModelSource", "build_model", "load_attribute", "model_source"]
 
 _TOKENS = 2048
+_OF_TRAINING = ("labels", "use_cache")
 _WITH_LABELS = ("ForCausalLM", "ForMaskedLM", "LMHeadModel", "ForConditionalGeneration", "ForPreTraining")
 _WITH_CLASSES = ("ForSequenceClassification", "ForImageClassification")
 
@@ -38,14 +39,14 @@ class ModelSource:
     samples: str
 
     def infer(self, model: nn.Module, batch: int) -> Any:
-        """Run the forward on a batch of this many samples, without labels."""
-        return self._call(model, batch, without="labels")
+        """Run the forward on this many samples: without labels, and with a cache where the model keeps one."""
+        return self._call(model, batch, without=_OF_TRAINING)
 
-    def _call(self, model: nn.Module, batch: int, without: str = "") -> Any:
+    def _call(self, model: nn.Module, batch: int, without: Container[str] = ()) -> Any:
         assert self.batch_of is not None
         inputs = self.batch_of(batch)
         if isinstance(inputs, dict):
-            inputs = {name: value for name, value in inputs.items() if name != without}
+            inputs = {name: value for name, value in inputs.items() if name not in without}
         with _without_packing():
             if isinstance(inputs, dict):
                 return model(**inputs)
@@ -72,11 +73,28 @@ def _plain(result: Any) -> Any:
     return list(result.values()) if isinstance(result, Mapping) else result
 
 
-def model_source(name: str, inputs: str | None, sequence_length: int | None) -> ModelSource:
+def build_model(name: str, flag: str) -> nn.Module:
     """Build a model on the meta device.
 
     Args:
         name: `module:function`, `file.py:function`, or the file or folder of a transformers configuration.
+        flag: Where it was named, for errors.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be built.
+        MissingExtraError: transformers is not installed.
+    """
+    path = Path(name)
+    if path.exists() and path.suffix != ".py":
+        return _from_configuration(path, flag)
+    return _from_function(name, flag)
+
+
+def model_source(name: str, inputs: str | None, sequence_length: int | None) -> ModelSource:
+    """Build a model on the meta device, and find out what it takes.
+
+    Args:
+        name: As for `build_model`.
         inputs: `module:function` that makes a batch of a number of samples.
         sequence_length: Tokens of a sample, for models of text.
 
@@ -84,28 +102,26 @@ def model_source(name: str, inputs: str | None, sequence_length: int | None) -> 
         UsageError: There is no such model, or it cannot be built.
         MissingExtraError: transformers is not installed.
     """
-    path = Path(name)
-    is_configuration = path.exists() and path.suffix != ".py"
-    model, config = (_from_configuration(path), True) if is_configuration else (_from_function(name), False)
+    model = build_model(name, "MODEL")
     if inputs is not None:
         return ModelSource(model, load_attribute(inputs, "--inputs"), "samples")
-    if not config and not hasattr(model, "main_input_name"):
+    if not hasattr(model, "main_input_name"):
         return ModelSource(model, None, "samples")
     return _with_own_batches(model, sequence_length)
 
 
-def _from_function(name: str) -> nn.Module:
-    found = load_attribute(name, "MODEL")
+def _from_function(name: str, flag: str) -> nn.Module:
+    found = load_attribute(name, flag)
     try:
         with torch.device("meta"):
             is_factory = isinstance(found, type) or not isinstance(found, nn.Module)
             model = found() if is_factory else found
     except Exception as error:
         hint = "Name a function without arguments that returns the model"
-        raise UsageError(f"{name}() failed: {type(error).__name__}: {error}", "", hint) from error
+        raise UsageError(f"{flag} {name} failed: {type(error).__name__}: {error}", "", hint) from error
     if not isinstance(model, nn.Module):
         why = "It must be a torch.nn.Module, or a function without arguments that returns one"
-        raise UsageError(f"{name} is a {type(model).__name__}", why, "Name the function that builds the model")
+        raise UsageError(f"{flag} {name} is a {type(model).__name__}", why, "Name the function that builds the model")
     return model
 
 
@@ -122,14 +138,14 @@ def load_attribute(name: str, flag: str) -> Any:
     module_name, separator, attribute = name.rpartition(":")
     if not separator or not module_name:
         why = "It is neither module:function, file.py:function, nor a file or folder that exists"
-        raise UsageError(f"{flag}: {name} cannot be found", why, "Write, for example, my_package.models:build_model")
+        raise UsageError(f"{flag} {name} cannot be found", why, "Write, for example, my_package.models:build_model")
     try:
         module = _module(module_name)
         found: Any = module
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise UsageError(f"{flag}: {name} cannot be imported: {error}", "", "Check the name") from error
+        raise UsageError(f"{flag} {name} cannot be imported: {error}", "", "Check the name") from error
     return found
 
 
@@ -148,7 +164,7 @@ def _module(name: str) -> Any:
     return module
 
 
-def _from_configuration(path: Path) -> nn.Module:
+def _from_configuration(path: Path, flag: str) -> nn.Module:
     try:
         import transformers
     except ImportError:
@@ -165,7 +181,7 @@ def _from_configuration(path: Path) -> nn.Module:
             model: nn.Module = make(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         why = "It must hold the config.json of a model of transformers"
-        raise UsageError(f"MODEL: {path} cannot be read: {error}", why, "Name such a file or folder") from error
+        raise UsageError(f"{flag} {path} cannot be read: {error}", why, "Name such a file or folder") from error
     return model
 
 
@@ -184,7 +200,9 @@ def _with_own_batches(model: Any, sequence_length: int | None) -> ModelSource:
 
         def tokens(batch: int) -> dict[str, Any]:
             ids = torch.zeros(batch, length, dtype=torch.long)
-            return {"input_ids": ids, **_labels(kind, batch, ids)}
+            # A cache of keys and values is of no use in training; recomputed blocks would fill it twice.
+            cache = {"use_cache": False} if getattr(text, "use_cache", False) else {}
+            return {"input_ids": ids, **cache, **_labels(kind, batch, ids)}
 
         return ModelSource(model, tokens, f"sequences of {length} tokens")
     size = getattr(config, "image_size", None)

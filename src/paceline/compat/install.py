@@ -113,7 +113,9 @@ class AccelerateFinder(MetaPathFinder):
         """Find the stand-in of a module of Accelerate; leave all others to the next finder."""
         if not _is_accelerate(fullname):
             return None
-        if f"{fullname}.".startswith(f"{_TESTS}.") and not _has_own_tests():
+        is_test = fullname == _TESTS or fullname.startswith(f"{_TESTS}.")
+        # Unless somebody has put a copy into the twin.
+        if is_test and importlib.util.find_spec(_TARGET + _TESTS.removeprefix(_NAME)) is None:
             return _tests_of_the_real_one(fullname, path)
         source = importlib.util.find_spec(_TARGET + fullname.removeprefix(_NAME))
         if source is None:
@@ -169,11 +171,6 @@ class _AliasLoader(InspectLoader):
     def is_package(self, fullname: str) -> bool:
         """Whether the module has submodules."""
         return self._source.submodule_search_locations is not None
-
-
-def _has_own_tests() -> bool:
-    """Whether somebody has put a copy of `test_utils` into the twin."""
-    return importlib.util.find_spec(_TARGET + _TESTS.removeprefix(_NAME)) is not None
 
 
 def _tests_of_the_real_one(fullname: str, path: Sequence[str] | None) -> ModuleSpec:

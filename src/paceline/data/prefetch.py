@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.collectives.nested import leaves, map_tensors, send_to_device
-from paceline.data.pinning import StagedCopier, num_copiers
+from paceline.data.pinning import Pinner, num_copiers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +41,8 @@ class DevicePrefetcher:
     """Copies batches to a device; with a CPU device they are passed through unchanged.
 
     On an accelerator the next batch is copied from pinned memory on a separate stream while the current one is in use.
-    If it is not pinned, threads copy it through pinned buffers. Reading a batch, which runs code of the user, stays in
-    the thread that iterates, and waits until the host is through with the batch before: a data set may use its memory
-    again.
+    If it is not pinned, a thread pins and copies it. Reading a batch, which runs code of the user, stays in the thread
+    that iterates, and waits until the host is through with the batch before: a data set may use its memory again.
 
     Small batches are copied when they are yielded. So are batches with other objects than dense tensors that have a
     method `to`, because the tensors inside them cannot be recorded on the stream.
@@ -57,8 +56,8 @@ class DevicePrefetcher:
         self._device = device
         self._non_blocking = non_blocking
         self._stream = None if device.type == "cpu" else _maybe_stream(device)
-        # Of the largest batch so far that was copied ahead, of the largest that was pinned here, and of the buffers.
-        self._copied_bytes = self._pinned_bytes = self._buffer_bytes = 0
+        # Of the largest batch so far that was copied ahead, and of the largest that was pinned here.
+        self._copied_bytes = self._pinned_bytes = 0
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches on the device."""
@@ -79,8 +78,8 @@ class DevicePrefetcher:
         if not pinned:
             return f"{text} ({copied:,.1f} MB each)"
         return (
-            f"{text}, by threads through {self._buffer_bytes / 1e6:,.0f} MB of pinned buffers ({pinned:,.1f} MB each, "
-            f"up to {_MAX_ON_DEVICE * pinned:,.0f} MB on the device)"
+            f"{text}, pinned in a thread ({pinned:,.1f} MB each; up to {3 * pinned:,.0f} MB pinned and "
+            f"{_MAX_ON_DEVICE * pinned:,.0f} MB on the device)"
         )
 
     def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
@@ -115,9 +114,7 @@ class DevicePrefetcher:
         self._copied_bytes = max(size, self._copied_bytes)
         if needs_pinning:
             self._pinned_bytes = max(size, self._pinned_bytes)
-            copied = thread.copy(batch)
-            self._buffer_bytes = thread.buffer_bytes
-            return copied
+            return thread.copy(batch)
         with stream:
             return _Copied(map_tensors(self._copy, batch), stream.record_event())
 
@@ -140,27 +137,22 @@ class DevicePrefetcher:
 
 @dataclass(slots=True)
 class _CopyThread:
-    """Copies batches from pageable memory to the device, in a thread that starts with the first one."""
+    """Pins batches and copies them to the device, in a thread that starts with the first one."""
 
     device: torch.device
     stream: torch.Stream
     _executor: ThreadPoolExecutor | None = None
-    _copier: StagedCopier | None = None
+    _pinner: Pinner | None = None
     # When the device was through with the last batches that were copied here.
     _used: deque[torch.Event] = field(default_factory=lambda: deque(maxlen=_MAX_ON_DEVICE - 1))
 
     def copy(self, batch: Any) -> Future[_Copied]:
-        """Copy a batch, after those before it."""
+        """Pin and copy a batch, after those before it."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, "paceline-copy", initializer=self._select_device)
-            self._copier = StagedCopier(self.device, self.stream, num_copiers(torch.accelerator.device_count()))
+            self._pinner = Pinner(_pinned_like, num_copiers(torch.accelerator.device_count()))
         is_full = len(self._used) == self._used.maxlen
         return self._executor.submit(self._copy, batch, self._used[0] if is_full else None)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of the pinned buffers."""
-        return 0 if self._copier is None else self._copier.buffer_bytes
 
     def note_use(self) -> None:
         """Note that everything which uses the batch yielded last is queued on the device."""
@@ -171,8 +163,8 @@ class _CopyThread:
         """End the thread."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
-        if self._copier is not None:
-            self._copier.close()
+        if self._pinner is not None:
+            self._pinner.close()
 
     def _select_device(self) -> None:
         # Each thread has a current device of its own, and pinning would begin to use the first one.
@@ -187,9 +179,13 @@ class _CopyThread:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu" and tensor.nbytes and not tensor.is_pinned():
-            assert self._copier is not None
-            return self._copier.copy(tensor)
+            assert self._pinner is not None
+            tensor = self._pinner.pin(tensor)
         return tensor.to(self.device, non_blocking=True)
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, pin_memory=True, requires_grad=False)
 
 
 def _maybe_stream(device: torch.device) -> torch.Stream | None:

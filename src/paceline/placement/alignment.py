@@ -224,9 +224,10 @@ class AlignDevicesHook(ModelHook):
 
 def _with_number(device: torch.device) -> torch.device:
     """The device, with the number of the current one if it has none: tensors have one, and are compared with it."""
-    if device.index is not None or device.type in ("cpu", "meta", "mps"):
-        return device
-    return torch.device(device.type, torch.accelerator.current_device_index())
+    index: int | None = device.index
+    if index is None and device.type not in ("cpu", "meta", "mps"):
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    return device
 
 
 def _is_on(value: object, device: torch.device) -> bool:

@@ -326,24 +326,24 @@ def guard_moves(model: nn.Module, log: logging.Logger = logger) -> None:
     for name in GUARDED_METHODS:
         method = getattr(model, name, None)
         if callable(method) and not getattr(method, "guards_placement", False):
-            setattr(model, name, _guarded(model, method, log))
+            # No closure: a copy of the model gets a method of its own.
+            guarded = functools.update_wrapper(functools.partial(_move, model, method, log), method)
+            guarded.guards_placement = True  # type: ignore[attr-defined]
+            setattr(model, name, guarded)
 
 
-def _guarded(model: nn.Module, method: Callable[..., Any], log: logging.Logger) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if method.__name__ != "to" or torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
-            log.warning("A model that is spread over devices is moved: it may not run afterwards.")
-        if any(parameter.device == META for parameter in model.parameters()):
-            raise OffloadedModelError(
-                f"{type(model).__name__}.{method.__name__}() was called",
-                "Parts of the model are in host memory or on disk, and only come to a device when they run",
-                "Call remove_hook_from_submodules(model) first, or load the model on one device",
-            )
-        return method(*args, **kwargs)
-
-    guarded.guards_placement = True  # type: ignore[attr-defined]
-    return guarded
+def _move(model: nn.Module, method: Callable[..., Any], log: logging.Logger, *args: Any, **kwargs: Any) -> Any:
+    """Call `model.to` or a method like it."""
+    name = method.__name__
+    if name != "to" or torch._C._nn._parse_to(*args, **kwargs)[0] is not None:
+        log.warning("A model that is spread over devices is moved: it may not run afterwards.")
+    if any(parameter.device == META for parameter in model.parameters()):
+        raise OffloadedModelError(
+            f"{type(model).__name__}.{name}() was called",
+            "Parts of the model are in host memory or on disk, and only come to a device when they run",
+            "Call remove_hook_from_submodules(model) first, or load the model on one device",
+        )
+    return method(*args, **kwargs)
 
 
 def load_checkpoint_and_dispatch(

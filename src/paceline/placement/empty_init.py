@@ -26,7 +26,7 @@ def init_empty_weights(include_buffers: bool = False) -> Iterator[None]:
         >>> from torch import nn
         >>> from paceline.placement import init_empty_weights
         >>> with init_empty_weights():
-        ...     model = nn.Linear(100_000, 100_000)
+        ...     model = nn.Linear(10_000, 10_000)
         >>> model.weight.device
         device(type='meta')
     """

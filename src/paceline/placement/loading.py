@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -269,7 +268,6 @@ class _Loading:
                 continue
             self._loaded.add(name)
             self._place(name, value, path, scales)
-        gc.collect()
 
     def _weights(self, path: Path) -> Iterator[tuple[str, torch.Tensor | FileSlice, torch.Tensor | None]]:
         """The weights of a file: tensors, or where the file has them."""

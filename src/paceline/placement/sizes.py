@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Of bytes, in either system; a small b at the end counts bits.
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Devices that have no number, in the order in which they are filled.
+_BESIDE_NUMBERS = ("mps", "cpu", "disk")
 # Formats that torch has no dtype for.
 _PACKED = {"int2": 0.25, "int4": 0.5, "fp8": 1.0}
 # What a single device keeps free for activations, where its memory was not limited by hand.
@@ -164,8 +166,8 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
     if max_memory is None:
         return _free_memory()
     numbers = sorted(key for key in max_memory if isinstance(key, int))
-    ordered = [*numbers, *(key for key in ("mps", "cpu", "disk") if key in max_memory)]
-    unknown = [key for key in max_memory if key not in ordered]
+    ordered: list[int | str] = [*numbers, *(key for key in _BESIDE_NUMBERS if key in max_memory)]
+    unknown = sorted(str(key) for key in set(max_memory) - set(ordered))
     if unknown:
         raise PlacementError(f"max_memory has {unknown!r}", "It is no device", 'Use numbers, "mps", "cpu" and "disk"')
     absent = [key for key in numbers if not 0 <= key < torch.accelerator.device_count()]

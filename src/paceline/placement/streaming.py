@@ -7,7 +7,7 @@ page-locked pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,10 @@ class _Load:
             self.wait()
 
 
+# The group before, and the group now.
+Position = tuple[WeightGroup | None, WeightGroup | None]
+
+
 class UseOrder:
     """Learns which group is used after which.
 
@@ -94,8 +98,8 @@ class UseOrder:
     """
 
     def __init__(self) -> None:
-        self._next: dict[tuple[WeightGroup | None, WeightGroup | None], WeightGroup] = {}
-        self._last: tuple[WeightGroup | None, WeightGroup | None] = (None, None)
+        self._next: dict[Position, WeightGroup] = {}
+        self._last: Position = (None, None)
         self._made: dict[WeightGroup, WeightGroup] = {}
         self._newest: WeightGroup | None = None
 
@@ -110,16 +114,17 @@ class UseOrder:
         self._next[self._last] = group
         self._last = (self._last[1], group)
 
-    def upcoming(self) -> Iterator[WeightGroup]:
-        """Yield the groups that came next the last time, until they repeat."""
-        pair, seen = self._last, set()
-        while pair not in seen:
-            seen.add(pair)
-            group = self._next.get(pair) or self._made.get(pair[1])  # type: ignore[arg-type]
-            if group is None:
-                return
-            yield group
-            pair = (pair[1], group)
+    @property
+    def position(self) -> Position:
+        """The last two groups that were used."""
+        return self._last
+
+    def after(self, position: Position) -> WeightGroup | None:
+        """Return the group that came next the last time; None if nothing is known."""
+        group = self._next.get(position)
+        if group is None and position[1] is not None:
+            group = self._made.get(position[1])
+        return group
 
     def forget(self, groups: Collection[WeightGroup]) -> None:
         """Learn anew, without some groups."""
@@ -149,7 +154,10 @@ class WeightStream:
         self._transfers = Transfers()
         self._pinned = PinnedMemory(pinned_limit)
         self._queues: dict[torch.device, DeviceQueue] = {}
+        # In the order in which they are needed, up to the position where the guess ends.
         self._ahead: dict[WeightGroup, _Load] = {}
+        self._ahead_bytes: dict[torch.device, int] = {}
+        self._foreseen_up_to: Position = (None, None)
         self._in_use: dict[torch.device, int] = {}
         self._released: dict[torch.device, list[tuple[Any, dict[str, torch.Tensor]]]] = {}
         self._shared: dict[tuple[int, torch.device], WeightGroup] = {}
@@ -195,15 +203,18 @@ class WeightStream:
         group.users += 1
         if group.users > 1:
             return group.tensors
-        load = self._ahead.pop(group, None)
-        if load is None:
+        is_next = next(iter(self._ahead), None) is group
+        if group in self._ahead:
+            self.foreseen += 1
+            load = self._take_ahead(group)
+        else:
             self.unforeseen += 1
             load = self._start(group)
-        else:
-            self.foreseen += 1
         self._in_use[group.device] = self._in_use.get(group.device, 0) + group.nbytes
         self.order.visit(group)
-        self._look_ahead(group.device)
+        if not is_next:
+            self._foresee_anew()
+        self._look_ahead()
         try:
             load.wait()
         except BaseException:
@@ -228,9 +239,11 @@ class WeightStream:
     def forget(self, groups: Collection[WeightGroup]) -> None:
         """Drop groups that are not used any more."""
         for group in groups:
-            self._ahead.pop(group, None)
+            if group in self._ahead:
+                self._take_ahead(group)
         self._shared = {key: each for key, each in self._shared.items() if each not in groups}
         self.order.forget(groups)
+        self._foreseen_up_to = self.order.position
 
     def _queue(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
@@ -241,15 +254,19 @@ class WeightStream:
         """Put the copy of a group into its device's queue."""
         queue = self._queue(group.device)
         self._free_released(group.device)
-        # What is made in inference mode could not be used for gradients later.
-        with torch.inference_mode(False), torch.no_grad():
-            block = queue.allocate(group.nbytes)
+        if torch.is_inference_mode_enabled():  # what is made there could not be used for gradients later
+            with torch.inference_mode(False):
+                return self._begin(group, queue)
+        return self._begin(group, queue)
+
+    def _begin(self, group: WeightGroup, queue: DeviceQueue) -> _Load:
+        with queue.current():
+            block = torch.empty(group.nbytes, dtype=torch.uint8, device=group.device)
             if group.pinned is not None:
-                with queue.current():
-                    block.copy_(group.pinned, non_blocking=True)
+                block.copy_(group.pinned, non_blocking=True)
                 return _Load(group, block, Transfer(queue))
-            staging = None if group.is_on_disk else self._pinned.take(group.nbytes)
-            return _Load(group, block, self._transfers.start(group.segments, queue, block, staging), staging)
+        staging = None if group.is_on_disk else self._pinned.take(group.nbytes)
+        return _Load(group, block, self._transfers.start(group.segments, queue, block, staging), staging)
 
     def _free_released(self, device: torch.device) -> None:
         """Free the memory of released groups. The queue waits for what still computes with it before it goes on."""
@@ -258,29 +275,48 @@ class WeightStream:
             queue.wait_for(mark)
             tensors.clear()
 
-    def _look_ahead(self, device: torch.device) -> None:
+    def _look_ahead(self) -> None:
         """Start the copies of the groups that come next, as far as the limit allows."""
-        limit = self._largest * _GROUPS_AHEAD if self.limit is None else self.limit
-        upcoming = self._next_groups(device, limit)
-        for stale in [each for each in self._ahead if each.device == device and each not in upcoming]:
-            self._ahead.pop(stale).drop()
-        total = self._in_use.get(device, 0) + sum(each.nbytes for each in self._ahead if each.device == device)
-        for group in upcoming:
-            if group in self._ahead or group.users:
-                continue
-            if total + group.nbytes > limit:
+        group = self.order.after(self._foreseen_up_to)
+        while group is not None and group not in self._ahead and not group.users:
+            if self._taken(group.device) + group.nbytes > self._allowed():
                 return
-            total += group.nbytes
             self._ahead[group] = self._start(group)
+            self._ahead_bytes[group.device] = self._ahead_bytes.get(group.device, 0) + group.nbytes
+            self._foreseen_up_to = (self._foreseen_up_to[1], group)
+            group = self.order.after(self._foreseen_up_to)
 
-    def _next_groups(self, device: torch.device, limit: int) -> dict[WeightGroup, None]:
-        """The groups for a device that come next, in order; no more than could be on their way."""
-        groups: dict[WeightGroup, None] = {}
+    def _allowed(self) -> int:
+        return self._largest * _GROUPS_AHEAD if self.limit is None else self.limit
+
+    def _taken(self, device: torch.device) -> int:
+        """The bytes of a device for groups in use and on their way."""
+        return self._in_use.get(device, 0) + self._ahead_bytes.get(device, 0)
+
+    def _foresee_anew(self) -> None:
+        """Drop the copies that are not needed soon after all, and look ahead from here."""
+        position = self.order.position
+        wanted: set[WeightGroup] = set()
         total = 0
-        for group in self.order.upcoming():
+        group = self.order.after(position)
+        while group is not None and group not in wanted and total <= self._allowed():
+            wanted.add(group)
             total += group.nbytes
-            if total > limit:
-                break
-            if group.device == device:
-                groups[group] = None
-        return groups
+            position = (position[1], group)
+            group = self.order.after(position)
+        for stale in [each for each in self._ahead if each not in wanted]:
+            self._take_ahead(stale).drop()
+        self._foreseen_up_to = self.order.position
+        self._skip_what_is_on_its_way()
+
+    def _skip_what_is_on_its_way(self) -> None:
+        """Go on after the groups that are on their way already."""
+        for _ in range(len(self._ahead)):
+            group = self.order.after(self._foreseen_up_to)
+            if group is None or group not in self._ahead:
+                return
+            self._foreseen_up_to = (self._foreseen_up_to[1], group)
+
+    def _take_ahead(self, group: WeightGroup) -> _Load:
+        self._ahead_bytes[group.device] -= group.nbytes
+        return self._ahead.pop(group)

@@ -184,7 +184,7 @@ def set_module_tensor_to_device(
         value = _converted(old, value, name, dtype, non_blocking)
     elif old.device == META and as_device(device) != META:
         raise PlacementError(
-            f"{name} is on the meta device, and is to go to {device} without a `value`",
+            f"{name} is on the meta device, and is to go to {device} without new values",
             "A tensor on the meta device has no values",
             "Pass value=",
         )

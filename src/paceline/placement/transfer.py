@@ -95,11 +95,8 @@ class DeviceQueue:
         if device.type == "cuda":
             self._module = torch.get_device_module(device)
             self._stream = self._module.Stream(device)
-
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return memory of the device, which belongs to this queue: it is used again in the queue's order."""
-        with self.current():
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            # Streams come from a pool, with the memory of their last user, with which something may still compute.
+            self._stream.wait_stream(self._module.current_stream(device))
 
     def current(self) -> AbstractContextManager[Any]:
         """Make this queue's stream torch's current one, for a block."""
@@ -273,17 +270,13 @@ class Transfer:
     def __init__(self, target: DeviceQueue, pieces: int = 0) -> None:
         self.target = target
         self._left = pieces
-        self._lock = threading.Lock()
-        self._sent = threading.Event()
-        self._mark: Any = None
         self._error: BaseException | None = None
+        self._mark: Any = None
+        self._lock = threading.Lock()
+        # None where everything is in the queue already.
+        self._sent = threading.Event() if pieces else None
         if not pieces:
-            self.finish()
-
-    def finish(self) -> None:
-        """Note that all copies are in the queue."""
-        self._mark = self.target.mark()
-        self._sent.set()
+            self._mark = target.mark()
 
     def piece_sent(self, error: BaseException | None) -> None:
         """Note that one piece is in the queue, or could not be read."""
@@ -291,15 +284,14 @@ class Transfer:
             self._left -= 1
             self._error = self._error or error
             if self._left == 0:
-                self.finish()
-
-    @property
-    def is_sent(self) -> bool:
-        return self._sent.is_set()
+                self._mark = self.target.mark()
+                assert self._sent is not None
+                self._sent.set()
 
     def wait(self) -> None:
         """Let the computation that comes wait for the block. Raises what went wrong in a thread."""
-        self._sent.wait()
+        if self._sent is not None:
+            self._sent.wait()
         if self._error is not None:
             raise self._error
         self.target.let_computation_wait(self._mark)

@@ -98,11 +98,12 @@ class BlockMarks:
     def _mark(self) -> _Mark:
         return _Mark(len(self.memory.activations), *self.memory.level)
 
-    def expand(self, left_out: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    def expand(self, left_out: int, turn: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         """Write the trace as if all blocks had been there; None if the marks are not those of three blocks.
 
         Args:
             left_out: How many blocks are missing.
+            turn: The first moment of the backward pass.
         """
         activations = np.array(self.memory.activations, dtype=np.float64)
         gradients = np.array(self.memory.gradients, dtype=np.float64)
@@ -110,11 +111,11 @@ class BlockMarks:
             return activations, gradients
         if len(self.forward) != _KEPT or len(self.backward) not in (0, _KEPT):
             return None
-        pieces = list(self._pieces(activations, gradients, left_out))
+        pieces = list(self._pieces(activations, gradients, left_out, turn))
         return np.concatenate([a for a, _ in pieces]), np.concatenate([g for _, g in pieces])
 
     def _pieces(
-        self, activations: NDArray[np.float64], gradients: NDArray[np.float64], left_out: int
+        self, activations: NDArray[np.float64], gradients: NDArray[np.float64], left_out: int, turn: int
     ) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
         _, second, third = self.forward
         kept = third.activations - second.activations
@@ -126,7 +127,10 @@ class BlockMarks:
             yield activations[third.index :] + left_out * kept, gradients[third.index :]
             return
         _, middle, first = self.backward
-        yield activations[third.index : middle.index] + left_out * kept, gradients[third.index : middle.index]
+        yield activations[third.index : turn] + left_out * kept, gradients[third.index : turn]
+        # What autocast cast for a block is gone when the forward ends, unless the backward needs it.
+        kept = middle.activations - first.activations
+        yield activations[turn : middle.index] + left_out * kept, gradients[turn : middle.index]
         grown = first.gradients - middle.gradients
         for copy in range(left_out + 1):
             part = slice(middle.index, first.index)

@@ -158,7 +158,7 @@ class _Trace:
                     parameter.register_post_accumulate_grad_hook(memory.add_gradient)
             backward = self._step(copy, memory, partial(call, copy, batch), is_training=is_training)
         left_out = blocks.left_out if blocks else 0
-        expanded = marks.expand(left_out)
+        expanded = marks.expand(left_out, backward)
         if expanded is None:
             return None
         activations, gradients = expanded

@@ -16,7 +16,7 @@ from torch import nn
 from paceline.errors import MissingExtraError, PrepareError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable
 
     from torch import Tensor
 
@@ -46,6 +46,8 @@ class Fp8Layers:
     _config: Any
     # Those whose weights FSDP2 gathers in fp8; scales are computed for all of them at once.
     _gathered: nn.ModuleList = field(default_factory=nn.ModuleList)
+    # Their shards, and how often these had been changed when the scales were computed.
+    _weights: list[Any] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
 
     @property
@@ -76,34 +78,38 @@ class Fp8Layers:
             if _ORIGINAL not in vars(layer):
                 continue
             self._gathered.append(layer)
-            if plain_local(layer.weight) is layer.weight:  # type: ignore[arg-type]
+            weight: Any = layer.weight
+            is_plain = plain_local(weight) is weight
+            if is_plain:
                 # torchao wraps the weight of a layer that it makes; the layer itself is here already.
                 bare = nn.Linear(1, 1, bias=False, device="meta")
-                bare.weight = layer.weight  # type: ignore[assignment]
-                replace(bare.weight, _torchao_layer(bare, self._config).weight)
+                bare.weight = weight
+                replace(weight, _torchao_layer(bare, self._config).weight)
 
     def weights_changed(self) -> None:
-        """Compute the scales of all gathered weights at once, after an optimizer step: one small collective."""
+        """Compute the scales of all gathered weights at once: one small collective.
+
+        After sharding, and after each optimizer step, when no unit is gathered.
+        """
         if not self._gathered:
             return
         from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
+        if not self._weights:
+            self._weights = [layer.weight for layer in self._gathered]
         precompute_float8_dynamic_scale_for_fsdp(self._gathered)
-        self._versions = [layer.weight._version for layer in self._layers()]
+        self._versions = [weight._version for weight in self._weights]
 
     def check_scales(self, *_: Any) -> None:
         """Forget scales of weights that something else than a step has changed; the next gather computes them."""
-        if self._versions and self._versions != [layer.weight._version for layer in self._layers()]:
+        if self._versions and self._versions != [weight._version for weight in self._weights]:
             self.forget_scales()
 
     def forget_scales(self) -> None:
         """Let the next gather compute the scales: weights were loaded."""
         self._versions = []
-        for layer in self._layers():
-            layer.weight._local_tensor._precomputed_scale = None
-
-    def _layers(self) -> Iterator[Any]:
-        return iter(self._gathered)
+        for weight in self._weights:
+            weight._local_tensor._precomputed_scale = None
 
 
 def convert_layers(
@@ -169,7 +175,8 @@ def plain_local(tensor: Tensor) -> Tensor:
     """The tensor of master weights inside what FSDP2 gathers in fp8; any other tensor itself."""
     module = sys.modules.get("torchao.float8.fsdp_utils")
     if module is not None and isinstance(tensor, module.WeightWithDynamicFloat8CastTensor):
-        inner: Tensor = tensor._tensor.detach()  # type: ignore[attr-defined]
+        wrapped: Any = tensor
+        inner: Tensor = wrapped._tensor.detach()
         return inner
     return tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +30,7 @@ def checkpoint_blocks(
 
     from paceline.nn.recomputation import keep_products
 
-    more = {"context_fn": keep_products()} if keeps_products else {}
+    more: dict[str, Any] = {"context_fn": keep_products()} if keeps_products else {}
     for name in names:
         block = checkpoint_wrapper(model.get_submodule(name), **more)
         parent, _, child = name.rpartition(".")

@@ -166,11 +166,24 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     def place_whole(self, model: nn.Module, *, place: bool = True) -> None:
         """Move an unsharded model to this rank's device, and let its forward compute in the run's precision.
 
+        A model that a device map has spread over several devices stays where it is.
+
         Args:
             model: Changed in place.
             place: False leaves it where it is.
+
+        Raises:
+            PrepareError: There are several ranks, and a device map has spread the model.
         """
-        if place:
+        devices = _devices_of_map(model)
+        if len(devices) > 1 and self.context.group.size > 1:
+            raise PrepareError(
+                f"{type(model).__name__} is spread over {', '.join(map(str, devices))} by a device map, and there are "
+                f"{self.context.group.size} ranks",
+                "Each rank trains a whole model on its device",
+                "Load the model without device_map, shard it (FSDP or DeepSpeed), or run one process",
+            )
+        if place and len(devices) <= 1:
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
 
@@ -212,6 +225,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
         Args:
             model: As it will be trained.
+
+        Raises:
+            PrepareError: There is an activation memory budget, and the model is not compiled.
         """
         # These need the configuration's schema, which takes too long to load for a mere import of paceline.
         from paceline.strategies.automatic_compilation import automatic_compilation
@@ -455,3 +471,9 @@ def short_dtype(dtype: torch.dtype) -> str:
     """
     name = str(dtype).removeprefix("torch.")
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
+
+
+def _devices_of_map(model: nn.Module) -> list[object]:
+    """The devices over which a device map has spread a model, or the model inside a wrapper."""
+    maps = [getattr(module, "hf_device_map", None) for module in model.modules()]
+    return list(dict.fromkeys(device for each in maps if isinstance(each, dict) for device in each.values()))

@@ -138,7 +138,7 @@ class Trainer:
         self._agree_on_batch_plan()
         self.model = self._make_model(model)
         self.model_wrapped: nn.Module = self.model
-        self._call = losses.ModelCall(self.model)
+        self._call = losses.ModelCall(self.model, packed=self.args.packing)
         label_names = self.args.label_names
         self.label_names = label_names_of(self.model) if label_names is None else label_names
         self.is_in_train = False
@@ -318,7 +318,7 @@ class Trainer:
         if self.model_init is not None:
             set_seed(self.args.seed, deterministic=self.args.full_determinism)
             self.model = self.model_wrapped = self._make_model(None)
-            self._call = losses.ModelCall(self.model)
+            self._call = losses.ModelCall(self.model, packed=self.args.packing)
 
     def _prepare_model(self) -> None:
         """Prepare model, optimizer and scheduler. Collective."""
@@ -498,7 +498,7 @@ class Trainer:
         if self._chooses_loss:
             self._chooses_loss = False
             if self.args.packing and "position_ids" in inputs:
-                check_packing(self.accelerator, self.model, partial(self._loss_alone, model), inputs, self._columns())
+                check_packing(self.accelerator, self.model, partial(self._own_loss, model), inputs, self._columns())
             self._chunked_loss = enable_chunked_loss(
                 self.accelerator,
                 self.model,
@@ -509,7 +509,7 @@ class Trainer:
             )
         return nullcontext() if self._chunked_loss is None or needs_outputs else self._chunked_loss.during()
 
-    def _loss_alone(self, model: nn.Module, inputs: Any) -> Tensor | None:
+    def _own_loss(self, model: nn.Module, inputs: Any) -> Tensor | None:
         return losses.maybe_loss(self._call(model, inputs))
 
     def _columns(self) -> frozenset[str] | None:

@@ -147,7 +147,14 @@ def test_limits_are_read_and_checked() -> None:
 
 
 def test_sizes_of_dtypes() -> None:
-    sizes = {torch.bool: 1 / 8, torch.float8_e4m3fn: 1, torch.bfloat16: 2, "float32": 4, "int4": 0.5, "fp8": 1}
+    sizes: dict[Any, float] = {
+        torch.bool: 1 / 8,
+        torch.float8_e4m3fn: 1,
+        torch.bfloat16: 2,
+        "float32": 4,
+        "int4": 0.5,
+        "fp8": 1,
+    }
     assert {dtype: dtype_byte_size(dtype) for dtype in sizes} == sizes
     with pytest.raises(PlacementError, match="'float17'"):
         dtype_byte_size("float17")

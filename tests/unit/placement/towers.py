@@ -9,6 +9,9 @@ from torch import nn
 class Block(nn.Module):
     """A layer with a parameter and buffers of its own; `reads_inner` uses a submodule's weight without calling it."""
 
+    shift: torch.Tensor
+    mask: torch.Tensor
+
     def __init__(self, width: int, reads_inner: bool = False) -> None:
         super().__init__()
         self.inner = nn.Linear(width, 2 * width)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from paceline.planner import trace
 from paceline.planner.estimation import Estimator, Layout, ModelSize, OptimizerCost, layouts
 from paceline.planner.repeated_blocks import find_repeated_blocks
 from paceline.planner.tensor_memory import TensorMemory
@@ -30,6 +31,24 @@ def test_a_trace_of_three_blocks_stands_for_all(batch: int) -> None:
     assert find_repeated_blocks(model) is not None
     assert trace_training(model, loss_of).peak(batch) == real_peak(batch)
     assert len(model.blocks) == BLOCKS
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_short_trace_is_the_whole_one(
+    monkeypatch: pytest.MonkeyPatch, autocast: torch.dtype | None, checkpointed: bool
+) -> None:
+    """Under autocast, the cast weights of checkpointed blocks live until the forward ends."""
+    with torch.device("meta"):
+        model = Model()
+    names = [f"blocks.{index}" for index in range(BLOCKS)] if checkpointed else []
+    short = trace_training(model, loss_of, autocast=autocast, checkpointed=names)
+    monkeypatch.setattr(trace, "find_repeated_blocks", lambda _model: None)
+    whole = trace_training(model, loss_of, autocast=autocast, checkpointed=names)
+    assert len(short.fixed) == len(whole.fixed)
+    for batch in (1, 24, 512):
+        assert short.peak(batch) == pytest.approx(whole.peak(batch), rel=0.005)
+        assert short.peak(batch, share=0.0) == pytest.approx(whole.peak(batch, share=0.0), rel=0.005)
 
 
 class Counting(Model):

@@ -8,7 +8,7 @@ from torch import nn
 
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, UnknownBlockError
-from paceline.strategies.blocks import Units, find_units
+from paceline.strategies.blocks import Units, find_units, repeated_blocks
 from tests.support.models import Block, TinyTransformer
 
 
@@ -163,3 +163,13 @@ def test_a_big_model_in_one_unit_is_refused() -> None:
 
 def test_one_unit_is_right_when_it_was_asked_for() -> None:
     assert find(flat(4 * 10**9), auto_wrap_policy="NO_WRAP").names == ()
+
+
+def test_a_big_model_without_blocks_is_refused_for_sharding_only() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(20_000, 20_000))
+        several = nn.ModuleList(nn.Sequential(nn.Linear(10_000, 10_000)) for _ in range(3))
+    with pytest.raises(PrepareError, match="no block to shard on its own"):
+        find_units(model, FullyShardedDataParallelPlugin())
+    assert repeated_blocks(model) == []
+    assert repeated_blocks(several) == ["2", "1", "0"]

@@ -69,9 +69,9 @@ class FullyShardedDataParallelPlugin(Section):
         None, description="Regular expression for modules that stay unsharded; it must match the full name."
     )
     keep_last_unit: bool = Field(
-        True,
-        description="Keep the last unit, and what is in none, gathered after forward, since the backward "
-        "begins with them; only where fsdp_reshard_after_forward is true.",
+        False,
+        description="Keep the last unit, and what is in none, gathered after forward, since the backward begins with "
+        "them; only where fsdp_reshard_after_forward is true.",
     )
     prefetch_units: Annotated[int, Field(ge=0)] = Field(
         0, description="Units that are all-gathered ahead explicitly; 0 leaves it to FSDP2, which looks one ahead."

@@ -81,12 +81,12 @@ def _drop_without_gradients(unit: Any, _inputs: Any, _output: Any) -> None:
         unit.reshard()
 
 
-def _prefetch(model: FSDPModule, inner: list[FSDPModule], count: int) -> None:
+def _prefetch(model: FSDPModule, inner: Sequence[FSDPModule], count: int) -> None:
     """Gather the next units while one is computed, in forward and backward."""
-    model.set_modules_to_forward_prefetch(inner[:count])
+    model.set_modules_to_forward_prefetch(list(inner[:count]))
     for i, unit in enumerate(inner):
-        unit.set_modules_to_forward_prefetch(inner[i + 1 : i + 1 + count])
-        unit.set_modules_to_backward_prefetch(inner[max(0, i - count) : i][::-1])
+        unit.set_modules_to_forward_prefetch(list(inner[i + 1 : i + 1 + count]))
+        unit.set_modules_to_backward_prefetch(list(inner[max(0, i - count) : i])[::-1])
 
 
 def describe_switches(plugin: FullyShardedDataParallelPlugin) -> list[str]:

@@ -138,7 +138,7 @@ class FSDPStrategy(Strategy):
         buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
         materialize(own, buffers, ownership, self.context.device, self.context.group)
         if layers is not None:
-            layers.gather_in_fp8([m for m in inner if not _is_inside(m, ignored)], ownership.replace)
+            layers.gather_in_fp8(_outside(inner, ignored), ownership.replace)
         placed.update(inner)
         fully_shard(
             module,
@@ -180,6 +180,7 @@ class FSDPStrategy(Strategy):
             PrepareError: Over other ranks, without values, in another precision, or in other memory.
         """
         sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        _refuse_foreign(model, sharded)
         where = "cpu" if self._plugin.cpu_offload else self.context.device.type
         for name, parameter in sharded:
             mesh = parameter.device_mesh
@@ -198,14 +199,22 @@ class FSDPStrategy(Strategy):
                     f"fsdp_offload_params={self._plugin.cpu_offload} needs it in {where} memory",
                 )
         for unit in _units_in(model):
-            if has_layers(unit) and self.context.precision.mode != "fp8":
-                raise _other_sharding(type(unit).__name__, "to compute in fp8", "this run computes in bf16 or fp32")
-            dtype = unit._get_fsdp_state()._mp_policy.param_dtype
-            if dtype not in (None, self._mixed.param_dtype):
-                computes = short_dtype(self._mixed.param_dtype or torch.float32)
-                raise _other_sharding(
-                    type(unit).__name__, f"to compute in {short_dtype(dtype)}", f"this run computes in {computes}"
-                )
+            self._check_computation(unit)
+
+    def _check_computation(self, unit: FSDPModule) -> None:
+        """Refuse a unit that computes in another precision than this run.
+
+        Raises:
+            PrepareError: It does.
+        """
+        if has_layers(unit) and self.context.precision.mode != "fp8":
+            raise _other_sharding(type(unit).__name__, "to compute in fp8", "this run computes in bf16 or fp32")
+        dtype = unit._get_fsdp_state()._mp_policy.param_dtype
+        if dtype not in (None, self._mixed.param_dtype):
+            computes = short_dtype(self._mixed.param_dtype or torch.float32)
+            raise _other_sharding(
+                type(unit).__name__, f"to compute in {short_dtype(dtype)}", f"this run computes in {computes}"
+            )
 
     def _check_values(self, model: nn.Module) -> None:
         """Refuse parameters without values on this rank, unless rank 0 broadcasts its own."""
@@ -528,8 +537,10 @@ def _checkpointing_text(plugin: FullyShardedDataParallelPlugin) -> str:
     return "activation checkpointing"
 
 
-def _is_inside(module: nn.Module, others: Iterable[nn.Module]) -> bool:
-    return any(module is inner for other in others for inner in other.modules())
+def _outside(modules: Iterable[nn.Module], ignored: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the modules that are in none of the ignored ones."""
+    inside = {module for other in ignored for module in other.modules()}
+    return [module for module in modules if module not in inside]
 
 
 def _units_in(model: nn.Module) -> tuple[FSDPModule, ...]:
@@ -566,6 +577,16 @@ def _refuse_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
         "The copy would share its FSDP state with the original",
         "Copy the model before prepare(), and prepare both: model, average = prepare(model, AveragedModel(model))",
     )
+
+
+def _refuse_foreign(model: nn.Module, sharded: Iterable[tuple[str, DTensor]]) -> None:
+    """Refuse parameters that something other than FSDP has sharded, such as tensor parallelism."""
+    of_units = {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
+    for name, parameter in sharded:
+        if id(parameter) not in of_units:
+            axes = ", ".join(parameter.device_mesh.mesh_dim_names or ("no name",))
+            how = f"over the mesh axis {axes} by something other than FSDP"
+            raise _other_sharding(name, how, "FSDP would need these ranks, too")
 
 
 def _other_sharding(what: str, how: str, wanted: str) -> PrepareError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from paceline.errors import ConfigError, PrepareError, Problem
@@ -106,46 +106,37 @@ def check_constructor(
             ),
         ),
     )
-    conflicts += (
-        (
-            deepspeed is not None and args.optim == "muon" and (optimizer or optimizer_class) is None,
-            field_problem(
-                "optim",
-                "'muon' under DeepSpeed",
-                "ZeRO cuts weights into flat pieces, and Muon needs whole matrices",
-                "use fsdp, or another optimizer",
-            ),
-        ),
-        (
-            args.packing and data_collator is not None,
-            field_problem(
-                "packing",
-                "given together with a data_collator",
-                "packed rows are collated with their positions, so it would not be called",
-                "leave one of them out",
-            ),
-        ),
-        (
-            args.packing and compute_loss_func is not None,
-            field_problem(
-                "packing",
-                "given together with compute_loss_func",
-                "whether sequences see each other is checked by the model's own loss",
-                "leave one of them out",
-            ),
-        ),
-        (
-            args.packing and takes is not None and "position_ids" not in takes,
-            field_problem(
-                "packing",
-                "given for a model whose forward takes no position_ids",
-                "it cannot tell the sequences of a row apart",
-                "leave it out",
-            ),
-        ),
-    )
     problems = [problem for applies, problem in conflicts if applies]
+    problems += _packing_problems(args, data_collator, compute_loss_func, takes)
     if deepspeed is not None:
         problems += find_conflicts(args, deepspeed)
+        problems += _muon_problems(args, optimizer, optimizer_class)
     if problems:
         raise ConfigError(problems)
+
+
+def _muon_problems(args: TrainingArguments, optimizer: Any, optimizer_class: Any) -> Iterator[Problem]:
+    if args.optim == "muon" and (optimizer or optimizer_class) is None:
+        yield field_problem(
+            "optim",
+            "'muon' under DeepSpeed",
+            "ZeRO cuts weights into flat pieces, and Muon needs whole matrices",
+            "use fsdp, or another optimizer",
+        )
+
+
+def _packing_problems(
+    args: TrainingArguments, data_collator: Any, compute_loss_func: Any, takes: frozenset[str] | None
+) -> Iterator[Problem]:
+    """What keeps sequences from being packed."""
+    if not args.packing:
+        return
+    if data_collator is not None:
+        why = "packed rows are collated with their positions, so it would not be called"
+        yield field_problem("packing", "given together with a data_collator", why, "leave one of them out")
+    if compute_loss_func is not None:
+        why = "whether sequences see each other is checked by the model's own loss"
+        yield field_problem("packing", "given together with compute_loss_func", why, "leave one of them out")
+    if takes is not None and "position_ids" not in takes:
+        why = "it cannot tell the sequences of a row apart"
+        yield field_problem("packing", "given for a model whose forward takes no position_ids", why, "leave it out")

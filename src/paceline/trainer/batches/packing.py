@@ -367,9 +367,9 @@ def check_packing(
     gaps = (compared[:, 0] - compared[:, 1]).abs()
     if not len(compared) or not bool((gaps > bound * compared[:, 1].abs() + 1e-5).any()):
         return
-    together, alone = compared[int(gaps.argmax())].tolist()
+    in_one_row, apart_from_it = compared[int(gaps.argmax())].tolist()
     raise PrepareError(
-        f"packing=True, and two sequences in a row have a loss of {together:.6g}, each in a row of its own {alone:.6g}",
+        f"packing=True, and two sequences have a loss of {in_one_row:.6g} in one row, and {apart_from_it:.6g} apart",
         f"{type(model).__name__} lets a sequence see the ones before it: its attention does not follow position_ids",
         "Use a model that does, as causal language models of transformers do with sdpa, eager or flash attention; or "
         "leave packing out",
@@ -386,16 +386,18 @@ def _beginning(batch: Mapping[str, Any], takes: frozenset[str] | None) -> tuple[
     packed: dict[str, Any] = {name: value[:1, : starts[-1]] for name, value in columns.items()}
     if "cu_seq_lens_q" in batch:
         packed |= _limits(batch["cu_seq_lens_q"].new_tensor(starts), longest)
-    apart: dict[str, Any] = {}
-    for name, value in columns.items():
-        filler = IGNORED if name == "labels" else 0
-        rows = [value[0, start:end] for start, end in spans]
-        apart[name] = torch.stack([F.pad(row, (0, longest - len(row)), value=filler) for row in rows])
+    apart: dict[str, Any] = {name: _padded(name, value[0], spans, longest) for name, value in columns.items()}
     places = torch.arange(longest, device=positions.device)
     apart["position_ids"] = places.expand(len(spans), -1)
     if takes is None or "attention_mask" in takes:
         apart["attention_mask"] = torch.stack([places < end - start for start, end in spans]).long()
     return packed, apart
+
+
+def _padded(name: str, row: Tensor, spans: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """Parts of a row in rows of their own."""
+    filler = IGNORED if name == "labels" else 0
+    return torch.stack([F.pad(row[start:end], (0, length - end + start), value=filler) for start, end in spans])
 
 
 def _limits(limits: Tensor, longest: int) -> dict[str, Any]:

@@ -45,13 +45,17 @@ class LoopInputs:
 class ModelCall:
     """How a model is called, looked up once from its signature.
 
+    Args:
+        model: Not wrapped.
+        packed: Whether rows hold several sequences.
+
     Attributes:
         takes_num_items: Whether its forward takes `num_items_in_batch` and divides the summed loss by it.
         shifts_labels: Whether it predicts the next token, so that the first label is no target.
         requires_labels: Whether its forward cannot be called without labels.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, packed: bool = False) -> None:
         parameters = inspect.signature(model.forward).parameters
         takes_num_items = getattr(model, "accepts_loss_kwargs", None)
         if takes_num_items is None:
@@ -63,13 +67,17 @@ class ModelCall:
         is_causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
         self.shifts_labels = is_causal and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
+        # The keys and values that generating needs cost memory here, and compiled blocks are compiled again for each
+        # layer. With them, models of transformers also take a packed row for one sequence, whatever its positions say.
+        caches = getattr(config, "use_cache", False) and "use_cache" in parameters
+        self._extra = {"use_cache": False} if caches or (packed and hasattr(config, "use_cache")) else {}
         self.requires_labels = labels is not None and labels.default is labels.empty
 
     def __call__(self, model: nn.Module, inputs: Any, num_items: Tensor | None = None) -> Any:
         """Call a model: a mapping becomes keywords, a sequence positional arguments, anything else one argument."""
-        more = {}
+        more: dict[str, Any] = dict(self._extra)
         if self.takes_num_items and num_items is not None:
-            more = {"num_items_in_batch": num_items.clamp(min=1)}
+            more["num_items_in_batch"] = num_items.clamp(min=1)
         if isinstance(inputs, Mapping):
             return model(**inputs, **more)
         if isinstance(inputs, list | tuple):

@@ -204,14 +204,18 @@ def muon_groups(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str
 
 
 def _matrices(model: nn.Module) -> set[int]:
-    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    layers = [m for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
-    found = {id(m.weight) for m in layers if m.weight.ndim == 2 and id(m.weight) not in embedded}
-    outputs = [m for m in (_output_of(m) for m in model.modules()) if m is not None]
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not outputs and linears:
-        outputs = linears[-1:]
-    return found - {id(p) for output in outputs for p in output.parameters()}
+    modules = list(model.modules())
+    weights = [(module, getattr(module, "weight", None)) for module in modules]
+    found = {id(weight) for _, weight in weights if isinstance(weight, nn.Parameter) and weight.ndim == 2}
+    embedded = {id(weight) for module, weight in weights if isinstance(module, nn.Embedding | nn.EmbeddingBag)}
+    return found - embedded - {id(p) for output in _outputs(modules) for p in output.parameters()}
+
+
+def _outputs(modules: list[nn.Module]) -> list[nn.Module]:
+    """The output layers that modules name, else the last linear layer."""
+    named = [output for output in map(_output_of, modules) if output is not None]
+    linears: list[nn.Module] = [module for module in modules if isinstance(module, nn.Linear)]
+    return named or linears[-1:]
 
 
 def _output_of(module: nn.Module) -> nn.Module | None:

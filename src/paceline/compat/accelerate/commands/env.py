@@ -13,7 +13,7 @@ import numpy
 import psutil
 import torch
 
-from paceline import __version__ as paceline_version
+from paceline import version
 from paceline.accelerator.environment_report import environment_report
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from paceline.compat.install import VERSION
@@ -48,7 +48,7 @@ def env_command(args: argparse.Namespace) -> dict[str, Any]:
         config = load_config_from_file(args.config_file).to_dict()
     device = torch.accelerator.current_accelerator(check_available=True)
     info: dict[str, Any] = {
-        "`Accelerate` version": f"{VERSION} (paceline {paceline_version})",
+        "`Accelerate` version": f"{VERSION} (paceline {version.__version__})",
         "Platform": platform.platform(),
         "`accelerate` bash location": which("accelerate") or "Not found",
         "Python version": platform.python_version(),

@@ -73,6 +73,8 @@ def unsupported(why: str, todo: str) -> Callable[[F], F]:
         def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
             raise UnsupportedError(f"{function.__qualname__} was called", why, todo)
 
+        # For the table of what is supported.
+        refuse.reason = (why, todo)  # type: ignore[attr-defined]
         return refuse  # type: ignore[return-value]
 
     return decorate

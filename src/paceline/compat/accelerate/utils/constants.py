@@ -52,6 +52,12 @@ STR_OPERATION_TO_FUNC = {
     "<": operator.lt,
 }
 
+# What a job on SageMaker is made of. paceline starts none.
+SAGEMAKER_PYTORCH_VERSION = "1.10.2"
+SAGEMAKER_PYTHON_VERSION = "py38"
+SAGEMAKER_TRANSFORMERS_VERSION = "4.17.0"
+SAGEMAKER_PARALLEL_EC2_INSTANCES = ["ml.p3.16xlarge", "ml.p3dn.24xlarge", "ml.p4dn.24xlarge"]
+
 # The parameters of torchrun.
 TORCH_LAUNCH_PARAMS = [
     "nnodes",

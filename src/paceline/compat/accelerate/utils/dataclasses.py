@@ -45,6 +45,7 @@ from paceline.compat.accelerate.settings.plugins import (
     TensorInformation,
     TorchDynamoPlugin,
 )
+from paceline.compat.accelerate.settings.refusals import MEGATRON, refused_names
 
 __all__ = [
     "AORecipeKwargs",
@@ -84,3 +85,10 @@ __all__ = [
     "TorchTensorParallelPlugin",
     "get_module_class_from_name",
 ]
+
+_MEGATRON_NAMES = """
+    add_model_config_to_megatron_parser parse_bert_config parse_glm4_moe_config parse_gpt2_config parse_llama_config
+    parse_t5_config
+"""
+
+__getattr__, _ = refused_names(__name__, _MEGATRON_NAMES, MEGATRON)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -13,6 +13,11 @@ import yaml
 
 from paceline.compat.accelerate.settings.enums import ComputeEnvironment, DistributedType, SageMakerDistributedType
 from paceline.compat.accelerate.settings.errors import InvalidValueError
+from paceline.compat.accelerate.utils.constants import (
+    SAGEMAKER_PYTHON_VERSION,
+    SAGEMAKER_PYTORCH_VERSION,
+    SAGEMAKER_TRANSFORMERS_VERSION,
+)
 from paceline.config.schema.names import sections, settings_by_key
 from paceline.config.sources import locate
 from paceline.errors import did_you_mean
@@ -207,12 +212,12 @@ class ClusterConfig(BaseConfig):
     same_network: bool | None = False
     main_training_function: str = "main"
     enable_cpu_affinity: bool = False
-    fp8_config: dict[str, Any] | None = field(default_factory=dict)
-    deepspeed_config: dict[str, Any] | None = field(default_factory=dict)
-    fsdp_config: dict[str, Any] | None = field(default_factory=dict)
-    parallelism_config: dict[str, Any] | None = field(default_factory=dict)
-    megatron_lm_config: dict[str, Any] | None = field(default_factory=dict)
-    mpirun_config: dict[str, Any] | None = field(default_factory=dict)
+    fp8_config: dict[str, Any] | None = None
+    deepspeed_config: dict[str, Any] | None = None
+    fsdp_config: dict[str, Any] | None = None
+    parallelism_config: dict[str, Any] | None = None
+    megatron_lm_config: dict[str, Any] | None = None
+    mpirun_config: dict[str, Any] | None = None
     downcast_bf16: bool = False
     tpu_name: str | None = None
     tpu_zone: str | None = None
@@ -222,7 +227,7 @@ class ClusterConfig(BaseConfig):
     commands: list[str] | None = None
     tpu_vm: list[str] | None = None
     tpu_env: list[str] | None = None
-    dynamo_config: dict[str, Any] | None = field(default_factory=dict)
+    dynamo_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Turn names into members, and sections that are None into empty ones."""
@@ -244,9 +249,9 @@ class SageMakerConfig(BaseConfig):
     num_machines: int = 1
     gpu_ids: str = "all"
     base_job_name: str = "accelerate-sagemaker-1"
-    pytorch_version: str = "1.10.2"
-    transformers_version: str = "4.17.0"
-    py_version: str = "py38"
+    pytorch_version: str = SAGEMAKER_PYTORCH_VERSION
+    transformers_version: str = SAGEMAKER_TRANSFORMERS_VERSION
+    py_version: str = SAGEMAKER_PYTHON_VERSION
     sagemaker_inputs_file: str | None = None
     sagemaker_metrics_file: str | None = None
     additional_args: dict[str, Any] | None = None

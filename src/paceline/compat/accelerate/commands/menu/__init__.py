@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from paceline.compat.accelerate.commands.menu.selection_menu import BulletMenu
+from paceline.lazy_names import lazy_attributes
 
-__all__ = ["BulletMenu"]
+__getattr__, __all__ = lazy_attributes(__name__, {"selection_menu": "BulletMenu"})

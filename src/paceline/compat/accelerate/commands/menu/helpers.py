@@ -1,0 +1,11 @@
+"""Writing of Accelerate's menus, which are not supported."""
+
+from __future__ import annotations
+
+from paceline.compat.accelerate.settings.refusals import MENU, refused_names
+
+_NAMES = """
+    Direction clear_line forceWrite linebreak move_cursor reset_cursor writeColor
+"""
+
+__getattr__, __all__ = refused_names(__name__, _NAMES, MENU)

@@ -61,14 +61,16 @@ def test_an_accelerator_is_pickled_with_what_it_prepared(dispatch: bool) -> None
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
     model: Any = net()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.5)
+    schedule: Any = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     loader: Any = DataLoader(samples(6), batch_size=2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     accelerator.step = 3
     copied = pickle.loads(pickle.dumps(accelerator))
     (copy,) = copied._dataloaders
     assert isinstance(copy, DataLoaderDispatcher if dispatch else DataLoaderShard)
     assert [batch[0].tolist() for batch in copy] == [batch[0].tolist() for batch in loader]
     (trained,), (stepped,) = copied._models, copied._optimizers
+    assert copied._schedulers[0].scheduler.optimizer is stepped.optimizer
     assert copied.step == 3
     # The copied optimizer steps the copied model.
     copied.backward(trained(torch.ones(1, 4)).sum())

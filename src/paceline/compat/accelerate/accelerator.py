@@ -522,20 +522,7 @@ class Accelerator:
         Returns:
             The prepared objects in the same order; a single one by itself.
         """
-        if device_placement is None:
-            device_placement = [None for _ in args]  # type: ignore[misc]
-        elif self.distributed_type == DistributedType.DEEPSPEED:
-            raise InvalidValueError(
-                "prepare(device_placement=…) was called under DeepSpeed",
-                "The engine places what it shards",
-                "Leave it out",
-            )
-        elif len(device_placement) != len(args):
-            raise InvalidValueError(
-                f"device_placement has {len(device_placement)} entries for {len(args)} objects",
-                "Each belongs to one object",
-                "Pass as many",
-            )
+        self._check_placement(args, device_placement)
         models = [thing for thing in args if isinstance(thing, nn.Module)]
         for model in models:
             _check_quantized(model)
@@ -548,11 +535,27 @@ class Accelerator:
             return self._prepared_for_evaluation(args)
         self._kinds.is_engines_schedule = any(isinstance(thing, DummyScheduler) for thing in args)
         with value_errors():
-            result = self._core.prepare(*args, device_placement=device_placement)
+            result = self._core.prepare(*args, device_placement=device_placement or [None for _ in args])
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
         return result
+
+    def _check_placement(self, args: Sequence[Any], device_placement: list[bool] | None) -> None:
+        if device_placement is None:
+            return
+        if self.distributed_type == DistributedType.DEEPSPEED:
+            raise InvalidValueError(
+                "prepare(device_placement=…) was called under DeepSpeed",
+                "The engine places what it shards",
+                "Leave it out",
+            )
+        if len(device_placement) != len(args):
+            raise InvalidValueError(
+                f"device_placement has {len(device_placement)} entries for {len(args)} objects",
+                "Each belongs to one object",
+                "Pass as many",
+            )
 
     def _convert_fp8(self, models: Sequence[nn.Module]) -> None:
         """Let linear layers of models that are not prepared yet compute in 8-bit floats."""
@@ -1185,7 +1188,8 @@ class Accelerator:
         self.state.destroy_process_group()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        prepared = (self._models, self._optimizers, self._schedulers)
+        schedulers = [each.scheduler for each in self._schedulers]
+        prepared = (self._models, self._optimizers, schedulers)
         lists = tuple(list(each) for each in (*prepared, self._dataloaders, self._custom_objects))
         return _unpickled, (type(self), self._arguments, self.step, lists)
 

@@ -11,7 +11,7 @@ from paceline.data import ActiveLoaders
 from paceline.stepping import Window
 
 if TYPE_CHECKING:
-    from paceline.compat.accelerate.bridge.rules import LoaderRules
+    from collections.abc import Callable
 
 __all__ = ["AcceleratedScheduler"]
 
@@ -25,7 +25,7 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         step_with_optimizer: False steps once on every call.
         split_batches: Whether the global batch does not grow with the number of ranks, so that one step counts once.
         window: What the core hands over.
-        loaders: Say `split_batches` in their `config`, as it is when the scheduler steps.
+        splits_batches: Returns `split_batches`, as it is when the scheduler steps; goes before the value.
     """
 
     # Whether it stands for a schedule that belongs to an engine, which counts each step once.
@@ -39,7 +39,7 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         split_batches: bool = False,
         *,
         window: Window | None = None,
-        loaders: LoaderRules | None = None,
+        splits_batches: Callable[[], bool] | None = None,
     ) -> None:
         self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if window is None:
@@ -49,12 +49,12 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
         self._split_batches = split_batches
-        self._loaders = loaders
+        self._splits_batches = splits_batches
 
     @property
     def split_batches(self) -> bool:
         """Whether one step counts once, whatever the number of ranks."""
-        return self._split_batches if self._loaders is None else self._loaders.config.split_batches
+        return self._split_batches if self._splits_batches is None else self._splits_batches()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step if the optimizer did: not inside a window, and not after a skipped step.

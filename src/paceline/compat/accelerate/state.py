@@ -249,8 +249,8 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(requested) if requested else choose_device(world, cpu=cpu)
     # As under torchrun: it gives one process on a device a process group of its own. The launcher's single process runs
     # without one, unless it shards.
-    is_alone = "PACELINE_CONFIG" in os.environ and not _shards()
-    is_launched = world.size > 1 or (world.source != "none" and (cpu or device.type != "cpu") and not is_alone)
+    is_single = "PACELINE_CONFIG" in os.environ and not _shards()
+    is_launched = world.size > 1 or (world.source != "none" and (cpu or device.type != "cpu") and not is_single)
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
     return {
         "_cpu": cpu,

@@ -45,31 +45,35 @@ def fill_configuration(
     """
     micro_batch = _micro_batch(plugin, things, ranks if split_batches else 1)
     _fill(plugin, gradient_accumulation_steps=accumulation)
-    optimizer = next((thing for thing in things if isinstance(thing, Optimizer)), None)
-    schedule = next((thing for thing in things if isinstance(thing, DummyScheduler) or is_scheduler(thing)), None)
+    model, optimizer, schedule = _parts(things)
     _check_optimizer(plugin, optimizer)
     _check_schedule(plugin, schedule, optimizer)
-    model = next(thing for thing in things if isinstance(thing, nn.Module))
     # Not gradient_clipping, which Accelerate sets to 1: nothing clips that neither the program nor the file asks for.
     values: dict[str, Any] = {
         "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
         _MICRO_BATCH: micro_batch,
         "train_batch_size": micro_batch * plugin.get_value("gradient_accumulation_steps", 1) * ranks,
-        **_bucket_sizes(plugin, model),
     }
-    if isinstance(optimizer, DummyOptim):
-        values["optimizer.params.lr"] = optimizer.defaults["lr"]
-        values["optimizer.params.weight_decay"] = optimizer.defaults["weight_decay"]
-    elif optimizer is not None:
+    _fill(plugin, **values, **_bucket_sizes(plugin, model), **_optimizer_values(optimizer))
+    if isinstance(optimizer, Optimizer) and not isinstance(optimizer, DummyOptim):
         plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
     if isinstance(schedule, DummyScheduler) and schedule.lr_scheduler_callable is None:
-        values.update(_schedule_values(schedule, 1 if split_batches else ranks))
-    total = "scheduler.params.total_num_steps"
-    is_counted = total in values and plugin.is_auto(total)
-    _fill(plugin, **values)
-    if is_counted:
-        # What the core compares with the section.
-        schedule.total_num_steps = values[total]
+        _fill_schedule(plugin, schedule, 1 if split_batches else ranks)
+
+
+def _parts(things: Sequence[Any]) -> tuple[nn.Module, Optimizer | None, Any]:
+    """The model, its optimizer and its schedule."""
+    model = next(thing for thing in things if isinstance(thing, nn.Module))
+    optimizer = next((thing for thing in things if isinstance(thing, Optimizer)), None)
+    schedule = next((thing for thing in things if isinstance(thing, DummyScheduler) or is_scheduler(thing)), None)
+    return model, optimizer, schedule
+
+
+def _optimizer_values(optimizer: Optimizer | None) -> dict[str, Any]:
+    """The section of an optimizer, from its placeholder."""
+    if not isinstance(optimizer, DummyOptim):
+        return {}
+    return {f"optimizer.params.{name}": optimizer.defaults[name] for name in ("lr", "weight_decay")}
 
 
 def _fill(plugin: DeepSpeedPlugin, **values: Any) -> None:
@@ -156,14 +160,17 @@ def _no_width(saw: str, unknown: list[str], model: nn.Module) -> InvalidValueErr
     )
 
 
-def _schedule_values(schedule: DummyScheduler, ranks: int) -> dict[str, Any]:
-    """The section of a schedule, which counts optimizer steps; a program's number counts one for each rank."""
+def _fill_schedule(plugin: DeepSpeedPlugin, schedule: DummyScheduler, ranks: int) -> None:
+    """Fill the section of a schedule, which counts optimizer steps; a program's number counts one for each rank."""
+    prefix = "scheduler.params."
     values: dict[str, Any] = {
         "warmup_min_lr": 0,
         "warmup_max_lr": schedule.optimizer.defaults["lr"],
         # DeepSpeed refuses 0.
         "warmup_num_steps": max(1, schedule.warmup_num_steps),
     }
-    if schedule.total_num_steps is not None:
+    if schedule.total_num_steps is not None and plugin.is_auto(f"{prefix}total_num_steps"):
         values["total_num_steps"] = math.ceil(schedule.total_num_steps / ranks)
-    return {f"scheduler.params.{name}": value for name, value in values.items()}
+        # What the core compares with the section.
+        schedule.total_num_steps = values["total_num_steps"]
+    _fill(plugin, **{f"{prefix}{name}": value for name, value in values.items()})

@@ -135,7 +135,7 @@ class PreparedKinds:
     def scheduler(self, scheduler: Any, **core: Any) -> AcceleratedScheduler:
         """Wrap a learning-rate scheduler."""
         kind = DeepSpeedSchedulerWrapper if self.is_engines_schedule else AcceleratedScheduler
-        return kind(scheduler, loaders=self._loaders, **core)
+        return kind(scheduler, splits_batches=lambda: self._loaders.config.split_batches, **core)
 
 
 def rules_of(loaders: LoaderRules, kinds: PreparedKinds) -> Policies:

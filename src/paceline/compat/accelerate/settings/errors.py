@@ -20,6 +20,8 @@ __all__ = [
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Classes of errors that are a `ValueError` too, by the core's own class.
+_VALUE_ERRORS: dict[type[PacelineError], type[PacelineError]] = {}
 
 
 class InvalidValueError(PacelineError, ValueError):
@@ -52,9 +54,10 @@ def value_errors() -> Iterator[None]:
         raise copied.with_traceback(error.__traceback__) from error.__cause__
 
 
-@functools.cache
 def _also_value_error(kind: type[PacelineError]) -> type[PacelineError]:
-    return type(kind.__name__, (kind, ValueError), {"__module__": kind.__module__})
+    if kind not in _VALUE_ERRORS:
+        _VALUE_ERRORS[kind] = type(kind.__name__, (kind, ValueError), {"__module__": kind.__module__})
+    return _VALUE_ERRORS[kind]
 
 
 def unsupported(why: str, todo: str) -> Callable[[F], F]:

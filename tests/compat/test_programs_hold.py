@@ -114,15 +114,15 @@ def test_objects_that_cannot_be_saved_are_named_by_their_place() -> None:
 def test_a_quantized_model_that_is_not_on_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     home = "paceline.compat.accelerate.accelerator.is_bitsandbytes_multi_backend_available"
-    model: Any = nn.Linear(2, 2)
-    model.is_loaded_in_8bit, model.hf_device_map = True, {"": "cpu"}
+    model = nn.Linear(2, 2)
+    vars(model).update(is_loaded_in_8bit=True, hf_device_map={"": "cpu"})
     monkeypatch.setattr(home, lambda: True)
     assert accelerator.prepare_model(model) is model
-    model.hf_device_map = {"": "disk"}
+    vars(model)["hf_device_map"] = {"": "disk"}
     for prepare in (accelerator.prepare_model, accelerator.prepare):
         with pytest.raises(ValueError, match="CPU or disk offload"):
             prepare(model)
-    model.hf_device_map = {"": "cpu"}
+    vars(model)["hf_device_map"] = {"": "cpu"}
     monkeypatch.setattr(home, lambda: False)
     with pytest.raises(ValueError, match="CPU or disk offload"):
         accelerator.prepare_model(model)

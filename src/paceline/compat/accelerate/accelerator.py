@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -149,7 +149,7 @@ class Accelerator:
         sizes = _sizes(parallelism_config, torch_tp_plugin)
         self.state = self._make_state(mixed_precision, cpu, compile_plugin, deepspeed, fsdp, sizes)
         self.fp8_enabled = self.state.mixed_precision == "fp8"
-        self.ao_recipe_handler = _fp8_recipe(self.ao_recipe_handler, self.fp8_enabled)
+        self.ao_recipe_handler = _fp8_recipe(handlers.get(AORecipeKwargs), self.fp8_enabled)
         self._join_mesh(sizes)
 
         self.device_placement = device_placement
@@ -184,7 +184,6 @@ class Accelerator:
         self.init_handler = handlers.get(InitProcessGroupKwargs)
         self.autocast_handler = handlers.get(AutocastKwargs)
         self.profile_handler = handlers.get(ProfileKwargs)
-        self.ao_recipe_handler = handlers.get(AORecipeKwargs)
         self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = None
         self.has_lomo_optimizer = False
         self.delayed_fp8_autocast = False
@@ -737,7 +736,7 @@ class Accelerator:
 
         inner = self._core.unwrap_model(model, keep_torch_compile=keep_torch_compile)
         # Wrappers of the program, of another Accelerator, or of one whose memory was freed.
-        inner = extract_model_from_parallel(inner, keep_fp32_wrapper, keep_torch_compile)
+        inner = cast("nn.Module", extract_model_from_parallel(inner, keep_fp32_wrapper, keep_torch_compile))
         if not keep_fp32_wrapper:
             for key, hook in list(inner._forward_hooks.items()):
                 if hook is _to_fp32:
@@ -1231,7 +1230,7 @@ def _check_quantized(model: nn.Module) -> None:
     if not is_quantized or not placed:
         return
     places = {str(place) for place in placed.values()}
-    can_compute_on_cpu = is_bitsandbytes_multi_backend_available() and not is_xpu_available()
+    can_compute_on_cpu = is_bitsandbytes_multi_backend_available() and not is_xpu_available(False)
     is_offloaded = "disk" in places or ("cpu" in places and not can_compute_on_cpu)
     if is_offloaded:
         raise InvalidValueError(

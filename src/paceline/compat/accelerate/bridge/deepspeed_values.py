@@ -86,7 +86,7 @@ def _micro_batch(plugin: DeepSpeedPlugin, things: Sequence[Any], divisor: int) -
     """The batch size of one rank: of the configuration, or that of the loaders."""
     if not plugin.is_auto(_MICRO_BATCH):
         return int(plugin.get_value(_MICRO_BATCH, 1))
-    sizes = [loader.batch_size for loader in things if isinstance(loader, DataLoader)]
+    sizes: list[Any] = [loader.batch_size for loader in things if isinstance(loader, DataLoader)]
     if not sizes or None in sizes:
         raise InvalidValueError(
             f"{_MICRO_BATCH} is auto in DeepSpeed's configuration",

@@ -63,7 +63,7 @@ def estimator(precision: str) -> Estimator:
     )
 
 
-class ResizedMemory(TensorMemory):
+class ResizedMemory(TensorMemory):  # type: ignore[no-untyped-call]
     """FSDP2 frees gathered weights by resizing their storages, which no operation does."""
 
     def __init__(self, known: Any) -> None:
@@ -81,11 +81,11 @@ class ResizedMemory(TensorMemory):
             return result
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *details: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*details)
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
 
 
 def local(tensor: Any) -> torch.Tensor:

@@ -124,7 +124,8 @@ def changed_by_hand(_: int) -> None:
         accelerator, model, optimizer = run("fsdp", "fp8", fp8={"enable_fsdp_float8_all_gather": gathers})
         train(accelerator, model, optimizer, steps=2)
         with torch.no_grad():
-            for block in accelerator.unwrap_model(model).blocks:
+            plain: Any = accelerator.unwrap_model(model)
+            for block in plain.blocks:
                 block.attention.weight.mul_(50)
         tokens = make_tokens(4, seed=9)
         rows.append(float(token_losses(model(tokens), tokens).mean()))
@@ -193,7 +194,7 @@ class Odd(nn.Module):
 def test_odd_sizes_and_the_last_layer_stay() -> None:
     handlers = [FP8Config(emulate=True, skip_small_layers=False)]
     accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=handlers)
-    model = accelerator.prepare_model(Odd())
+    model: Any = accelerator.prepare_model(Odd())
     assert "1 second; in bf16: 1 not divisible by 16; 1 last" in accelerator.describe()
     # 5 rows: the inner dimension of the weight's gradient is padded.
     model(torch.randn(5, 24)).sum().backward()

@@ -97,10 +97,13 @@ def test_products_are_not_computed_twice() -> None:
 
 def under_fsdp(_: int) -> None:
     found = {}
-    for name in ("none", "full", "products"):
-        plugin = FullyShardedDataParallelPlugin()
-        if name != "none":
-            plugin = FullyShardedDataParallelPlugin(activation_checkpointing=True, activation_checkpointing_policy=name)
+    plain = FullyShardedDataParallelPlugin()
+    plugins = {
+        "none": plain,
+        "full": plain.changed(activation_checkpointing=True),
+        "products": plain.changed(activation_checkpointing=True, activation_checkpointing_policy="products"),
+    }
+    for name, plugin in plugins.items():
         found[name] = train("fsdp", fsdp_plugin=plugin)[0]
     assert found["full"] == found["none"]
     assert found["products"] == found["none"]

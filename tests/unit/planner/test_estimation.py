@@ -18,7 +18,7 @@ def real_peak(batch: int) -> int:
     model = Model()
     memory = TensorMemory([*model.parameters(), *model.buffers()])
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(memory.add_gradient)
+        parameter.register_post_accumulate_grad_hook(memory.add_gradient)  # type: ignore[no-untyped-call]
     with memory:
         loss_of(model, batch).backward()  # type: ignore[no-untyped-call]
     return memory.peak

@@ -89,6 +89,7 @@ def starts(row: list[Any]) -> list[int]:
 
 
 def test_a_stream_is_packed_while_it_is_read_and_resumes_anywhere() -> None:
+    packed: Any
     packed, length = pack_dataset(Stream(), 64, shuffle=True, seed=0, length_column="length")
     assert length == 64
     rows = [starts(row) for row in packed]

@@ -37,9 +37,10 @@ def _compare(folder: Path, ranks: int, capsys: pytest.CaptureFixture[str], *, pr
     real, ours, through_variables = found.values()
     assert [run["library"] for run in found.values()] == ["accelerate", "paceline", "accelerate"]
     assert {run["processes"] for run in found.values()} == {ranks}
-    tolerance = {"no": 1e-4, "bf16": 2e-2}[precision]
-    assert through_variables["losses"] == pytest.approx(real["losses"], rel=tolerance)
-    assert ours["losses"] == pytest.approx(real["losses"], rel=tolerance)
+    # In bf16 two runs of the same program on a GPU drift apart: seen after 16 steps, 3.86 and 4.03.
+    compared, tolerance = {"no": (STEPS, 1e-4), "bf16": (3, 2e-2)}[precision]
+    for run in (through_variables, ours):
+        assert run["losses"][:compared] == pytest.approx(real["losses"][:compared], rel=tolerance)
 
 
 @pytest.mark.gpu

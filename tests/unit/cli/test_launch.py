@@ -162,6 +162,15 @@ def test_the_scripts_arguments_are_its_own(paceline: Paceline, script: Path, arg
     assert answer.config["num_processes"] == 2
 
 
+@pytest.mark.parametrize(("word", "noted"), [("--dry-run", True), ("--num_processes=2", True), ("--seed", False)])
+def test_a_flag_of_the_launcher_behind_the_script_is_noted(
+    paceline: Paceline, script: Path, word: str, noted: bool
+) -> None:
+    answer = paceline("launch", "--num_processes=1", "--cpu", "--dry_run", script.name, word)
+    assert answer.code == 0, answer.err
+    assert (f"the script gets {word}: flags of the launcher come before the script" in answer.err) == noted
+
+
 def test_two_dashes_end_the_flags(paceline: Paceline, script: Path) -> None:
     answer = paceline("launch", "--num_processes=1", "--cpu", "--dry_run", "--", script.name, "--cpu")
     assert answer.code == 0, answer.err

@@ -17,7 +17,7 @@ from paceline.cli.sources import resolve_sources
 from paceline.launch.command import Command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from paceline.config import Resolved
 
@@ -57,6 +57,9 @@ def _shows_both_streams(ctx: click.Context, param: click.Parameter, value: str) 
     if value not in ("0", "3"):
         raise click.BadParameter(f"{value} selects one stream; paceline shows both (3, or no value) or none (0).")
     return value == "3"
+
+
+_LAUNCHERS_OWN = frozenset({"dry_run", "multi_gpu", "num_machines", "num_processes", "use_deepspeed", "use_fsdp"})
 
 
 @click.command(
@@ -107,7 +110,7 @@ def command(
         return
     resolved = resolve_sources(flags, config_file)
     if not quiet:
-        _print_notes(resolved.notes)
+        _print_notes([*resolved.notes, *_misplaced(arguments)])
     # The help and errors of the configuration come without importing torch.
     import_torch()
     _reject_not_carried(resolved, to_run)
@@ -132,6 +135,14 @@ def _reject_not_carried(resolved: Resolved, command: Command) -> None:
         problems = not_carried(resolved, target)
         if problems:
             raise ConfigError(problems)
+
+
+def _misplaced(arguments: Sequence[str]) -> list[str]:
+    """A note about flags behind the script that hardly any script has itself."""
+    found = [word for word in arguments if word.partition("=")[0].replace("-", "_").strip("_") in _LAUNCHERS_OWN]
+    if not found:
+        return []
+    return [f"the script gets {' '.join(found)}: flags of the launcher come before the script"]
 
 
 def _print_notes(notes: Iterable[str]) -> None:

@@ -166,8 +166,8 @@ class FirstSteps:
         if in_use and self._loaders.current is None:
             dataset = in_use[0]._dataset
             _LOG.warning(
-                "A DataLoader over %s, which was never passed to prepare, is in use at %s: each of the %d ranks "
-                "iterates over all of its %d samples, unless the script has split them. Write "
+                "A DataLoader over %s, which was never passed to prepare, is in use in the step at %s: each of the %d "
+                "ranks iterates over all of its %d samples, unless the script has split them. Write "
                 "loader = accelerator.prepare(loader)",
                 type(dataset).__name__, _location(), self._group.size, len(dataset),
             )  # fmt: skip

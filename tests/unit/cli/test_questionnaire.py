@@ -253,7 +253,7 @@ def test_empty_lines_take_the_defaults_and_launch_finds_the_file(
     [
         ("", "ended before the question for num_machines"),
         ("1\n2\n", "ended before the question for strategy"),
-        ("1\n2\nfdsp\n", "'fdsp' cannot be strategy"),
+        ("1\n2\nfdsp\n", "The answer for strategy was 'fdsp'"),
         ("0\n", "at least 1"),
         ("1\nmany\n", "a whole number"),
         ("1\n1\n\n\nand more\n", "'and more' answers no question"),

@@ -21,6 +21,8 @@ def lazy_attributes(package: str, names: Mapping[str, str]) -> tuple[Callable[[s
             an attribute, too; with a dot before its name it is one of the package above.
     """
     homes = {name: f".{module}" for module, text in names.items() for name in text.split()}
+    # Whoever imports the module would find it under the name from then on.
+    assert not homes.keys() & names.keys(), f"{package}: a name is that of a module: {homes.keys() & names.keys()}"
 
     def getattr_(name: str) -> Any:
         if name in homes:

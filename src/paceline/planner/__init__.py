@@ -9,7 +9,7 @@ from paceline.lazy_names import lazy_attributes
 if TYPE_CHECKING:
     from paceline.planner.footprint import Footprint, measure
     from paceline.planner.memory_usage import MemoryUsage, measure_memory, process_memory
-    from paceline.planner.remedies import RunSettings, describe_out_of_memory, remedies, requested_bytes
+    from paceline.planner.remedies import RunSettings, describe_out_of_memory, find_remedies, requested_bytes
     from paceline.planner.strategy_choice import StrategyChoice, choose_strategy
 else:
     __getattr__, _ = lazy_attributes(
@@ -17,7 +17,7 @@ else:
         {
             "footprint": "Footprint measure",
             "memory_usage": "MemoryUsage measure_memory process_memory",
-            "remedies": "RunSettings describe_out_of_memory remedies requested_bytes",
+            "remedies": "RunSettings describe_out_of_memory find_remedies requested_bytes",
             "strategy_choice": "StrategyChoice choose_strategy",
         },
     )
@@ -29,9 +29,9 @@ __all__ = [
     "StrategyChoice",
     "choose_strategy",
     "describe_out_of_memory",
+    "find_remedies",
     "measure",
     "measure_memory",
     "process_memory",
-    "remedies",
     "requested_bytes",
 ]

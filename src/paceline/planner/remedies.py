@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from paceline.planner.memory_usage import MemoryUsage
 
-__all__ = ["RunSettings", "describe_out_of_memory", "remedies", "requested_bytes"]
+__all__ = ["RunSettings", "describe_out_of_memory", "find_remedies", "requested_bytes"]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "bytes": 1}
 
@@ -72,11 +72,11 @@ def describe_out_of_memory(
         lines.append("the largest allocations:")
         lines += [f"  {_size(size)}  {what}" for size, what in usage.largest]
     lines.append("what would help, the smallest change first:")
-    lines += [f"  {text}" for text in remedies(usage, run, requested)]
+    lines += [f"  {text}" for text in find_remedies(usage, run, requested)]
     return "\n".join(lines)
 
 
-def remedies(usage: MemoryUsage, run: RunSettings, requested: int | None) -> list[str]:
+def find_remedies(usage: MemoryUsage, run: RunSettings, requested: int | None) -> list[str]:
     """Return the possible changes, smallest first, up to the first that is enough by itself."""
     missing = _missing_bytes(usage, requested)
     lines = []

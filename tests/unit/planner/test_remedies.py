@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from paceline.planner import MemoryUsage, RunSettings, describe_out_of_memory, measure_memory, remedies, requested_bytes
+from paceline.planner import (
+    MemoryUsage,
+    RunSettings,
+    describe_out_of_memory,
+    find_remedies,
+    measure_memory,
+    requested_bytes,
+)
 from paceline.planner.memory_usage import Storages, unnamed_blocks
 
 GIB = 2**30
@@ -25,24 +32,24 @@ def test_what_was_asked_for_is_read_from_what_torch_says() -> None:
 
 
 def test_the_smallest_change_that_is_enough_comes_last_of_those_told() -> None:
-    found = remedies(FULL, RunSettings(ranks=4, micro_batch=8, accumulation=2), 3 * GIB)
+    found = find_remedies(FULL, RunSettings(ranks=4, micro_batch=8, accumulation=2), 3 * GIB)
     assert found == [
         "batches of 4 with gradient_accumulation_steps=4, the same optimizer steps: frees about 23.00 GiB, "
         "which is enough"
     ]
-    more = remedies(FULL, RunSettings(ranks=4, micro_batch=2, accumulation=1), 26 * GIB)
+    more = find_remedies(FULL, RunSettings(ranks=4, micro_batch=2, accumulation=1), 26 * GIB)
     assert more[0].startswith("batches of 1 with gradient_accumulation_steps=2")
     assert "enough" not in more[0]
     assert "activation_checkpointing" in more[1]
     assert more[2] == "--use_fsdp: state sharded over 4: frees about 24.00 GiB"
     assert more[3].endswith("frees about 32.00 GiB, which is enough")
-    short = remedies(FULL, RunSettings(ranks=1, micro_batch=1, checkpoints=True, offloads=True), 90 * GIB)
+    short = find_remedies(FULL, RunSettings(ranks=1, micro_batch=1, checkpoints=True, offloads=True), 90 * GIB)
     assert short[-1] == "none of these is enough by itself: 89.00 GiB are missing"
 
 
 def test_memory_in_pieces_is_told_from_memory_in_use() -> None:
     pieces = MemoryUsage(other=60 * GIB, unused=10 * GIB, free=1 * GIB, total=79 * GIB)
-    found = remedies(pieces, RunSettings(micro_batch=2), 4 * GIB)
+    found = find_remedies(pieces, RunSettings(micro_batch=2), 4 * GIB)
     assert found[0].startswith(
         "the variable PYTORCH_ALLOC_CONF=expandable_segments:True may be enough: 10.00 GiB are reserved"
     )
@@ -51,7 +58,7 @@ def test_memory_in_pieces_is_told_from_memory_in_use() -> None:
 
 def test_a_limit_below_what_is_free_counts() -> None:
     limited = MemoryUsage(other=6 * GIB, free=70 * GIB, total=79 * GIB)
-    first, *_ = remedies(limited, RunSettings(micro_batch=8), 4 * GIB)
+    first, *_ = find_remedies(limited, RunSettings(micro_batch=8), 4 * GIB)
     assert first.endswith("frees about 3.00 GiB"), "not enough, whatever others may have"
 
 

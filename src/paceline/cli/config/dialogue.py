@@ -179,4 +179,6 @@ class _Lines:
 
 
 def _refusal(key: str, line: str, why: str) -> UsageError:
-    return UsageError(f"The answer for {key} was {line!r}", why[:1].upper() + why[1:], "Correct that line; nothing was written")
+    return UsageError(
+        f"The answer for {key} was {line!r}", why[:1].upper() + why[1:], "Correct that line; nothing was written"
+    )

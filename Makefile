@@ -23,7 +23,7 @@ demo: $(INSTALLED)  ## train a small language model on this machine's devices
 	$(BIN)/paceline launch examples/language_model.py
 
 test: $(INSTALLED)  ## the tests, without the long sweeps (two at a time)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/docs -m "not slow and not gpu and not gpus2"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
 
 test-slow: $(INSTALLED)  ## the long sweeps as well
 	$(BIN)/python -m pytest -m "not gpu and not gpus2" --timeout 900

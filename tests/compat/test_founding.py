@@ -38,6 +38,7 @@ def test_through_the_switch_it_shards_and_gives_the_same_numbers(tmp_path: Path)
     assert ours["norms"] == pytest.approx(real["norms"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_as_it_stands_in_bf16(tmp_path: Path) -> None:
     real = _reference(tmp_path, "bf16")
     ours, through_variables = _run("switched", tmp_path, FOUNDING), _run("unswitched", tmp_path, FOUNDING)

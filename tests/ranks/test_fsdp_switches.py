@@ -114,7 +114,9 @@ class Two(nn.Module):
 
 
 def unused(_: int) -> None:
-    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(find_unused_parameters=True))
+    # A unit that only one rank uses is gathered for the backward by that rank alone: it has to stay gathered.
+    plugin = FullyShardedDataParallelPlugin(find_unused_parameters=True, reshard_after_forward=False)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     model: Any = Two()
     before = [p.detach().clone() for p in model.parameters()]
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))

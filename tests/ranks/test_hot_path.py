@@ -121,7 +121,7 @@ def in_trainer(layers: int, folder: str) -> int:
     counts = Counts()
     arguments = TrainingArguments(
         output_dir=folder, max_steps=STEPS, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        optim="sgd", per_device_train_batch_size=4, log_level="error",
+        optim="sgd", per_device_train_batch_size=4,
     )  # fmt: skip
     data: Any = [{"x": row} for row in torch.ones(64, 8)]
     trainer = Trainer(WithLoss(layers), arguments, train_dataset=data, callbacks=[counts])

@@ -105,8 +105,8 @@ def under_fsdp(_: int) -> None:
     }
     for name, plugin in plugins.items():
         found[name] = train("fsdp", fsdp_plugin=plugin)[0]
-    assert found["full"] == found["none"]
-    assert found["products"] == found["none"]
+    assert found["full"] == pytest.approx(found["none"], rel=1e-6)
+    assert found["products"] == pytest.approx(found["none"], rel=1e-6)
 
 
 def test_selective_checkpointing_under_fsdp_changes_no_loss() -> None:

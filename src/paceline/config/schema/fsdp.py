@@ -86,7 +86,7 @@ class FullyShardedDataParallelPlugin(Section):
     find_unused_parameters: bool = Field(
         False,
         description="Let parameters without gradient take part in the reduction with zeros, where ranks may use "
-        "different ones (torch 2.13).",
+        "different ones (torch 2.13). A unit that only some ranks use also needs fsdp_reshard_after_forward: false.",
     )
     param_dtype: Dtype = Field(None, description="Dtype of all-gathered parameters; None takes mixed_precision.")
     reduce_dtype: Dtype = Field(None, description="Dtype in which gradients are reduced; None means fp32.")

@@ -24,7 +24,7 @@ __all__ = [
     "to_fsdp2_command_parser",
 ]
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("accelerate.commands.to_fsdp2")  # where programs look for these messages
 
 
 class ConversionStatus(enum.Enum):

@@ -19,8 +19,19 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from benchmarks.gpu.training import LARGE, MAX_NORM, SMALL, Contender, Paceline, Raw, blocks_of, measure, synchronized
-from torch import Tensor, nn
+from benchmarks.gpu.training import (
+    LARGE,
+    MAX_NORM,
+    SMALL,
+    Contender,
+    Paceline,
+    Raw,
+    blocks_of,
+    measure,
+    open_group,
+    synchronized,
+)
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +41,7 @@ DDP_CASE = replace(SMALL, sequence=2048, batch=8, rounds=6, block=3)
 CORNER = replace(LARGE, sequence=2048, batch=1, rounds=8, block=4)
 
 
-class RawDDP(Contender):
+class RawDDP(Raw):
     """DistributedDataParallel by hand, under autocast."""
 
     def prepare(self) -> None:
@@ -38,19 +49,10 @@ class RawDDP(Contender):
         if self.settings.get("compiled"):
             for block in blocks_of(self.model):
                 block.compile()
+        self.mixed = True
         device = torch.cuda.current_device()
         self.model = DistributedDataParallel(self.model, [device], gradient_as_bucket_view=True)
         self.make_optimizer()
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """One optimizer step."""
-        with torch.autocast("cuda", torch.bfloat16):
-            loss: Tensor = self.model(tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
 
 
 class WithAccelerate(Contender):
@@ -245,9 +247,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="TABLE", help="fsdp, fp8, zero, ddp, corner, gather")
     parser.add_argument("--seconds", type=float, default=100.0, help="for each table")
     args = parser.parse_args()
-    local = int(os.environ["LOCAL_RANK"])
-    torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
+    open_group()
     for name in args.names:
         found = measure_gather() if name == "gather" else measure(name, contenders_of(name), args.seconds)
         found["devices"] = dist.get_world_size()

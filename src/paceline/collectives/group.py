@@ -331,14 +331,16 @@ class TorchGroup(Group):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.all_gather`. Collective: every rank must call it."""
-        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
-        result = staged.new_empty((self.size, *staged.shape))
+        staged, result = self._staged(tensor)
         if staged.numel():
             with self._translating_errors("all_gather"):
                 _all_gather_flat(as_sendable(result), as_sendable(staged), group=self.process_group)
-        if staged.device == tensor.device:
-            return result
         return result.to(tensor.device)
+
+    def _staged(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor as it is sent, and memory for those of all ranks, on the device that exchanges them."""
+        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
+        return staged, staged.new_empty((self.size, *staged.shape))
 
     def concatenate(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Group.concatenate`. Collective: every rank must call it."""
@@ -356,8 +358,7 @@ class TorchGroup(Group):
 
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         """See `Group.start_all_gather`. Collective: every rank must call it."""
-        staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
-        result = staged.new_empty((self.size, *staged.shape))
+        staged, result = self._staged(tensor)
         if not staged.numel():
             return Pending(lambda: result.to(tensor.device))
         with self._translating_errors("all_gather"):

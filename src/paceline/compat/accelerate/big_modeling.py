@@ -131,7 +131,7 @@ def load_checkpoint_and_dispatch(
     full_state_dict: bool = True,
     broadcast_from_rank0: bool = False,
 ) -> nn.Module:
-    """Load weights and spread the model; the arguments are those of `paceline.placement.load_checkpoint_and_dispatch`."""
+    """Load weights and spread the model; for the arguments see `paceline.placement.load_checkpoint_and_dispatch`."""
     return placement.load_checkpoint_and_dispatch(
         model,
         checkpoint,

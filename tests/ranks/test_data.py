@@ -13,6 +13,8 @@ from paceline.collectives import TorchGroup, gather_samples
 from tests.support.engines import slowly
 from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import (
+    DRAWS,
+    BufferShuffledStream,
     Numbers,
     PlainStream,
     ShardedStream,
@@ -64,6 +66,24 @@ def test_two_ranks_read_every_item_of_a_stream_once(name: str, workers: int) -> 
         assert sorted(passes[0]["gathered"]) == list(range(50))
         assert passes[0]["gathered"] == passes[1]["gathered"]
         assert passes[0]["batches"] == passes[1]["batches"]
+
+
+@pytest.mark.parametrize("draw", ["numpy's normal numbers", *slowly(["random", "torch", "numpy"])])
+def test_several_ranks_share_the_order_that_one_process_has(draw: str) -> None:
+    single = read_alone(BufferShuffledStream(24, DRAWS[draw]))
+    first, second = (result["passes"] for result in run_on_ranks(2, read_buffer_shuffled, draw))
+    for number in range(2):
+        pairs = zip(first[number]["own"], second[number]["own"], strict=True)
+        assert [item for pair in pairs for item in pair] == single[number]
+
+
+def read_alone(stream: Any) -> list[list[int]]:
+    loader = prepared(DataLoader(stream, 6))
+    return [[item for batch in ids(loader) for item in batch] for _ in range(2)]
+
+
+def read_buffer_shuffled(draw: str) -> dict[str, Any]:
+    return read_stream(BufferShuffledStream(24, DRAWS[draw]), 0, {})
 
 
 def test_a_stream_that_is_split_already_is_not_split_again() -> None:

@@ -20,7 +20,7 @@ from paceline.data.counting import CountedBatch, CountingCollate
 from paceline.data.direct_reading import can_read_directly, read_directly
 from paceline.data.epochs import set_dataset_epoch
 from paceline.data.iteration_progress import IterationProgress
-from paceline.data.randomness import IsolatedRng, mix_seed, preserved_rng
+from paceline.data.randomness import IsolatedRng, mix_seed
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.data.sample_order import maybe_length
 from paceline.data.stateful import StatefulShard, maybe_state_handle
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from paceline.collectives import Group, Pending
     from paceline.data.batch_source import Position
     from paceline.data.epoch_plan import Layout
-    from paceline.data.stateful import StreamStateHandle
 
 __all__ = ["StreamBatchSource", "StreamReader"]
 
@@ -45,6 +44,10 @@ _NONE: Any = object()
 # A rank's message about a chunk begins with these numbers, before the samples of each batch: how many global batches it
 # would like the next chunk to have, how many batches it has for this one, and whether all of those are full.
 HEADER_LENGTH = 3
+
+# Exchanging the random state takes 60 microseconds: a single process reads up to four batches of a fast stream at once.
+MAX_READ_TOGETHER = 4
+READ_TOGETHER_SECONDS = 0.25e-3
 
 
 class StreamReader:
@@ -167,9 +170,7 @@ class StreamBatchSource(BatchSource):
     ) -> tuple[Iterator[Any], IterationProgress] | None:
         """See `BatchSource.begin`; see `StreamReader.begin` for how a position is reached."""
         reader, group, layout = self._reader, self._group, self._layout
-        if group.size == 1:
-            batches, _ = reader.begin(seed, position, position.batches, padded=False, rng_context=preserved_rng())
-            return _begin_single_process(batches, reader, position)
+        # Isolated, so that the stream's random numbers are the same when it is read again to resume.
         isolated_rng = None
         if not reader.reader.num_workers:
             isolated_rng = IsolatedRng(mix_seed(seed, position.epoch, group.rank))
@@ -177,8 +178,15 @@ class StreamBatchSource(BatchSource):
                 reader.reader.dataset.has_isolated_rng = True
         rng_context = nullcontext() if isolated_rng is None else isolated_rng()
         batches, last = reader.begin(
-            seed, position, position.batches, padded=layout.padded and layout.fill, rng_context=rng_context
+            seed,
+            position,
+            position.batches,
+            padded=group.size > 1 and layout.padded and layout.fill,
+            rng_context=rng_context,
         )
+        if group.size == 1:
+            alone = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
+            return (alone.batches(), alone.progress) if alone.open() else None
         iteration = _StreamIteration(batches, last, reader, layout, group, isolated_rng)
         return (iteration.batches(), iteration.progress) if iteration.open(position.samples) else None
 
@@ -244,7 +252,7 @@ class StreamBatchSource(BatchSource):
 
 
 class _SingleProcessProgress(IterationProgress):
-    """Progress of a single process that has read one batch ahead.
+    """Progress of a single process that reads ahead.
 
     Args:
         samples: Position at which the iteration begins.
@@ -292,41 +300,73 @@ class _SingleProcessProgress(IterationProgress):
         return self._is_last
 
 
-def _begin_single_process(
-    batches: Iterator[CountedBatch], reader: StreamReader, position: Position
-) -> tuple[Iterator[Any], IterationProgress] | None:
-    first = next(batches, None)
-    if first is None:
-        return None
-    progress = _SingleProcessProgress(position.samples, counted=reader.counted)
-    return _one_ahead(first, batches, reader.state_handle, progress), progress
+class _SingleProcessIteration:
+    """One iteration over a stream in a single process.
 
+    Args:
+        batches: The batches, from the position on.
+        reader: Where they come from.
+        isolated_rng: The random state while batches are read; None if workers read them.
+        samples: Position at which the iteration begins.
+    """
 
-def _one_ahead(
-    batch: CountedBatch,
-    batches: Iterator[CountedBatch],
-    state_handle: StreamStateHandle | None,
-    progress: _SingleProcessProgress,
-) -> Iterator[Any]:
-    record = progress.record
-    following: CountedBatch | None = batch
-    state, failure = None, None
-    while following is not None:
-        batch = following
-        if state_handle is not None:
-            # Before the batch after this one is read.
-            state = state_handle.read()
-        try:
-            following = next(batches, None)
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            # The batch that was read before the failure is used first.
-            record((batch.real, False, state))
+    def __init__(
+        self, batches: Iterator[CountedBatch], reader: StreamReader, isolated_rng: IsolatedRng | None, samples: int
+    ) -> None:
+        self._batches = batches
+        self._state_handle = reader.state_handle
+        self._isolated_rng = isolated_rng
+        # Batches that were not yielded yet, each with the state of the stream after it.
+        self._read: deque[tuple[CountedBatch, dict[str, Any] | None]] = deque()
+        self._ended = False
+        self.progress = _SingleProcessProgress(samples, counted=reader.counted)
+
+    def open(self) -> bool:
+        """Read the first batch; return whether there is one."""
+        with nullcontext() if self._isolated_rng is None else self._isolated_rng():
+            self._read_one()
+        if self._read and isinstance(failure := self._read[0][0].data, _Failure):
+            raise failure.error
+        return bool(self._read)
+
+    def batches(self) -> Iterator[Any]:
+        """Yield the batches, each after the next one was read."""
+        read, record = self._read, self.progress.record
+        while True:
+            if len(read) < 2 and not self._ended:
+                self._read_ahead()
+            if not read:
+                return
+            batch, state = read.popleft()
+            if isinstance(batch.data, _Failure):
+                raise batch.data.error
+            record((batch.real, not read, state))
             yield batch.data
-            raise failure
-        record((batch.real, following is None, state))
-        yield batch.data
+
+    def _read_ahead(self) -> None:
+        if self._isolated_rng is None:
+            # Workers only keep reading while a batch is used if one of theirs is taken for each batch used.
+            self._read_one()
+            return
+        began = time.perf_counter()
+        with self._isolated_rng():
+            for _ in range(MAX_READ_TOGETHER):
+                self._read_one()
+                if self._ended or time.perf_counter() - began > READ_TOGETHER_SECONDS:
+                    return
+
+    def _read_one(self) -> None:
+        try:
+            batch = next(self._batches, None)
+        except Exception as error:
+            # Batches that were read before the failure are used first.
+            batch = CountedBatch(_Failure(error), 0, 0)
+            self._ended = True
+        if batch is None:
+            self._ended = True
+            return
+        state = None if self._state_handle is None or self._ended else self._state_handle.read()
+        self._read.append((batch, state))
 
 
 class _StreamIteration:

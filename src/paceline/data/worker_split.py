@@ -102,7 +102,7 @@ class StreamShard(IterableDataset[Any]):
     Attributes:
         has_isolated_rng: Whether the random state is isolated while this process reads the stream. Then readers of the
             same items continue with the same random numbers after the first item, as workers do, because they also
-            draw for the items that they drop.
+            draw for the items that they drop. So does a single process: its order is that of several.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class StreamShard(IterableDataset[Any]):
         number, reread = self._restore()
         info = self._shown_info(real_info)
         stream, step, offset = self._start(info, real_info, reread)
-        if step > 1 and (real_info is not None or self.has_isolated_rng):
+        if (step > 1 and real_info is not None) or (self.has_isolated_rng and (step > 1 or self._size == 1)):
             stream.rng.make_global()
         if stream.first is _END:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -13,7 +14,7 @@ from paceline.config import DataLoaderConfiguration
 from paceline.data import ActiveLoaders, PreparedDataLoader, prepare_loader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Seat(SoloGroup):
@@ -71,6 +72,32 @@ class ShuffledStream(IterableDataset[int]):
         items = list(range(self.size))
         random.shuffle(items)
         yield from items
+
+
+# Whole numbers below a bound, drawn from a global generator.
+DRAWS: dict[str, Callable[[int], int]] = {
+    "random": random.randrange,
+    "torch": lambda number: int(torch.randint(number, ())),
+    "numpy": lambda number: int(np.random.randint(number)),
+    # One of a pair: the other is kept for the next call.
+    "numpy's normal numbers": lambda number: int(abs(np.random.randn()) * 100) % number,
+}
+
+
+class BufferShuffledStream(IterableDataset[int]):
+    """Shuffles in a buffer of four items, with one of the global generators."""
+
+    def __init__(self, size: int, draw: Callable[[int], int]) -> None:
+        self.size = size
+        self.draw = draw
+
+    def __iter__(self) -> Iterator[int]:
+        buffer: list[int] = []
+        for item in range(self.size):
+            buffer.append(item)
+            if len(buffer) == 4:
+                yield buffer.pop(self.draw(4))
+        yield from buffer
 
 
 class ShardedStream(IterableDataset[int]):

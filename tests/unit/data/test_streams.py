@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, get_worker_info
@@ -13,9 +15,12 @@ from paceline.collectives import FakeGroup, Group, SoloGroup, gather_samples, ru
 from paceline.config import DataLoaderConfiguration
 from paceline.data.active_loaders import ActiveLoaders
 from paceline.data.prepare import prepare_loader
+from paceline.data.randomness import IsolatedRng
 from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError
 from tests.unit.data.support import (
+    DRAWS,
+    BufferShuffledStream,
     Numbers,
     PlainStream,
     ShardedStream,
@@ -25,7 +30,7 @@ from tests.unit.data.support import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 class Items(IterableDataset[int]):
@@ -370,3 +375,92 @@ def test_what_one_process_cannot_get_for_several_is_refused(loader: DataLoader[i
             active=ActiveLoaders(),
             num_merged_ranks=2,
         )
+
+
+class BufferShuffledBatches:
+    """The same as an iterable of batches."""
+
+    def __init__(self, size: int, draw: Callable[[int], int]) -> None:
+        self.stream = BufferShuffledStream(size, draw)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        items = iter(self.stream)
+        while batch := list(itertools.islice(items, 2)):
+            yield torch.tensor(batch)
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("by_batches", [False, True])
+def test_a_stream_that_shuffles_with_global_generators_is_resumed_exactly(
+    draw: Callable[[int], int], by_batches: bool
+) -> None:
+    def make() -> Any:
+        return prepared(
+            BufferShuffledBatches(20, draw) if by_batches else DataLoader(BufferShuffledStream(20, draw), 2)
+        )
+
+    def walk_from(loader: Any, batches: int) -> tuple[list[list[int]], list[float], Any]:
+        """Run some batches of an epoch in a loop that draws, too; return them, what it drew, and the position."""
+        found, drawn, state = [], [], None
+        for number, batch in enumerate(loader, 1):
+            found.append(batch.tolist())
+            drawn += [random.random(), float(torch.rand(())), float(np.random.randn())]
+            if number == batches:
+                state = loader.state_dict(), random.getstate(), torch.get_rng_state(), np.random.get_state()
+                break
+        return found, drawn, state
+
+    def seed() -> None:
+        random.seed(1)
+        torch.manual_seed(1)
+        np.random.seed(1)
+
+    seed()
+    whole, drawn, _ = walk_from(make(), 0)
+    assert sorted(itertools.chain(*whole)) == list(range(20))
+    for stopped in range(1, len(whole)):
+        seed()
+        found, drawn_before, state = walk_from(make(), stopped)
+        resumed = make()
+        random.random()
+        resumed.load_state_dict(state[0])
+        random.setstate(state[1])
+        torch.set_rng_state(state[2])
+        np.random.set_state(state[3])
+        rest, drawn_after, _ = walk_from(resumed, 0)
+        assert found + rest == whole
+        assert drawn_before + drawn_after == drawn
+
+
+def test_an_isolated_random_state_leaves_the_global_one_as_it_was() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(torch.rand(())), float(np.random.rand()), float(np.random.randn())]
+
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    expected = [draw() for _ in range(6)]
+    isolated = IsolatedRng(3)
+    with isolated():
+        continuous = [draw() for _ in range(5)]
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    interrupted, found = IsolatedRng(3), []
+    for number in range(6):
+        found.append(draw())
+        if number < 5:
+            with interrupted():
+                assert draw() == continuous[number]
+    assert found == expected
+
+
+def test_what_seeds_itself_goes_on_from_its_seed() -> None:
+    class Seeded(BufferShuffledStream):
+        def __iter__(self) -> Iterator[int]:
+            random.seed(5)
+            return super().__iter__()
+
+    random.seed(3)
+    plain = [batch.tolist() for batch in DataLoader(Seeded(20, random.randrange), 2)]
+    assert ids(prepared(DataLoader(Seeded(20, random.randrange), 2))) == plain

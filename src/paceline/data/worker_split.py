@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -102,7 +102,7 @@ class StreamShard(IterableDataset[Any]):
     Attributes:
         has_isolated_rng: Whether the random state is isolated while this process reads the stream. Then readers of the
             same items continue with the same random numbers after the first item, as workers do, because they also
-            draw for the items that they drop. So does a single process: its order is that of several.
+            draw for the items that they drop. A single process begins with the same state and has the same order.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class StreamShard(IterableDataset[Any]):
         number, reread = self._restore()
         info = self._shown_info(real_info)
         stream, step, offset = self._start(info, real_info, reread)
-        if (step > 1 and real_info is not None) or (self.has_isolated_rng and (step > 1 or self._size == 1)):
+        if stream.rng is not None and step > 1 and (real_info is not None or self.has_isolated_rng):
             stream.rng.make_global()
         if stream.first is _END:
             return
@@ -192,8 +192,9 @@ class StreamShard(IterableDataset[Any]):
 
     def _open(self, info: Any, skipped: int, reread: int) -> _OpenStream:
         """Begin to iterate over the data set, and read up to the first item that is used."""
-        rng = IsolatedRng(int(self._epoch_state[0]))
-        with _worker_info_replaced(info), rng():
+        is_alone = self.has_isolated_rng and self._size == 1
+        rng = None if is_alone else IsolatedRng(int(self._epoch_state[0]))
+        with _worker_info_replaced(info), nullcontext() if rng is None else rng():
             items = _items_after(self.dataset, skipped, int(self._epoch_state[1]))
             return _OpenStream(items, next(islice(items, reread, None), _END), rng)
 
@@ -244,12 +245,12 @@ class _OpenStream(NamedTuple):
     Attributes:
         items: The items after the first.
         first: The first item; `_END` if there is none.
-        rng: The random state after it.
+        rng: The random state after it; None if it is the global one.
     """
 
     items: Iterator[Any]
     first: Any
-    rng: IsolatedRng
+    rng: IsolatedRng | None
 
 
 def maybe_skip_method(dataset: Any) -> str | None:

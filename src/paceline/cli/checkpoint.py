@@ -305,7 +305,7 @@ def export(
 
     from paceline.checkpoint import parse_size
     from paceline.checkpoint.foreign import open_any
-    from paceline.checkpoint.io.streaming import stream_weights
+    from paceline.checkpoint.io.weights import stream_weights
 
     limit = parse_size(max_shard_size)
     _refuse_state(out)

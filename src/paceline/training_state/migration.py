@@ -11,7 +11,7 @@ import torch
 
 from paceline.checkpoint import numbered
 from paceline.checkpoint.foreign import open_foreign
-from paceline.environment.rng_state import set_rng_states
+from paceline.environment.random_generators import set_rng_states
 from paceline.errors import CheckpointError, PacelineError, StateError, named_ranks
 from paceline.training_state.registered_tensors import LiveTensors
 from paceline.training_state.state import name_differences

@@ -14,7 +14,7 @@ from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbere
 from paceline.checkpoint.folder import TRAINING
 from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.logging import get_logger
-from paceline.environment.rng_state import get_rng_states, set_rng_states
+from paceline.environment.random_generators import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted

@@ -373,8 +373,8 @@ _LABELS = {"custom": "registered object"}
 def _pairs(state: Mapping[str, Any], what: str, prepared: Sequence[Any], *, strict: bool) -> list[tuple[Any, Any]]:
     """Each prepared object with its saved state."""
     saved = state.get(what) or []
-    held = counted(len(saved), _LABELS.get(what, what.removesuffix("s")))
-    counts = f"The checkpoint holds {held}, and this run has {len(prepared)}"
+    objects = counted(len(saved), _LABELS.get(what, what.removesuffix("s")))
+    counts = f"The checkpoint holds {objects}, and this run has {len(prepared)}"
     if len(saved) != len(prepared) and strict:
         raise StateError(
             counts,

@@ -55,7 +55,7 @@ _MAX_SHOWN = 8
 
 @script_command("verify-resume", _HELP)
 @click.option("--steps", default=20, show_default=True, help="Optimizer steps to compare.")
-@click.option("--kill_at", default=11, show_default=True, help="Optimizer step before which the run is killed.")
+@click.option("--kill_at", default=11, show_default=True, help="Optimizer steps after which the run is killed.")
 @click.option(
     "--tolerance", default=0.0, show_default=True, help="Relative difference of losses allowed; 0: bit-equal."
 )

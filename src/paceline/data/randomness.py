@@ -17,7 +17,7 @@ from paceline.data.epochs import set_worker_epoch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["IsolatedRng", "SeededKeys", "mix_seed", "seed_batches", "seed_global_rngs"]
+__all__ = ["IsolatedRng", "SeededKeys", "mix_seed", "read_global_rngs", "seed_batches", "seed_global_rngs"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -68,6 +68,15 @@ def seed_global_rngs(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+def read_global_rngs() -> dict[str, Any]:
+    """Return the states of the global generators of `torch` (CPU), `random` and `numpy`."""
+    return {
+        "torch": torch.default_generator.get_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
 
 
 def seed_batches(
@@ -161,6 +170,8 @@ class IsolatedRng:
 
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
         self._seed = seed
+        self._start: dict[str, Any] | None = None
+        self._is_global = False
         self._generators = (torch.default_generator, *generators)
         # Exchanging numpy's whole bit generator is a hundred times faster than reading and writing its state. It is
         # seeded when it is first used.
@@ -169,14 +180,33 @@ class IsolatedRng:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Run the body with this state, continued from the last time; then restore the global one."""
+        """Run the body with this state, continued from the last time; then restore the global one.
+
+        Inside of such a body it does nothing.
+        """
+        if self._is_global:
+            yield
+            return
         saved = self._read()
         try:
             self.make_global()
+            self._is_global = True
             yield
         finally:
+            self._is_global = False
             self._state = self._read()
             self._write(saved)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it begins with a saved state."""
+        return self._start is not None
+
+    def start_at(self, state: dict[str, Any]) -> None:
+        """Begin with what `read_global_rngs` returned instead of the seed."""
+        self._start, self._state = state, None
+        if self._is_global:
+            self.make_global()
 
     def make_global(self) -> None:
         """Make this the state of the global generators."""
@@ -184,6 +214,11 @@ class IsolatedRng:
             self._write(self._state)
             return
         _NUMPY.random.set_bit_generator(self._numpy)
+        if self._start is not None:
+            torch.default_generator.set_state(self._start["torch"])
+            random.setstate(self._start["python"])
+            np.random.set_state(self._start["numpy"])
+            return
         for generator in self._generators:
             generator.manual_seed(self._seed)
         random.seed(self._seed)

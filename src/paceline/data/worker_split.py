@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +104,7 @@ class StreamShard(IterableDataset[Any]):
         has_isolated_rng: Whether the random state is isolated while this process reads the stream. Then readers of the
             same items continue with the same random numbers after the first item, as workers do, because they also
             draw for the items that they drop. A single process begins with the same state and has the same order.
+        continues_rng: Whether the next iteration begins in the random state in which it was saved.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class StreamShard(IterableDataset[Any]):
     ) -> None:
         self.dataset = dataset
         self.has_isolated_rng = False
+        self.continues_rng = False
         self._rank = rank
         self._size = size
         self._by_items = by_items
@@ -192,11 +195,15 @@ class StreamShard(IterableDataset[Any]):
 
     def _open(self, info: Any, skipped: int, reread: int) -> _OpenStream:
         """Begin to iterate over the data set, and read up to the first item that is used."""
+        seed = int(self._epoch_state[0])
         is_alone = self.has_isolated_rng and self._size == 1
-        rng = None if is_alone else IsolatedRng(int(self._epoch_state[0]))
+        rng = None if is_alone or self.continues_rng else IsolatedRng(seed)
         with _worker_info_replaced(info), nullcontext() if rng is None else rng():
             items = _items_after(self.dataset, skipped, int(self._epoch_state[1]))
-            return _OpenStream(items, next(islice(items, reread, None), _END), rng)
+            # The random state in which the stream continues is that after the items that are read again.
+            with IsolatedRng(seed)() if self.continues_rng and reread else nullcontext():
+                deque(islice(items, reread), maxlen=0)
+            return _OpenStream(items, next(items, _END), rng)
 
     def _shown_info(self, real_info: Any) -> Any:
         """Return what `get_worker_info()` returns to the data set."""

@@ -36,7 +36,7 @@ _HOME = {
     "debug_launcher": "paceline.launch",
     "get_logger": "paceline.environment.logging",
     "notebook_launcher": "paceline.launch",
-    "set_seed": "paceline.environment.seeding",
+    "set_seed": "paceline.environment.random_generators",
     "skip_first_batches": "paceline.data",
 }
 
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     )
     from paceline.data import skip_first_batches
     from paceline.environment.logging import get_logger
-    from paceline.environment.seeding import set_seed
+    from paceline.environment.random_generators import set_seed
     from paceline.errors import PacelineError
     from paceline.launch import debug_launcher, notebook_launcher
     from paceline.strategies import DistributedType

@@ -59,7 +59,7 @@ PUBLIC_MODULES = (
     "strategies/protocols.py",
     "errors.py",
     "environment/logging.py",
-    "environment/seeding.py",
+    "environment/random_generators.py",
     "data/skipping.py",
     "launch/notebook/launchers.py",
 )

@@ -305,7 +305,7 @@ def export(
 
     from paceline.checkpoint import parse_size
     from paceline.checkpoint.foreign import open_any
-    from paceline.checkpoint.io.streaming import stream_weights
+    from paceline.checkpoint.io.weights import stream_weights
 
     limit = parse_size(max_shard_size)
     _refuse_state(out)
@@ -320,7 +320,7 @@ def export(
     if (source / "config.json").is_file():
         shutil.copyfile(source / "config.json", out / "config.json")
     size = sum(path.stat().st_size for path in files)
-    click.echo(f"{len(tensors)} tensors, {_size(size)} in {counted(len(files), 'file')} in {out}")
+    click.echo(f"{counted(len(tensors), 'tensor')}, {_size(size)} in {counted(len(files), 'file')} in {out}")
 
 
 def _refuse_state(out: Path) -> None:
@@ -379,9 +379,10 @@ def convert_command(source: Path, out: Path, to: str, parameters: Path | None) -
         left = WRITERS[to](state, out, advance)
     if state.has_loader_positions:
         left = [*left, "skipped: loader positions; a run that loads the result starts a new epoch"]
+    contents = f"{counted(len(state.weights), 'weight')}, {counted(len(state.optimizers), 'optimizer')}"
     click.echo(
-        f"{state.kind} to {to}: {len(state.weights)} weights, {len(state.optimizers)} optimizers, step {state.step}, "
-        f"{_size(sum(path.stat().st_size for path in out.rglob('*') if path.is_file()))} in {out}"
+        f"{state.kind} to {to}: {contents}, "
+        f"step {state.step}, {_size(sum(path.stat().st_size for path in out.rglob('*') if path.is_file()))} in {out}"
     )
     for line in (*state.notes, *left):
         click.echo(f"note: {line}")

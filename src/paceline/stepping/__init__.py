@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from paceline.stepping.loss import scalar_loss
 from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
-from paceline.stepping.policies import TRUE_MEAN, GradientBoundary, OwnBoundary, WindowPolicy
 from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps
 from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
-from paceline.stepping.window import Accumulation, Window
+from paceline.stepping.window import TRUE_MEAN, Accumulation, GradientBoundary, OwnBoundary, Window, WindowPolicy
 
 __all__ = [
     "TRUE_MEAN",

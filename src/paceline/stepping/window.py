@@ -1,16 +1,18 @@
-"""The accumulation window: which micro-batch ends it, and what its gradients are divided by."""
+"""The accumulation window: which micro-batch ends it, and what its gradients are divided by.
+
+What it divides by, and who says where it ends, can be exchanged.
+"""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from paceline.config.leniency import STRICT
 from paceline.errors import SteppingError
-from paceline.stepping.policies import TRUE_MEAN, OwnBoundary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,10 +23,39 @@ if TYPE_CHECKING:
     from paceline.collectives import Group
     from paceline.config.leniency import Leniency
     from paceline.data import LoopPosition
-    from paceline.stepping.policies import GradientBoundary, WindowPolicy
     from paceline.strategies import Strategy
 
-__all__ = ["Accumulation", "Window"]
+__all__ = ["TRUE_MEAN", "Accumulation", "GradientBoundary", "OwnBoundary", "Window", "WindowPolicy"]
+
+
+class GradientBoundary(Protocol):
+    """Holds whether the current micro-batch is the last of its window. The window and the script both set it."""
+
+    sync_gradients: bool
+
+
+@dataclass(slots=True)
+class OwnBoundary:
+    """A boundary of one Accelerator."""
+
+    sync_gradients: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowPolicy:
+    """How the gradients of a window become a mean.
+
+    Attributes:
+        divide_by: `micro_batches` divides by what was in the window, so that a short last one weighs as much per
+            sample as the others. `num_steps` always divides by the length of a full window, within `accumulate` and
+            outside of it, as Accelerate does.
+    """
+
+    divide_by: Literal["micro_batches", "num_steps"] = "micro_batches"
+
+
+TRUE_MEAN = WindowPolicy()
+"""Divides by what was in the window."""
 
 
 class WindowedOptimizer(Protocol):

@@ -1,16 +1,32 @@
-"""Activation checkpointing: a block keeps only its input and is recomputed in the backward."""
+"""Activation checkpointing: a block keeps only its input and is recomputed in the backward; products may be kept."""
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import nn
 
 # torch's wrapper adds this to the names of its block's parameters.
 _CHECKPOINT_PREFIX = "_checkpoint_wrapped_module."
+# What is dear to compute: matrix products and attention.
+_KEPT_OPERATIONS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_scaled_mm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_attention_math",
+)
 
 
 def checkpoint_blocks(
@@ -28,8 +44,6 @@ def checkpoint_blocks(
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
-    from paceline.nn.recomputation import keep_products
-
     more: dict[str, Any] = {"context_fn": keep_products()} if keeps_products else {}
     for name in names:
         block = checkpoint_wrapper(model.get_submodule(name), **more)
@@ -40,3 +54,20 @@ def checkpoint_blocks(
 def plain_name(name: str) -> str:
     """A parameter's name without the wrapper that checkpointing puts around its block."""
     return name.replace(_CHECKPOINT_PREFIX, "")
+
+
+def keep_products() -> Callable[[], Any]:
+    """Return a `context_fn` of `torch.utils.checkpoint` that keeps the results of matrix products and attention.
+
+    Returns:
+        To be passed with `use_reentrant=False`.
+    """
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return partial(create_selective_checkpoint_contexts, _operations_to_keep())
+
+
+@lru_cache(maxsize=1)
+def _operations_to_keep() -> list[Any]:
+    found = (getattr(torch.ops.aten, name, None) for name in _KEPT_OPERATIONS)
+    return [operation.default for operation in found if operation is not None]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from paceline.errors import PrepareError
-from paceline.nn.recomputation import keep_products
+from paceline.strategies.activation_checkpointing import keep_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from paceline.environment.seeding import set_seed
+from paceline.environment.random_generators import set_seed
 from paceline.errors import NotBuiltError, PrepareError
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.trainer import model_files, result_files

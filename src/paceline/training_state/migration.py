@@ -11,8 +11,8 @@ import torch
 
 from paceline.checkpoint import numbered
 from paceline.checkpoint.foreign import open_foreign
-from paceline.environment.rng_state import set_rng_states
-from paceline.errors import CheckpointError, PacelineError, StateError, named_ranks
+from paceline.environment.random_generators import set_rng_states
+from paceline.errors import CheckpointError, PacelineError, StateError, counted, named_ranks
 from paceline.training_state.registered_tensors import LiveTensors
 from paceline.training_state.state import name_differences
 
@@ -161,7 +161,7 @@ class _Import:
     def _compare_counts(self, what: str, num_prepared: int, num_saved: int) -> None:
         if num_prepared == num_saved:
             return
-        counts = f"{num_saved} {what}s, and this run has {num_prepared}"
+        counts = f"{counted(num_saved, what)}, and this run has {num_prepared}"
         if self._strict:
             raise StateError(
                 f"{self._foreign.folder} holds {counts}",

@@ -14,8 +14,8 @@ from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbere
 from paceline.checkpoint.folder import TRAINING
 from paceline.checkpoint.format.layout import dtype_named
 from paceline.environment.logging import get_logger
-from paceline.environment.rng_state import get_rng_states, set_rng_states
-from paceline.errors import CheckpointError, StateError, named
+from paceline.environment.random_generators import get_rng_states, set_rng_states
+from paceline.errors import CheckpointError, StateError, counted, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.training_state.registered_tensors import (
@@ -367,13 +367,14 @@ def _slots(checkpoint: Checkpoint, prefix: str) -> dict[str, dict[str, Slot]]:
     return slots
 
 
-_LABELS = {"custom": "registered objects"}
+_LABELS = {"custom": "registered object"}
 
 
 def _pairs(state: Mapping[str, Any], what: str, prepared: Sequence[Any], *, strict: bool) -> list[tuple[Any, Any]]:
     """Each prepared object with its saved state."""
     saved = state.get(what) or []
-    counts = f"The checkpoint holds {len(saved)} {_LABELS.get(what, what)}, and this run has {len(prepared)}"
+    held = counted(len(saved), _LABELS.get(what, what.removesuffix("s")))
+    counts = f"The checkpoint holds {held}, and this run has {len(prepared)}"
     if len(saved) != len(prepared) and strict:
         raise StateError(
             counts,

@@ -409,7 +409,7 @@ def test_other_objects_are_counted(project: Path) -> None:
     other = Accelerator(cpu=True, strategy="single")
     other.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
     folder = newest(project)
-    with pytest.raises(StateError, match=r"1 optimizers, and this run has 0"):
+    with pytest.raises(StateError, match=r"1 optimizer, and this run has 0"):
         other.load_state(folder)
 
 
@@ -499,11 +499,11 @@ def test_a_hook_that_fails_is_named_and_nothing_is_left(project: Path) -> None:
 def test_what_is_prepared_is_loaded_when_not_strict(project: Path, caplog: pytest.LogCaptureFixture) -> None:
     accelerator = Accelerator(cpu=True, strategy="single")
     model: Any = accelerator.prepare(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1)))
-    with pytest.raises(StateError, match=r"holds 1 optimizers, and this run has 0.*load with strict=False"):
+    with pytest.raises(StateError, match=r"holds 1 optimizer, and this run has 0.*load with strict=False"):
         accelerator.load_state(newest(project))
     with caplog.at_level(logging.WARNING):
         accelerator.load_state(newest(project), strict=False)
-    assert "holds 1 optimizers, and this run has 0: the first 0 were loaded" in caplog.text
+    assert "holds 1 optimizer, and this run has 0: the first 0 were loaded" in caplog.text
     assert torch.equal(model[0].weight.cpu(), open_checkpoint(newest(project)).read("model/0.weight"))
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.accelerator.recording.dropout import watch_dropout
 from paceline.collectives import as_bytes, leaves
-from paceline.environment.seeding import set_seed
+from paceline.environment.random_generators import set_seed
 from paceline.stepping import steps_taken
 
 if TYPE_CHECKING:

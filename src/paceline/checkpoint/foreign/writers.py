@@ -20,7 +20,7 @@ from torch.serialization import (
 from typing_extensions import override
 
 from paceline.checkpoint.conversion import write_paceline
-from paceline.checkpoint.io.streaming import stream_weights
+from paceline.checkpoint.io.weights import stream_weights
 from paceline.checkpoint.portable_state import LazyTensors, PortableOptimizer, PortableState
 from paceline.errors import CheckpointError
 

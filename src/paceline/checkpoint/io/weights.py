@@ -14,14 +14,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import save_file
 
+from paceline.checkpoint.format.layout import TensorShape, dtype_name, index_text, lay_out
+from paceline.checkpoint.io.transfer import bytes_of
+from paceline.collectives import as_bytes
 from paceline.errors import PacelineError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
+
+    from paceline.checkpoint.format.layout import FileLayout
+    from paceline.checkpoint.format.shards import Slot
+    from paceline.checkpoint.portable_state import LazyTensors
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -59,6 +67,43 @@ def save_weights(
         _write_index(folder, names, shards)
     remove_others(folder, names)
     return [folder / name for name in names]
+
+
+def stream_weights(
+    tensors: LazyTensors,
+    folder: Path,
+    *,
+    max_file_bytes: int,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Path]:
+    """Write weights one tensor at a time, so that they need not fit into memory together; the files are the same.
+
+    Args:
+        tensors: Weights by name, read one after another.
+        folder: Created if missing; weights of an earlier call are replaced.
+        max_file_bytes: Largest file size, unless a single tensor is larger.
+        dtype: Dtype for floating-point tensors; None keeps theirs.
+        progress: Called with the bytes written since the last call.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PacelineError: The disk has too little free space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {f"model/{name}": _shape_in_file(tensors.slot(name), dtype) for name in tensors}
+    files, _ = lay_out(shapes, max_file_bytes)
+    check_free_space(folder, sum(file.size for file in files))
+    for file in files:
+        _write_file(file, folder, tensors, progress or (lambda _: None))
+    if len(files) > 1:
+        partial = folder / f"{INDEX_NAME}.partial"
+        partial.write_text(index_text(files), encoding="utf-8")
+        into_place(partial, folder / INDEX_NAME)
+    remove_others(folder, [file.name for file in files])
+    return [folder / file.name for file in files]
 
 
 def parse_size(size: str | int) -> int:
@@ -189,3 +234,25 @@ def remove_others(folder: Path, names: list[str]) -> None:
         stale_index = path.name == INDEX_NAME and len(names) == 1
         if (stale_shard and path.name not in names) or stale_index:
             path.unlink()
+
+
+def _shape_in_file(slot: Slot, dtype: torch.dtype | None) -> TensorShape:
+    return TensorShape(
+        slot.shape, dtype_name(dtype if dtype is not None and slot.dtype.is_floating_point else slot.dtype)
+    )
+
+
+def _write_file(file: FileLayout, folder: Path, tensors: LazyTensors, progress: Callable[[int], None]) -> None:
+    partial = folder / f"{file.name}.partial"
+    with partial.open("wb") as opened:
+        opened.write(file.header)
+        for name, entry in file.entries.items():
+            raw = _raw_bytes(tensors[name], entry)
+            opened.write(raw)
+            progress(len(raw))
+    into_place(partial, folder / file.name)
+
+
+def _raw_bytes(tensor: Tensor, entry: TensorShape) -> memoryview:
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return bytes_of(as_bytes(tensor.to(dtype).contiguous()))

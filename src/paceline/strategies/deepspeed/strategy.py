@@ -25,6 +25,7 @@ from paceline.errors import (
     PrepareError,
     StateError,
     SteppingError,
+    counted,
     named,
 )
 from paceline.precision import autocast_forward
@@ -613,12 +614,13 @@ class DeepSpeedStrategy(Strategy):
     def describe(self) -> list[str]:
         size = self.context.group.size
         shards = [
-            "whole on each",
+            "whole on each of",
             "optimizer states sharded over",
             "optimizer states and gradients sharded over",
             "parameters, gradients and optimizer states sharded over",
         ][self._stage]
-        line = f"DeepSpeed {deepspeed.__version__}, ZeRO stage {self._stage}: {shards} of {size} ranks"
+        ranks = counted(size, "rank")
+        line = f"DeepSpeed {deepspeed.__version__}, ZeRO stage {self._stage}: {shards} {ranks}"
         zero = self._plugin.zero_section()
         offloaded = [
             f"{what} on {zero[key]['device']}"

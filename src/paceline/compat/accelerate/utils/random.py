@@ -11,7 +11,7 @@ from paceline.collectives import broadcast
 from paceline.compat.accelerate.settings.enums import RNGType
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.state import PartialState, current_group
-from paceline.environment import seeding
+from paceline.environment import random_generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         deterministic: Make torch use deterministic kernels; operations without one raise.
     """
     rank = PartialState().process_index if device_specific else 0
-    seeding.set_seed(seed, device_specific, deterministic, rank=rank)
+    random_generators.set_seed(seed, device_specific, deterministic, rank=rank)
 
 
 def synchronize_rng_state(rng_type: RNGType | None = None, generator: torch.Generator | None = None) -> None:

@@ -1,0 +1,87 @@
+"""The random generators of Python, NumPy and torch: one seed for all of them, and their states."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from paceline.environment.world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["get_rng_states", "set_rng_states", "set_seed"]
+
+
+def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False, *, rank: int | None = None) -> None:
+    """Seed the generators of Python, NumPy and torch on all devices.
+
+    >>> set_seed(42)
+    >>> first = torch.rand(2)
+    >>> set_seed(42)
+    >>> torch.equal(first, torch.rand(2))
+    True
+
+    Args:
+        seed: Any integer.
+        device_specific: Add this process's rank, so that dropout and augmentation differ between ranks.
+        deterministic: Make torch use deterministic kernels; operations without one raise.
+        rank: The rank to add; None takes it from the process group or the launcher's variables.
+
+    Raises:
+        WorldError: The rank is taken from the launcher's variables, and they contradict each other.
+    """
+    if device_specific:
+        seed += _own_rank() if rank is None else rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # the global generator is what scripts draw from
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def _own_rank() -> int:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return World.read(os.environ).rank
+
+
+def get_rng_states(device: torch.device) -> dict[str, Any]:
+    """Read the states of the generators of Python, NumPy, torch and a device.
+
+    Args:
+        device: A device whose generator is read too, if it is a CUDA device.
+
+    Returns:
+        The states by library, as numbers, lists and tensors.
+    """
+    version, words, cached = random.getstate()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(words), cached],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_states(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore the states that `get_rng_states` returned; the device's only if its type is the same.
+
+    Args:
+        state: The states.
+        device: The device of this rank.
+    """
+    version, words, cached = state["python"]
+    random.setstate((version, tuple(words), cached))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

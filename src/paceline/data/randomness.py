@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from paceline.data.epochs import set_worker_epoch
+from paceline.environment.object_state import OwnGenerators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +61,21 @@ def _unpickle_keys(keys: list[Any], seed: int, epoch: int | None) -> list[Any]:
         if epoch is not None:
             set_worker_epoch(info.dataset, epoch)
         seed_global_rngs(seed)
+        _seed_own_generators(info.dataset, seed)
     return keys
+
+
+# The generators of this worker's copy of the data set, once they were looked for.
+_worker_generators: OwnGenerators | None = None
+
+
+def _seed_own_generators(dataset: Any, seed: int) -> None:
+    """Seed the generators that a worker's copy of the data set has of its own."""
+    global _worker_generators
+    if _worker_generators is None:
+        _worker_generators = OwnGenerators({"dataset": dataset})
+    if _worker_generators:
+        _worker_generators.seed(seed)
 
 
 def seed_global_rngs(seed: int) -> None:

@@ -186,8 +186,8 @@ class StreamBatchSource(BatchSource):
             isolated_rng=isolated_rng,
         )
         if group.size == 1:
-            alone = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
-            return (alone.batches(), alone.progress) if alone.open() else None
+            single_process = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
+            return (single_process.batches(), single_process.progress) if single_process.open() else None
         iteration = _StreamIteration(batches, last, reader, layout, group, isolated_rng)
         return (iteration.batches(), iteration.progress) if iteration.open(position.samples) else None
 

@@ -16,6 +16,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from paceline.data.epochs import set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, mix_seed
+from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -123,6 +124,8 @@ class StreamShard(IterableDataset[Any]):
         self._items = 0
         # The seed of the iteration, its epoch, and the number of items of each reader to skip.
         self._epoch_state = torch.zeros(3, dtype=torch.int64)
+        # Set in workers that stay alive: in this process the loader sets them before each iteration.
+        self._generators = OwnGenerators({"dataset": dataset}) if num_workers else None
         if num_workers:
             # Persistent workers see the next epoch only through shared memory.
             self._epoch_state.share_memory_()  # type: ignore[no-untyped-call]
@@ -147,7 +150,7 @@ class StreamShard(IterableDataset[Any]):
         """Yield this reader's items, some at a time."""
         real_info = _current_worker_info()
         if real_info is not None:
-            set_dataset_epoch(self.dataset, int(self._epoch_state[1]))
+            self._begin_in_worker(int(self._epoch_state[1]))
         number, reread = self._restore()
         info = self._shown_info(real_info)
         stream, step, offset = self._start(info, real_info, reread)
@@ -166,6 +169,11 @@ class StreamShard(IterableDataset[Any]):
             yield islice(chain.from_iterable(kept), skipped, None)
         else:
             yield from kept
+
+    def _begin_in_worker(self, epoch: int) -> None:
+        set_dataset_epoch(self.dataset, epoch)
+        if self._generators is not None:
+            self._generators.begin(epoch)
 
     def _start(self, info: Any, real_info: Any, reread: int) -> tuple[_OpenStream, int, int]:
         """Begin to iterate; also return n and the index of the first item, where this reader keeps every n-th item."""
@@ -196,8 +204,8 @@ class StreamShard(IterableDataset[Any]):
     def _open(self, info: Any, skipped: int, reread: int) -> _OpenStream:
         """Begin to iterate over the data set, and read up to the first item that is used."""
         seed = int(self._epoch_state[0])
-        is_alone = self.has_isolated_rng and self._size == 1
-        rng = None if is_alone or self.continues_rng else IsolatedRng(seed)
+        is_single_process = self.has_isolated_rng and self._size == 1
+        rng = None if is_single_process or self.continues_rng else IsolatedRng(seed)
         with _worker_info_replaced(info), nullcontext() if rng is None else rng():
             items = _items_after(self.dataset, skipped, int(self._epoch_state[1]))
             # The random state in which the stream continues is that after the items that are read again.

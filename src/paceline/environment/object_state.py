@@ -154,7 +154,7 @@ class ObjectState:
 
     def _frozen(self, value: Any) -> Any:
         if _is_plain(value, self._max_elements):
-            return copy.deepcopy(value)
+            return _copied(value)
         return _Opaque.of(value)
 
     def capture(self) -> dict[str, Any]:
@@ -165,14 +165,19 @@ class ObjectState:
             cannot be saved.
         """
         states: dict[str, Any] = {}
-        changed: dict[str, list[_Place]] = {}
-        for place in self._places():
-            if _is_stateful(place.value):
-                states[place.path] = copy.deepcopy(place.value.state_dict())
-            elif self._has_changed(place):
-                changed.setdefault(place.owner, []).append(place)
         values: dict[str, Any] = {}
         lost: list[str] = []
+        changed: dict[str, list[_Place]] = {}
+        for place in self._places():
+            if not _is_stateful(place.value):
+                if self._has_changed(place):
+                    changed.setdefault(place.owner, []).append(place)
+                continue
+            state = place.value.state_dict()
+            if _is_storable(state):
+                states[place.path] = copy.deepcopy(state)
+            else:
+                lost.append(place.path)
         for places in changed.values():
             self._sort(places, values, lost)
         return {"values": values, "states": states, "lost": lost}
@@ -204,12 +209,12 @@ class ObjectState:
             value = values.pop(place.path, self._first.get(place.path, _MISSING))
             if place.path in lost or value is _MISSING or isinstance(value, _Opaque) or _equal(place.value, value):
                 continue
-            _write(place, copy.deepcopy(value))
+            _write(place, _copied(value))
         for path, value in values.items():
             # An attribute that did not exist in the beginning.
             owner, _, name = path.rpartition(".")
             if owner in owners:
-                owners[owner][name] = copy.deepcopy(value)
+                owners[owner][name] = _copied(value)
 
 
 _MISSING: Any = object()
@@ -219,7 +224,7 @@ def _stored(value: Any) -> Any:
     """Return a copy that a checkpoint can contain."""
     if isinstance(value, set | deque):
         return {"kind": type(value).__name__, "items": list(value)}
-    return {"kind": "", "items": copy.deepcopy(value)}
+    return {"kind": "", "items": _copied(value)}
 
 
 def _of_stored(stored: Mapping[str, Any]) -> Any:
@@ -287,8 +292,23 @@ def _write(place: _Place, value: Any) -> None:
         place.holder[place.key] = value
 
 
-def _is_scalar(value: Any) -> bool:
-    return value is None or type(value) in (bool, int, float, str)
+_SCALARS = frozenset({type(None), bool, int, float, str})
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a plain value; what is in a list or a dict cannot change."""
+    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+
+
+def _is_storable(state: Any) -> bool:
+    """Whether a checkpoint can contain a state."""
+    if isinstance(state, dict):
+        return all(_is_storable(item) for pair in state.items() for item in pair)
+    if type(state) in (list, tuple):
+        return all(map(_is_storable, state))
+    if isinstance(state, np.ndarray):
+        return not state.dtype.hasobject
+    return isinstance(state, torch.Tensor | np.generic) or type(state) in _SCALARS
 
 
 def _is_plain(value: Any, max_elements: int) -> bool:
@@ -298,12 +318,11 @@ def _is_plain(value: Any, max_elements: int) -> bool:
     if isinstance(value, np.ndarray):
         return not value.dtype.hasobject and value.size <= max_elements
     if type(value) not in (dict, list, tuple, set, deque):
-        return _is_scalar(value)
+        return type(value) in _SCALARS
     if len(value) > max_elements:
         return False
-    items = value.values() if isinstance(value, dict) else value
-    # The keys of a dict, too.
-    return all(map(_is_scalar, items)) and all(map(_is_scalar, value))
+    is_plain = _SCALARS.issuperset(map(type, value))
+    return is_plain and (not isinstance(value, dict) or _SCALARS.issuperset(map(type, value.values())))
 
 
 def _places(roots: Mapping[str, Any], without: Iterable[Any], max_elements: int = MAX_ELEMENTS) -> Iterator[_Place]:

@@ -320,3 +320,25 @@ def test_generators_of_epochs_differ_and_the_first_is_left_as_it_is() -> None:
     assert drawn[0] == random.Random(3).random()
     assert len(set(drawn)) == 3
     assert drawn[3:] == drawn[:2]
+
+
+def test_a_state_that_no_checkpoint_can_contain_is_named_when_it_is_missed(caplog: pytest.LogCaptureFixture) -> None:
+    class Stateful:
+        def state_dict(self) -> dict[str, Any]:
+            return {"file": object()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise AssertionError(state)
+
+    class Reading(Numbers):
+        def __init__(self) -> None:
+            super().__init__(SIZE)
+            self.reader = Stateful()
+
+    loader = prepared(DataLoader(Reading(), 2))
+    next(iter(loader))
+    state = loader.state_dict()
+    json.dumps(state["objects"]["each"]["states"])
+    with caplog.at_level(logging.WARNING):
+        prepared(DataLoader(Reading(), 2)).load_state_dict(state)
+    assert "dataset.reader" in caplog.text

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The tests start hundreds of processes: each compiles what is imported if bytecode is not kept.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check format clean
@@ -23,17 +25,17 @@ demo: $(INSTALLED)  ## train a small language model on this machine's devices
 	$(BIN)/paceline launch examples/language_model.py
 
 test: $(INSTALLED)  ## the tests, without the long sweeps (two at a time)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
 
 test-slow: $(INSTALLED)  ## the long sweeps as well
-	$(BIN)/python -m pytest -m "not gpu and not gpus2" --timeout 900
+	$(PYTEST) -m "not gpu and not gpus2" --timeout 900
 
 check: $(INSTALLED)  ## format, lint, types, layers, docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --quiet tests/docs
+	$(PYTEST) --quiet tests/docs
 
 format: $(INSTALLED)  ## rewrite the code in the house's format
 	$(BIN)/ruff format .

@@ -1,6 +1,7 @@
 """What a step costs one rank as the number of ranks grows, with collectives that do nothing.
 
     python -m benchmarks.world_size --sizes 1 8 64 512 4096
+    python -m benchmarks.world_size --plot benchmarks/world_size.svg    # needs matplotlib
 
 Each number of ranks is a process of its own, which is rank 0 of a world that torch's fake process group makes up: what
 is left is what this process does itself. The least of many blocks of steps is shown, the calls of functions in a step,
@@ -10,6 +11,7 @@ which no other load changes, and the milliseconds of `prepare`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -87,18 +89,35 @@ def _unchanged(_state, bucket):  # type: ignore[no-untyped-def]
     return done
 
 
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Draw the calls and the time of a step against the number of ranks."""
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axes, key, label in ((left, "calls", "calls a step"), (right, "us", "us of processor time a step")):
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            points = [(row["size"], row[key]) for row in rows if row["strategy"] == strategy]
+            axes.plot(*zip(*points, strict=True), marker="o", label=strategy)
+        axes.set(xscale="log", yscale="log", xlabel="ranks", ylabel=label)
+        axes.legend()
+    figure.savefig(file)
+
+
 def main() -> int:
     """Measure all, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="*", default=SIZES)
     parser.add_argument("--strategies", nargs="*", default=STRATEGIES)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table, too; needs matplotlib")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))), flush=True)
         # Threads of the made-up group have nothing to end.
         os._exit(0)
     print("| strategy | ranks | us of processor time a step | calls a step | ms of prepare |\n|---|--:|--:|--:|--:|")
+    rows = []
     for strategy in args.strategies:
         for size in args.sizes:
             command = [sys.executable, "-m", "benchmarks.world_size", "--one", strategy, str(size)]
@@ -107,9 +126,12 @@ def main() -> int:
                 print(done.stderr[-2000:], file=sys.stderr)
                 return 1
             row = json.loads(done.stdout.splitlines()[-1])
+            rows.append(row)
             print(
                 f"| {strategy} | {size:,} | {row['us']:.0f} | {row['calls']:,} | {row['prepare_ms']:.0f} |", flush=True
             )
+    if args.plot is not None:
+        plot(rows, args.plot)
     return 0
 
 

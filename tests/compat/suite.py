@@ -24,21 +24,29 @@ ROOT = Path(__file__).parents[2]
 EXCEPTIONS = Path(__file__).with_name("suite_exceptions.yaml")
 SIDES = ("real", "switched")
 
-# What the `accelerate` command of either side is: pip writes the same for the real package.
+# The commands of either side: pip writes the same for the real package.
 _COMMAND = """\
 #!{python}
 import sys
-from accelerate.commands.accelerate_cli import main
+from accelerate.commands.{module} import main
 sys.exit(main())
 """
+_COMMANDS = {
+    "accelerate": "accelerate_cli",
+    "accelerate-config": "config",
+    "accelerate-estimate-memory": "estimate",
+    "accelerate-launch": "launch",
+    "accelerate-merge-weights": "merge",
+}
 
 
 def run_file(side: str, suite: Path, file: str, seconds: float) -> dict[str, str]:
     """The outcome of each test of a file: passed, skipped, or the last line of what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        command = Path(folder, "accelerate")
-        command.write_text(_COMMAND.format(python=sys.executable))
-        command.chmod(0o755)
+        for name, module in _COMMANDS.items():
+            command = Path(folder, name)
+            command.write_text(_COMMAND.format(python=sys.executable, module=module))
+            command.chmod(0o755)
         report = Path(folder, "report.xml")
         pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", f"--timeout={seconds:.0f}"]
         switch = ["-m", "paceline.compat"] if side == "switched" else []
@@ -64,6 +72,7 @@ def _environment(folder: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
 

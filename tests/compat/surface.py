@@ -205,6 +205,9 @@ def _arguments(expected: str, found: str) -> str:
         return ""
     missing = [name for name in names if name not in ours and not name.startswith("*")]
     parts = [f"without the argument{'s' if len(missing) > 1 else ''} {', '.join(missing)}"] if missing else []
+    by_position = _positional(expected)
+    if not missing and _positional(found)[: len(by_position)] != by_position:
+        parts.append("other order of arguments")
     if not missing and _defaults(expected) != {n: d for n, d in _defaults(found).items() if n in names}:
         other = [n for n, d in _defaults(expected).items() if _defaults(found).get(n) != d]
         parts += [f"other defaults: {', '.join(f'{n}={_defaults(found).get(n)}' for n in other)}"] if other else []
@@ -213,6 +216,12 @@ def _arguments(expected: str, found: str) -> str:
 
 def _parameter_names(text: str) -> list[str]:
     return [part.partition("=")[0].strip() for part in text.split(", ") if part and part != "*"]
+
+
+def _positional(text: str) -> list[str]:
+    names = [part.partition("=")[0].strip() for part in text.split(", ") if part]
+    first_keyword = next((i for i, name in enumerate(names) if name.startswith("*")), len(names))
+    return names[:first_keyword]
 
 
 def _defaults(text: str) -> dict[str, str]:
@@ -299,10 +308,18 @@ _HEAD = """\
 <!-- Written from the code: python -m tests.compat.surface -->
 
 Everything public of Accelerate {version}, and what it is under the switch (`paceline launch --as_accelerate`,
-`python -m paceline.compat script.py`): the same, different (how), or not supported (what to do instead). A name counts
-as the same if it takes the same arguments, has the same methods, and means the same; what only looks alike is listed as
-different. Names that are not supported can be imported where they are public, and using one is an error that says the
-same as this page. "Inner part" marks helpers of Accelerate's own work that no documentation mentions.
+`python -m paceline.compat script.py`): the same, different (how), or not supported (what to do instead).
+
+"Same" is what a test compares, and no more: a name can be imported; a function or class takes the same arguments in the
+same order with the same defaults (ours may take more); a class has the same public methods, an enumeration the same
+members, a constant the same value; a flag exists with the same default; a key of the configuration file is known; an
+environment variable is named in the code. For what the packages `accelerate` and `accelerate.utils` pass on from other
+modules, the rest stands with the module. Whether a name also behaves the same, this page cannot say: a difference in
+behaviour stands here as "different" where it is known, [Migration](migration.md#from-accelerate) describes those that
+matter to a program, and what is compared with Accelerate by running both is in `tests/compat`.
+
+Names that are not supported can be imported where they are public, and using one is an error that says the same as this
+page. "Inner part" marks helpers of Accelerate's own work that no documentation mentions.
 
 [Migration](migration.md) says how to move a program over.
 """

@@ -36,7 +36,7 @@ def test_the_trainer_shards_on_cpus_under_the_switch(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=380,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -265,7 +265,7 @@ def test_a_real_run_under_the_name_of_accelerate(tmp_path: Path) -> None:
     file.write_text("distributed_type: FSDP\nnum_processes: 2\nuse_cpu: true\nfsdp_config: {fsdp_version: 2}\n")
     words = ["-m", "paceline.compat", "-m", "accelerate.commands.launch", "--quiet", "--config-file", str(file)]
     finished = subprocess.run(
-        [sys.executable, *words, str(script), "--a", "b"], capture_output=True, text=True, timeout=250, check=False
+        [sys.executable, *words, str(script), "--a", "b"], capture_output=True, text=True, timeout=800, check=False
     )
     assert finished.returncode == 0, finished.stderr
     assert sum("--a" in line for line in finished.stdout.splitlines()) == 2

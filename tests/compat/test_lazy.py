@@ -49,10 +49,11 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert {name for name in foreign if not name.startswith("_")} <= of_schema | {"packaging"}
 
 
-def test_states_and_operations_need_no_client_and_no_schema() -> None:
+def test_names_states_and_operations_need_no_client_and_no_schema() -> None:
     program = """
 import sys
 import paceline.compat.accelerate as accelerate
+accelerate.Accelerator
 accelerate.PartialState(cpu=True)
 accelerate.utils.gather, accelerate.DataLoaderConfiguration(), accelerate.DeepSpeedPlugin
 accelerate.utils.is_deepspeed_available()

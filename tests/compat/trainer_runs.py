@@ -205,6 +205,15 @@ def _of_strategy(strategy: str) -> dict[str, Any]:
     return {"use_cpu": True, "ddp_backend": "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None}
 
 
+def join_ranks_of_deepspeed() -> None:
+    """Let Accelerate count the ranks: on the CPU it shards with DeepSpeed, yet takes each rank for the only one."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    # Whoever asks for the state later gets this one.
+    PartialState(backend="gloo")
+
+
 def with_lora(model: Any) -> Any:
     """The model with trainable adapters."""
     from peft import LoraConfig, get_peft_model

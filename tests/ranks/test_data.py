@@ -15,11 +15,13 @@ from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import (
     DRAWS,
     BufferShuffledStream,
+    NoisyStream,
     Numbers,
     PlainStream,
     ShardedStream,
     ShuffledStream,
     SplittingStream,
+    StatefulNoisyStream,
     ids,
     prepared,
 )
@@ -174,6 +176,9 @@ class Uneven(Sampler[list[int]]):
         return iter(batches)
 
 
+NOISY: dict[str, Any] = {"noise": NoisyStream, "noise beside a state": StatefulNoisyStream}
+
+
 def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: bool) -> None:
     """In the first epoch, the second, and at their ends; with `set_epoch` of the user's as well."""
     group = TorchGroup()
@@ -182,6 +187,8 @@ def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: 
     def make() -> Any:
         if kind == "uneven":
             return prepared(DataLoader(Numbers(22), batch_sampler=Uneven(), **settings), group, **config)
+        if kind in NOISY:
+            return prepared(DataLoader(NOISY[kind](22), 4, drop_last=drop_last, **settings), group, **config)
         return prepared(DataLoader(Numbers(22), 4, shuffle=True, drop_last=drop_last, **settings), group, **config)
 
     loader, seen, states = make(), [], []
@@ -217,6 +224,7 @@ def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: 
         ("uneven", 0, {}, False),
         ("uneven", 0, {"split_batches": True}, False),
         ("uneven", 0, {"dispatch_batches": True}, False),
+        *[(kind, 0, config, False) for kind in NOISY for config in ({}, {"dispatch_batches": True})],
     ],
 )
 def test_resume_is_exact_anywhere(ranks: int, kind: str, workers: int, config: dict[str, Any], drop_last: bool) -> None:

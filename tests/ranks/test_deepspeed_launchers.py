@@ -94,7 +94,7 @@ def notes(folder: Path) -> list[dict[str, object]]:
     ],
 )
 def test_two_hosts_train_together(launcher: str, hosts: Shells, tmp_path: Path) -> None:
-    out, _ = (process := start(tmp_path, hosts, launcher, *WORDS)).communicate(timeout=300)
+    out, _ = (process := start(tmp_path, hosts, launcher, *WORDS)).communicate(timeout=800)
     assert process.returncode == 0, out
     found = notes(tmp_path)
     assert [note["ranks"] for note in found] == [[0, 2], [1, 2]], out
@@ -108,7 +108,7 @@ def test_two_hosts_train_together(launcher: str, hosts: Shells, tmp_path: Path) 
     [pytest.param("pdsh", marks=needs_shells("pdsh")), pytest.param("openmpi", marks=needs_shells("mpirun.openmpi"))],
 )
 def test_a_failure_on_another_host_is_told(launcher: str, hosts: Shells, tmp_path: Path) -> None:
-    out, _ = (process := start(tmp_path, hosts, launcher, "fail")).communicate(timeout=300)
+    out, _ = (process := start(tmp_path, hosts, launcher, "fail")).communicate(timeout=800)
     assert process.returncode != 0, out
     assert "ValueError: the culprit" in out
     assert f"{launcher} exited with code" in out

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at thread
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[tuple[int, str]]]:
     """What each rank of each case ended with."""
-    found = run_pairs(tmp_path_factory.mktemp("ends"), SCRIPT, [list(case) for case in CASES], timeout=300)
+    found = run_pairs(tmp_path_factory.mktemp("ends"), SCRIPT, [list(case) for case in CASES], timeout=800)
     return dict(zip(CASES, found, strict=True))
 
 

@@ -101,7 +101,7 @@ def on_rank(strategy: str, folder: str, fp8: dict[str, Any]) -> None:
 def test_losses_are_close_to_bf16_and_checkpoints_hold_master_weights(
     strategy: str, ranks: int, fp8: dict[str, Any], tmp_path: Path
 ) -> None:
-    run_on_ranks(ranks, on_rank, strategy, str(tmp_path), fp8, timeout=280.0)
+    run_on_ranks(ranks, on_rank, strategy, str(tmp_path), fp8)
 
 
 def gathered_and_whole(_: int) -> None:
@@ -114,7 +114,7 @@ def gathered_and_whole(_: int) -> None:
 
 
 def test_gathering_in_fp8_changes_little() -> None:
-    run_on_ranks(2, gathered_and_whole, 0, timeout=240.0)
+    run_on_ranks(2, gathered_and_whole, 0)
 
 
 def changed_by_hand(_: int) -> None:

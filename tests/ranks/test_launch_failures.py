@@ -241,7 +241,7 @@ def test_twenty_launches_at_once(launches: Launches) -> None:
     processes = [launches.start(source) for _ in range(20)]
     ports = []
     for process in processes:
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=800)
         assert process.returncode == 0, err
         first, second = out.split()
         assert first == second

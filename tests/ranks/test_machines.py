@@ -53,7 +53,7 @@ def launch(folder: Path, port: int, *arguments: str, machines: int) -> list[tupl
     ]  # fmt: skip
     ended = []
     for process in running:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=800)
         ended.append((process.returncode, out, err))
     return ended
 

@@ -56,7 +56,7 @@ def run(folder: Path, *command: str) -> tuple[int, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PACELINE_")}
     env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=800
     )
     return done.returncode, done.stdout
 
@@ -167,7 +167,7 @@ def test_a_signal_reaches_the_ranks_of_other_kinds_of_mpi(tmp_path: Path) -> Non
         assert line, heard
         heard += line
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=400)
+    said, _ = process.communicate(timeout=800)
     assert process.returncode == PREEMPTED, said
     assert none_marked(marker, 60)
 

@@ -382,6 +382,6 @@ def test_twenty_launches_at_once_on_one_host(tmp_path: Path) -> None:
         for _ in range(20)
     ]
     for one in running:
-        out, err = one.communicate(timeout=600)
+        out, err = one.communicate(timeout=800)
         assert one.returncode == 0, err
         assert out.count("sum 2") == 2

@@ -137,7 +137,7 @@ def test_cells_of_a_jupyter_kernel() -> None:
     source = str(Path(__file__).parents[2] / "src")
     first = f"import sys\nsys.path.insert(0, {source!r})\n{CELLS[0]}"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (first, *CELLS[1:])])
-    nbclient.NotebookClient(notebook, timeout=400, allow_errors=True, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=800, allow_errors=True, kernel_name="python3").execute()
     _, fine, failed, stopped = [cell.outputs for cell in notebook.cells]
     assert _text(fine, "stdout") == ["hello from 0", "hello from 1"]
     assert _text(fine, "stderr") == ["warned", "warned"]
@@ -176,5 +176,5 @@ def test_two_machines_each_get_the_values_of_their_ranks(tmp_path: Path) -> None
         subprocess.Popen([sys.executable, str(program), machine, port], stdout=subprocess.PIPE, text=True)
         for machine in "01"
     ]
-    said = [process.communicate(timeout=400)[0].splitlines()[-1] for process in running]
+    said = [process.communicate(timeout=800)[0].splitlines()[-1] for process in running]
     assert said == ["[(0, 4), (1, 4)]", "[(2, 4), (3, 4)]"]

@@ -138,9 +138,9 @@ def on_rank(folder: str, optim: str, exact: bool, settings: dict[str, Any]) -> l
 def test_sharded_training_is_that_of_one_process_and_resumes(optim: str, tmp_path: Path) -> None:
     if optim != "muon":
         pytest.importorskip("torchao")
-    alone = run_on_ranks(1, on_rank, str(tmp_path / "one"), optim, optim == "muon", {}, timeout=280.0)[0]
+    alone = run_on_ranks(1, on_rank, str(tmp_path / "one"), optim, optim == "muon", {})[0]
     for name, settings in (("ddp", {}), ("fsdp", FSDP)):
-        found = run_on_ranks(2, on_rank, str(tmp_path / name), optim, optim == "muon", settings, timeout=280.0)[0]
+        found = run_on_ranks(2, on_rank, str(tmp_path / name), optim, optim == "muon", settings)[0]
         # bf16 rounds a matrix with tiny differences now and then to the other neighbour; blocks of quantized states
         # are those of a rank's rows.
         assert found == pytest.approx(alone, rel=2e-3 if optim == "muon" else 1e-2)

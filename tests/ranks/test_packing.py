@@ -120,7 +120,7 @@ def on_rank(folder: str, layout: dict[str, Any], chunked: bool) -> None:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", *with_deepspeed(["zero2", "zero3"])])
 def test_packed_training_equals_training_one_by_one(layout: str, tmp_path: Path) -> None:
-    run_on_ranks(2, on_rank, str(tmp_path), LAYOUTS[layout], layout in ("ddp", "fsdp"), timeout=280.0)
+    run_on_ranks(2, on_rank, str(tmp_path), LAYOUTS[layout], layout in ("ddp", "fsdp"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -162,7 +162,7 @@ def resumed(folder: str, streams: bool) -> None:
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_training_goes_on_with_the_same_rows(streams: bool, ranks: int, tmp_path: Path) -> None:
-    run_on_ranks(ranks, resumed, str(tmp_path), streams, timeout=280.0)
+    run_on_ranks(ranks, resumed, str(tmp_path), streams)
 
 
 def test_a_loader_of_a_subclass_is_not_packed(tmp_path: Path) -> None:

@@ -33,6 +33,6 @@ def test_two_pods_train_together(tmp_path: Path) -> None:
         for pod in pods
     ]  # fmt: skip
     for rank, process in enumerate(running):
-        said, _ = process.communicate(timeout=400)
+        said, _ = process.communicate(timeout=800)
         assert process.returncode == 0, said
         assert f"rank {rank}/2 node {rank}/2: 2.1213" in said, said

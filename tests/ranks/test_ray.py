@@ -61,7 +61,7 @@ def test_workers_train_together(tmp_path: Path) -> None:
     # Its workers and their imports take minutes on a busy machine; by itself it starts them anew after one.
     env["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "300"
     done = subprocess.run(
-        [sys.executable, "train.py"], cwd=tmp_path, env=env, text=True, timeout=550, check=False,
+        [sys.executable, "train.py"], cwd=tmp_path, env=env, text=True, timeout=800, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

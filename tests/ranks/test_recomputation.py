@@ -58,7 +58,7 @@ def with_budgets(strategy: str) -> None:
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
 def test_a_budget_keeps_less_and_changes_no_loss(strategy: str, ranks: int) -> None:
-    run_on_ranks(ranks, with_budgets, strategy, timeout=240.0)
+    run_on_ranks(ranks, with_budgets, strategy)
 
 
 def test_a_budget_without_a_compiler_is_an_error() -> None:
@@ -110,6 +110,6 @@ def under_fsdp(_: int) -> None:
 
 
 def test_selective_checkpointing_under_fsdp_changes_no_loss() -> None:
-    run_on_ranks(2, under_fsdp, 0, timeout=240.0)
+    run_on_ranks(2, under_fsdp, 0)
     with pytest.raises(ConfigError, match="nothing is recomputed"):
         FullyShardedDataParallelPlugin(activation_checkpointing_policy="products")

@@ -37,6 +37,6 @@ def test_inductor_changes_nothing(layout: str, more: dict[str, Any], tmp_path: P
     plain, blocks, graphs = run_on_ranks(ranks, train, changes, str(tmp_path / "plain"))[0]
     assert (blocks, graphs) == ([False, False], 0)
     compiled = {**changes, **more, "torch_compile": True}
-    log, blocks, graphs = run_on_ranks(ranks, train, compiled, str(tmp_path / "compiled"), timeout=500)[0]
+    log, blocks, graphs = run_on_ranks(ranks, train, compiled, str(tmp_path / "compiled"), timeout=800)[0]
     assert (blocks, graphs >= 2) == ([True, True], True), "forward and backward at least"
     assert farthest(plain, log) < 1e-5

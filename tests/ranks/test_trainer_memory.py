@@ -36,7 +36,7 @@ def launch(folder: Path, where: str, changes: dict[str, Any], restarts: int) -> 
         env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HOME": str(folder.parent)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
         check=False,
     )
 

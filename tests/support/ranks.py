@@ -33,7 +33,7 @@ class RanksFailed(AssertionError):
 
 
 def run_on_ranks(
-    size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", timeout: float = 400.0
+    size: int, function: Callable[..., Any], *arguments: Any, device: str = "cpu", timeout: float = 800.0
 ) -> list[Any]:
     """Run `function(*arguments)` on `size` real ranks at once; return what each returned, by rank."""
     pool = _POOLS.get((size, device))

@@ -128,8 +128,8 @@ class Preparer:
             return self.prepare_scheduler(other)
         from paceline.data import looks_like_batches
 
-        # Unchanged, every rank would iterate over all batches.
-        if self._context.group.size > 1 and looks_like_batches(other):
+        # Unchanged, every rank would iterate over all batches, and no checkpoint would contain their position.
+        if looks_like_batches(other):
             return self.prepare_data_loader(other, place)
         return other
 

@@ -188,16 +188,6 @@ class FakeGroup(Group):
         received: T = unpickle_from(by_rank[source], source)
         return received
 
-    def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
-        """See `Group.scatter_object`. Collective: every rank must call it."""
-        self.check_source(source)
-        values_to_send = None
-        if self.rank == source and values is not None:
-            values_to_send = [pickle_or_reason(v) for v in values]
-        by_rank = self._exchange_values(f"scatter_object(source={source})", values_to_send)
-        received: T = unpickle_from(self.check_scattered(by_rank[source])[self.rank], source)
-        return received
-
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """See `Group.start_scatter`. Collective: every rank must call it, and call `wait`."""
         self.check_source(source)

@@ -166,16 +166,6 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
-        """Give each rank its own entry of the `values` of rank `source`.
-
-        `values` has one entry per rank; the other ranks pass None. Collective: every rank must call it.
-
-        Raises:
-            CollectiveError: Rank `source` has not exactly one value per rank.
-        """
-
-    @abstractmethod
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
         """Start to give each rank its own entry of the `parts` of rank `source`; `wait` returns it in `into`.
 
@@ -261,12 +251,6 @@ class SoloGroup(Group):
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """Return the object as it is."""
         self.check_source(source)
-        return value
-
-    def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
-        """Return the only value."""
-        self.check_source(source)
-        value: T = self.check_scattered(values)[0]
         return value
 
     def start_scatter(self, parts: Sequence[torch.Tensor] | None, into: torch.Tensor, source: int = 0) -> Pending:
@@ -403,20 +387,6 @@ class TorchGroup(Group):
         slot: list[Any] = [pickle_or_reason(value) if self.rank == source else None]
         with self._translating_errors("broadcast_object"):
             dist.broadcast_object_list(slot, group=self.process_group, group_src=source, device=self._host_device)
-        received: T = unpickle_from(slot[0], source)
-        return received
-
-    def scatter_object(self, values: Sequence[T] | None, source: int = 0) -> T:
-        """See `Group.scatter_object`. Collective: every rank must call it."""
-        self.check_source(source)
-        # Every rank must learn of a wrong list: if only the source raised, the others would wait.
-        count = self.broadcast_object(None if values is None else len(values), source)
-        values_to_send = self.check_scattered(None if count is None else [None] * count)
-        if self.rank == source and values is not None:
-            values_to_send = [pickle_or_reason(value) for value in values]
-        slot: list[Any] = [None]
-        with self._translating_errors("scatter_object"):
-            dist.scatter_object_list(slot, list(values_to_send), group=self.process_group, group_src=source)
         received: T = unpickle_from(slot[0], source)
         return received
 

@@ -97,13 +97,13 @@ class GlobalBatches:
     workers = False
     draws_in_process = True
 
-    def read(self, seed: int, position: Position, rng_context: AbstractContextManager[Any]) -> Iterator[GlobalBatch]:
+    def read(self, seed: int, position: Position, isolated_rng: IsolatedRng | None) -> Iterator[GlobalBatch]:
         """Yield the global batches from a position on.
 
         Args:
             seed: The seed of the order.
             position: Where to begin.
-            rng_context: The random state while batches before the position are read and dropped.
+            isolated_rng: The random state while batches are read; None if workers read them.
         """
         raise NotImplementedError
 
@@ -140,7 +140,7 @@ class MapGlobalBatches(GlobalBatches):
         self.size = sharding.size()
         self.batches = tuple(sharding.num_batches_of(rank) for rank in range(ranks))
 
-    def read(self, seed: int, position: Position, rng_context: AbstractContextManager[Any]) -> Iterator[GlobalBatch]:
+    def read(self, seed: int, position: Position, isolated_rng: IsolatedRng | None) -> Iterator[GlobalBatch]:
         """See `GlobalBatches.read`."""
         plan = self._sharding.plan(seed, position.epoch, position.samples)
         set_dataset_epoch(self._reader.dataset, position.epoch)
@@ -203,12 +203,12 @@ class StreamGlobalBatches(GlobalBatches):
         # A sampler runs in this process, even if workers read what it yields.
         self.draws_in_process = not (self.workers and isinstance(reader.reader.dataset, IterableDataset))
 
-    def read(self, seed: int, position: Position, rng_context: AbstractContextManager[Any]) -> Iterator[GlobalBatch]:
+    def read(self, seed: int, position: Position, isolated_rng: IsolatedRng | None) -> Iterator[GlobalBatch]:
         """See `GlobalBatches.read`; see `StreamReader.begin` for how a position is reached."""
         layout, state_handle = self._layout, self._reader.state_handle
         batches_before = position.batches * layout.num_ranks
         batches, _ = self._reader.begin(
-            seed, position, batches_before, padded=layout.padded and layout.fill, rng_context=rng_context
+            seed, position, batches_before, padded=layout.padded and layout.fill, isolated_rng=isolated_rng
         )
         smallest_whole = max(1, self._reader.batch_size)
         while taken := list(islice(batches, layout.num_ranks)):
@@ -359,7 +359,7 @@ class _ChunkSender:
     ) -> None:
         self._rng_context: Callable[[], AbstractContextManager[Any]] = isolated_rng or nullcontext
         self._workers = global_batches.workers
-        self._batches = global_batches.read(seed, position, self._rng_context())
+        self._batches = global_batches.read(seed, position, isolated_rng)
         self._read: deque[GlobalBatch] = deque()
         self._ended = False
         self._read_ahead = ReadAhead()

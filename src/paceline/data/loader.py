@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from paceline.data.epoch_plan import Layout
     from paceline.data.iteration_progress import IterationProgress
     from paceline.data.prefetch import DevicePrefetcher
+    from paceline.data.reading_state import ReadingState
 
 __all__ = ["PreparedDataLoader"]
 
@@ -66,6 +67,7 @@ class PreparedDataLoader(DataLoader[Any]):
         active: Tracks the iterations.
         layout: How global batches are distributed.
         prefetcher: Copies batches to the device; None leaves them where they are.
+        reading: The state of the script's objects that read the data.
         batch_size: Samples in this rank's batches, if known.
         drop_last: Whether an incomplete global batch is dropped.
         settings: Arguments of `DataLoader`.
@@ -81,6 +83,7 @@ class PreparedDataLoader(DataLoader[Any]):
         active: ActiveLoaders,
         layout: Layout,
         prefetcher: DevicePrefetcher | None,
+        reading: ReadingState,
         batch_size: int | None,
         drop_last: bool,
         settings: Mapping[str, Any],
@@ -96,6 +99,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._layout = layout
         self._worker_copies = WorkerCopies(self.dataset) if self.persistent_workers else None
         self._prefetcher = prefetcher
+        self._reading = reading
         # Where the next iteration begins; after the end of a stream with a state, also the position of that end.
         self._next = Position()
         self._stream_end: Position | None = None
@@ -146,6 +150,7 @@ class PreparedDataLoader(DataLoader[Any]):
             # What is read again from the beginning of the epoch must draw the same random numbers.
             samples = 0 if self._batch_source.rereads else start.samples
             self._batch_source.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, samples))
+            self._reading.begin(start.epoch)
             begun = self._batch_source.begin(self._read, self._seed, start)
             if begun is not None:
                 self._batch_source.check(start, begun=True)
@@ -338,13 +343,13 @@ class PreparedDataLoader(DataLoader[Any]):
 
         Returns:
             JSON values and tensors. They are the same on all ranks, except for `stream`, the state of this rank's
-            readers of a stream.
+            readers of a stream, and `objects`, what has changed in the script's objects that read the data.
 
         Raises:
             DataError: The state of the stream contains something that cannot be saved.
         """
         position = self._position()
-        state = {
+        state: dict[str, Any] = {
             "version": STATE_VERSION,
             "epoch": position.epoch,
             "samples": position.samples,
@@ -357,6 +362,9 @@ class PreparedDataLoader(DataLoader[Any]):
             "ended": position.ended,
             "size": self._batch_source.size(),
         }
+        begun = self._iteration is not None and not position.ended and position.epoch == self._iteration.start.epoch
+        if objects := self._reading.state_dict(within=begun):
+            state["objects"] = objects
         if position.stream is not None:
             state["stream"] = encode(position.stream, f"the stream {type(self.dataset).__name__} of a prepared loader")
         return state
@@ -407,6 +415,7 @@ class PreparedDataLoader(DataLoader[Any]):
             # With another layout the same position might not be the end.
             position = Position(position.epoch + 1)
         self._iteration = self._stream_end = None
+        self._reading.load_state_dict(state.get("objects") or {}, f"the loader over {type(self.dataset).__name__}")
         self._seed = int(state["seed"])
         self._next = position
 

@@ -24,6 +24,7 @@ from paceline.data.epochs import has_set_epoch
 from paceline.data.iterable_loader import IterableLoader, as_loader
 from paceline.data.loader import PreparedDataLoader
 from paceline.data.prefetch import DevicePrefetcher
+from paceline.data.reading_state import ReadingState, SeededCollate
 from paceline.data.sample_order import maybe_length, order_source, sampler_generators
 from paceline.data.sharding import (
     BatchSharding,
@@ -36,8 +37,9 @@ from paceline.data.sharding import (
     split_batch_size,
 )
 from paceline.data.skipping import SkippedDataLoader
-from paceline.data.stateful import check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
+from paceline.data.stateful import Stateful, check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
 from paceline.data.stream import StreamBatchSource, StreamReader
+from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ class _LoaderBuilder:
             active=active,
             layout=self.layout,
             prefetcher=self._prefetcher(),
+            reading=self._reading_state(),
             batch_size=self.batch_size,
             drop_last=bool(self.loader.drop_last),
             settings={**settings, **sampling},
@@ -200,6 +203,22 @@ class _LoaderBuilder:
             return False
         return True
 
+    def _reading_state(self) -> ReadingState:
+        """Return what saves the state of the script's own objects that read the data."""
+        loader, batches = self.loader, self._batches()
+        if isinstance(loader, IterableLoader):
+            return ReadingState({"loader": loader.batches}, {}, without=_with_state(loader.batches))
+        if self.has_custom_iter:
+            return ReadingState({"loader": loader}, {}, without=_with_state(loader))
+        readers = {"dataset": loader.dataset, "collate_fn": loader.collate_fn}
+        if self.iterable:
+            return ReadingState(readers, {}, without=_with_state(loader.dataset))
+        # The `generator` attributes of samplers are set by what runs them.
+        without = sampler_generators(batches)
+        if loader.num_workers:
+            return ReadingState({"sampler": batches}, {}, [*without, loader.dataset])
+        return ReadingState({"sampler": batches}, readers, without)
+
     def _warn_if_batch_exceeds_dataset(self, sharding: Sharding) -> None:
         total, size, num_ranks = sharding.total_batch_size, sharding.size(), self.layout.num_ranks
         if num_ranks == 1 or total is None or size is None or size >= total:
@@ -241,6 +260,8 @@ class _LoaderBuilder:
         return {"batch_sampler": self.loader.batch_sampler}
 
     def _map_source(self, settings: dict[str, Any]) -> tuple[BatchSource, dict[str, Any]]:
+        if settings["num_workers"] and OwnGenerators({"collate_fn": self.loader.collate_fn}):
+            settings["collate_fn"] = SeededCollate(self.loader.collate_fn)
         sharding = self._sharding(self.group)
         if self.num_merged_ranks > 1 and isinstance(sharding, PlannedSharding) and not self._reads_single_samples():
             sharding = MergedRanksSharding(sharding, self.layout, self.group)
@@ -481,6 +502,11 @@ def _has_custom_iter(loader: DataLoader[Any]) -> bool:
     # torchdata's loader only adds saving and loading of its position, which the prepared loader does itself.
     definer = next(kind for kind in type(loader).__mro__ if "__iter__" in vars(kind))
     return definer is not DataLoader and not definer.__module__.startswith("torchdata.")
+
+
+def _with_state(stream: Any) -> list[Any]:
+    """Return the stream, if it has a state, which is saved for each batch."""
+    return [stream] if isinstance(stream, Stateful) else []
 
 
 def _num_shards(dataset: Any) -> int:

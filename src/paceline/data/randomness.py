@@ -13,11 +13,12 @@ import torch
 from torch.utils.data import get_worker_info
 
 from paceline.data.epochs import set_worker_epoch
+from paceline.environment.object_state import OwnGenerators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["IsolatedRng", "SeededKeys", "mix_seed", "seed_batches", "seed_global_rngs"]
+__all__ = ["IsolatedRng", "SeededKeys", "mix_seed", "read_global_rngs", "seed_batches", "seed_global_rngs"]
 
 
 def mix_seed(*parts: int) -> int:
@@ -60,7 +61,21 @@ def _unpickle_keys(keys: list[Any], seed: int, epoch: int | None) -> list[Any]:
         if epoch is not None:
             set_worker_epoch(info.dataset, epoch)
         seed_global_rngs(seed)
+        _seed_own_generators(info.dataset, seed)
     return keys
+
+
+# The generators of this worker's copy of the data set, once they were looked for.
+_worker_generators: OwnGenerators | None = None
+
+
+def _seed_own_generators(dataset: Any, seed: int) -> None:
+    """Seed the generators that a worker's copy of the data set has of its own."""
+    global _worker_generators
+    if _worker_generators is None:
+        _worker_generators = OwnGenerators({"dataset": dataset})
+    if _worker_generators:
+        _worker_generators.seed(seed)
 
 
 def seed_global_rngs(seed: int) -> None:
@@ -68,6 +83,15 @@ def seed_global_rngs(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+def read_global_rngs() -> dict[str, Any]:
+    """Return the states of the global generators of `torch` (CPU), `random` and `numpy`."""
+    return {
+        "torch": torch.default_generator.get_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
 
 
 def seed_batches(
@@ -161,6 +185,8 @@ class IsolatedRng:
 
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
         self._seed = seed
+        self._start: dict[str, Any] | None = None
+        self._is_global = False
         self._generators = (torch.default_generator, *generators)
         # Exchanging numpy's whole bit generator is a hundred times faster than reading and writing its state. It is
         # seeded when it is first used.
@@ -169,14 +195,33 @@ class IsolatedRng:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Run the body with this state, continued from the last time; then restore the global one."""
+        """Run the body with this state, continued from the last time; then restore the global one.
+
+        Inside of such a body it does nothing.
+        """
+        if self._is_global:
+            yield
+            return
         saved = self._read()
         try:
             self.make_global()
+            self._is_global = True
             yield
         finally:
+            self._is_global = False
             self._state = self._read()
             self._write(saved)
+
+    @property
+    def continues(self) -> bool:
+        """Whether it begins with a saved state."""
+        return self._start is not None
+
+    def start_at(self, state: dict[str, Any]) -> None:
+        """Begin with what `read_global_rngs` returned instead of the seed."""
+        self._start, self._state = state, None
+        if self._is_global:
+            self.make_global()
 
     def make_global(self) -> None:
         """Make this the state of the global generators."""
@@ -184,6 +229,11 @@ class IsolatedRng:
             self._write(self._state)
             return
         _NUMPY.random.set_bit_generator(self._numpy)
+        if self._start is not None:
+            torch.default_generator.set_state(self._start["torch"])
+            random.setstate(self._start["python"])
+            np.random.set_state(self._start["numpy"])
+            return
         for generator in self._generators:
             generator.manual_seed(self._seed)
         random.seed(self._seed)

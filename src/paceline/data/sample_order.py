@@ -264,7 +264,7 @@ def run_sampler_on_rank_0(sampler: Iterable[Any], group: Group, seed: int, epoch
 
 
 def _compact(keys: list[Any]) -> Any:
-    if all(type(key) is int for key in keys):
+    if set(map(type, keys)) <= {int}:
         return torch.tensor(keys, dtype=torch.int64)
     return keys
 

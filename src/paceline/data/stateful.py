@@ -6,6 +6,7 @@ import copy
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from paceline.data.randomness import read_global_rngs
 from paceline.data.worker_split import StreamShard
 from paceline.errors import DataError, MissingExtraError
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch.utils.data import DataLoader
+
+    from paceline.data.randomness import IsolatedRng
 
 __all__ = [
     "Stateful",
@@ -131,23 +134,33 @@ class StreamStateHandle:
         owner: The object that has the state.
         kind: The kind of state; a state of another kind is not loaded.
         copies: Copy the state that is read, because the owner may keep changing it.
+        draws: Whether reading draws from this process's global generators: their state is a part of this one.
     """
 
-    def __init__(self, owner: Stateful, kind: str, *, copies: bool = False) -> None:
+    def __init__(self, owner: Stateful, kind: str, *, draws: bool, copies: bool = False) -> None:
         self._owner = owner
         self._kind = kind
+        self._draws = draws
         self._copies = copies
 
     def read(self) -> dict[str, Any]:
         """Return the state after the batch that was read last."""
         state = self._owner.state_dict()
-        return {"kind": self._kind, "state": copy.deepcopy(state) if self._copies else state}
+        saved = {"kind": self._kind, "state": copy.deepcopy(state) if self._copies else state}
+        return {**saved, "rng": read_global_rngs()} if self._draws else saved
 
-    def load(self, saved: dict[str, Any] | None) -> bool:
-        """Let the next iteration of the reader continue at a saved state; return whether that is possible."""
+    def load(self, saved: dict[str, Any] | None, isolated_rng: IsolatedRng | None) -> bool:
+        """Let the next iteration of the reader continue at a saved state; return whether that is possible.
+
+        Args:
+            saved: What `read` returned.
+            isolated_rng: The random state while the stream is read; it continues at the saved one, too.
+        """
         if saved is None or saved.get("kind") != self._kind:
             return False
         self._owner.load_state_dict(saved["state"])
+        if isolated_rng is not None and "rng" in saved:
+            isolated_rng.start_at(saved["rng"])
         return True
 
 
@@ -157,12 +170,14 @@ def maybe_state_handle(reader: DataLoader[Any]) -> StreamStateHandle | None:
     With workers the state is in their processes; torchdata's loader fetches it from there, torch's does not.
     """
     dataset = reader.dataset
+    draws = not reader.num_workers
     if isinstance(dataset, StatefulShard):
         if is_torchdata_loader(reader):
-            return StreamStateHandle(reader, f"torchdata, {reader.num_workers} workers")  # type: ignore[arg-type]
-        return StreamStateHandle(dataset, "dataset") if not reader.num_workers else None
+            kind = f"torchdata, {reader.num_workers} workers"
+            return StreamStateHandle(reader, kind, draws=draws)  # type: ignore[arg-type]
+        return StreamStateHandle(dataset, "dataset", draws=draws) if draws else None
     if not isinstance(dataset, StreamShard) and isinstance(reader, Stateful) and not is_torchdata_loader(reader):
-        return StreamStateHandle(reader, type(reader).__name__, copies=True)
+        return StreamStateHandle(reader, type(reader).__name__, draws=draws, copies=True)
     return None
 
 

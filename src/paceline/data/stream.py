@@ -29,7 +29,6 @@ from paceline.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
     from paceline.collectives import Group, Pending
     from paceline.data.batch_source import Position
@@ -66,7 +65,7 @@ class StreamReader:
         self.readers = max(1, reader.num_workers)
 
     def begin(
-        self, seed: int, position: Position, batches: int, *, padded: bool, rng_context: AbstractContextManager[Any]
+        self, seed: int, position: Position, batches: int, *, padded: bool, isolated_rng: IsolatedRng | None
     ) -> tuple[Iterator[CountedBatch], Any]:
         """Begin an iteration at a position: with the stream's own state, by its skip method, or by reading up to it.
 
@@ -75,14 +74,16 @@ class StreamReader:
             position: Where to begin.
             batches: The number of this reader's batches before it.
             padded: Whether short batches are padded.
-            rng_context: The random state while batches are read and dropped.
+            isolated_rng: The random state while batches are read; None if workers read them.
 
         Returns:
             The batches from there on, and the last batch that was dropped (`_NONE` if none was).
         """
         if isinstance(self.reader.collate_fn, CountingCollate):
             self.reader.collate_fn.set_padding(padded)
-        restored = self.state_handle is not None and self.state_handle.load(position.stream)
+        restored = self.state_handle is not None and self.state_handle.load(position.stream, isolated_rng)
+        if isinstance(self.reader.dataset, StreamShard):
+            self.reader.dataset.continues_rng = isolated_rng is not None and isolated_rng.continues
         skip_method = None if restored or not batches else self._maybe_skip_method()
         self._set_epoch(seed, position.epoch, skipped=batches * max(1, self.batch_size) if skip_method else 0)
         iterator = self._iterate()
@@ -94,7 +95,7 @@ class StreamReader:
             return iterator, _NONE
         last: Any = _NONE
         log_rereading(self.reader, f"{batches} batches", position)
-        with rng_context:
+        with nullcontext() if isolated_rng is None else isolated_rng():
             for _ in range(batches):
                 last = next(iterator, last)
         return iterator, last
@@ -177,17 +178,16 @@ class StreamBatchSource(BatchSource):
             isolated_rng = IsolatedRng(mix_seed(*parts))
             if isinstance(reader.reader.dataset, StreamShard):
                 reader.reader.dataset.has_isolated_rng = True
-        rng_context = nullcontext() if isolated_rng is None else isolated_rng()
         batches, last = reader.begin(
             seed,
             position,
             position.batches,
             padded=group.size > 1 and layout.padded and layout.fill,
-            rng_context=rng_context,
+            isolated_rng=isolated_rng,
         )
         if group.size == 1:
-            alone = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
-            return (alone.batches(), alone.progress) if alone.open() else None
+            single_process = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
+            return (single_process.batches(), single_process.progress) if single_process.open() else None
         iteration = _StreamIteration(batches, last, reader, layout, group, isolated_rng)
         return (iteration.batches(), iteration.progress) if iteration.open(position.samples) else None
 

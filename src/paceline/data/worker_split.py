@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from paceline.data.epochs import set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, mix_seed
+from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class StreamShard(IterableDataset[Any]):
         has_isolated_rng: Whether the random state is isolated while this process reads the stream. Then readers of the
             same items continue with the same random numbers after the first item, as workers do, because they also
             draw for the items that they drop. A single process begins with the same state and has the same order.
+        continues_rng: Whether the next iteration begins in the random state in which it was saved.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class StreamShard(IterableDataset[Any]):
     ) -> None:
         self.dataset = dataset
         self.has_isolated_rng = False
+        self.continues_rng = False
         self._rank = rank
         self._size = size
         self._by_items = by_items
@@ -120,6 +124,8 @@ class StreamShard(IterableDataset[Any]):
         self._items = 0
         # The seed of the iteration, its epoch, and the number of items of each reader to skip.
         self._epoch_state = torch.zeros(3, dtype=torch.int64)
+        # Set in workers that stay alive: in this process the loader sets them before each iteration.
+        self._generators = OwnGenerators({"dataset": dataset}) if num_workers else None
         if num_workers:
             # Persistent workers see the next epoch only through shared memory.
             self._epoch_state.share_memory_()  # type: ignore[no-untyped-call]
@@ -144,7 +150,7 @@ class StreamShard(IterableDataset[Any]):
         """Yield this reader's items, some at a time."""
         real_info = _current_worker_info()
         if real_info is not None:
-            set_dataset_epoch(self.dataset, int(self._epoch_state[1]))
+            self._begin_in_worker(int(self._epoch_state[1]))
         number, reread = self._restore()
         info = self._shown_info(real_info)
         stream, step, offset = self._start(info, real_info, reread)
@@ -163,6 +169,11 @@ class StreamShard(IterableDataset[Any]):
             yield islice(chain.from_iterable(kept), skipped, None)
         else:
             yield from kept
+
+    def _begin_in_worker(self, epoch: int) -> None:
+        set_dataset_epoch(self.dataset, epoch)
+        if self._generators is not None:
+            self._generators.begin(epoch)
 
     def _start(self, info: Any, real_info: Any, reread: int) -> tuple[_OpenStream, int, int]:
         """Begin to iterate; also return n and the index of the first item, where this reader keeps every n-th item."""
@@ -192,11 +203,15 @@ class StreamShard(IterableDataset[Any]):
 
     def _open(self, info: Any, skipped: int, reread: int) -> _OpenStream:
         """Begin to iterate over the data set, and read up to the first item that is used."""
-        is_alone = self.has_isolated_rng and self._size == 1
-        rng = None if is_alone else IsolatedRng(int(self._epoch_state[0]))
+        seed = int(self._epoch_state[0])
+        is_single_process = self.has_isolated_rng and self._size == 1
+        rng = None if is_single_process or self.continues_rng else IsolatedRng(seed)
         with _worker_info_replaced(info), nullcontext() if rng is None else rng():
             items = _items_after(self.dataset, skipped, int(self._epoch_state[1]))
-            return _OpenStream(items, next(islice(items, reread, None), _END), rng)
+            # The random state in which the stream continues is that after the items that are read again.
+            with IsolatedRng(seed)() if self.continues_rng and reread else nullcontext():
+                deque(islice(items, reread), maxlen=0)
+            return _OpenStream(items, next(items, _END), rng)
 
     def _shown_info(self, real_info: Any) -> Any:
         """Return what `get_worker_info()` returns to the data set."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from paceline.collectives.nested import send_to_device, tensors
-from paceline.placement.hooks import ModelHook, add_hook_to_module, not_compiled
+from paceline.placement.guard import ForwardLock, guarded
+from paceline.placement.hooks import ModelHook, SequentialHook, add_hook_to_module, not_compiled
 from paceline.placement.offload_folder import OffloadedWeightsLoader, PrefixedDataset, source_of
+from paceline.placement.sizes import class_names
 from paceline.placement.streaming import WeightGroup, WeightStream
 from paceline.placement.tensors import (
     META,
@@ -52,6 +57,7 @@ class AlignDevicesHook(ModelHook):
 
     Attributes:
         stream: Brings offloaded weights ahead of need; None to copy each when it is needed.
+        guards: Refuse weights without values while the module runs, on the CPU.
     """
 
     def __init__(
@@ -79,6 +85,9 @@ class AlignDevicesHook(ModelHook):
         self._loan = _Loan()
         self._plans = _Plans()
         self._device: tuple[Device | None, torch.device | None] = (None, None)
+        self._offloaded: list[str] = []
+        self.guards = False
+        self._lock = ForwardLock()
 
     def __repr__(self) -> str:
         return (
@@ -86,6 +95,12 @@ class AlignDevicesHook(ModelHook):
             f"io_same_device={self.io_same_device}, offload_buffers={self.offload_buffers}, "
             f"place_submodules={self.place_submodules}, skip_keys={self.skip_keys!r})"
         )
+
+    def context(self, module: nn.Module) -> AbstractContextManager[Any] | None:
+        """Return what is entered while the module runs: its weights are for one thread at a time."""
+        if self.guards and not self.offload:
+            return guarded(module)
+        return self._lock if self.offload else None
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Put the module's tensors where they belong between forwards."""
@@ -104,7 +119,8 @@ class AlignDevicesHook(ModelHook):
         self.original_devices = {name: tensor.device for name, tensor in everything}
         if self.weights_map is None:
             self.weights_map = {name: tensor.to("cpu") for name, tensor in self._tensors(module, persistent=False)}
-        for name, _ in list(self._tensors(module)):
+        self._offloaded = [name for name, _ in self._tensors(module)]
+        for name in self._offloaded:
             set_module_tensor_to_device(module, name, META)
         if self.execution_device is None:
             return
@@ -141,6 +157,7 @@ class AlignDevicesHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Give the weights back, and bring the output to the input's device if that is wanted."""
         if self.offload:
+            self._keep_changed_buffers()
             self._loan.end(self.stream)
             if type(module).__name__ == "Linear8bitLt":
                 _forget_scales(module)
@@ -157,11 +174,24 @@ class AlignDevicesHook(ModelHook):
             self._drop_plan(device)
         assert self.weights_map is not None
         for name, device in self.original_devices.items():
-            if device != META:
-                value = _with_memory_of_its_own(self.weights_map.get(name))
-                scales = self._scales(name, value)
-                set_module_tensor_to_device(module, name, device, value=value, fp16_statistics=scales)
+            if device == META:
+                continue
+            # Buffers that stayed with the module may have changed since: statistics, a cache.
+            value = _with_memory_of_its_own(self.weights_map.get(name)) if name in self._offloaded else None
+            scales = self._scales(name, value)
+            set_module_tensor_to_device(module, name, device, value=value, fp16_statistics=scales)
         return module
+
+    def _keep_changed_buffers(self) -> None:
+        """Keep the values of offloaded buffers that the forward has changed, such as the statistics of a batch norm."""
+        changed = self._loan.changed_buffers()
+        if not changed:
+            return
+        assert self.weights_map is not None
+        for name, value in changed.items():
+            replace_weight(self.weights_map, name, value.detach().to("cpu"))
+        for device in list(self._plans):
+            self._drop_plan(device)  # they lead to the values of before
 
     def _bring(self, module: nn.Module) -> None:
         """Put the weights into the module."""
@@ -180,7 +210,8 @@ class AlignDevicesHook(ModelHook):
         tied, device = self.tied_params_map, self.execution_device
         if tied is not None and device not in tied.get(address(value), {device: None}):
             self._loan.remove_later(tied[address(value)], device)
-        self._loan.keep_place(*find_owner(module, name))
+        owner, last = find_owner(module, name)
+        self._loan.keep_place(owner, last)
         set_module_tensor_to_device(
             module,
             name,
@@ -189,6 +220,7 @@ class AlignDevicesHook(ModelHook):
             fp16_statistics=self._scales(name, value),
             tied_params_map=tied,
         )
+        self._loan.watch(owner, last, name)
 
     def _scales(self, name: str, value: torch.Tensor | None) -> torch.Tensor | None:
         """The scales of an 8-bit weight of bitsandbytes, which are an entry of their own."""
@@ -220,6 +252,13 @@ class AlignDevicesHook(ModelHook):
         if plan is not None and plan.groups:
             assert self.stream is not None
             self.stream.forget([group for group, _ in plan.groups])
+
+
+def align_hooks(module: nn.Module) -> list[AlignDevicesHook]:
+    """Return the hooks of a module that align devices: none, one, or several one after the other."""
+    hook = getattr(module, "_hf_hook", None)
+    found = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    return [each for each in found if isinstance(each, AlignDevicesHook)]
 
 
 def _with_number(device: torch.device) -> torch.device:
@@ -311,6 +350,7 @@ class _Loan:
         self._places: list[tuple[nn.Module, str, torch.Tensor]] = []
         self._groups: list[WeightGroup] = []
         self._tied: list[tuple[dict[Any, torch.Tensor], Any]] = []
+        self._buffers: list[tuple[nn.Module, str, str, torch.Tensor, int]] = []
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Loan:
         return _Loan()
@@ -355,6 +395,34 @@ class _Loan:
                 owner._parameters[last] = value
             else:
                 owner._buffers[last] = value
+            self.watch(owner, last, name)
+
+    def watch(self, owner: nn.Module, last: str, name: str) -> None:
+        """Note what a module got: a buffer, to see whether it changes, or a parameter, whose gradient would be lost.
+
+        Args:
+            owner: The module that owns the tensor.
+            last: Its name there.
+            name: Its name in the weights.
+        """
+        buffer = owner._buffers.get(last)
+        if buffer is not None:
+            self._buffers.append((owner, last, name, buffer, _version(buffer)))
+            return
+        parameter = owner._parameters[last]
+        if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad and parameter.is_leaf:
+            parameter.register_post_accumulate_grad_hook(_warn_of_lost_gradient)
+
+    def changed_buffers(self) -> dict[str, torch.Tensor]:
+        """The buffers that have other values than they came with, by their names in the weights."""
+        changed = {}
+        for owner, last, name, before, version in self._buffers:
+            now = owner._buffers.get(last)
+            if now is None:
+                continue
+            if now is not before or _version(now) != version or _updates_statistics(owner):
+                changed[name] = now
+        return changed
 
     def end(self, stream: WeightStream | None) -> None:
         """Take the weights out of the module."""
@@ -368,7 +436,26 @@ class _Loan:
         for group in self._groups:
             assert stream is not None
             stream.release(group)
-        self._places, self._groups, self._tied = [], [], []
+        self._places, self._groups, self._tied, self._buffers = [], [], [], []
+
+
+def _version(buffer: torch.Tensor) -> int:
+    """What grows with each change in place; tensors of inference mode do not count."""
+    return 0 if buffer.is_inference() else buffer._version
+
+
+def _updates_statistics(module: nn.Module) -> bool:
+    """Whether a forward changes the statistics of a module: torch does not count these changes in place."""
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
+def _warn_of_lost_gradient(_parameter: torch.Tensor) -> None:
+    warnings.warn(
+        "The backward pass gave gradients to offloaded weights, and they are lost: between forwards these weights are "
+        "in host memory or on disk, where no optimizer reaches them. Freeze them (requires_grad_(False)) and train "
+        "others, such as adapters, or train the model whole, sharded by FSDP2 or ZeRO.",
+        stacklevel=2,
+    )
 
 
 def _with_memory_of_its_own(value: torch.Tensor | None) -> torch.Tensor | None:
@@ -391,12 +478,13 @@ def owns_memory(weights: Weights) -> bool:
 
 
 def replace_weight(weights: Weights, name: str, tensor: torch.Tensor) -> None:
-    """Keep another tensor with the same values under a name."""
+    """Keep another tensor under a name."""
     if isinstance(weights, PrefixedDataset):
         replace_weight(weights.dataset, f"{weights.prefix}{name}", tensor)
-    else:
-        assert isinstance(weights, OffloadedWeightsLoader)
+    elif isinstance(weights, OffloadedWeightsLoader):
         weights.replace(name, tensor)
+    elif isinstance(weights, MutableMapping):
+        weights[name] = tensor
 
 
 def _forget_scales(module: nn.Module) -> None:
@@ -429,10 +517,15 @@ def attach_execution_device_hook(
     if not hasattr(module, "_hf_hook") and module.state_dict():
         hook = AlignDevicesHook(execution_device, skip_keys=skip_keys, tied_params_map=tied_params_map)
         add_hook_to_module(module, hook)
-    if type(module).__name__ in (preload_module_classes or ()):
+    if _needs_all_weights(module, preload_module_classes):
         return
     for child in module.children():
         attach_execution_device_hook(child, execution_device, skip_keys, preload_module_classes, tied_params_map)
+
+
+def _needs_all_weights(module: nn.Module, preload: Sequence[str] | None) -> bool:
+    """Whether a module uses the weights of modules inside it without calling these."""
+    return isinstance(module, nn.MultiheadAttention) or type(module).__name__ in class_names(preload)
 
 
 def attach_align_device_hook(
@@ -464,7 +557,7 @@ def attach_align_device_hook(
         stream: Brings the weights ahead of need; by default a new one.
     """
     stream = WeightStream() if stream is None else stream
-    is_whole = offload and type(module).__name__ in (preload_module_classes or ())
+    is_whole = offload and _needs_all_weights(module, preload_module_classes)
     if is_whole or _has_tensors(module):
         prefix = f"{module_name}." if module_name else ""
         hook = AlignDevicesHook(

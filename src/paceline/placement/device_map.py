@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.errors import PlacementError
+from paceline.errors import PlacementError, counted
 from paceline.placement.sizes import (
     class_names,
     compute_module_sizes,
@@ -20,10 +20,11 @@ from paceline.placement.sizes import (
     get_max_layer_size,
     get_max_memory,
 )
-from paceline.placement.tensors import Device, find_tied_parameters
+from paceline.placement.tensors import Device, as_device, find_tied_parameters, shortened
 
 __all__ = [
     "check_device_map",
+    "check_devices",
     "check_tied_parameters_in_config",
     "check_tied_parameters_on_same_device",
     "clean_device_map",
@@ -413,14 +414,56 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     Raises:
         PlacementError: Some have none.
     """
+    _require_mapping(device_map)
     _warn_about_unknown_names(model, device_map)
     if "" in device_map:
         return
     homeless = [name for name in model.state_dict() if not any(_is_inside(name, module) for module in device_map)]
     if homeless:
         raise PlacementError(
-            f"device_map has no device for {', '.join(homeless)}", "Every tensor needs one", "Add these modules"
+            f"device_map has no device for {shortened(homeless)}", "Every tensor needs one", "Add these modules"
         )
+
+
+def _require_mapping(device_map: object) -> None:
+    if not isinstance(device_map, Mapping):
+        raise PlacementError(
+            f"device_map={device_map!r} was given",
+            "Devices are needed by name of a module",
+            'Pass a dict such as {"": "cpu"}, or that of infer_auto_device_map(model)',
+        )
+
+
+def check_devices(device_map: Mapping[str, Any]) -> None:
+    """Check that this machine has the devices of a map.
+
+    Args:
+        device_map: Devices by name of a module.
+
+    Raises:
+        PlacementError: It lacks one, or what is named is none.
+    """
+    _require_mapping(device_map)
+    for name, device in device_map.items():
+        if device == "disk":
+            continue
+        seen = f"device_map puts {name or 'the model'} on {device!r}"
+        try:
+            wanted = as_device(device)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise PlacementError(seen, "That is no device", 'Use a number, "cpu" or "disk"') from error
+        if wanted.type in ("cpu", "meta"):
+            continue
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is None:
+            raise PlacementError(
+                seen, "This machine has no accelerator that torch can use", 'Use "cpu" and "disk" in device_map'
+            )
+        count = torch.accelerator.device_count()
+        if wanted.type == accelerator.type and not 0 <= (wanted.index or 0) < count:
+            raise PlacementError(
+                seen, f"This machine has {counted(count, 'accelerator')}", "Number them from 0 on in device_map"
+            )
 
 
 def _warn_about_unknown_names(model: nn.Module, device_map: Mapping[str, Any]) -> None:

@@ -14,11 +14,12 @@ from torch import nn
 from paceline.errors import OffloadedModelError, PlacementError
 from paceline.placement.alignment import (
     AlignDevicesHook,
+    align_hooks,
     attach_align_device_hook,
     attach_align_device_hook_on_blocks,
 )
-from paceline.placement.device_map import check_device_map, infer_auto_device_map
-from paceline.placement.hooks import GUARDED_METHODS, add_hook_to_module
+from paceline.placement.device_map import check_device_map, check_devices, infer_auto_device_map
+from paceline.placement.hooks import GUARDED_METHODS, add_hook_to_module, remember_ties
 from paceline.placement.loading import load_checkpoint_in_model
 from paceline.placement.offload_folder import (
     OffloadedWeightsLoader,
@@ -26,6 +27,7 @@ from paceline.placement.offload_folder import (
     has_index,
     offload_state_dict,
 )
+from paceline.placement.offloaded_state import has_offloaded_params
 from paceline.placement.sizes import compute_module_sizes, get_balanced_memory
 from paceline.placement.streaming import WeightStream
 from paceline.placement.tensors import (
@@ -35,8 +37,11 @@ from paceline.placement.tensors import (
     as_device,
     find_owner,
     find_tied_parameters,
+    get_non_persistent_buffers,
+    named_module_tensors,
     remember_tied,
     retie_parameters,
+    shortened,
 )
 
 __all__ = ["cpu_offload", "disk_offload", "dispatch_model", "load_checkpoint_and_dispatch"]
@@ -74,7 +79,7 @@ def cpu_offload(
         The model.
     """
     if state_dict is None:
-        state_dict = {name: tensor.to("cpu") for name, tensor in model.state_dict().items()}
+        state_dict = {name: tensor.to("cpu") for name, tensor in _with_values(model).items()}
     weights = OffloadedWeightsLoader(state_dict=dict(state_dict))
     weights.owns_memory = True
     return _offload(model, weights, execution_device, offload_buffers, preload_module_classes, stream)
@@ -93,7 +98,8 @@ def disk_offload(
 
     Args:
         model: The model.
-        offload_dir: The folder. If it has an index already, the weights are those in it.
+        offload_dir: The folder. Weights that the model has no values for, as it is on the meta device, are those that
+            the folder has already.
         execution_device: The device; by default the one that the model is on.
         offload_buffers: Offload buffers, too.
         preload_module_classes: Classes of modules that use the weights of modules inside them without calling these.
@@ -102,9 +108,9 @@ def disk_offload(
     Returns:
         The model.
     """
-    if not has_index(offload_dir):
-        offload_state_dict(offload_dir, model.state_dict())
-    weights = OffloadedWeightsLoader(save_folder=offload_dir)
+    _write(model, offload_dir, _with_values(model), offload_buffers)
+    # A model without weights has no index.
+    weights = OffloadedWeightsLoader(state_dict={}, save_folder=offload_dir if has_index(offload_dir) else None)
     return _offload(model, weights, execution_device, offload_buffers, preload_module_classes, stream)
 
 
@@ -116,7 +122,11 @@ def _offload(
     preload: Sequence[str] | None,
     stream: WeightStream | None,
 ) -> nn.Module:
-    device = next(model.parameters()).device if device is None else device
+    ties = find_tied_parameters(model)
+    _add_tied_names(weights, ties)
+    check_values(model, weights)
+    if device is None:
+        device = _device_of(model)
     add_hook_to_module(model, AlignDevicesHook(io_same_device=True), append=True)
     attach_align_device_hook(
         model,
@@ -127,7 +137,76 @@ def _offload(
         preload_module_classes=preload,
         stream=stream,
     )
+    remember_ties(model, ties)
+    _guard_weights(model)
+    guard_moves(model)
     return model
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The device that a model is on; that of this machine if the model has no values yet."""
+    devices = (tensor.device for _, tensor in named_module_tensors(model, recurse=True))
+    found = next((device for device in devices if device != META), None)
+    return found or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _with_values(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The part of a model's state dict that is not on the meta device."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.device != META}
+
+
+def _write(model: nn.Module, folder: PathLike, state: dict[str, torch.Tensor], offload_buffers: bool) -> None:
+    """Write weights to a folder. Where it has some already, buffers that stay with the model are left out."""
+    if has_index(folder) and not offload_buffers:
+        resident = {name for name, _ in model.named_buffers()}
+        state = {name: tensor for name, tensor in state.items() if name not in resident}
+    offload_state_dict(folder, state)
+
+
+def _add_tied_names(weights: OffloadedWeightsLoader, ties: Sequence[Sequence[str]]) -> None:
+    """Let a weight be found under all names that the model has for it: a checkpoint need not have all."""
+    for group in ties:
+        known = next((name for name in group if name in weights), None)
+        if known is not None:
+            for name in group:
+                if name not in weights:
+                    weights.add_alias(name, known)
+
+
+def check_values(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Check that each tensor of a model has values, in the model or in the weights that are kept somewhere else.
+
+    Args:
+        model: The model.
+        weights: The weights that are kept somewhere else.
+
+    Raises:
+        PlacementError: Some have none.
+    """
+    empty = [name for name, tensor in named_module_tensors(model, recurse=True) if tensor.device == META]
+    empty = [name for name in empty if name not in weights]
+    if not empty:
+        return
+    names = f"{shortened(empty)} of {type(model).__name__}"
+    if any(map(has_offloaded_params, model.modules())):
+        raise PlacementError(
+            f"{names} cannot be placed",
+            "Hooks keep these weights in host memory or on disk already",
+            "Call remove_hook_from_submodules(model) first, which puts them back",
+        )
+    outside = get_non_persistent_buffers(model, recurse=True, fqns=True).intersection(empty)
+    if outside:
+        raise PlacementError(
+            f"{shortened(sorted(outside))} of {type(model).__name__} cannot be placed",
+            "These buffers are on the meta device, and no checkpoint has them (persistent=False)",
+            "Build the model within init_empty_weights(), whose include_buffers is False by default",
+        )
+    raise PlacementError(
+        f"{names} cannot be placed",
+        "These tensors are on the meta device, and have no values; neither a checkpoint nor an offload folder has them",
+        "Load a checkpoint that has them (load_checkpoint_and_dispatch), or give the model values (to_empty, then an "
+        "initialization)",
+    )
 
 
 def dispatch_model(
@@ -216,12 +295,17 @@ def spread(
         stream: Brings the weights ahead of need.
         log: Gets a warning when the model is moved later.
     """
+    check_devices(device_map)
     devices = list(dict.fromkeys(device_map.values()))
     state: Any = model
     if len(devices) > 1 or "disk" in devices or force_hooks:
         ties = find_tied_parameters(model)
         plan = _Dispatch(model, device_map, main_device)
-        weights = plan.weights(state_dict, offload_dir, offload_index)
+        weights = plan.weights(state_dict, offload_dir, offload_index, offload_buffers)
+        if weights is not None:
+            _add_tied_names(weights, ties)
+        if plan.needs_values:
+            check_values(model, weights or {})
         attach_align_device_hook_on_blocks(
             model,
             plan.execution_devices(),
@@ -235,8 +319,12 @@ def spread(
             stream=plan.stream() if stream is None else stream,
         )
         retie_parameters(model, ties)
+        remember_ties(model, ties)
+        _guard_weights(model)
         guard_moves(model, log)
     else:
+        if as_device(devices[0]) != META:
+            check_values(model, {})
         model.to(as_device(devices[0]))
     state.hf_device_map = dict(device_map)
     return model
@@ -256,6 +344,11 @@ class _Dispatch:
         self._offloaded_to = ("disk",) if is_host else ("cpu", "disk")
         self._on_cpu = [] if as_device(main_device).type == "cpu" else self._modules_on("cpu")
 
+    @property
+    def needs_values(self) -> bool:
+        """Whether anything is to run."""
+        return as_device(self._main) != META and META.type not in map(str, self._map.values())
+
     def _modules_on(self, device: str) -> list[str]:
         return [name for name, each in self._map.items() if each == device]
 
@@ -274,14 +367,15 @@ class _Dispatch:
         state_dict: Mapping[str, torch.Tensor] | None,
         folder: PathLike | None,
         index: Mapping[str, Any] | None,
+        offload_buffers: bool,
     ) -> OffloadedWeightsLoader | None:
         """The weights of modules in host memory and on disk; None if there are none."""
         if state_dict is None and self._on_cpu:
             state_dict = extract_submodules_state_dict(self._model.state_dict(), self._on_cpu)
         on_disk = self._modules_on("disk")
         if on_disk and index is None:
-            self._write(on_disk, folder)
-        folder = folder if on_disk else None
+            self._write(on_disk, folder, offload_buffers)
+        folder = folder if on_disk and has_index(folder) else None
         if state_dict is None and folder is None and index is None:
             return None
         weights = OffloadedWeightsLoader(
@@ -293,14 +387,14 @@ class _Dispatch:
         weights.owns_memory = True
         return weights
 
-    def _write(self, modules: list[str], folder: PathLike | None) -> None:
-        """Write the weights of modules to a folder, unless it has some already."""
+    def _write(self, modules: list[str], folder: PathLike | None, offload_buffers: bool) -> None:
+        """Write the weights of modules that have values to a folder; it has those of the others already."""
         if folder is None:
             raise PlacementError(
-                f"device_map puts {', '.join(modules)} on disk", "There is no folder for them", "Pass offload_dir="
+                f"device_map puts {shortened(modules)} on disk", "There is no folder for them", "Pass offload_dir="
             )
-        if not has_index(folder):
-            offload_state_dict(folder, extract_submodules_state_dict(self._model.state_dict(), modules))
+        state = extract_submodules_state_dict(_with_values(self._model), modules)
+        _write(self._model, folder, state, offload_buffers)
 
     def stream(self) -> WeightStream:
         """A stream whose weights take about as much of the main device as `infer_auto_device_map` leaves free."""
@@ -319,6 +413,15 @@ def _tied_addresses(model: nn.Module, ties: Sequence[Sequence[str]]) -> TiedPara
             owner, last = find_owner(model, name)
             remember_tied(tied, getattr(owner, last))
     return tied
+
+
+def _guard_weights(model: nn.Module) -> None:
+    """Refuse, in forwards on the CPU, weights that have no values at that time."""
+    hooks = [hook for module in model.modules() for hook in align_hooks(module)]
+    if not any(hook.offload for hook in hooks):
+        return
+    for hook in hooks:
+        hook.guards = hook.execution_device is None or as_device(hook.execution_device).type == "cpu"
 
 
 def guard_moves(model: nn.Module, log: logging.Logger = logger) -> None:
@@ -432,7 +535,9 @@ def _choose(
     """Choose devices by name of a method."""
     if how not in AUTOMATIC:
         raise PlacementError(
-            f"device_map={how!r} was given", "It is no way to choose devices", f"Choose one of {', '.join(AUTOMATIC)}"
+            f"device_map={how!r} was given",
+            "It is no way to choose devices",
+            f'Choose one of {", ".join(AUTOMATIC)}, or map names of modules to devices: {{"": "cpu"}} for all on one',
         )
     if how != "sequential":
         max_memory = get_balanced_memory(model, max_memory, whole, dtype, low_zero=how == "balanced_low_0")

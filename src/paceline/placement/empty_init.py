@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from paceline.placement.tensors import is_same_device
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,7 +52,8 @@ def init_on_device(device: torch.device, include_buffers: bool = False) -> Itera
 
     def register_on_device(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None:
+        # One that is there already, under another name, stays the same one: tied weights.
+        if parameter is not None and not is_same_device(parameter.device, device):
             module._parameters[name] = _moved(parameter, device)
 
     nn.Module.register_parameter = register_on_device  # type: ignore[method-assign,assignment]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from paceline.errors import PlacementError
+from paceline.placement.tensors import retie_parameters
 
 __all__ = [
     "ModelHook",
@@ -55,6 +59,10 @@ class ModelHook:
 
     no_grad = False
 
+    def context(self, module: nn.Module) -> AbstractContextManager[Any] | None:
+        """Return what is entered for the forward with what the hook does before and after it, if anything is."""
+        return None
+
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Prepare the module when the hook is added to it; return it."""
         return module
@@ -82,6 +90,13 @@ class SequentialHook(ModelHook):
     def __init__(self, *hooks: ModelHook) -> None:
         self.hooks = hooks
 
+    def context(self, module: nn.Module) -> AbstractContextManager[Any] | None:
+        """Return the contexts of all hooks, in one."""
+        found = [each for each in (_context(hook, module) for hook in self.hooks) if each is not None]
+        if len(found) < 2:
+            return next(iter(found), None)
+        return _all_of(found)
+
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Let every hook prepare the module."""
         for hook in self.hooks:
@@ -107,10 +122,33 @@ class SequentialHook(ModelHook):
         return module
 
 
+def _context(hook: Any, module: nn.Module) -> AbstractContextManager[Any] | None:
+    """The context of a hook, whose class may be that of another library."""
+    make = getattr(hook, "context", None)
+    return None if make is None else make(module)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _all_of(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with a hook."""
     state: Any = module
     hook: ModelHook = state._hf_hook
+    context = _context(hook, module)
+    if context is None:
+        return _forward_with(hook, module, args, kwargs)
+    with context:
+        return _forward_with(hook, module, args, kwargs)
+
+
+def _forward_with(hook: ModelHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state: Any = module
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
     if hook.no_grad:
         with torch.no_grad():
@@ -128,16 +166,28 @@ def add_hook_to_module(module: M, hook: ModelHook, append: bool = False) -> M:
     Args:
         module: The module.
         hook: The hook.
-        append: Keep the hook that the module has, and run this one after it; otherwise this one replaces it.
+        append: Keep the hook that the module has, and run this one after it; otherwise this one replaces it, which then
+            undoes what it did to the module.
 
     Returns:
         The module.
+
+    Raises:
+        PlacementError: It is no hook.
     """
     state: Any = module
-    if append and getattr(module, "_hf_hook", None) is not None:
-        earlier = state._hf_hook
+    if isinstance(hook, type) or not hasattr(hook, "init_hook"):
+        raise PlacementError(
+            f"add_hook_to_module() got {hook!r}",
+            "A hook is an object with the methods of ModelHook",
+            "Derive a class from ModelHook, and pass an object of it",
+        )
+    earlier = getattr(module, "_hf_hook", None)
+    if earlier is not None and append:
         remove_hook_from_module(module)
         hook = SequentialHook(earlier, hook)
+    elif earlier is not None:
+        earlier.detach_hook(module)
     if not hasattr(module, "_old_forward"):
         # Not a method of the class: somebody replaced it in this object before.
         state._had_own_forward = "forward" in vars(module)
@@ -180,3 +230,16 @@ def remove_hook_from_module(module: M, recurse: bool = False) -> M:
 def remove_hook_from_submodules(module: nn.Module) -> None:
     """Take the hooks off a module and all modules inside it."""
     remove_hook_from_module(module, recurse=True)
+    # Each hook has put back the weights of its own module.
+    retie_parameters(module, vars(module).pop("_tied_while_offloaded", ()))
+
+
+def remember_ties(model: nn.Module, ties: Sequence[Sequence[str]]) -> None:
+    """Note which parameters of a model are one, so that they are again after its hooks were removed.
+
+    Args:
+        model: The model.
+        ties: Groups of names, as `find_tied_parameters` returned them.
+    """
+    state: Any = model
+    state._tied_while_offloaded = [list(group) for group in ties]

@@ -43,6 +43,10 @@ class LayerwiseCastingHook(ModelHook):
         """Cast the weights for storage."""
         return module.to(dtype=self.storage_dtype, non_blocking=self.non_blocking)
 
+    def detach_hook(self, module: nn.Module) -> nn.Module:
+        """Leave the weights in the dtype of the computation, so that the layer runs without the hook."""
+        return module.to(dtype=self.compute_dtype, non_blocking=self.non_blocking)
+
     @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cast the weights for the forward."""

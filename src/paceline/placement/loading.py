@@ -5,29 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from paceline.errors import PlacementError
+from paceline.errors import PlacementError, counted
 from paceline.placement.device_map import (
+    check_devices,
     check_tied_parameters_on_same_device,
     device_of,
     warn_if_untied,
 )
-from paceline.placement.offload_folder import load_offloaded_weight, offload_weight, save_offload_index
+from paceline.placement.offload_folder import load_offloaded_weight, make_folder, offload_weight, save_offload_index
 from paceline.placement.tensors import (
     META,
     Device,
     as_device,
     as_dtype,
+    check_shape,
+    find_owner,
     find_tied_parameters,
     is_number_kept,
     retie_parameters,
     set_module_tensor_to_device,
+    shortened,
 )
 from paceline.placement.transfer import DeviceQueue, Transfer, Transfers, pack
 from paceline.placement.weight_file import FileSlice, SafetensorsFile
@@ -74,9 +79,23 @@ def checkpoint_files(checkpoint: PathLike) -> list[Path]:
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    entries = json.loads(index.read_text())
-    names = entries.get("weight_map", entries)
-    return [index.parent / name for name in sorted(set(names.values()))]
+    todo = 'It must be JSON such as {"weight_map": {"layer.weight": "model-1.safetensors"}}'
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PlacementError(f"The index {index} cannot be read: {error}", "It is no JSON", todo) from error
+    names = entries.get("weight_map", entries) if isinstance(entries, dict) else entries
+    if not names or not isinstance(names, dict) or not all(isinstance(each, str) for each in names.values()):
+        raise PlacementError(f"The index {index} names no files of weights", "There is nothing to load", todo)
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise PlacementError(
+            f"The index {index} names files that are not beside it: {shortened(absent)}",
+            "The weights in them cannot be loaded",
+            "Fetch them, or the whole checkpoint again",
+        )
+    return files
 
 
 def load_state_dict(
@@ -122,8 +141,22 @@ def _check_framework(path: Path, metadata: Mapping[str, str] | None) -> None:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return weights
+    todo = "Name a file that torch.save(model.state_dict()) wrote, or a safetensors file"
+    try:
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        raise PlacementError(
+            f"{path} cannot be read as weights: {why}",
+            "It is damaged, a pointer of Git LFS (a small text file), or a pickle of other objects than tensors, which "
+            "could run code on loading",
+            todo,
+        ) from error
+    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+        kind = type(weights).__name__
+        inside = f" with {shortened([str(name) for name in weights])}" if isinstance(weights, Mapping) else ""
+        raise PlacementError(f"{path} holds a {kind}{inside}", "It must hold tensors by name, and nothing else", todo)
+    return dict(weights)
 
 
 def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: PathLike) -> None:
@@ -183,15 +216,17 @@ def load_checkpoint_in_model(
     ties = find_tied_parameters(model)
     warn_if_untied(model, ties)
     if device_map is None:
-        unexpected = _load_in_place(model, files, strict, full_state_dict, broadcast_from_rank0)
+        unexpected = _load_in_place(model, files, ties, strict, full_state_dict, broadcast_from_rank0)
     else:
+        check_devices(device_map)
         check_tied_parameters_on_same_device(ties, device_map)
-        loading = _Loading(model, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules or ())
+        loading = _Loading(model, device_map, offload_folder, dtype, offload_buffers, keep_in_fp32_modules or (), ties)
         for file in files:
             loading.load(file)
+        loading.place_tied()
         loading.finish()
         unexpected = loading.unexpected
-        loading.report_missing(ties, strict)
+        _report_missing(model, loading.loaded, ties, strict)
     if unexpected:
         _report_unexpected(checkpoint, model, unexpected, strict)
     retie_parameters(model, ties)
@@ -205,27 +240,72 @@ def _report_unexpected(checkpoint: PathLike, model: nn.Module, names: set[str], 
     logger.warning("%s: the model has no such weights.", text)
 
 
+def _report_missing(model: nn.Module, loaded: Iterable[str], ties: Sequence[Sequence[str]], strict: bool) -> None:
+    """Tell which weights of the model no file had."""
+    found = set(loaded)
+    for group in ties:
+        if found & set(group):
+            found |= set(group)
+    names = set(model.state_dict())
+    missing = sorted(names - found)
+    if not missing:
+        return
+    text = f"The checkpoint has no {', '.join(missing)}"
+    if strict:
+        raise PlacementError(text, "strict=True was given, and the model needs them", "Load a checkpoint of this model")
+    if not found & names:
+        raise PlacementError(
+            f"The checkpoint has none of the {counted(len(names), 'weight')} of {type(model).__name__}, such as "
+            f"{missing[0]}",
+            "It is that of another model, or its names have another prefix",
+            "Compare its names with those of model.state_dict()",
+        )
+    logger.warning("%s: the model keeps its own values there.", text)
+
+
 def _load_in_place(
-    model: nn.Module, files: Sequence[Path], strict: bool, full_state_dict: bool, broadcast_from_rank0: bool
+    model: nn.Module,
+    files: Sequence[Path],
+    ties: Sequence[Sequence[str]],
+    strict: bool,
+    full_state_dict: bool,
+    broadcast_from_rank0: bool,
 ) -> set[str]:
     """Load into the tensors that the model has; return the names that it does not have."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     names = set(model.state_dict())
     devices = {tensor.device for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)}
-    unexpected: set[str] = set()
+    found: set[str] = set()
     for file in files:
         reads = not broadcast_from_rank0 or torch.distributed.get_rank() == 0
         weights: dict[str, Any] = dict(load_state_dict(file)) if reads else {}
-        if len(devices - {META}) <= 1:
+        found |= set(weights)
+        # A file may be one of several: what is missing is known after the last one.
+        if META in devices and not torch.distributed.is_initialized():
+            _load_into_host_memory(model, weights)
+        elif len(devices - {META}) <= 1:
             options = StateDictOptions(
-                full_state_dict=full_state_dict, strict=strict, broadcast_from_rank0=broadcast_from_rank0
+                full_state_dict=full_state_dict, strict=False, broadcast_from_rank0=broadcast_from_rank0
             )
             set_model_state_dict(model, weights, options=options)
         else:
-            model.load_state_dict(weights, strict=strict)
-        unexpected |= set(weights) - names
-    return unexpected
+            model.load_state_dict(weights, strict=False)
+    if broadcast_from_rank0:
+        known = [found]
+        torch.distributed.broadcast_object_list(known, src=0)
+        found = known[0]
+    _report_missing(model, found, ties, strict)
+    return found - names
+
+
+def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load into a model on the meta device: its tensors get memory."""
+    places = model.state_dict()
+    for name, value in weights.items():
+        if name in places:
+            device = "cpu" if places[name].device == META else places[name].device
+            set_module_tensor_to_device(model, name, device, value=value)
 
 
 class _Loading:
@@ -239,13 +319,17 @@ class _Loading:
         dtype: str | torch.dtype | None,
         offload_buffers: bool,
         keep_in_fp32: Sequence[str],
+        ties: Sequence[Sequence[str]],
     ) -> None:
-        if "disk" in device_map.values():
+        on_disk = [name or type(model).__name__ for name, device in device_map.items() if device == "disk"]
+        if on_disk:
             if offload_folder is None:
                 raise PlacementError(
-                    "device_map puts modules on disk", "There is no folder for them", "Pass offload_folder="
+                    f"device_map puts {shortened(on_disk)} on disk",
+                    "There is no folder for them",
+                    "Pass offload_folder=, or more memory in max_memory=",
                 )
-            Path(offload_folder).mkdir(parents=True, exist_ok=True)
+            make_folder(offload_folder)
         self._model = model
         self._device_map = device_map
         self._folder = offload_folder
@@ -256,7 +340,10 @@ class _Loading:
             set() if offload_buffers else {name for name, _ in model.named_buffers()}
         )
         self._index: dict[str, Any] = {}
-        self._loaded: set[str] = set()
+        self.loaded: set[str] = set()
+        self._ties = ties
+        self._tied = {name for group in ties for name in group}
+        self._sources: dict[str, tuple[torch.Tensor | FileSlice, Path, torch.Tensor | None]] = {}
         self._copies = _DeviceCopies(model)
         self.unexpected: set[str] = set()
 
@@ -266,8 +353,22 @@ class _Loading:
             if name not in self._names:
                 self.unexpected.add(name)
                 continue
-            self._loaded.add(name)
+            self.loaded.add(name)
             self._place(name, value, path, scales)
+            if name in self._tied:
+                self._sources[name] = (value, path, scales)
+
+    def place_tied(self) -> None:
+        """Place a tied weight under the names that no file had, where these are not beside one that it had."""
+        for group in self._ties:
+            found = next((name for name in group if name in self._sources), None)
+            if found is None:
+                continue
+            here = device_of(found, self._device_map)
+            for name in group:
+                is_retied = here != "disk" and device_of(name, self._device_map) == here
+                if name not in self._sources and not is_retied:
+                    self._place(name, *self._sources[found], stored_as=found)
 
     def _weights(self, path: Path) -> Iterator[tuple[str, torch.Tensor | FileSlice, torch.Tensor | None]]:
         """The weights of a file: tensors, or where the file has them."""
@@ -282,12 +383,19 @@ class _Loading:
                 scales = found.get(name.replace("weight", "SCB")) if "weight" in name else None
                 yield name, value, _as_tensor(scales) if value.dtype == torch.int8 and scales is not None else None
 
-    def _place(self, name: str, value: torch.Tensor | FileSlice, path: Path, scales: torch.Tensor | None) -> None:
+    def _place(
+        self,
+        name: str,
+        value: torch.Tensor | FileSlice,
+        path: Path,
+        scales: torch.Tensor | None,
+        stored_as: str | None = None,
+    ) -> None:
         device = device_of(name, self._device_map)
         dtype = self._target_dtype(name, value.dtype)
         if device == "disk":
             if name in self._on_disk_allowed:
-                self._leave_on_disk(name, value, path, dtype)
+                self._leave_on_disk(name, value, path, dtype, stored_as or name)
                 return
             device = "cpu"
         if isinstance(value, FileSlice) and self._copies.takes(name, value, device):
@@ -304,17 +412,24 @@ class _Loading:
         is_kept = any(f"{key}." in name or key == name for key in self._keep_in_fp32)
         return torch.float32 if is_kept and self._dtype == torch.float16 else self._dtype
 
-    def _leave_on_disk(self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None) -> None:
+    def _leave_on_disk(
+        self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None, stored_as: str
+    ) -> None:
         """List where a weight is, or write it to the folder."""
         assert self._folder is not None
-        set_module_tensor_to_device(self._model, name, META, dtype=value.dtype if dtype is None else dtype)
+        owner, last = find_owner(self._model, name)
+        old = getattr(owner, last)
+        check_shape(old, value.shape, name)
+        kept = old.dtype
+        if dtype is not None:
+            kept = value.dtype if is_number_kept(value.dtype) else dtype
+        set_module_tensor_to_device(self._model, name, META, dtype=kept)
         if isinstance(value, torch.Tensor):
-            offload_weight(value, name, self._folder, self._index)
+            offload_weight(value.to(kept), name, self._folder, self._index)
             return
-        kept = value.dtype if dtype is None or is_number_kept(value.dtype) else dtype
         self._index[name] = {
             "safetensors_file": str(path.resolve()),
-            "weight_name": name,
+            "weight_name": stored_as,
             "dtype": str(kept).removeprefix("torch."),
             "shape": list(value.shape),
         }
@@ -324,20 +439,6 @@ class _Loading:
         self._copies.finish()
         if self._folder is not None:
             save_offload_index(self._index, self._folder)
-
-    def report_missing(self, ties: Sequence[Sequence[str]], strict: bool) -> None:
-        """Tell which weights of the model no file had."""
-        loaded = set(self._loaded)
-        for group in ties:
-            if loaded & set(group):
-                loaded |= set(group)
-        missing = sorted(self._names - loaded)
-        if not missing:
-            return
-        text = f"The checkpoint has no {', '.join(missing)}"
-        if strict:
-            raise PlacementError(text, "strict=True was given, and the model needs them")
-        logger.warning("%s: the model keeps the values that it had.", text)
 
 
 def _as_tensor(value: torch.Tensor | FileSlice) -> torch.Tensor:

@@ -13,15 +13,26 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from paceline.errors import PlacementError
-from paceline.placement.tensors import Device, as_device, as_dtype
-from paceline.placement.weight_file import FileSlice, PathFile, SafetensorsFile, numpy_dtype, tensor_bytes
+from paceline.placement.tensors import META, Device, as_device, as_dtype
+from paceline.placement.weight_file import (
+    FileSlice,
+    PathFile,
+    SafetensorsFile,
+    Stamp,
+    check_stamp,
+    numpy_dtype,
+    stamp_of,
+    tensor_bytes,
+)
 
 __all__ = [
     "OffloadedWeightsLoader",
@@ -35,6 +46,8 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 INDEX = "index.json"
+# What is compared at a time.
+_PIECE = 16 * 2**20
 
 
 def offload_weight(
@@ -50,14 +63,73 @@ def offload_weight(
 
     Returns:
         The index.
+
+    Raises:
+        PlacementError: The weight has no values, or the folder cannot be written.
     """
+    if weight.device == META:
+        raise PlacementError(
+            f"{weight_name} is on the meta device, and is to be written to {offload_folder}",
+            "It has no values",
+            "Load the model's weights first",
+        )
     weight = weight.detach().cpu().contiguous()
-    path = Path(offload_folder, f"{weight_name}.dat")
-    with path.open("wb") as file:
-        file.write(tensor_bytes(weight).data)
+    with _writing(offload_folder):
+        _write_whole(Path(offload_folder, f"{weight_name}.dat"), tensor_bytes(weight).data)
     if index is not None:
         index[weight_name] = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
     return index
+
+
+@contextmanager
+def _writing(folder: PathLike) -> Iterator[None]:
+    """Say what to do where a folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise PlacementError(
+            f"Offloaded weights cannot be written to {folder}: {error.strerror or error}",
+            "Weights on disk are kept there",
+            "Name a folder that can be written and has room for them",
+        ) from error
+
+
+def _write_whole(path: Path, content: memoryview) -> None:
+    """Write a file that is never there in part.
+
+    A file with this content stays as it is, and another one is replaced instead of being written to: a model, of this
+    process or of another one, may be reading it.
+    """
+    if _has_content(path, content):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)  # names of parameters may have a slash
+    partial = path.parent / f".{os.getpid()}.{threading.get_ident()}.partial"
+    try:
+        partial.write_bytes(content)
+        try:
+            os.link(partial, path)
+        except OSError:  # there is a file, or the file system has no links
+            if not _has_content(path, content):
+                partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _has_content(path: Path, content: memoryview) -> bool:
+    """Whether a file has this content."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != content.nbytes:
+                return False
+            position = 0
+            while position < content.nbytes:
+                piece = file.read(_PIECE)
+                if not piece or piece != content[position : position + len(piece)]:
+                    return False
+                position += len(piece)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def load_offloaded_weight(weight_file: PathLike, weight_info: Mapping[str, Any]) -> torch.Tensor:
@@ -70,9 +142,15 @@ def load_offloaded_weight(weight_file: PathLike, weight_info: Mapping[str, Any])
     return dat_slice(weight_file, weight_info).tensor()
 
 
-def dat_slice(weight_file: PathLike, weight_info: Mapping[str, Any]) -> FileSlice:
-    """Return where a weight of a folder is."""
-    file = PathFile(Path(weight_file))
+def dat_slice(weight_file: PathLike, weight_info: Mapping[str, Any], stamp: Stamp | None = None) -> FileSlice:
+    """Return where a weight of a folder is.
+
+    Args:
+        weight_file: The weight's file.
+        weight_info: Its entry in the index.
+        stamp: The file's, when the model was offloaded; with another one it is not read.
+    """
+    file = PathFile(Path(weight_file), stamp)
     return FileSlice(file=file, offset=0, dtype=numpy_dtype(weight_info["dtype"]), shape=tuple(weight_info["shape"]))
 
 
@@ -105,10 +183,18 @@ def save_offload_index(index: Mapping[str, Any] | None, offload_folder: PathLike
         return
     entries = read_index(offload_folder) if has_index(offload_folder) else {}
     entries.update(index)
-    path = Path(offload_folder, INDEX)
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(entries, indent=2), encoding="utf-8")
-    partial.replace(path)
+    with _writing(offload_folder):
+        _write_whole(Path(offload_folder, INDEX), memoryview(json.dumps(entries, indent=2).encode()))
+
+
+def make_folder(folder: PathLike) -> None:
+    """Create a folder for offloaded weights, unless it is there.
+
+    Raises:
+        PlacementError: It cannot be created.
+    """
+    with _writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def offload_state_dict(save_dir: PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -118,7 +204,7 @@ def offload_state_dict(save_dir: PathLike, state_dict: Mapping[str, torch.Tensor
         save_dir: The folder; it is created if needed.
         state_dict: The weights by name.
     """
-    Path(save_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(save_dir)
     index: dict[str, Any] = {}
     for name, weight in state_dict.items():
         offload_weight(weight, name, save_dir, index)
@@ -176,7 +262,7 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         owns_memory: Weights in memory may be replaced by page-locked ones with the same values.
 
     Raises:
-        PlacementError: There are neither weights nor a folder nor an index.
+        PlacementError: There are neither weights nor a folder nor an index; on reading, a file was written again.
     """
 
     def __init__(
@@ -198,9 +284,16 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         self.all_keys = list(dict.fromkeys([*self.state_dict, *self.index]))
         self.device = device
         self.owns_memory = False
+        self._aliases: dict[str, str] = {}
         self._files: dict[str, SafetensorsFile] = {}
+        # Another model may be offloaded to the same folder, or a checkpoint be saved over the one that is in use.
+        self._stamps = {path: stamp_of(path) for path in set(map(self._path, index))}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.state_dict or key in self.index or key in self._aliases
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        key = self._aliases.get(key, key)
         if key in self.state_dict:
             return self.state_dict[key]
         info = self.index[key]
@@ -220,27 +313,46 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
 
     def source(self, key: str) -> torch.Tensor | FileSlice:
         """Return a weight in memory, or where its file has it, without reading it."""
+        key = self._aliases.get(key, key)
         if key in self.state_dict:
             return self.state_dict[key]
         return self._file_slice(key, self.index[key])
 
+    def add_alias(self, key: str, known: str) -> None:
+        """Let another name lead to a weight."""
+        self._aliases[key] = known
+        self.all_keys.append(key)
+
     def replace(self, key: str, tensor: torch.Tensor) -> None:
-        """Keep another tensor with the same values."""
+        """Keep another tensor in place of a weight."""
+        key = self._aliases.get(key, key)
         self.state_dict = {**self.state_dict, key: tensor} if not isinstance(self.state_dict, dict) else self.state_dict
         self.state_dict[key] = tensor
 
     def _file_slice(self, key: str, info: Mapping[str, Any]) -> FileSlice:
+        path = self._path(key)
         if not _is_linked(info):
-            assert self.save_folder is not None
-            return dat_slice(Path(self.save_folder, f"{key}.dat"), info)
-        path = info["safetensors_file"]
+            return dat_slice(path, info, self._stamps[path])
         if path not in self._files:
-            self._files[path] = SafetensorsFile(path)
+            try:
+                self._files[path] = SafetensorsFile(path)
+            except FileNotFoundError as error:
+                raise PlacementError(
+                    f"The checkpoint {path} is gone",
+                    f"{key} and other offloaded weights are read from it each time that they are needed",
+                    "Keep the checkpoint for as long as the model is used",
+                ) from error
+        check_stamp(path, self._files[path].file.stamp(), self._stamps[path])
         name = info.get("weight_name", key)
         found = self._files[path].slices().get(name)
         if found is None:
             raise PlacementError(f"{path} has no tensor {name!r}", "The index of offloaded weights says that it has")
         return found
+
+    def _path(self, key: str) -> str:
+        """The file that a weight is in."""
+        info = self.index[key]
+        return str(info["safetensors_file"]) if _is_linked(info) else str(Path(self.save_folder or "", f"{key}.dat"))
 
 
 def _is_linked(info: Mapping[str, Any]) -> bool:

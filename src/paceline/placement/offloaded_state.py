@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.placement.alignment import AlignDevicesHook
+from paceline.placement.alignment import align_hooks
 from paceline.placement.tensors import META, Device, set_module_tensor_to_device
 
 __all__ = [
@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 def has_offloaded_params(module: nn.Module) -> bool:
     """Whether a hook keeps a module's parameters somewhere else between forwards."""
-    hook = getattr(module, "_hf_hook", None)
-    return isinstance(hook, AlignDevicesHook) and hook.offload
+    return any(hook.offload for hook in align_hooks(module))
 
 
 @contextmanager
@@ -37,8 +36,8 @@ def align_module_device(module: nn.Module, execution_device: Device | None = Non
         module: The module; not those inside it.
         execution_device: The device; by default that where the module runs.
     """
-    if has_offloaded_params(module):
-        hook: Any = module._hf_hook
+    hook = next((each for each in align_hooks(module) if each.offload), None)
+    if hook is not None:
         device = hook.execution_device
         hook.execution_device = device if execution_device is None else execution_device
         try:
@@ -68,7 +67,7 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     missing: set[str] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module has two names
         with align_module_device(module, "cpu"):
             for key, tensor in module.state_dict(prefix=f"{prefix}." if prefix else "").items():
                 if tensor.device == META:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -15,7 +17,7 @@ from paceline.errors import PlacementError
 from paceline.placement.tensors import as_dtype, is_number_kept, named_module_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
 __all__ = [
     "calculate_maximum_sizes",
@@ -32,7 +34,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Of bytes, in either system; a small b at the end counts bits.
-_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS = {
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "": 1,
+}
+_SIZE = re.compile(r"([0-9_.]+(?:e[0-9]+)?) *([KMGT]I?B|)", re.IGNORECASE)
 # Devices that have no number, in the order in which they are filled.
 _BESIDE_NUMBERS = ("mps", "cpu", "disk")
 # Formats that torch has no dtype for.
@@ -44,21 +57,28 @@ _BLOCKS_OF_MARGIN = 1.25
 
 
 def convert_file_size_to_int(size: int | str) -> int:
-    """Read a number of bytes, such as 2048, "5MB" or "1.5GiB".
+    """Read a number of bytes, such as 2048, "5MB" or "1.5GiB"; a small b at the end of "5Mb" counts bits.
 
     Raises:
         PlacementError: It is no size.
     """
     if isinstance(size, int):
         return size
-    for unit, factor in _UNITS.items():
-        number = size[: -len(unit)]
-        if size.upper().endswith(unit) and number.replace(".", "", 1).strip().isdigit():
-            is_bits = size.endswith("b") and len(unit) == 2
-            return int(float(number) * factor) // (8 if is_bits else 1)
-    raise PlacementError(
-        f"A size is given as {size!r}", "It is no number of bytes", "Write a number, or one with a unit such as 5GB"
-    )
+    match = _SIZE.fullmatch(size.strip())
+    try:
+        number = float(match[1]) if match is not None else None
+    except ValueError:
+        number = None
+    if match is None or number is None:
+        raise PlacementError(
+            f"A size is given as {size!r}", "It is no number of bytes", "Write a number, or one with a unit such as 5GB"
+        )
+    unit = match[2]
+    found = int(number * _UNITS[unit.upper()])
+    if unit.endswith("b") and len(unit) == 2:
+        logger.warning("The size %r counts bits, by the small b: it is %d bytes. Write B for bytes.", size, found // 8)
+        return found // 8
+    return found
 
 
 def dtype_byte_size(dtype: torch.dtype | str) -> float:
@@ -165,15 +185,25 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
     """
     if max_memory is None:
         return _free_memory()
+    if not isinstance(max_memory, Mapping):
+        raise PlacementError(
+            f"max_memory={max_memory!r} was given",
+            "Limits are needed by device",
+            'Pass a dict such as {0: "10GB", "cpu": "30GB"}',
+        )
     numbers = sorted(key for key in max_memory if isinstance(key, int))
     ordered: list[int | str] = [*numbers, *(key for key in _BESIDE_NUMBERS if key in max_memory)]
-    unknown = sorted(str(key) for key in set(max_memory) - set(ordered))
+    unknown = sorted(repr(key) for key in set(max_memory) - set(ordered))
     if unknown:
-        raise PlacementError(f"max_memory has {unknown!r}", "It is no device", 'Use numbers, "mps", "cpu" and "disk"')
+        raise PlacementError(
+            f"max_memory has {', '.join(unknown)}",
+            "Devices are known by number here, without accelerators' names",
+            'Use numbers, such as 0, and "mps", "cpu" and "disk"',
+        )
     absent = [key for key in numbers if not 0 <= key < torch.accelerator.device_count()]
     if absent:
         logger.warning("max_memory has devices that this machine does not have: %s", absent)
-    return {key: _bytes(max_memory[key]) for key in ordered}
+    return {key: _bytes(key, max_memory[key]) for key in ordered}
 
 
 def _free_memory() -> dict[int | str, float]:
@@ -191,15 +221,24 @@ def _free_memory() -> dict[int | str, float]:
     return free if shares else {**free, "cpu": host}
 
 
-def _bytes(size: float | str) -> float:
-    return convert_file_size_to_int(size) if isinstance(size, str) else size
+def _bytes(device: int | str, size: object) -> float:
+    """Read a limit."""
+    found = convert_file_size_to_int(size) if isinstance(size, str) else size
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not found >= 0:
+        raise PlacementError(
+            f"max_memory gives {size!r} to {device!r}",
+            "It is no number of bytes",
+            'Write a number of at least 0, or one with a unit such as "5GB"; leave the device out to use none of it',
+        )
+    return found
 
 
-def class_names(given: str | Collection[str] | None) -> list[str]:
-    """Return names of classes as a list."""
+def class_names(given: str | type | Collection[str | type] | None) -> list[str]:
+    """Return names of classes as a list; the classes themselves may be given, too."""
     if given is None:
         return []
-    return [given] if isinstance(given, str) else list(given)
+    each = [given] if isinstance(given, (str, type)) else list(given)
+    return [name if isinstance(name, str) else name.__name__ for name in each]
 
 
 def get_balanced_memory(

@@ -108,7 +108,7 @@ def find_tied_parameters(model: nn.Module, **kwargs: Any) -> list[list[str]]:
 
 
 def retie_parameters(model: nn.Module, tied_params: Sequence[Sequence[str]]) -> None:
-    """Put one parameter under all names of each group: the first that has values.
+    """Put one parameter under all names of each group: the first that has values, or the first if none has.
 
     Args:
         model: The model.
@@ -116,11 +116,17 @@ def retie_parameters(model: nn.Module, tied_params: Sequence[Sequence[str]]) -> 
     """
     for group in tied_params:
         owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in group]
-        candidates = (getattr(owner, name) for owner, name in owners)
-        shared = next((each for each in candidates if each is not None and each.device.type != "meta"), None)
+        candidates = [each for each in (getattr(owner, name) for owner, name in owners) if each is not None]
+        shared = next((each for each in candidates if each.device.type != "meta"), next(iter(candidates), None))
         if shared is not None:
             for owner, name in owners:
                 setattr(owner, name, shared)
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """Return names for a message, not more than a line holds."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def find_owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -181,10 +187,10 @@ def set_module_tensor_to_device(
         owner._parameters[name] = tied[device]  # type: ignore[assignment]
         return
     if value is not None:
-        value = _converted(old, value, name, dtype, non_blocking)
+        value = _converted(old, value, tensor_name, dtype, non_blocking)
     elif old.device == META and as_device(device) != META:
         raise PlacementError(
-            f"{name} is on the meta device, and is to go to {device} without new values",
+            f"{tensor_name} is on the meta device, and is to go to {device} without new values",
             "A tensor on the meta device has no values",
             "Pass value=",
         )
@@ -199,17 +205,33 @@ def _converted(
     old: torch.Tensor, value: torch.Tensor, name: str, dtype: str | torch.dtype | None, non_blocking: bool
 ) -> torch.Tensor:
     """New values for a tensor, in the dtype that they are to have."""
-    # A 4-bit weight of bitsandbytes is packed into another shape.
-    if old.shape != value.shape and type(old).__name__ != "Params4bit":
-        raise PlacementError(
-            f'Trying to set a tensor of shape {value.shape} in "{name}" (which has shape {old.shape}), this looks '
-            "incorrect"
-        )
+    check_shape(old, value.shape, name)
     if dtype is None:
         return value.to(old.dtype, non_blocking=non_blocking)
     if is_number_kept(value.dtype):
         return value
     return value.to(as_dtype(dtype), non_blocking=non_blocking)
+
+
+def check_shape(old: torch.Tensor, shape: Sequence[int], name: str) -> None:
+    """Check that new values for a tensor have its shape.
+
+    Args:
+        old: The tensor.
+        shape: The shape of the new values.
+        name: The tensor's name.
+
+    Raises:
+        PlacementError: They have another one.
+    """
+    # A 4-bit weight of bitsandbytes is packed into another shape.
+    if tuple(old.shape) != tuple(shape) and type(old).__name__ != "Params4bit":
+        raise PlacementError(
+            f'Trying to set a tensor of shape {torch.Size(shape)} in "{name}" (which has shape {old.shape}), '
+            "this looks incorrect",
+            "They are weights of another model, or of this one with another configuration",
+            "Build the model as the one that was saved",
+        )
 
 
 def is_number_kept(dtype: torch.dtype) -> bool:

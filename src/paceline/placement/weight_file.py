@@ -41,6 +41,41 @@ _DTYPES = {
 }
 
 
+# What changes when a file is written: its size and time.
+Stamp = tuple[int, int]
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns
+
+
+def stamp_of(path: Path | str) -> Stamp | None:
+    """Return the stamp of a file; None if there is no such file."""
+    try:
+        return _stamp(Path(path).stat())
+    except OSError:
+        return None
+
+
+def check_stamp(path: Path | str, found: Stamp, expected: Stamp | None) -> None:
+    """Check that a file is the one that it was when its weights were listed.
+
+    Args:
+        path: The file.
+        found: Its stamp now.
+        expected: Its stamp at that time; None if that is not known.
+
+    Raises:
+        PlacementError: It was written since.
+    """
+    if expected is not None and found != expected:
+        raise PlacementError(
+            f"{path} was written again after a model's weights were offloaded to it",
+            "It may hold the weights of another model now",
+            "Give each model an offload folder of its own, save to other files than those in use, and offload again",
+        )
+
+
 class OpenFile:
     """A file that is read by position, from any thread, as long as somebody has this object.
 
@@ -59,10 +94,9 @@ class OpenFile:
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFile, (self.path,)
 
-    def stamp(self) -> tuple[int, int]:
+    def stamp(self) -> Stamp:
         """Return what changes when the file is written: its size and time."""
-        status = os.fstat(self.descriptor)
-        return status.st_size, status.st_mtime_ns
+        return _stamp(os.fstat(self.descriptor))
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill memory with the bytes at a position.
@@ -91,10 +125,12 @@ class PathFile:
 
     Args:
         path: The file.
+        stamp: Its stamp when its weight was listed; with another one it is not read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stamp: Stamp | None = None) -> None:
         self.path = path
+        self.expected = stamp
 
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill memory with the bytes at a position."""
@@ -106,13 +142,15 @@ class PathFile:
 
     def _open(self) -> OpenFile:
         try:
-            return OpenFile(self.path)
+            file = OpenFile(self.path)
         except FileNotFoundError as error:
             raise PlacementError(
                 f"The offloaded weight {self.path} is gone",
                 "Its module needs it each time that it runs",
                 "Keep the folder for as long as the model is used, or offload the model again",
             ) from error
+        check_stamp(self.path, file.stamp(), self.expected)
+        return file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +200,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path | str) -> None:
         self.file = OpenFile(Path(path))
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp | None = None
         self._slices: dict[str, FileSlice] = {}
         self.metadata: dict[str, str] | None = None
 
@@ -188,18 +226,32 @@ class SafetensorsFile:
 
     def _read_header(self) -> None:
         length = bytearray(8)
+        total = self.file.stamp()[0]
+        if total < len(length):
+            raise self._is_no_such_file(f"It has {total} bytes, and its header alone takes more")
         self.file.read_into(memoryview(length), 0)
         size = int.from_bytes(length, "little")
-        if size > self.file.stamp()[0]:
-            raise PlacementError(f"{self.file.path} is no safetensors file", "Its header is longer than the file")
+        if size > total:
+            raise self._is_no_such_file("Its header is longer than the file")
         text = bytearray(size)
         self.file.read_into(memoryview(text), 8)
         try:
             header: dict[str, Any] = json.loads(bytes(text))
         except ValueError as error:
-            raise PlacementError(f"{self.file.path} is no safetensors file", "Its header is no JSON") from error
+            raise self._is_no_such_file("Its header is no JSON") from error
         self.metadata = header.pop("__metadata__", None)
         self._slices = {name: self._slice(name, entry, 8 + size) for name, entry in header.items()}
+        end = max((each.offset + each.nbytes for each in self._slices.values()), default=0)
+        if end > total:
+            raise PlacementError(
+                f"{self.file.path} has {total} bytes, and its header lists weights up to byte {end}",
+                "The file is incomplete: a download or a copy of it did not end",
+                "Fetch it again",
+            )
+
+    def _is_no_such_file(self, why: str) -> PlacementError:
+        todo = "Fetch it again; where it is a pointer of Git LFS, a small text file, run `git lfs pull`"
+        return PlacementError(f"{self.file.path} is no safetensors file", why, todo)
 
     def _slice(self, name: str, entry: dict[str, Any], start: int) -> FileSlice:
         dtype = _DTYPES.get(entry["dtype"])

@@ -38,7 +38,7 @@ class CpuOffload(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Put the model on its device, and its inputs."""
         previous = self.prev_module_hook
-        if previous is not None and next(previous.model.parameters()).device.type != "cpu":
+        if previous is not None and any(each.device.type != "cpu" for each in previous.model.parameters()):
             previous.offload()
         device = as_device(self.execution_device)
         module.to(device)

@@ -40,11 +40,6 @@ class TensorMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive_gradients = 0
 
     @property
-    def alive(self) -> int:
-        """Bytes alive now."""
-        return self._alive + self._alive_gradients
-
-    @property
     def level(self) -> tuple[int, int]:
         """Bytes of activations and of gradients alive now."""
         return self._alive, self._alive_gradients

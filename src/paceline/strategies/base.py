@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
+from paceline.placement.offloaded_state import get_state_dict_offloaded_model, has_offloaded_params
 from paceline.precision import autocast_forward
 from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
@@ -166,24 +167,26 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     def place_whole(self, model: nn.Module, *, place: bool = True) -> None:
         """Move an unsharded model to this rank's device, and let its forward compute in the run's precision.
 
-        A model that a device map has spread over several devices stays where it is.
+        A model that a device map has spread over several devices stays where it is, and so does one whose weights are
+        kept in host memory or on disk by hooks.
 
         Args:
             model: Changed in place.
             place: False leaves it where it is.
 
         Raises:
-            PrepareError: There are several ranks, and a device map has spread the model.
+            PrepareError: There are several ranks, and a device map has spread the model, or it is offloaded.
         """
         devices = _devices_of_map(model)
-        if len(devices) > 1 and self.context.group.size > 1:
+        stays = len(devices) > 1 or _is_offloaded(model)
+        if stays and self.context.group.size > 1:
+            how = f"spread over {', '.join(map(str, devices))} by a device map" if devices else "offloaded"
             raise PrepareError(
-                f"{type(model).__name__} is spread over {', '.join(map(str, devices))} by a device map, and there are "
-                f"{self.context.group.size} ranks",
+                f"{type(model).__name__} is {how}, and there are {self.context.group.size} ranks",
                 "Each rank trains a whole model on its device",
                 "Load the model without device_map, shard it (FSDP or DeepSpeed), or run one process",
             )
-        if place and len(devices) <= 1:
+        if place and not stays:
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
 
@@ -388,7 +391,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """
         if not self.context.world.is_main:
             return {}
-        state = {name: value for name, value in self.unwrap(model).state_dict().items() if name not in without}
+        whole = self.unwrap(model)
+        values = get_state_dict_offloaded_model(whole) if _is_offloaded(whole) else whole.state_dict()
+        state = {name: value for name, value in values.items() if name not in without}
         return {name: value.detach().cpu() for name, value in state.items() if torch.is_tensor(value)}
 
     @override
@@ -471,6 +476,11 @@ def short_dtype(dtype: torch.dtype) -> str:
     """
     name = str(dtype).removeprefix("torch.")
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
+
+
+def _is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks keep weights of a model in host memory or on disk."""
+    return any(map(has_offloaded_params, model.modules()))
 
 
 def _devices_of_map(model: nn.Module) -> list[object]:

@@ -26,7 +26,7 @@ def launch(folder: Path, source: str, *arguments: str, flags: tuple[str, ...] = 
         env=clean | {"OMP_NUM_THREADS": "1", "HOME": str(folder / "home")},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=800,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr

@@ -100,6 +100,31 @@ class BufferShuffledStream(IterableDataset[int]):
         yield from buffer
 
 
+class NoisyStream(IterableDataset[int]):
+    """Draws from every global generator for each item."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.start = self.position = 0
+
+    def __iter__(self) -> Iterator[int]:
+        start, self.start = self.start, 0
+        for item in range(start, self.size):
+            self.position = item + 1
+            noise = [draw(1000) for draw in DRAWS.values()]
+            yield item * 1000 + sum(noise) % 1000
+
+
+class StatefulNoisyStream(NoisyStream):
+    """The same with a state, which says nothing about the generators."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = self.position = state["position"]
+
+
 class ShardedStream(IterableDataset[int]):
     """Shards as those of `datasets`: rank by `shard`, workers by `get_worker_info`."""
 

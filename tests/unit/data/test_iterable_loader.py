@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from paceline import Accelerator
 from paceline.data import looks_like_batches
 from paceline.errors import DataError
 from tests.unit.data.support import Numbers, PlainStream, Seat, ids, prepared
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class OfAnotherLibrary:
@@ -87,6 +91,20 @@ def test_its_position_is_saved() -> None:
         again.load_state_dict(loader.state_dict())
         assert ids(again) == [[4, 5], [6, 7], [8]]
         assert ids(again) == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+@pytest.mark.parametrize("make", [lambda: OfAnotherLibrary(9), lambda: list(DataLoader(Numbers(9), 2))])
+def test_one_process_prepares_it_as_several_do(make: Any, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    loader = accelerator.prepare(make())
+    for number, _ in enumerate(loader, 1):
+        if number == 2:
+            break
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.free_memory()
+    again = accelerator.prepare(make())
+    accelerator.load_state(str(tmp_path / "state"))
+    assert ids(again) == [[4, 5], [6, 7], [8]]
 
 
 def test_several_ranks_need_to_be_told_whose_it_is() -> None:

@@ -27,7 +27,7 @@ def run(
         env={**os.environ, "TORCHELASTIC_ERROR_FILE": str(error_file), "RANK": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
     )
     return done, json.loads(error_file.read_text()) if error_file.exists() else None
@@ -201,7 +201,7 @@ def test_under_another_launcher_the_rank_tells_its_failure_itself(tmp_path: Path
     (tmp_path / "script.py").write_text(f"import sys\n{statement}\n")
     command = [sys.executable, "-m", "paceline.launch.worker", "script.py"]
     env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_ERROR_FILE"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode in (1, 75)
     assert done.stderr == said or (done.stderr.startswith(said or "nothing") and done.stderr.endswith("by zero\n"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def test_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_flow_through_offloaded_weights() -> None:
-    model = tower(tied=False).double()
+    model = tower(tied=False).double().requires_grad_(False)
     ones = torch.ones(5, 8, dtype=torch.double)
     plain = copy.deepcopy(model.blocks)
     cpu_offload(model, CPU, stream=stream(limit=3000))
@@ -167,7 +168,8 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     with torch.inference_mode():
         model(ids())
     output = model(ids())
-    output.sum().backward()
+    with pytest.warns(UserWarning, match="gradients to offloaded weights, and they are lost"):
+        output.sum().backward()
     assert torch.equal(output.detach(), expected)
 
 
@@ -191,13 +193,15 @@ def test_a_missing_file_is_an_error_and_the_model_goes_on_when_it_is_back(tmp_pa
     assert torch.equal(logits(model), expected)
     path = tmp_path / "blocks.2.inner.weight.dat"
     content = path.read_bytes()
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     path.unlink()
     with pytest.raises(PlacementError, match=r"blocks\.2\.inner\.weight\.dat is gone"):
         logits(model)
     path.write_bytes(content[:-4])
-    with pytest.raises(PlacementError, match="ends before byte"):
+    with pytest.raises(PlacementError, match="was written again"):
         logits(model)
     path.write_bytes(content)
+    os.utime(path, ns=times)  # as tools do that restore files
     assert torch.equal(logits(model), expected)
 
 

@@ -52,7 +52,6 @@ from paceline.compat.accelerate.settings.plugins import (
 from paceline.compat.accelerate.settings.variables import parse_choice_from_env, parse_flag_from_env
 from paceline.compat.accelerate.state import AcceleratorState, GradientState, PartialState
 from paceline.compat.accelerate.utils.imports import is_bitsandbytes_multi_backend_available, is_xpu_available
-from paceline.config import worker_config
 from paceline.strategies.placeholders import DummyScheduler
 
 if TYPE_CHECKING:
@@ -1354,6 +1353,9 @@ def _accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> Grad
 
 def _launched_precision() -> str | None:
     """The precision in the launcher's configuration, where that says one."""
+    # The schema (pydantic) is imported when an Accelerator is made, not with its class.
+    from paceline.config import worker_config
+
     resolved = worker_config(os.environ)
     return resolved.config.mixed_precision if resolved.origin("mixed_precision").is_explicit else None
 

@@ -81,9 +81,7 @@ class StreamReader:
         """
         if isinstance(self.reader.collate_fn, CountingCollate):
             self.reader.collate_fn.set_padding(padded)
-        restored = self.state_handle is not None and self.state_handle.load(position.stream, isolated_rng)
-        if isinstance(self.reader.dataset, StreamShard):
-            self.reader.dataset.continues_rng = isolated_rng is not None and isolated_rng.continues
+        restored = self._load_state(position, isolated_rng)
         skip_method = None if restored or not batches else self._maybe_skip_method()
         self._set_epoch(seed, position.epoch, skipped=batches * max(1, self.batch_size) if skip_method else 0)
         iterator = self._iterate()
@@ -99,6 +97,13 @@ class StreamReader:
             for _ in range(batches):
                 last = next(iterator, last)
         return iterator, last
+
+    def _load_state(self, position: Position, isolated_rng: IsolatedRng | None) -> bool:
+        """Let the stream continue with its own state; return whether that is possible."""
+        restored = self.state_handle is not None and self.state_handle.load(position.stream, isolated_rng)
+        if isinstance(self.reader.dataset, StreamShard):
+            self.reader.dataset.continues_rng = isolated_rng is not None and isolated_rng.continues
+        return restored
 
     def _iterate(self) -> Iterator[CountedBatch]:
         direct = type(self.reader) is DataLoader and can_read_directly(self.reader)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PREEMPTED_TEXT", "Decision", "MachineExit", "decide"]
 
-PREEMPTED_TEXT = "preempted: the state is saved; run the same command again to resume\n"
+PREEMPTED_TEXT = "preempted: the state is saved; run the script again to resume, with its flag for that if it has one\n"
 """The report on a run that exited with `PREEMPTED`."""
 
 

@@ -182,14 +182,10 @@ def _without_function(name: str, flag: str) -> UsageError:
     except (SyntaxError, ValueError):
         nodes = []
     functions = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    has = (
-        f"It has {', '.join(functions[:8])}"
-        if functions
-        else "It has none: put the lines that build the model into one"
-    )
-    return UsageError(
-        f"{flag} {name} is a Python file, without a function", has, f"Write {name}:{(functions or ['build_model'])[0]}"
-    )
+    seen = f"{flag} {name} is a Python file, without the name of a function"
+    if not functions:
+        return UsageError(seen, "It defines none", f"Put what builds the model into one, and write {name}:build_model")
+    return UsageError(seen, f"It defines {', '.join(functions[:8])}", f"Write, for example, {name}:{functions[0]}")
 
 
 def _module(name: str) -> Any:

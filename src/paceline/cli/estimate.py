@@ -120,6 +120,12 @@ def command(
     from paceline.cli.model_source import model_source
 
     source = model_source(model, inputs, sequence_length)
+    if not any(True for _ in source.model.parameters()) and not any(True for _ in source.model.buffers()):
+        raise UsageError(
+            f"MODEL {model} is a {type(source.model).__name__} without parameters and buffers",
+            "It takes no memory but for activations, on any number of ranks",
+            "Estimate the model that contains it",
+        )
     estimate = Estimate(source, num_processes, Device.of(memory), settings)
     try:
         text = json.dumps(estimate.as_dict(), indent=2) if as_json else "\n".join(estimate.lines())
@@ -250,6 +256,10 @@ class Estimate:
 
     def _advice(self, ranks: int) -> str:
         found = self.fitting(ranks)
+        if found is None and not self.device.usable:
+            return (
+                f"{counted(ranks, 'rank')}: none; nothing is left beside the 1 GiB and 3 % for context, NCCL, fragments"
+            )
         if found is None:
             smallest = min(self.training[ranks], key=lambda row: row.peak)
             return (
@@ -324,4 +334,12 @@ def _optimizer(name: str) -> Any:
         "adamw_fused": lambda parameters: torch.optim.AdamW(parameters, fused=True),
         "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, foreach=True),
     }
-    return known.get(name) or load_attribute(name, "--optimizer")
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise UsageError(
+            f"--optimizer {name} is not known",
+            f"Names without a module are {', '.join(known)}",
+            "Write module:Class, for example torch.optim:Adagrad",
+        )
+    return load_attribute(name, "--optimizer")

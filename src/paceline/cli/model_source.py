@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +66,8 @@ class ModelSource:
         values = [leaf for leaf in tree_leaves(_plain(result)) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         if not values:
             why = "A training step needs a loss to go back from"
-            raise UsageError("The forward returns nothing that depends on the weights", why, "Return the loss")
+            todo = "Return the loss, and leave some weights trainable; without --inputs the state alone is shown"
+            raise UsageError("The forward returns nothing that depends on weights that require gradients", why, todo)
         return values[0].float().mean()
 
 
@@ -112,17 +115,35 @@ def model_source(name: str, inputs: str | None, sequence_length: int | None) -> 
 
 def _from_function(name: str, flag: str) -> nn.Module:
     found = load_attribute(name, flag)
+    is_factory = isinstance(found, type) or not isinstance(found, nn.Module)
+    hint = "Name a function without arguments that returns the model"
+    if is_factory and (not callable(found) or _required_arguments(found)):
+        missing = ", ".join(_required_arguments(found)) if callable(found) else ""
+        seen = f"needs arguments: {missing}" if missing else f"is of type {type(found).__name__}"
+        raise UsageError(f"{flag} {name} {seen}", "It is called without arguments, and must return the model", hint)
     try:
         with torch.device("meta"):
-            is_factory = isinstance(found, type) or not isinstance(found, nn.Module)
             model = found() if is_factory else found
     except Exception as error:
-        hint = "Name a function without arguments that returns the model"
-        raise UsageError(f"{flag} {name} failed: {type(error).__name__}: {error}", "", hint) from error
+        raise UsageError(
+            f"{flag} {name} failed: {type(error).__name__}: {error}",
+            "It was called on the meta device, where tensors have shapes and no values, so that weights take no memory",
+            "Leave out of it what reads values or sets them, such as .item(), or weights from a file",
+        ) from error
     if not isinstance(model, nn.Module):
         why = "It must be a torch.nn.Module, or a function without arguments that returns one"
-        raise UsageError(f"{flag} {name} is a {type(model).__name__}", why, "Name the function that builds the model")
+        raise UsageError(f"{flag} {name} is of type {type(model).__name__}", why, hint)
     return model
+
+
+def _required_arguments(found: Callable[..., Any]) -> list[str]:
+    """The names of the arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):  # not known, as of some built-in functions
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in optional]
 
 
 def load_attribute(name: str, flag: str) -> Any:
@@ -137,8 +158,7 @@ def load_attribute(name: str, flag: str) -> Any:
     """
     module_name, separator, attribute = name.rpartition(":")
     if not separator or not module_name:
-        why = "It is neither module:function, file.py:function, nor a file or folder that exists"
-        raise UsageError(f"{flag} {name} cannot be found", why, "Write, for example, my_package.models:build_model")
+        raise _without_function(name, flag)
     try:
         module = _module(module_name)
         found: Any = module
@@ -147,6 +167,25 @@ def load_attribute(name: str, flag: str) -> Any:
     except (ImportError, AttributeError, FileNotFoundError) as error:
         raise UsageError(f"{flag} {name} cannot be imported: {error}", "", "Check the name") from error
     return found
+
+
+def _without_function(name: str, flag: str) -> UsageError:
+    """What to do about a name without a function."""
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        why = "It is neither module:function nor file.py:function"
+        if flag != "--inputs":
+            why += ", nor a file or folder that exists (names of the Hugging Face Hub are not looked up)"
+        return UsageError(f"{flag} {name} cannot be found", why, "Write, for example, my_package.models:build_model")
+    try:
+        nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError):
+        nodes = []
+    functions = [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    seen = f"{flag} {name} is a Python file, without the name of a function"
+    if not functions:
+        return UsageError(seen, "It defines none", f"Put what builds the model into one, and write {name}:build_model")
+    return UsageError(seen, f"It defines {', '.join(functions[:8])}", f"Write, for example, {name}:{functions[0]}")
 
 
 def _module(name: str) -> Any:

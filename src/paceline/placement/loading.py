@@ -304,6 +304,7 @@ def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]
     places = model.state_dict()
     for name, value in weights.items():
         if name in places:
+            check_shape(places[name], value.shape, name)
             device = "cpu" if places[name].device == META else places[name].device
             set_module_tensor_to_device(model, name, device, value=value)
 
@@ -391,6 +392,7 @@ class _Loading:
         scales: torch.Tensor | None,
         stored_as: str | None = None,
     ) -> None:
+        check_shape(self._tensor(name), value.shape, name)
         device = device_of(name, self._device_map)
         dtype = self._target_dtype(name, value.dtype)
         if device == "disk":
@@ -405,6 +407,12 @@ class _Loading:
             self._model, name, device, value=_as_tensor(value), dtype=dtype, fp16_statistics=scales
         )
 
+    def _tensor(self, name: str) -> torch.Tensor:
+        """What the model has under a name."""
+        owner, last = find_owner(self._model, name)
+        found: torch.Tensor = getattr(owner, last)
+        return found
+
     def _target_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
         """What a weight is converted to; None for what the model has."""
         if self._dtype is None or is_number_kept(dtype):
@@ -417,10 +425,7 @@ class _Loading:
     ) -> None:
         """List where a weight is, or write it to the folder."""
         assert self._folder is not None
-        owner, last = find_owner(self._model, name)
-        old = getattr(owner, last)
-        check_shape(old, value.shape, name)
-        kept = old.dtype
+        kept = self._tensor(name).dtype
         if dtype is not None:
             kept = value.dtype if is_number_kept(value.dtype) else dtype
         set_module_tensor_to_device(self._model, name, META, dtype=kept)

@@ -191,9 +191,15 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
             "Limits are needed by device",
             'Pass a dict such as {0: "10GB", "cpu": "30GB"}',
         )
-    numbers = sorted(key for key in max_memory if isinstance(key, int))
-    ordered: list[int | str] = [*numbers, *(key for key in _BESIDE_NUMBERS if key in max_memory)]
-    unknown = sorted(repr(key) for key in set(max_memory) - set(ordered))
+    return {key: _bytes(key, max_memory[key]) for key in _in_order(max_memory)}
+
+
+def _in_order(devices: Iterable[int | str]) -> list[int | str]:
+    """The devices in the order in which they are filled."""
+    known = set(devices)
+    numbers = sorted(key for key in known if isinstance(key, int))
+    ordered: list[int | str] = [*numbers, *(key for key in _BESIDE_NUMBERS if key in known)]
+    unknown = sorted(repr(key) for key in known - set(ordered))
     if unknown:
         raise PlacementError(
             f"max_memory has {', '.join(unknown)}",
@@ -203,7 +209,7 @@ def get_max_memory(max_memory: Mapping[int | str, float | str] | None = None) ->
     absent = [key for key in numbers if not 0 <= key < torch.accelerator.device_count()]
     if absent:
         logger.warning("max_memory has devices that this machine does not have: %s", absent)
-    return {key: _bytes(key, max_memory[key]) for key in ordered}
+    return ordered
 
 
 def _free_memory() -> dict[int | str, float]:

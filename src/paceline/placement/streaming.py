@@ -7,6 +7,7 @@ page-locked pieces.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -162,6 +163,7 @@ class WeightStream:
         self._released: dict[torch.device, list[tuple[Any, dict[str, torch.Tensor]]]] = {}
         self._shared: dict[tuple[int, torch.device], WeightGroup] = {}
         self._largest = 0
+        self._lock = threading.RLock()  # modules may run in several threads
         self.foreseen = 0
         self.unforeseen = 0
 
@@ -200,6 +202,10 @@ class WeightStream:
 
     def fetch(self, group: WeightGroup) -> dict[str, torch.Tensor]:
         """Return the weights of a group on its device, ready for the computation that comes."""
+        with self._lock:
+            return self._fetch(group)
+
+    def _fetch(self, group: WeightGroup) -> dict[str, torch.Tensor]:
         group.users += 1
         if group.users > 1:
             return group.tensors
@@ -228,6 +234,10 @@ class WeightStream:
 
     def release(self, group: WeightGroup) -> None:
         """Give the weights of a group back: their memory serves others, after the computation so far."""
+        with self._lock:
+            self._release(group)
+
+    def _release(self, group: WeightGroup) -> None:
         group.users -= 1
         if group.users > 0:
             return
@@ -238,12 +248,13 @@ class WeightStream:
 
     def forget(self, groups: Collection[WeightGroup]) -> None:
         """Drop groups that are not used any more."""
-        for group in groups:
-            if group in self._ahead:
-                self._take_ahead(group)
-        self._shared = {key: each for key, each in self._shared.items() if each not in groups}
-        self.order.forget(groups)
-        self._foreseen_up_to = self.order.position
+        with self._lock:
+            for group in groups:
+                if group in self._ahead:
+                    self._take_ahead(group)
+            self._shared = {key: each for key, each in self._shared.items() if each not in groups}
+            self.order.forget(groups)
+            self._foreseen_up_to = self.order.position
 
     def _queue(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:

@@ -187,7 +187,7 @@ def set_module_tensor_to_device(
         owner._parameters[name] = tied[device]  # type: ignore[assignment]
         return
     if value is not None:
-        value = _converted(old, value, tensor_name, dtype, non_blocking)
+        value = _converted(old, value, name, dtype, non_blocking)
     elif old.device == META and as_device(device) != META:
         raise PlacementError(
             f"{tensor_name} is on the meta device, and is to go to {device} without new values",
@@ -205,7 +205,12 @@ def _converted(
     old: torch.Tensor, value: torch.Tensor, name: str, dtype: str | torch.dtype | None, non_blocking: bool
 ) -> torch.Tensor:
     """New values for a tensor, in the dtype that they are to have."""
-    check_shape(old, value.shape, name)
+    # Programs compare this message.
+    if not _may_replace(old, value.shape):
+        raise PlacementError(
+            f'Trying to set a tensor of shape {value.shape} in "{name}" (which has shape {old.shape}), this looks '
+            "incorrect"
+        )
     if dtype is None:
         return value.to(old.dtype, non_blocking=non_blocking)
     if is_number_kept(value.dtype):
@@ -224,14 +229,17 @@ def check_shape(old: torch.Tensor, shape: Sequence[int], name: str) -> None:
     Raises:
         PlacementError: They have another one.
     """
-    # A 4-bit weight of bitsandbytes is packed into another shape.
-    if tuple(old.shape) != tuple(shape) and type(old).__name__ != "Params4bit":
+    if not _may_replace(old, shape):
         raise PlacementError(
-            f'Trying to set a tensor of shape {torch.Size(shape)} in "{name}" (which has shape {old.shape}), '
-            "this looks incorrect",
+            f"{name} has the shape {tuple(shape)} in the checkpoint, and {tuple(old.shape)} in the model",
             "They are weights of another model, or of this one with another configuration",
             "Build the model as the one that was saved",
         )
+
+
+def _may_replace(old: torch.Tensor, shape: Sequence[int]) -> bool:
+    # A 4-bit weight of bitsandbytes is packed into another shape.
+    return tuple(old.shape) == tuple(shape) or type(old).__name__ == "Params4bit"
 
 
 def is_number_kept(dtype: torch.dtype) -> bool:

@@ -33,6 +33,20 @@ class Depends(nn.Module):
 
 def number():
     return 3
+
+def takes(width):
+    return nn.Linear(width, width)
+
+def reads():
+    layer = nn.Linear(4, 4)
+    layer.weight.abs().max().item()
+    return layer
+
+def nothing_inside():
+    return nn.ReLU()
+
+def frozen():
+    return build().requires_grad_(False)
 """
 
 
@@ -68,15 +82,22 @@ def test_json(script: str) -> None:
 
 
 def test_nothing_fits(script: str) -> None:
-    assert "1 rank: none; " in run(f"{script}:build", "--memory", "1KiB", "--num_processes", "1").stdout
+    assert "1 rank: none; nothing is left" in run(f"{script}:build", "--memory", "1KiB", "--num_processes", "1").stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (("{}:missing",), "cannot be imported"),
-        (("{}:number",), "is a int"),
-        (("nothing",), "cannot be found"),
+        (("{}:number",), "is of type int"),
+        (("{}:takes",), "needs arguments: width"),
+        (("{}:reads",), r"\.item\(\).*meta device.*Leave out"),
+        (("{}:nothing_inside",), "without parameters and buffers"),
+        (("{}:frozen", "--inputs", "{}:batch"), "weights that require gradients"),
+        (("{}",), r"It defines build, batch.*Write, for example"),
+        (("nothing",), "cannot be found.*Hub are not looked up"),
+        (("{}:build", "--inputs", "nothing"), "cannot be found"),
+        (("{}:build", "--optimizer", "adam"), "adamw, adamw_fused, sgd.*torch.optim:Adagrad"),
         (("{}:Depends", "--inputs", "{}:batch"), "cannot be traced"),
     ],
 )

@@ -132,7 +132,7 @@ INSTEAD: dict[str, str] = {
 INTERNAL: dict[str, str] = {
     r"commands\.launch\.(CustomHelpFormatter|clean_option)": "inner part: `launch_command_parser()` has the help",
     r"commands\.utils\.CustomArgumentGroup": "inner part: `CustomArgumentParser` reads both spellings by itself",
-    r"inference\..*": "inner part: `prepare_pippy` is an error that names pipelines of torch",
+    r"inference\..*": "inner part: `prepare_pippy` is an error that names torch's own pipelines",
     r"optimizer\.(move_to_device|patch_optimizer_step)": "inner part: `prepare` places and watches optimizers",
     r"state\.(ThreadLocalSharedDict|do_nothing)": "inner part of TPU runs",
     r"utils\.ao\..*": "inner part: `convert_model_to_fp8_ao` takes a filter of its own",

@@ -16,6 +16,7 @@ from paceline.compat.accelerate.utils import (
     FullyShardedDataParallelPlugin,
     TorchDynamoPlugin,
     clear_environment,
+    patch_environment,
 )
 from tests.support.ranks import run_on_ranks
 
@@ -112,6 +113,30 @@ def test_fsdp_shards_on_the_cpu_too() -> None:
     expected = (DistributedType.FSDP, True, torch.bfloat16, 2, True)
     assert run_on_ranks(2, _fsdp, 2) == [expected, expected]
     assert run_on_ranks(2, _fsdp, 1)[0][:2] == (DistributedType.FSDP, False)
+
+
+def _trains_with_one_rank(asks: bool) -> tuple[Any, ...]:
+    from torch.distributed.tensor import DTensor
+
+    from paceline.compat.accelerate import Accelerator
+
+    _reset()
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if asks else {}
+    with patch_environment(**variables):
+        accelerator = Accelerator(mixed_precision="bf16")
+        model = torch.nn.Linear(4, 4)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        accelerator.backward(model(torch.ones(2, 4)).sum())
+        optimizer.step()
+        found = accelerator.distributed_type, isinstance(next(model.parameters()), DTensor), accelerator.is_fsdp2
+    accelerator.end_training()
+    _reset()
+    return found
+
+
+def test_a_single_rank_on_a_cpu_shards_where_the_launcher_asks_for_it() -> None:
+    assert run_on_ranks(1, _trains_with_one_rank, True) == [(DistributedType.FSDP, True, True)]
+    assert run_on_ranks(1, _trains_with_one_rank, False) == [(DistributedType.NO, False, False)]
 
 
 def _mesh() -> tuple[Any, ...]:

@@ -210,7 +210,9 @@ def load_checkpoint_in_model(
     """
     if offload_8bit_bnb:
         raise PlacementError(
-            "offload_8bit_bnb=True was given", "paceline does not offload 8-bit weights of bitsandbytes"
+            "offload_8bit_bnb=True was given",
+            "An 8-bit weight of bitsandbytes is numbers with their scales, and tensors are offloaded singly",
+            "Load the model with transformers' from_pretrained and its BitsAndBytesConfig, or with another dtype",
         )
     files = checkpoint_files(checkpoint)
     ties = find_tied_parameters(model)

@@ -237,6 +237,11 @@ def test_names_that_do_not_fit(tmp_path: Path, kind: str, caplog: pytest.LogCapt
     load_checkpoint_in_model(Tower(tied=True), tmp_path / "tied.bin", {"": "cpu"}, strict=True)
 
 
+def test_8_bit_weights_are_refused_with_another_way(tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match="from_pretrained and its BitsAndBytesConfig"):
+        load_checkpoint_in_model(Tower(), tmp_path, {"": "cpu"}, offload_8bit_bnb=True)
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(PlacementError, match="does not exist"):
         checkpoint_files(tmp_path / "nothing")

@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from paceline.compat.accelerate.utils.modeling import placement_unsupported
+from paceline.compat.accelerate.settings.errors import unsupported
 
 __all__ = ["prepare_pippy"]
 
 
-@placement_unsupported
+@unsupported(
+    "Pipeline parallelism for inference is not supported through the switch",
+    "Place the model with a device_map, shard it (FSDP or DeepSpeed), or divide it with torch.distributed.pipelining",
+)
 def prepare_pippy(
     model: nn.Module,
     split_points: Any = "auto",

@@ -250,7 +250,9 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     # As under torchrun: it gives one process on a device a process group of its own. The launcher's single process runs
     # without one, unless it shards.
     is_single = "PACELINE_CONFIG" in os.environ and not _shards()
-    is_launched = world.size > 1 or (world.source != "none" and (cpu or device.type != "cpu") and not is_single)
+    # A single rank on a CPU needs one for FSDP only, which shards there as well.
+    has_group = cpu or device.type != "cpu" or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    is_launched = world.size > 1 or (world.source != "none" and has_group and not is_single)
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
     return {
         "_cpu": cpu,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.compat.accelerate.settings.enums import DistributedType
-from paceline.compat.accelerate.settings.errors import unsupported
 from paceline.compat.accelerate.state import AcceleratorState, PartialState
 from paceline.compat.accelerate.utils.other import extract_model_from_parallel, id_tensor_storage
 from paceline.placement.device_map import (
@@ -83,16 +82,9 @@ __all__ = [
     "load_offloaded_weights",
     "load_state_dict",
     "named_module_tensors",
-    "placement_unsupported",
     "retie_parameters",
     "set_module_tensor_to_device",
 ]
-
-placement_unsupported = unsupported(
-    "Pipeline parallelism for inference is not supported through the switch",
-    "Place the model with a device_map, or shard it (FSDP or DeepSpeed)",
-)
-"""Marks a function of pipelines for inference."""
 
 
 def is_peft_model(model: Any) -> bool:

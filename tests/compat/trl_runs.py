@@ -21,7 +21,6 @@ MORE: dict[str, dict[str, Any]] = {
     "sft packed": {"packing": True, "packing_strategy": "wrapped"},
     "sft path": {"model_init_kwargs": {"dtype": "float32"}},
     "sft resumed": {"save_strategy": "steps", "save_steps": 2},
-    "dpo precomputed": {"precompute_ref_log_probs": True},
     "dpo synchronized": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
     "grpo path": {"beta": 0.04, "model_init_kwargs": {"dtype": "float32"}},
     "grpo iterations": {"num_iterations": 2, "steps_per_generation": 2},
@@ -114,10 +113,16 @@ def _trainer(kind: str, strategy: str, folder: str) -> Any:
 
 
 def _saved(folder: str) -> str:
-    """A folder with the model, for this rank."""
-    place = str(Path(folder, f"first{os.environ.get('RANK', '0')}"))
-    llama().save_pretrained(place)
-    return place
+    """A folder with the model, for this rank: `save_pretrained` writes on one rank alone."""
+    from safetensors.torch import save_file
+
+    place = Path(folder, f"first{os.environ.get('RANK', '0')}")
+    place.mkdir()
+    model = llama()
+    model.config.architectures = [type(model).__name__]
+    Path(place, "config.json").write_text(model.config.to_json_string(use_diff=False))
+    save_file(model.state_dict(), Path(place, "model.safetensors"), {"format": "pt"})
+    return str(place)
 
 
 def _vowels(completions: list[str], **_: Any) -> list[float]:

@@ -49,6 +49,9 @@ def main(side: str, group: str, folder: str, *runs: str) -> None:
         except Exception:
             found[name] = {"error": traceback.format_exc()}
         Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
+        if "error" in found[name] and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # The other ranks may wait for this one in the middle of the run.
+            os._exit(1)
         os.environ.clear()
         os.environ.update(before)
         _start_afresh()

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.support.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
+# Seconds between the failure of a rank and the end of the others.
+_GRACE = 15.0
 
 
 def numbers(side: str, group: str, runs: list[str], ranks: int = 1, timeout: float = 900.0) -> list[dict[str, Any]]:
@@ -28,12 +31,12 @@ def numbers(side: str, group: str, runs: list[str], ranks: int = 1, timeout: flo
         ports = [str(free_port()) for _ in runs]
         processes = [_start(side, group, runs, folder, rank, ranks, ports) for rank in range(ranks)]
         _wait(processes, timeout)
-        return [_read(Path(folder, f"rank{rank}.json"), process) for rank, process in enumerate(processes)]
+        return [_read(folder, rank, process.returncode) for rank, process in enumerate(processes)]
 
 
 def _start(
     side: str, group: str, runs: list[str], folder: str, rank: int, ranks: int, ports: list[str]
-) -> subprocess.Popen[str]:
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(
@@ -53,26 +56,28 @@ def _start(
             MASTER_ADDR="127.0.0.1",
         )  # fmt: skip
     command = [sys.executable, "-m", "tests.compat.child", side, group, folder, *runs]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    with Path(folder, f"rank{rank}.txt").open("wb") as errors:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def _wait(processes: list[subprocess.Popen[str]], timeout: float) -> None:
+def _wait(processes: list[subprocess.Popen[bytes]], timeout: float) -> None:
+    """Wait for all ranks. When one has failed, the others may wait for it without end: they get a moment."""
+    ends = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < ends:
+        if any(process.poll() for process in processes):
+            ends = min(ends, time.monotonic() + _GRACE)
+        time.sleep(0.2)
     for process in processes:
-        try:
-            process.stderr_text = process.communicate(timeout=timeout)[1]  # type: ignore[attr-defined]
-        except subprocess.TimeoutExpired:
-            for other in processes:
-                other.kill()
-            process.stderr_text = f"did not end within {timeout:.0f} s"  # type: ignore[attr-defined]
+        process.kill()
+        process.wait()
 
 
-def _read(path: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+def _read(folder: str, rank: int, status: int) -> dict[str, Any]:
+    path = Path(folder, f"rank{rank}.json")
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if process.returncode != 0:
-        tail = process.stderr_text[-2000:]  # type: ignore[attr-defined]
-        found["process"] = {"error": f"exit status {process.returncode}: {tail}"}
+    if status != 0:
+        tail = Path(folder, f"rank{rank}.txt").read_text()[-2000:]
+        found["process"] = {"error": f"exit status {status}: {tail}"}
     return found
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.compat.compare import TOLERANCE, numbers, verdict
-from tests.compat.trl_runs import TRAINERS
+from tests.compat.trl_runs import MORE, RUNS_SHARDED, TRAINERS
 
-SHARDED = ("fsdp", "zero2", "zero3")
 TIMEOUT = 400.0
 
 
@@ -40,16 +39,16 @@ class Comparison(NamedTuple):
 
 
 def trl_comparisons() -> list[Comparison]:
-    """TRL's trainers on two ranks. On the CPU Accelerate's sharding trains replicas, so DDP says what is right."""
+    """TRL's trainers on two ranks, by strategy."""
     comparisons = []
-    for trainer in TRAINERS:
-        kinds = (trainer, f"{trainer} lora")
-        real = Task("real", "trl_runs", 2, kinds)
-        for strategy in SHARDED:
-            switched = Task("switched", "trl_runs", 2, tuple(f"{kind}, {strategy}" for kind in kinds))
-            comparisons += [
-                Comparison(f"{kind}, {strategy} x2", (real, kind), (switched, f"{kind}, {strategy}")) for kind in kinds
-            ]
+    for strategy, runs in RUNS_SHARDED.items():
+        for trainer in TRAINERS:
+            some = tuple(run for run in runs if run.startswith(trainer))
+            real, switched = (Task(side, "trl_runs", 2, some) for side in ("real", "switched"))
+            comparisons += [Comparison(f"{run} x2", (real, run), (switched, run)) for run in some]
+        more = tuple(f"{kind}, {strategy}" for kind in MORE)
+        real, switched = (Task(side, "trl_runs", 2, more) for side in ("real", "switched"))
+        comparisons += [Comparison(f"{run} x2", (real, run), (switched, run)) for run in more]
     return comparisons
 
 

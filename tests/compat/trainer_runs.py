@@ -21,6 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "evaluate first": {},
     "predict first": {},
     "train twice": {},
+    "train anew": {},
     "ragged": {"eval_strategy": "epoch", "num_train_epochs": 2},
     "batch_rebalance": {"train_sampling_strategy": "batch_rebalance"},
     "group_by_length": {"train_sampling_strategy": "group_by_length"},
@@ -145,7 +146,11 @@ class Run:
             found["predicted"] = _numbers(trainer.predict(Pieces(11, seed=2)).metrics)
         trainer.train()
         found["log"] = [_numbers(entry) for entry in trainer.state.log_history]
-        if self.way == "train twice":
+        if self.way == "train anew":
+            # Without them the Trainer prepares what is left of the first training.
+            trainer.model_wrapped = trainer.model
+            trainer.optimizer = None
+        if self.way in ("train twice", "train anew"):
             trainer.train()
             found["log again"] = [_numbers(entry) for entry in trainer.state.log_history]
         if "resume" in self.way:
@@ -178,6 +183,7 @@ class OutOfMemory:
 
 
 def _of_strategy(strategy: str) -> dict[str, Any]:
+    is_real, num_ranks = os.environ["COMPAT_SIDE"] == "real", int(os.environ.get("WORLD_SIZE", "1"))
     if strategy == "fsdp":
         return {"use_cpu": True, "ddp_backend": "gloo", "fsdp": True, "fsdp_config": {"version": 2}}
     if strategy.startswith("zero"):
@@ -201,17 +207,18 @@ def _of_strategy(strategy: str) -> dict[str, Any]:
                 "zero_force_ds_cpu_optimizer": False,
             },
             "optim": "adamw_torch",
+            **(_join_ranks_of_deepspeed() if is_real and num_ranks > 1 else {}),
         }
-    return {"use_cpu": True, "ddp_backend": "gloo" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None}
+    return {"use_cpu": True, "ddp_backend": "gloo" if num_ranks > 1 else None}
 
 
-def join_ranks_of_deepspeed() -> None:
+def _join_ranks_of_deepspeed() -> dict[str, Any]:
     """Let Accelerate count the ranks: on the CPU it shards with DeepSpeed, yet takes each rank for the only one."""
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    # Whoever asks for the state later gets this one.
     PartialState(backend="gloo")
+    return {"accelerator_config": {"use_configured_state": True}}
 
 
 def with_lora(model: Any) -> Any:

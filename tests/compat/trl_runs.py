@@ -8,13 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.compat.texts import VOCABULARY, llama, pieces, saved_weights
-from tests.compat.trainer_runs import _numbers, _of_strategy, join_ranks_of_deepspeed
+from tests.compat.trainer_runs import _numbers, _of_strategy
 
 TRAINERS = ("sft", "dpo", "reward", "grpo")
 RUNS = tuple(f"{trainer}{lora}" for trainer in TRAINERS for lora in ("", " lora"))
 RUNS_SHARDED = {strategy: tuple(f"{run}, {strategy}" for run in RUNS) for strategy in ("fsdp", "zero2", "zero3")}
+# More of what each trainer can do.
+MORE: dict[str, dict[str, Any]] = {
+    "sft packed": {"packing": True, "packing_strategy": "wrapped"},
+    "sft path": {"model_init_kwargs": {"dtype": "float32"}},
+    "sft resumed": {"save_strategy": "steps", "save_steps": 2},
+    "dpo synchronized": {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    "grpo path": {"beta": 0.04, "model_init_kwargs": {"dtype": "float32"}},
+    "grpo iterations": {"num_iterations": 2, "steps_per_generation": 2},
+    "grpo scorer": {},
+    "rloo": {},
+}
 
 
 def run(name: str, folder: str) -> dict[str, Any]:
@@ -23,14 +35,16 @@ def run(name: str, folder: str) -> dict[str, Any]:
     if os.environ["COMPAT_SIDE"] == "real":
         # On the CPU it trains replicas where it should shard with FSDP.
         strategy = strategy.removeprefix("fsdp")
-        if strategy:
-            join_ranks_of_deepspeed()
-    trainer_name, _, lora = kind.partition(" ")
-    trainer = _trainer(trainer_name, bool(lora), strategy, folder)
+    trainer_name = kind.partition(" ")[0]
+    trainer = _trainer(kind, strategy, folder)
     trainer.train()
+    if kind.endswith("resumed"):
+        trainer = _trainer(kind, strategy, folder)
+        trainer.train(resume_from_checkpoint=str(Path(folder, "checkpoint-2")))
+    _check_spread(trainer, strategy)
     found: dict[str, Any] = {"log": [_numbers(entry) for entry in trainer.state.log_history]}
     found["random"] = float(torch.rand(()))
-    if trainer_name != "grpo":
+    if trainer_name not in ("grpo", "rloo"):
         found["after"] = _numbers(trainer.evaluate())
     trainer.save_model(str(Path(folder, "final")))
     trainer.accelerator.wait_for_everyone()
@@ -38,10 +52,24 @@ def run(name: str, folder: str) -> dict[str, Any]:
     return found
 
 
-def _trainer(name: str, lora: bool, strategy: str, folder: str) -> Any:
+def _check_spread(trainer: Any, strategy: str) -> None:
+    """Make sure that the strategy was used: numbers alone would not show it."""
+    if strategy == "fsdp":
+        assert any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    elif strategy:
+        assert trainer.model_wrapped.zero_optimization_stage() == int(strategy[-1])
+        assert trainer.accelerator.num_processes == torch.distributed.get_world_size()
+
+
+def _trainer(kind: str, strategy: str, folder: str) -> Any:
     trl: Any = importlib.import_module("trl")
     from peft import LoraConfig
 
+    name, _, way = kind.partition(" ")
+    lora = way == "lora"
+    # Before the arguments: under ZeRO-3 transformers would shard the part that it makes inside, and fail on the rest.
+    scorer = _scorer() if "reward" in kind or "scorer" in kind else None
+    model = _saved(folder) if way == "path" else llama()
     common: dict[str, Any] = {
         "output_dir": folder,
         "max_steps": 4,
@@ -58,25 +86,43 @@ def _trainer(name: str, lora: bool, strategy: str, folder: str) -> Any:
         "gradient_checkpointing": False,
         "seed": 3,
         **_of_strategy(strategy),
+        **MORE.get(kind, {}),
     }
     adapters = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]) if lora else None
     shared: dict[str, Any] = {"processing_class": _tokenizer(), "peft_config": adapters}
     match name:
         case "sft":
             arguments = trl.SFTConfig(max_length=24, **common)
-            return trl.SFTTrainer(llama(), arguments, **shared, **_sets(20, _text))
+            return trl.SFTTrainer(model, arguments, **shared, **_sets(20, _text))
         case "dpo":
             arguments = trl.DPOConfig(max_length=32, **common)
             reference = None if lora else llama()
-            return trl.DPOTrainer(llama(), reference, arguments, **shared, **_sets(20, _preference))
+            return trl.DPOTrainer(model, reference, arguments, **shared, **_sets(20, _preference))
         case "reward":
             arguments = trl.RewardConfig(max_length=32, **common)
-            return trl.RewardTrainer(_scorer(), args=arguments, **shared, **_sets(20, _preference))
-    arguments = trl.GRPOConfig(
-        num_generations=2, max_completion_length=6, temperature=1.0, beta=0.04 if lora else 0.0, **common
-    )
-    sets = {"train_dataset": _sets(20, _prompt)["train_dataset"]}
-    return trl.GRPOTrainer(llama(), reward_funcs=_vowels, args=arguments, **shared, **sets)
+            return trl.RewardTrainer(scorer, args=arguments, **shared, **_sets(20, _preference))
+    sampling = {"num_generations": 2, "max_completion_length": 6, "temperature": 1.0}
+    sampling["beta"] = common.pop("beta", 0.04 if lora else 0.0)
+    shared["train_dataset"] = _sets(20, _prompt)["train_dataset"]
+    rewards = _vowels if scorer is None else scorer
+    if name == "rloo":
+        return trl.RLOOTrainer(model, reward_funcs=rewards, args=trl.RLOOConfig(**sampling, **common), **shared)
+    if scorer is not None:
+        shared["reward_processing_classes"] = _tokenizer()
+    return trl.GRPOTrainer(model, reward_funcs=rewards, args=trl.GRPOConfig(**sampling, **common), **shared)
+
+
+def _saved(folder: str) -> str:
+    """A folder with the model, for this rank: `save_pretrained` writes on one rank alone."""
+    from safetensors.torch import save_file
+
+    place = Path(folder, f"first{os.environ.get('RANK', '0')}")
+    place.mkdir()
+    model = llama()
+    model.config.architectures = [type(model).__name__]
+    Path(place, "config.json").write_text(model.config.to_json_string(use_diff=False))
+    save_file(model.state_dict(), Path(place, "model.safetensors"), {"format": "pt"})
+    return str(place)
 
 
 def _vowels(completions: list[str], **_: Any) -> list[float]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import Strategy
+    from paceline.training_state.attributes import AttributeState
     from paceline.training_state.registered_tensors import LoadTarget
 
 __all__ = ["TrainingState", "name_differences"]
@@ -56,6 +57,7 @@ class TrainingState:
         schedulers: Prepared schedulers.
         loaders: Prepared loaders.
         scaler: The fp16 loss scaler; None if there is none, or the engine has its own.
+        attributes: What of models and optimizers is not in their tensors.
         custom: Registered objects with `state_dict` and `load_state_dict`.
         omitted: Models whose weights are saved and loaded by hooks.
     """
@@ -66,6 +68,7 @@ class TrainingState:
     schedulers: Sequence[AcceleratedScheduler]
     loaders: Sequence[PreparedDataLoader]
     scaler: LossScaler | None
+    attributes: AttributeState
     custom: Sequence[Any]
     omitted: Sequence[nn.Module] = ()
 
@@ -134,7 +137,13 @@ class TrainingState:
         return {
             "loaders": [to_plain(s.state_dict(), f"loader_{index}") for index, s in enumerate(self.loaders)],
             "generators": to_plain(get_rng_states(self.strategy.context.device), "generators"),
+            "attributes": to_plain(self.attributes.capture(self._owners()), "attributes"),
         }
+
+    def _owners(self) -> dict[str, Any]:
+        """Models and optimizers without what wraps them, by name."""
+        models = {numbered("model", i): self.strategy.unwrap(model) for i, model in enumerate(self.models)}
+        return models | {numbered("optimizer", i): wrapper.optimizer for i, wrapper in enumerate(self.optimizers)}
 
     def _manifest(self) -> Manifest:
         position = {}
@@ -283,6 +292,9 @@ class TrainingState:
                 loader.load_state_dict(from_plain(position))
         if own is not None and own["generators"]:
             set_rng_states(from_plain(own["generators"]), self.strategy.context.device)
+        if saved.get("attributes"):
+            attributes = from_plain(saved["attributes"])
+            self.attributes.restore(attributes, self._owners(), generators=own is not None)
         size = checkpoint.manifest.world_size
         if size != self._group.size:
             # Each rank has its own generators, so another number of ranks cannot continue them exactly.

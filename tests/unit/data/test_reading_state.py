@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
+from paceline.data import ActiveLoaders
 from paceline.environment.object_state import ObjectState, OwnGenerators
 from tests.unit.data.support import Numbers, PlainStream, prepared
 
@@ -320,3 +321,41 @@ def test_generators_of_epochs_differ_and_the_first_is_left_as_it_is() -> None:
     assert drawn[0] == random.Random(3).random()
     assert len(set(drawn)) == 3
     assert drawn[3:] == drawn[:2]
+
+
+class GlobalDraws(Numbers):
+    """Draws from the global generators in this process."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index + random.random()
+
+
+@pytest.mark.parametrize("stop", [0, 2, 4])
+def test_a_signal_stops_before_a_batch_is_read(stop: int) -> None:
+    class Stopped(Exception):
+        pass
+
+    def act() -> None:
+        if len(seen) == stop:
+            state["position"], state["random"] = loader.state_dict(), random.getstate()
+            raise Stopped
+
+    def make() -> Any:
+        return prepared(DataLoader(GlobalDraws(SIZE), 4, shuffle=True), active=active)
+
+    active = ActiveLoaders()
+    random.seed(1)
+    first = make()
+    whole = [batch.tolist() for _ in range(2) for batch in first]
+    active.before_batch = act
+    random.seed(1)
+    seen: list[Any] = []
+    state: dict[str, Any] = {}
+    loader = make()
+    with pytest.raises(Stopped):
+        seen.extend(batch.tolist() for _ in range(2) for batch in loader)
+    active.before_batch = lambda: None
+    again = make()
+    again.load_state_dict(state["position"])
+    random.setstate(state["random"])
+    assert seen + [batch.tolist() for _ in range(2) for batch in again][: 8 - stop] == whole

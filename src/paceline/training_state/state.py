@@ -18,6 +18,7 @@ from paceline.environment.rng_state import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
+from paceline.strategies.state import saved_buffers
 from paceline.training_state.registered_tensors import (
     LiveTensors,
     is_sharded,
@@ -91,6 +92,8 @@ class TrainingState:
 
         frozen = self._frozen_bases()
         shards = {name: shard for name, shard in self.model_shards().items() if name not in frozen}
+        # Those of rank 0, as one: batch norm counts on every rank, and each would write some of its own.
+        buffers = {name: shards.pop(name) for name in self._buffer_names() if name in shards}
         groups = self._add_optimizer_shards(shards)
         documents = {rank_document(self._rank): json.dumps(self._rank_state())}
         tensors: dict[str, Tensor] = {}
@@ -101,7 +104,7 @@ class TrainingState:
         shards |= sharded
         common = Common()
         if self._rank == 0:
-            common = Common(whole, {TRAINING: json.dumps(training), **self._model_config()})
+            common = Common({**whole, **buffers}, {TRAINING: json.dumps(training), **self._model_config()})
         content = Content(shards=shards, documents=documents, common=common, manifest=self._manifest())
         return content, self._updated_by_step(shards)
 
@@ -333,6 +336,13 @@ class TrainingState:
             if not any(model is other for other in self.omitted)
             for name, shard in self.strategy.model_state(model).items()
         }
+
+    def _buffer_names(self) -> list[str]:
+        return [
+            f"{numbered('model', index)}/{name}"
+            for index, model in enumerate(self.models)
+            for name, _ in saved_buffers(self.strategy.unwrap(model))
+        ]
 
     def _frozen_bases(self) -> set[str]:
         """Weights that no checkpoint holds: those of frozen base models under PEFT adapters."""

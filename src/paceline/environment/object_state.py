@@ -117,6 +117,8 @@ class OwnGenerators:
 
     def seed(self, seed: int) -> None:
         """Seed each of them with a number of its own."""
+        if not self._base:
+            return
         for path, generator in self._found().items():
             _seed(generator, _digest(path, seed))
 

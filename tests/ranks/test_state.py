@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from paceline import Accelerator
 from paceline.errors import StateError
 from tests.support.engines import slowly, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
@@ -27,6 +28,9 @@ from tests.support.training import (
     make_optimizer,
     with_small_scale,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FSDP_CHECKPOINTED = Layout("fsdp2-checkpointed", 2, "fsdp", {"activation_checkpointing": True})
 ZERO_1, ZERO_2, ZERO_3 = ZERO[1], ZERO[2], ZERO[3]
@@ -195,3 +199,41 @@ def tied(layout: Layout) -> dict[str, str]:
 @pytest.mark.parametrize("layout", [SINGLE, FSDP_CHECKPOINTED, *with_deepspeed([ZERO_3])], ids=str)
 def test_ties_are_named(layout: Layout) -> None:
     assert run_on_ranks(layout.ranks, tied, layout)[0] == {"head.weight": "tokens.weight"}
+
+
+class Normalized(torch.nn.Module):
+    """Batch norm counts on every rank, of its own samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.norm(x))
+        return result
+
+
+def save_normalized(folder: str, strategy: str) -> None:
+    accelerator = Accelerator(cpu=True, strategy=strategy)
+    torch.manual_seed(1)
+    module = Normalized()
+    model: Any = module
+    optimizer: Any = torch.optim.SGD(module.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    for _ in range(2):
+        x = torch.arange(12.0).reshape(3, 4) * (accelerator.process_index + 1)
+        accelerator.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    before = {name: buffer.clone() for name, buffer in accelerator.unwrap_model(model).named_buffers()}
+    of_rank_0 = accelerator.gather_object([before])[0]
+    accelerator.save_state(folder)
+    accelerator.load_state(folder)
+    for name, buffer in accelerator.unwrap_model(model).named_buffers():
+        assert torch.equal(buffer, of_rank_0[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_buffers_that_differ_between_ranks_are_all_saved_as_on_rank_0(strategy: str, tmp_path: Path) -> None:
+    run_on_ranks(2, save_normalized, str(tmp_path / "state"), strategy)

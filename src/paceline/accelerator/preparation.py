@@ -193,6 +193,7 @@ class Preparer:
             optimizers=own or self._prepared.optimizers,
             step_with_optimizer=self.step_scheduler_with_optimizer,
         )
+        self._prepared.attributes.note_functions(f"scheduler_{len(self._prepared.schedulers)}", prepared.scheduler)
         self._prepared.schedulers.append(prepared)
         self._lengths.add_scheduler(prepared)
         return prepared
@@ -260,6 +261,7 @@ class Preparer:
                 wrapper.optimizer = strategy.resolve_placeholder_optimizer(wrapper.optimizer)
             done.update((id(model), result) for model, result in zip(models, prepared, strict=True))
             self._check_dtypes(strategy)
+        self._prepared.note_attributes(strategy)
         if models:
             self._check_foreign(optimizers)
         return done

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from paceline.checkpoint import numbered
 from paceline.stepping import planned_steps
+from paceline.training_state.attributes import AttributeState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, Window
+    from paceline.strategies import Strategy
     from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
@@ -33,6 +36,7 @@ class Prepared:
         loaders: Those whose position belongs to the training state.
         foreign_loaders: Those of another family, whose position is saved by whoever provides it.
         registered: Objects of the script that checkpoints contain.
+        attributes: What of models and optimizers is not in their tensors.
     """
 
     models: list[nn.Module] = field(default_factory=list)
@@ -41,6 +45,7 @@ class Prepared:
     loaders: list[PreparedDataLoader] = field(default_factory=list)
     foreign_loaders: list[DataLoader[Any]] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
+    attributes: AttributeState = field(default_factory=AttributeState)
 
     def __contains__(self, thing: object) -> bool:
         """Whether a model, optimizer or scheduler was prepared here and not forgotten since."""
@@ -77,6 +82,13 @@ class Prepared:
         done = max((optimizer.num_steps for optimizer in self.optimizers), default=0)
         return None if longest is None else max(0, longest - done)
 
+    def note_attributes(self, strategy: Strategy | None) -> None:
+        """Note the attributes of what was prepared, before training changes them."""
+        owners: dict[str, Any] = {numbered("optimizer", i): o.optimizer for i, o in enumerate(self.optimizers)}
+        if strategy is not None:
+            owners |= {numbered("model", i): strategy.unwrap(model) for i, model in enumerate(self.models)}
+        self.attributes.note(owners)
+
     def state_source(self, selector: StrategySelector, scaler: LossScaler | None) -> Callable[[], TrainingState]:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
 
@@ -90,6 +102,7 @@ class Prepared:
                 schedulers=self.schedulers,
                 loaders=self.loaders,
                 scaler=scaler,
+                attributes=self.attributes,
                 custom=self.registered,
             )
 
@@ -106,3 +119,4 @@ class Prepared:
         )
         for things in lists:
             things.clear()
+        self.attributes.clear()

@@ -18,6 +18,7 @@ from paceline.data.batch_source import BatchSource, Position, batch_text
 from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, SeededKeys, mix_seed, seed_global_rngs
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
+from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class MapGlobalBatches(GlobalBatches):
         self.generator = reader.generator
         self.workers = reader.num_workers > 0
         self.draws_in_process = not self.workers
+        self._generators = OwnGenerators({"dataset": reader.dataset, "collate_fn": reader.collate_fn})
         self.size = sharding.size()
         self.batches = tuple(sharding.num_batches_of(rank) for rank in range(ranks))
 
@@ -168,6 +170,7 @@ class MapGlobalBatches(GlobalBatches):
                     keys = SeededKeys(keys, batch_seed, worker_epoch)
                 else:
                     seed_global_rngs(batch_seed)
+                    self._generators.seed(batch_seed)
                 yield keys
 
     def describe(self, seed: int) -> str:

@@ -33,6 +33,7 @@ __all__ = ["PreparedDataLoader"]
 _LOG = logging.getLogger(__name__)
 
 STATE_VERSION = 1
+_END: Any = object()
 
 
 @dataclass(slots=True)
@@ -121,11 +122,11 @@ class PreparedDataLoader(DataLoader[Any]):
         with self._active.during(self) as active_iteration:
             self._iteration = current
             progress = current.progress
-            same_number_everywhere = self._group.size == 1 or self._layout.padded or self._layout.drop_last
+            if self._group.size == 1 or self._layout.padded or self._layout.drop_last:
+                # All ranks get the same number of batches.
+                batches = self._with_points(batches, progress)
             try:
                 for batch in batches:
-                    if same_number_everywhere:
-                        self._active.before_batch()
                     progress.advance()
                     self._active.draw(active_iteration)
                     if self._active.watch is not None:
@@ -139,6 +140,26 @@ class PreparedDataLoader(DataLoader[Any]):
                     self._iteration = outer if outer is not None and outer.running else None
             finally:
                 current.running = False
+
+    def _with_points(self, batches: Iterator[Any], progress: IterationProgress) -> Iterator[Any]:
+        """Yield the batches, and pass a point at which a signal may stop the run before each of them.
+
+        Before it is read, because what is read in this process draws from generators that are saved at that point. A
+        stream draws from isolated ones, and may have to be read to know whether there is a batch.
+        """
+        if not self._batch_source.rereads:
+            while not progress.at_end:
+                self._active.before_batch()
+                batch = next(batches, _END)
+                if batch is _END:
+                    return
+                yield batch
+                # Not kept while the next one is read.
+                del batch
+        for batch in batches:
+            self._active.before_batch()
+            yield batch
+            del batch
 
     def _begin(self) -> tuple[LoaderIteration, Iterator[Any]]:
         if self._worker_copies is not None:

@@ -217,6 +217,8 @@ class _LoaderBuilder:
         without = sampler_generators(batches)
         if loader.num_workers:
             return ReadingState({"sampler": batches}, {}, [*without, loader.dataset])
+        if self.config.dispatch_batches and self.group.size > 1:
+            return ReadingState({"sampler": batches}, {}, [*without, loader.dataset], ahead=readers)
         return ReadingState({"sampler": batches}, readers, without)
 
     def _warn_if_batch_exceeds_dataset(self, sharding: Sharding) -> None:

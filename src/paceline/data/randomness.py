@@ -192,20 +192,21 @@ class IsolatedRng:
         # seeded when it is first used.
         self._numpy = np.random.MT19937(_unseeded())
         self._state: _RngState | None = None
+        self._is_global = False
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Run the body with this state, continued from the last time; then restore the global one.
 
-        Inside of such a body it does nothing.
+        Within another body of its own it changes nothing.
         """
         if self._is_global:
             yield
             return
         saved = self._read()
+        self._is_global = True
         try:
             self.make_global()
-            self._is_global = True
             yield
         finally:
             self._is_global = False

@@ -31,10 +31,18 @@ class ReadingState:
         once: What an iteration runs from its beginning, by name.
         each: What reads each batch by itself, in this process.
         without: Objects and generators to leave alone.
+        ahead: What reads some batches ahead, so that its attributes belong to no position.
     """
 
-    def __init__(self, once: Mapping[str, Any], each: Mapping[str, Any], without: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        once: Mapping[str, Any],
+        each: Mapping[str, Any],
+        without: Iterable[Any] = (),
+        ahead: Mapping[str, Any] | None = None,
+    ) -> None:
         without = list(without)
+        self._ahead = ObjectState(ahead or {})
         without_once = [*without, *each.values()]
         self._once = ObjectState(once, without_once, MAX_SAMPLER_ELEMENTS)
         self._epoch_generators = OwnGenerators(once, without_once)
@@ -56,11 +64,13 @@ class ReadingState:
         once = self._at_begin
         if once is None or not within:
             once = self._once.capture()
+        each, changed = self._each.capture(), self._ahead.capture()
+        each["lost"] += [*changed["values"], *changed["lost"]]
         parts = {
-            "once": once, "each": self._each.capture(), "epoch_generators": self._epoch_generators.base,
+            "once": once, "each": each, "epoch_generators": self._epoch_generators.base,
             "generators": self._generators.states(),
         }  # fmt: skip
-        is_empty = not any([*once.values(), *parts["each"].values(), parts["epoch_generators"], parts["generators"]])
+        is_empty = not any([*once.values(), *each.values(), parts["epoch_generators"], parts["generators"]])
         return {} if is_empty else parts
 
     def load_state_dict(self, state: Mapping[str, Any], owner: str) -> None:

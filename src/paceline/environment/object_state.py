@@ -21,7 +21,14 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["ObjectState", "OwnGenerators"]
+__all__ = [
+    "ObjectState",
+    "OwnGenerators",
+    "generator_state",
+    "is_generator",
+    "is_script_module",
+    "set_generator_state",
+]
 
 # Lists and dicts of up to so many objects are searched, and objects in objects up to this depth.
 MAX_SEARCHED = 64
@@ -73,17 +80,17 @@ class OwnGenerators:
 
     def _found(self) -> dict[str, Any]:
         places = _places(self._roots, self._without)
-        return {place.path: place.value for place in places if _is_generator(place.value)}
+        return {place.path: place.value for place in places if is_generator(place.value)}
 
     def states(self) -> dict[str, Any]:
         """Return their current states by path."""
-        return {path: _generator_state(generator) for path, generator in self._found().items()}
+        return {path: generator_state(generator) for path, generator in self._found().items()}
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Set them to states that `states` returned."""
         for path, generator in self._found().items():
             if path in states:
-                _set_generator_state(generator, states[path])
+                set_generator_state(generator, states[path])
 
     @property
     def base(self) -> dict[str, Any]:
@@ -110,6 +117,8 @@ class OwnGenerators:
 
     def seed(self, seed: int) -> None:
         """Seed each of them with a number of its own."""
+        if not self._base:
+            return
         for path, generator in self._found().items():
             _seed(generator, _digest(path, seed))
 
@@ -150,7 +159,7 @@ class ObjectState:
 
     def _places(self) -> Iterator[_Place]:
         places = _places(self._roots, self._without, self._max_elements)
-        return (place for place in places if not _is_generator(place.value))
+        return (place for place in places if not is_generator(place.value))
 
     def _frozen(self, value: Any) -> Any:
         if _is_plain(value, self._max_elements):
@@ -335,7 +344,7 @@ def _places(roots: Mapping[str, Any], without: Iterable[Any], max_elements: int 
 
 def _places_in(place: _Place, seen: set[int], depth: int, max_elements: int) -> Iterator[_Place]:
     value = place.value
-    if _is_generator(value):
+    if is_generator(value):
         if id(value) not in seen:
             seen.add(id(value))
             yield place
@@ -380,7 +389,7 @@ def _inside_function(place: _Place) -> list[_Place]:
         return [_Place(f"{path}.{name}", path, parts, name, value) for name, value in parts.items()]
     if isinstance(function, MethodType):
         return [_Place(f"{path}.self", path, {}, "self", function.__self__)]
-    if not _is_name_of_script(function.__module__):
+    if not is_script_module(function.__module__):
         return []
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     places = []
@@ -395,7 +404,7 @@ def _inside_function(place: _Place) -> list[_Place]:
 
 def _methods(kind: type) -> Iterator[FunctionType]:
     for base in kind.__mro__:
-        if _is_name_of_script(base.__module__):
+        if is_script_module(base.__module__):
             yield from (value for value in vars(base).values() if isinstance(value, FunctionType))
 
 
@@ -405,12 +414,13 @@ def _global_generators(place: _Place, functions: Iterable[FunctionType]) -> list
     for function in functions:
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if _is_generator(value):
+            if is_generator(value):
                 found[name] = _Place(f"{place.path}.{name}", place.path, function.__globals__, name, value)
     return list(found.values())
 
 
-def _is_name_of_script(module: str | None) -> bool:
+def is_script_module(module: str | None) -> bool:
+    """Whether a module of this name belongs to the script, not to Python or a large library."""
     name = module or ""
     top = name.partition(".")[0]
     return (top not in _LIBRARIES and top not in sys.stdlib_module_names) or name in ("__main__", "__mp_main__")
@@ -423,13 +433,14 @@ def _is_of_script(value: Any) -> bool:
     if isinstance(value, torch.Tensor | np.ndarray):
         return False
     kinds = [kind for kind in type(value).__mro__ if kind is not object]
-    return bool(kinds) and (_is_name_of_script(kinds[0].__module__) or kinds[0].__module__ in _CONTAINERS)
+    return bool(kinds) and (is_script_module(kinds[0].__module__) or kinds[0].__module__ in _CONTAINERS)
 
 
 # Generators of each kind
 
 
-def _is_generator(value: Any) -> bool:
+def is_generator(value: Any) -> bool:
+    """Whether a value is a random generator that is not a global one."""
     if isinstance(value, torch.Generator):
         return value is not torch.default_generator
     if isinstance(value, np.random.RandomState):
@@ -439,7 +450,8 @@ def _is_generator(value: Any) -> bool:
     return isinstance(value, np.random.Generator)
 
 
-def _generator_state(generator: Any) -> Any:
+def generator_state(generator: Any) -> Any:
+    """Return a generator's state, as tuples, dicts, numbers, arrays and tensors."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -449,7 +461,8 @@ def _generator_state(generator: Any) -> Any:
     return generator.bit_generator.state
 
 
-def _set_generator_state(generator: Any, state: Any) -> None:
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Restore what `generator_state` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):

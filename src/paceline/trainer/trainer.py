@@ -306,7 +306,7 @@ class Trainer:
         self.state = self._state_for(length, loader)
         self._update_callback_things(train_dataloader=loader, eval_dataloader=None)
         loop = TrainingLoop(losses.LoopInputs(self, self._call, self.model_wrapped, loader, ignore_keys), length)
-        self._progress.loop = loop
+        self._progress.begin(loop)
         self.accelerator.register_for_checkpointing(self._progress)
         if self.args.save_strategy != "no" and not self.args.save_only_model:
             self.accelerator.on_preemption(self.save_checkpoint)

@@ -18,6 +18,7 @@ from paceline.environment.random_generators import get_rng_states, set_rng_state
 from paceline.errors import CheckpointError, StateError, counted, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
+from paceline.strategies.state import saved_buffers
 from paceline.training_state.registered_tensors import (
     LiveTensors,
     is_sharded,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import Strategy
+    from paceline.training_state.attributes import AttributeState
     from paceline.training_state.registered_tensors import LoadTarget
 
 __all__ = ["TrainingState", "name_differences"]
@@ -56,6 +58,7 @@ class TrainingState:
         schedulers: Prepared schedulers.
         loaders: Prepared loaders.
         scaler: The fp16 loss scaler; None if there is none, or the engine has its own.
+        attributes: What of models and optimizers is not in their tensors.
         custom: Registered objects with `state_dict` and `load_state_dict`.
         omitted: Models whose weights are saved and loaded by hooks.
     """
@@ -66,6 +69,7 @@ class TrainingState:
     schedulers: Sequence[AcceleratedScheduler]
     loaders: Sequence[PreparedDataLoader]
     scaler: LossScaler | None
+    attributes: AttributeState
     custom: Sequence[Any]
     omitted: Sequence[nn.Module] = ()
 
@@ -88,6 +92,8 @@ class TrainingState:
 
         frozen = self._frozen_bases()
         shards = {name: shard for name, shard in self.model_shards().items() if name not in frozen}
+        # Those of rank 0, as one: batch norm counts on every rank, and each would write some of its own.
+        buffers = {name: shards.pop(name) for name in self._buffer_names() if name in shards}
         groups = self._add_optimizer_shards(shards)
         documents = {rank_document(self._rank): json.dumps(self._rank_state())}
         tensors: dict[str, Tensor] = {}
@@ -98,7 +104,7 @@ class TrainingState:
         shards |= sharded
         common = Common()
         if self._rank == 0:
-            common = Common(whole, {TRAINING: json.dumps(training), **self._model_config()})
+            common = Common({**whole, **buffers}, {TRAINING: json.dumps(training), **self._model_config()})
         content = Content(shards=shards, documents=documents, common=common, manifest=self._manifest())
         return content, self._updated_by_step(shards)
 
@@ -134,7 +140,13 @@ class TrainingState:
         return {
             "loaders": [to_plain(s.state_dict(), f"loader_{index}") for index, s in enumerate(self.loaders)],
             "generators": to_plain(get_rng_states(self.strategy.context.device), "generators"),
+            "attributes": to_plain(self.attributes.capture(self._owners()), "attributes"),
         }
+
+    def _owners(self) -> dict[str, Any]:
+        """Models and optimizers without what wraps them, by name."""
+        models = {numbered("model", i): self.strategy.unwrap(model) for i, model in enumerate(self.models)}
+        return models | {numbered("optimizer", i): wrapper.optimizer for i, wrapper in enumerate(self.optimizers)}
 
     def _manifest(self) -> Manifest:
         position = {}
@@ -283,6 +295,9 @@ class TrainingState:
                 loader.load_state_dict(from_plain(position))
         if own is not None and own["generators"]:
             set_rng_states(from_plain(own["generators"]), self.strategy.context.device)
+        if saved.get("attributes"):
+            attributes = from_plain(saved["attributes"])
+            self.attributes.restore(attributes, self._owners(), generators=own is not None)
         size = checkpoint.manifest.world_size
         if size != self._group.size:
             # Each rank has its own generators, so another number of ranks cannot continue them exactly.
@@ -321,6 +336,13 @@ class TrainingState:
             if not any(model is other for other in self.omitted)
             for name, shard in self.strategy.model_state(model).items()
         }
+
+    def _buffer_names(self) -> list[str]:
+        return [
+            f"{numbered('model', index)}/{name}"
+            for index, model in enumerate(self.models)
+            for name, _ in saved_buffers(self.strategy.unwrap(model))
+        ]
 
     def _frozen_bases(self) -> set[str]:
         """Weights that no checkpoint holds: those of frozen base models under PEFT adapters."""

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections import deque
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
+from paceline.collectives import FakeGroup, run_fake_ranks
+from paceline.data import ActiveLoaders
+from paceline.data.randomness import IsolatedRng
 from paceline.environment.object_state import ObjectState, OwnGenerators
 from tests.unit.data.support import Numbers, PlainStream, prepared
 
@@ -342,3 +346,76 @@ def test_a_state_that_no_checkpoint_can_contain_is_named_when_it_is_missed(caplo
     with caplog.at_level(logging.WARNING):
         prepared(DataLoader(Reading(), 2)).load_state_dict(state)
     assert "dataset.reader" in caplog.text
+
+
+class GlobalDraws(Numbers):
+    """Draws from the global generators in this process."""
+
+    def __getitem__(self, index: int) -> Any:
+        return index + random.random()
+
+
+@pytest.mark.parametrize("stop", [0, 2, 4])
+def test_a_signal_stops_before_a_batch_is_read(stop: int) -> None:
+    class Stopped(Exception):
+        pass
+
+    def act() -> None:
+        if len(seen) == stop:
+            state["position"], state["random"] = loader.state_dict(), random.getstate()
+            raise Stopped
+
+    def make() -> Any:
+        return prepared(DataLoader(GlobalDraws(SIZE), 4, shuffle=True), active=active)
+
+    active = ActiveLoaders()
+    random.seed(1)
+    first = make()
+    whole = [batch.tolist() for _ in range(2) for batch in first]
+    active.before_batch = act
+    random.seed(1)
+    seen: list[Any] = []
+    state: dict[str, Any] = {}
+    loader = make()
+    with pytest.raises(Stopped):
+        seen.extend(batch.tolist() for _ in range(2) for batch in loader)
+    active.before_batch = lambda: None
+    again = make()
+    again.load_state_dict(state["position"])
+    random.setstate(state["random"])
+    assert seen + [batch.tolist() for _ in range(2) for batch in again][: 8 - stop] == whole
+
+
+class NormalStream(IterableDataset[float]):
+    """Draws normal numbers, of which NumPy keeps every second."""
+
+    def __iter__(self) -> Iterator[float]:
+        for number in range(SIZE):
+            yield number + np.random.randn()
+
+
+@pytest.mark.parametrize("kind", ["stream", "map"])
+def test_what_rank_0_draws_for_all_ranks_is_resumed(kind: str) -> None:
+    def run(group: FakeGroup) -> None:
+        def make() -> Any:
+            data: Any = NormalStream() if kind == "stream" else DrawingNumbers(random.Random(3))
+            return prepared(DataLoader(data, 2), group, dispatch_batches=True)
+
+        whole, _ = read(make(), 2)
+        for stop in (1, 2, 5):
+            seen, state = read(make(), 2, stop)
+            assert seen + read(resumed(make(), state), 2, len(whole) - stop)[0] == whole
+
+    run_fake_ranks(2, run)
+
+
+def test_an_isolated_state_within_itself_changes_nothing() -> None:
+    def drawn(nested: bool) -> list[float]:
+        isolated = IsolatedRng(1)
+        with isolated():
+            numbers = [random.random(), np.random.randn()]
+            with isolated() if nested else nullcontext():
+                numbers += [random.random(), np.random.randn(), float(torch.rand(()))]
+            return [*numbers, random.random(), np.random.randn(), float(torch.rand(()))]
+
+    assert drawn(nested=True) == drawn(nested=False)

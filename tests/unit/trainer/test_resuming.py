@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -266,3 +267,29 @@ def test_a_training_of_transformers_goes_on(tmp_path: Path) -> None:
     assert (Counter(seen), steps, rate) == (Counter(range(ROWS)), 15, 0.0)
     with pytest.raises(AssertionError, match="within an epoch, at epoch"):
         run_on_ranks(1, on_ranks, str(tmp_path / "d"), {}, f"{tmp_path}/a/checkpoint-5")
+
+
+class Counting(TrainerCallback):
+    """Decays the learning rate by its own count, with noise of its own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.source = random.Random(1)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        self.calls += 1
+        for group in things["optimizer"].param_groups:
+            group["weight_decay"] = self.source.random() / self.calls
+
+
+@pytest.mark.parametrize("kind", [Counting, lambda: Leaves(4)])
+def test_callbacks_go_on_where_they_were(kind: Any, tmp_path: Path) -> None:
+    said = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    whole = trainer_of(tmp_path, said, callbacks=[kind()])
+    train(whole)
+    resumed = trainer_of(tmp_path / "resumed", said, callbacks=[kind()])
+    train(resumed, str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == whole.state.global_step
+    assert resumed.state.epoch == whole.state.epoch
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -170,6 +170,8 @@ def _align_epoch(hooks: TrainerHooks, loop: TrainingLoop, saved: StepSize, curre
     position = loop.loader.state_dict()
     is_within = not position["ended"] and bool(position["samples"] or position["batches"])
     is_epoch_over = not state.updates_in_pass or 0 < saved.per_epoch <= state.updates_in_pass
+    # A callback ended the epoch in the step of the checkpoint.
+    is_epoch_over |= hooks.control.should_epoch_stop
     if is_epoch_over and is_within:
         # The epoch was ended early: the loader must not continue with the rest of it.
         loop.loader.set_epoch(position["epoch"] + 1)

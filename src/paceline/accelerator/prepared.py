@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import numbered
 from paceline.stepping import planned_steps
 from paceline.training_state.attributes import AttributeState
 
@@ -84,6 +83,9 @@ class Prepared:
 
     def note_attributes(self, strategy: Strategy | None) -> None:
         """Note the attributes of what was prepared, before training changes them."""
+        # Not at the start of every program.
+        from paceline.checkpoint import numbered
+
         owners: dict[str, Any] = {numbered("optimizer", i): o.optimizer for i, o in enumerate(self.optimizers)}
         if strategy is not None:
             owners |= {numbered("model", i): strategy.unwrap(model) for i, model in enumerate(self.models)}

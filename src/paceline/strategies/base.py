@@ -16,7 +16,6 @@ from typing_extensions import override
 
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
-from paceline.placement.offloaded_state import get_state_dict_offloaded_model, has_offloaded_params
 from paceline.precision import autocast_forward
 from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
@@ -392,7 +391,12 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         if not self.context.world.is_main:
             return {}
         whole = self.unwrap(model)
-        values = get_state_dict_offloaded_model(whole) if _is_offloaded(whole) else whole.state_dict()
+        if _is_offloaded(whole):
+            from paceline.placement.offloaded_state import get_state_dict_offloaded_model
+
+            values = get_state_dict_offloaded_model(whole)
+        else:
+            values = whole.state_dict()
         state = {name: value for name, value in values.items() if name not in without}
         return {name: value.detach().cpu() for name, value in state.items() if torch.is_tensor(value)}
 
@@ -480,7 +484,13 @@ def short_dtype(dtype: torch.dtype) -> str:
 
 def _is_offloaded(model: nn.Module) -> bool:
     """Whether hooks keep weights of a model in host memory or on disk."""
-    return any(map(has_offloaded_params, model.modules()))
+    hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
+    if not hooked:
+        return False
+    # Not at the start of every program.
+    from paceline.placement.offloaded_state import has_offloaded_params
+
+    return any(map(has_offloaded_params, hooked))
 
 
 def _devices_of_map(model: nn.Module) -> list[object]:

@@ -363,16 +363,15 @@ def _refuse_offloaded_weights(models: Sequence[nn.Module], optimizers: Sequence[
     """Refuse optimizers of weights that are offloaded: their gradients go nowhere, and nothing would be trained."""
     modules = [(model, module) for model in models for module in offloaded_modules(model)]
     owners = {id(p): model for model, module in modules for p in module.parameters() if p.requires_grad and p.is_meta}
-    held = [
-        p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"] if id(p) in owners
-    ]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [parameter for group in groups for parameter in group["params"] if id(parameter) in owners]
     if held:
+        kind = type(owners[id(held[0])]).__name__
         raise PrepareError(
-            f"An optimizer has {counted(len(held), 'weight')} of {type(owners[id(held[0])]).__name__} that hooks keep in "
-            "host memory or on disk",
+            f"An optimizer has {counted(len(held), 'weight')} of {kind} that hooks keep in host memory or on disk",
             "They have values only while their module runs, so that no step can change them",
-            "Freeze them (requires_grad_(False)) and give the optimizer the others, or load the model without offloading "
-            "and shard it (FSDP or DeepSpeed)",
+            "Freeze them (requires_grad_(False)) and give the optimizer the others, or shard the whole model (FSDP or "
+            "DeepSpeed)",
         )
 
 

@@ -245,6 +245,41 @@ def test_all_commands_are_listed_and_found(capsys: pytest.CaptureFixture[str], m
     )
 
 
+def test_a_command_says_what_is_wrong_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "values.yaml").write_text("mixed_precision: 'no'\n")
+    for words, said in (
+        (("config", "update", "--config_file", str(tmp_path / "missing.yaml")), "There is no file"),
+        (("merge-weights", str(tmp_path), str(tmp_path / "merged")), "holds no shards"),
+        (("tpu-config", "--config_file", str(tmp_path / "values.yaml")), "no `distributed_type`"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["accelerate", *words])
+        with pytest.raises(SystemExit) as ended:
+            accelerate_cli.main()
+        assert ended.value.code == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("paceline: ")
+        assert said in printed
+
+
+@pytest.mark.parametrize("kind", ["ConnectError", "other"])
+def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Newer libraries of the Hub raise an error of their HTTP client, which is no `OSError`."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    transport = type("TransportError" if kind == "ConnectError" else "AnotherError", (Exception,), {})
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise type(kind, (transport,), {})("no route")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", fail)
+    if kind == "other":
+        with pytest.raises(Exception, match="no route"):
+            estimate.verify_on_hub("somebody/model")
+    else:
+        assert estimate.verify_on_hub("somebody/model") == "gated"
+
+
 def test_the_size_of_a_model_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     values = '{"model_type": "bert", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 2, '

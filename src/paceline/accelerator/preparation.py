@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
 from paceline.environment.logging import get_logger
-from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, named
+from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, counted, named
 from paceline.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
@@ -20,6 +20,7 @@ from paceline.stepping import (
     is_scheduler,
     unassigned_parameters,
 )
+from paceline.strategies.base import offloaded_modules
 from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Preparer:
             done[id(loader)] = self.prepare_data_loader(loader, placement[id(loader)])
         models = [model for model in _unique(args, nn.Module) if model not in self._prepared]
         optimizers = [optimizer for optimizer in _unique(args, Optimizer) if optimizer not in self._prepared]
+        _refuse_offloaded_weights(models, optimizers)
         done |= self._prepare_trained(models, optimizers, placement, _unique(args, DummyScheduler))
         for other in args:
             if id(other) not in done and not isinstance(other, (nn.Module, Optimizer)):
@@ -357,6 +359,22 @@ def _log_pending(warnings: list[str]) -> None:
     """Log and remove warnings that waited for the end of the training."""
     while warnings:
         _LOG.warning("%s", warnings.pop())
+
+
+def _refuse_offloaded_weights(models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers of weights that are offloaded: their gradients go nowhere, and nothing would be trained."""
+    modules = [(model, module) for model in models for module in offloaded_modules(model)]
+    owners = {id(p): model for model, module in modules for p in module.parameters() if p.requires_grad and p.is_meta}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [parameter for group in groups for parameter in group["params"] if id(parameter) in owners]
+    if held:
+        kind = type(owners[id(held[0])]).__name__
+        raise PrepareError(
+            f"An optimizer has {counted(len(held), 'weight')} of {kind} that hooks keep in host memory or on disk",
+            "They have values only while their module runs, so that no step can change them",
+            "Freeze them (requires_grad_(False)) and give the optimizer the others, or shard the whole model (FSDP or "
+            "DeepSpeed)",
+        )
 
 
 def _placement_flags(args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> dict[int, bool | None]:

@@ -411,7 +411,7 @@ class _Loan:
             return
         parameter = owner._parameters[last]
         if torch.is_grad_enabled() and parameter is not None and parameter.requires_grad and parameter.is_leaf:
-            parameter.register_post_accumulate_grad_hook(_warn_of_lost_gradient)
+            parameter.register_post_accumulate_grad_hook(_warn_of_lost_gradient)  # type: ignore[no-untyped-call]
 
     def changed_buffers(self) -> dict[str, torch.Tensor]:
         """The buffers that have other values than they came with, by their names in the weights."""

@@ -125,7 +125,7 @@ class SequentialHook(ModelHook):
 def _context(hook: Any, module: nn.Module) -> AbstractContextManager[Any] | None:
     """The context of a hook, whose class may be that of another library."""
     make = getattr(hook, "context", None)
-    return None if make is None else make(module)  # type: ignore[no-any-return]
+    return None if make is None else make(module)
 
 
 @contextmanager

@@ -390,14 +390,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """
         if not self.context.world.is_main:
             return {}
-        whole = self.unwrap(model)
-        if _is_offloaded(whole):
-            from paceline.placement.offloaded_state import get_state_dict_offloaded_model
-
-            values = get_state_dict_offloaded_model(whole)
-        else:
-            values = whole.state_dict()
-        state = {name: value for name, value in values.items() if name not in without}
+        state = {name: value for name, value in _state_dict(self.unwrap(model)).items() if name not in without}
         return {name: value.detach().cpu() for name, value in state.items() if torch.is_tensor(value)}
 
     @override
@@ -482,15 +475,28 @@ def short_dtype(dtype: torch.dtype) -> str:
     return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
 
 
+def _state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model, with the values of weights that are offloaded."""
+    if not _is_offloaded(model):
+        return model.state_dict()
+    from paceline.placement import get_state_dict_offloaded_model
+
+    return get_state_dict_offloaded_model(model)
+
+
 def _is_offloaded(model: nn.Module) -> bool:
     """Whether hooks keep weights of a model in host memory or on disk."""
-    hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
-    if not hooked:
-        return False
-    # Not at the start of every program.
-    from paceline.placement.offloaded_state import has_offloaded_params
+    return bool(offloaded_modules(model))
 
-    return any(map(has_offloaded_params, hooked))
+
+def offloaded_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose weights hooks keep in host memory or on disk."""
+    hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
+    if not hooked:  # as in nearly every run: placement need not be imported
+        return []
+    from paceline.placement import has_offloaded_params
+
+    return [module for module in hooked if has_offloaded_params(module)]
 
 
 def _devices_of_map(model: nn.Module) -> list[object]:

@@ -36,7 +36,7 @@ from paceline.placement import (
 from tests.unit.placement.towers import Tower, ids, tower
 
 
-def layers(seed: int = 0, width: int = 8) -> nn.Sequential:
+def layers(seed: int = 0, width: int = 8) -> Any:
     torch.manual_seed(seed)
     return nn.Sequential(*[nn.Linear(width, width) for _ in range(3)])
 
@@ -122,7 +122,7 @@ def test_a_checkpoint_need_not_have_a_tied_weight_twice(tmp_path: Path, kind: st
         torch.save(state, path)
     else:
         save_file(state, path)
-    spread = load_checkpoint_and_dispatch(
+    spread: Any = load_checkpoint_and_dispatch(
         empty(lambda: Tower().eval()), path, device_map, offload_folder=tmp_path / "o"
     )
     assert torch.equal(spread(ids()), model(ids()))
@@ -166,7 +166,8 @@ class Borrowing(nn.Module):
         self.own = nn.ParameterDict({"with/slash": torch.rand(8, 8)})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.inner.weight.T @ self.own["with/slash"]
+        found: torch.Tensor = x @ self.inner.weight.T @ self.own["with/slash"]
+        return found
 
 
 @pytest.mark.parametrize("how", ["disk", "cpu", "map"])
@@ -249,7 +250,8 @@ def test_all_names_and_own_tensors_are_in_the_state(tmp_path: Path) -> None:
             self.scale = nn.Parameter(torch.rand(8))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.second(self.first(x)) * self.scale
+            found: torch.Tensor = self.second(self.first(x)) * self.scale
+            return found
 
     model = Shared()
     expected, state = model(X), {name: tensor.clone() for name, tensor in model.state_dict().items()}

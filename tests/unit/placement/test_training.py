@@ -50,6 +50,15 @@ def test_adapters_learn_on_offloaded_weights(tmp_path: Path) -> None:
     assert found[-1] < found[0]
 
 
+def test_an_optimizer_of_offloaded_weights_is_refused(tmp_path: Path) -> None:
+    """Its steps would change nothing, without a word."""
+    model = tower(tied=False)
+    dispatch_model(model, MAP, offload_dir=tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(PrepareError, match=r"An optimizer has \d+ weights of Tower that hooks keep .* Freeze them"):
+        Accelerator(cpu=True).prepare(model, optimizer)
+
+
 def _refused(folder: str) -> str:
     model = frozen_but_the_head()
     dispatch_model(model, MAP, offload_dir=Path(folder, str(torch.distributed.get_rank())))

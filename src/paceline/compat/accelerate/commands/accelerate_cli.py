@@ -12,7 +12,7 @@ from paceline.compat.accelerate.commands.merge import merge_command_parser
 from paceline.compat.accelerate.commands.test import test_command_parser
 from paceline.compat.accelerate.commands.to_fsdp2 import to_fsdp2_command_parser
 from paceline.compat.accelerate.commands.tpu import tpu_command_parser
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser
+from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
 
 __all__ = ["main"]
 
@@ -36,7 +36,7 @@ def main() -> None:
     if not hasattr(args, "func"):
         parser.print_help()
         sys.exit(1)
-    args.func(args)
+    run_command(args.func, args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from paceline import version
 from paceline.accelerator.environment_report import environment_report
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from paceline.compat.accelerate.commands.utils import run_command
 from paceline.compat.install import VERSION
 
 __all__ = ["env_command", "env_command_parser", "main"]
@@ -69,7 +70,7 @@ def env_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Run `accelerate env`; return the exit code."""
-    env_command(env_command_parser().parse_args())
+    run_command(env_command, env_command_parser().parse_args())
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from paceline.compat.accelerate.big_modeling import init_empty_weights
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser
+from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.utils.imports import is_timm_available, is_transformers_available
 from paceline.compat.accelerate.utils.modeling import calculate_maximum_sizes
@@ -61,6 +61,11 @@ def verify_on_hub(repo: str, token: str | None = None) -> Any:
         return "repo"
     except OSError:
         return "gated"
+    except Exception as error:
+        # Without a connection: an error of the HTTP client, which differs between versions of the Hub's library.
+        if any(kind.__name__ in ("TransportError", "RequestException") for kind in type(error).__mro__):
+            return "gated"
+        raise
 
 
 def check_has_model(error: Exception) -> str:
@@ -274,7 +279,7 @@ def estimate_command(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run `accelerate estimate-memory`."""
-    estimate_command(estimate_command_parser().parse_args())
+    run_command(estimate_command, estimate_command_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from paceline.compat.accelerate.commands.config.config_args import (
     load_config_from_file,
 )
 from paceline.compat.accelerate.commands.flags import add_flags, defaults, destination
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser
+from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
 from paceline.compat.accelerate.settings.enums import ComputeEnvironment
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 from paceline.config import options
@@ -415,7 +415,7 @@ def sagemaker_launcher(sagemaker_config: Any, args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run `accelerate launch`."""
-    launch_command(launch_command_parser().parse_args())
+    run_command(launch_command, launch_command_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser
+from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
 from paceline.compat.accelerate.utils.fsdp_utils import merge_fsdp_weights
 
 __all__ = ["main", "merge_command", "merge_command_parser"]
@@ -46,7 +46,7 @@ def merge_command(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run `accelerate merge-weights`."""
-    merge_command(merge_command_parser().parse_args())
+    run_command(merge_command, merge_command_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from paceline.compat.accelerate.commands.utils import run_command
+
 __all__ = ["main", "test_command", "test_command_parser"]
 
 
@@ -40,7 +42,7 @@ def test_command(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run `accelerate test`."""
-    test_command(test_command_parser().parse_args())
+    run_command(test_command, test_command_parser().parse_args())
 
 
 if __name__ == "__main__":

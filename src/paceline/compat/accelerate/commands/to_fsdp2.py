@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import yaml
 
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser
+from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 
 __all__ = [
@@ -151,7 +151,7 @@ def to_fsdp2_command(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run `accelerate to-fsdp2`."""
-    to_fsdp2_command(to_fsdp2_command_parser().parse_args())
+    run_command(to_fsdp2_command, to_fsdp2_command_parser().parse_args())
 
 
 if __name__ == "__main__":

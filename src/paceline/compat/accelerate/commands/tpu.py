@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from paceline.compat.accelerate.commands.utils import run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 
 __all__ = ["main", "tpu_command_launcher", "tpu_command_parser"]
@@ -96,7 +97,7 @@ def _installation(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Run `accelerate tpu-config`."""
-    tpu_command_launcher(tpu_command_parser().parse_args())
+    run_command(tpu_command_launcher, tpu_command_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["CustomArgumentParser"]
+from paceline.errors import PacelineError
+
+__all__ = ["CustomArgumentParser", "run_command"]
 
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -70,3 +72,17 @@ def _values(action: argparse.Action, has_value: bool, rest: list[str]) -> Iterat
         yield rest.pop(0)
     while action.nargs == argparse.ONE_OR_MORE and rest and not rest[0].startswith("-"):
         yield rest.pop(0)
+
+
+def run_command(command: Callable[[Any], object], args: Any) -> None:
+    """Run a command as a program: what is wrong with its arguments or files is printed, without a traceback.
+
+    Args:
+        command: The command.
+        args: Its arguments, parsed.
+    """
+    try:
+        command(args)
+    except (PacelineError, OSError) as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))

@@ -10,6 +10,7 @@ from paceline.compat.accelerate.commands.config.config import config_command_par
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from paceline.compat.accelerate.commands.config.default import default_command_parser
 from paceline.compat.accelerate.commands.config.update import update_command_parser
+from paceline.compat.accelerate.commands.utils import run_command
 
 __all__ = [
     "config_command_parser",
@@ -39,7 +40,7 @@ def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 def main() -> None:
     """Run `accelerate config`."""
     args = get_config_parser().parse_args(sys.argv[1:])
-    args.func(args)
+    run_command(args.func, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+from paceline.compat.accelerate.commands.utils import run_command
 from paceline.compat.accelerate.settings.errors import unsupported
 
 __all__ = ["config_command", "config_command_parser", "get_user_input", "main"]
@@ -53,7 +54,7 @@ def get_user_input() -> Any:
 
 def main() -> None:
     """Run `accelerate config`."""
-    config_command(config_command_parser().parse_args())
+    run_command(config_command, config_command_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class BaseConfig:
             config_dict.setdefault("distributed_type", _TYPE_OF_STRATEGY[strategy])
         if "distributed_type" not in config_dict:
             raise InvalidValueError(
-                "The configuration has no `distributed_type`",
+                "There is no `distributed_type` in the configuration",
                 "A file of Accelerate says how the run is distributed",
                 "Add one, for example `distributed_type: MULTI_GPU`, or read the file with paceline itself",
             )

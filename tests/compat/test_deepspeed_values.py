@@ -240,3 +240,32 @@ def undivided(scale_wrt_gas: bool) -> float:
 @pytest.mark.parametrize(("scale_wrt_gas", "expected"), [(True, -0.25), (False, -0.5)])
 def test_a_loss_that_the_program_has_divided_is_not_divided_again(scale_wrt_gas: bool, expected: float) -> None:
     assert on_ranks(2, undivided, scale_wrt_gas) == pytest.approx([expected] * 2)
+
+
+def teacher_beside_a_student(is_placeholder: bool) -> tuple[bool, bool]:
+    torch.manual_seed(0)
+    optimizer_section = {"optimizer": OPTIMIZER} if is_placeholder else {}
+    plugins = {
+        "student": DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 2}, **optimizer_section}),
+        "teacher": DeepSpeedPlugin(hf_ds_config={"zero_optimization": {"stage": 3}, "train_batch_size": 2}),
+    }
+    accelerator = Accelerator(deepspeed_plugin=plugins)
+    student: Any = net()
+    optimizer: Any = DummyOptim(student.parameters(), lr=0.1) if is_placeholder else sgd(student)
+    student, optimizer, loader = accelerator.prepare(student, optimizer, loader_of(3))
+    accelerator.state.select_deepspeed_plugin("teacher")
+    teacher: Any = net()
+    batch = next(iter(loader))
+    before = teacher(batch[0])
+    teacher = accelerator.prepare(teacher)
+    is_unchanged = torch.equal(teacher(batch[0]), before)
+    first = mse(student, batch)
+    accelerator.backward(first)
+    optimizer.step()
+    return is_unchanged, bool(mse(student, batch) < first)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("is_placeholder", [False, True])
+def test_a_model_beside_the_one_that_is_trained_needs_no_optimizer(is_placeholder: bool) -> None:
+    assert on_ranks(2, teacher_beside_a_student, is_placeholder) == [(True, True)] * 2

@@ -599,10 +599,12 @@ class Accelerator:
         )
 
     def _is_evaluation(self, args: Sequence[Any], models: Sequence[nn.Module]) -> bool:
-        """Whether an engine of DeepSpeed is asked for without an optimizer."""
-        has_optimizer = any(isinstance(thing, Optimizer) for thing in args) or bool(self._optimizers)
+        """Whether an engine of DeepSpeed is asked for without an optimizer, as for a teacher beside a student."""
+        if self.distributed_type != DistributedType.DEEPSPEED or any(isinstance(thing, Optimizer) for thing in args):
+            return False
         fresh = [model for model in models if not any(model is known for known in self._models)]
-        return self.distributed_type == DistributedType.DEEPSPEED and bool(fresh) and not has_optimizer
+        waiting = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        return bool(fresh) and not any(id(p) in waiting for model in fresh for p in model.parameters())
 
     def _prepared_for_evaluation(self, args: Sequence[Any]) -> Any:
         result = [

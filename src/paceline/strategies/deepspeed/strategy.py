@@ -179,8 +179,8 @@ class DeepSpeedStrategy(Strategy):
         micro_batch: int | None = None,
         schedules: Sequence[DummyScheduler] = (),
     ) -> list[nn.Module]:
-        taken = {id(zero.given_optimizer) for zero in self.engines}
-        free = [optimizer for optimizer in optimizers if id(optimizer) not in taken]
+        # Whether a script's own or one that an engine built in place of a DummyOptim, it has its model.
+        free = [optimizer for optimizer in optimizers if self.engines.find(optimizer) is None]
         prepared: list[nn.Module] = []
         for model, move in zip(models, place, strict=True):
             check_trainable(model)

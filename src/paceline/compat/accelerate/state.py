@@ -254,10 +254,10 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
     distributed_type = _distributed_type(device, cpu) if is_launched else DistributedType.NO
     if distributed_type == DistributedType.DEEPSPEED:
-        from paceline.strategies.deepspeed.build import join_process_group
+        from paceline.strategies.registry import load_strategy
 
         # Programs build sharded models before they make an Accelerator.
-        join_process_group()
+        load_strategy("deepspeed").join_process_group()
     return {
         "_cpu": cpu,
         "backend": backend,

@@ -49,14 +49,6 @@ def prepare_package() -> None:
         logger.setLevel(logging.WARNING)
 
 
-def join_process_group() -> None:
-    """Let DeepSpeed use the open process group: without one, its configuration counts a single rank."""
-    import deepspeed
-
-    prepare_package()
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
 def name_ranks() -> None:
     """Set the variables that DeepSpeed reads in the middle of training, in a process without a launcher.
 

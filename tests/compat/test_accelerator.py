@@ -18,7 +18,7 @@ from paceline.compat.accelerate.bridge.sections import dynamo_section
 from paceline.compat.accelerate.optimizer import AcceleratedOptimizer
 from paceline.compat.accelerate.scheduler import AcceleratedScheduler
 from paceline.compat.accelerate.settings.errors import UnsupportedError
-from paceline.compat.accelerate.state import AcceleratorState, GradientState
+from paceline.compat.accelerate.state import AcceleratorState, GradientState, PartialState
 from paceline.compat.accelerate.utils.dataclasses import (
     DataLoaderConfiguration,
     DeepSpeedPlugin,
@@ -350,7 +350,7 @@ def optimizer_alone() -> None:
     )
     accelerator.free_memory()
     # As a second train() of one Trainer does, which keeps the engine of the first.
-    with pytest.raises(ValueError, match=r"SGD was prepared without its model.*make a new Trainer"):
+    with pytest.raises(ValueError, match=r"SGD was prepared without its model.*trainer\.optimizer = None"):
         accelerator.prepare(torch.optim.SGD(engine.module.parameters(), lr=0.1))
 
 
@@ -360,6 +360,26 @@ def test_an_engine_that_was_destroyed_is_not_trained_again() -> None:
 
 
 # Training again, and files
+
+
+def built_before_the_accelerator() -> tuple[int, bool]:
+    import deepspeed
+
+    # As in a process in which nothing has used DeepSpeed yet.
+    deepspeed.comm.comm.cdb = None
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState()
+    # What transformers writes for two ranks, before `from_pretrained`.
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    with deepspeed.zero.Init(config_dict_or_path={**sizes, "zero_optimization": {"stage": 3}}):
+        model = nn.Linear(4, 4)
+    weight: Any = model.weight
+    return weight.ds_numel, weight.ds_tensor.numel() < weight.ds_numel
+
+
+@needs_deepspeed
+def test_a_model_is_built_sharded_before_there_is_an_accelerator() -> None:
+    assert on_ranks(2, built_before_the_accelerator) == [(16, True)] * 2
 
 
 def trained_again(strategy: str) -> list[float]:

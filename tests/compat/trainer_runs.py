@@ -60,7 +60,8 @@ RUNS = tuple(WAYS)
 RUNS_SHARDED = {
     "fsdp": tuple(f"{way}, fsdp" for way in (*SHARDED, "no clipping")),
     # Evaluating before training is refused by transformers below stage 3. A second `train()` of one Trainer is an error
-    # under both: transformers frees the engine after the first, and prepares what is left of it.
+    # under both: transformers frees the engine after the first, and prepares what is left of it. "train anew" does
+    # before it what our message says.
     "zero2": tuple(f"{way}, zero2" for way in SHARDED if way not in ("evaluate first", "train twice")),
     "zero3": tuple(f"{way}, zero3" for way in SHARDED if way != "train twice"),
 }

@@ -422,6 +422,10 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """
         return [compilation.describe() for compilation in self._compilations]
 
+    @staticmethod
+    def join_process_group() -> None:
+        """Let the engine use the process group that is open, before there is a run: programs build sharded models."""
+
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
 

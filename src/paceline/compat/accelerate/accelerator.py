@@ -595,7 +595,8 @@ class Accelerator:
         raise InvalidValueError(
             f"{type(optimizers[0]).__name__} was prepared without its model under DeepSpeed",
             "An engine is built from both, and free_memory() destroys it: what is left of it cannot be trained",
-            "Pass the model itself and its optimizer to one prepare(); for a second train(), make a new Trainer",
+            "Pass the model itself and its optimizer to one prepare(). Before a second train() of one Trainer set "
+            "trainer.model_wrapped = trainer.model and trainer.optimizer = None",
         )
 
     def _is_evaluation(self, args: Sequence[Any], models: Sequence[nn.Module]) -> bool:

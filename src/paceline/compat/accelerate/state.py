@@ -254,12 +254,18 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     has_group = cpu or device.type != "cpu" or parse_flag_from_env("ACCELERATE_USE_FSDP")
     is_launched = world.size > 1 or (world.source != "none" and has_group and not is_single)
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
+    distributed_type = _distributed_type(device, cpu) if is_launched else DistributedType.NO
+    if distributed_type == DistributedType.DEEPSPEED:
+        from paceline.strategies.registry import load_strategy
+
+        # Programs build sharded models before they make an Accelerator.
+        load_strategy("deepspeed").join_process_group()
     return {
         "_cpu": cpu,
         "backend": backend,
         "debug": parse_flag_from_env("ACCELERATE_DEBUG_MODE"),
         "device": device,
-        "distributed_type": _distributed_type(device, cpu) if is_launched else DistributedType.NO,
+        "distributed_type": distributed_type,
         "local_process_index": world.local_rank,
         "num_processes": world.size,
         "process_index": world.rank,

@@ -371,6 +371,13 @@ class DeepSpeedStrategy(Strategy):
         self.engines.settings["scheduler"] = section
         return make_scheduler(section, optimizer)
 
+    @staticmethod
+    @override
+    def join_process_group() -> None:
+        prepare_package()
+        # Without it DeepSpeed's configuration counts a single rank.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
     @override
     def close(self) -> None:
         self.engines.close()

@@ -555,7 +555,8 @@ def test_loaders_that_are_zipped_are_resumed_as_pairs(longer_first: bool) -> Non
         return [longer, shorter] if longer_first else [shorter, longer]
 
     def run(loaders: list[Any], pairs: int) -> tuple[list[Any], list[Any]]:
-        found, states = [], []
+        found: list[Any] = []
+        states: list[Any] = []
         while len(found) < pairs:
             for one, other in zip(*loaders, strict=False):
                 found.append((one.tolist(), other.tolist()))

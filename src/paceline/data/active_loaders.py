@@ -177,6 +177,17 @@ class ActiveLoaders:
         remaining = [iteration.remaining for iteration in self._leading]
         return min((count for count in remaining if count is not None), default=None)
 
+    def ends_with_another(self, loader: LoaderStatus) -> bool:
+        """Whether a loop that reads several loaders at one place ends with the current batch, before `loader` does.
+
+        May wait for other ranks.
+        """
+        own = next((i for i in reversed(self._iterations) if i.loader is loader and i.last_draw), None)
+        if own is None or own.call_site is None or len(self._iterations) == 1:
+            return False
+        others = [i.loader for i in self._iterations if i is not own and i.call_site == own.call_site]
+        return any(other.end_of_dataloader and not _is_cycled(other) for other in others)
+
 
 class CallSite(NamedTuple):
     """The place in a script that takes a batch from a loader.

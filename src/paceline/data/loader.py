@@ -339,6 +339,9 @@ class PreparedDataLoader(DataLoader[Any]):
         if not self._iteration.running and self._active.current is not None:
             # The loop over this loader was left and another loop is running: a new iteration would begin next.
             return self._next
+        if self._iteration.running and self._active.ends_with_another(self):
+            # What is zipped with a shorter loader is left where that one ends.
+            return self._next
         return self._position_in(self._iteration)
 
     def _position_in(self, current: LoaderIteration) -> Position:

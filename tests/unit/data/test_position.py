@@ -545,3 +545,27 @@ def test_two_loaders_go_on_together(events: int, within: bool) -> None:
 def test_an_empty_stream_raises_instead_of_doing_nothing() -> None:
     with pytest.raises(DataError, match="PlainStream has no batch"):
         ids(prepared(DataLoader(PlainStream(0), 3)))
+
+
+@pytest.mark.parametrize("longer_first", [True, False])
+def test_loaders_that_are_zipped_are_resumed_as_pairs(longer_first: bool) -> None:
+    def make() -> list[Any]:
+        active = ActiveLoaders()
+        longer, shorter = prepared(shuffled(18), active=active), prepared(shuffled(12, 4), active=active)
+        return [longer, shorter] if longer_first else [shorter, longer]
+
+    def run(loaders: list[Any], pairs: int) -> tuple[list[Any], list[Any]]:
+        found: list[Any] = []
+        states: list[Any] = []
+        while len(found) < pairs:
+            for one, other in zip(*loaders, strict=False):
+                found.append((one.tolist(), other.tolist()))
+                states.append([loader.state_dict() for loader in loaders])
+        return found, states
+
+    whole, states = run(make(), 6)
+    for place in range(5):
+        loaders = make()
+        for loader, state in zip(loaders, states[place], strict=True):
+            loader.load_state_dict(state)
+        assert run(loaders, 5 - place)[0][: 5 - place] == whole[place + 1 :], place

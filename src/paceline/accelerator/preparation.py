@@ -24,7 +24,7 @@ from paceline.strategies.base import offloaded_modules
 from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from paceline.accelerator.assembly import RunComponents
@@ -363,18 +363,25 @@ def _log_pending(warnings: list[str]) -> None:
 
 def _refuse_offloaded_weights(models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers of weights that are offloaded: their gradients go nowhere, and nothing would be trained."""
-    modules = [(model, module) for model in models for module in offloaded_modules(model)]
-    owners = {id(p): model for model, module in modules for p in module.parameters() if p.requires_grad and p.is_meta}
+    owners = dict(item for model in models for item in _trained_offloaded_weights(model))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    held = [parameter for group in groups for parameter in group["params"] if id(parameter) in owners]
-    if held:
-        kind = type(owners[id(held[0])]).__name__
+    refused = [parameter for group in groups for parameter in group["params"] if id(parameter) in owners]
+    if refused:
+        kind = type(owners[id(refused[0])]).__name__
         raise PrepareError(
-            f"An optimizer has {counted(len(held), 'weight')} of {kind} that hooks keep in host memory or on disk",
+            f"An optimizer has {counted(len(refused), 'weight')} of {kind} that hooks keep in host memory or on disk",
             "They have values only while their module runs, so that no step can change them",
             "Freeze them (requires_grad_(False)) and give the optimizer the others, or shard the whole model (FSDP or "
             "DeepSpeed)",
         )
+
+
+def _trained_offloaded_weights(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the `id` of each offloaded weight that requires a gradient, with its model."""
+    for module in offloaded_modules(model):
+        for parameter in module.parameters():
+            if parameter.requires_grad and parameter.is_meta:
+                yield id(parameter), model
 
 
 def _placement_flags(args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> dict[int, bool | None]:

@@ -494,7 +494,14 @@ def _is_offloaded(model: nn.Module) -> bool:
 
 
 def offloaded_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose weights hooks keep in host memory or on disk."""
+    """Find the modules whose weights hooks keep in host memory or on disk.
+
+    Args:
+        model: A model with or without hooks.
+
+    Returns:
+        Those modules; usually none.
+    """
     hooked = [module for module in model.modules() if hasattr(module, "_hf_hook")]
     if not hooked:  # as in nearly every run: placement need not be imported
         return []

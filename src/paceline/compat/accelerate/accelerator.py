@@ -69,6 +69,12 @@ _LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs 
 _NOT_GIVEN = object()
 
 
+def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
+    """The `id` of each parameter that an optimizer has."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
 class Accelerator:
     """Runs a training program on whatever it was launched on, with Accelerate's arguments and meanings.
 
@@ -603,9 +609,11 @@ class Accelerator:
         """Whether an engine of DeepSpeed is asked for without an optimizer, as for a teacher beside a student."""
         if self.distributed_type != DistributedType.DEEPSPEED or any(isinstance(thing, Optimizer) for thing in args):
             return False
-        fresh = [model for model in models if not any(model is known for known in self._models)]
-        waiting = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        return bool(fresh) and not any(id(p) in waiting for model in fresh for p in model.parameters())
+        known = set(map(id, self._models))
+        fresh = [model for model in models if id(model) not in known]
+        return bool(fresh) and _trained(self._optimizers).isdisjoint(
+            id(p) for model in fresh for p in model.parameters()
+        )
 
     def _prepared_for_evaluation(self, args: Sequence[Any]) -> Any:
         result = [

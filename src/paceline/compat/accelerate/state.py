@@ -247,12 +247,7 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
     world = World.read(os.environ)
     requested = os.environ.get("ACCELERATE_TORCH_DEVICE")
     device = torch.device(requested) if requested else choose_device(world, cpu=cpu)
-    # As under torchrun: it gives one process on a device a process group of its own. The launcher's single process runs
-    # without one, unless it shards.
-    is_single = "PACELINE_CONFIG" in os.environ and not _shards()
-    # A single rank on a CPU needs one for FSDP only, which shards there as well.
-    has_group = cpu or device.type != "cpu" or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    is_launched = world.size > 1 or (world.source != "none" and has_group and not is_single)
+    is_launched = world.size > 1 or (world.source != "none" and _needs_group(device, cpu))
     backend = open_process_group(world, device, force=True, **arguments) if is_launched else None
     distributed_type = _distributed_type(device, cpu) if is_launched else DistributedType.NO
     if distributed_type == DistributedType.DEEPSPEED:
@@ -270,6 +265,16 @@ def _open_process(cpu: bool, arguments: dict[str, Any]) -> dict[str, Any]:
         "num_processes": world.size,
         "process_index": world.rank,
     }
+
+
+def _needs_group(device: torch.device, cpu: bool) -> bool:
+    """Whether a single process that was launched gets a process group."""
+    # As under torchrun: it gives one process on a device a process group of its own. The launcher's single process runs
+    # without one, unless it shards.
+    if "PACELINE_CONFIG" in os.environ and not _shards():
+        return False
+    # A single rank on a CPU needs one for FSDP only, which shards there as well.
+    return cpu or device.type != "cpu" or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _shards() -> bool:

@@ -139,7 +139,7 @@ def fail(wrong: str) -> str:
     [
         ("more weights", "CheckpointError: .*extra.weight"),
         ("one group", "StateError: .*groups"),
-        ("no counter", "StateError: .*1 custom objects, and this run has 0"),
+        ("no counter", "StateError: .*1 custom object, and this run has 0"),
     ],
 )
 def test_what_does_not_fit_is_an_error(wrong: str, says: str) -> None:

@@ -38,7 +38,7 @@ def test_arguments_arrive_as_they_were_given(tmp_path: Path) -> None:
     code, out, err = launch(tmp_path, source, *arguments, flags=("--num_processes", "1"))
     assert code == 0, err
     assert json.loads(out) == ["1", ["train.py", *arguments], "__main__"]
-    assert err == ""
+    assert err == "paceline: the script gets --num_processes: flags of the launcher come before the script\n"
 
 
 def test_an_exception_is_shown_once_and_last(tmp_path: Path) -> None:

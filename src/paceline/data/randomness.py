@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import threading
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,45 +117,38 @@ def _unseeded() -> Any:
 
 
 class _NoBitGenerator:
-    """Stands in for numpy's bit generator while only the cached normal number is read or written."""
+    """Stands in for numpy's bit generator while only the cached normal number is read."""
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state of no generator; setting it does nothing."""
+        """The state of no generator."""
         return {"bit_generator": "none", "state": None}
-
-    @state.setter
-    def state(self, _: Any) -> None:
-        pass
-
-
-@contextmanager
-def _numpy_without_bit_generator() -> Iterator[np.random.RandomState]:
-    """Yield numpy's global generator; for the body its state is only the cached normal number."""
-    global_generator: Any = np.random.mtrand._rand
-    bit_generator = global_generator._bit_generator
-    global_generator._bit_generator = _NoBitGenerator()
-    try:
-        yield global_generator
-    finally:
-        global_generator._bit_generator = bit_generator
 
 
 def _read_cached_normal() -> float | None:
     """Return the normal number that `np.random.randn` has computed for its next call, if there is one.
 
     They come in pairs, and `set_bit_generator` drops the second. `np.random.get_state` has it, too, but takes forty
-    times as long, because it copies the whole state.
+    times as long, because it copies the whole state; so the bit generator is away while it is read, which no other
+    thread may see.
     """
-    with _numpy_without_bit_generator() as generator:
-        state: Any = generator.get_state(legacy=False)
+    if threading.active_count() > 1:
+        state: Any = np.random.get_state(legacy=False)
+    else:
+        generator: Any = np.random.mtrand._rand
+        bit_generator = generator._bit_generator
+        generator._bit_generator = _NoBitGenerator()
+        try:
+            state = generator.get_state(legacy=False)
+        finally:
+            generator._bit_generator = bit_generator
     return state["gauss"] if state["has_gauss"] else None
 
 
 def _write_cached_normal(number: float | None) -> None:
     if number is not None:
-        with _numpy_without_bit_generator() as generator:
-            generator.set_state({**_NoBitGenerator().state, "has_gauss": 1, "gauss": number})
+        state: Any = np.random.get_state(legacy=False)
+        np.random.set_state({**state, "has_gauss": 1, "gauss": number})
 
 
 class _RngState(NamedTuple):

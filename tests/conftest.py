@@ -10,9 +10,19 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.ranks import close_pools
+from tests.support.slow_cases import slow_cases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases as slow that other cases of their test stand for."""
+    slow = slow_cases()
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

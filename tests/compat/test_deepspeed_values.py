@@ -197,6 +197,7 @@ def engine_of_four() -> tuple[list[bool], str, str, str, float, int]:
     return syncs, *kinds, float(norm), accelerator.deepspeed_config["train_batch_size"]
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_deepspeeds_number_of_micro_batches_holds() -> None:
     for syncs, *kinds, norm, total in on_ranks(2, engine_of_four):

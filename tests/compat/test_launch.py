@@ -23,6 +23,7 @@ def has_transformers() -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.skipif(not has_transformers(), reason="pip install 'paceline[compat]'")
 def test_the_trainer_shards_on_cpus_under_the_switch(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def _leave_out_crashes(expected: Any, found: Any) -> None:
             found[index] = expected[index]
 
 
+@pytest.mark.slow
 def test_maps_files_and_outputs_are_accelerates() -> None:
     assert _differences([run for run in RUNS if run not in SLOW]) == {}
 

@@ -109,6 +109,7 @@ def test_the_weights_have_the_models_own_names(
     assert not [name for name in shapes if "module" in name or "_orig_mod" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["launch", *slowly(["python", "fsdp bf16"])])
 def test_every_test_image_is_counted_once(way: str, tmp_path: Path) -> None:
     # Looked for without importing it, which would set variables in this process.

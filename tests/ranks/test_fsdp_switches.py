@@ -94,6 +94,7 @@ def on_rank(_: int) -> None:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
 
 
+@pytest.mark.slow
 def test_no_loss_depends_on_a_switch_and_no_weight_is_stale() -> None:
     run_on_ranks(2, on_rank, 0)
 

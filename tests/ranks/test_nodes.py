@@ -154,6 +154,7 @@ def test_a_failure_on_one_host_is_reported_on_both(make_hosts: Callable[[int], H
     assert hosts.none_left()
 
 
+@pytest.mark.slow
 def test_preflight_names_all_that_differs(make_hosts: Callable[[int], Hosts], tmp_path: Path) -> None:
     hosts = make_hosts(2)
     fake = tmp_path / "older"

@@ -60,6 +60,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_function_of_main_on_ranks(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

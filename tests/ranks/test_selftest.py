@@ -35,6 +35,7 @@ def names(told: dict[str, Any]) -> list[tuple[str, str]]:
     return [(check["section"], check["name"]) for check in told["checks"]]
 
 
+@pytest.mark.slow
 def test_this_installation(tmp_path: Path) -> None:
     code, told = try_out(tmp_path)
     assert code == 0, told

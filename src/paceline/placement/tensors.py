@@ -205,12 +205,7 @@ def _converted(
     old: torch.Tensor, value: torch.Tensor, name: str, dtype: str | torch.dtype | None, non_blocking: bool
 ) -> torch.Tensor:
     """New values for a tensor, in the dtype that they are to have."""
-    # Programs compare this message.
-    if not _may_replace(old, value.shape):
-        raise PlacementError(
-            f'Trying to set a tensor of shape {value.shape} in "{name}" (which has shape {old.shape}), this looks '
-            "incorrect"
-        )
+    check_shape(old, value.shape, name)
     if dtype is None:
         return value.to(old.dtype, non_blocking=non_blocking)
     if is_number_kept(value.dtype):
@@ -231,7 +226,7 @@ def check_shape(old: torch.Tensor, shape: Sequence[int], name: str) -> None:
     """
     if not _may_replace(old, shape):
         raise PlacementError(
-            f"{name} has the shape {tuple(shape)} in the checkpoint, and {tuple(old.shape)} in the model",
+            f"The new values of {name} have the shape {tuple(shape)}; it has {tuple(old.shape)} in the model",
             "They are weights of another model, or of this one with another configuration",
             "Build the model as the one that was saved",
         )

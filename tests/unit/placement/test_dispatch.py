@@ -209,7 +209,7 @@ def test_one_tensor_to_a_device() -> None:
         set_module_tensor_to_device(layer, "weight", "cpu")
     with pytest.raises(PlacementError, match="no parameter or buffer of that name"):
         set_module_tensor_to_device(layer, "gone.weight", "cpu")
-    with pytest.raises(PlacementError, match="this looks incorrect"):
+    with pytest.raises(PlacementError, match=r"The new values of weight have the shape \(1,\)"):
         set_module_tensor_to_device(layer, "weight", "cpu", value=torch.zeros(1))
     set_module_tensor_to_device(layer, "weight", "cpu", value=torch.ones(3, 2), dtype="float64")
     assert layer.weight.dtype == torch.float64

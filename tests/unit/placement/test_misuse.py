@@ -344,7 +344,7 @@ def _file(folder: Path, content: object) -> Path:
         (lambda folder: _file(folder, layers()), "cannot be read as weights"),
         (lambda folder: _file(folder, {f"module.{name}": each for name, each in layers().state_dict().items()}),
          "none of the 6 weights .* another prefix"),
-        (lambda folder: _file(folder, layers(width=4).state_dict()), r"has the shape \(4.*another configuration"),
+        (lambda folder: _file(folder, layers(width=4).state_dict()), r"have the shape \(4.*another configuration"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, {"": "disk"}])

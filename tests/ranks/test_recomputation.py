@@ -88,6 +88,22 @@ def flops(policy: str | None) -> int:
     return int(counter.get_total_flops())
 
 
+def gradients(policy: str | None) -> torch.Tensor:
+    model = TinyTransformer()
+    if policy is not None:
+        checkpoint_activations(model, {"policy": policy})
+    tokens = make_tokens(2)
+    token_losses(model(tokens), tokens).mean().backward()  # type: ignore[no-untyped-call]
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_the_linear_layer_that_zero_3_leaves_behind_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = gradients(None)
+    left_behind = pytest.importorskip("deepspeed.runtime.zero.linear").zero3_linear_wrap
+    monkeypatch.setattr(torch.nn.functional, "linear", left_behind)
+    assert torch.equal(gradients("products"), expected)
+
+
 def test_products_are_not_computed_twice() -> None:
     assert flops("products") == flops(None)
     assert flops("full") > 1.2 * flops(None)

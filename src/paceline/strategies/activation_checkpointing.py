@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -62,9 +64,31 @@ def keep_products() -> Callable[[], Any]:
     Returns:
         To be passed with `use_reentrant=False`.
     """
+    return _contexts_that_keep_products
+
+
+def _contexts_that_keep_products() -> tuple[Any, Any]:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    return partial(create_selective_checkpoint_contexts, _operations_to_keep())
+    forward, recomputation = create_selective_checkpoint_contexts(_operations_to_keep())
+    if functional.linear is torch._C._nn.linear:
+        return forward, recomputation
+    return _with_torchs_linear(forward), _with_torchs_linear(recomputation)
+
+
+@contextmanager
+def _with_torchs_linear(context: Any) -> Iterator[None]:
+    """Use torch's own linear layer within a context.
+
+    DeepSpeed's ZeRO-3 leaves its own function in its place for the rest of the process, whose gradients are wrong here.
+    """
+    replaced = functional.linear
+    functional.linear = torch._C._nn.linear
+    try:
+        with context:
+            yield
+    finally:
+        functional.linear = replaced
 
 
 @lru_cache(maxsize=1)

@@ -70,7 +70,7 @@ def keep_products() -> Callable[[], Any]:
 def _contexts_that_keep_products() -> tuple[Any, Any]:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    forward, recomputation = create_selective_checkpoint_contexts(_operations_to_keep())
+    forward, recomputation = create_selective_checkpoint_contexts(_operations_to_keep())  # type: ignore[no-untyped-call]
     if functional.linear is torch._C._nn.linear:
         return forward, recomputation
     return _with_torchs_linear(forward), _with_torchs_linear(recomputation)

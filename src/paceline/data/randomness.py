@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from paceline.data.epochs import set_worker_epoch
 from paceline.environment.object_state import OwnGenerators
+from paceline.environment.random_generators import set_rng_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -87,7 +88,10 @@ def seed_global_rngs(seed: int) -> None:
 
 
 def read_global_rngs() -> dict[str, Any]:
-    """Return the states of the global generators of `torch` (CPU), `random` and `numpy`."""
+    """Return the states of the global generators of `torch` (CPU), `random` and `numpy`, for `set_rng_states`.
+
+    Not as lists, which takes longer: this is called for each batch of some streams.
+    """
     return {
         "torch": torch.default_generator.get_state(),
         "python": random.getstate(),
@@ -180,7 +184,6 @@ class IsolatedRng:
     def __init__(self, seed: int, generators: Iterable[torch.Generator] = ()) -> None:
         self._seed = seed
         self._start: dict[str, Any] | None = None
-        self._is_global = False
         self._generators = (torch.default_generator, *generators)
         # Exchanging numpy's whole bit generator is a hundred times faster than reading and writing its state. It is
         # seeded when it is first used.
@@ -225,14 +228,11 @@ class IsolatedRng:
             return
         _NUMPY.random.set_bit_generator(self._numpy)
         if self._start is not None:
-            torch.default_generator.set_state(self._start["torch"])
-            random.setstate(self._start["python"])
-            np.random.set_state(self._start["numpy"])
+            set_rng_states(self._start, torch.device("cpu"))
             return
+        seed_global_rngs(self._seed)
         for generator in self._generators:
             generator.manual_seed(self._seed)
-        random.seed(self._seed)
-        np.random.seed(self._seed & 0xFFFFFFFF)
 
     def _read(self) -> _RngState:
         return _RngState(

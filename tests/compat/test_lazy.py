@@ -41,7 +41,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
     added = json.loads(_run(program).splitlines()[-1])
     own = [name for name in added if name.startswith("paceline")]
-    assert len(own) <= 155, len(own)
+    assert len(own) <= 150, len(own)
     unused = ("checkpoint.catalog", "data.prepare", "planner", "tracking.wandb", "trainer", "launch", "cli")
     assert not [name for name in own if name.removeprefix("paceline.").startswith(unused)]
     foreign = {name.partition(".")[0] for name in added} - {"paceline", "accelerate"} - set(sys.stdlib_module_names)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paceline.stepping import planned_steps
-from paceline.training_state.attributes import AttributeState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, Window
     from paceline.strategies import Strategy
+    from paceline.training_state.attributes import AttributeState
     from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
@@ -35,7 +35,6 @@ class Prepared:
         loaders: Those whose position belongs to the training state.
         foreign_loaders: Those of another family, whose position is saved by whoever provides it.
         registered: Objects of the script that checkpoints contain.
-        attributes: What of models and optimizers is not in their tensors.
     """
 
     models: list[nn.Module] = field(default_factory=list)
@@ -44,7 +43,17 @@ class Prepared:
     loaders: list[PreparedDataLoader] = field(default_factory=list)
     foreign_loaders: list[DataLoader[Any]] = field(default_factory=list)
     registered: list[Any] = field(default_factory=list)
-    attributes: AttributeState = field(default_factory=AttributeState)
+    _attributes: AttributeState | None = field(default=None, init=False)
+
+    @property
+    def attributes(self) -> AttributeState:
+        """What of models and optimizers is not in their tensors."""
+        if self._attributes is None:
+            # Not at the start of every program.
+            from paceline.training_state.attributes import AttributeState
+
+            self._attributes = AttributeState()
+        return self._attributes
 
     def __contains__(self, thing: object) -> bool:
         """Whether a model, optimizer or scheduler was prepared here and not forgotten since."""
@@ -83,13 +92,9 @@ class Prepared:
 
     def note_attributes(self, strategy: Strategy | None) -> None:
         """Note the attributes of what was prepared, before training changes them."""
-        # Not at the start of every program.
-        from paceline.checkpoint import numbered
+        from paceline.training_state.attributes import attribute_owners
 
-        owners: dict[str, Any] = {numbered("optimizer", i): o.optimizer for i, o in enumerate(self.optimizers)}
-        if strategy is not None:
-            owners |= {numbered("model", i): strategy.unwrap(model) for i, model in enumerate(self.models)}
-        self.attributes.note(owners)
+        self.attributes.note(attribute_owners(strategy, self.models, self.optimizers))
 
     def state_source(self, selector: StrategySelector, scaler: LossScaler | None) -> Callable[[], TrainingState]:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""

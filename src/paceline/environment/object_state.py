@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 __all__ = [
     "ObjectState",
     "OwnGenerators",
+    "copied",
     "generator_state",
+    "is_equal",
     "is_generator",
     "is_script_module",
     "set_generator_state",
@@ -163,7 +165,7 @@ class ObjectState:
 
     def _frozen(self, value: Any) -> Any:
         if _is_plain(value, self._max_elements):
-            return _copied(value)
+            return copied(value)
         return _Opaque.of(value)
 
     def capture(self) -> dict[str, Any]:
@@ -201,7 +203,7 @@ class ObjectState:
             lost += [place.path for place in places]
 
     def _has_changed(self, place: _Place) -> bool:
-        return not _equal(self._frozen(place.value), self._first.get(place.path, _MISSING))
+        return not is_equal(self._frozen(place.value), self._first.get(place.path, _MISSING))
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Set what `capture` returned; what it did not return, and is plain, becomes what it was in the beginning."""
@@ -216,14 +218,14 @@ class ObjectState:
             if isinstance(place.holder, dict):
                 owners[place.owner] = place.holder
             value = values.pop(place.path, self._first.get(place.path, _MISSING))
-            if place.path in lost or value is _MISSING or isinstance(value, _Opaque) or _equal(place.value, value):
+            if place.path in lost or value is _MISSING or isinstance(value, _Opaque) or is_equal(place.value, value):
                 continue
-            _write(place, _copied(value))
+            _write(place, copied(value))
         for path, value in values.items():
             # An attribute that did not exist in the beginning.
             owner, _, name = path.rpartition(".")
             if owner in owners:
-                owners[owner][name] = _copied(value)
+                owners[owner][name] = copied(value)
 
 
 _MISSING: Any = object()
@@ -233,7 +235,7 @@ def _stored(value: Any) -> Any:
     """Return a copy that a checkpoint can contain."""
     if isinstance(value, set | deque):
         return {"kind": type(value).__name__, "items": list(value)}
-    return {"kind": "", "items": _copied(value)}
+    return {"kind": "", "items": copied(value)}
 
 
 def _of_stored(stored: Mapping[str, Any]) -> Any:
@@ -270,7 +272,8 @@ def _is_stateful(value: Any) -> bool:
     return all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
-def _equal(one: Any, other: Any) -> bool:
+def is_equal(one: Any, other: Any) -> bool:
+    """Whether two values have one type and are the same; NaN is the same as itself."""
     if type(one) is not type(other):
         return False
     if isinstance(one, _Opaque):
@@ -304,9 +307,9 @@ def _write(place: _Place, value: Any) -> None:
 _SCALARS = frozenset({type(None), bool, int, float, str})
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Return a copy of a plain value; what is in a list or a dict cannot change."""
-    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
 
 
 def _is_storable(state: Any) -> bool:

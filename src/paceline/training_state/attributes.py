@@ -10,7 +10,9 @@ from torch import nn
 
 from paceline.environment.object_state import (
     ObjectState,
+    copied,
     generator_state,
+    is_equal,
     is_generator,
     is_script_module,
     set_generator_state,
@@ -19,10 +21,32 @@ from paceline.environment.object_state import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["AttributeState"]
+    from paceline.stepping import AcceleratedOptimizer
+    from paceline.strategies import Strategy
+
+__all__ = ["AttributeState", "attribute_owners"]
 
 # Elements of a buffer that is not persistent, and is saved nevertheless if it has changed.
 MAX_ELEMENTS = 4096
+
+
+def attribute_owners(
+    strategy: Strategy | None, models: Iterable[nn.Module], optimizers: Iterable[AcceleratedOptimizer]
+) -> dict[str, Any]:
+    """Return models and optimizers without what wraps them, by name.
+
+    Args:
+        strategy: Unwraps the models; without one there are only the optimizers.
+        models: Prepared models.
+        optimizers: Prepared optimizers.
+    """
+    # Not at the start of every program.
+    from paceline.checkpoint import numbered
+
+    owners: dict[str, Any] = {numbered("optimizer", i): wrapper.optimizer for i, wrapper in enumerate(optimizers)}
+    if strategy is not None:
+        owners |= {numbered("model", i): strategy.unwrap(model) for i, model in enumerate(models)}
+    return owners
 
 
 class AttributeState:
@@ -46,7 +70,7 @@ class AttributeState:
         """
         for path, _, _, value in _attributes(owners):
             if not is_generator(value):
-                self._first.setdefault(path, _copied(value))
+                self._first.setdefault(path, copied(value))
 
     def note_functions(self, name: str, scheduler: Any) -> None:
         """Note the functions of a scheduler, which may count something themselves."""
@@ -65,8 +89,8 @@ class AttributeState:
         for path, _, _, value in _attributes(owners):
             if is_generator(value):
                 generators[path] = generator_state(value)
-            elif path in self._first and not _same(value, self._first[path]):
-                values[path] = _copied(value)
+            elif path in self._first and not is_equal(value, self._first[path]):
+                values[path] = copied(value)
         return {
             "values": values,
             "generators": generators,
@@ -130,16 +154,6 @@ def _attributes(owners: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 def _may_count(value: Any) -> bool:
     return type(value) in (bool, int, float) or is_generator(value)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _same(value: Any, other: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return isinstance(other, torch.Tensor) and value.shape == other.shape and bool(torch.equal(value, other))
-    return type(value) is type(other) and (value == other or (value != value and other != other))
 
 
 def _with_extra_state(owners: Mapping[str, Any]) -> Iterator[tuple[str, nn.Module]]:

@@ -19,6 +19,7 @@ from paceline.errors import CheckpointError, StateError, counted, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
 from paceline.strategies.state import saved_buffers
+from paceline.training_state.attributes import attribute_owners
 from paceline.training_state.registered_tensors import (
     LiveTensors,
     is_sharded,
@@ -144,9 +145,7 @@ class TrainingState:
         }
 
     def _owners(self) -> dict[str, Any]:
-        """Models and optimizers without what wraps them, by name."""
-        models = {numbered("model", i): self.strategy.unwrap(model) for i, model in enumerate(self.models)}
-        return models | {numbered("optimizer", i): wrapper.optimizer for i, wrapper in enumerate(self.optimizers)}
+        return attribute_owners(self.strategy, self.models, self.optimizers)
 
     def _manifest(self) -> Manifest:
         position = {}

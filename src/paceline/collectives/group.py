@@ -126,6 +126,10 @@ class Group(ABC):
             return gathered
         return gathered.flatten(0, 1)
 
+    def concatenate_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Do what `concatenate` does for each of some tensors. Collective: every rank must call it."""
+        return [self.concatenate(tensor) for tensor in tensors]
+
     @abstractmethod
     def start_all_gather(self, tensor: torch.Tensor) -> Pending:
         """Start an `all_gather` and return at once; do not modify `tensor` until `wait` has returned.
@@ -334,6 +338,30 @@ class TorchGroup(Group):
         with self._translating_errors("all_gather"):
             _all_gather_flat(result, tensor.detach(), group=self.process_group)
         return result
+
+    def concatenate_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See `Group.concatenate_all`: one launch for all tensors. Collective: every rank must call it."""
+        if len(tensors) < 2:
+            return super().concatenate_all(tensors)
+        device = tensors[0].device
+        sent, received = [], []
+        for tensor in tensors:
+            if tensor.device != device or not self._is_sent_as_bytes(tensor):
+                return super().concatenate_all(tensors)
+            # One launch takes tensors of one dtype.
+            part = tensor.detach().view(torch.uint8)
+            sent.append(part)
+            received.append(part.new_empty((self.size * part.shape[0], *part.shape[1:])))
+        with self._translating_errors("all_gather"):
+            group = self.process_group or dist.distributed_c10d._get_default_group()
+            group.allgather_into_tensor_coalesced(received, sent).wait()
+        return [one.view(tensor.dtype) for one, tensor in zip(received, tensors, strict=True)]
+
+    def _is_sent_as_bytes(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's own backend can send its bytes, as they lie in memory."""
+        # A tensor without dimensions has no strides, and one element may have any.
+        strides = tensor.stride()
+        return bool(strides) and strides[-1] == 1 and tensor.numel() > 0 and self._is_sent_directly(tensor)
 
     def _is_sent_directly(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's own backend can send it, as it lies in memory."""

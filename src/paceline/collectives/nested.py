@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
@@ -20,6 +20,7 @@ __all__ = [
     "Path",
     "concatenate",
     "find_batch_size",
+    "is_flat",
     "is_namedtuple",
     "leaves",
     "map_leaves",
@@ -27,6 +28,7 @@ __all__ = [
     "maybe_children",
     "path_text",
     "rebuild",
+    "rebuild_tensors",
     "send_to_device",
     "slice_tensors",
     "tensors",
@@ -173,6 +175,19 @@ def map_leaves(function: Callable[[Any], Any], data: Any, is_leaf: Callable[[Any
 def map_tensors(function: Callable[[torch.Tensor], Any], data: Any) -> Any:
     """Return the same structure with `function(tensor)` in place of every tensor; other leaves stay."""
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, data)
+
+
+def is_flat(data: Any) -> bool:
+    """Say whether `data` is a list or tuple of nothing but tensors, as most metrics are: it needs no walk."""
+    return type(data) in (tuple, list) and all(isinstance(leaf, torch.Tensor) for leaf in data)
+
+
+def rebuild_tensors(like: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return the structure of `like`, whose leaves are all tensors, with other tensors in it, depth first."""
+    if is_flat(like):
+        return type(like)(tensors)
+    following = iter(tensors)
+    return map_tensors(lambda _: next(following), like)
 
 
 def send_to_device(

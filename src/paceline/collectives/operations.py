@@ -18,7 +18,7 @@ from paceline.collectives.coalescing import (
     broadcast_coalesced,
     check_dense,
 )
-from paceline.collectives.nested import leaves, map_tensors, path_text, send_to_device
+from paceline.collectives.nested import is_flat, leaves, map_tensors, path_text, rebuild_tensors, send_to_device
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
 from paceline.errors import CollectiveError
@@ -42,8 +42,8 @@ __all__ = [
 T = TypeVar("T")
 Reduction = Literal["sum", "mean", "max", "min", "none"]
 
-# So few tensors are gathered one by one: on two H200 two cost 105 us by themselves, and 360 us through a shared buffer,
-# which has to be filled and taken apart.
+# So few tensors are gathered as they are: on two H200 two cost 95 us in one launch, and 360 us through a shared
+# buffer, which has to be filled and taken apart.
 FEW_TENSORS = 4
 
 
@@ -72,9 +72,8 @@ def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
     if len(tensors) <= FEW_TENSORS:
         for tensor in tensors:
             check_dense(tensor)
-        return map_tensors(group.concatenate, data)
-    results = iter(all_gather_coalesced(group, tensors))
-    return map_tensors(lambda _: _ranks_concatenated(next(results)), data)
+        return rebuild_tensors(data, group.concatenate_all(tensors))
+    return rebuild_tensors(data, map(_ranks_concatenated, all_gather_coalesced(group, tensors)))
 
 
 def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
@@ -230,6 +229,8 @@ def pad_across_processes(
 
 def tensors_only(data: Any, operation: str) -> list[torch.Tensor]:
     """Return all leaves, depth first; raise `CollectiveError` if one is not a tensor."""
+    if is_flat(data):
+        return list(data)
     tensors = []
     for path, leaf in leaves(data):
         if not isinstance(leaf, torch.Tensor):

@@ -4,7 +4,7 @@
 
 A batch has 113 MB, and a step of matrix products takes about 3.5 ms, as in the other measurements of this project. The
 loader yields a tensor that exists already, so what is measured is the way to the device, not reading; workers make
-theirs. `--parts` measures what the way to the device is made of.
+theirs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ from benchmarks.gpu.training import synchronized
 from torch.utils.data import DataLoader, Dataset
 
 from paceline import Accelerator
-from paceline.data.pinning import Pinner
+from paceline.data.pinning import StagedCopier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
-STEPS = 40
+# So many that the first batch, which nothing hides, counts for little.
+STEPS = 120
 ROWS, COLUMNS = 28_250, 1000
 
 
 class Rows(Dataset["Tensor"]):
     """Batches that workers make, each in memory of its own."""
 
+    def __init__(self, count: int) -> None:
+        self.count = count
+
     def __len__(self) -> int:
-        return STEPS
+        return self.count
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.full((ROWS, COLUMNS), float(index))
@@ -56,8 +60,8 @@ class Repeated(Dataset["Tensor"]):
         return self.batches[index % len(self.batches)]
 
 
-def contenders() -> dict[str, Callable[[], Iterable[Any]]]:
-    """Each returns the batches of one turn, on the device."""
+def contenders(workers: bool) -> dict[str, Callable[[], Iterable[Any]]]:
+    """Each returns the batches of one turn, on the device; with `workers`, also those that worker processes make."""
     pageable = [torch.randn(ROWS, COLUMNS) for _ in range(4)]
     pinned = [batch.pin_memory() for batch in pageable]
     there = [batch.cuda() for batch in pageable]
@@ -79,10 +83,11 @@ def contenders() -> dict[str, Callable[[], Iterable[Any]]]:
         found["Accelerate, ordinary DataLoader"] = lambda: other
     except Exception as error:  # It is compared with where it works.
         print(f"Accelerate: {error}", flush=True)
-    # At most this fast do workers hand batches over: one process makes and sends 113 MB.
-    working = DataLoader(Rows(), batch_size=None, num_workers=8, prefetch_factor=4, persistent_workers=True)
-    found["by hand, 8 workers"] = lambda: (batch.cuda(non_blocking=True) for batch in working)
-    found["paceline, 8 workers"] = partial(iter, accelerator.prepare(working))
+    if workers:
+        # At most this fast do workers hand batches over: one process makes and sends 113 MB.
+        working = DataLoader(Rows(40), batch_size=None, num_workers=8, prefetch_factor=4, persistent_workers=True)
+        found["by hand, 8 workers"] = lambda: (batch.cuda(non_blocking=True) for batch in working)
+        found["paceline, 8 workers"] = partial(iter, accelerator.prepare(working))
     found["described"] = lambda: [loaders["paceline, ordinary DataLoader"].describe()]
     return found
 
@@ -98,14 +103,13 @@ def parts() -> list[dict[str, Any]]:
         "Tensor.pin_memory": lambda batch: batch.pin_memory(),
         "a copy in host memory, one thread": lambda batch: np.copyto(pinned[0].numpy(), batch.numpy()),
     }
-    pinners = []
-    for threads in (1, 2, 4, 8):
-        pinner = Pinner(lambda tensor: torch.empty_like(tensor, pin_memory=True), threads)
-        pinners.append(pinner)
-        found[f"into pinned memory, {threads} threads"] = partial(_with_torch_threads, 1, pinner.pin)
-    found[f"into pinned memory, torch's {torch.get_num_threads()} threads"] = partial(
-        _with_torch_threads, torch.get_num_threads(), pinners[-1].pin
-    )
+    stream = torch.Stream(device="cuda")
+    copiers = []
+    for mebibytes in (4, 8, 16, 32):
+        copier = StagedCopier(torch.device("cuda", 0), stream, 8, buffer_bytes=mebibytes * 2**20)
+        copiers.append(copier)
+        found[f"staged in 3 buffers of {mebibytes} MiB"] = partial(_on, stream, copier.copy)
+    found["staged by 8 threads of its own"] = partial(_with_torch_threads, 1, partial(_on, stream, copiers[2].copy))
     rows = []
     for name, copy in found.items():
         times = []
@@ -116,9 +120,14 @@ def parts() -> list[dict[str, Any]]:
         best = min(times)
         rows.append({"contender": name, "ms": best, "ratio": pageable[0].nbytes / best / 1e6})
         print(f"{name}: {best:.2f} ms, {pageable[0].nbytes / best / 1e6:.1f} GB/s", flush=True)
-    for pinner in pinners:
-        pinner.close()
+    for copier in copiers:
+        copier.close()
     return rows
+
+
+def _on(stream: torch.Stream, copy: Callable[[Tensor], Any], batch: Tensor) -> None:
+    with stream:
+        copy(batch)
 
 
 def _with_torch_threads(count: int, copy: Callable[[Tensor], Any], batch: Tensor) -> None:
@@ -137,7 +146,8 @@ def main() -> None:
     """Measure, and print JSON in the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", action="store_true")
+    parser.add_argument("--parts", action="store_true", help="what the way to the device is made of")
+    parser.add_argument("--workers", action="store_true", help="also batches of worker processes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("There is no GPU here.")
@@ -145,23 +155,23 @@ def main() -> None:
         megabytes = ROWS * COLUMNS * 4 / 1e6
         print(json.dumps({"name": "input-parts", "megabytes": megabytes, "rows": parts()}), flush=True)
         return
-    ways = contenders()
+    ways = contenders(args.workers)
     describe = ways.pop("described")
     weight = torch.randn(COLUMNS, COLUMNS, device="cuda")
 
-    def train(batches: Iterable[Any]) -> None:
-        for batch in batches:
+    def train_on(way: Callable[[], Iterable[Any]], seen: list[None]) -> None:
+        for batch in way():
+            seen.append(None)
             total = batch
             for _ in range(3):
                 total = total @ weight
 
-    def train_on(way: Callable[[], Iterable[Any]]) -> None:
-        train(way())
-
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.rounds + 1):
         for name, way in ways.items():
-            times[name].append(synchronized(partial(train_on, way)) / STEPS * 1000)
+            seen: list[None] = []
+            seconds = synchronized(partial(train_on, way, seen))
+            times[name].append(seconds / len(seen) * 1000)
     print(next(iter(describe())), flush=True)
     first = times["on the device already"][1:]
     rows = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.collectives.nested import leaves, map_tensors, send_to_device
-from paceline.data.pinning import Pinner, num_copiers
+from paceline.data.pinning import BUFFER_BYTES, NUM_BUFFERS, StagedCopier, num_copiers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ _MAX_ON_DEVICE = 5
 
 @dataclass(frozen=True, slots=True)
 class _Copied:
-    """A batch on the device, complete once `event` has happened; without one, it is still to be copied."""
+    """A batch on the device, complete once `event` has happened; without one, in the order of the current stream."""
 
     batch: Any
     event: torch.Event | None
@@ -41,11 +41,12 @@ class DevicePrefetcher:
     """Copies batches to a device; with a CPU device they are passed through unchanged.
 
     On an accelerator the next batch is copied from pinned memory on a separate stream while the current one is in use.
-    If it is not pinned, a thread pins and copies it. Reading a batch, which runs code of the user, stays in the thread
-    that iterates, and waits until the host is through with the batch before: a data set may use its memory again.
+    If it is not pinned, a thread copies it through pinned buffers. Reading a batch, which runs code of the user, stays
+    in the thread that iterates, and waits until the host is through with the batch before: a data set may use its
+    memory again.
 
-    Small batches are copied when they are yielded. So are batches with other objects than dense tensors that have a
-    method `to`, because the tensors inside them cannot be recorded on the stream.
+    Small batches are copied on the current stream. So are batches with other objects than dense tensors that have a
+    method `to`, because the tensors inside them cannot be recorded on another stream.
 
     Args:
         device: The target device.
@@ -74,12 +75,12 @@ class DevicePrefetcher:
         text = f"copied to {self._device} one batch ahead, on a separate stream"
         if not self._copied_bytes:
             return text
-        pinned, copied = self._pinned_bytes / 1e6, self._copied_bytes / 1e6
-        if not pinned:
-            return f"{text} ({copied:,.1f} MB each)"
+        if not self._pinned_bytes:
+            return f"{text} ({self._copied_bytes / 1e6:,.1f} MB each)"
+        on_device = _MAX_ON_DEVICE * self._pinned_bytes / 1e6
         return (
-            f"{text}, pinned in a thread ({pinned:,.1f} MB each; up to {3 * pinned:,.0f} MB pinned and "
-            f"{_MAX_ON_DEVICE * pinned:,.0f} MB on the device)"
+            f"{text}, by a thread through pinned memory ({self._pinned_bytes / 1e6:,.1f} MB each; "
+            f"{NUM_BUFFERS * BUFFER_BYTES / 1e6:,.0f} MB pinned, up to {on_device:,.0f} MB on the device)"
         )
 
     def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
@@ -108,15 +109,18 @@ class DevicePrefetcher:
                 is_pageable = self._non_blocking and leaf.device.type == "cpu" and leaf.nbytes > 0
                 needs_pinning = needs_pinning or (is_pageable and not leaf.is_pinned())
             elif hasattr(leaf, "to"):
-                return _Copied(batch, None)
+                return self._copied_now(batch)
         if size <= _SMALL:
-            return _Copied(batch, None)
+            return self._copied_now(batch)
         self._copied_bytes = max(size, self._copied_bytes)
         if needs_pinning:
             self._pinned_bytes = max(size, self._pinned_bytes)
             return thread.copy(batch)
         with stream:
             return _Copied(map_tensors(self._copy, batch), stream.record_event())
+
+    def _copied_now(self, batch: Any) -> _Copied:
+        return _Copied(send_to_device(batch, self._device, self._non_blocking), None)
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._device, non_blocking=self._non_blocking)
@@ -125,7 +129,7 @@ class DevicePrefetcher:
         copied = started.result() if isinstance(started, Future) else started
         batch = copied.batch
         if copied.event is None:
-            return send_to_device(batch, self._device, self._non_blocking)
+            return batch
         current = torch.accelerator.current_stream(self._device)
         current.wait_event(copied.event)
         for _, leaf in leaves(batch):
@@ -137,20 +141,21 @@ class DevicePrefetcher:
 
 @dataclass(slots=True)
 class _CopyThread:
-    """Pins batches and copies them to the device, in a thread that starts with the first one."""
+    """Copies batches from ordinary memory to the device, in a thread that starts with the first one."""
 
     device: torch.device
     stream: torch.Stream
     _executor: ThreadPoolExecutor | None = None
-    _pinner: Pinner | None = None
+    _copier: StagedCopier | None = None
     # When the device was through with the last batches that were copied here.
     _used: deque[torch.Event] = field(default_factory=lambda: deque(maxlen=_MAX_ON_DEVICE - 1))
 
     def copy(self, batch: Any) -> Future[_Copied]:
-        """Pin and copy a batch, after those before it."""
+        """Copy a batch, after those before it."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, "paceline-copy", initializer=self._select_device)
-            self._pinner = Pinner(_pinned_like, num_copiers(torch.accelerator.device_count()))
+            threads = num_copiers(torch.accelerator.device_count())
+            self._copier = StagedCopier(self.device, self.stream, threads)
         is_full = len(self._used) == self._used.maxlen
         return self._executor.submit(self._copy, batch, self._used[0] if is_full else None)
 
@@ -163,8 +168,8 @@ class _CopyThread:
         """End the thread."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
-        if self._pinner is not None:
-            self._pinner.close()
+        if self._copier is not None:
+            self._copier.close()
 
     def _select_device(self) -> None:
         # Each thread has a current device of its own, and pinning would begin to use the first one.
@@ -179,13 +184,9 @@ class _CopyThread:
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu" and tensor.nbytes and not tensor.is_pinned():
-            assert self._pinner is not None
-            tensor = self._pinner.pin(tensor)
+            assert self._copier is not None
+            return self._copier.copy(tensor)
         return tensor.to(self.device, non_blocking=True)
-
-
-def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(tensor, pin_memory=True, requires_grad=False)
 
 
 def _maybe_stream(device: torch.device) -> torch.Stream | None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paceline.data.pinning import Pinner, num_copiers
+from paceline.data.pinning import StagedCopier, num_copiers
 
 ROWS = 3 * 2**20 + 1
 
@@ -27,26 +27,59 @@ def everything() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+def copier(threads: int, buffer_bytes: int = 2**20) -> StagedCopier:
+    return StagedCopier(torch.device("cpu"), None, threads, allocate=unpinned, buffer_bytes=buffer_bytes)
+
+
+def unpinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("threads", "torch_threads", "buffer_bytes"), [(1, 1, 2**20), (3, 1, 5 * 2**20), (4, 8, 777_777), (2, 1, 2**24)]
+)
 @pytest.mark.parametrize("name", everything())
-def test_copies_are_equal_whatever_the_layout(name: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_equal_whatever_the_layout(
+    name: str, threads: int, torch_threads: int, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Whether torch's threads copy, or our own.
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8 if threads == 2 else 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     tensor = everything()[name]
-    pinner = Pinner(torch.empty_like, threads)
-    copy = pinner.pin(tensor)
-    pinner.close()
-    assert copy.dtype is tensor.dtype
-    assert torch.equal(copy, tensor)
-    assert copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() or not tensor.numel()
+    staged = copier(threads, buffer_bytes)
+    for _ in range(2):
+        copy = staged.copy(tensor)
+        assert copy.dtype is tensor.dtype
+        assert torch.equal(copy, tensor)
+        assert copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr() or not tensor.numel()
+    staged.close()
 
 
 def test_a_failing_copy_is_an_error_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    pinner = Pinner(lambda tensor: torch.empty(5), 2)
+    staged = StagedCopier(torch.device("cpu"), None, 2, allocate=lambda size: unpinned(5))
     with pytest.raises((ValueError, RuntimeError)):
-        pinner.pin(torch.zeros(ROWS))
-    pinner.close()
+        staged.copy(torch.zeros(ROWS))
+    staged.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("name", everything())
+def test_copies_to_the_device_are_equal(name: str) -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    stream = torch.Stream(device=device)
+    staged = StagedCopier(device, stream, 3)
+    for _ in range(3):
+        tensor = everything()[name]
+        expected = tensor.clone()
+        with stream:
+            copy = staged.copy(tensor)
+        if not tensor.is_conj():
+            tensor.zero_()
+        stream.synchronize()
+        assert torch.equal(copy.cpu(), expected)
+    staged.close()
 
 
 def test_ranks_of_one_machine_share_its_cores() -> None:

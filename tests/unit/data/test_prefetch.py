@@ -122,7 +122,7 @@ def test_pageable_batches_do_not_pile_up_on_the_device() -> None:
     size = rows * 1024 * 4
     assert torch.accelerator.max_memory_allocated() - before < 8 * size + 3 * slow.nbytes
     text = prefetcher.describe()
-    assert "pinned in a thread" in text
+    assert "by a thread through pinned memory" in text
     assert "MB on the device" in text
 
 
@@ -156,3 +156,18 @@ def test_a_source_may_use_its_memory_again(rows: int) -> None:
 
     found = DevicePrefetcher(device, non_blocking=True).iterate(source())
     assert [(batch.amin().item(), batch.amax().item()) for batch in found] == [(i, i) for i in range(30)]
+
+
+@pytest.mark.gpu
+@needs_accelerator
+def test_an_object_that_moves_itself_may_use_its_memory_again() -> None:
+    device = torch.accelerator.current_accelerator()
+    assert device is not None
+    buffer = torch.empty(1024)
+
+    def source() -> Iterator[Moves]:
+        for value in range(10):
+            yield Moves(buffer.fill_(value))
+
+    found = list(DevicePrefetcher(device, non_blocking=True).iterate(source()))
+    assert [batch.tensor.mean().item() for batch in found] == list(range(10))

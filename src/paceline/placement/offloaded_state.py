@@ -68,7 +68,8 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     missing: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module has two names
-        with align_module_device(module, "cpu"):
+        # Weights that the hook of an enclosing module brings are found there.
+        with align_module_device(module, "cpu" if has_offloaded_params(module) else None):
             for key, tensor in module.state_dict(prefix=f"{prefix}." if prefix else "").items():
                 if tensor.device == META:
                     missing.add(key)

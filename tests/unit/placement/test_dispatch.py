@@ -23,7 +23,9 @@ from paceline.placement import (
     attach_layerwise_casting_hooks,
     cpu_offload,
     cpu_offload_with_hook,
+    disk_offload,
     dispatch_model,
+    get_state_dict_offloaded_model,
     has_offloaded_params,
     init_empty_weights,
     init_on_device,
@@ -239,3 +241,16 @@ def test_compiled_models_run_offloaded() -> None:
         hook.weights_map = {"weight": torch.zeros(8, 8), "bias": torch.ones(8)}
         assert bool((compiled(x) == 1).all())
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_the_state_of_blocks_whose_weights_come_together(tmp_path: Path, way: str) -> None:
+    model = tower(width=64, reads_inner=True)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if way == "cpu":
+        cpu_offload(model, CPU, preload_module_classes=["Block"])
+    else:
+        disk_offload(model, tmp_path, CPU, preload_module_classes=["Block"])
+    found = get_state_dict_offloaded_model(model)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())

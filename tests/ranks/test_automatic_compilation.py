@@ -7,11 +7,13 @@ runs what was traced as it is.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from paceline import Accelerator
 from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
@@ -300,3 +302,63 @@ def test_the_decision_is_said_before_it_is_taken() -> None:
     with on_the_cpu():
         _, said, _ = train("single", steps=2)
     assert "3 Block will be compiled after 7 steps if the run is long enough (dynamo_backend: auto)" in said
+
+
+# Graphs: on the CPU, the same code without them.
+
+
+class Checkpointed(TinyTransformer):
+    """Its blocks are computed again in the backward."""
+
+    def __init__(self, reentrant: bool = False) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(tokens) * self.scale
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
+
+
+GRAPHED_STEPS = 24
+GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "a gain": ({}, {}, "compiled by eager and replayed as CUDA graphs; a step takes"),
+    "no gain": ({}, {"_WORTHWHILE_GRAPHS": 0.0}, "not replayed as CUDA graphs: a step takes"),
+    "recomputed": ({"make": Checkpointed}, {}, "not replayed as CUDA graphs: activations are computed again"),
+    "recomputed inside of the backward": (
+        {"make": partial(Checkpointed, reentrant=True)},
+        {},
+        "not replayed as CUDA graphs: activations are computed again",
+    ),
+    "shapes that vary": ({"length": lambda step: 5 + step}, {}, "not replayed as CUDA graphs: shapes vary"),
+    "forbidden": ({"dynamo_plugin": TorchDynamoPlugin(cuda_graphs=False)}, {}, "compiled by eager; a step"),
+    "little memory": ({}, {"has_memory_for_graphs": lambda device: False}, "compiled by eager; a step"),
+}
+
+
+def graphed(case: str) -> None:
+    arguments, changes, words = GRAPHS[case]
+    plain, _, _ = train("single", steps=GRAPHED_STEPS, **(arguments | {"dynamo_plugin": None}))
+    with on_the_cpu(**{"_WORTHWHILE_GRAPHS": 1e9, **changes}):
+        losses, said, model = train("single", steps=GRAPHED_STEPS, **arguments)
+    assert words in said, said
+    assert losses == pytest.approx(plain, abs=1e-5)
+    hooked = {bool(parameter._backward_hooks) for parameter in model.blocks.parameters()}
+    assert hooked == {"and replayed" in said}, "gradients are copied while graphs are replayed, and no longer"
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+def test_what_speaks_against_graphs_leaves_compiled_blocks(case: str) -> None:
+    run_on_ranks(1, graphed, case)
+
+
+def sharded_and_graphed() -> None:
+    with on_the_cpu(_WORTHWHILE_GRAPHS=1e9):
+        _, said, _ = train("fsdp", steps=GRAPHED_STEPS)
+    assert "compiled by eager; a step takes" in said, said
+
+
+def test_sharded_weights_move_and_are_not_replayed() -> None:
+    run_on_ranks(2, sharded_and_graphed)

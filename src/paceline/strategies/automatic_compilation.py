@@ -1,9 +1,11 @@
 """`dynamo_backend="auto"`: compiles the repeated blocks of a model once that pays, and stops where it does not.
 
 The first optimizer steps run eagerly and are timed. Then the blocks are compiled in place if the rest of the run is
-long enough, and the next steps are timed as well. Whatever speaks against it (a graph break, too many recompilations,
-a compiler that fails, no gain) puts the blocks back to eager, in the middle of a forward if need be, with one line of
-reason. Steps are numbered, so a run that is repeated compiles in the same step.
+long enough, and the next steps are timed as well. Where the host is the limit even so, the blocks are replayed as CUDA
+graphs, and the steps after that are timed too. Whatever speaks against compiling (a graph break, too many
+recompilations, a compiler that fails, no gain) puts the blocks back to eager, in the middle of a forward if need be,
+with one line of reason; what speaks against graphs, back to compiled code. Steps are numbered, so a run that is
+repeated compiles in the same step.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import functools
 import hashlib
 import json
 import time
+import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,11 +27,20 @@ import torch
 from paceline.environment.logging import get_logger
 from paceline.strategies.blocks import class_name, repeated_blocks
 from paceline.strategies.compilation import LostGradientsError, compiler_arguments
+from paceline.strategies.cuda_graphs import (
+    GRAPH_OPTIONS,
+    MAX_SHAPES,
+    copy_gradients,
+    has_memory_for_graphs,
+    may_be_recomputed,
+    replayed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
     from paceline.config import TorchDynamoPlugin
 
@@ -46,6 +58,10 @@ _TIMED = 4
 # What compiled blocks take of an eager step if nothing is known: 0.75 under FSDP2, 0.5 where the host is the limit.
 _EXPECTED_RATIO = 0.75
 _WORTHWHILE_RATIO = 0.97
+# Graphs keep memory for themselves, so they must gain more. Blocks run once to warm up, once to be recorded, and in the
+# third step as a graph.
+_WORTHWHILE_GRAPHS = 0.9
+_IGNORED_FOR_GRAPHS = 4
 # Compiling forward and backward of one block of a Llama: 14 s on 16 cores.
 _COLD_SECONDS = 20.0
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "triton")
@@ -58,6 +74,7 @@ def automatic_compilation(
     remaining_steps: Callable[[], int | None],
     *,
     at_once: bool = False,
+    may_replay: bool = False,
 ) -> AutomaticCompilation | None:
     """Choose what to compile of a model, if the device is one where that is done by default.
 
@@ -67,6 +84,7 @@ def automatic_compilation(
         device: Where it will be trained.
         remaining_steps: Returns the optimizer steps that are left; None if that is unknown.
         at_once: Whether the model must be compiled, however long the run is.
+        may_replay: Whether the weights stay where they are in memory, as CUDA graphs need it.
 
     Returns:
         To be told of every optimizer step; None where models stay as they are.
@@ -74,7 +92,7 @@ def automatic_compilation(
     if device.type not in DEVICE_TYPES:
         return None
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
-    compilation = AutomaticCompilation(blocks, settings, device, remaining_steps)
+    compilation = AutomaticCompilation(blocks, settings, device, remaining_steps, may_replay=may_replay)
     if not blocks:
         compilation.stop("the model has no repeated blocks")
     elif any(block._compiled_call_impl is not None for module in blocks for block in module.modules()):
@@ -92,6 +110,7 @@ class AutomaticCompilation:
         settings: Of the compiler.
         device: Where the blocks compute.
         remaining_steps: See `automatic_compilation`.
+        may_replay: See `automatic_compilation`.
     """
 
     def __init__(
@@ -100,17 +119,27 @@ class AutomaticCompilation:
         settings: TorchDynamoPlugin,
         device: torch.device,
         remaining_steps: Callable[[], int | None],
+        *,
+        may_replay: bool = False,
     ) -> None:
         self._blocks = blocks
         self._settings = settings
         self._device = device
         self._remaining_steps = remaining_steps
-        self._steps = 0
+        self._may_replay = may_replay
         self._clock = _Clock(device)
-        self._eager_seconds = self._started = self._compile_seconds = 0.0
+        self._eager_seconds = self._compiled_seconds = self._started = self._compile_seconds = 0.0
         self._state = f"will be compiled after {_IGNORED + _TIMED + 1} steps if the run is long enough"
+        # What is done with the time of a step, how many steps come before those that are timed, and how many were seen.
+        self._judge: Callable[[float], None] = self._judge_eager
+        self._ignored = _IGNORED + 1
+        self._steps = 0
+        self._gradient_copies: list[RemovableHandle] = []
+        self._shapes: set[torch.Size] = set()
         # Whether forwards use compiled code; off, they stay eager from the next step on.
         self.is_on = False
+        # Whether they replay graphs of it.
+        self.is_replayed = False
         self.is_decided = False
 
     @property
@@ -127,16 +156,11 @@ class AutomaticCompilation:
     def stepped(self) -> None:
         """Take note of an optimizer step, and decide where it is time to."""
         self._steps += 1
-        first = _IGNORED + 1
-        if self.is_on and self._steps == first + _TIMED + 1:
+        if self.is_on and not self._compile_seconds:
             self._compile_seconds = time.perf_counter() - self._started
-        after = first + _TIMED + _IGNORED
-        if first <= self._steps <= first + _TIMED or after <= self._steps <= after + _TIMED:
+        if self._steps >= self._ignored:
             self._clock.mark()
-        if self._steps == first + _TIMED:
-            self._eager_seconds = self._clock.best()
-            self._decide()
-        elif self._steps == after + _TIMED and self.is_on:
+        if self._steps == self._ignored + _TIMED:
             self._judge(self._clock.best())
 
     def stop(self, reason: str) -> None:
@@ -146,19 +170,51 @@ class AutomaticCompilation:
         if was_on:
             _LOG.info("Blocks are not compiled any longer: %s", reason)
 
-    def _decide(self) -> None:
+    def stop_graphs(self, reason: str) -> None:
+        """Call compiled code without graphs from the next block on."""
+        self.is_replayed, self.is_decided = False, True
+        for handle in self._gradient_copies:
+            handle.remove()
+        self._state = f"{self._compiled_state}; not replayed as CUDA graphs: {reason}"
+        _LOG.info("Compiled blocks are not replayed as CUDA graphs: %s", reason)
+
+    def may_replay_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a block may be a graph with these arguments; if not, graphs are stopped."""
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(first, torch.Tensor) and first.shape not in self._shapes:
+            self._shapes.add(first.shape)
+        if len(self._shapes) > MAX_SHAPES:
+            self.stop_graphs("shapes vary")
+        elif may_be_recomputed():
+            self.stop_graphs("activations are computed again in the backward")
+        return self.is_replayed
+
+    def note_failed_replay(self, error: RuntimeError) -> None:
+        """Stop graphs if the error comes from recording or replaying them; raise it if it is the block's own."""
+        is_compiler = type(error).__module__.startswith(_COMPILERS)
+        if not (is_compiler or isinstance(error, torch.OutOfMemoryError) or "CUDAGraph" in str(error)):
+            raise error
+        self.stop_graphs(f"{type(error).__name__}: {_first_line(error)}"[:200])
+
+    def _then(self, judge: Callable[[float], None], ignored: int) -> None:
+        """Time steps again after the next ones."""
+        self._judge, self._ignored, self._steps = judge, ignored, 0
+
+    def _judge_eager(self, seconds: float) -> None:
         """Compile if that is earned back before the run ends."""
+        self._eager_seconds = seconds
         remaining = self._remaining_steps()
-        seconds = _known_seconds(self._key) or _COLD_SECONDS
+        expected = _known_seconds(self._key) or _COLD_SECONDS
         gain = (1 - _EXPECTED_RATIO) * self._eager_seconds
-        if remaining is not None and remaining * gain < seconds:
+        if remaining is not None and remaining * gain < expected:
             self.stop(
                 f"{remaining} more steps of {self._eager_seconds:.3g} s would not earn back "
-                f"about {seconds:.0f} s of compilation"
+                f"about {expected:.0f} s of compilation"
             )
             return
         self._state = "being compiled"
         self._compile()
+        self._then(self._judge_compiled, _IGNORED)
 
     def start_at_once(self) -> None:
         """Compile from the first step on: the model is slower eagerly than before it was changed."""
@@ -174,19 +230,51 @@ class AutomaticCompilation:
         for block in self._blocks:
             block._compiled_call_impl = _CompiledCall(block, self, arguments)
 
-    def _judge(self, seconds: float) -> None:
+    def _judge_compiled(self, seconds: float) -> None:
         """Keep the compiled blocks if steps have become shorter."""
         ratio = seconds / self._eager_seconds
         if ratio > _WORTHWHILE_RATIO:
             self.stop(f"a step takes {ratio:.2f} of an eager one")
             self._restore()
             return
-        self.is_decided = True
-        self._state = (
-            f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {_cache_folder()}"
-        )
+        self._compiled_seconds = seconds
+        self._state = self._compiled_state
         _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
         _note_seconds(self._key, self._compile_seconds)
+        if self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device):
+            self._replay()
+            self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
+        else:
+            self.is_decided = True
+
+    def _judge_graphs(self, seconds: float) -> None:
+        """Keep the graphs if steps have become shorter again."""
+        ratio = seconds / self._compiled_seconds
+        if ratio > _WORTHWHILE_GRAPHS:
+            self.stop_graphs(f"a step takes {ratio:.2f} of one without them")
+            return
+        self.is_decided = True
+        of_eager = seconds / self._eager_seconds
+        self._state = (
+            f"compiled by {BACKEND} and replayed as CUDA graphs; a step takes {of_eager:.2f} of an eager one; "
+            f"code is kept in {_cache_folder()}"
+        )
+        _LOG.info("Compiled blocks are replayed as CUDA graphs: a step takes %.2f of one without them", ratio)
+
+    def _replay(self) -> None:
+        self.is_replayed = True
+        # Blocks share their code, which looks like one function that is called again before its backward.
+        warnings.filterwarnings("ignore", message="Unable to hit fast path of CUDAGraphs")
+        arguments = {**compiler_arguments(self._settings, BACKEND, GRAPH_OPTIONS), "fullgraph": True}
+        for block in self._blocks:
+            call: Any = block._compiled_call_impl
+            call.replay(arguments)
+            self._gradient_copies += copy_gradients(block.parameters())
+
+    @property
+    def _compiled_state(self) -> str:
+        ratio = self._compiled_seconds / self._eager_seconds
+        return f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {_cache_folder()}"
 
     def _restore(self) -> None:
         for block in self._blocks:
@@ -210,33 +298,47 @@ class _CompiledCall:
         self._block: Any = block
         self._owner = owner
         self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
+        self._graphed: Callable[..., Any] = self._compiled
+
+    def replay(self, arguments: dict[str, Any]) -> None:
+        """Compile once more, to code that replays graphs."""
+        self._graphed = torch.compile(self._block._call_impl, **arguments)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        block = self._block
+        block, owner = self._block, self._owner
         # Evaluations have other shapes, and would be compiled once more for a few batches.
-        if not (self._owner.is_on and block.training and torch.is_grad_enabled()):
+        if not (owner.is_on and block.training and torch.is_grad_enabled()):
             return block._call_impl(*args, **kwargs)
+        if owner.is_replayed and owner.may_replay_now(args, kwargs):
+            try:
+                return replayed(self._graphed, args, kwargs)
+            except RuntimeError as error:
+                owner.note_failed_replay(error)
         try:
             return self._compiled(*args, **kwargs)
         except Exception as error:
             if not type(error).__module__.startswith(_COMPILERS):
                 raise
-            self._owner.stop(_first_line(error))
+            owner.stop(_reason(error))
         return block._call_impl(*args, **kwargs)
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def _reason(error: Exception) -> str:
+    line = _first_line(error)
     kind = type(error).__name__
     if isinstance(getattr(error, "inner_exception", None), LostGradientsError):
         return f"torch {torch.__version__} would lose gradients of a torch.autograd.Function"
     match kind:
         case "Unsupported":
-            return f"its forward cannot be traced as one graph ({lines[0] if lines else kind})"
+            return f"its forward cannot be traced as one graph ({line or kind})"
         case "FailOnRecompileLimitHit":
             return "it was compiled again too often, as happens when shapes vary"
         case _:
-            return f"the compiler failed with {kind}: {lines[0] if lines else ''}"[:200]
+            return f"the compiler failed with {kind}: {line}"[:200]
 
 
 @dataclass(slots=True)
@@ -244,6 +346,8 @@ class _Clock:
     """The times between marks on a device, read once at the end."""
 
     device: torch.device
+    # Whether the device was through with each step that was timed last before the host had queued the next one.
+    has_idled: bool = False
     _marks: list[Any] | None = None
 
     def mark(self) -> None:
@@ -251,7 +355,9 @@ class _Clock:
         marks = self._marks = self._marks or []
         if self.device.type == "cpu":
             marks.append(time.perf_counter())
+            self.has_idled = True
             return
+        self.has_idled = not marks or (self.has_idled and marks[-1].query())
         event = torch.Event(device=self.device, enable_timing=True)
         event.record(torch.accelerator.current_stream(self.device))
         marks.append(event)

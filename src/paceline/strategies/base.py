@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
+    from paceline.config import TorchDynamoPlugin
     from paceline.precision.fp8 import Fp8Layers
     from paceline.strategies.automatic_compilation import AutomaticCompilation
     from paceline.strategies.context import DistributedType, RunContext
@@ -47,6 +48,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         scales_loss: Whether the engine scales the loss itself under fp16, and skips steps by itself.
         prepares_again: Whether a prepared model can be prepared once more, its optimizer's state kept.
         keeps_gradients: Whether gradients never reach `parameter.grad`, so that only the engine can step.
+        keeps_addresses: Whether weights stay where they are in memory, so that steps can be replayed as CUDA graphs.
         context: The run's ranks, device, precision and configuration.
 
     Args:
@@ -57,6 +59,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     scales_loss: bool = False
     prepares_again: bool = True
     keeps_gradients: bool = False
+    keeps_addresses: bool = False
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
@@ -232,31 +235,38 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             PrepareError: There is an activation memory budget, and the model is not compiled.
         """
         # These need the configuration's schema, which takes too long to load for a mere import of paceline.
-        from paceline.strategies.automatic_compilation import automatic_compilation
         from paceline.strategies.compilation import compile_model
         from paceline.strategies.compile_cache import open_cache
+        from paceline.strategies.cuda_graphs import copy_gradients, uses_graphs
 
         settings = self.context.config.dynamo_config
-        needs_compiler = self.context.precision.mode == "fp8" or settings.activation_memory_budget < 1
         if settings.backend == "inductor" or (settings.backend == "auto" and self.context.device.type == "cuda"):
             open_cache(settings, may_empty=self.context.world.is_local_main)
         compile_model(model, settings)
+        if self.keeps_addresses and uses_graphs(settings):
+            copy_gradients(model.parameters())
         if settings.backend == "auto" and not settings.disable:
-            found = automatic_compilation(
-                model,
-                settings,
-                self.context.device,
-                self.context.remaining_steps,
-                at_once=needs_compiler,
+            self._compile_automatically(model, settings)
+
+    def _compile_automatically(self, model: nn.Module, settings: TorchDynamoPlugin) -> None:
+        from paceline.strategies.automatic_compilation import automatic_compilation
+
+        found = automatic_compilation(
+            model,
+            settings,
+            self.context.device,
+            self.context.remaining_steps,
+            at_once=self.context.precision.mode == "fp8" or settings.activation_memory_budget < 1,
+            may_replay=self.keeps_addresses and settings.cuda_graphs,
+        )
+        if settings.activation_memory_budget < 1 and (found is None or not found.is_on):
+            raise PrepareError(
+                f"dynamo_activation_memory_budget is {settings.activation_memory_budget:g}, and "
+                f"{type(model).__name__} is not compiled: {found.state if found else 'auto compiles on CUDA only'}",
+                "Only compiled code has a budget, so the memory would be that of a run without one",
+                "Set dynamo_backend to inductor, or use activation checkpointing",
             )
-            if settings.activation_memory_budget < 1 and (found is None or not found.is_on):
-                raise PrepareError(
-                    f"dynamo_activation_memory_budget is {settings.activation_memory_budget:g}, and "
-                    f"{type(model).__name__} is not compiled: {found.state if found else 'auto compiles on CUDA only'}",
-                    "Only compiled code has a budget, so the memory would be that of a run without one",
-                    "Set dynamo_backend to inductor, or use activation checkpointing",
-                )
-            self._compilations += [found] if found is not None else []
+        self._compilations += [found] if found is not None else []
 
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         """Let a prepared optimizer update further parameters.

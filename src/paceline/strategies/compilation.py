@@ -50,17 +50,20 @@ def compile_model(model: nn.Module, settings: TorchDynamoPlugin) -> None:
         module.compile(**arguments, fullgraph=settings.fullgraph)
 
 
-def compiler_arguments(settings: TorchDynamoPlugin, backend: Any) -> dict[str, Any]:
+def compiler_arguments(
+    settings: TorchDynamoPlugin, backend: Any, options: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The arguments of `torch.compile`, except `fullgraph`.
 
     Args:
         settings: Of the run.
         backend: Its name, or what is called with graph and inputs.
+        options: Of inductor, in place of those of the run.
     """
     protect_linear()
     # torch accepts either a mode or options, not both.
     mode = settings.mode if settings.mode != "default" and not settings.options else None
-    options = settings.options or None
+    options = (options if backend == "inductor" else None) or settings.options or None
     if settings.activation_memory_budget < 1:
         backend = _WithBudget(_as_callable(backend, mode, options, settings.dynamic), settings.activation_memory_budget)
         mode = options = None

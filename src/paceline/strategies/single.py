@@ -17,6 +17,7 @@ class SingleStrategy(Strategy):
     """Moves the model to the device, and changes nothing else."""
 
     name = "single"
+    keeps_addresses = True
 
     @property
     @override

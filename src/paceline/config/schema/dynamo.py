@@ -30,7 +30,7 @@ Backend = Literal[
     "neuron",
 ]
 # The other fields are chosen by auto itself.
-_USED_BY_AUTO = ("disable", "cache_dir", "cache_limit_gb", "activation_memory_budget")
+_USED_BY_AUTO = ("disable", "cache_dir", "cache_limit_gb", "activation_memory_budget", "cuda_graphs")
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -73,6 +73,12 @@ class TorchDynamoPlugin(Section):
         1.0,
         description="How much of the activations compiled code keeps for the backward, from 0 (recompute all that it "
         "can) to 1 (keep what is fastest).",
+    )
+
+    cuda_graphs: bool = Field(
+        True,
+        description="Let auto replay compiled blocks as CUDA graphs where the host is slower than the GPU and that "
+        "makes steps shorter, under one process or DDP.",
     )
 
     def clashes(self) -> Iterator[Fault]:

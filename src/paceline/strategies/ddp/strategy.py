@@ -48,6 +48,7 @@ class DDPStrategy(Strategy):
     """`torch.nn.parallel.DistributedDataParallel` around every trained model."""
 
     name = "ddp"
+    keeps_addresses = True
 
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)

@@ -46,6 +46,7 @@ TITLES = {
     "fsdp-default": "Llama 1.26 B under FSDP2, by default",
     "launch": "Llama 0.37 B, sequence 512, batch 2",
     "memory": "Llama with 8 of its layers under FSDP2: memory against time",
+    "launch-ways": "Llama 0.37 B, sequence 512, batch 2: ways to compile",
     "launch-default": "Llama 0.37 B, sequence 512, batch 2, by default",
     "several-fsdp": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2",
     "several-fp8": "Llama 1.26 B, sequence 4096, batch 4 a device, FSDP2, fp8",
@@ -134,6 +135,8 @@ def run_part(part: str, seconds: float) -> tuple[dict[str, Any] | None, str, int
             command = ["-m", "benchmarks.gpu.losses"]
         case "input":
             command = ["-m", "benchmarks.gpu.inputs"]
+        case "attention":
+            command = ["-m", "benchmarks.gpu.attention"]
         case part if part.startswith("several-"):
             ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
             command = [*ranks, "-m", "benchmarks.gpu.several", part.removeprefix("several-")]
@@ -220,6 +223,16 @@ def table_of(part: str, found: dict[str, Any]) -> str:
                 "| part | ms | GB/s |",
                 "|---|--:|--:|",
                 *(f"| {row['contender']} | {row['ms']:.2f} | {row['ratio']:.1f} |" for row in found["rows"]),
+            ]
+        case "attention":
+            lines = [
+                "\n### Causal attention, forward and backward\n",
+                "| batch, heads, sequence, width | kernel | ms | TFLOP/s |",
+                "|---|---|--:|--:|",
+                *(
+                    f"| {', '.join(map(str, row['shape']))} | {row['way']} | {row['ms']:.3f} | {row['tflops']:.0f} |"
+                    for row in found["rows"]
+                ),
             ]
         case "fp8-sizes":
             lines = [

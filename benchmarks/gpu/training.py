@@ -181,9 +181,13 @@ class Raw(Contender):
                 config = replace(config, enable_fsdp_float8_all_gather=True)
             for block in blocks_of(self.model):
                 convert_to_float8_training(block, config=config)
-        if settings.get("compiled"):
+        compiled = settings.get("compiled")
+        if compiled:
+            arguments = compiled if isinstance(compiled, dict) else {}
             for block in blocks_of(self.model):
-                block.compile()
+                block.compile(**arguments)
+        if settings.get("whole"):
+            self.model.compile(**settings["whole"])
         self.mixed = not settings.get("fsdp")
         if settings.get("fsdp"):
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -218,6 +222,8 @@ class Paceline(Contender):
             plugin = self.settings["fsdp"]
             settings["fsdp_plugin"] = FullyShardedDataParallelPlugin() if plugin is True else plugin
             settings["strategy"] = "fsdp"
+        if "cuda_graphs" in self.settings:
+            settings["dynamo_plugin"] = TorchDynamoPlugin(cuda_graphs=self.settings["cuda_graphs"])
         if "dynamo" in self.settings:
             backend = self.settings["dynamo"]
             regional = backend not in ("no", "auto")
@@ -351,12 +357,24 @@ def contenders_of(name: str) -> list[Contender]:
                 Paceline("paceline, blocks compiled", SMALL, dynamo="inductor"),
                 Paceline("paceline, blocks compiled, chunked loss", SMALL, "chunked", dynamo="inductor"),
             ]
+        case "launch-ways":
+            compiled: dict[str, Any] = {"compiled": True}
+            graphs = {"mode": "reduce-overhead"}
+            return [
+                Raw("raw eager", SMALL),
+                Raw("raw, blocks compiled", SMALL, **compiled),
+                Raw("raw, blocks compiled, C++ calls them", SMALL, compiled={"options": {"cpp_wrapper": True}}),
+                Raw("raw, whole model compiled", SMALL, whole={}),
+                Raw("raw, whole model compiled, CUDA graphs", SMALL, whole=graphs),
+                Raw("raw, blocks compiled, CUDA graphs", SMALL, compiled=graphs),
+            ]
         case "launch-default":
             return [
                 Raw("raw eager", SMALL),
                 Raw("raw, blocks compiled, loss compiled", SMALL, "compiled", compiled=True),
-                Paceline("paceline by default, chunked loss", SMALL, "chunked", settle=12),
-                Paceline("paceline by default", SMALL, settle=12),
+                Paceline("paceline by default, chunked loss", SMALL, "chunked", settle=24),
+                Paceline("paceline by default", SMALL, settle=24),
+                Paceline("paceline by default, without CUDA graphs", SMALL, settle=24, cuda_graphs=False),
             ]
     raise ValueError(name)
 

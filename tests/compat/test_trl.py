@@ -7,7 +7,7 @@ import pytest
 from tests.compat.compare import TOLERANCE, numbers, verdict
 from tests.compat.trl_runs import RUNS, RUNS_SHARDED
 
-pytestmark = [pytest.mark.compat, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.compat, pytest.mark.timeout(3600)]
 for package in ("accelerate", "transformers", "trl", "peft", "datasets"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
@@ -24,6 +24,6 @@ def test_plain_and_under_ddp(ranks: int) -> None:
     _compare(list(RUNS), ranks)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_sharded(strategy: str) -> None:
     _compare(list(RUNS_SHARDED[strategy]), 2)

@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## train a small language model on this machine's devices
 	$(BIN)/paceline launch examples/language_model.py
 
-test: $(INSTALLED)  ## the tests, without the long sweeps (three at a time: many wait for processes)
-	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
+test: $(INSTALLED)  ## the tests, without the long sweeps (two at a time)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
 
 test-slow: $(INSTALLED)  ## the long sweeps as well
 	$(PYTEST) -m "not gpu and not gpus2" --timeout 900

@@ -24,6 +24,6 @@ def test_plain_and_under_ddp(ranks: int) -> None:
     _compare(list(RUNS), ranks)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
 def test_sharded(strategy: str) -> None:
     _compare(list(RUNS_SHARDED[strategy]), 2)

@@ -54,6 +54,7 @@ def fine_tune(strategy: str, folder: str) -> tuple[list[float], str]:
     return losses, "\n".join(accelerator.strategy.describe())
 
 
+@pytest.mark.slow
 def test_saved_weights_load_and_training_agrees(tmp_path: Path) -> None:
     single, _ = run_on_ranks(1, fine_tune, "single", str(tmp_path / "single"))[0]
     ddp, _ = run_on_ranks(2, fine_tune, "ddp", str(tmp_path / "ddp"))[0]

@@ -4,8 +4,9 @@
     python -m benchmarks.world_size --plot benchmarks/world_size.svg    # needs matplotlib
 
 Each number of ranks is a process of its own, which is rank 0 of a world that torch's fake process group makes up: what
-is left is what this process does itself. The least of many blocks of steps is shown, the calls of functions in a step,
-which no other load changes, and the milliseconds of `prepare`.
+is left is what this process does itself. The same loop by hand, in DistributedDataParallel and `fully_shard`, shows
+what of it is torch's. The least of many blocks of steps is shown, the calls of functions in a step, which no other load
+changes, and the milliseconds of `prepare`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 SIZES = [1, 8, 64, 512, 4096]
-STRATEGIES = ["ddp", "fsdp"]
+STRATEGIES = ["ddp", "ddp by hand", "fsdp", "fsdp by hand"]
 
 
 def measure(strategy: str, size: int) -> dict[str, Any]:
@@ -32,13 +36,12 @@ def measure(strategy: str, size: int) -> dict[str, Any]:
     from tests.support.calls import count_calls
     from torch import nn
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import Dataset
 
     os.environ.update(RANK="0", WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     # The made-up group has no store for the watchdog.
     os.environ.update(GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29400", PACELINE_HANG_TIMEOUT="0")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    from paceline import Accelerator
 
     class Samples(Dataset[torch.Tensor]):
         def __len__(self) -> int:
@@ -47,10 +50,31 @@ def measure(strategy: str, size: int) -> dict[str, Any]:
         def __getitem__(self, index: int) -> torch.Tensor:
             return torch.ones(64)
 
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    make_loop = by_hand if strategy.endswith("by hand") else through_paceline
+    step, prepared = make_loop(strategy.partition(" ")[0], model, Samples(), size)
+    for _ in range(10):
+        step()
+    calls = count_calls(step)
+    times = []
+    for _ in range(12):
+        before = time.process_time()
+        for _ in range(10):
+            step()
+        times.append((time.process_time() - before) / 10 * 1e6)
+    return {"strategy": strategy, "size": size, "us": min(times), "calls": calls, "prepare_ms": prepared * 1000}
+
+
+def through_paceline(strategy: str, model: Any, data: Any, size: int) -> tuple[Callable[[], None], float]:
+    """The loop of the facade, and the seconds of `prepare`."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from paceline import Accelerator
+
     accelerator = Accelerator(cpu=True, strategy=strategy)
-    model: Any = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     optimizer: Any = torch.optim.AdamW(model.parameters())
-    loader: Any = DataLoader(Samples(), batch_size=4, shuffle=True)
+    loader: Any = DataLoader(data, batch_size=4, shuffle=True)
     started = time.perf_counter()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     prepared = time.perf_counter() - started
@@ -68,16 +92,37 @@ def measure(strategy: str, size: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
 
-    for _ in range(10):
-        step()
-    calls = count_calls(step)
-    times = []
-    for _ in range(12):
-        before = time.process_time()
-        for _ in range(10):
-            step()
-        times.append((time.process_time() - before) / 10 * 1e6)
-    return {"strategy": strategy, "size": size, "us": min(times), "calls": calls, "prepare_ms": prepared * 1000}
+    return step, prepared
+
+
+def by_hand(strategy: str, model: Any, data: Any, size: int) -> tuple[Callable[[], None], float]:
+    """The same loop in plain PyTorch, and the seconds of wrapping the model."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader, DistributedSampler
+
+    started = time.perf_counter()
+    if strategy == "ddp":
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(None, _unchanged)
+    else:
+        # As paceline does by default: gathered again in the backward.
+        fully_shard(model, reshard_after_forward=True)
+    prepared = time.perf_counter() - started
+    optimizer = torch.optim.AdamW(model.parameters())
+    sampler: Any = DistributedSampler(data, size, 0)
+    batches = iter(DataLoader(data, batch_size=4, sampler=sampler))
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        loss = model(next(batches)).pow(2).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, prepared
 
 
 def _unchanged(_state, bucket):  # type: ignore[no-untyped-def]

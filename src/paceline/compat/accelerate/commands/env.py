@@ -16,7 +16,7 @@ import torch
 from paceline import version
 from paceline.accelerator.environment_report import environment_report
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
-from paceline.compat.accelerate.commands.utils import run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.install import VERSION
 
 __all__ = ["env_command", "env_command_parser", "main"]
@@ -28,8 +28,7 @@ def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     Args:
         subparsers: Where to add it as the command `env`, if it is one of several.
     """
-    parser: argparse.ArgumentParser
-    parser = argparse.ArgumentParser("accelerate env") if subparsers is None else subparsers.add_parser("env")
+    parser = command_parser("env", subparsers, argparse.ArgumentParser)
     parser.add_argument("--config_file", help="Configuration file to show.")
     parser.set_defaults(func=env_command)
     return parser

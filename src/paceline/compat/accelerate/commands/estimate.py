@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from paceline.compat.accelerate.big_modeling import init_empty_weights
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.utils.imports import is_timm_available, is_transformers_available
 from paceline.compat.accelerate.utils.modeling import calculate_maximum_sizes
@@ -197,11 +197,7 @@ def estimate_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `estimate-memory`, if it is one of several.
     """
     text = "Show the size of a model. `paceline estimate` also shows what training it takes, by strategy."
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = CustomArgumentParser("accelerate estimate-memory", description=text)
-    else:
-        parser = subparsers.add_parser("estimate-memory", description=text)
+    parser = command_parser("estimate-memory", subparsers, description=text)
     parser.add_argument("model_name", help="Name of the model on the Hub, or a folder with its configuration.")
     parser.add_argument("--library_name", choices=_LIBRARIES, help="Its library, where the Hub does not know.")
     parser.add_argument(

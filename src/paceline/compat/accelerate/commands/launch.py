@@ -24,7 +24,7 @@ from paceline.compat.accelerate.commands.config.config_args import (
     load_config_from_file,
 )
 from paceline.compat.accelerate.commands.flags import add_flags, defaults, destination
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.settings.enums import ComputeEnvironment
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 from paceline.config import options
@@ -76,11 +76,7 @@ def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         "usage": "accelerate launch [flags] script [arguments]",
         "allow_abbrev": False,
     }
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = CustomArgumentParser("accelerate launch", **texts)
-    else:
-        parser = subparsers.add_parser("launch", **texts)
+    parser = command_parser("launch", subparsers, **texts)
     parser.add_argument("--config_file", help="YAML or JSON file to read.")
     parser.add_argument("-q", "--quiet", action="store_true", default=None, help="Do not print notes.")
     parser.add_argument("-m", "--module", action="store_true", default=None, help="The script is a module.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.utils.fsdp_utils import merge_fsdp_weights
 
 __all__ = ["main", "merge_command", "merge_command_parser"]
@@ -18,11 +18,7 @@ def merge_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `merge-weights`, if it is one of several.
     """
     text = "Write the weights of a sharded checkpoint as one file. They must fit into host memory."
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = CustomArgumentParser("accelerate merge-weights", description=text)
-    else:
-        parser = subparsers.add_parser("merge-weights", description=text)
+    parser = command_parser("merge-weights", subparsers, description=text)
     parser.add_argument("checkpoint_directory", help="Folder with the shards.")
     parser.add_argument("output_path", help="Folder for the file.")
     parser.add_argument(

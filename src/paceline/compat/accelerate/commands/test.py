@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from paceline.compat.accelerate.commands.utils import run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 
 __all__ = ["main", "test_command", "test_command_parser"]
 
@@ -18,8 +18,7 @@ def test_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:  # n
     Args:
         subparsers: Where to add it as the command `test`, if it is one of several.
     """
-    parser: argparse.ArgumentParser
-    parser = argparse.ArgumentParser("accelerate test") if subparsers is None else subparsers.add_parser("test")
+    parser = command_parser("test", subparsers, argparse.ArgumentParser)
     parser.add_argument("--config_file", help="Configuration file to test.")
     parser.set_defaults(func=test_command)
     return parser

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import yaml
 
-from paceline.compat.accelerate.commands.utils import CustomArgumentParser, run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 
 __all__ = [
@@ -109,11 +109,7 @@ def to_fsdp2_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `to-fsdp2`, if it is one of several.
     """
     text = "Convert a configuration file from FSDP version 1 to version 2."
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = CustomArgumentParser("accelerate to-fsdp2", description=text)
-    else:
-        parser = subparsers.add_parser("to-fsdp2", description=text)
+    parser = command_parser("to-fsdp2", subparsers, description=text)
     parser.add_argument("--config_file", required=True, help="File to convert.")
     parser.add_argument("--overwrite", action="store_true", help="Replace the file that is written.")
     parser.add_argument("--output_file", help="File to write; with the flag above it may be left out.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
-from paceline.compat.accelerate.commands.utils import run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
 
 __all__ = ["main", "tpu_command_launcher", "tpu_command_parser"]
@@ -22,11 +22,7 @@ def tpu_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `tpu-config`, if it is one of several.
     """
     text = "Print the command that sets up the machines of a TPU (with --debug; running it is not supported)."
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = argparse.ArgumentParser("accelerate tpu-config", description=text)
-    else:
-        parser = subparsers.add_parser("tpu-config", description=text)
+    parser = command_parser("tpu-config", subparsers, argparse.ArgumentParser, description=text)
     parser.add_argument("--config_file", help="Configuration file to read.")
     parser.add_argument("--tpu_name", help="Name of the TPU.")
     parser.add_argument("--tpu_zone", help="Its zone.")

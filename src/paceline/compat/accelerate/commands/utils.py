@@ -9,7 +9,7 @@ from typing import Any
 
 from paceline.errors import PacelineError
 
-__all__ = ["CustomArgumentParser", "run_command"]
+__all__ = ["CustomArgumentParser", "command_parser", "run_command"]
 
 _TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -53,6 +53,23 @@ class CustomArgumentParser(argparse.ArgumentParser):
     def _has_tail(self) -> bool:
         """Whether everything after the first positional argument belongs to something else."""
         return any(action.nargs in (argparse.REMAINDER, argparse.PARSER) for action in self._actions)
+
+
+def command_parser(
+    name: str, subparsers: Any, kind: type[argparse.ArgumentParser] = CustomArgumentParser, **settings: Any
+) -> argparse.ArgumentParser:
+    """Return the parser of `accelerate NAME`.
+
+    Args:
+        name: The command.
+        subparsers: Where to add it, if it is one of several commands; else None.
+        kind: The class of a parser of its own.
+        **settings: Arguments of the parser.
+    """
+    if subparsers is None:
+        return kind(f"accelerate {name}", **settings)
+    added: argparse.ArgumentParser = subparsers.add_parser(name, **settings)
+    return added
 
 
 def _switch(flag: str, rest: list[str]) -> Iterator[str]:

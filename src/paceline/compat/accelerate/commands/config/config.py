@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from paceline.compat.accelerate.commands.utils import run_command
+from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.accelerate.settings.errors import unsupported
 
 __all__ = ["config_command", "config_command_parser", "get_user_input", "main"]
@@ -22,11 +22,7 @@ def config_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
         subparsers: Where to add it as the command `config`, if it is one of several.
     """
     text = "Ask a few questions and write the configuration file, as `paceline config` does."
-    parser: argparse.ArgumentParser
-    if subparsers is None:
-        parser = argparse.ArgumentParser("accelerate config", description=text)
-    else:
-        parser = subparsers.add_parser("config", description=text)
+    parser = command_parser("config", subparsers, argparse.ArgumentParser, description=text)
     parser.add_argument("--config_file", help=_FILE)
     parser.set_defaults(func=config_command)
     return parser

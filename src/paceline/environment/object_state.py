@@ -444,36 +444,27 @@ def _is_of_script(value: Any) -> bool:
 
 def is_generator(value: Any) -> bool:
     """Whether a value is a random generator that is not a global one."""
-    if isinstance(value, torch.Generator):
-        return value is not torch.default_generator
-    if isinstance(value, np.random.RandomState):
-        return value is not np.random.mtrand._rand
-    if isinstance(value, random.Random):
-        return value is not random._inst and not isinstance(value, random.SystemRandom)
-    return isinstance(value, np.random.Generator)
+    if not isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        return False
+    is_global = any(value is each for each in (torch.default_generator, np.random.mtrand._rand, random._inst))
+    return not is_global and not isinstance(value, random.SystemRandom)
 
 
 def generator_state(generator: Any) -> Any:
     """Return a generator's state, as tuples, dicts, numbers, arrays and tensors."""
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if isinstance(generator, np.random.RandomState):
-        return generator.get_state(legacy=True)
-    return generator.bit_generator.state
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
     """Restore what `generator_state` returned."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
     elif isinstance(generator, random.Random):
         generator.setstate(state)
-    elif isinstance(generator, np.random.RandomState):
-        generator.set_state(state)
     else:
-        generator.bit_generator.state = state
+        generator.set_state(state)
 
 
 def _seed(generator: Any, seed: int) -> None:

@@ -222,6 +222,8 @@ def dispatch_model(
     force_hooks: bool = False,
     *,
     stream: WeightStream | None = None,
+    is_checked: bool = False,
+    log: logging.Logger = logger,
 ) -> nn.Module:
     """Spread a model over devices, host memory and disk, so that it can be called as before.
 
@@ -241,6 +243,8 @@ def dispatch_model(
         force_hooks: Add hooks even if there is one device.
         stream: Brings the weights ahead of need; by default one that takes 1.25 times the largest offloaded module of
             the map, and 64 MiB, of the main device.
+        is_checked: Whether the map is known to fit the model.
+        log: Gets a warning when the model is moved later.
 
     Returns:
         The model; `model.hf_device_map` is the map.
@@ -248,53 +252,8 @@ def dispatch_model(
     Raises:
         PlacementError: A weight has no device, or there is no folder for weights on disk.
     """
-    check_device_map(model, device_map)
-    return spread(
-        model,
-        device_map,
-        main_device,
-        state_dict,
-        offload_dir,
-        offload_index,
-        offload_buffers,
-        skip_keys,
-        preload_module_classes,
-        force_hooks,
-        stream=stream,
-    )
-
-
-def spread(
-    model: nn.Module,
-    device_map: Mapping[str, Device],
-    main_device: Device | None = None,
-    state_dict: Mapping[str, torch.Tensor] | None = None,
-    offload_dir: PathLike | None = None,
-    offload_index: Mapping[str, Any] | None = None,
-    offload_buffers: bool = False,
-    skip_keys: str | list[str] | None = None,
-    preload_module_classes: Sequence[str] | None = None,
-    force_hooks: bool = False,
-    *,
-    stream: WeightStream | None = None,
-    log: logging.Logger = logger,
-) -> nn.Module:
-    """Do what `dispatch_model` does with a device map that was checked.
-
-    Args:
-        model: As in `dispatch_model`, like all arguments but the last.
-        device_map: The device map.
-        main_device: Where modules run whose weights are offloaded.
-        state_dict: The weights of modules in host memory.
-        offload_dir: A folder for weights on disk.
-        offload_index: Where weights on disk are.
-        offload_buffers: Offload buffers, too.
-        skip_keys: Keyword arguments that stay on their device.
-        preload_module_classes: Classes of modules that use the weights of modules inside them without calling these.
-        force_hooks: Add hooks even if there is one device.
-        stream: Brings the weights ahead of need.
-        log: Gets a warning when the model is moved later.
-    """
+    if not is_checked:
+        check_device_map(model, device_map)
     check_devices(device_map)
     devices = list(dict.fromkeys(device_map.values()))
     state: Any = model

@@ -16,7 +16,6 @@ from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.settings.variables import parse_flag_from_env
 from paceline.compat.accelerate.utils.modeling import check_device_map
 from paceline.placement import attach_layerwise_casting_hooks, cpu_offload_with_hook
-from paceline.placement.dispatch import spread
 
 __all__ = [
     "attach_layerwise_casting_hooks",
@@ -99,7 +98,7 @@ def dispatch_model(
     """Spread a model over devices; the arguments are those of `paceline.placement.dispatch_model`."""
     # transformers replaces it in this module, for models with tensors that are placed by hand.
     check_device_map(model, device_map)
-    return spread(
+    return placement.dispatch_model(
         model,
         device_map,
         main_device,
@@ -110,6 +109,7 @@ def dispatch_model(
         skip_keys,
         preload_module_classes,
         force_hooks,
+        is_checked=True,
         log=logger,
     )
 

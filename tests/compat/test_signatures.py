@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.compat.signatures import EXPORTING, MODULES, described, full_name, recorded
 
@@ -110,6 +111,13 @@ def test_what_stands_for_something_else_says_so(module: str) -> None:
     for name in OTHERWISE[module]:
         with pytest.raises(NotImplementedError, match="not"):
             getattr(_load(module), name)(*[None, None][: 2 if name == "PrefixedDataset" else 0])
+
+
+def test_arguments_that_only_paceline_has_are_refused() -> None:
+    from paceline.compat.accelerate.hooks import attach_align_device_hook
+
+    with pytest.raises(TypeError, match="stream"):
+        attach_align_device_hook(nn.Linear(2, 2), stream=None)
 
 
 def test_all_names_of_the_top_can_be_listed() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from paceline import placement
+from paceline.compat.accelerate.bridge.signatures import with_accelerates_arguments
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.settings.variables import parse_flag_from_env
 from paceline.compat.accelerate.utils.modeling import check_device_map
@@ -61,26 +62,9 @@ def init_on_device(device: torch.device, include_buffers: bool | None = None) ->
         yield
 
 
-def cpu_offload(
-    model: nn.Module,
-    execution_device: torch.device | None = None,
-    offload_buffers: bool = False,
-    state_dict: dict[str, torch.Tensor] | None = None,
-    preload_module_classes: list[str] | None = None,
-) -> nn.Module:
-    """Keep a model's weights in host memory; the arguments are those of `paceline.placement.cpu_offload`."""
-    return placement.cpu_offload(model, execution_device, offload_buffers, state_dict, preload_module_classes)
-
-
-def disk_offload(
-    model: nn.Module,
-    offload_dir: PathLike,
-    execution_device: torch.device | None = None,
-    offload_buffers: bool = False,
-    preload_module_classes: list[str] | None = None,
-) -> nn.Module:
-    """Keep a model's weights on disk; the arguments are those of `paceline.placement.disk_offload`."""
-    return placement.disk_offload(model, offload_dir, execution_device, offload_buffers, preload_module_classes)
+cpu_offload = with_accelerates_arguments(placement.cpu_offload)
+disk_offload = with_accelerates_arguments(placement.disk_offload)
+load_checkpoint_and_dispatch = with_accelerates_arguments(placement.load_checkpoint_and_dispatch)
 
 
 def dispatch_model(
@@ -111,43 +95,6 @@ def dispatch_model(
         force_hooks,
         is_checked=True,
         log=logger,
-    )
-
-
-def load_checkpoint_and_dispatch(
-    model: nn.Module,
-    checkpoint: PathLike,
-    device_map: str | dict[str, Device] | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
-    no_split_module_classes: list[str] | None = None,
-    offload_folder: PathLike | None = None,
-    offload_buffers: bool = False,
-    dtype: str | torch.dtype | None = None,
-    offload_state_dict: bool | None = None,
-    skip_keys: str | list[str] | None = None,
-    preload_module_classes: list[str] | None = None,
-    force_hooks: bool = False,
-    strict: bool = False,
-    full_state_dict: bool = True,
-    broadcast_from_rank0: bool = False,
-) -> nn.Module:
-    """Load weights and spread the model; for the arguments see `paceline.placement.load_checkpoint_and_dispatch`."""
-    return placement.load_checkpoint_and_dispatch(
-        model,
-        checkpoint,
-        device_map,
-        max_memory,
-        no_split_module_classes,
-        offload_folder,
-        offload_buffers,
-        dtype,
-        offload_state_dict,
-        skip_keys,
-        preload_module_classes,
-        force_hooks,
-        strict,
-        full_state_dict,
-        broadcast_from_rank0,
     )
 
 

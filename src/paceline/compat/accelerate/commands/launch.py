@@ -337,31 +337,8 @@ def _reject_unsupported(args: argparse.Namespace) -> None:
         sagemaker_launcher(None, args)
 
 
-def simple_launcher(args: argparse.Namespace) -> None:
-    """Run a script in one process, or through mpirun.
-
-    Args:
-        args: What the parser returned.
-    """
-    launch_command(args)
-
-
-def multi_gpu_launcher(args: argparse.Namespace) -> None:
-    """Run a script in one process for each device.
-
-    Args:
-        args: What the parser returned.
-    """
-    launch_command(args)
-
-
-def deepspeed_launcher(args: argparse.Namespace) -> None:
-    """Run a script under DeepSpeed.
-
-    Args:
-        args: What the parser returned.
-    """
-    launch_command(args)
+# The flags say where a script runs: there is one way to launch it.
+simple_launcher = multi_gpu_launcher = deepspeed_launcher = launch_command
 
 
 def tpu_launcher(args: argparse.Namespace) -> None:
@@ -380,16 +357,7 @@ def tpu_launcher(args: argparse.Namespace) -> None:
     )
 
 
-def tpu_pod_launcher(args: argparse.Namespace) -> None:
-    """Refuse to run on a TPU pod.
-
-    Args:
-        args: What the parser returned.
-
-    Raises:
-        UnsupportedError: Always.
-    """
-    tpu_launcher(args)
+tpu_pod_launcher = tpu_launcher
 
 
 def sagemaker_launcher(sagemaker_config: Any, args: argparse.Namespace) -> None:

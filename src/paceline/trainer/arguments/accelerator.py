@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -25,13 +25,14 @@ from paceline.trainer.arguments.checks import setting
 from paceline.trainer.arguments.deepspeed import deepspeed_plugin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from paceline.errors import Problem
     from paceline.trainer.arguments.arguments import TrainingArguments
 
 __all__ = ["accelerator_arguments", "build_accelerator"]
 
+T = TypeVar("T")
 _DDP_FIELDS = ("find_unused_parameters", "bucket_cap_mb", "broadcast_buffers", "static_graph")
 _LOADER_KEYS = (
     "split_batches",
@@ -128,28 +129,29 @@ def _handlers(args: TrainingArguments) -> list[object]:
     return [opening]
 
 
+def _section(kind: Callable[..., T], values: dict[str, Any], problems: list[Problem], prefix: str) -> T | None:
+    """Make a section, or add its problems under the training argument that it comes from."""
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        problems.extend(replace(problem, where=WHERE, key=f"{prefix}{problem.key}") for problem in error.problems)
+        return None
+
+
 def _compile(args: TrainingArguments, problems: list[Problem]) -> TorchDynamoPlugin | None:
     if not args.torch_compile:
         return None
     options: dict[str, Any] = {"backend": args.torch_compile_backend or "inductor", "use_regional_compilation": True}
     if args.torch_compile_mode:
         options["mode"] = args.torch_compile_mode
-    try:
-        return TorchDynamoPlugin(**options)
-    except ConfigError as error:
-        problems.extend(replace(p, where=WHERE, key=f"torch_compile_{p.key}") for p in error.problems)
-        return None
+    return _section(TorchDynamoPlugin, options, problems, "torch_compile_")
 
 
 def _mesh(args: TrainingArguments, problems: list[Problem]) -> ParallelismConfig | None:
     config: Any = args.parallelism_config
     if not isinstance(config, dict):
         return config  # type: ignore[no-any-return]
-    try:
-        return ParallelismConfig(**config)
-    except ConfigError as error:
-        problems.extend(replace(p, where=WHERE, key=f"parallelism_config.{p.key}") for p in error.problems)
-        return None
+    return _section(ParallelismConfig, config, problems, "parallelism_config.")
 
 
 def _fsdp(args: TrainingArguments, problems: list[Problem]) -> FullyShardedDataParallelPlugin | None:
@@ -232,11 +234,8 @@ def _loading(args: TrainingArguments, problems: list[Problem]) -> DataLoaderConf
         if args.data_seed is not None:
             what = f"{args.data_seed} with accelerator_config.use_seedable_sampler=False"
             problems.append(field_problem("data_seed", what, "samplers are not seeded then", "give one of them"))
-    try:
-        return DataLoaderConfiguration(data_seed=seed, **options)
-    except ConfigError as error:
-        problems.extend(replace(p, where=WHERE, key=f"accelerator_config.{p.key}") for p in error.problems)
-        return DataLoaderConfiguration(data_seed=seed)
+    config = _section(DataLoaderConfiguration, {"data_seed": seed, **options}, problems, "accelerator_config.")
+    return config or DataLoaderConfiguration(data_seed=seed)
 
 
 def _config_problems(config: Any) -> Iterator[Problem]:
@@ -260,9 +259,6 @@ def _accumulation(args: TrainingArguments, steps: int, problems: list[Problem]) 
         key = "accelerator_config.gradient_accumulation_kwargs.num_steps"
         what = f"{options['num_steps']} contradicts gradient_accumulation_steps={steps}"
         problems.append(field_problem(key, what, hint="give one of them"))
-    try:
-        return {"gradient_accumulation_plugin": GradientAccumulationPlugin(**{"num_steps": steps, **options})}
-    except ConfigError as error:
-        prefix = "accelerator_config.gradient_accumulation_kwargs"
-        problems.extend(replace(p, where=WHERE, key=f"{prefix}.{p.key}") for p in error.problems)
-        return {}
+    prefix = "accelerator_config.gradient_accumulation_kwargs."
+    plugin = _section(GradientAccumulationPlugin, {"num_steps": steps, **options}, problems, prefix)
+    return {} if plugin is None else {"gradient_accumulation_plugin": plugin}

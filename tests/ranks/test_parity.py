@@ -37,6 +37,13 @@ RARE = [
     *[layout for layout in (*TWO_RANKS, *FOUR_RANKS) if layout not in COMMON],
     *with_deepspeed([ZERO[0], ZERO[1], *ZERO_OFFLOADED, ZERO_PARAMETERS_OFFLOADED, *ZERO_FOUR], every_stage=True),
 ]
+STRATEGIES = [
+    SINGLE,
+    DDP,
+    FSDP,
+    *with_deepspeed([ZERO[2]]),
+    *slowly(with_deepspeed([ZERO[0], ZERO[1], ZERO[3]], every_stage=True)),
+]
 
 
 @pytest.mark.parametrize("accumulation", [*slowly([1]), 4])
@@ -47,34 +54,14 @@ def test_every_layout_equals_plain_pytorch(plain: Trained, layout: Layout, accum
         assert_close(trained.norms, plain.norms, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        SINGLE,
-        DDP,
-        FSDP,
-        *with_deepspeed([ZERO[2]]),
-        *slowly(with_deepspeed([ZERO[0], ZERO[1], ZERO[3]], every_stage=True)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", STRATEGIES, ids=str)
 def test_a_wrong_scale_is_noticed(plain: Trained, layout: Layout) -> None:
     trained = run_on_ranks(layout.ranks, train, layout, 4, "no", "cpu", 1.01)[0]
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(trained.norms, plain.norms, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        SINGLE,
-        DDP,
-        FSDP,
-        *with_deepspeed([ZERO[2]]),
-        *slowly(with_deepspeed([ZERO[0], ZERO[1], ZERO[3]], every_stage=True)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("layout", STRATEGIES, ids=str)
 def test_weights_are_the_same_under_their_own_names(plain: Trained, layout: Layout) -> None:
     weights = run_on_ranks(layout.ranks, train, layout)[0].weights
     assert weights.keys() == plain.weights.keys()

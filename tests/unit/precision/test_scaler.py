@@ -28,12 +28,12 @@ def train(folder: Path, accumulation: int, *, stop: int = BATCHES, resume: bool 
     model: Any = nn.Linear(4, 1)
     optimizer: Any = torch.optim.AdamW(model.parameters(), 1e-2)
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    loader: Any = DataLoader([torch.randn(4) for _ in range(2 * BATCHES)], batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    loader: Any = DataLoader([torch.randn(4) for _ in range(2 * BATCHES)], batch_size=2, shuffle=True)  # type: ignore[arg-type,unused-ignore]
     model, optimizer, schedule, loader = accelerator.prepare(model, optimizer, schedule, loader)
     if resume:
         accelerator.load_state(folder)
     number = int(loader.state_dict()["batches"])
-    log = []
+    log: list[tuple[float, ...]] = []
     for batch in loader:
         number += 1
         with accelerator.accumulate(model):

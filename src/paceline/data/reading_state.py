@@ -103,7 +103,7 @@ class SeededCollate:
         collate: The user's collate function.
     """
 
-    objects_of_script = ("_collate",)
+    _objects_of_script = ("_collate",)
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate

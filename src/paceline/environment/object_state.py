@@ -47,7 +47,7 @@ _LIBRARIES = frozenset({
 _CONTAINERS = ("torch.utils.data.dataset", "torch.utils.data.sampler", "torch.nn.modules.container")
 
 # With this attribute, classes of this library name the attributes of theirs that hold objects of the script.
-SCRIPT_OBJECTS = "objects_of_script"
+SCRIPT_OBJECTS = "_objects_of_script"
 
 
 class _Place(NamedTuple):

@@ -37,7 +37,7 @@ class TrainerHooks(CallbackOwner, Protocol):
     tokens_seen: int
 
     @property
-    def objects_of_script(self) -> list[str]:
+    def _objects_of_script(self) -> list[str]:
         """The attributes that hold the script's own objects."""
         ...
 

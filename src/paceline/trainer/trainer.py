@@ -223,7 +223,7 @@ class Trainer:
         return made
 
     @property
-    def objects_of_script(self) -> list[str]:
+    def _objects_of_script(self) -> list[str]:
         """The attributes that a subclass or the script added, and the functions given: checkpoints have their state."""
         given = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
         return [name for name in vars(self) if name in given or name not in self._own_names]

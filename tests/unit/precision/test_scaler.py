@@ -44,7 +44,8 @@ def train(folder: Path, accumulation: int, *, stop: int = BATCHES, resume: bool 
             optimizer.zero_grad()
         assert accelerator.scaler is not None
         scale = accelerator.scaler.state_dict()
-        weights = float(accelerator.unwrap_model(model).weight.detach().sum())
+        plain: Any = accelerator.unwrap_model(model)
+        weights = float(plain.weight.detach().sum())
         counts = (scale["scale"], scale["_growth_tracker"], optimizer.num_steps)
         log.append((number, *counts, schedule.get_last_lr()[0], weights))
         if number == stop:

@@ -51,7 +51,7 @@ def _stack(values: list[Any]) -> torch.Tensor:
 class PaddingCollator:
     """Pads samples to the longest one with the `pad` method of a tokenizer."""
 
-    objects_of_script = ("_pad",)
+    _objects_of_script = ("_pad",)
 
     def __init__(self, processing_class: Any) -> None:
         self._pad = processing_class.pad
@@ -82,7 +82,7 @@ class Columns:
         kept: The columns that the model takes.
     """
 
-    objects_of_script = ("collator",)
+    _objects_of_script = ("collator",)
 
     def __init__(self, collator: Callable[[Any], Any], kept: frozenset[str]) -> None:
         self.collator = collator

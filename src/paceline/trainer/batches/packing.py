@@ -134,7 +134,7 @@ class PackedSet(Dataset[list[Any]]):
         num_tokens: Of all samples.
     """
 
-    objects_of_script = ("dataset",)
+    _objects_of_script = ("dataset",)
 
     def __init__(self, dataset: Any, rows: list[list[int]], num_tokens: int) -> None:
         self.dataset = dataset
@@ -167,7 +167,7 @@ class PackedStream(IterableDataset[list[Any]]):
         length: Of a row.
     """
 
-    objects_of_script = ("dataset",)
+    _objects_of_script = ("dataset",)
 
     def __init__(self, dataset: Any, length: int) -> None:
         self.dataset = dataset

@@ -57,7 +57,7 @@ class Progress:
             counts[name] += 1
         # They may know what is saved elsewhere.
         own = vars(hooks)
-        known = [own[name] for name in own if name not in hooks.objects_of_script]
+        known = [own[name] for name in own if name not in hooks._objects_of_script]
         known += [loop, loop.model, loop.loader, *hooks.callback_handler.things.values()]
         known = [thing for thing in known if hasattr(thing, "__dict__")]
         known += [*loop.model.modules(), *loop.model.parameters(), *loop.model.buffers()]

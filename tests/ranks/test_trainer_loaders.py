@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from paceline import Accelerator, DataLoaderConfiguration, Trainer, TrainingArguments
 from paceline.errors import DataError
@@ -239,3 +241,22 @@ def test_the_facade_never_lets_all_ranks_read_the_same() -> None:
             assert sorted(chain.from_iterable(batches)) == list(range(7)), how
             if how == "streams_are_sharded":
                 assert length == 4
+
+
+class Numbered(IterableDataset[dict[str, torch.Tensor]]):
+    """Rows that say where in the stream they are."""
+
+    def __iter__(self) -> Any:
+        return iter([{"input_ids": torch.tensor([row, row]), "labels": torch.tensor([row, row])} for row in range(21)])
+
+
+def predicted(folder: str) -> list[int]:
+    args = TrainingArguments(**arguments(folder, per_device_eval_batch_size=4))
+    trainer = Trainer(tagger(), args)
+    with contextlib.redirect_stdout(io.StringIO()):
+        labels: list[int] = trainer.predict(Numbered()).label_ids[:, 0].tolist()
+    return labels
+
+
+def test_predictions_for_a_stream_are_in_its_order(tmp_path: Path) -> None:
+    assert run_on_ranks(2, predicted, str(tmp_path)) == [list(range(21))] * 2

@@ -501,7 +501,7 @@ class Accelerator:
         return self._preparer.prepare_optimizer(optimizer)
 
     def prepare_data_loader(
-        self, data_loader: Any, device_placement: bool | None = None, *, saved: bool = True
+        self, data_loader: Any, device_placement: bool | None = None, *, saved: bool = True, ordered: bool = False
     ) -> PreparedDataLoader:
         """Prepare one loader: it yields this rank's part, on the device ahead of need.
 
@@ -511,6 +511,8 @@ class Accelerator:
             device_placement: Overrides the constructor's.
             saved: Whether checkpoints contain its position; False for loaders that always begin at their first
                 sample, of which there may be any number.
+            ordered: Whether the batches of rank 0, 1, … must follow each other in the order of a stream: then rank 0
+                reads it for all ranks, unless `dispatch_batches` or `streams_are_sharded` say otherwise.
 
         Returns:
             The loader to iterate instead.
@@ -523,7 +525,9 @@ class Accelerator:
             >>> [batch.tolist() for batch in Accelerator(cpu=True).prepare_data_loader(loader)]
             [[0, 1], [2, 3]]
         """
-        prepared: PreparedDataLoader = self._preparer.prepare_data_loader(data_loader, device_placement, saved=saved)
+        prepared: PreparedDataLoader = self._preparer.prepare_data_loader(
+            data_loader, device_placement, saved=saved, ordered=ordered
+        )
         return prepared
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:

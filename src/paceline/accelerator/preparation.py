@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
 from paceline.environment.logging import get_logger
@@ -152,7 +152,9 @@ class Preparer:
         prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
         return prepared
 
-    def prepare_data_loader(self, data_loader: Any, device_placement: bool | None, *, saved: bool = True) -> Any:
+    def prepare_data_loader(
+        self, data_loader: Any, device_placement: bool | None, *, saved: bool = True, ordered: bool = False
+    ) -> Any:
         """See `Accelerator.prepare_data_loader`."""
         from paceline.data import PreparedDataLoader
 
@@ -161,7 +163,7 @@ class Preparer:
             data_loader,
             group=self._context.group,
             device=self._context.device if place else None,
-            config=self.dataloader_config,
+            config=self._loader_config(data_loader, ordered=ordered),
             num_merged_ranks=self._num_merged_ranks,
         )
         if not isinstance(prepared, PreparedDataLoader):
@@ -171,6 +173,14 @@ class Preparer:
             self._prepared.loaders.append(prepared)
             self._lengths.add_loader(data_loader, prepared)
         return prepared
+
+    def _loader_config(self, data_loader: Any, *, ordered: bool) -> DataLoaderConfiguration:
+        """The settings of one loader: ranks that share out a stream's items would mix up their order."""
+        config, dataset = self.dataloader_config, getattr(data_loader, "dataset", None)
+        is_split = config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None
+        if not ordered or is_split or config.dispatch_batches is not None or not isinstance(dataset, IterableDataset):
+            return config
+        return config.model_copy(update={"dispatch_batches": True})
 
     def prepare_scheduler(self, scheduler: Any) -> AcceleratedScheduler:
         """See `Accelerator.prepare_scheduler`."""

@@ -103,6 +103,8 @@ class SeededCollate:
         collate: The user's collate function.
     """
 
+    _objects_of_script = ("_collate",)
+
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self._collate = collate
         self._generators: OwnGenerators | None = None

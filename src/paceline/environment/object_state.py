@@ -11,7 +11,7 @@ import functools
 import hashlib
 import random
 import sys
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,11 +39,15 @@ MAX_DEPTH = 6
 MAX_ELEMENTS = 4096
 
 _LIBRARIES = frozenset({
-    "PIL", "accelerate", "cv2", "datasets", "deepspeed", "fsspec", "h5py", "jax", "lmdb", "numpy", "paceline", "pandas",
-    "polars", "pyarrow", "requests", "s3fs", "tokenizers", "torch", "torchdata", "transformers", "webdataset", "zarr",
+    "PIL", "accelerate", "cv2", "datasets", "deepspeed", "evaluate", "evaluate_modules", "fsspec", "h5py", "jax",
+    "lmdb", "numpy", "paceline", "pandas", "polars", "pyarrow", "requests", "s3fs", "tokenizers", "torch",
+    "torchdata", "torchmetrics", "transformers", "webdataset", "zarr",
 })  # fmt: skip
 # Of torch, only these contain objects of the script.
 _CONTAINERS = ("torch.utils.data.dataset", "torch.utils.data.sampler", "torch.nn.modules.container")
+
+# With this attribute, classes of this library name the attributes of theirs that hold objects of the script.
+SCRIPT_OBJECTS = "_objects_of_script"
 
 
 class _Place(NamedTuple):
@@ -144,29 +148,46 @@ def _state_text(state: Any) -> str:
 class ObjectState:
     """What has changed in some objects since this was made, as far as it can be saved.
 
-    Numbers, texts, small arrays, and lists and dicts of them are plain. If anything else of an object has changed, too
-    (a file that it opened, a cache), none of that object's attributes is saved, because they belong together.
+    Numbers, texts, small arrays, and lists and dicts of them, also nested, are plain. If anything else of an object has
+    changed, too (a file that it opened, a cache, a large tensor), none of that object's attributes is saved, because
+    they belong together.
 
     Args:
         roots: The objects, by name.
         without: Objects to leave alone.
         max_elements: How many elements of a list or array are compared and saved.
+        weights: Whether weights that were written to have changed: not where the model that is trained may be among
+            the objects.
     """
 
-    def __init__(self, roots: Mapping[str, Any], without: Iterable[Any] = (), max_elements: int = MAX_ELEMENTS) -> None:
+    def __init__(
+        self,
+        roots: Mapping[str, Any],
+        without: Iterable[Any] = (),
+        max_elements: int = MAX_ELEMENTS,
+        *,
+        weights: bool = False,
+    ) -> None:
+        self._weights = weights
         self._roots = dict(roots)
         self._without = list(without)
         self._max_elements = max_elements
         self._first = {place.path: self._frozen(place.value) for place in self._places()}
+        self._owners = {place.owner for place in _places(self._roots, self._without, max_elements)}
 
     def _places(self) -> Iterator[_Place]:
         places = _places(self._roots, self._without, self._max_elements)
-        return (place for place in places if not is_generator(place.value))
+        return (place for place in places if place.value is not _OBJECT and not is_generator(place.value))
+
+    def _holders(self) -> dict[str, dict[str, Any]]:
+        """Return the attributes of every object by its path, those of objects without attributes included."""
+        places = _places(self._roots, self._without, self._max_elements)
+        return {place.owner: place.holder for place in places if place.value is _OBJECT}
 
     def _frozen(self, value: Any) -> Any:
         if _is_plain(value, self._max_elements):
             return copied(value)
-        return _Opaque.of(value)
+        return _Opaque.of(value, weights=self._weights)
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed.
@@ -189,18 +210,26 @@ class ObjectState:
                 states[place.path] = copy.deepcopy(state)
             else:
                 lost.append(place.path)
-        for places in changed.values():
-            self._sort(places, values, lost)
+        for owner, places in changed.items():
+            if owner in self._owners or not owner.endswith("]"):
+                self._sort(places, values, lost)
+            else:
+                # An object that was put into a list, and could not be made again.
+                lost += [place.path for place in places]
         return {"values": values, "states": states, "lost": lost}
 
     def _sort(self, places: list[_Place], values: dict[str, Any], lost: list[str]) -> None:
         """Add what has changed of one object to what is saved, or to what is lost."""
         plain = [place for place in places if _is_plain(place.value, self._max_elements)]
-        if len(plain) == len(places):
+        if len(plain) == len(places) and all(map(self._can_restore, places)):
             values.update((place.path, _stored(place.value)) for place in places)
-        elif plain or any(_is_iterator(place.value) for place in places):
+        elif plain or any(_is_iterator(place.value) or _has_weights(place.value) for place in places):
             # A file that was opened is no reason to worry by itself.
             lost += [place.path for place in places]
+
+    def _can_restore(self, place: _Place) -> bool:
+        """Whether this is an attribute, or was there in the beginning: not a new item in a list that has objects."""
+        return place.path in self._first or place.path == f"{place.owner}.{place.key}"
 
     def _has_changed(self, place: _Place) -> bool:
         return not is_equal(self._frozen(place.value), self._first.get(place.path, _MISSING))
@@ -209,14 +238,12 @@ class ObjectState:
         """Set what `capture` returned; what it did not return, and is plain, becomes what it was in the beginning."""
         values = {path: _of_stored(value) for path, value in saved["values"].items()}
         lost = set(saved["lost"])
-        owners = {}
+        owners = self._holders()
         for place in list(self._places()):
             if _is_stateful(place.value):
                 if place.path in saved["states"]:
                     place.value.load_state_dict(copy.deepcopy(saved["states"][place.path]))
                 continue
-            if isinstance(place.holder, dict):
-                owners[place.owner] = place.holder
             value = values.pop(place.path, self._first.get(place.path, _MISSING))
             if place.path in lost or value is _MISSING or isinstance(value, _Opaque) or is_equal(place.value, value):
                 continue
@@ -229,36 +256,72 @@ class ObjectState:
 
 
 _MISSING: Any = object()
+# In place of a value: this is an object, whose attributes are the holder.
+_OBJECT: Any = object()
+
+_MAPPINGS: dict[str, Any] = {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter, "defaultdict": dict}
+_SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "deque": deque}
+_PLAIN_MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
+_PLAIN_CONTAINERS = (*_PLAIN_MAPPINGS, list, tuple, set, deque)
 
 
 def _stored(value: Any) -> Any:
-    """Return a copy that a checkpoint can contain."""
-    if isinstance(value, set | deque):
-        return {"kind": type(value).__name__, "items": list(value)}
-    return {"kind": "", "items": copied(value)}
+    """Return a copy of a plain value that a checkpoint can contain."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return {"kind": "tensor", "items": value.detach().cpu(), "device": value.device.type}
+    if type(value) not in _PLAIN_CONTAINERS:
+        return copied(value)
+    if isinstance(value, dict):
+        items = [[key, _stored(item)] for key, item in value.items()]
+    else:
+        items = list(value) if _is_flat(value) else list(map(_stored, value))
+    return {"kind": type(value).__name__, "items": items}
 
 
-def _of_stored(stored: Mapping[str, Any]) -> Any:
-    if stored["kind"] == "set":
-        return set(stored["items"])
-    if stored["kind"] == "deque":
-        return deque(stored["items"])
-    return stored["items"]
+def _of_stored(stored: Any) -> Any:
+    if not isinstance(stored, dict):
+        return stored
+    items = stored["items"]
+    if stored["kind"] == "tensor":
+        device = torch.accelerator.current_accelerator(check_available=True)
+        return items.to(device) if device is not None and device.type == stored["device"] else items
+    if stored["kind"] in _MAPPINGS:
+        return _MAPPINGS[stored["kind"]]({key: _of_stored(item) for key, item in items})
+    if dict in set(map(type, items)):
+        items = map(_of_stored, items)
+    return _SEQUENCES[stored["kind"]](items)
 
 
 class _Opaque(NamedTuple):
-    """Stands for a value that is not plain; a changed one is another object, or has another length."""
+    """Stands for a value that is not plain; a changed one is another object, has another length, or was written to."""
 
     identity: int
     length: int
 
     @classmethod
-    def of(cls, value: Any) -> _Opaque:
+    def of(cls, value: Any, *, weights: bool) -> _Opaque:
         if _is_iterator(value):
             # An iterator changes whenever something is taken from it, which cannot be seen.
             return cls(id(value), -2)
-        length = len(value) if isinstance(value, list | dict | set | deque) else -1
-        return cls(id(value), length)
+        items: Any = [value]
+        length = -1
+        if isinstance(value, list | dict | set | deque):
+            items, length = value.values() if isinstance(value, dict) else value, len(value)
+        return cls(id(value), length + sum(_writes(item, weights=weights) for item in items))
+
+
+def _writes(value: Any, *, weights: bool) -> int:
+    """Return how often a tensor, or those of a module, were written to in place."""
+    tensors: Iterable[Any] = ()
+    if isinstance(value, torch.Tensor) and (weights or not isinstance(value, torch.nn.Parameter)):
+        tensors = [value]
+    elif isinstance(value, torch.nn.Module) and weights:
+        tensors = [*value.parameters(), *value.buffers()]
+    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+
+
+def _has_weights(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | torch.nn.Module)
 
 
 def _is_iterator(value: Any) -> bool:
@@ -279,37 +342,90 @@ def is_equal(one: Any, other: Any) -> bool:
     if isinstance(one, _Opaque):
         return one == other and one.length != -2
     if isinstance(one, torch.Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+        return _is_equal_tensor(one, other)
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
+    if type(one) in _PLAIN_CONTAINERS:
+        return _is_equal_inside(one, other)
     return bool(one == other) or (one != one and other != other)
+
+
+def _is_equal_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    is_alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return is_alike and torch.equal(one, other)
+
+
+def _is_equal_inside(one: Any, other: Any) -> bool:
+    if _is_flat(one) and _is_flat(other):
+        return bool(one == other)
+    if len(one) != len(other):
+        return False
+    if isinstance(one, dict):
+        return all(key in other and is_equal(item, other[key]) for key, item in one.items())
+    return all(map(is_equal, one, other))
 
 
 def _write(place: _Place, value: Any) -> None:
     """Write a value, into the same object where others may hold it, too."""
     current = place.value
-    if isinstance(current, list) and isinstance(value, list):
-        current[:] = value
-    elif isinstance(current, dict | set) and type(value) is type(current):
-        current.clear()
-        current.update(value)
-    elif isinstance(current, deque) and isinstance(value, deque):
-        current.clear()
-        current.extend(value)
-    elif isinstance(current, np.ndarray) and isinstance(value, np.ndarray) and current.shape == value.shape:
+    if isinstance(current, np.ndarray) and isinstance(value, np.ndarray) and current.shape == value.shape:
         current[...] = value
-    elif isinstance(place.holder, CellType):
+        return
+    value = _filled(current, value)
+    if value is current:
+        return
+    if isinstance(place.holder, CellType):
         place.holder.cell_contents = value
     else:
         place.holder[place.key] = value
 
 
-_SCALARS = frozenset({type(None), bool, int, float, str})
+def _filled(current: Any, value: Any) -> Any:
+    """Return `current` with the items of `value` if both are of one kind, so that it keeps its type; else `value`."""
+    if isinstance(current, torch.Tensor) and isinstance(value, torch.Tensor):
+        return value.to(current.device) if value.device.type == "cpu" else value
+    if isinstance(current, dict) and isinstance(value, dict):
+        before = dict(current)
+        current.clear()
+        for key, item in value.items():
+            current[key] = _filled(before.get(key, _new_item(current)), item)
+        return current
+    kind = next((kind for kind in (list, set, deque) if isinstance(current, kind)), None)
+    if kind is None or not isinstance(value, kind):
+        return value
+    current.clear()
+    (current.update if kind is set else current.extend)(value)
+    return current
+
+
+def _new_item(mapping: Any) -> Any:
+    """Return what a `defaultdict` has under a new key."""
+    factory = mapping.default_factory if isinstance(mapping, defaultdict) else None
+    return _MISSING if factory is None else factory()
+
+
+_SCALARS = frozenset({type(None), bool, int, float, str, np.bool_, np.int32, np.int64, np.float32, np.float64})
 
 
 def copied(value: Any) -> Any:
-    """Return a copy of a plain value; what is in a list or a dict cannot change."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.copy(value)
+    """Return a copy of a plain value, and of the lists and dicts in it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) not in _PLAIN_CONTAINERS or _is_flat(value):
+        return copy.copy(value)
+    if isinstance(value, deque):
+        return deque(map(copied, value), value.maxlen)
+    if not isinstance(value, dict):
+        return type(value)(map(copied, value))
+    result = copy.copy(value)
+    for key, item in value.items():
+        result[key] = copied(item)
+    return result
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether everything in a container is a scalar."""
+    return _SCALARS.issuperset(map(type, value.values() if isinstance(value, dict) else value))
 
 
 def _is_storable(state: Any) -> bool:
@@ -324,17 +440,36 @@ def _is_storable(state: Any) -> bool:
 
 
 def _is_plain(value: Any, max_elements: int) -> bool:
-    """Whether a value is a scalar, or a small array or container of scalars."""
+    """Whether a value is a scalar, a small array, or a small container of plain values."""
+    return _count_elements(value, max_elements, 0) <= max_elements
+
+
+def _count_elements(value: Any, most: int, depth: int) -> int:
+    """Return how many scalars a plain value has; more than `most` if it has too many, or is not plain."""
+    if type(value) not in _PLAIN_CONTAINERS:
+        return _size_of_leaf(value, most)
+    if len(value) > most or depth > MAX_DEPTH:
+        return most + 1
+    if _is_flat(value):
+        return len(value) if _has_plain_keys(value) else most + 1
+    count = 0 if _has_plain_keys(value) else most + 1
+    for item in value.values() if isinstance(value, dict) else value:
+        if count > most:
+            break
+        count += max(1, _count_elements(item, most, depth + 1))
+    return count
+
+
+def _size_of_leaf(value: Any, most: int) -> int:
     if isinstance(value, torch.Tensor):
-        return type(value) is torch.Tensor and not value.requires_grad and value.numel() <= max_elements
+        return value.numel() if type(value) is torch.Tensor and not value.requires_grad else most + 1
     if isinstance(value, np.ndarray):
-        return not value.dtype.hasobject and value.size <= max_elements
-    if type(value) not in (dict, list, tuple, set, deque):
-        return type(value) in _SCALARS
-    if len(value) > max_elements:
-        return False
-    is_plain = _SCALARS.issuperset(map(type, value))
-    return is_plain and (not isinstance(value, dict) or _SCALARS.issuperset(map(type, value.values())))
+        return most + 1 if value.dtype.hasobject else value.size
+    return 1 if type(value) in _SCALARS else most + 1
+
+
+def _has_plain_keys(value: Any) -> bool:
+    return not isinstance(value, dict) or _SCALARS.issuperset(map(type, value))
 
 
 def _places(roots: Mapping[str, Any], without: Iterable[Any], max_elements: int = MAX_ELEMENTS) -> Iterator[_Place]:
@@ -377,10 +512,15 @@ def _inside(place: _Place, max_elements: int) -> Iterable[_Place] | None:
             return None
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [_Place(f"{place.path}[{key!r}]", place.owner, value, key, item) for key, item in items]
-    if not _is_of_script(value):
+    declared: Any = None
+    if hasattr(type(value), SCRIPT_OBJECTS):
+        declared = getattr(value, SCRIPT_OBJECTS)
+    elif not _is_of_script(value):
         return None
     attributes = vars(value)
-    own = [_Place(f"{place.path}.{name}", place.path, attributes, name, item) for name, item in attributes.items()]
+    names = list(attributes) if declared is None else declared
+    own = [_Place(f"{place.path}.{name}", place.path, attributes, name, attributes[name]) for name in names]
+    own.append(_Place(place.path, place.path, attributes, "", _OBJECT))
     return own + _global_generators(place, _methods(type(value)))
 
 

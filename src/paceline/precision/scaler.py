@@ -84,6 +84,28 @@ class LossScaler(GradScaler):
         self._stepped = True
         return taken
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scale and the steps since it grew, as they are when the next loss is scaled."""
+        state: dict[str, Any] = super().state_dict()
+        if not state or not self._stepped or self._scale is None or self._growth_tracker is None:
+            return state
+        # On copies: an optimizer may have unscaled its gradients, and step after this.
+        scale, steps = self._scale.clone(), self._growth_tracker.clone()
+        found = [value.to(scale.device) for values in self._all_found_inf() for value in values]
+        growth = (self._growth_factor, self._backoff_factor, self._growth_interval)
+        torch._amp_update_scale_(scale, steps, torch.stack(found).sum(0), *growth)
+        return {**state, "scale": scale.item(), "_growth_tracker": int(steps.item())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a scale; steps since the last loss count no more."""
+        self._stepped = False
+        self._per_optimizer_states.clear()
+        super().load_state_dict(state_dict)
+
+    def _all_found_inf(self) -> list[list[torch.Tensor]]:
+        states: list[dict[str, Any]] = list(self._per_optimizer_states.values())
+        return [list(state["found_inf_per_device"].values()) for state in states]
+
     def _found_inf(self, optimizer: Optimizer) -> list[torch.Tensor]:
         by_device: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         return list(by_device.values())

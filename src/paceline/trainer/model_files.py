@@ -109,9 +109,7 @@ def load_best(hooks: TrainerHooks) -> None:
     if hooks.args.save_only_model:
         _load_weights(hooks, Path(folder))
         return
-    progress = state.state_dict()
     hooks.accelerator.load_state(folder)
-    hooks.state.load_state_dict(progress)
 
 
 def save_model_files(hooks: TrainerHooks, folder: str | os.PathLike[str]) -> None:

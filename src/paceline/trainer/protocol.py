@@ -36,6 +36,11 @@ class TrainerHooks(CallbackOwner, Protocol):
     preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None
     tokens_seen: int
 
+    @property
+    def _objects_of_script(self) -> list[str]:
+        """The attributes that hold the script's own objects."""
+        ...
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of a micro-batch."""
         ...

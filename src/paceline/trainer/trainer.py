@@ -118,6 +118,7 @@ class Trainer:
         optimizer_cls_and_kwargs: tuple[type[Any], dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
+        set_before = frozenset(vars(self))
         self.args: TrainingArguments = require_own_arguments(args)
         set_seed(self.args.seed, deterministic=self.args.full_determinism)
         self.model_init = model_init
@@ -157,6 +158,7 @@ class Trainer:
         self._update_callback_things(train_dataloader=None, eval_dataloader=None)
         self._progress = Progress(self)
         self._has_trained = False
+        self._own_names = frozenset([*vars(self), "_own_names"]) - set_before
         check_constructor(
             self.args,
             eval_dataset=eval_dataset,
@@ -219,6 +221,12 @@ class Trainer:
         if made is None:
             raise PrepareError("model_init returned None", "It must return the model", "Add the return statement")
         return made
+
+    @property
+    def _objects_of_script(self) -> list[str]:
+        """The attributes that a subclass or the script added, and the functions given: checkpoints have their state."""
+        given = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+        return [name for name in vars(self) if name in given or name not in self._own_names]
 
     def _new_state(self) -> TrainerState:
         is_local_main, is_main = self.accelerator.is_local_main_process, self.accelerator.is_main_process
@@ -407,7 +415,8 @@ class Trainer:
         # From here on, averaged weights are evaluated and saved, if the optimizer has such.
         self._set_optimizer_mode("eval")
         if self.args.load_best_model_at_end:
-            model_files.load_best(self)
+            with self._progress.kept():
+                model_files.load_best(self)
             self._set_optimizer_mode("eval")
         fire(self, "on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)

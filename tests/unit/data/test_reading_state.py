@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, default_collate
 
+from paceline.checkpoint import from_plain, to_plain
 from paceline.collectives import FakeGroup, run_fake_ranks
 from paceline.data import ActiveLoaders
 from paceline.data.randomness import IsolatedRng
@@ -419,3 +420,88 @@ def test_an_isolated_state_within_itself_changes_nothing() -> None:
             return [*numbers, random.random(), np.random.randn(), float(torch.rand(()))]
 
     assert drawn(nested=True) == drawn(nested=False)
+
+
+class Keeper:
+    """Keeps numbers in containers of many kinds."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = {}
+        self.by_name: defaultdict[str, list[int]] = defaultdict(list)
+        self.by_phase: dict[str, defaultdict[str, list[int]]] = {"train": defaultdict(list)}
+        self.counts: Counter[str] = Counter()
+        self.ordered: OrderedDict[str, int] = OrderedDict()
+        self.rows: list[dict[str, float]] = []
+        self.window: deque[tuple[int, float]] = deque(maxlen=2)
+        self.pairs = [[1, 2], [3]]
+        self.best: Any = None
+        self.averages: dict[str, torch.Tensor] = {}
+        self.seen: dict[int, set[int]] = {}
+        self.number: Any = 0.0
+
+    def change(self, times: int) -> None:
+        """Do what each step does, in place where that is possible."""
+        for step in range(times):
+            self.history.setdefault("loss", []).append(0.5)
+            self.by_name[f"a.{step}"].append(step)
+            self.by_phase["train"]["x"].append(step)
+            self.counts["steps"] += 1
+            self.ordered[f"z{step}"] = step
+            self.rows.append({"step": step, "loss": float("nan") if step == 1 else 0.5})
+            self.window.append((step, 0.5))
+            self.pairs[0].append(step)
+            self.best = {"step": step, "metrics": [1, 2, {"deep": (3, None)}]}
+            self.averages.setdefault("w", torch.zeros(3)).add_(step)
+            self.seen.setdefault(step, set()).add(7)
+            self.number = np.float64(step)
+
+
+def test_containers_in_containers_are_restored_with_what_was_added_to_them() -> None:
+    old, new = Keeper(), Keeper()
+    state, later = ObjectState({"keeper": old}), ObjectState({"keeper": new})
+    old.change(3)
+    saved = state.capture()
+    assert saved["lost"] == []
+    later.restore(from_plain(json.loads(json.dumps(to_plain(saved, "keeper")))))
+    assert set(vars(new)) == set(vars(old))
+    for _ in range(2):
+        torch.testing.assert_close(new.averages["w"], old.averages["w"])
+        for name in set(vars(old)) - {"averages"}:
+            assert repr(getattr(new, name)).replace("np.float64(2.0)", "2.0") == repr(getattr(old, name)).replace(
+                "np.float64(2.0)", "2.0"
+            ), name
+        # They are of the same kinds, so that the next steps do the same.
+        old.change(1)
+        new.change(1)
+
+
+class Late:
+    """Gets its attributes only when it is used."""
+
+
+def test_attributes_of_an_object_that_had_none() -> None:
+    old, new = Late(), Late()
+    state, later = ObjectState({"late": old}), ObjectState({"late": new})
+    vars(old)["count"] = 3
+    later.restore(state.capture())
+    assert vars(new) == {"count": 3}
+
+
+class Weighted:
+    """Counts, and writes into a tensor that is too large to be saved."""
+
+    def __init__(self, size: int) -> None:
+        self.weights = torch.ones(size)
+        self.records: list[Any] = []
+
+
+def test_what_is_written_in_place_and_cannot_be_saved_is_named() -> None:
+    for size, lost in ((8, []), (5000, ["weighted.weights"])):
+        weighted = Weighted(size)
+        state = ObjectState({"weighted": weighted})
+        assert state.capture()["lost"] == []
+        weighted.weights[1] = 2
+        assert state.capture()["lost"] == lost
+    state = ObjectState({"weighted": weighted})
+    weighted.records.append(Weighted(1))
+    assert state.capture()["lost"], "an object in a list cannot be made again"

@@ -117,6 +117,31 @@ def test_the_best_that_was_saved_is_loaded(
     assert is_loaded(trainer, trainer.state.best_model_checkpoint)
 
 
+class Counting(TrainerCallback):
+    """Counts steps, and notes the count of the end."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.at_end = 0
+
+    def on_step_end(self, *_: Any, **things: Any) -> None:
+        self.steps += 1
+
+    def on_train_end(self, *_: Any, **things: Any) -> None:
+        self.at_end = self.steps
+
+
+def test_loading_the_best_weights_sets_nothing_else_back(tmp_path: Path) -> None:
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    more = {"load_best_model_at_end": True, "include_num_input_tokens_seen": "all"}
+    trainer, _ = trainer_of(tmp_path, None, lambda step: -abs(step - 4), **steps, **more)
+    trainer.add_callback(counting := Counting())
+    train(trainer)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    assert is_loaded(trainer, trainer.state.best_model_checkpoint)
+    assert (counting.steps, counting.at_end, trainer.state.global_step) == (STEPS, STEPS, STEPS)
+
+
 def test_saved_at_the_last_step_of_a_pass_and_measured_at_its_end(tmp_path: Path) -> None:
     """Six steps a pass: what is saved at step 6 by steps is measured afterwards, by passes."""
     said = {"max_steps": 18, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}
@@ -138,7 +163,7 @@ def test_a_resumed_run_knows_the_best(moved: bool, tmp_path: Path) -> None:
         folder = folder.rename(tmp_path / "moved")
     trainer, measured = trainer_of(folder, course, values.__getitem__, save_total_limit=1)
     train(trainer, str(folder / "checkpoint-8"))
-    assert measured == [10, 12]
+    assert measured == [2, 4, 6, 8, 10, 12], "with those before the checkpoint"
     assert trainer.state.best_model_checkpoint == str(folder / "checkpoint-4")
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-4"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,12 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
+from paceline.checkpoint import from_plain, to_plain
+from paceline.data.reading_state import SeededCollate
+from paceline.environment.object_state import OwnGenerators
 from paceline.errors import ConfigError, DataError, PrepareError
 from paceline.trainer import Trainer, TrainingArguments
+from paceline.trainer.batches.collate import Columns
 from paceline.trainer.batches.packing import PackedSet, PackedStream, PackingCollator, pack, pack_dataset
 
 if TYPE_CHECKING:
@@ -105,6 +110,58 @@ def test_a_stream_is_packed_while_it_is_read_and_resumes_anywhere() -> None:
         second.load_state_dict(state)
         assert before + [starts(row) for row in second] == rows
         assert [starts(row) for row in second] == rows, "and the epoch after it"
+
+
+@pytest.mark.parametrize("left_over", [40, 3, 1])
+def test_a_stream_that_was_left_within_an_epoch_starts_anew(left_over: int) -> None:
+    samples = [{"input_ids": [100 * i] * (1 + (i * 37) % 50)} for i in range(200)]
+    packed: Any = PackedStream(samples, 64)
+    rows = [starts(row) for row in packed]
+    reading = iter(packed)
+    for _ in range(len(rows) - left_over):
+        next(reading)
+    del reading
+    assert [starts(row) for row in packed] == rows
+
+
+class Texts(Stream):
+    """Has texts beside its tokens."""
+
+    def __iter__(self) -> Any:
+        return ({**sample, "text": "abc", "words": ["a", "b"], "none": None} for sample in super().__iter__())
+
+
+def test_columns_of_text_are_in_the_state_of_a_stream() -> None:
+    first: Any = pack_dataset(Texts(), 64, shuffle=True, seed=0, length_column="length")[0]
+    rows = [starts(row) for row in first]
+    reading = iter(first)
+    before = [starts(next(reading)) for _ in range(9)]
+    state = from_plain(json.loads(json.dumps(to_plain(first.state_dict(), "stream"))))
+    second: Any = pack_dataset(Texts(), 64, shuffle=True, seed=0, length_column="length")[0]
+    second.load_state_dict(state)
+    assert second.state_dict()["open"], "also before the first row is read"
+    rest = list(second)
+    assert before + [starts(row) for row in rest] == rows
+    assert rest[0][0]["text"] == "abc"
+
+
+class Drawing:
+    """Masks targets by a generator of its own."""
+
+    def __init__(self) -> None:
+        self.source = random.Random(1)
+
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": [index] * 5, "labels": [self.source.randrange(50) for _ in range(5)]}
+
+
+def test_generators_inside_a_packed_set_are_found() -> None:
+    packed: Any = pack_dataset(Drawing(), 12, shuffle=True, seed=0, length_column="length")[0]
+    assert OwnGenerators({"dataset": packed})
+    assert OwnGenerators({"collate_fn": SeededCollate(Columns(lambda samples: packed[0], frozenset()))})
 
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:

@@ -282,14 +282,105 @@ class Counting(TrainerCallback):
             group["weight_decay"] = self.source.random() / self.calls
 
 
-@pytest.mark.parametrize("kind", [Counting, lambda: Leaves(4)])
+class Collecting(TrainerCallback):
+    """Keeps lists under names that come up during the training, and a count that begins then."""
+
+    def __init__(self) -> None:
+        self.lists: dict[str, list[int]] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        self.lists.setdefault("steps", []).append(state.global_step)
+        self.calls = getattr(self, "calls", 0) + 1
+        for group in things["optimizer"].param_groups:
+            group["weight_decay"] = len(self.lists["steps"]) / self.calls**2
+
+
+@pytest.mark.parametrize("kind", [Counting, Collecting, lambda: Leaves(4)])
 def test_callbacks_go_on_where_they_were(kind: Any, tmp_path: Path) -> None:
     said = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     whole = trainer_of(tmp_path, said, callbacks=[kind()])
     train(whole)
-    resumed = trainer_of(tmp_path / "resumed", said, callbacks=[kind()])
+    # With another built-in callback before it.
+    resumed = trainer_of(tmp_path / "resumed", {**said, "profile_steps": "2:3"}, callbacks=[kind()])
     train(resumed, str(tmp_path / "checkpoint-4"))
     assert resumed.state.global_step == whole.state.global_step
     assert resumed.state.epoch == whole.state.epoch
     for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Drifting(Trainer):
+    """Weighs its losses by its own count, and by noise that differs between ranks."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.calls = 0
+        self.sums: dict[str, list[float]] = {}
+        self.noise = torch.Generator().manual_seed(self.args.process_index)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.calls += 1
+        self.sums.setdefault("noise", []).append(float(torch.rand((), generator=self.noise)))
+        return loss * (1 + self.calls % 7 + sum(self.sums["noise"]))
+
+
+class Annealed:
+    """A loss that changes with its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        self.calls += 1
+        return F.cross_entropy(outputs["logits"], labels) * (1 + self.calls % 7)
+
+
+class Jitter:
+    """A collator with noise of its own, and a count."""
+
+    def __init__(self) -> None:
+        self.source = random.Random(2)
+        self.calls = 0
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        shift = torch.tensor([0.0, self.source.random() + self.calls % 7])
+        labels = torch.tensor([sample["labels"] for sample in samples])
+        return {"x": torch.stack([sample["x"] for sample in samples]) + shift, "labels": labels}
+
+
+OBJECTS: dict[str, dict[str, Any]] = {
+    "trainer": {},
+    "loss": {"compute_loss_func": Annealed},
+    "collator": {"data_collator": Jitter},
+}
+
+
+def with_objects(folder: str, kind: str, resume: str | None = None) -> list[torch.Tensor]:
+    said: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+    said |= {"output_dir": folder, "per_device_train_batch_size": 1, "use_cpu": True, "report_to": "none"}
+    args = TrainingArguments(
+        **{**said, "disable_tqdm": True, "max_steps": 9, "logging_strategy": "no", "max_grad_norm": 0.0}
+    )
+    made = {name: make() for name, make in OBJECTS[kind].items()}
+    trainer = (Drifting if kind == "trainer" else Trainer)(Seen(), args, train_dataset=rows(), **made)
+    train(trainer, resume)
+    return [parameter.detach() for parameter in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+
+
+def resumed_with_objects(folder: str, kind: str) -> None:
+    whole = with_objects(f"{folder}/whole", kind)
+    resumed = with_objects(f"{folder}/resumed", kind, f"{folder}/whole/checkpoint-4")
+    assert all(map(torch.equal, whole, resumed))
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_what_the_script_gave_the_trainer_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
+    resumed_with_objects(str(tmp_path), kind)
+
+
+def test_each_rank_goes_on_with_its_own_objects(tmp_path: Path) -> None:
+    run_on_ranks(2, resumed_with_objects, str(tmp_path), "trainer")

@@ -51,6 +51,8 @@ def _stack(values: list[Any]) -> torch.Tensor:
 class PaddingCollator:
     """Pads samples to the longest one with the `pad` method of a tokenizer."""
 
+    _objects_of_script = ("_pad",)
+
     def __init__(self, processing_class: Any) -> None:
         self._pad = processing_class.pad
 
@@ -79,6 +81,8 @@ class Columns:
         collator: Collates what is left.
         kept: The columns that the model takes.
     """
+
+    _objects_of_script = ("collator",)
 
     def __init__(self, collator: Callable[[Any], Any], kept: frozenset[str]) -> None:
         self.collator = collator

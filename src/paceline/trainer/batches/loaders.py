@@ -112,7 +112,7 @@ def prepared_loader(
     loader = _make_loader(
         args, dataset, collator, batch_size=size, sampler=sampler, drop_last=drop_last, device=accelerator.device
     )
-    return accelerator.prepare_data_loader(loader, saved=is_training)
+    return accelerator.prepare_data_loader(loader, saved=is_training, ordered=not is_training)
 
 
 def packed_loader(

@@ -7,11 +7,12 @@ while it is read. Either way rows are distributed, shuffled, counted and resumed
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, IterableDataset
@@ -21,7 +22,7 @@ from paceline.trainer.batches.collate import IGNORED
 from paceline.trainer.batches.sampling import lengths_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
 
@@ -133,6 +134,8 @@ class PackedSet(Dataset[list[Any]]):
         num_tokens: Of all samples.
     """
 
+    _objects_of_script = ("dataset",)
+
     def __init__(self, dataset: Any, rows: list[list[int]], num_tokens: int) -> None:
         self.dataset = dataset
         self.rows = rows
@@ -164,18 +167,23 @@ class PackedStream(IterableDataset[list[Any]]):
         length: Of a row.
     """
 
+    _objects_of_script = ("dataset",)
+
     def __init__(self, dataset: Any, length: int) -> None:
         self.dataset = dataset
         self.length = length
-        # Rows that are not full yet: of the current iteration, and of a state that was loaded for the next one.
+        # Rows that are not full yet.
         self._open: list[list[Any]] = []
-        self._restored: list[list[Any]] = []
         # Whether the source has ended, and only these rows are left. Its own state begins anew then.
         self._has_ended = False
+        # A state that was loaded for the next iteration.
+        self._loaded: tuple[list[list[Any]], bool] | None = None
 
     def __iter__(self) -> Iterator[list[Any]]:
-        rows = self._open = self._restored
-        self._restored = []
+        # Also where the last iteration was left before its end, nothing of it is left over.
+        loaded, self._loaded = self._loaded, None
+        rows, self._has_ended = loaded or ([], False)
+        self._open = rows
         if not self._has_ended:
             yield from self._read(rows)
         self._has_ended = True
@@ -210,15 +218,26 @@ class StatefulPackedStream(PackedStream):
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the state of the source, and what was read and not yielded."""
-        rows = [[{name: torch.as_tensor(value) for name, value in s.items()} for s in row] for row in self._open]
-        return {"source": self.dataset.state_dict(), "open": rows, "ended": self._has_ended}
+        rows, has_ended = self._loaded or (self._open, self._has_ended)
+        rows = [[{name: _storable(value) for name, value in sample.items()} for sample in row] for row in rows]
+        return {"source": self.dataset.state_dict(), "open": rows, "ended": has_ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there in the next iteration."""
         if not state["ended"]:
             self.dataset.load_state_dict(state["source"])
-        self._has_ended = state["ended"]
-        self._restored = [list(row) for row in state["open"]]
+        self._loaded = [list(row) for row in state["open"]], bool(state["ended"])
+
+
+def _storable(value: Any) -> Any:
+    """A tensor of what is in a row; text and other columns as they are."""
+    if isinstance(value, torch.Tensor | np.ndarray) or not isinstance(value, Sequence) or isinstance(value, str):
+        return value
+    try:
+        return torch.as_tensor(value)
+    except (RuntimeError, TypeError, ValueError):
+        # A list of texts, or of lists of several lengths.
+        return value
 
 
 def _filled(row: Sequence[Any]) -> int:

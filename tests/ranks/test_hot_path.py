@@ -22,8 +22,8 @@ from tests.support.calls import count_calls
 from tests.support.ranks import run_on_ranks
 
 STEPS = 12
-# Calls of a step beyond those of the loop by hand; 51 on one process.
-BOUNDS = {"single": 75, "ddp": 130}
+# Calls of a step beyond those of the loop by hand; 23 on one process and 73 under DDP.
+BOUNDS = {"single": 31, "ddp": 97}
 
 
 class Data(torch.utils.data.Dataset[torch.Tensor]):
@@ -140,5 +140,5 @@ def in_trainer(layers: int, folder: str) -> int:
 
 def test_a_step_of_the_trainer_calls_few_functions_more(tmp_path: Any) -> None:
     extra = {n: in_trainer(n, str(tmp_path / str(n))) - by_hand("single", n) for n in (3, 30)}
-    assert max(extra.values()) < 250, extra
+    assert max(extra.values()) < 197, extra
     assert abs(extra[30] - extra[3]) < 40, extra

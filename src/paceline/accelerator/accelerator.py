@@ -647,7 +647,7 @@ class Accelerator:
         schedulers act, and DeepSpeed's engine ends its window, only where it is True. Whether gradients are exchanged
         is decided by `no_sync`.
         """
-        return self._window.sync_gradients
+        return self._window.boundary.sync_gradients
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from paceline.errors import PrepareError, SteppingError
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from torch import Tensor
-
     from paceline.accelerator.prepared import Prepared
     from paceline.accelerator.recording import RunRecorder
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.precision import LossScaler
     from paceline.stepping import Window
+    from paceline.strategies import Strategy
 
 __all__ = ["Gradients"]
 
@@ -101,29 +100,31 @@ class Gradients:
         scale = self._window.scale_of(loss, weight)
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        if self._selector.maybe_current is None:
+        strategy = self._selector.maybe_current
+        if strategy is None:
             raise PrepareError(
                 "backward() was called before any model was passed to prepare()",
                 "The gradients would not be averaged over the ranks",
                 "Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)",
             )
-        strategy = self._selector.current
-        strategy.set_window_end(self._window.sync_gradients)
+        strategy.set_window_end(self._window.boundary.sync_gradients)
         strategy.backward(loss, scale, **kwargs)
 
     def clip_norm(self, parameters: Any, max_norm: float, norm_type: float) -> Tensor:
         """See `Accelerator.clip_grad_norm_`."""
-        parameters = self._finalized("clip_grad_norm_", parameters)
-        norm = self._selector.current.clip_norm(parameters, float(max_norm), float(norm_type))
+        strategy = self._selector.current
+        listed = self._finalized("clip_grad_norm_", parameters, strategy)
+        norm = strategy.clip_norm(listed, float(max_norm), float(norm_type))
         if self._recorder is not None:
             self._recorder.note_norm(norm, norm_type)
         return norm
 
     def clip_value(self, parameters: Any, clip_value: float) -> None:
         """See `Accelerator.clip_grad_value_`."""
-        self._selector.current.clip_value(self._finalized("clip_grad_value_", parameters), float(clip_value))
+        strategy = self._selector.current
+        strategy.clip_value(self._finalized("clip_grad_value_", parameters, strategy), float(clip_value))
 
-    def _finalized(self, what: str, parameters: Any) -> list[nn.Parameter]:
+    def _finalized(self, what: str, parameters: Any, strategy: Strategy) -> list[nn.Parameter]:
         """The parameters as a list, their gradients final and unscaled."""
         if isinstance(parameters, nn.Module):
             raise SteppingError(
@@ -132,8 +133,9 @@ class Gradients:
                 f"Call {what}(model.parameters(), ...)",
             )
         self._window.require_end(what)
-        listed: list[nn.Parameter] = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
-        strategy = self._selector.current
+        if isinstance(parameters, Tensor):
+            parameters = [parameters]
+        listed: list[nn.Parameter] = list(parameters)
         strategy.complete_gradients(listed)
         self._window.finalize_gradients(strategy)
         if self._scaler is not None:

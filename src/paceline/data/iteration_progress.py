@@ -100,6 +100,11 @@ class PlannedProgress(IterationProgress):
         """See `IterationProgress.remaining`."""
         return self._batches - self.num_yielded
 
+    @property
+    def at_end(self) -> bool:
+        """See `IterationProgress.at_end`."""
+        return 0 < self.num_yielded == self._batches
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedBatch:

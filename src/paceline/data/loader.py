@@ -149,7 +149,8 @@ class PreparedDataLoader(DataLoader[Any]):
         """
         if not self._batch_source.rereads:
             while not progress.at_end:
-                self._active.before_batch()
+                if self._active.before_batch is not None:
+                    self._active.before_batch()
                 batch = next(batches, _END)
                 if batch is _END:
                     return
@@ -157,7 +158,8 @@ class PreparedDataLoader(DataLoader[Any]):
                 # Not kept while the next one is read.
                 del batch
         for batch in batches:
-            self._active.before_batch()
+            if self._active.before_batch is not None:
+                self._active.before_batch()
             yield batch
             del batch
 

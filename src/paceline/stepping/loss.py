@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from paceline.errors import SteppingError
@@ -28,7 +27,7 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
     Raises:
         SteppingError: It is no real number, and `gradient` does not make it one; or it has no gradient.
     """
-    if not isinstance(loss, torch.Tensor):
+    if not isinstance(loss, Tensor):
         raise SteppingError(
             f"backward() got a {type(loss).__name__}",
             "Only a tensor can be differentiated",
@@ -36,6 +35,24 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
         )
     if gradient is not None:
         return _weighted_sum(loss, gradient)
+    scalar = _only_value(loss) if loss.ndim else loss
+    if scalar.dtype.is_complex:
+        raise SteppingError(
+            f"backward() got a loss of dtype {loss.dtype}",
+            "Grad can be implicitly created only for real scalar outputs",
+            "Pass a real number, such as loss.abs() or loss.real",
+        )
+    if not scalar.requires_grad:
+        raise SteppingError(
+            "backward() got a loss that depends on no trainable parameter: element 0 of tensors does not require grad",
+            "The forward ran under torch.no_grad(), the loss was detached, or all parameters are frozen",
+            "Compute the loss where gradients are recorded, and do not detach it",
+        )
+    return scalar
+
+
+def _only_value(loss: Tensor) -> Tensor:
+    """The one value of a loss that has dimensions, shape []."""
     if loss.numel() != 1:
         raise SteppingError(
             f"backward() got a loss of shape {[*loss.shape]}",
@@ -43,19 +60,7 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
             f"{loss.numel()} values have different gradients",
             "Pass loss.mean(), or loss.sum() with weight=loss.numel()",
         )
-    if loss.is_complex():
-        raise SteppingError(
-            f"backward() got a loss of dtype {loss.dtype}",
-            "Grad can be implicitly created only for real scalar outputs",
-            "Pass a real number, such as loss.abs() or loss.real",
-        )
-    if not loss.requires_grad:
-        raise SteppingError(
-            "backward() got a loss that depends on no trainable parameter: element 0 of tensors does not require grad",
-            "The forward ran under torch.no_grad(), the loss was detached, or all parameters are frozen",
-            "Compute the loss where gradients are recorded, and do not detach it",
-        )
-    return loss if loss.ndim == 0 else loss.reshape(())
+    return loss.reshape(())
 
 
 def _weighted_sum(loss: Tensor, gradient: Tensor) -> Tensor:

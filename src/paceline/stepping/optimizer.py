@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from paceline.errors import SteppingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
@@ -21,6 +21,16 @@ __all__ = ["AcceleratedOptimizer", "steps_taken", "unassigned_parameters"]
 
 # By an optimizer's second step every other one of the loop has had its first.
 _CHECKED_STEPS = 2
+
+
+class ParametersOf:
+    """The parameters of an optimizer, listed whenever somebody iterates: most steps need no list of them."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (p for group in self._optimizer.param_groups for p in group["params"])
 
 
 class AcceleratedOptimizer(Optimizer):
@@ -64,6 +74,7 @@ class AcceleratedOptimizer(Optimizer):
         self._add_group = add_group
         self._check_step = check_step
         self._checks = 0
+        self._parameters = ParametersOf(optimizer)
         self._strategy: Strategy | None = None
         self.step_was_skipped = False
 
@@ -84,22 +95,23 @@ class AcceleratedOptimizer(Optimizer):
             PrepareError: In the first step: parameters, optimizers or models that were left out of `prepare`.
         """
         window = self._window
-        if not window.sync_gradients:
+        if not window.boundary.sync_gradients:
             window.defer_step(self)
             return None
         strategy = self._strategy
         if strategy is None or self._checks < _CHECKED_STEPS:
             self._checks += 1
             strategy = self._strategy = self._check_step(self, self._checks)
+            self._parameters = ParametersOf(self.optimizer)
         self._before_step()
-        strategy.complete_gradients(p for group in self.optimizer.param_groups for p in group["params"])
+        strategy.complete_gradients(self._parameters)
         window.finalize_gradients(strategy)
-        result = None
         if self._scaler is None:
             result = strategy.step(self.optimizer, closure)
-            self.step_was_skipped = strategy.step_was_skipped(self.optimizer)
+            self.step_was_skipped = strategy.scales_loss and strategy.step_was_skipped(self.optimizer)
         else:
             self._refuse_closure(closure)
+            result = None
             self.step_was_skipped = not self._scaler.step_if_finite(self.optimizer)
         if not self.step_was_skipped:
             self.num_steps += 1

@@ -37,7 +37,7 @@ class AcceleratedScheduler:
         self._window = window
         self._optimizers = tuple(optimizers)
         self._step_with_optimizer = step_with_optimizer
-        self._steps_seen = self._steps_taken()
+        self._steps_seen = sum(optimizer.steps_since_start for optimizer in self._optimizers)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step if the optimizer did: not inside a window, and not after a skipped step.
@@ -63,14 +63,14 @@ class AcceleratedScheduler:
         self.scheduler.step(*args, **kwargs)
 
     def _optimizer_stepped(self) -> bool:
-        taken = self._steps_taken()
+        taken, was_skipped = 0, False
+        for optimizer in self._optimizers:
+            taken += optimizer.steps_since_start
+            was_skipped = was_skipped or optimizer.step_was_skipped
         since, self._steps_seen = taken - self._steps_seen, taken
         if since > len(self._optimizers):
             return True
-        return self._window.sync_gradients and not any(o.step_was_skipped for o in self._optimizers)
-
-    def _steps_taken(self) -> int:
-        return sum(optimizer.steps_since_start for optimizer in self._optimizers)
+        return self._window.boundary.sync_gradients and not was_skipped
 
     def get_last_lr(self) -> list[Any]:
         """The current learning rates, one for each parameter group."""

@@ -5,9 +5,8 @@ What it divides by, and who says where it ends, can be exchanged.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 
@@ -69,15 +68,13 @@ class WindowedOptimizer(Protocol):
         ...
 
 
-class Phase(enum.Enum):
-    """What may still happen to the gradients of a window."""
+Phase: TypeAlias = Literal["accumulating", "final", "closed"]
+"""What may still happen to the gradients of a window.
 
-    ACCUMULATING = enum.auto()
-    """Backward passes add to them; they are divided by what the window is expected to hold."""
-    FINAL = enum.auto()
-    """They are divided by what the window really held, and may be clipped and stepped with."""
-    CLOSED = enum.auto()
-    """The window is over: whatever comes next opens a new one."""
+`accumulating`: backward passes add to them; they are divided by what the window is expected to hold.
+`final`: they are divided by what the window really held, and may be clipped and stepped with.
+`closed`: the window is over, and whatever comes next opens a new one.
+"""
 
 
 @dataclass(slots=True)
@@ -109,7 +106,7 @@ class WindowState:
         weights: Of the losses; None while they are means.
     """
 
-    phase: Phase = Phase.ACCUMULATING
+    phase: Phase = "accumulating"
     micro_batches: int = 0
     expected_micro_batches: int = 1
     backward_calls: int = 0
@@ -132,6 +129,7 @@ class Window:
 
     Attributes:
         num_steps: Micro-batches in a full window.
+        boundary: Holds `sync_gradients`.
     """
 
     def __init__(
@@ -148,7 +146,7 @@ class Window:
         self.num_steps = num_steps
         self._sync_with_dataloader = sync_with_dataloader
         self._divides_by_num_steps = policy.divide_by == "num_steps"
-        self._boundary: GradientBoundary = OwnBoundary() if boundary is None else boundary
+        self.boundary: GradientBoundary = OwnBoundary() if boundary is None else boundary
         self._leniency = leniency
         self._loop = loop
         self._group = group
@@ -161,23 +159,23 @@ class Window:
     @property
     def sync_gradients(self) -> bool:
         """Whether the current micro-batch is the last of its window; `accumulate` sets it, and the script may."""
-        return self._boundary.sync_gradients
+        return self.boundary.sync_gradients
 
     @sync_gradients.setter
     def sync_gradients(self, value: bool) -> None:
-        self._boundary.sync_gradients = value
+        self.boundary.sync_gradients = value
 
     # From the first micro-batch to the last
 
     def begin_micro_batch(self) -> bool:
         """Begin the next micro-batch; return whether it is the last of its window."""
         state = self._state
-        if state.phase is Phase.CLOSED or (self.sync_gradients and state.micro_batches):
+        if state.phase == "closed" or (self.boundary.sync_gradients and state.micro_batches):
             state = self._state = WindowState()
         if self.num_steps == 1:
             # Every micro-batch is a window, wherever the loop is.
             state.micro_batches = 1
-            self.sync_gradients = True
+            self.boundary.sync_gradients = True
             return True
         if self._sync_with_dataloader:
             self._loop.begin_micro_batch()
@@ -186,8 +184,9 @@ class Window:
         state.micro_batches += 1
         state.backward_calls_in_micro_batch = 0
         is_full = state.micro_batches >= self.num_steps
-        self.sync_gradients = is_full or (self._sync_with_dataloader and self._loop.loop_ends)
-        return self.sync_gradients
+        is_last = is_full or (self._sync_with_dataloader and self._loop.loop_ends)
+        self.boundary.sync_gradients = is_last
+        return is_last
 
     def _expected_length(self) -> int:
         """How many micro-batches the window will have, as far as is known."""
@@ -206,7 +205,7 @@ class Window:
         Raises:
             SteppingError: The window has losses with and without a weight.
         """
-        if self._state.phase is Phase.CLOSED:
+        if self._state.phase == "closed":
             self._state = WindowState()
         state = self._state
         if state.backward_calls and (weight is None) != (state.weights is None):
@@ -265,9 +264,9 @@ class Window:
         Collective when losses are weighted: every rank must call it.
         """
         state = self._state
-        if state.phase is not Phase.ACCUMULATING or not self.sync_gradients or not state.backward_calls:
+        if state.phase != "accumulating" or not self.boundary.sync_gradients or not state.backward_calls:
             return
-        state.phase = Phase.FINAL
+        state.phase = "final"
         weights = state.weights
         if weights is not None:
             if weights.is_estimate:
@@ -289,10 +288,11 @@ class Window:
     def record_step(self, optimizer: WindowedOptimizer) -> None:
         """Note that an optimizer took its step: outside of `accumulate` that closes the window."""
         state = self._state
-        self._deferred.discard(optimizer)
+        if self._deferred:
+            self._deferred.discard(optimizer)
         state.gradients_used = True
         if not state.micro_batches:
-            state.phase = Phase.CLOSED
+            state.phase = "closed"
 
     def record_zero_grad(self) -> None:
         """Note that the gradients accumulated so far were dropped."""
@@ -300,10 +300,11 @@ class Window:
 
     def end_micro_batch(self, strategy: Strategy) -> None:
         """End the current micro-batch, and with the last one the window."""
-        self.finalize_gradients(strategy)
-        if not self.sync_gradients:
+        if not self.boundary.sync_gradients:
             return
-        self._state.phase = Phase.CLOSED
+        if self._state.phase == "accumulating":
+            self.finalize_gradients(strategy)
+        self._state.phase = "closed"
         if self._deferred:
             self._check_deferred()
 
@@ -336,9 +337,9 @@ class Window:
     def can_zero_gradients(self) -> bool:
         """Whether gradients can be dropped now without losing what the open window has accumulated."""
         state = self._state
-        if state.phase is Phase.CLOSED or not state.backward_calls:
+        if state.phase == "closed" or not state.backward_calls:
             return True
-        return self.sync_gradients and state.backward_calls_in_micro_batch > 0
+        return self.boundary.sync_gradients and state.backward_calls_in_micro_batch > 0
 
     @property
     def has_gradients(self) -> bool:
@@ -376,7 +377,8 @@ class Window:
         """
         if self._leniency.save_open_gradients:
             return
-        self._require_last_micro_batch(what)
+        if not self.boundary.sync_gradients:
+            self._refuse_inside_window(what)
         if self.has_gradients:
             raise SteppingError(
                 f"{what} was called after backward() and before optimizer.step()",
@@ -390,17 +392,16 @@ class Window:
         Raises:
             SteppingError: The window is still open, and that is not tolerated.
         """
-        if not self._leniency.clip_inside_window:
-            self._require_last_micro_batch(what)
+        if not self.boundary.sync_gradients and not self._leniency.clip_inside_window:
+            self._refuse_inside_window(what)
 
-    def _require_last_micro_batch(self, what: str) -> None:
-        if not self.sync_gradients:
-            state = self._state
-            raise SteppingError(
-                f"{what} was called in micro-batch {state.micro_batches} of a window of {state.expected_micro_batches}",
-                "The gradients of the later micro-batches are still missing, so it would act on a part of the sum",
-                "Call it under `if accelerator.sync_gradients:`",
-            )
+    def _refuse_inside_window(self, what: str) -> None:
+        state = self._state
+        raise SteppingError(
+            f"{what} was called in micro-batch {state.micro_batches} of a window of {state.expected_micro_batches}",
+            "The gradients of the later micro-batches are still missing, so it would act on a part of the sum",
+            "Call it under `if accelerator.sync_gradients:`",
+        )
 
 
 class Accumulation:
@@ -419,10 +420,13 @@ class Accumulation:
     def release(self) -> None:
         """Let go of the models."""
         if self._strategy is not None:
-            for model in self._unsynced.values():
-                self._strategy.release_gradient_sync(model)
+            self._release_all(self._strategy)
         self._models = ()
         self._strategy = None
+
+    def _release_all(self, strategy: Strategy) -> None:
+        for model in self._unsynced.values():
+            strategy.release_gradient_sync(model)
         self._unsynced.clear()
 
     def for_models(self, models: Iterable[nn.Module], strategy: Strategy) -> Accumulation:
@@ -435,9 +439,8 @@ class Accumulation:
         strategy = self._strategy
         assert strategy is not None
         if self._window.begin_micro_batch():
-            for model in self._unsynced.values():
-                strategy.release_gradient_sync(model)
-            self._unsynced.clear()
+            if self._unsynced:
+                self._release_all(strategy)
         elif not self._sync_each_batch:
             for model in self._models:
                 if id(model) not in self._unsynced:

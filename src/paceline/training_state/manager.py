@@ -197,9 +197,10 @@ class CheckpointManager:
         number = self._group.broadcast_object(self.next_iteration if self._group.rank == 0 else 0)
         return numbered / f"checkpoint_{number}"
 
-    def before_step(self) -> None:
-        """See `Saver.before_step`."""
-        self._saver.before_step()
+    @property
+    def before_step(self) -> Callable[[], None]:
+        """What optimizers call before each step: `Saver.before_step`."""
+        return self._saver.before_step
 
     def wait(self) -> None:
         """Wait for the save in flight; see `Saver.wait`."""
@@ -350,11 +351,7 @@ class CheckpointManager:
         if self._preemption is not None:
             self._preemption.close()
             self._preemption = None
-        self._loaders.before_batch = _do_nothing
-
-
-def _do_nothing() -> None:
-    """Do nothing."""
+        self._loaders.before_batch = None
 
 
 def _kind_of(item: object) -> str:

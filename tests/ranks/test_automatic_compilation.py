@@ -322,6 +322,16 @@ class Checkpointed(TinyTransformer):
         return logits
 
 
+class Interleaved(TinyTransformer):
+    """A forward comes between two backwards, as with a generator and a discriminator."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        waiting = super().forward(tokens)
+        super().forward(tokens).mean().backward()
+        other: torch.Tensor = super().forward(tokens)
+        return other + 0 * waiting
+
+
 GRAPHED_STEPS = 24
 GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a gain": ({}, {}, "compiled by eager and replayed as CUDA graphs; a step takes"),
@@ -331,6 +341,11 @@ GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"make": partial(Checkpointed, reentrant=True)},
         {},
         "not replayed as CUDA graphs: activations are computed again",
+    ),
+    "a forward between two backwards": (
+        {"make": Interleaved},
+        {},
+        "not replayed as CUDA graphs: a forward comes before the backward",
     ),
     "shapes that vary": ({"length": lambda step: 5 + step}, {}, "not replayed as CUDA graphs: shapes vary"),
     "forbidden": ({"dynamo_plugin": TorchDynamoPlugin(cuda_graphs=False)}, {}, "compiled by eager; a step"),

@@ -30,17 +30,16 @@ from paceline.strategies.compilation import LostGradientsError, compiler_argumen
 from paceline.strategies.cuda_graphs import (
     GRAPH_OPTIONS,
     MAX_SHAPES,
-    copy_gradients,
+    Replayed,
     has_memory_for_graphs,
     may_be_recomputed,
-    replayed,
+    would_overwrite,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
     from paceline.config import TorchDynamoPlugin
 
@@ -134,7 +133,7 @@ class AutomaticCompilation:
         self._judge: Callable[[float], None] = self._judge_eager
         self._ignored = _IGNORED + 1
         self._steps = 0
-        self._gradient_copies: list[RemovableHandle] = []
+        self._replayed: list[Replayed] = []
         self._shapes: set[torch.Size] = set()
         # Whether forwards use compiled code; off, they stay eager from the next step on.
         self.is_on = False
@@ -155,6 +154,10 @@ class AutomaticCompilation:
 
     def stepped(self) -> None:
         """Take note of an optimizer step, and decide where it is time to."""
+        if self._replayed and not self.is_replayed:
+            # Only now: graphs that had run forward when they were stopped still ran backward.
+            self._end_replayed()
+            return
         self._steps += 1
         if self.is_on and not self._compile_seconds:
             self._compile_seconds = time.perf_counter() - self._started
@@ -165,16 +168,14 @@ class AutomaticCompilation:
 
     def stop(self, reason: str) -> None:
         """Use no compiled code from the next step on."""
-        was_on, self.is_on, self.is_decided = self.is_on, False, True
+        was_on, self.is_on, self.is_decided = self.is_on, False, not self._replayed
         self._state = f"not compiled: {reason}"
         if was_on:
             _LOG.info("Blocks are not compiled any longer: %s", reason)
 
     def stop_graphs(self, reason: str) -> None:
         """Call compiled code without graphs from the next block on."""
-        self.is_replayed, self.is_decided = False, True
-        for handle in self._gradient_copies:
-            handle.remove()
+        self.is_replayed = False
         self._state = f"{self._compiled_state}; not replayed as CUDA graphs: {reason}"
         _LOG.info("Compiled blocks are not replayed as CUDA graphs: %s", reason)
 
@@ -187,6 +188,8 @@ class AutomaticCompilation:
             self.stop_graphs("shapes vary")
         elif may_be_recomputed():
             self.stop_graphs("activations are computed again in the backward")
+        elif would_overwrite():
+            self.stop_graphs("a forward comes before the backward of an earlier one")
         return self.is_replayed
 
     def note_failed_replay(self, error: RuntimeError) -> None:
@@ -268,8 +271,13 @@ class AutomaticCompilation:
         arguments = {**compiler_arguments(self._settings, BACKEND, GRAPH_OPTIONS), "fullgraph": True}
         for block in self._blocks:
             call: Any = block._compiled_call_impl
-            call.replay(arguments)
-            self._gradient_copies += copy_gradients(block.parameters())
+            self._replayed.append(call.replay(arguments))
+
+    def _end_replayed(self) -> None:
+        for replayed in self._replayed:
+            replayed.end()
+        self._replayed = []
+        self.is_decided = True
 
     @property
     def _compiled_state(self) -> str:
@@ -298,20 +306,21 @@ class _CompiledCall:
         self._block: Any = block
         self._owner = owner
         self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
-        self._graphed: Callable[..., Any] = self._compiled
+        self._replayed: Replayed | None = None
 
-    def replay(self, arguments: dict[str, Any]) -> None:
+    def replay(self, arguments: dict[str, Any]) -> Replayed:
         """Compile once more, to code that replays graphs."""
-        self._graphed = torch.compile(self._block._call_impl, **arguments)
+        self._replayed = Replayed(self._block, torch.compile(self._block._call_impl, **arguments))
+        return self._replayed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         block, owner = self._block, self._owner
         # Evaluations have other shapes, and would be compiled once more for a few batches.
         if not (owner.is_on and block.training and torch.is_grad_enabled()):
             return block._call_impl(*args, **kwargs)
-        if owner.is_replayed and owner.may_replay_now(args, kwargs):
+        if self._replayed is not None and owner.is_replayed and owner.may_replay_now(args, kwargs):
             try:
-                return replayed(self._graphed, args, kwargs)
+                return self._replayed(args, kwargs)
             except RuntimeError as error:
                 owner.note_failed_replay(error)
         try:

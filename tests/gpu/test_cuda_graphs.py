@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,31 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline import Accelerator
 from paceline.config import TorchDynamoPlugin
-from paceline.strategies import automatic_compilation, cuda_graphs
+from paceline.strategies import cuda_graphs
+from tests.support.compilation import compiling_at_once
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 STEPS = 34
 
 
-@contextlib.contextmanager
-def without_delay(**changes: Any) -> Iterator[None]:
+def without_delay() -> AbstractContextManager[None]:
     """Compile and replay as early as possible, whatever it gains."""
-    changes = {"_COLD_SECONDS": 0.0, "_WORTHWHILE_RATIO": 1e9, "_WORTHWHILE_GRAPHS": 1e9} | changes
-    changes["_note_seconds"] = lambda *_: None
-    before = {name: getattr(automatic_compilation, name) for name in changes}
-    for name, value in changes.items():
-        setattr(automatic_compilation, name, value)
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(automatic_compilation, name, value)
-        torch._dynamo.reset()
+    return compiling_at_once(_WORTHWHILE_GRAPHS=1e9)
 
 
 class Recomputing(TinyTransformer):

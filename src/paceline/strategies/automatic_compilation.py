@@ -31,6 +31,7 @@ from paceline.strategies.cuda_graphs import (
     GRAPH_OPTIONS,
     MAX_SHAPES,
     Replayed,
+    has_hooks,
     has_memory_for_graphs,
     may_be_recomputed,
     would_overwrite,
@@ -91,6 +92,9 @@ def automatic_compilation(
     if device.type not in DEVICE_TYPES:
         return None
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
+    for block in blocks:
+        if isinstance(block._compiled_call_impl, _CompiledCall):
+            block._compiled_call_impl.owner.end()
     compilation = AutomaticCompilation(blocks, settings, device, remaining_steps, may_replay=may_replay)
     if not blocks:
         compilation.stop("the model has no repeated blocks")
@@ -173,6 +177,12 @@ class AutomaticCompilation:
         if was_on:
             _LOG.info("Blocks are not compiled any longer: %s", reason)
 
+    def end(self) -> None:
+        """Leave the blocks as they were: their model is prepared again."""
+        self.stop("the model was prepared again")
+        self._end_replayed()
+        self._restore()
+
     def stop_graphs(self, reason: str) -> None:
         """Call compiled code without graphs from the next block on."""
         self.is_replayed = False
@@ -195,7 +205,8 @@ class AutomaticCompilation:
     def note_failed_replay(self, error: RuntimeError) -> None:
         """Stop graphs if the error comes from recording or replaying them; raise it if it is the block's own."""
         is_compiler = type(error).__module__.startswith(_COMPILERS)
-        if not (is_compiler or isinstance(error, torch.OutOfMemoryError) or "CUDAGraph" in str(error)):
+        is_recording = "CUDAGraph" in str(error) or "captur" in str(error)
+        if not (is_compiler or isinstance(error, torch.OutOfMemoryError) or is_recording):
             raise error
         self.stop_graphs(f"{type(error).__name__}: {_first_line(error)}"[:200])
 
@@ -244,11 +255,15 @@ class AutomaticCompilation:
         self._state = self._compiled_state
         _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
         _note_seconds(self._key, self._compile_seconds)
-        if self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device):
-            self._replay()
-            self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
-        else:
-            self.is_decided = True
+        self.is_decided = True
+        if not (self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device)):
+            return
+        if has_hooks(self._blocks):
+            self.stop_graphs("a forward hook inside of the blocks could keep what they overwrite")
+            return
+        self.is_decided = False
+        self._replay()
+        self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
 
     def _judge_graphs(self, seconds: float) -> None:
         """Keep the graphs if steps have become shorter again."""
@@ -304,7 +319,7 @@ class _CompiledCall:
 
     def __init__(self, block: nn.Module, owner: AutomaticCompilation, arguments: dict[str, Any]) -> None:
         self._block: Any = block
-        self._owner = owner
+        self.owner = owner
         self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
         self._replayed: Replayed | None = None
 
@@ -314,7 +329,7 @@ class _CompiledCall:
         return self._replayed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        block, owner = self._block, self._owner
+        block, owner = self._block, self.owner
         # Evaluations have other shapes, and would be compiled once more for a few batches.
         if not (owner.is_on and block.training and torch.is_grad_enabled()):
             return block._call_impl(*args, **kwargs)

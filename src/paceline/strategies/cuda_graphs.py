@@ -28,6 +28,7 @@ __all__ = [
     "MAX_SHAPES",
     "Replayed",
     "copy_gradients",
+    "has_hooks",
     "has_memory_for_graphs",
     "may_be_recomputed",
     "uses_graphs",
@@ -205,6 +206,11 @@ def may_be_recomputed() -> bool:
     """
     is_in_backward: bool = torch._C._current_graph_task_id() != -1
     return is_in_backward or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def has_hooks(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a script sees what is computed inside of blocks, whose copies it would not get."""
+    return any(module._forward_hooks or module._forward_pre_hooks for block in blocks for module in block.modules())
 
 
 def has_memory_for_graphs(device: torch.device) -> bool:

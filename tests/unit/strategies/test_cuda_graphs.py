@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from paceline.strategies.cuda_graphs import Replayed, would_overwrite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Overwriting(torch.autograd.Function):
@@ -85,14 +88,14 @@ def test_gradients_of_what_is_passed_in_are_copied(way: str) -> None:
     """A learnt query or token reaches the first block as it is, or through a view."""
     block, token = Product(), nn.Parameter(torch.tensor([1.0, 1.0]))
     replayed = Replayed(block, block)
-    enter = {
+    enter: dict[str, Callable[[], Tensor]] = {
         "itself": lambda: token,
         "expanded for one sample": lambda: token.expand(2),
         "added": lambda: torch.zeros(2) + token,
     }
     for factor in (1.0, 10.0):
-        scaled: Any = replayed((enter[way](),), {}) * factor
-        scaled.sum().backward()
+        result: Any = replayed((enter[way](),), {})
+        (result * factor).sum().backward()
     assert token.grad is not None
     assert token.grad.tolist() == [22.0, 33.0]
     assert len(token._backward_hooks or {}) <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,31 +10,21 @@ from torch.utils.checkpoint import checkpoint
 
 from paceline import Accelerator
 from paceline.config import TorchDynamoPlugin
-from paceline.strategies import automatic_compilation, cuda_graphs
+from paceline.strategies import cuda_graphs
+from tests.support.compilation import compiling_at_once
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 STEPS = 34
 
 
-@contextlib.contextmanager
-def without_delay(**changes: Any) -> Iterator[None]:
+def without_delay() -> AbstractContextManager[None]:
     """Compile and replay as early as possible, whatever it gains."""
-    changes = {"_COLD_SECONDS": 0.0, "_WORTHWHILE_RATIO": 1e9, "_WORTHWHILE_GRAPHS": 1e9} | changes
-    changes["_note_seconds"] = lambda *_: None
-    before = {name: getattr(automatic_compilation, name) for name in changes}
-    for name, value in changes.items():
-        setattr(automatic_compilation, name, value)
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(automatic_compilation, name, value)
-        torch._dynamo.reset()
+    return compiling_at_once(_WORTHWHILE_GRAPHS=1e9)
 
 
 class Recomputing(TinyTransformer):
@@ -93,6 +82,19 @@ def by_hand_step(accelerator: Any, model: Any, optimizer: Any, index: int) -> to
     return torch.stack([loss.detach() for loss in losses]).mean()
 
 
+def interleaved_step(accelerator: Any, model: Any, optimizer: Any, index: int) -> torch.Tensor:
+    """A forward between two backwards, as with a generator and a discriminator."""
+    first, second, third = (make_tokens(4, seed=3 * index + part).to(accelerator.device) for part in range(3))
+    waiting = token_losses(model(first), first).mean()
+    accelerator.backward(token_losses(model(second), second).mean())
+    other = token_losses(model(third), third).mean()
+    accelerator.backward(waiting)
+    accelerator.backward(other)
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack([waiting.detach(), other.detach()]).mean()
+
+
 def evaluating_step(accelerator: Any, model: Any, optimizer: Any, index: int) -> torch.Tensor:
     """An evaluation between backward and step."""
     tokens = make_tokens(4, seed=index).to(accelerator.device)
@@ -130,6 +132,7 @@ CASES: dict[str, tuple[Any, Any, str]] = {
     "accumulated": (TinyTransformer, plain_step, "replayed as CUDA graphs; a step"),
     "two forwards before a backward": (TinyTransformer, by_hand_step, "replayed as CUDA graphs; a step"),
     "evaluations between": (TinyTransformer, evaluating_step, "replayed as CUDA graphs; a step"),
+    "a forward between two backwards": (TinyTransformer, interleaved_step, "not replayed as CUDA graphs: a forward"),
     "shapes that change": (TinyTransformer, changing_step, "compiled by"),
     "outputs that are kept": (Keeping, plain_step, "replayed as CUDA graphs; a step"),
     "activations computed again": (Recomputing, plain_step, "not replayed as CUDA graphs: activations"),
@@ -174,7 +177,7 @@ def test_what_is_not_copied_is_overwritten() -> None:
 def without_copies() -> None:
     """The test above can fail: gradients that stay in the graphs' memory are wrong, or torch says so."""
     plain, _, _ = train(TinyTransformer, plain_step, dynamo_backend="no")
-    automatic_compilation.copy_gradients = lambda parameters: []  # type: ignore[attr-defined]
+    before, cuda_graphs.copy_gradients = cuda_graphs.copy_gradients, lambda parameters: []
     try:
         with without_delay():
             losses, said, _ = train(TinyTransformer, plain_step)
@@ -184,7 +187,7 @@ def without_copies() -> None:
         if "overwritten" not in str(error):
             raise
     finally:
-        automatic_compilation.copy_gradients = cuda_graphs.copy_gradients  # type: ignore[attr-defined]
+        cuda_graphs.copy_gradients = before
 
 
 @pytest.mark.gpu

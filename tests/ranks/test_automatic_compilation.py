@@ -6,7 +6,6 @@ runs what was traced as it is.
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from paceline import Accelerator
 from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from paceline.strategies import automatic_compilation
+from tests.support.compilation import compiling_at_once
 from tests.support.engines import needs_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 STEPS = 16
 
@@ -41,21 +42,9 @@ class Breaks(nn.Module):
         return out
 
 
-@contextlib.contextmanager
-def on_the_cpu(**changes: Any) -> Iterator[None]:
-    """Let `auto` act here, keep what it compiles, and expect compiling to take no time."""
-    changes = {"DEVICE_TYPES": ("cpu",), "BACKEND": "eager", "_COLD_SECONDS": 0.0, "_WORTHWHILE_RATIO": 1e9} | changes
-    changes["_known_seconds"] = changes["_note_seconds"] = lambda *_: None
-    before = {name: getattr(automatic_compilation, name) for name in changes}
-    for name, value in changes.items():
-        setattr(automatic_compilation, name, value)
-    torch._dynamo.reset()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(automatic_compilation, name, value)
-        torch._dynamo.reset()
+def on_the_cpu(**changes: Any) -> AbstractContextManager[None]:
+    """Let `auto` act here, and keep what it compiles."""
+    return compiling_at_once(**({"DEVICE_TYPES": ("cpu",), "BACKEND": "eager"} | changes))
 
 
 def train(
@@ -322,6 +311,30 @@ class Checkpointed(TinyTransformer):
         return logits
 
 
+class Interleaved(TinyTransformer):
+    """A forward comes between two backwards, as with a generator and a discriminator."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        waiting = super().forward(tokens)
+        between: Any = super().forward(tokens).mean()
+        between.backward()
+        other: torch.Tensor = super().forward(tokens)
+        return other + 0 * waiting
+
+
+class Watched(TinyTransformer):
+    """A script keeps what a layer inside of a block returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"norm2": torch.zeros(())}
+        for block in self.blocks:
+            block.get_submodule("norm2").register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, result: torch.Tensor) -> None:
+        self.kept["norm2"] = result.detach()
+
+
 GRAPHED_STEPS = 24
 GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a gain": ({}, {}, "compiled by eager and replayed as CUDA graphs; a step takes"),
@@ -332,6 +345,12 @@ GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "not replayed as CUDA graphs: activations are computed again",
     ),
+    "a forward between two backwards": (
+        {"make": Interleaved},
+        {},
+        "not replayed as CUDA graphs: a forward comes before the backward",
+    ),
+    "hooks": ({"make": Watched}, {}, "not replayed as CUDA graphs: a forward hook"),
     "shapes that vary": ({"length": lambda step: 5 + step}, {}, "not replayed as CUDA graphs: shapes vary"),
     "forbidden": ({"dynamo_plugin": TorchDynamoPlugin(cuda_graphs=False)}, {}, "compiled by eager; a step"),
     "little memory": ({}, {"has_memory_for_graphs": lambda device: False}, "compiled by eager; a step"),
@@ -352,6 +371,32 @@ def graphed(case: str) -> None:
 @pytest.mark.parametrize("case", GRAPHS)
 def test_what_speaks_against_graphs_leaves_compiled_blocks(case: str) -> None:
     run_on_ranks(1, graphed, case)
+
+
+def prepared_again() -> None:
+    with on_the_cpu(_WORTHWHILE_GRAPHS=1e9):
+        _, said, model = train("single", steps=GRAPHED_STEPS)
+        assert "and replayed" in said, said
+        _, said, _ = train("single", make=lambda: model, steps=1)
+        assert "3 Block will be compiled after 7 steps" in said, said
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+def test_a_model_that_is_prepared_again_begins_anew() -> None:
+    run_on_ranks(1, prepared_again)
+
+
+def test_an_error_of_recording_ends_graphs_and_one_of_the_block_is_raised() -> None:
+    model = TinyTransformer()
+    compilation = automatic_compilation.AutomaticCompilation(
+        list(model.blocks), TorchDynamoPlugin(), torch.device("cpu"), lambda: None
+    )
+    compilation._eager_seconds = compilation._compiled_seconds = 1.0
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        compilation.note_failed_replay(RuntimeError("sizes differ"))
+    compilation.note_failed_replay(RuntimeError("CUDA error: operation not permitted when stream is capturing"))
+    assert "not replayed as CUDA graphs: RuntimeError: CUDA error" in compilation.state
 
 
 def sharded_and_graphed() -> None:

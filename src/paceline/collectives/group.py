@@ -36,6 +36,8 @@ T = TypeVar("T")
 _all_gather_flat: Callable[..., Any] = (
     dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 )
+# Those of gloo and NCCL, which send several tensors in one launch; not every backend does.
+_COALESCING_DEVICES = ("cpu", "cuda")
 _TORCH_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -341,27 +343,25 @@ class TorchGroup(Group):
 
     def concatenate_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """See `Group.concatenate_all`: one launch for all tensors. Collective: every rank must call it."""
-        if len(tensors) < 2:
+        device = tensors[0].device if tensors else None
+        # What is launched depends on what is the same on all ranks. How a tensor lies in memory is not: one that was
+        # padded on some ranks is a copy there.
+        if len(tensors) < 2 or not all(
+            tensor.device == device and self._is_sent_with_others(tensor) for tensor in tensors
+        ):
             return super().concatenate_all(tensors)
-        device = tensors[0].device
-        sent, received = [], []
-        for tensor in tensors:
-            if tensor.device != device or not self._is_sent_as_bytes(tensor):
-                return super().concatenate_all(tensors)
-            # One launch takes tensors of one dtype.
-            part = tensor.detach().view(torch.uint8)
-            sent.append(part)
-            received.append(part.new_empty((self.size * part.shape[0], *part.shape[1:])))
+        # One launch takes tensors of one dtype.
+        sent = [_bytes_of_rows(tensor) for tensor in tensors]
+        received = [part.new_empty((self.size * part.shape[0], *part.shape[1:])) for part in sent]
         with self._translating_errors("all_gather"):
             group = self.process_group or dist.distributed_c10d._get_default_group()
             group.allgather_into_tensor_coalesced(received, sent).wait()
         return [one.view(tensor.dtype) for one, tensor in zip(received, tensors, strict=True)]
 
-    def _is_sent_as_bytes(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's own backend can send its bytes, as they lie in memory."""
-        # A tensor without dimensions has no strides, and one element may have any.
-        strides = tensor.stride()
-        return bool(strides) and strides[-1] == 1 and tensor.numel() > 0 and self._is_sent_directly(tensor)
+    def _is_sent_with_others(self, tensor: torch.Tensor) -> bool:
+        """Whether a backend sends the tensor from where it is, several in one launch."""
+        known_device = tensor.device.type in self._backend_devices or not self._backend_devices
+        return known_device and tensor.device.type in _COALESCING_DEVICES and tensor.numel() > 0
 
     def _is_sent_directly(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's own backend can send it, as it lies in memory."""
@@ -496,6 +496,16 @@ def _cleaned_message(error: BaseException) -> str:
     """The message of a native library, without its source location and general advice."""
     text = re.sub(r"^\[[^\]]*\]\s*", "", str(error))
     return text.partition(" This is typically caused by")[0].rstrip(".")
+
+
+def _bytes_of_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with dimensions, or a scalar, as bytes of the same rows; copied only if it does not lie in order."""
+    strides = tensor.stride()
+    # One element may have any strides.
+    if strides and strides[-1] == 1 and is_common(tensor) and tensor.is_contiguous():
+        return tensor.detach().view(torch.uint8)
+    flat = as_bytes(as_contiguous(tensor))
+    return flat.view(*tensor.shape[:-1], -1) if strides else flat
 
 
 def _devices_with_backend(process_group: dist.ProcessGroup | None) -> frozenset[str]:

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paceline.collectives.transport import as_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -83,7 +85,7 @@ class StagedCopier:
             return self._pinned_copy(tensor).to(self._device, non_blocking=True)
         copy = torch.empty_like(tensor, device=self._device)
         # Bytes are copied alike for every dtype.
-        source, target = _bytes_of(tensor), _bytes_of(copy)
+        source, target = as_bytes(tensor), as_bytes(copy)
         for start in range(0, len(source), self._buffer_bytes):
             part = source[start : start + self._buffer_bytes]
             buffer = self._free_buffer()
@@ -136,12 +138,8 @@ def _pinned(size: int) -> Tensor:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's values are the bytes at its address, in order."""
-    is_lazy = tensor.is_conj() or tensor.is_neg()
-    return type(tensor) is Tensor and tensor.is_contiguous() and not (is_lazy or tensor.requires_grad)
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    is_other = tensor.is_conj() or tensor.is_neg() or tensor.is_quantized
+    return type(tensor) is Tensor and tensor.is_contiguous() and not (is_other or tensor.requires_grad)
 
 
 def num_copiers(num_devices: int) -> int:

@@ -30,17 +30,17 @@ from paceline.strategies.compilation import LostGradientsError, compiler_argumen
 from paceline.strategies.cuda_graphs import (
     GRAPH_OPTIONS,
     MAX_SHAPES,
-    copy_gradients,
+    Replayed,
+    has_hooks,
     has_memory_for_graphs,
     may_be_recomputed,
-    replayed,
+    would_overwrite,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
     from paceline.config import TorchDynamoPlugin
 
@@ -92,6 +92,9 @@ def automatic_compilation(
     if device.type not in DEVICE_TYPES:
         return None
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
+    for block in blocks:
+        if isinstance(block._compiled_call_impl, _CompiledCall):
+            block._compiled_call_impl.owner.end()
     compilation = AutomaticCompilation(blocks, settings, device, remaining_steps, may_replay=may_replay)
     if not blocks:
         compilation.stop("the model has no repeated blocks")
@@ -134,7 +137,7 @@ class AutomaticCompilation:
         self._judge: Callable[[float], None] = self._judge_eager
         self._ignored = _IGNORED + 1
         self._steps = 0
-        self._gradient_copies: list[RemovableHandle] = []
+        self._replayed: list[Replayed] = []
         self._shapes: set[torch.Size] = set()
         # Whether forwards use compiled code; off, they stay eager from the next step on.
         self.is_on = False
@@ -155,6 +158,10 @@ class AutomaticCompilation:
 
     def stepped(self) -> None:
         """Take note of an optimizer step, and decide where it is time to."""
+        if self._replayed and not self.is_replayed:
+            # Only now: graphs that had run forward when they were stopped still ran backward.
+            self._end_replayed()
+            return
         self._steps += 1
         if self.is_on and not self._compile_seconds:
             self._compile_seconds = time.perf_counter() - self._started
@@ -165,16 +172,20 @@ class AutomaticCompilation:
 
     def stop(self, reason: str) -> None:
         """Use no compiled code from the next step on."""
-        was_on, self.is_on, self.is_decided = self.is_on, False, True
+        was_on, self.is_on, self.is_decided = self.is_on, False, not self._replayed
         self._state = f"not compiled: {reason}"
         if was_on:
             _LOG.info("Blocks are not compiled any longer: %s", reason)
 
+    def end(self) -> None:
+        """Leave the blocks as they were: their model is prepared again."""
+        self.stop("the model was prepared again")
+        self._end_replayed()
+        self._restore()
+
     def stop_graphs(self, reason: str) -> None:
         """Call compiled code without graphs from the next block on."""
-        self.is_replayed, self.is_decided = False, True
-        for handle in self._gradient_copies:
-            handle.remove()
+        self.is_replayed = False
         self._state = f"{self._compiled_state}; not replayed as CUDA graphs: {reason}"
         _LOG.info("Compiled blocks are not replayed as CUDA graphs: %s", reason)
 
@@ -187,12 +198,15 @@ class AutomaticCompilation:
             self.stop_graphs("shapes vary")
         elif may_be_recomputed():
             self.stop_graphs("activations are computed again in the backward")
+        elif would_overwrite():
+            self.stop_graphs("a forward comes before the backward of an earlier one")
         return self.is_replayed
 
     def note_failed_replay(self, error: RuntimeError) -> None:
         """Stop graphs if the error comes from recording or replaying them; raise it if it is the block's own."""
         is_compiler = type(error).__module__.startswith(_COMPILERS)
-        if not (is_compiler or isinstance(error, torch.OutOfMemoryError) or "CUDAGraph" in str(error)):
+        is_recording = "CUDAGraph" in str(error) or "captur" in str(error)
+        if not (is_compiler or isinstance(error, torch.OutOfMemoryError) or is_recording):
             raise error
         self.stop_graphs(f"{type(error).__name__}: {_first_line(error)}"[:200])
 
@@ -241,11 +255,15 @@ class AutomaticCompilation:
         self._state = self._compiled_state
         _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
         _note_seconds(self._key, self._compile_seconds)
-        if self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device):
-            self._replay()
-            self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
-        else:
-            self.is_decided = True
+        self.is_decided = True
+        if not (self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device)):
+            return
+        if has_hooks(self._blocks):
+            self.stop_graphs("a forward hook inside of the blocks could keep what they overwrite")
+            return
+        self.is_decided = False
+        self._replay()
+        self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
 
     def _judge_graphs(self, seconds: float) -> None:
         """Keep the graphs if steps have become shorter again."""
@@ -268,8 +286,13 @@ class AutomaticCompilation:
         arguments = {**compiler_arguments(self._settings, BACKEND, GRAPH_OPTIONS), "fullgraph": True}
         for block in self._blocks:
             call: Any = block._compiled_call_impl
-            call.replay(arguments)
-            self._gradient_copies += copy_gradients(block.parameters())
+            self._replayed.append(call.replay(arguments))
+
+    def _end_replayed(self) -> None:
+        for replayed in self._replayed:
+            replayed.end()
+        self._replayed = []
+        self.is_decided = True
 
     @property
     def _compiled_state(self) -> str:
@@ -296,22 +319,23 @@ class _CompiledCall:
 
     def __init__(self, block: nn.Module, owner: AutomaticCompilation, arguments: dict[str, Any]) -> None:
         self._block: Any = block
-        self._owner = owner
+        self.owner = owner
         self._compiled: Callable[..., Any] = torch.compile(block._call_impl, **arguments)
-        self._graphed: Callable[..., Any] = self._compiled
+        self._replayed: Replayed | None = None
 
-    def replay(self, arguments: dict[str, Any]) -> None:
+    def replay(self, arguments: dict[str, Any]) -> Replayed:
         """Compile once more, to code that replays graphs."""
-        self._graphed = torch.compile(self._block._call_impl, **arguments)
+        self._replayed = Replayed(self._block, torch.compile(self._block._call_impl, **arguments))
+        return self._replayed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        block, owner = self._block, self._owner
+        block, owner = self._block, self.owner
         # Evaluations have other shapes, and would be compiled once more for a few batches.
         if not (owner.is_on and block.training and torch.is_grad_enabled()):
             return block._call_impl(*args, **kwargs)
-        if owner.is_replayed and owner.may_replay_now(args, kwargs):
+        if self._replayed is not None and owner.is_replayed and owner.may_replay_now(args, kwargs):
             try:
-                return replayed(self._graphed, args, kwargs)
+                return self._replayed(args, kwargs)
             except RuntimeError as error:
                 owner.note_failed_replay(error)
         try:

@@ -278,6 +278,25 @@ def a_few_tensors_of_any_kind(group: Group) -> None:
     same(result["one"], ranks.view(-1, 1))
 
 
+def a_few_tensors_may_lie_otherwise_on_each_rank(group: Group) -> None:
+    # As padding leaves it: a copy on some ranks, a view on the longest.
+    rows = torch.arange(6.0).view(2, 3) + 10 * group.rank
+    everyone = torch.cat([torch.arange(6.0).view(2, 3) + 10 * rank for rank in range(group.size)])
+    views = {
+        "turned": rows.t().contiguous().t(),
+        "negative": torch.complex(rows, -rows).conj().imag,
+        "every other column": torch.stack([rows, rows], dim=-1).flatten(1)[:, ::2],
+    }
+    for name, view in views.items():
+        mine = view if group.rank == 0 else rows
+        joined, ranks = gather(group, (mine, torch.tensor([group.rank])))
+        assert torch.equal(joined, everyone), name
+        same(ranks, torch.arange(group.size))
+    conjugate = torch.complex(rows, rows)
+    conjugate = conjugate.conj() if group.rank == 0 else conjugate.conj().resolve_conj()
+    same(gather(group, [conjugate, rows])[0], torch.complex(everyone, -everyone))
+
+
 def gather_refuses_objects(group: Group) -> None:
     with pytest.raises(CollectiveError, match=r"data\['text'\]\[0\], a str.*gather_object"):
         gather(group, {"loss": torch.ones(1), "text": ["a"]})
@@ -703,7 +722,7 @@ CASES: dict[str, Callable[[Group], None]] = {
         all_gather_does_not_alias, all_reduce_works_in_place, all_reduce_of_integers, all_reduce_of_bool,
         all_reduce_takes_odd_tensors, all_reduce_refuses, broadcast_overwrites_in_place, objects_travel,
         started_scatters_may_overlap, gather_keeps_the_structure,
-        gather_takes_one_exchange,
+        gather_takes_one_exchange, a_few_tensors_of_any_kind, a_few_tensors_may_lie_otherwise_on_each_rank,
         large_tensors_travel_alone, gather_refuses_objects, gather_object_joins_lists,
         reduce_leaves_its_input_alone, reduce_none_exchanges_nothing, reduce_takes_one_exchange_per_dtype,
         broadcast_fills_a_nested_batch, pad_makes_sizes_equal, every_sample_is_gathered_once,

@@ -23,6 +23,7 @@ def everything() -> dict[str, torch.Tensor]:
         "part": wide[7:],
         "small": wide[:3].clone(),
         "scalar": torch.tensor(3.5),
+        "one row's column": wide[:10].view(1, 10)[:, 3],
         "empty": torch.empty(0, 4),
     }
 

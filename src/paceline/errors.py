@@ -220,16 +220,24 @@ class UnknownBlockError(PrepareError):
     Args:
         requested: The class names that were given.
         candidates: The class names of the model's modules.
+        found: The classes of the blocks that are found when none is named; empty if there are none.
+        source: Where they were named: the place and the key; empty if unknown.
     """
 
-    def __init__(self, requested: Iterable[str], candidates: Iterable[str]) -> None:
+    def __init__(
+        self, requested: Iterable[str], candidates: Iterable[str], *, found: Iterable[str] = (), source: str = ""
+    ) -> None:
         self.requested = tuple(requested)
         self.candidates = tuple(candidates)
-        super().__init__(
-            f"No module of the model is of class {', '.join(map(repr, self.requested))}",
-            "FSDP makes a sharding unit of each module of the named classes",
-            f"{_close_names(self.requested, self.candidates)}The model's own classes are: {', '.join(self.candidates)}",
-        )
+        seen = f"No module of the model is of class {', '.join(map(repr, self.requested))}"
+        if source:
+            seen = f"{source}: {seen}"
+        advice = f"{_close_names(self.requested, self.candidates)}The model's own classes are: "
+        advice += ", ".join(self.candidates)
+        blocks = ", ".join(found)
+        if blocks:
+            advice += f". Remove the setting, and paceline finds the blocks itself ({blocks})"
+        super().__init__(seen, "FSDP makes a sharding unit of each module of the named classes", advice)
 
 
 def _close_names(words: Iterable[str], candidates: Sequence[str]) -> str:

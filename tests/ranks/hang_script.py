@@ -46,6 +46,31 @@ def run(scenario: str) -> None:
                 accelerator.save_state("state")  # under a branch
             step(accelerator, model, optimizer)
             time.sleep(1000)
+        case "first save":
+            if accelerator.is_main_process:
+                accelerator.save_state("state")  # the only one that saves
+        case "first save elsewhere":
+            if accelerator.is_main_process:
+                accelerator.save_state("state")  # while the other is elsewhere
+            time.sleep(1000)  # it is here
+        case "killed in a save":
+            accelerator.save_state("saves/first")
+            large = torch.nn.Linear(4000, 4000)
+            accelerator.register_for_checkpointing(large)
+            accelerator.save_state("saves/second", blocking=False)
+            if rank == 1:
+                # Once files are being written, and thus in the midst of torch's own exchanges.
+                while not any(Path("saves").glob("second.partial-*/*.safetensors")):
+                    time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGKILL)
+            accelerator.wait_for_save()  # of a rank that is gone
+        case "open":
+            if rank == 0:
+                torch.distributed.new_group()  # a group of its own
+            time.sleep(1000)  # and opens none
+        case "open and end":
+            if rank == 0:
+                torch.distributed.new_group()  # after the end
         case "shapes":
             accelerator.gather(ones(accelerator, 400 if rank == 1 else 4))  # of different shapes
             accelerator.wait_for_everyone()

@@ -94,6 +94,46 @@ def test_a_method_that_only_rank_0_calls_is_named(folder: Path) -> None:
     assert "Traceback" not in error
 
 
+def test_the_opening_of_a_group_that_only_one_rank_enters_is_noticed(folder: Path) -> None:
+    """The first save opens one; torch waits in it without recording that."""
+    scenarios = ["first save", "first save elsewhere", "open", "open and end"]
+    found = forked(folder, *scenarios)
+    save, elsewhere, opened, ended = ("".join(found[scenario]["errors"]) for scenario in scenarios)
+    assert found["first save"]["codes"] == [HUNG, 0], save
+    assert re.search(
+        r"rank 1 has ended without entering save_state \(new_group #\d+\), in which rank 0 has waited for [345] s", save
+    ), save
+    assert f"  rank 0: {line('the only one that saves')}" in save
+
+    assert found["first save elsewhere"]["codes"] == [HUNG] * 2, elsewhere
+    assert re.search(
+        r"rank 1 has not entered save_state \(new_group #\d+\), in which rank 0 has waited for \d+ s", elsewhere
+    ), elsewhere
+    assert f"  rank 0: {line('while the other is elsewhere')}" in elsewhere
+    assert f"  rank 1: {line('it is here')}" in elsewhere
+    assert "Every rank must call save_state" in elsewhere
+
+    assert found["open"]["codes"] == [HUNG] * 2, opened
+    assert re.search(r"rank 1 has not entered new_group #\d+, in which rank 0 has waited for \d+ s", opened), opened
+    assert f"  rank 0: {line('a group of its own')}" in opened
+    assert f"  rank 1: {line('and opens none')}" in opened
+
+    assert found["open and end"]["codes"] == [HUNG, 0], ended
+    assert re.search(r"rank 1 has ended without entering new_group #\d+, in which rank 0 has waited", ended), ended
+
+
+def test_a_background_save_whose_other_rank_is_killed(folder: Path) -> None:
+    found = forked(folder, "killed in a save")
+    text = found["killed in a save"]["errors"][0]
+    assert found["killed in a save"]["codes"] == [1, -9], text
+    saves = (folder / "saves").resolve()
+    (error,) = [line for line in text.splitlines() if line.startswith("CollectiveError: ")]
+    assert f"The checkpoint {saves}/second was not finished: Rank 0 of 2 failed in " in error
+    assert "Another rank exited, did not arrive in time" in error
+    assert f"The newest complete checkpoint is {saves}/first." in error
+    assert not re.search(r"pair\.cc|GLHF|/pytorch/", error), error
+
+
 @pytest.mark.slow
 def test_shapes_that_differ_name_rank_and_line(folder: Path) -> None:
     code, error = launched(folder, "shapes")

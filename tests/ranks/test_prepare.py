@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -189,16 +191,49 @@ def test_bad_input_is_named(strategy: str, case: str, words: str) -> None:
     assert all(words in message for message in run_on_ranks(2, refused, case, strategy))
 
 
-def unknown_block() -> tuple[str, ...]:
+def unknown_block() -> tuple[tuple[str, ...], str]:
     plugin = FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=("Blok",))
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     with pytest.raises(UnknownBlockError) as error:
         accelerator.prepare(TinyTransformer())
-    return error.value.candidates
+    return error.value.candidates, str(error.value)
 
 
-def test_an_unknown_block_class_lists_the_candidates() -> None:
-    assert "Block" in run_on_ranks(2, unknown_block)[0]
+def test_an_unknown_block_class_lists_the_candidates_and_names_the_setting() -> None:
+    candidates, text = run_on_ranks(2, unknown_block)[0]
+    assert "Block" in candidates
+    key = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
+    place = "Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(transformer_cls_names_to_wrap=…))"
+    assert text.startswith(f"{place}: {key}: No module of the model is of class 'Blok'"), text
+
+
+BLOCKS_SCRIPT = """
+from paceline import Accelerator
+from tests.support.models import TinyTransformer
+Accelerator(cpu=True).prepare(TinyTransformer())
+"""
+
+
+@pytest.mark.parametrize("place", ["file", "flag"])
+def test_an_unknown_block_class_is_named_with_the_line_of_a_file_or_the_flag(tmp_path: Path, place: str) -> None:
+    (tmp_path / "train.py").write_text(BLOCKS_SCRIPT)
+    config = "strategy: fsdp\nuse_cpu: true\nnum_processes: 2\n"
+    flags = ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    where = flags[0]
+    if place == "file":
+        config += "fsdp_config:\n  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer\n"
+        flags = []
+        where = f"{tmp_path}/run.yaml:5"
+    (tmp_path / "run.yaml").write_text(config)
+    command = [sys.executable, "-m", "paceline", "launch", "--config_file", f"{tmp_path}/run.yaml", *flags]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, f"{tmp_path}/train.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    key = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
+    assert f"{where}: {key}: No module of the model is of class 'LlamaDecoderLayer'" in done.stderr
+    assert "Remove the setting, and paceline finds the blocks itself (Block)" in done.stderr
 
 
 class Half(nn.Module):

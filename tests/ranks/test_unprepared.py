@@ -184,6 +184,36 @@ def test_an_unprepared_loader(ranks: int, strategy: str, kind: str) -> None:
     assert "(optimizer.step())" in said
 
 
+def only_the_model(strategy: str, with_schedule: bool) -> list[str]:
+    accelerator = make(strategy)
+    model: Any = nn.Linear(1, 1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = CosineAnnealingLR(optimizer, SAMPLES) if with_schedule else None
+    model = accelerator.prepare(model)
+    texts = outcome(lambda: steps(accelerator, model, optimizer, loader()))
+    assert (schedule is not None) == with_schedule, "it is alive while the model is trained"
+    return texts
+
+
+@pytest.mark.parametrize(("with_schedule", "more"), [(False, ""), (True, ", scheduler")])
+def test_all_that_was_left_out_is_in_one_warning(with_schedule: bool, more: str) -> None:
+    first, second = run_on_ranks(2, only_the_model, "ddp", with_schedule)
+    assert second == []
+    [said] = first
+    assert "SGD, which was never passed to prepare, was stepped at" in said
+    assert "A DataLoader over TensorDataset was not prepared either" in said
+    assert f"each of the 2 ranks iterates over all of its {SAMPLES} samples" in said
+    assert ("Nor was CosineAnnealingLR, its schedule" in said) == with_schedule
+    line = f"model, optimizer, loader{more}"
+    assert said.endswith(f"Write {line} = accelerator.prepare({line})")
+
+
+def test_the_error_about_an_optimizer_has_the_whole_line_too() -> None:
+    for [said] in run_on_ranks(2, only_the_model, "fsdp", False):
+        assert "so it trains nothing" in said
+        assert "Write model, optimizer, loader = accelerator.prepare(model, optimizer, loader)" in said
+
+
 # Nothing, or no model
 
 

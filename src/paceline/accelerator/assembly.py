@@ -125,6 +125,12 @@ def assemble(
     precision = policy_for(config.mixed_precision, device, handlers.autocast, supported=supported)
     scaler = LossScaler(handlers.scaler, device, group) if precision.needs_loss_scaling else None
     context = RunContext(
-        world=world, device=device, group=group, precision=precision, config=config, leniency=policies.leniency
+        world=world,
+        device=device,
+        group=group,
+        precision=precision,
+        config=config,
+        leniency=policies.leniency,
+        source_of=lambda key: resolved.origin(key).where,
     )
     return RunComponents(resolved, handlers, context, backend, scaler, error_file, policies, arguments)

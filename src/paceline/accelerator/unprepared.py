@@ -11,11 +11,13 @@ import gc
 import math
 import sys
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Subset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["FirstSteps"]
 
 _LOG = get_logger(__name__)
-_REMEDY = "Write model, optimizer = accelerator.prepare(model, optimizer)"
 _PACELINE = str(Path(__file__).parents[1])
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -77,29 +78,48 @@ class FirstSteps:
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # Iterators of plain loaders at the first step, and how many batches they had yielded by then.
         self._running: list[tuple[weakref.ref[Any], int]] = []
+        # Warnings about optimizers that wait for their second step, which tells whether a plain loader is in use.
+        self._waiting: weakref.WeakKeyDictionary[Optimizer, _Warning] = weakref.WeakKeyDictionary()
         _remove_dead_hooks()
         self._handle = register_optimizer_step_pre_hook(_Hook(self))
 
     def stop(self) -> None:
         """Check no further: every optimizer of the loop has stepped."""
         self._handle.remove()
+        for warning in self._waiting.values():
+            _LOG.warning("%s", warning.text(None, self._group.size))
+        self._waiting.clear()
 
     # Optimizers
 
     def check(self, optimizer: Optimizer) -> PacelineError | str | None:
         """What is wrong with a step of an optimizer that this Accelerator has not prepared: an error or a warning."""
-        if optimizer in self._checked or _is_called_by_paceline():
+        if _is_called_by_paceline():
+            return None
+        if optimizer in self._waiting:
+            return self._waiting.pop(optimizer).text(self._find_loader(), self._group.size)
+        if optimizer in self._checked:
             return None
         self._checked.add(optimizer)
         if _is_inside_prepared_step():
             return None
+        problem = self._find_problem(optimizer)
+        if not isinstance(problem, _Warning):
+            return problem
+        self.note_loaders()
+        if self._running:
+            self._waiting[optimizer] = problem
+            return None
+        return problem.text(None, self._group.size)
+
+    def _find_problem(self, optimizer: Optimizer) -> PacelineError | _Warning | None:
         name = f"{type(optimizer).__name__}, which was never passed to prepare,"
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         strategy = self._selector.maybe_current
         known = set() if strategy is None else {id(p) for p in strategy.parameters()}
         trains_prepared = any(id(p) in known for p in parameters)
         error = self._find_error(name, optimizer, parameters, trains_prepared=trains_prepared)
-        return error or self._find_warning(name, parameters, trains_prepared=trains_prepared)
+        return error or self._find_warning(name, optimizer, parameters, trains_prepared=trains_prepared)
 
     def _find_error(
         self, name: str, optimizer: Optimizer, parameters: Sequence[Any], *, trains_prepared: bool
@@ -108,7 +128,7 @@ class FirstSteps:
         if strategy is not None:
             reason = _why_nothing_is_trained(parameters, strategy, trains_prepared=trains_prepared)
             if reason:
-                return PrepareError(f"{name} was stepped", f"{reason}, so it trains nothing", _REMEDY)
+                return PrepareError(f"{name} was stepped", f"{reason}, so it trains nothing", self._remedy(optimizer))
         if trains_prepared or (not self._models and self._window.has_gradients):
             return self._find_mistimed(name, optimizer)
         return None
@@ -119,29 +139,39 @@ class FirstSteps:
             return SteppingError(
                 f"{name} was stepped in the middle of a window of {window.num_steps} micro-batches",
                 "Only a prepared optimizer waits until the window's gradients are complete",
-                _REMEDY,
+                self._remedy(optimizer),
             )
         if scaler is None or not window.has_gradients or scaler.is_unscaled(optimizer):
             return None
         return SteppingError(
             f"{name} was stepped under mixed_precision='fp16'",
             f"Its gradients are multiplied by the loss scale, {scaler.get_scale():g} now",
-            _REMEDY,
+            self._remedy(optimizer),
         )
 
-    def _find_warning(self, name: str, parameters: Sequence[Any], *, trains_prepared: bool) -> str | None:
+    def _find_warning(
+        self, name: str, optimizer: Optimizer, parameters: Sequence[Any], *, trains_prepared: bool
+    ) -> _Warning | None:
+        schedule = _schedule_of(optimizer)
         if trains_prepared:
-            return (
+            seen = (
                 f"{name} was stepped at {_location()}: checkpoints do not contain its state, and it ignores windows "
-                f"and skipped steps. {_REMEDY}"
+                "and skipped steps"
             )
+            return _Warning(seen, schedule, names_loader=False)
         if self._group.size == 1 or not self._trains_separately(parameters):
             return None
-        return (
+        seen = (
             f"{name} was stepped at {_location()}, and its model was not prepared either: each of the "
-            f"{self._group.size} ranks trains a copy of its own. Write "
-            "model, optimizer, loader = accelerator.prepare(model, optimizer, loader)"
+            f"{self._group.size} ranks trains a copy of its own"
         )
+        return _Warning(seen, schedule, names_loader=self._loaders.current is None)
+
+    def _remedy(self, optimizer: Optimizer) -> str:
+        """The line to write, with a loader and a schedule that were left out too."""
+        self.note_loaders()
+        has_loader = any(yielded for _, yielded in self._running)
+        return _line_to_write(has_loader=has_loader, has_schedule=bool(_schedule_of(optimizer)))
 
     def _trains_separately(self, parameters: Sequence[Any]) -> bool:
         """Whether nothing exchanges these parameters' gradients, though the script trains with this Accelerator."""
@@ -160,17 +190,79 @@ class FirstSteps:
 
     def compare_loaders(self) -> None:
         """Warn at the second step of a plain loader that has yielded since: every rank gets all of its batches."""
+        loader = self._find_loader()
+        if loader is None:
+            return
+        if self._waiting:
+            _, warning = self._waiting.popitem()
+            _LOG.warning("%s", warning.text(loader, self._group.size))
+            return
+        _LOG.warning(
+            "A DataLoader over %s, which was never passed to prepare, is in use in the step at %s: each of the %d "
+            "ranks iterates over all of its %d samples, unless the script has split them. Write "
+            "loader = accelerator.prepare(loader)",
+            type(loader).__name__, _location(), self._group.size, len(loader),
+        )  # fmt: skip
+
+    def _find_loader(self) -> Any:
+        """The data set of a plain loader that has yielded since `note_loaders`; None without one."""
         running, self._running = self._running, []
+        if self._loaders.current is not None:
+            return None
         iterators = [(reference(), yielded) for reference, yielded in running]
-        in_use = [it for it, yielded in iterators if it is not None and it._num_yielded > yielded]
-        if in_use and self._loaders.current is None:
-            dataset = in_use[0]._dataset
-            _LOG.warning(
-                "A DataLoader over %s, which was never passed to prepare, is in use in the step at %s: each of the %d "
-                "ranks iterates over all of its %d samples, unless the script has split them. Write "
-                "loader = accelerator.prepare(loader)",
-                type(dataset).__name__, _location(), self._group.size, len(dataset),
-            )  # fmt: skip
+        in_use = [it._dataset for it, yielded in iterators if it is not None and it._num_yielded > yielded]
+        return in_use[0] if in_use else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Warning:
+    """What is said of an optimizer that was not prepared, and of all that was left out with it.
+
+    Attributes:
+        seen: The optimizer, and what is wrong.
+        schedule: The class of its learning rate schedule; empty without one.
+        names_loader: Whether the line to write has a loader, even if none is known to be in use.
+    """
+
+    seen: str
+    schedule: str
+    names_loader: bool
+
+    def text(self, data: Any, ranks: int) -> str:
+        """The warning.
+
+        Args:
+            data: The data set of a plain loader in use; None without one.
+            ranks: Their number.
+        """
+        parts = [self.seen]
+        if data is not None:
+            parts.append(
+                f"A DataLoader over {type(data).__name__} was not prepared either: each of the {ranks} ranks iterates "
+                f"over all of its {len(data)} samples, unless the script has split them"
+            )
+        if self.schedule:
+            parts.append(f"Nor was {self.schedule}, its schedule")
+        has_loader = data is not None or self.names_loader
+        parts.append(_line_to_write(has_loader=has_loader, has_schedule=bool(self.schedule)))
+        return ". ".join(parts)
+
+
+def _line_to_write(*, has_loader: bool, has_schedule: bool) -> str:
+    names = ["model", "optimizer"]
+    if has_loader:
+        names.append("loader")
+    if has_schedule:
+        names.append("scheduler")
+    return f"Write {', '.join(names)} = accelerator.prepare({', '.join(names)})"
+
+
+def _schedule_of(optimizer: Optimizer) -> str:
+    """The class of the schedule that changes an optimizer's learning rate; empty without one."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), LRScheduler) and getattr(thing, "optimizer", None) is optimizer:
+            return type(thing).__name__
+    return ""
 
 
 class _Hook:
@@ -229,7 +321,7 @@ def check_model_is_prepared(optimizers: Iterable[AcceleratedOptimizer], group: G
         raise PrepareError(
             "An optimizer was passed to prepare, but no model",
             f"Nothing exchanges its gradients, so each of {group.size} ranks would train a model of its own",
-            _REMEDY,
+            _line_to_write(has_loader=False, has_schedule=False),
         )
 
 

@@ -216,7 +216,8 @@ def _record_of(path: Path) -> FileRecord:
 def _write(shards: Mapping[str, TensorShard], writer: FolderWriter, planner: ShardSavePlanner, group: Group) -> None:
     if group.size > 1:
         process_group = getattr(group, "process_group", None)
-        dcp_save(dict(shards), storage_writer=writer, planner=planner, process_group=process_group)
+        with group.translating_errors("save"):
+            dcp_save(dict(shards), storage_writer=writer, planner=planner, process_group=process_group)
         return
     # The same steps without DCP's warning about a single process.
     planner.set_up_planner(shards, is_coordinator=True)
@@ -228,7 +229,8 @@ def _write(shards: Mapping[str, TensorShard], writer: FolderWriter, planner: Sha
 def _read(shards: Mapping[str, TensorShard], reader: FolderReader, planner: ShardLoadPlanner, group: Group) -> None:
     if group.size > 1:
         process_group = getattr(group, "process_group", None)
-        dcp_load(dict(shards), storage_reader=reader, planner=planner, process_group=process_group)
+        with group.translating_errors("load"):
+            dcp_load(dict(shards), storage_reader=reader, planner=planner, process_group=process_group)
         return
     metadata = reader.read_metadata()
     planner.set_up_planner(shards, metadata, is_coordinator=True)

@@ -6,15 +6,19 @@ import atexit
 import logging
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from paceline.checkpoint.catalog import find_checkpoints
+from paceline.checkpoint.folder import real_folder
 from paceline.checkpoint.io.staging import Stager
+from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from paceline.checkpoint.save_load import Content, SaveTimings
     from paceline.collectives import Group
@@ -83,6 +87,7 @@ class Saver:
 
         Raises:
             CheckpointError: This save or the one before failed on any rank.
+            CollectiveError: Another rank is gone.
         """
         from paceline.checkpoint.save_load import run_on_all_ranks, save_checkpoint
 
@@ -97,17 +102,22 @@ class Saver:
                     prepared = prepare(state, partial)
                 return prepared.collect()[0]
 
-            self.times = save_checkpoint(folder, collect_content, group, keep=keep, numbered=numbered)
+            with _naming_save(folder):
+                self.times = save_checkpoint(folder, collect_content, group, keep=keep, numbered=numbered)
             self.times.blocked = time.perf_counter() - begin
             return
-        copied = run_on_all_ranks(group, "copied to host memory", Path(folder), lambda: self._stage(*state.collect()))
+        with _naming_save(folder):
+            copied = run_on_all_ranks(
+                group, "copied to host memory", Path(folder), lambda: self._stage(*state.collect())
+            )
 
         def write() -> None:
             try:
                 self._stager.wait()
-                times = save_checkpoint(
-                    folder, lambda _: copied, group, keep=keep, numbered=numbered, is_blocking=False
-                )
+                with _naming_save(folder):
+                    times = save_checkpoint(
+                        folder, lambda _: copied, group, keep=keep, numbered=numbered, is_blocking=False
+                    )
                 times.blocked = blocked
                 self.times = times
             except BaseException as error:
@@ -168,6 +178,28 @@ class Saver:
         """Wait for the save in flight, and free the host memory."""
         self.wait()
         self._stager.release()
+
+
+@contextmanager
+def _naming_save(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Add to the error of an exchange which checkpoint was not finished, and which one is there."""
+    try:
+        yield
+    except CollectiveError as error:
+        path = real_folder(folder)
+        raise CollectiveError(
+            f"The checkpoint {path} was not finished: {error.saw}", error.why, f"{error.todo}. {_what_is_left(path)}"
+        ) from error
+
+
+def _what_is_left(folder: Path) -> str:
+    try:
+        complete = [entry.folder for entry in find_checkpoints(folder.parent) if entry.checkpoint is not None]
+    except OSError as error:
+        return f"Whether there is a complete checkpoint in {folder.parent} could not be found out ({error})"
+    if complete:
+        return f"The newest complete checkpoint is {complete[0]}"
+    return f"There is no complete checkpoint in {folder.parent}"
 
 
 def _report(failures: list[BaseException]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from torch._C._distributed_c10d import Store
 
@@ -198,6 +200,14 @@ class Group(ABC):
         """
         return self
 
+    def translating_errors(self, operation: str) -> AbstractContextManager[None]:
+        """Turn the backend's errors inside the `with` block into `CollectiveError`.
+
+        Args:
+            operation: What the ranks do together, for the message.
+        """
+        return nullcontext()
+
     def check_source(self, source: int) -> None:
         """Raise `CollectiveError` if there is no rank `source` here."""
         if not 0 <= source < self.size:
@@ -323,7 +333,7 @@ class TorchGroup(Group):
         """See `Group.all_gather`. Collective: every rank must call it."""
         staged, result = self._staged(tensor)
         if staged.numel():
-            with self._translating_errors("all_gather"):
+            with self.translating_errors("all_gather"):
                 _all_gather_flat(as_sendable(result), as_sendable(staged), group=self.process_group)
         return result.to(tensor.device)
 
@@ -337,7 +347,7 @@ class TorchGroup(Group):
         if not (tensor.dim() and tensor.numel() and self._is_sent_directly(tensor)):
             return super().concatenate(tensor)
         result = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
-        with self._translating_errors("all_gather"):
+        with self.translating_errors("all_gather"):
             _all_gather_flat(result, tensor.detach(), group=self.process_group)
         return result
 
@@ -353,7 +363,7 @@ class TorchGroup(Group):
         # One launch takes tensors of one dtype.
         sent = [_bytes_of_rows(tensor) for tensor in tensors]
         received = [part.new_empty((self.size * part.shape[0], *part.shape[1:])) for part in sent]
-        with self._translating_errors("all_gather"):
+        with self.translating_errors("all_gather"):
             group = self.process_group or dist.distributed_c10d._get_default_group()
             group.allgather_into_tensor_coalesced(received, sent).wait()
         return [one.view(tensor.dtype) for one, tensor in zip(received, tensors, strict=True)]
@@ -373,12 +383,12 @@ class TorchGroup(Group):
         staged, result = self._staged(tensor)
         if not staged.numel():
             return Pending(lambda: result.to(tensor.device))
-        with self._translating_errors("all_gather"):
+        with self.translating_errors("all_gather"):
             work = _all_gather_flat(as_sendable(result), as_sendable(staged), group=self.process_group, async_op=True)
 
         def finish() -> torch.Tensor:
             if work is not None:
-                with self._translating_errors("all_gather"):
+                with self.translating_errors("all_gather"):
                     work.wait()
             # `staged` is used here so that it outlives the exchange.
             if staged.device == tensor.device:
@@ -396,7 +406,7 @@ class TorchGroup(Group):
         self.check_source(source)
         staged = as_contiguous(tensor).to(self._exchange_device(tensor.device))
         if staged.numel():
-            with self._translating_errors("broadcast"):
+            with self.translating_errors("broadcast"):
                 dist.broadcast(as_bytes(staged), group=self.process_group, group_src=source)
         if staged.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(staged)
@@ -405,7 +415,7 @@ class TorchGroup(Group):
     def all_gather_object(self, value: T) -> list[T]:
         """See `Group.all_gather_object`. Collective: every rank must call it."""
         pickled: list[Any] = [None] * self.size
-        with self._translating_errors("all_gather_object"):
+        with self.translating_errors("all_gather_object"):
             dist.all_gather_object(pickled, pickle_or_reason(value), group=self.process_group)
         return [unpickle_from(s, rank) for rank, s in enumerate(pickled)]
 
@@ -413,7 +423,7 @@ class TorchGroup(Group):
         """See `Group.broadcast_object`. Collective: every rank must call it."""
         self.check_source(source)
         slot: list[Any] = [pickle_or_reason(value) if self.rank == source else None]
-        with self._translating_errors("broadcast_object"):
+        with self.translating_errors("broadcast_object"):
             dist.broadcast_object_list(slot, group=self.process_group, group_src=source, device=self._host_device)
         received: T = unpickle_from(slot[0], source)
         return received
@@ -428,12 +438,12 @@ class TorchGroup(Group):
         if self._host_device.type != "cpu":
             staged = into.to(self._host_device)
             values_to_send = None if values_to_send is None else [part.to(self._host_device) for part in values_to_send]
-        with self._translating_errors("scatter"):
+        with self.translating_errors("scatter"):
             work = dist.scatter(staged, values_to_send, group=self.process_group, group_src=source, async_op=True)
 
         def finish() -> torch.Tensor:
             if work is not None:
-                with self._translating_errors("scatter"):
+                with self.translating_errors("scatter"):
                     work.wait()
             if staged is into:
                 return into
@@ -450,7 +460,7 @@ class TorchGroup(Group):
 
     def _reduce_flat(self, buffer: torch.Tensor, op: TransportOp, operation: str = "all_reduce") -> None:
         staged = buffer.to(self._exchange_device(buffer.device))
-        with self._translating_errors(operation):
+        with self.translating_errors(operation):
             dist.all_reduce(staged, op=_TORCH_OPS[op], group=self.process_group)
         if staged is not buffer:
             buffer.copy_(staged)
@@ -463,7 +473,8 @@ class TorchGroup(Group):
             return self.device
         return torch.device(min(self._backend_devices))
 
-    def _translating_errors(self, operation: str) -> _TranslatedErrors:
+    def translating_errors(self, operation: str) -> AbstractContextManager[None]:
+        """See `Group.translating_errors`."""
         return _TranslatedErrors(self.rank, self.size, operation)
 
 

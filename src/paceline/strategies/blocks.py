@@ -44,14 +44,19 @@ class Units:
         return f"{len(self.names) + 1} units: {parts} + the rest ({self.how})"
 
 
-def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> Units:
+def find_units(model: nn.Module, plugin: FullyShardedDataParallelPlugin, *, source: str = "") -> Units:
     """Find the blocks of `model` by class name, by its `_no_split_modules`, by size or by repeated structure.
+
+    Args:
+        model: Of any size.
+        plugin: The settings.
+        source: Where classes are named, for the error about one that is not there.
 
     Raises:
         UnknownBlockError: The model has no class with a configured name.
         PrepareError: A big model has a single unit, or TRANSFORMER_BASED_WRAP has no class to wrap.
     """
-    blocks, how = _choose(model, plugin)
+    blocks, how = _choose(model, plugin, source)
     chosen = {id(block) for block in blocks}
     units = [(name, module) for name, module in model.named_modules() if id(module) in chosen and name]
     if not units and plugin.auto_wrap_policy == "TRANSFORMER_BASED_WRAP":
@@ -80,7 +85,7 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     return [name for name, module in reversed(named) if counts[class_name(module)] > 1]
 
 
-def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[list[nn.Module], str]:
+def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin, source: str = "") -> tuple[list[nn.Module], str]:
     if plugin.auto_wrap_policy == "NO_WRAP":
         return [], "NO_WRAP"
     if plugin.auto_wrap_policy == "SIZE_BASED_WRAP":
@@ -88,7 +93,17 @@ def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[l
         return list(_by_size(model, minimum)), f"at least {minimum:,} parameters each"
     if plugin.transformer_cls_names_to_wrap:
         names = plugin.transformer_cls_names_to_wrap
+        present = _class_names(model)
+        unknown = [name for name in names if name not in present]
+        if unknown:
+            found = dict.fromkeys(map(class_name, _without_names(model)[0]))
+            candidates = [name for name in present if name != class_name(model)]
+            raise UnknownBlockError(unknown, candidates, found=found, source=source)
         return _by_class(model, names), f"class {', '.join(names)} as configured"
+    return _without_names(model)
+
+
+def _without_names(model: nn.Module) -> tuple[list[nn.Module], str]:
     hint = [name for name in getattr(model, "_no_split_modules", None) or () if name in _class_names(model)]
     if hint:
         return _by_class(model, hint), "the model's own _no_split_modules"
@@ -97,10 +112,6 @@ def _choose(model: nn.Module, plugin: FullyShardedDataParallelPlugin) -> tuple[l
 
 
 def _by_class(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    present = _class_names(model)
-    unknown = [name for name in names if name not in present]
-    if unknown:
-        raise UnknownBlockError(unknown, [name for name in present if name != class_name(model)])
     wanted = set(names)
     return [module for module in model.modules() if class_name(module) in wanted]
 

@@ -38,6 +38,11 @@ def unknown_length() -> None:
     """The steps that are left in a run of unknown length."""
 
 
+def unknown_source(key: str) -> str:
+    """The place where a setting was made, where nobody knows any."""
+    return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
     """Everything that a strategy knows of its run.
@@ -49,6 +54,7 @@ class RunContext:
         precision: The dtype of the forward, and autocast.
         config: The resolved configuration.
         leniency: What is tolerated.
+        source_of: Returns for a dotted key of the configuration where its value was set.
         remaining_steps: Returns how many optimizer steps are left; None while nobody knows.
     """
 
@@ -58,4 +64,5 @@ class RunContext:
     precision: PrecisionPolicy
     config: RunConfig
     leniency: Leniency = STRICT
+    source_of: Callable[[str], str] = unknown_source
     remaining_steps: Callable[[], int | None] = unknown_length

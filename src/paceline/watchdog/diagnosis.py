@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline.errors import named_ranks
 from paceline.watchdog.locations import CodeLocation
-from paceline.watchdog.recorder import Operation
+from paceline.watchdog.recorder import OPENING, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -246,6 +246,8 @@ def _stuck(statuses: Iterable[RankStatus]) -> Operation | None:
         pending.extend(_pending(status))
     if not pending:
         return None
+    # Where as many are in a collective as open a group, the collective says more.
+    pending.sort(key=lambda operation: operation.group == OPENING)
     group = Counter(operation.group for operation in pending).most_common(1)[0][0]
     return min((o for o in pending if o.group == group), key=lambda o: o.number)
 

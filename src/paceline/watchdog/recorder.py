@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch._C._distributed_c10d as c10d
+import torch.distributed as dist
 
 from paceline.errors import named
 
@@ -15,10 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 __all__ = [
+    "OPENING",
     "GroupStatus",
     "Operation",
     "current_status",
     "flight_record",
+    "group_being_opened",
     "is_device_busy",
     "read_operation",
     "recent_operations",
@@ -28,6 +33,11 @@ __all__ = [
 _NCCL = "_dump_nccl_trace_json"
 _JSON_DUMPS = ("_dump_fr_trace_json", _NCCL)
 _DUMPS = ("_dump_fr_trace", "_dump_nccl_trace")
+# Functions of torch in which ranks wait for each other through the store, which is not recorded.
+_C10D = dist.distributed_c10d.__name__
+_OPENERS = ("new_group", "split_group")
+OPENING = "opening/0"
+"""As what group the opening of groups is reported."""
 # Operations per group to report; ranks rarely diverge further back than this.
 _MAX_OPERATIONS = 24
 
@@ -82,6 +92,26 @@ def recent_operations() -> list[Operation]:
                 operation = read_operation(entry)
                 groups.setdefault(operation.group, []).append(operation)
     return [operation for group in groups.values() for operation in group[-_MAX_OPERATIONS:]]
+
+
+def group_being_opened() -> Operation | None:
+    """Return the opening of a process group that the main thread is in, as a collective that is pending.
+
+    Torch's record does not contain it, and every rank must take part, members of the group or not. Groups that only
+    their members open are left out.
+    """
+    ident = threading.main_thread().ident
+    frame = None if ident is None else sys._current_frames().get(ident)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name in _OPENERS and frame.f_globals.get("__name__") == _C10D:
+            if frame.f_locals.get("use_local_synchronization"):
+                return None
+            # All ranks open groups in the same order, and torch counts them.
+            count = dist.distributed_c10d._world.group_count
+            return Operation(group=OPENING, number=count, name=name, what="", done=False)
+        frame = frame.f_back
+    return None
 
 
 def flight_record() -> bytes:

@@ -24,12 +24,20 @@ from paceline.environment.logging import get_logger
 from paceline.errors import HUNG
 from paceline.watchdog.diagnosis import RankStatus, diagnose
 from paceline.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
-from paceline.watchdog.recorder import GroupStatus, current_status, flight_record, is_device_busy, recent_operations
+from paceline.watchdog.recorder import (
+    GroupStatus,
+    current_status,
+    flight_record,
+    group_being_opened,
+    is_device_busy,
+    recent_operations,
+)
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from paceline.environment.world import World
+    from paceline.watchdog.recorder import Operation
 
 __all__ = ["Watch", "default_limit", "start_watch"]
 
@@ -43,6 +51,8 @@ _INTERVAL = 2.0
 _WARN_AFTER = 120.0
 # Seconds for the other ranks to respond, in addition to their polling interval: a machine may be busy.
 _RESPONSE_TIMEOUT = 10.0
+# Seconds of opening a group after which a rank that has ended is taken for the reason: torch would wait on.
+_ENDED_AFTER = 3.0
 # Seconds between two polls at the end of the program, and while waiting for responses.
 _EXIT_POLL = 0.5
 _STORE_POLL = 0.05
@@ -119,6 +129,7 @@ class Watch:
         self._closed.set()
         self._thread.join(10 * self._interval)
         with contextlib.suppress(RuntimeError):
+            self._store.add(f"{_PREFIX}/ended", 1)
             if error is not None and _came_from_collective(error):
                 self._explain(error)
             else:
@@ -140,11 +151,17 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the store is gone, and the launcher with it
             while not self._closed.wait(self._interval) and self._is_open():
                 waited = self._timer.seconds_waited()
-                if waited > self.limit:
+                opening = self._timer.seconds_opening()
+                if opening > _ENDED_AFTER and self._has_any_ended():
+                    self._open_inquiry("hang", opening)
+                elif waited > self.limit:
                     self._open_inquiry("hang", waited)
                 elif waited > self._warn_after and self._timer.warn_once():
                     self._open_inquiry("warning", waited)
                 self._respond()
+
+    def _has_any_ended(self) -> bool:
+        return int(self._store.add(f"{_PREFIX}/ended", 0)) > 0
 
     def _is_open(self) -> bool:
         return dist.is_initialized() and id(dist.group.WORLD) == self._group
@@ -241,6 +258,10 @@ class Watch:
 
     def _status(self, error: BaseException | None = None) -> RankStatus:
         location, fate = here(), ""
+        operations = recent_operations()
+        opening = group_being_opened()
+        if opening is not None:
+            operations.append(opening)
         if error is not None:
             location, fate = location_in_traceback(error.__traceback__), f"failed ({type(error).__name__})"
         if self._is_at_end:
@@ -250,7 +271,7 @@ class Watch:
             host=socket.gethostname(),
             pid=os.getpid(),
             location=location,
-            operations=tuple(recent_operations()),
+            operations=tuple(operations),
             fate=fate,
             raised=error is not None,
         )
@@ -275,6 +296,8 @@ class Watch:
 class _CollectiveTimer:
     """How long a collective has been pending in this process while its main thread stayed in one place.
 
+    The opening of a group counts as one.
+
     Args:
         min_seconds: Shorter waits count as none.
     """
@@ -283,6 +306,7 @@ class _CollectiveTimer:
         self._min_seconds = min_seconds
         self._groups: GroupStatus = {}
         self._stack: tuple[tuple[int, int], ...] = ()
+        self._opening: Operation | None = None
         self._since = time.monotonic()
         self._is_pending: bool | None = None
         self._has_warned = False
@@ -290,20 +314,26 @@ class _CollectiveTimer:
     def seconds_waited(self) -> float:
         """Return the seconds of waiting; 0 while nothing is pending, or not for long."""
         groups, now = current_status(), time.monotonic()
-        if all(entered == completed for entered, completed in groups.values()):
+        opening = group_being_opened()
+        if opening is None and all(entered == completed for entered, completed in groups.values()):
+            self._opening = None
             return 0.0
         # Collectives replayed from a CUDA graph may never be recorded as completed: a main thread that moves is fine.
         stack = main_stack()
-        if (groups, stack) != (self._groups, self._stack):
-            self._groups, self._stack, self._since = groups, stack, now
+        if (groups, stack, opening) != (self._groups, self._stack, self._opening):
+            self._groups, self._stack, self._opening, self._since = groups, stack, opening, now
             self._is_pending, self._has_warned = None, False
         waited = now - self._since
         if waited < self._min_seconds:
             return 0.0
         if self._is_pending is None:
             # The short status may list the last ones in the wrong order; only the record itself is reliable.
-            self._is_pending = any(not operation.done for operation in recent_operations())
+            self._is_pending = opening is not None or any(not operation.done for operation in recent_operations())
         return waited if self._is_pending else 0.0
+
+    def seconds_opening(self) -> float:
+        """Return how long the main thread had been opening a group at the last `seconds_waited`; else 0."""
+        return 0.0 if self._opening is None else time.monotonic() - self._since
 
     def warn_once(self) -> bool:
         """Return whether this wait has not been warned about yet."""

@@ -110,6 +110,13 @@ def test_an_unknown_class_lists_the_others() -> None:
     assert {"Linear", "Embedding", "LayerNorm"} <= set(error.value.candidates)
     assert not {"ModuleList", "TinyTransformer"} & set(error.value.candidates)
     assert "Did you mean Block?" in str(error.value)
+    assert str(error.value).endswith("Remove the setting, and paceline finds the blocks itself (Block).")
+
+
+def test_an_unknown_class_of_a_model_without_blocks() -> None:
+    with pytest.raises(UnknownBlockError) as error:
+        find(flat(10), transformer_cls_names_to_wrap=["Block"])
+    assert "Remove the setting" not in str(error.value), "nothing would be found"
 
 
 def test_wrapping_by_class_needs_a_class_or_one_that_can_be_found() -> None:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from paceline.strategies.blocks import Units
     from paceline.strategies.context import RunContext
 
+_BLOCK_CLASSES = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -94,7 +95,7 @@ class FSDPStrategy(Strategy):
         self._check_values(model)
         check_shardable(model)
         check_switches(plugin)
-        units = find_units(model, plugin)
+        units = find_units(model, plugin, source=f"{self.context.source_of(_BLOCK_CLASSES)}: {_BLOCK_CLASSES}")
         ignored = self._ignored_modules(model)
         names = {id(p): name for name, p in model.named_parameters()}
         ownership = Ownership(model)

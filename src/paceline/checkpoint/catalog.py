@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paceline.checkpoint.folder import LEFTOVER, Checkpoint, number_of, numbered_subfolders, open_checkpoint, subfolders
 from paceline.checkpoint.format.manifest import MANIFEST
 from paceline.environment.logging import get_logger
-from paceline.errors import DamagedCheckpointError
+from paceline.errors import DamagedCheckpointError, PacelineError
 
 if TYPE_CHECKING:
-    import os
     from pathlib import Path
 
-__all__ = ["CatalogEntry", "find_checkpoints", "find_foreign", "is_foreign_state", "newest_checkpoint"]
+__all__ = ["CatalogEntry", "find_checkpoints", "find_foreign", "is_foreign_state", "newest_checkpoint", "what_is_wrong"]
 
 _LOG = get_logger(__name__)
 
@@ -72,6 +72,12 @@ def is_foreign_state(path: Path) -> bool:
     return detect_format(path) not in (None, "weights")
 
 
+def what_is_wrong(error: PacelineError, folder: Path) -> str:
+    """Return the message of an error that opening or reading a folder raised, without naming the folder again."""
+    cause = error.__cause__ if isinstance(error.__cause__, PacelineError) else error
+    return str(cause).removeprefix(f"{os.path.realpath(folder)} ")
+
+
 def _entry(path: Path) -> CatalogEntry | None:
     if LEFTOVER.fullmatch(path.name) or not ((path / MANIFEST).exists() or number_of(path) is not None):
         return None
@@ -80,7 +86,7 @@ def _entry(path: Path) -> CatalogEntry | None:
     try:
         return CatalogEntry(path, open_checkpoint(path))
     except DamagedCheckpointError as error:
-        return CatalogEntry(path, None, str(error))
+        return CatalogEntry(path, None, what_is_wrong(error, path))
 
 
 def _age(entry: CatalogEntry) -> tuple[int, str]:

@@ -245,7 +245,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         advice = ""
         if any("is a link" in problem for problem in problems):
             advice = _NO_LINKS
-        raise DamagedCheckpointError(f"incomplete: {len(problems)} of {len(checked)} files ({shown})", "", advice)
+        raise DamagedCheckpointError(f"{len(problems)} of {len(checked)} files: {shown}", "", advice)
 
 
 def _file_problem(folder: Path, name: str, record: FileRecord) -> str:

@@ -67,7 +67,8 @@ def list_command(folder: Path, as_json: bool) -> None:
     if not rows:
         click.echo(f"There is no checkpoint in {folder}{_inspect_hint(folder)}.")
         return
-    _print_table(rows, ["name", "format", "step", "epoch", "samples", "size", "saved by", "created", "state"])
+    columns = ["name", "format", "step", "epoch", "samples of the epoch", "size", "saved by", "created", "state"]
+    _print_table([row | {"samples of the epoch": row.get("samples", "")} for row in rows], columns)
     for row in rows:
         if row["problem"]:
             click.echo(f"{row['name']}: {row['problem']}")
@@ -89,7 +90,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     known = {found.folder for found in checkpoints}
     yield from (_row(found, folder) for found in checkpoints)
     for root in filter(Path.is_dir, (folder, folder / "checkpoints")):
-        for path in sorted(root.iterdir()):
+        for path in sorted(root.iterdir(), key=_newest_first):
             kind = None
             if path not in known and path.is_dir():
                 kind = detect_format(path)
@@ -97,6 +98,14 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
                 size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
                 name = str(path.relative_to(folder))
                 yield {"name": name, "format": kind, "size": size, "state": "", "problem": ""}
+
+
+def _newest_first(path: Path) -> tuple[bool, int, str]:
+    """Sort numbered folders first, the highest number first; then the others by name."""
+    from paceline.checkpoint.folder import number_of
+
+    number = number_of(path)
+    return number is None, -(number or 0), path.name
 
 
 def _row(found: CatalogEntry, folder: Path) -> dict[str, Any]:
@@ -231,6 +240,7 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
     Folders of other libraries have no checksums: every tensor in them is read. The exit code is 0 if all checkpoints
     are complete and undamaged, else 1.
     """
+    from paceline.checkpoint.catalog import what_is_wrong
     from paceline.errors import PacelineError
 
     wrong = 0
@@ -239,7 +249,7 @@ def verify_command(checkpoints: tuple[Path, ...]) -> None:
             click.echo(f"complete  {folder}: {_verify(folder)}")
         except PacelineError as error:
             wrong += 1
-            click.echo(f"DAMAGED   {folder}: {error}")
+            click.echo(f"DAMAGED   {folder}: {what_is_wrong(error, folder)}")
     sys.exit(1 if wrong else 0)
 
 
@@ -400,7 +410,7 @@ def _print_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None
     if not console.is_terminal:
         console = Console(highlight=False, width=240)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numbers = {"step", "epoch", "samples", "size"}
+    numbers = {"step", "epoch", "samples of the epoch", "size"}
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:

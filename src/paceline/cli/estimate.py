@@ -36,7 +36,8 @@ A model of your own needs --inputs for activations: a function that takes a numb
 dictionary, a tuple or a tensor). Without it only the state is shown.
 
 The last lines name the least sharding that fits into --memory, and the batch that fills it. 1 GiB and 3 % of a device
-are left for its context, NCCL and fragments.
+are left for its context, communication and fragments. Without --memory and without a GPU, the ranks divide the memory
+of this machine among them.
 """
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -142,17 +143,17 @@ def command(
 
 @dataclass(frozen=True)
 class Device:
-    """The memory that a rank may use.
+    """The memory that the ranks may use.
 
     Attributes:
         total: Bytes of a device.
         name: What it is.
-        usable: Bytes for tensors.
+        is_host: Whether it is the memory of this machine, which all ranks share.
     """
 
     total: int
     name: str
-    usable: int
+    is_host: bool = False
 
     @classmethod
     def of(cls, memory: int | None) -> Device:
@@ -162,16 +163,23 @@ class Device:
         from paceline.environment.device import describe_device, memory_info
 
         if memory is not None:
-            return cls(memory, _size(memory), cls._left(memory))
+            return cls(memory, f"a device of {_size(memory)}")
         found = torch.accelerator.current_accelerator(check_available=True)
         device = torch.device("cpu") if found is None else torch.device(found.type, 0)
-        total = memory_info(device)[1]
-        usable = total if found is None else cls._left(total)
-        return cls(total, describe_device(device), usable)
+        name, total = describe_device(device), memory_info(device)[1]
+        if found is None:
+            return cls(total, f"{name}, whose memory the ranks share", is_host=True)
+        return cls(total, name)
 
-    @staticmethod
-    def _left(total: int) -> int:
-        return max(int(total * (1 - _FRAGMENTS)) - _CONTEXT, 0)
+    def usable(self, ranks: int) -> int:
+        """Return the bytes that each of this many ranks may use for tensors."""
+        if self.is_host:
+            return self.total // ranks
+        return max(int(self.total * (1 - _FRAGMENTS)) - _CONTEXT, 0)
+
+    def need(self, row: RankMemory) -> int:
+        """Return the bytes that a rank takes of it; what is offloaded stays in it where it is the host's memory."""
+        return row.peak + row.host if self.is_host else row.peak
 
 
 @dataclass(frozen=True)
@@ -230,19 +238,20 @@ class Estimate:
 
     def fitting(self, ranks: int) -> tuple[RankMemory, int] | None:
         """Return the least sharding that fits on this many ranks, and the batch that fills it."""
+        usable = self.device.usable(ranks)
         for row in self.training[ranks]:
-            if row.peak <= self.device.usable:
+            need = self.device.need(row)
+            if need <= usable:
                 batch = self.batch
                 if self.estimator.loss_of is not None:
-                    batch = self.estimator.largest_batch(row.layout, ranks, self.device.usable)
+                    batch = self.estimator.largest_batch(row.layout, ranks, usable - (need - row.peak))
                 return row, batch
         return None
 
     def lines(self) -> Iterator[str]:
         """Yield the text."""
         parameters = sum(p.numel() for p in self.source.model.parameters())
-        traced = f"batch {self.batch}, {self.source.samples}" if self.source.batch_of else "activations not included"
-        yield f"{type(self.source.model).__name__}: {parameters / 1e9:.3f} billion parameters; {traced}"
+        yield f"{type(self.source.model).__name__}: {_amount(parameters)} parameters; {self._traced()}"
         yield ""
         yield from _table("inference", self.inference)
         for ranks, rows in self.training.items():
@@ -254,38 +263,65 @@ class Estimate:
         for ranks in self.num_processes:
             yield f"  {self._advice(ranks)}"
 
+    def _traced(self) -> str:
+        """Say what a step was traced with."""
+        if self.source.batch_of is None:
+            return "activations not included"
+        samples = "" if self.source.samples == "samples" else f", {self.source.samples}"
+        return f"batch {self.batch}{samples}"
+
     def _advice(self, ranks: int) -> str:
-        found = self.fitting(ranks)
-        if found is None and not self.device.usable:
+        found, usable = self.fitting(ranks), self.device.usable(ranks)
+        if found is None and not usable:
             return (
-                f"{counted(ranks, 'rank')}: none; nothing is left beside the 1 GiB and 3 % for context, NCCL, fragments"
+                f"{counted(ranks, 'rank')}: none; nothing is left beside the 1 GiB and 3 % that a device needs for "
+                "its context, communication and fragments"
             )
         if found is None:
-            smallest = min(self.training[ranks], key=lambda row: row.peak)
+            smallest = min(self.training[ranks], key=self.device.need)
+            more = "Use a larger machine" if self.device.is_host else "Use more ranks"
             return (
-                f"{counted(ranks, 'rank')}: none; {smallest.layout.name} takes least, {_size(smallest.peak)} of "
-                f"{_size(self.device.usable)}. Use more ranks, a smaller batch or shorter samples"
+                f"{counted(ranks, 'rank')}: none; {smallest.layout.name} takes least, "
+                f"{_size(self.device.need(smallest))} of {_size(usable)}. {more}, a smaller batch or shorter samples"
             )
         row, batch = found
-        filled = ""
-        if self.estimator.loss_of is not None:
-            filled = f"; it is full with batches of {batch} for each rank"
         flags = f"   paceline launch --num_processes {ranks} {row.layout.flags}".rstrip()
-        return f"{counted(ranks, 'rank')}: {row.layout.name}, {_size(row.peak)}{filled}{flags}"
+        return f"{counted(ranks, 'rank')}: {row.layout.name}, {_size(row.peak)}{self._filled(batch)}{flags}"
+
+    def _filled(self, batch: int) -> str:
+        """Say which batch fills the device."""
+        if self.estimator.loss_of is None:
+            return ""
+        if self._is_unbounded(batch):
+            return "; batches of more than 1,000,000 for each rank fit too"
+        return f"; it is full with batches of {batch} for each rank"
+
+    def _is_unbounded(self, batch: int) -> bool:
+        """Whether a batch is only the largest that was tried."""
+        from paceline.planner.estimation import MOST_SAMPLES
+
+        return self.estimator.loss_of is not None and batch >= MOST_SAMPLES
 
     def as_dict(self) -> dict[str, Any]:
         """Return the same as plain data."""
-        fits = {}
+        fits: dict[str, dict[str, Any] | None] = {}
         for ranks in self.num_processes:
             found = self.fitting(ranks)
-            fits[str(ranks)] = None if found is None else {**_row(found[0]), "largest_batch": found[1]}
+            if found is None:
+                fits[str(ranks)] = None
+                continue
+            row, batch = found
+            fits[str(ranks)] = {**_row(row), "largest_batch": batch, "is_lower_bound": self._is_unbounded(batch)}
         return {
             "model": type(self.source.model).__name__,
             "parameters": sum(p.numel() for p in self.source.model.parameters()),
             "batch_size": self.batch,
             "samples": self.source.samples,
             "includes_activations": self.source.batch_of is not None,
-            "memory": {"total": self.device.total, "usable": self.device.usable},
+            "memory": {
+                "total": self.device.total,
+                "usable": {str(ranks): self.device.usable(ranks) for ranks in self.num_processes},
+            },
             "inference": [_row(row) for row in self.inference],
             "training": {str(ranks): [_row(row) for row in rows] for ranks, rows in self.training.items()},
             "least_sharding": fits,
@@ -310,6 +346,13 @@ def _size(number: int) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number / 2**10:.1f} KiB"
+
+
+def _amount(number: int) -> str:
+    for word, size in (("billion", 10**9), ("million", 10**6), ("thousand", 10**3)):
+        if number >= size:
+            return f"{number / size:.3f} {word}"
+    return str(number)
 
 
 def _blocks(model: torch.nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -22,6 +22,8 @@ _OPTIONAL_VALUES = {
 }
 """Flags with an optional value, by metavar: the values, and the one that a missing value stands for."""
 _PREFIX = "flag_"
+_OWN = "The command"
+"""The heading of flags that set no part of the configuration."""
 
 _NO_TPU = "TPUs are not supported in this release; leave it out"
 _NO_SAGEMAKER = "SageMaker is not supported in this release; leave it out"
@@ -67,7 +69,16 @@ SETTINGS = {
 
 
 class SchemaCommand(click.Command):
-    """A command that groups flags by topic and takes boolean flags with or without a value."""
+    """A command that groups flags by topic and takes boolean flags with or without a value.
+
+    Args:
+        shows_own_last: Whether help lists the command's own flags after those of the configuration.
+        settings: The arguments of `click.Command`.
+    """
+
+    def __init__(self, *, shows_own_last: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._shows_own_last = shows_own_last
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Give every flag a value before click parses the line; name the replacement of another launcher's flag."""
@@ -100,10 +111,12 @@ class SchemaCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the flags topic by topic."""
         groups: dict[str, list[tuple[str, str]]] = {}
+        if not self._shows_own_last:
+            groups[_OWN] = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                groups.setdefault(getattr(param, "topic", "The command"), []).append(record)
+                groups.setdefault(getattr(param, "topic", _OWN), []).append(record)
         for topic, records in groups.items():
             with formatter.section(topic):
                 formatter.write_dl(records)
@@ -133,6 +146,7 @@ class _SchemaOption(click.Option):
             type=str,
             metavar={"bool": "BOOL", "choice": "|".join(option.choices)}.get(option.kind, option.kind.upper()),
             help=f"{option.description}{shown}",
+            hidden=not option.is_supported,
         )
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.leniency import STRICT
-from paceline.config.schema.names import all_settings
+from paceline.config.schema.names import TPU_KEYS, all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
 
@@ -41,18 +41,6 @@ _UNSUPPORTED_TYPES: Final = {
     "XLA": "use a machine with GPUs, or use_cpu: true",
     "MEGATRON_LM": "write distributed_type: FSDP and remove megatron_lm_config",
 }
-_TPU_KEYS: Final = (
-    "tpu_name",
-    "tpu_zone",
-    "tpu_use_cluster",
-    "tpu_use_sudo",
-    "tpu_vm",
-    "tpu_env",
-    "downcast_bf16",
-    "commands",
-    "command_file",
-    "main_training_function",
-)
 _MULTI_NODE_KEYS: Final = ("machine_rank", "main_process_ip", "rdzv_backend", "rdzv_conf", "preflight")
 _HOST_FILTERS: Final = ("deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
 _MESH: Final = "parallelism_config.parallelism_config_"
@@ -143,7 +131,7 @@ def _unsupported_type(context: CheckContext) -> Iterator[Problem]:
     if named in _UNSUPPORTED_TYPES:
         yield _unsupported(context, "distributed_type", named, _UNSUPPORTED_TYPES[named])
         return
-    for key in filter(context.differs, _TPU_KEYS):
+    for key in filter(context.differs, TPU_KEYS):
         value = getattr(context.config, key)
         shown = value
         if isinstance(value, tuple):

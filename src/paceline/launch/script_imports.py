@@ -1,4 +1,4 @@
-"""Whether a script's own text shows that it trains with Accelerate's Accelerator or the Trainer of transformers."""
+"""What a script's own text shows: whether it trains with Accelerate's Accelerator, or with a Trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from paceline.launch.command import Command
 
-__all__ = ["trains_with_accelerate"]
+__all__ = ["has_trainer", "trains_with_accelerate"]
 
 
 def trains_with_accelerate(command: Command) -> bool:
@@ -19,17 +19,27 @@ def trains_with_accelerate(command: Command) -> bool:
 
     False says nothing: what it imports may do so. The worker notices that when an Accelerator is built.
     """
-    path = Path(command.script)
-    if command.kind != "script" or not path.is_file():
-        return False
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a zip application, or an error that Python reports better
-        return False
-    names = set(_imported(tree))
+    names = _names(command)
     if any(name.partition(".")[0] == "paceline" for name in names):
         return False
     return any(map(_is_client, names))
+
+
+def has_trainer(command: Command) -> bool:
+    """Whether the script imports a Trainer, of paceline, transformers or TRL."""
+    packages = ("paceline", "transformers", "trl")
+    return any(name.partition(".")[0] in packages and name.endswith("Trainer") for name in _names(command))
+
+
+def _names(command: Command) -> set[str]:
+    """What the script imports, by dotted names; nothing where its text cannot be read."""
+    path = Path(command.script)
+    if command.kind != "script" or not path.is_file():
+        return set()
+    try:
+        return set(_imported(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):  # a zip application, or an error that Python reports better
+        return set()
 
 
 def _imported(tree: ast.Module) -> Iterator[str]:

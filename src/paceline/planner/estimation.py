@@ -19,13 +19,14 @@ from paceline.planner.trace import MemoryCurve, trace_inference, trace_training
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Estimator", "Layout", "ModelSize", "OptimizerCost", "RankMemory", "layouts"]
+__all__ = ["MOST_SAMPLES", "Estimator", "Layout", "ModelSize", "OptimizerCost", "RankMemory", "layouts"]
 
 _PROBE = 4096
 _FP32: Final = 4
 # DeepSpeed keeps that many gathered parameters of ZeRO-3 before it frees those that it has used (its default).
 _ZERO3_LIVE: Final = 1_000_000_000
-_MOST_SAMPLES: Final = 1 << 20
+MOST_SAMPLES: Final = 1 << 20
+"""The largest micro-batch that is tried."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ _OFFLOADED: Final = (
 def layouts(num_processes: int) -> tuple[Layout, ...]:
     """Return the ways to train on this many ranks, the least sharding first."""
     if num_processes > 1:
-        ddp = Layout(name="DDP", strategy="ddp", flags="--multi_gpu")
+        ddp = Layout(name="DDP", strategy="ddp", flags="--strategy ddp")
         return (ddp, replace(ddp, name="DDP, activation checkpointing", checkpointing=True), *_SHARDED, *_OFFLOADED)
     single = Layout(name="single", strategy="single")
     return (
@@ -375,14 +376,14 @@ class Estimator:
                 return self._replica(layout, num_processes, batch)
 
     def largest_batch(self, layout: Layout, num_processes: int, memory: int) -> int:
-        """Return the largest micro-batch that fits, or 0.
+        """Return the largest micro-batch that fits, or 0; `MOST_SAMPLES` where larger ones may fit too.
 
         Args:
             layout: The way to train.
             num_processes: Ranks.
             memory: Bytes that a rank may take.
         """
-        low, high = 0, _MOST_SAMPLES
+        low, high = 0, MOST_SAMPLES
         while low < high:
             middle = (low + high + 1) // 2
             fits = self.training(layout, num_processes, middle).peak <= memory

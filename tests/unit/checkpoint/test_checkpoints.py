@@ -119,7 +119,7 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
 
 WEIGHT = "model/0.weight"
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (truncate, r"incomplete: 1 of 4 files \(optimizer\.safetensors has [\d,]+ of [\d,]+ bytes"),
+    "truncated": (truncate, r"1 of 4 files: optimizer\.safetensors has [\d,]+ of [\d,]+ bytes"),
     "flipped": (flip_in("model.safetensors", -3), r"model\.safetensors is damaged: elements \d+ to \d+ of model/"),
     "flipped-state": (flip_in("training.json", 30), r"training\.json .* is damaged"),
     "flipped-rank": (flip_in("rank-00000.json", 30), r"rank-00000\.json .* is damaged"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def test_list_names_folders_of_other_libraries(paceline: Paceline) -> None:
     assert {"deepspeed", "accelerate", "dcp"} == {row["format"] for row in found}
 
 
+def test_list_says_what_samples_are(paceline: Paceline, project: Path) -> None:
+    answer = paceline("checkpoint", "list", str(project))
+    assert "samples of the epoch" in answer.out
+    assert re.search(r"^checkpoints/checkpoint_1: 1 of \d+ files: optimizer.safetensors is missing", answer.out, re.M)
+
+
+def test_list_shows_the_newest_of_transformers_first(paceline: Paceline, tmp_path: Path) -> None:
+    for number in (5, 10, 100):
+        shutil.copytree(RECORDED / "accelerate", tmp_path / f"checkpoint-{number}")
+    found = json.loads(paceline("checkpoint", "list", str(tmp_path), "--json").out)
+    assert [row["name"] for row in found] == ["checkpoint-100", "checkpoint-10", "checkpoint-5"]
+
+
 def test_list_of_nothing(paceline: Paceline, tmp_path: Path) -> None:
     assert "There is no checkpoint" in paceline("checkpoint", "list", str(tmp_path)).out
 
@@ -89,7 +103,8 @@ def test_verify_ends_with_one_if_any_is_damaged(paceline: Paceline, project: Pat
     assert answer.out.count("complete ") == 2
     answer = paceline("checkpoint", "verify", good, bad)
     assert answer.code == 1
-    assert "DAMAGED" in answer.out
+    assert re.fullmatch(rf"DAMAGED   {bad}: 1 of \d+ files: optimizer.safetensors is missing\.", answer.lines[-1])
+    assert answer.out.count(bad) == 1
 
 
 def test_verify_finds_a_flipped_byte(paceline: Paceline, project: Path) -> None:

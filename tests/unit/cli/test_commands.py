@@ -97,12 +97,29 @@ def test_no_line_of_a_list_of_commands_is_cut_off() -> None:
 def test_the_help_of_launch_shows_every_flag_by_topic(paceline: Paceline) -> None:
     answer = paceline("launch", "--help")
     assert answer.code == 0
-    missing = [option.flag for option in options() if f"--{option.flag} " not in answer.out]
-    assert not missing
+    shown = {option.flag for option in options() if f"\n  --{option.flag} " in answer.out}
+    assert shown == {option.flag for option in options() if option.is_supported}
     topics = [line for line in answer.lines if line.endswith(":") and not line.startswith(" ")]
     assert topics[0] == "What runs where:"
     assert {"FSDP:", "DDP:", "DeepSpeed:", "Mesh:", "torch.compile:", "The command:"} <= set(topics)
     assert topics[-1] == "The command:"
+
+
+@pytest.mark.parametrize("words", [("verify-resume",), ("parity",), ("test",), ("config", "show")], ids=" ".join)
+def test_help_begins_with_what_is_the_commands_own(paceline: Paceline, words: tuple[str, ...]) -> None:
+    answer = paceline(*words, "--help")
+    topics = [line for line in answer.lines if line.endswith(":") and not line.startswith(" ")]
+    assert topics[:2] == ["The command:", "What runs where:"]
+    assert "Megatron" not in answer.out.replace("MEGATRON_LM", "")
+    assert "TPU" not in answer.out
+    assert "Transformer Engine)." not in answer.out
+
+
+def test_a_flag_that_help_leaves_out_is_still_answered(paceline: Paceline, script: Path) -> None:
+    for flags in (("--tpu",), ("--use_megatron_lm",), ("--tpu_name", "a")):
+        answer = paceline("launch", *flags, str(script))
+        assert answer.code == 2
+        assert "is not supported in this release" in answer.err
 
 
 def test_the_help_of_env(paceline: Paceline) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from paceline.cli.estimate import command
+from paceline.cli.estimate import Device, command
 from paceline.errors import UsageError
+from paceline.planner.estimation import Layout, RankMemory
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.unit.cli.conftest import Paceline
 
 MODEL = """
 import torch
@@ -62,13 +68,54 @@ def run(*arguments: str) -> Any:
 
 
 def test_a_model_of_a_script(script: str) -> None:
-    done = run(f"{script}:build", "--inputs", f"{script}:batch", "--batch_size", "4", "--memory", "2GiB")
+    done = run(f"{script}:build", "--inputs", f"{script}:batch", "--batch_size", "4", "--memory", "1100MiB")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Sequential: 0.000 billion parameters; batch 4")
+    assert lines[0] == "Sequential: 2.632 thousand parameters; batch 4"
     assert any(line.startswith("FSDP2") for line in lines)
     assert "2 ranks: DDP" in done.stdout
-    assert "it is full with batches of" in done.stdout
+    assert re.search(r"1 rank: .*; it is full with batches of \d+ for each rank", done.stdout)
+
+
+def test_a_limit_of_the_search_is_not_a_result(script: str) -> None:
+    arguments = (f"{script}:build", "--inputs", f"{script}:batch", "--memory", "8000GiB", "--num_processes", "2")
+    assert "DDP, " in (said := run(*arguments).stdout)
+    assert "it is full" not in said
+    assert "batches of more than 1,000,000 for each rank fit too" in said
+    found = json.loads(run(*arguments, "--json").stdout)["least_sharding"]["2"]
+    assert (found["largest_batch"], found["is_lower_bound"]) == (1 << 20, True)
+
+
+def test_the_command_that_is_recommended_works_without_a_gpu(script: str, paceline: Paceline) -> None:
+    said = run(f"{script}:build", "--num_processes", "1,2").stdout
+    recommended = [line.partition("   paceline launch ")[2] for line in said.splitlines() if "paceline launch" in line]
+    assert len(recommended) == 2
+    for flags in recommended:
+        answer = paceline("launch", "--cpu", "--dry_run", *shlex.split(flags), script)
+        assert answer.code == 0, answer.err
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the memory of this machine is that of its devices")
+def test_the_ranks_of_a_machine_without_a_gpu_share_its_memory(script: str) -> None:
+    arguments = (f"{script}:build", "--inputs", f"{script}:batch", "--num_processes", "1,2,8")
+    memory = json.loads(run(*arguments, "--json").stdout)["memory"]
+    assert memory["usable"] == {str(ranks): memory["total"] // ranks for ranks in (1, 2, 8)}
+    assert "whose memory the ranks share" in run(*arguments).stdout
+
+
+def test_shared_memory_holds_what_is_offloaded_too() -> None:
+    layout = Layout(name="any", strategy="fsdp", offload=True)
+    row = RankMemory(layout=layout, num_processes=2, batch=1, peak=5, host=7)
+    host, device = Device(100, "cpu", is_host=True), Device(2**40, "GPU")
+    assert (host.usable(4), host.need(row)) == (25, 12)
+    assert device.usable(4) == device.usable(1)
+    assert device.need(row) == 5
+
+
+def test_no_library_of_gpus_is_named_where_nothing_fits(script: str) -> None:
+    said = run(f"{script}:build", "--memory", "1GiB", "--num_processes", "1").stdout
+    assert "1 rank: none; nothing is left" in said
+    assert "NCCL" not in said
 
 
 def test_json(script: str) -> None:
@@ -79,10 +126,6 @@ def test_json(script: str) -> None:
     assert single["optimizer"] == 8 * elements
     assert found["includes_activations"] is False
     assert set(found["training"]) == {"1", "4"}
-
-
-def test_nothing_fits(script: str) -> None:
-    assert "1 rank: none; nothing is left" in run(f"{script}:build", "--memory", "1KiB", "--num_processes", "1").stdout
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -54,10 +55,14 @@ STEPS = ("--steps", "9", "--kill_at", "6")
 
 
 def check(
-    folder: Path, *words: str, flags: tuple[str, ...] = ("--num_processes", "1"), steps: tuple[str, ...] = STEPS
+    folder: Path,
+    *words: str,
+    flags: tuple[str, ...] = ("--num_processes", "1"),
+    steps: tuple[str, ...] = STEPS,
+    source: str = SCRIPT,
 ) -> tuple[int, list[str]]:
     """Check the script in a process of its own, since torch elastic leaves files open; code and lines."""
-    (folder / "train.py").write_text(SCRIPT)
+    (folder / "train.py").write_text(source)
     home = {name: value for name, value in os.environ.items() if not name.startswith("PACELINE_")}
     program = [sys.executable, "-m", "paceline", "verify-resume", "--cpu", *flags, *steps]
     done = subprocess.run(
@@ -87,7 +92,12 @@ def test_steps_that_are_faster_than_a_save_in_the_background(tmp_path: Path) -> 
     [
         pytest.param("reseed", "differs  step 5, rank 0, after the resume: loss", marks=pytest.mark.slow),
         ("restart", "instead of sample 20 of epoch 0"),
-        pytest.param("forget", "began at step 0", marks=pytest.mark.slow),
+        pytest.param(
+            "forget",
+            "did not load out/checkpoints/checkpoint_0, which was complete when the run was killed: "
+            "call accelerator.load_state()",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("fail", "no such data", marks=pytest.mark.slow),
     ],
 )
@@ -96,6 +106,55 @@ def test_a_script_that_does_not_fails_with_the_first_differences(word: str, says
     assert code == 1
     assert says in "\n".join(lines)
     assert lines[-1].startswith("FAIL")
+
+
+def test_a_script_that_saves_later_than_the_kill_is_told_so(tmp_path: Path) -> None:
+    code, lines = check(tmp_path, steps=("--steps", "5", "--kill_at", "3"))
+    assert code == 1
+    assert lines[-1] == (
+        "FAIL     the run saved no complete checkpoint in its first 3 steps: use --kill_at 25 --steps 40, "
+        "or save more often"
+    )
+
+
+TRAINER = """
+import os, sys, torch
+from transformers import Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+    def forward(self, x, labels):
+        return {"loss": ((self.layer(x) - labels) ** 2).mean()}
+
+torch.manual_seed(1)
+data = [{"x": torch.randn(4), "labels": torch.randn(1)} for _ in range(64)]
+arguments = TrainingArguments(
+    "out", per_device_train_batch_size=4, max_steps=50, save_steps=2, report_to="none", disable_tqdm=True, use_cpu=True
+)
+resume = "resume" in sys.argv and os.path.isdir("out") and any("checkpoint-" in name for name in os.listdir("out"))
+Trainer(Model(), arguments, train_dataset=data).train(resume_from_checkpoint=resume)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "flags", "says"),
+    [
+        ((), (), "recorded no backward pass: .* needs --as_accelerate"),
+        ((), ("--as_accelerate",), r"did not load out/checkpoint-\d+, .*trainer.train\(resume_from_checkpoint=True\)"),
+        (("resume",), ("--as_accelerate",), "PASS"),
+    ],
+    ids=["accelerate", "forgets", "resumes"],
+)
+def test_a_script_with_the_trainer_of_transformers(
+    words: tuple[str, ...], flags: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    code, lines = check(tmp_path, *words, flags=("--num_processes", "1", *flags), source=TRAINER)
+    assert re.search(says, lines[-1]), lines
+    assert code == (0 if words else 1)
 
 
 @pytest.mark.slow

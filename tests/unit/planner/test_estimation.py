@@ -29,7 +29,8 @@ def test_a_trace_of_three_blocks_stands_for_all(batch: int) -> None:
     with torch.device("meta"):
         model = Model()
     assert find_repeated_blocks(model) is not None
-    assert trace_training(model, loss_of).peak(batch) == real_peak(batch)
+    # Each of the two tensors that are no multiple of an allocation may be off by less than one.
+    assert trace_training(model, loss_of).peak(batch) == pytest.approx(real_peak(batch), abs=2 * 512)
     assert len(model.blocks) == BLOCKS
 
 
@@ -66,6 +67,14 @@ def test_a_model_that_counts_its_blocks_is_traced_as_a_whole() -> None:
     with torch.device("meta"):
         model = Counting()
     assert trace_training(model, loss_of).peak(5) == real_peak(5)
+
+
+def test_samples_smaller_than_an_allocation_count() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    curve = trace_training(model, lambda module, batch: module(torch.zeros(batch, 32)).mean(), autocast=torch.bfloat16)
+    # The backward needs at least the input and the output of the hidden layer in bf16.
+    assert curve.peak(1_000_000) - curve.peak(0) >= 1_000_000 * 2 * (32 + 64)
 
 
 def test_checkpointing_and_inference_take_less() -> None:

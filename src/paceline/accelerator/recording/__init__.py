@@ -42,12 +42,18 @@ def start_recording(
         return None
     # Few runs are recorded.
     from paceline.accelerator.recording.parity import ParityRecorder
-    from paceline.accelerator.recording.resume import ResumeRecorder
+    from paceline.accelerator.recording.resume import ResumeRecorder, counted_steps
 
     recorder: RunRecorder
     if recording.parity:
         recorder = ParityRecorder(recording, group, run, prepared.models, prepared.optimizers)
     else:
-        recorder = ResumeRecorder(recording, group, lambda: steps_taken(prepared.optimizers), finish_save)
+        recorder = ResumeRecorder(
+            recording,
+            group,
+            steps=lambda: steps_taken(prepared.optimizers),
+            restored=lambda: counted_steps(prepared.optimizers),
+            finish_save=finish_save,
+        )
     loaders.watch = recorder.note_batch
     return recorder

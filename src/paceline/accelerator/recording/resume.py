@@ -14,7 +14,7 @@ import torch
 from paceline.collectives import as_bytes, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from paceline.config import Recording
     from paceline.data import PreparedDataLoader
 
-__all__ = ["ResumeRecorder"]
+__all__ = ["ResumeRecorder", "counted_steps"]
 
 
 class ResumeRecorder:
@@ -34,15 +34,23 @@ class ResumeRecorder:
         recording: Where to write, and when to end or be killed.
         group: All ranks.
         steps: Returns the number of optimizer steps taken.
+        restored: Returns the number of steps that loaded states of optimizers have counted.
         finish_save: Waits for a save that is still being written.
     """
 
     def __init__(
-        self, recording: Recording, group: Group, steps: Callable[[], int], finish_save: Callable[[], None]
+        self,
+        recording: Recording,
+        group: Group,
+        steps: Callable[[], int],
+        restored: Callable[[], int],
+        finish_save: Callable[[], None],
     ) -> None:
         self._recording = recording
         self._group = group
         self._steps = steps
+        self._restored = restored
+        self._before: int | None = None
         self._finish_save = finish_save
         self._batch: dict[str, Any] = {}
         self._last = (-1, 0)
@@ -68,7 +76,7 @@ class ResumeRecorder:
 
     def note_loss(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
         """Write a line before the backward pass of a loss; end the run at the step where it should end."""
-        step = self._steps()
+        step = self._step()
         if step >= self._recording.stop_at:
             raise SystemExit(0)
         if step == self._recording.kill_at and self._group.rank == self._group.size - 1:
@@ -80,6 +88,21 @@ class ResumeRecorder:
         line = {"step": step, "micro": micro_batch, "loss": float(loss.detach().float().mean()), **self._batch}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _step(self) -> int:
+        """The optimizer steps taken, those before a checkpoint included.
+
+        A Trainer of transformers loads its optimizer itself, without `load_state`, which restores the count.
+        """
+        if self._before is None:
+            self._before = max(self._restored() - self._steps(), 0)
+        return self._steps() + self._before
+
+
+def counted_steps(optimizers: Iterable[Any]) -> int:
+    """The steps that the states of optimizers have counted; 0 where none counts them, as SGD does not."""
+    states = [state for optimizer in optimizers for state in getattr(optimizer, "state", {}).values()]
+    return max((int(state["step"]) for state in states if isinstance(state, dict) and "step" in state), default=0)
 
 
 def _digest(batch: Any) -> str:

@@ -65,6 +65,7 @@ _LAUNCHERS_OWN = frozenset({"dry_run", "multi_gpu", "num_machines", "num_process
 @click.command(
     name="launch",
     cls=SchemaCommand,
+    shows_own_last=True,
     help=_HELP,
     context_settings={**SETTINGS, "allow_interspersed_args": False},
     params=[*schema_options(), *slurm_options()],

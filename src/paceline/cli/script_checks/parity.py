@@ -124,7 +124,8 @@ def _run(runs: ScriptRuns, name: str, recording: Recording, resolved: Resolved) 
         raise ScriptCheckFailed(f"the run on {count} failed", failure)
     notes = runs.notes(name, "run")
     if not notes:
-        raise ScriptCheckFailed("the script built no Accelerator, so there is nothing to compare")
+        why = runs.why_nothing_recorded()
+        raise ScriptCheckFailed(f"the script built no Accelerator of paceline, so there is nothing to compare{why}")
     training = Training.read(notes)
     if not training.steps:
         raise ScriptCheckFailed(

@@ -130,6 +130,14 @@ class ScriptRuns:
             return WorkerError(without_logs(str(failure)), failure.code)
         return None
 
+    def why_nothing_recorded(self) -> str:
+        """Return the reason why a run of this script recorded nothing, where its text shows one, with what to do."""
+        from paceline.launch.script_imports import trains_with_accelerate
+
+        if self.resolved.config.as_accelerate or not trains_with_accelerate(self.command):
+            return ""
+        return ": the script trains with Accelerate or a Trainer of transformers, which needs --as_accelerate here"
+
     def notes(self, where: str, name: str) -> dict[int, list[dict[str, Any]]]:
         """Return what each rank of a run recorded, line by line."""
         notes: dict[int, list[dict[str, Any]]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,9 @@ Name the files that the script reads with --link. In the script's arguments {fol
     paceline verify-resume --steps 40 --kill_at 25 --num_processes 2 --use_fsdp train.py --lr 1e-3
     paceline verify-resume --link data train.py --output_dir {folder}/out
 
-The script must call `save_state` before step --kill_at. It needs no other change: `backward` and the prepared loaders
-record what is compared.
+The script must save before step --kill_at; one that saves later needs a higher --kill_at and --steps. It needs no other
+change: `backward` and the prepared loaders record what is compared. A script with a Trainer must pass
+`resume_from_checkpoint` where there is a checkpoint; with a Trainer of transformers it needs --as_accelerate.
 """
 
 _FOREIGN_CHECKPOINT = (
@@ -89,7 +91,7 @@ def _check(runs: ScriptRuns, steps: int, kill_at: int, tolerance: float) -> None
     """Run three times, compare, and print the result."""
     straight = _run_straight(runs, steps)
     before = _run_until_killed(runs, steps, kill_at, _ranks(straight))
-    after = _run_resumed(runs, steps)
+    after = _run_resumed(runs, steps, kill_at)
     resumed_at = _first_step(after)
     problems = [*_differences(straight, before, "before the kill", tolerance)]
     problems += _differences(straight, after, "after the resume", tolerance)
@@ -110,7 +112,7 @@ def _run_straight(runs: ScriptRuns, steps: int) -> Notes:
         raise ScriptCheckFailed("the uninterrupted run failed", failure)
     notes = _notes(runs, "straight", "run")
     if not notes:
-        raise ScriptCheckFailed("the uninterrupted run recorded no backward pass")
+        raise ScriptCheckFailed(f"the uninterrupted run recorded no backward pass{runs.why_nothing_recorded()}")
     first = _first_step(notes)
     if first:
         raise ScriptCheckFailed(f"the uninterrupted run began at step {first}: {_FOREIGN_CHECKPOINT}")
@@ -132,19 +134,52 @@ def _run_until_killed(runs: ScriptRuns, steps: int, kill_at: int, ranks: int) ->
     return notes
 
 
-def _run_resumed(runs: ScriptRuns, steps: int) -> Notes:
+def _run_resumed(runs: ScriptRuns, steps: int, kill_at: int) -> Notes:
+    saved = _complete_checkpoint(runs.root / "killed" / "work")
     failure = runs.start("killed", "after", Recording("", steps))
     notes = _notes(runs, "killed", "after")
+    first = _first_step(notes) if notes else 0
+    if saved is None and first == 0:
+        later = max(25, 2 * kill_at)
+        raise ScriptCheckFailed(
+            f"the run saved no complete checkpoint in its first {kill_at} steps: use --kill_at {later} "
+            f"--steps {max(40, 2 * steps)}, or save more often",
+            failure,
+        )
     if failure is not None or not notes:
         raise ScriptCheckFailed("the resumed run failed", failure)
-    first = _first_step(notes)
     if first == 0:
         raise ScriptCheckFailed(
-            "the resumed run began at step 0: it saved no checkpoint before it was killed, or did not load it "
-            "(accelerator.load_state() before the loop)"
+            f"the resumed run began at step 0 and did not load {saved}, which was complete when the run was killed: "
+            f"{_how_to_load(runs)}"
         )
     click.echo(f"resumed  from the checkpoint of step {first}, continued to step {_steps(notes)}")
     return notes
+
+
+def _how_to_load(runs: ScriptRuns) -> str:
+    from paceline.launch.script_imports import has_trainer
+
+    if has_trainer(runs.command):
+        return "call trainer.train(resume_from_checkpoint=True) where output_dir has a checkpoint"
+    return "call accelerator.load_state() before the loop"
+
+
+def _complete_checkpoint(folder: Path) -> Path | None:
+    """A complete checkpoint in a folder, at any depth, as a path within it; None without one."""
+    from paceline.checkpoint import open_checkpoint
+    from paceline.checkpoint.catalog import is_foreign_state
+    from paceline.errors import DamagedCheckpointError
+
+    for parent, _, _ in os.walk(folder):
+        path = Path(parent)
+        try:
+            open_checkpoint(path)
+        except DamagedCheckpointError:
+            if path == folder or not is_foreign_state(path):
+                continue
+        return path.relative_to(folder)
+    return None
 
 
 def _notes(runs: ScriptRuns, where: str, name: str) -> Notes:

@@ -91,7 +91,7 @@ class FP8Config(Section):
                 "torchao computes fp8",
                 "write AO, or remove the key",
             )
-        for field in _OTHER_LIBRARIES:
+        for field in OTHER_LIBRARIES:
             value, info = getattr(self, field), type(self).model_fields[field]
             if value != info.default:
                 yield Fault(
@@ -102,7 +102,7 @@ class FP8Config(Section):
                 )
 
 
-_OTHER_LIBRARIES = (
+OTHER_LIBRARIES = (
     "use_autocast_during_eval",
     "margin",
     "interval",

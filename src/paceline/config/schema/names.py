@@ -7,6 +7,7 @@ from functools import cache
 from typing import Final, Literal, get_args
 
 from paceline.config.schema.base import Section, Setting, settings_by_name, settings_of
+from paceline.config.schema.fp8 import OTHER_LIBRARIES
 from paceline.config.schema.fsdp import FsdpVersion1, FullyShardedDataParallelPlugin
 from paceline.config.schema.run import RunConfig
 from paceline.errors import did_you_mean
@@ -45,6 +46,23 @@ _TOPICS: Final = {
 """What the flags of each section are about; those of the top level come first."""
 
 
+TPU_KEYS: Final = (
+    "tpu_name",
+    "tpu_zone",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+    "tpu_vm",
+    "tpu_env",
+    "downcast_bf16",
+    "commands",
+    "command_file",
+    "main_training_function",
+)
+"""Settings that only a TPU would read."""
+
+_UNSUPPORTED_SWITCHES: Final = ("use_megatron_lm", "tpu")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """One flag of `paceline launch`.
@@ -71,6 +89,15 @@ class Option:
     def topic(self) -> str:
         """The heading under which help lists the flag."""
         return _TOPICS.get(self.section, self.section)
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether help shows the flag: one that is not supported is read, and answered with what to do instead."""
+        if self.section == "fp8_config":
+            return all_settings()[self.key].field not in OTHER_LIBRARIES
+        if self.section == "megatron_lm_config" or self.flag in _UNSUPPORTED_SWITCHES:
+            return False
+        return self.key not in TPU_KEYS
 
 
 @cache

@@ -376,7 +376,9 @@ class Window:
         """
         if self._leniency.save_open_gradients:
             return
-        self._require_last_micro_batch(what)
+        self._require_last_micro_batch(
+            what, "A training state holds no gradients, so those of the micro-batches so far would be lost"
+        )
         if self.has_gradients:
             raise SteppingError(
                 f"{what} was called after backward() and before optimizer.step()",
@@ -391,14 +393,16 @@ class Window:
             SteppingError: The window is still open, and that is not tolerated.
         """
         if not self._leniency.clip_inside_window:
-            self._require_last_micro_batch(what)
+            self._require_last_micro_batch(
+                what, "The gradients of the later micro-batches are still missing, so it would act on a part of the sum"
+            )
 
-    def _require_last_micro_batch(self, what: str) -> None:
+    def _require_last_micro_batch(self, what: str, why: str) -> None:
         if not self.sync_gradients:
             state = self._state
             raise SteppingError(
                 f"{what} was called in micro-batch {state.micro_batches} of a window of {state.expected_micro_batches}",
-                "The gradients of the later micro-batches are still missing, so it would act on a part of the sum",
+                why,
                 "Call it under `if accelerator.sync_gradients:`",
             )
 

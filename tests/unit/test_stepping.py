@@ -19,6 +19,7 @@ from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_sch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -289,6 +290,19 @@ def test_clipping_inside_a_window_is_refused() -> None:
         accelerator.backward(model(torch.full((1, 1), 9.0)).sum())
         assert float(accelerator.clip_grad_norm_(model.weight, 1.0)) == pytest.approx(5.0)
     assert float(model.weight.grad) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_saving_inside_a_window_is_refused_with_its_own_reason(tmp_path: Path) -> None:
+    accelerator = make(2)
+    model: Any = accelerator.prepare(scalar())
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+    with pytest.raises(SteppingError) as refused:
+        accelerator.save_state(tmp_path / "state")
+    assert str(refused.value) == (
+        "save_state was called in micro-batch 1 of a window of 2. A training state holds no gradients, so those of the "
+        "micro-batches so far would be lost. Call it under `if accelerator.sync_gradients:`"
+    )
 
 
 def test_a_model_is_no_parameter_to_clip() -> None:

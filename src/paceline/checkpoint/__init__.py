@@ -14,7 +14,14 @@ if TYPE_CHECKING:
         is_foreign_state,
         newest_checkpoint,
     )
-    from paceline.checkpoint.folder import Checkpoint, next_number, open_checkpoint, rank_document, real_folder
+    from paceline.checkpoint.folder import (
+        Checkpoint,
+        next_number,
+        number_of,
+        open_checkpoint,
+        rank_document,
+        real_folder,
+    )
     from paceline.checkpoint.format.json_state import from_plain, to_plain
     from paceline.checkpoint.format.manifest import Manifest, numbered
     from paceline.checkpoint.format.shards import Slot, TensorShard
@@ -25,7 +32,7 @@ else:
         __name__,
         {
             "catalog": "CatalogEntry find_checkpoints find_foreign is_foreign_state newest_checkpoint",
-            "folder": "Checkpoint next_number open_checkpoint rank_document real_folder",
+            "folder": "Checkpoint next_number number_of open_checkpoint rank_document real_folder",
             "format.json_state": "from_plain to_plain",
             "format.manifest": "Manifest numbered",
             "format.shards": "Slot TensorShard",
@@ -47,6 +54,7 @@ __all__ = [
     "is_foreign_state",
     "newest_checkpoint",
     "next_number",
+    "number_of",
     "numbered",
     "open_checkpoint",
     "parse_size",

@@ -378,7 +378,9 @@ class Window:
         if self._leniency.save_open_gradients:
             return
         if not self.boundary.sync_gradients:
-            self._refuse_inside_window(what)
+            self._refuse_inside_window(
+                what, "A training state holds no gradients, so those of the micro-batches so far would be lost"
+            )
         if self.has_gradients:
             raise SteppingError(
                 f"{what} was called after backward() and before optimizer.step()",
@@ -393,13 +395,15 @@ class Window:
             SteppingError: The window is still open, and that is not tolerated.
         """
         if not self.boundary.sync_gradients and not self._leniency.clip_inside_window:
-            self._refuse_inside_window(what)
+            self._refuse_inside_window(
+                what, "The gradients of the later micro-batches are still missing, so it would act on a part of the sum"
+            )
 
-    def _refuse_inside_window(self, what: str) -> None:
+    def _refuse_inside_window(self, what: str, why: str) -> None:
         state = self._state
         raise SteppingError(
             f"{what} was called in micro-batch {state.micro_batches} of a window of {state.expected_micro_batches}",
-            "The gradients of the later micro-batches are still missing, so it would act on a part of the sum",
+            why,
             "Call it under `if accelerator.sync_gradients:`",
         )
 

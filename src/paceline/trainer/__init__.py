@@ -12,6 +12,7 @@ from paceline.trainer.callbacks.builtin import (
 )
 from paceline.trainer.loops.evaluation import EvalPrediction, PredictionOutput
 from paceline.trainer.loops.training import TrainOutput
+from paceline.trainer.model_files import get_last_checkpoint
 from paceline.trainer.state import TrainerControl, TrainerState
 from paceline.trainer.trainer import Trainer
 
@@ -28,4 +29,5 @@ __all__ = [
     "TrainerControl",
     "TrainerState",
     "TrainingArguments",
+    "get_last_checkpoint",
 ]

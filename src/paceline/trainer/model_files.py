@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
+from paceline.checkpoint import find_checkpoints, find_foreign, newest_checkpoint, number_of
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, named
 from paceline.strategies import adapters
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 __all__ = [
     "STATE_FILE",
     "checkpoint_folder",
+    "get_last_checkpoint",
     "has_only_weights",
     "load_best",
+    "newest_foreign",
     "newest_of",
     "refuse_used_folder",
     "save_model_files",
@@ -161,6 +164,39 @@ def newest_of(output_dir: str) -> Path | None:
     """The checkpoint with the most steps, complete or not; None if there is none."""
     ordered = _by_steps(output_dir)
     return ordered[-1] if ordered else None
+
+
+def newest_foreign(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest training state of another library; None if there is none, or a complete checkpoint is as new."""
+    foreign = next(iter(find_foreign(output_dir)), None)
+    if foreign is None:
+        return None
+    complete = next((entry.folder for entry in find_checkpoints(output_dir) if entry.checkpoint is not None), None)
+    is_newer = complete is None or (number_of(complete) or 0) < (number_of(foreign) or 0)
+    return foreign if is_newer else None
+
+
+def get_last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint that `train(resume_from_checkpoint=True)` would take; None if there is none.
+
+    A script that passes it to `train` can be started again at any time: it begins, or goes on where it was.
+
+    Args:
+        folder: The `output_dir` of a training; it need not exist.
+
+    Returns:
+        The folder of the newest complete checkpoint, which transformers' Trainer may have written.
+
+    Example:
+        >>> get_last_checkpoint("runs/new") is None
+        True
+    """
+    root = Path(folder).expanduser()
+    foreign = newest_foreign(root)
+    if foreign is not None:
+        return str(foreign)
+    newest = newest_checkpoint(root)
+    return None if newest is None else str(newest.folder)
 
 
 def warn_of_later(output_dir: str, resumed_from: str, step: int) -> None:

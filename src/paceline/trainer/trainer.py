@@ -257,7 +257,8 @@ class Trainer:
         """Train to the end. Collective: every rank must call it.
 
         Args:
-            resume_from_checkpoint: The folder of a checkpoint, or True for the newest complete one in `output_dir`.
+            resume_from_checkpoint: The folder of a checkpoint, or True for the newest complete one in `output_dir`;
+                there must be one. With `get_last_checkpoint(output_dir)` the first run begins, and later ones resume.
             trial: Must be None: paceline has no hyperparameter search.
             ignore_keys_for_eval: Outputs of the model that are not predictions, for evaluations during training.
 

@@ -10,6 +10,7 @@ import pytest
 
 from paceline import Trainer, TrainingArguments
 from paceline.errors import CheckpointError
+from paceline.trainer import get_last_checkpoint
 from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, arguments, run, tagger
 
@@ -64,3 +65,29 @@ def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _, trainer = run(more, "~/run", resume="~/run/checkpoint-4")
     assert trainer.state.global_step == 6
     assert not (tmp_path / "~").exists()
+
+
+def started(folder: str, **changes: Any) -> int:
+    """What a script does that can be started again at any time; return the steps that it begins with."""
+    args = TrainingArguments(**arguments(folder, **{**SAVING, **changes}))
+    trainer = Trainer(tagger(), args, train_dataset=Sentences(16, 1))
+    last = get_last_checkpoint(args.output_dir)
+    trainer.train(resume_from_checkpoint=last)
+    return 0 if last is None else int(last.rpartition("-")[2])
+
+
+def test_a_script_can_be_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+    assert started(str(folder)) == 0
+    assert started(str(folder), max_steps=8) == 4
+    # One that is damaged is skipped, and what a crash left of one has another name.
+    (folder / "checkpoint-8" / "manifest.json").unlink()
+    (folder / "checkpoint-10.partial-01234567").mkdir()
+    assert started(str(folder), max_steps=8) == 6
+    assert "skipped checkpoint-8" in caplog.text
+    assert get_last_checkpoint(folder) == str(folder / "checkpoint-8")
+
+
+def test_without_a_checkpoint_true_says_what_begins_and_resumes(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*get_last_checkpoint\(output_dir\)"):
+        run(SAVING, str(tmp_path), resume=True)

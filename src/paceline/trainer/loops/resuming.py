@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def resume_training(
         hooks: Everything is prepared.
         loop: About to run.
         progress: Is restored with the checkpoint.
-        requested: A folder, or True for the newest complete checkpoint of `output_dir`.
+        requested: A folder, or True for the newest complete checkpoint of `output_dir`, whichever library wrote it.
         has_own_optimizer: Whether the script gave an optimizer or a schedule, whose settings are its own business.
         has_own_schedule: Whether the schedule is not made from the arguments.
 
@@ -66,9 +67,8 @@ def resume_training(
 
 def _load(hooks: TrainerHooks, requested: str | bool) -> str:
     output_dir = hooks.args.output_dir
-    folder = None
-    if str(requested).lower() != "true":
-        folder = Path(str(requested)).expanduser()
+    is_newest_wanted = str(requested).lower() == "true"
+    folder = _newest_foreign(hooks) if is_newest_wanted else Path(str(requested)).expanduser()
     try:
         # Without a folder, all ranks agree on the newest complete one, and log each one that is skipped.
         loaded = hooks.accelerator.load_state(folder)
@@ -83,9 +83,18 @@ def _load(hooks: TrainerHooks, requested: str | bool) -> str:
         raise CheckpointError(
             f"resume_from_checkpoint=True, but there is no checkpoint in {output_dir}",
             "There is nothing to resume from",
-            "Name a checkpoint, or leave the argument out to start a new training",
+            "Name a checkpoint, or leave the argument out to start a new training; "
+            "get_last_checkpoint(output_dir) of paceline.trainer is the right value in both cases",
         )
     return loaded
+
+
+def _newest_foreign(hooks: TrainerHooks) -> Path | None:
+    """A checkpoint of another library that is the newest one, as rank 0 sees it; None if there is none."""
+    output_dir, accelerator = Path(hooks.args.output_dir), hooks.accelerator
+    found = model_files.newest_foreign(output_dir) if accelerator.is_main_process else None
+    name = accelerator.broadcast_object_list([found and os.fspath(found.relative_to(output_dir))])[0]
+    return None if name is None else output_dir / name
 
 
 def _restore_best(hooks: TrainerHooks, resumed_from: str) -> None:

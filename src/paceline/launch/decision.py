@@ -7,7 +7,7 @@ import signal
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from paceline.errors import PREEMPTED
+from paceline.errors import PREEMPTED, named
 from paceline.launch.failures import (
     FailureRecord,
     RankExit,
@@ -152,5 +152,5 @@ def _failure(ends: Sequence[RankExit], lost: Sequence[MachineExit]) -> tuple[str
         return gone, 1
     cause = first_failure(ends)
     if lost and cause.is_secondary:  # the lost machine took the others with it
-        return f"{summarize_others(ends)}{gone}", 1
+        return f"{summarize_others(ends, named([machine.host for machine in lost]))}{gone}", 1
     return f"{gone}{report(ends)}", exit_code(cause)

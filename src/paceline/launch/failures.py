@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import socket
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +34,9 @@ _ABORTED = (
 )
 # The methods of the facade are what a script calls.
 _FACADE = Path(__file__).parents[1] / "accelerator"
-# Characters of the summary of a rank that did not cause the failure.
-_SUMMARY_WIDTH = 120
+# Characters of an exception's first sentence in the summary of ranks that did not cause the failure; where it is longer
+# only the type is shown, since a cut sentence would end anywhere.
+_SUMMARY_WIDTH = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +160,17 @@ def exit_code(end: RankExit) -> int:
     return end.code if end.code > 0 else 128 - end.code
 
 
-def summarize_others(ends: Sequence[RankExit]) -> str:
-    """Return one line on ranks that did not cause a failure."""
-    return _others(ends) + "\n"
+def summarize_others(ends: Sequence[RankExit], cause: str) -> str:
+    """Return one line on ranks that did not cause a failure; `cause` names who did."""
+    return _others(ends, cause) + "\n"
 
 
 def report(ends: Sequence[RankExit]) -> str:
     """Return the report: the other ranks in one line, then the first failure with its traceback."""
     cause = first_failure(ends)
-    others = _others([end for end in ends if end is not cause])
+    # If no rank failed by itself, nobody knows whose connection was lost.
+    name = "another rank" if cause.is_secondary else f"rank {cause.rank}"
+    others = _others([end for end in ends if end is not cause], name)
     head = f"rank {cause.rank} on {cause.host or socket.gethostname()} (pid {cause.pid}) {_reason(cause)}"
     if cause.log:
         head += f"; its output is in {cause.log}"
@@ -217,8 +219,8 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _others(ends: Iterable[RankExit]) -> str:
-    """Summarize the ranks that did not cause the failure in one line."""
+def _others(ends: Iterable[RankExit], cause: str) -> str:
+    """Summarize the ranks that did not cause the failure in one line; `cause` names who did."""
     groups: dict[str, list[int]] = {}
     for end in ends:
         if end.stopped:
@@ -228,14 +230,19 @@ def _others(ends: Iterable[RankExit]) -> str:
         elif end.record is not None and end.record.kind == "hang":
             what = "stopped too"
         elif end.record is not None:
-            how = "lost the connection to it" if end.is_secondary else "failed too"
+            how = f"lost the connection to {cause}" if end.is_secondary else "failed too"
             what = f"{how} ({_short(end.record.headline)})"
         else:
             what = _reason(end)
-        groups.setdefault(textwrap.shorten(what, _SUMMARY_WIDTH, placeholder="…)"), []).append(end.rank)
+        groups.setdefault(what, []).append(end.rank)
     return "; ".join(f"{named_ranks(numbers)}: {what}" for what, numbers in groups.items())
 
 
 def _short(headline: str) -> str:
-    """Drop the location in a library's C++ source that native errors begin with."""
-    return re.sub(r"\[/[^\]]*\]\s*", "", headline)
+    """Return the first sentence, without the location in C++ source that native errors begin with.
+
+    Of an exception whose first sentence is too long only the type is left.
+    """
+    text = re.sub(r"\[/[^\]]*\]\s*", "", headline).partition("\n")[0]
+    sentence = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0].rstrip(".: ")
+    return sentence if len(sentence) <= _SUMMARY_WIDTH else sentence.partition(":")[0]

@@ -130,15 +130,41 @@ def _install_import_hooks() -> _AccelerateImportHook:
 
 
 def _say_unused() -> None:
-    """Say on rank 0 which explicit settings had no reader, after a script that built no Accelerator."""
+    """Say on rank 0 what the launcher did for nothing, after a script that built no Accelerator.
+
+    That is explicit settings that had no reader, and processes that knew nothing of one another.
+    """
     config = os.environ.get("PACELINE_CONFIG")
     if config is None or os.environ.get("RANK", "0") != "0":
         return
+    _say_copies(os.environ.get("WORLD_SIZE", "1"))
     kinds = {origin["kind"] for origin in json.loads(config)["origins"].values()}
     if kinds - {"detected", "default"}:
         from paceline.launch.unused_settings import say_unused
 
         say_unused(os.environ)
+
+
+def _say_copies(size: str) -> None:
+    """Say that each of several processes did all of the work: the script has connected them in no way."""
+    resolution = sys.modules.get("paceline.config.resolution")
+    was_built = resolution is not None and resolution.was_read()
+    if size != "1" and not was_built and not _has_opened_process_group():
+        print(
+            f"paceline: {size} processes each ran the whole script: it builds neither an Accelerator nor a Trainer and "
+            "opens no process group, so each worked on all data. Build an Accelerator, or launch with "
+            "--num_processes 1.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _has_opened_process_group() -> bool:
+    """Whether torch's process group is open, or was: torch keeps the method by which it was opened."""
+    distributed = sys.modules.get("torch.distributed.distributed_c10d")
+    is_open: Callable[[], bool] | None = getattr(distributed, "is_initialized", None)
+    was_opened = getattr(distributed, "_default_pg_init_method", None) is not None
+    return was_opened or (is_open is not None and is_open())
 
 
 def _exec_program(command: list[str]) -> None:

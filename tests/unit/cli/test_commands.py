@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -15,9 +17,11 @@ from paceline.config import options
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.unit.cli.conftest import Paceline
+
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_help_lists_the_commands(paceline: Paceline) -> None:
@@ -55,6 +59,16 @@ def options_with_one_spelling(command: click.Command, parent: click.Context | No
 
 def test_every_flag_may_be_written_with_a_dash() -> None:
     assert list(options_with_one_spelling(program, None, "paceline")) == []
+
+
+def test_texts_write_flags_with_one_spelling() -> None:
+    """Except where a help lists both; the flags of other programs have dashes."""
+    texts = {name: re.sub(r"--\w+, --[a-z-]+", "", text) for name, text in commands(program, None, "paceline")}
+    texts |= {str(page): page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    own = {"dry_run", *(option.flag for option in options() if "_" in option.flag)}
+    found = {(name, word) for name, text in texts.items() for word in re.findall(r"--[a-z]+-[a-z-]+", text)}
+    assert not {(name, word) for name, word in found if word[2:].replace("-", "_") in own}
+    assert "paceline launch --dry_run train.py" in texts["paceline"]
 
 
 def test_every_command_shows_how_it_is_used() -> None:

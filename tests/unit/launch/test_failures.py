@@ -42,19 +42,40 @@ def test_report_folds_the_others_into_one_line_and_ends_with_the_cause() -> None
             15,
             1,
             3.0,
-            record=record("RuntimeError: [/a/b.cc:5] Connection reset by peer " + "x" * 500, 3.0, secondary=True),
+            record=record("RuntimeError: [/a/b.cc:5] Connection reset by peer [::1]:5. This may", 3.0, secondary=True),
         ),
         RankExit(6, 16, 0, 1.0),
     ]
     first, second, *rest = report(ends).splitlines()
     assert first.startswith(
-        "ranks 0, 2-4: stopped by the launcher; rank 5: lost the connection to it (RuntimeError: Connection"
+        "ranks 0, 2-4: stopped by the launcher; "
+        "rank 5: lost the connection to rank 1 (RuntimeError: Connection reset by peer [::1]:5); "
     )
     assert "rank 6: had finished" in first
     assert len(first) < 300
     assert second.startswith("rank 1 on ")
     assert second.endswith("(pid 11) raised KeyError at train.py:8")
     assert rest == ["", "Traceback (most recent call last):", "KeyError: 'x'"]
+
+
+def test_the_summary_of_a_rank_ends_with_a_sentence() -> None:
+    def summary(headline: str) -> str:
+        lost = RankExit(1, 11, 1, 3.0, record=record(headline, 3.0, secondary=True))
+        return report([RankExit(0, 10, 1, 2.0, record=record("KeyError: 'x'", 2.0)), lost]).splitlines()[0]
+
+    first = "a.CollectiveError: Rank 1 of 2 failed in barrier: " + "Connection closed by peer, " * 4 + "so it ended"
+    assert len(first) > 120
+    assert summary(f"{first}. Another rank has exited.") == f"rank 1: lost the connection to rank 0 ({first})"
+    assert summary("RuntimeError: " + "word " * 100) == "rank 1: lost the connection to rank 0 (RuntimeError)"
+
+
+def test_where_no_rank_failed_by_itself_none_is_blamed() -> None:
+    lost = [RankExit(rank, 10, 1, 1.0, record=record("RuntimeError: gone", 1.0, secondary=True)) for rank in (0, 1)]
+    ends = [*lost, RankExit(2, 12, 0, 0.5)]
+    assert (
+        report(ends).splitlines()[0]
+        == "rank 1: lost the connection to another rank (RuntimeError: gone); rank 2: had finished"
+    )
 
 
 def test_reasons_and_codes() -> None:

@@ -35,6 +35,7 @@ class Accelerator:
 """
 NOT_SHARDED = "Accelerate shards on accelerators only; here the 2 ranks train whole replicas"
 UNUSED = "paceline: the script built neither an Accelerator nor a Trainer, and nothing else reads these settings: "
+COPIES = "paceline: 2 processes each ran the whole script: it builds neither an Accelerator nor a Trainer"
 BUILDS = """
 import inspect
 from accelerate import Accelerator
@@ -122,7 +123,8 @@ def test_a_value_that_does_not_reach_accelerate_is_an_error_on_every_rank(rank: 
 
 def test_a_script_that_builds_nothing_is_told_at_its_end(tmp_path: Path) -> None:
     _, error = run(tmp_path, "print(1)\n")
-    [line] = error.splitlines()
+    copies, line = error.splitlines()
+    assert copies.startswith(COPIES)
     assert line.startswith(UNUSED)
     for setting in (
         f"strategy fsdp ({tmp_path}/run.yaml:2)",
@@ -135,7 +137,8 @@ def test_a_script_that_builds_nothing_is_told_at_its_end(tmp_path: Path) -> None
 
 
 def test_a_flag_is_named_too(tmp_path: Path) -> None:
-    _, error = run(tmp_path, "import sys\nsys.exit(0)\n", file="num_processes: 1\n", mixed_precision="bf16", cpu=True)
+    source, file = "import sys\nsys.exit(0)\n", "num_processes: 1\n"
+    _, error = run(tmp_path, source, size="1", file=file, mixed_precision="bf16", cpu=True)
     assert error.strip() == f"{UNUSED}mixed_precision bf16 (--mixed_precision)"
 
 
@@ -152,7 +155,9 @@ main()
     [
         pytest.param(BUILDS, {"rank": "1"}, id="another rank with Accelerate's"),
         pytest.param("print(1)\n", {"rank": "1"}, id="another rank"),
-        pytest.param("print(1)\n", {"file": "num_processes: 2\nmixed_precision: 'no'\n"}, id="nothing to use"),
+        pytest.param(
+            "print(1)\n", {"size": "1", "file": "num_processes: 1\nmixed_precision: 'no'\n"}, id="nothing to use"
+        ),
         pytest.param("raise SystemExit(3)\n", {"code": 3}, id="failed"),
         pytest.param(OURS, {"size": "1", "file": "mixed_precision: bf16\nuse_cpu: true\n"}, id="one of ours"),
         pytest.param(BUILDS, {"file": "num_processes: 2\nuse_cpu: true\n"}, id="Accelerate's"),
@@ -162,6 +167,38 @@ def test_where_there_is_nothing_to_say(source: str, options: dict[str, Any], tmp
     if "accelerate" in source:
         with_accelerate(tmp_path)
     assert "paceline:" not in run(tmp_path, source, **options)[1]
+
+
+@pytest.mark.parametrize("source", ["print(1)\n", "import torch.distributed\nraise SystemExit\n"])
+def test_copies_of_a_script_that_connects_nothing_are_named_without_any_setting(source: str, tmp_path: Path) -> None:
+    _, error = run(tmp_path, source, file="num_processes: 2\n")
+    [line] = error.splitlines()
+    assert line.startswith(COPIES)
+    assert "each worked on all data" in line
+    assert "--num_processes 1" in line
+    assert run(tmp_path, source, rank="1", file="num_processes: 2\n")[1] == ""
+
+
+GROUP = """
+import torch.distributed as dist
+dist.init_process_group("gloo", {arguments})
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        pytest.param("init_method=f'file://{__file__}.store', rank=0, world_size=1", "", id="open"),
+        pytest.param(
+            "init_method=f'file://{__file__}.store', rank=0, world_size=1", "dist.destroy_process_group()", id="closed"
+        ),
+        pytest.param("store=dist.HashStore(), rank=0, world_size=1", "", id="with a store"),
+    ],
+)
+def test_a_script_that_opens_its_own_process_group_hears_nothing(arguments: str, end: str, tmp_path: Path) -> None:
+    source = GROUP.format(arguments=arguments, end=end)
+    assert "paceline:" not in run(tmp_path, source, file="num_processes: 2\n")[1]
 
 
 def test_an_accelerator_that_is_imported_alone_uses_nothing(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def submit(script: Path, env: Mapping[str, str]) -> str:
         raise UsageError(
             "There is no program 'sbatch' in PATH",
             "--slurm submits the job with it",
-            f"Run this on a login node of the cluster, or submit {script} there; --dry-run only shows the script",
+            f"Run this on a login node of the cluster, or submit {script} there; --dry_run only shows the script",
         )
     done = subprocess.run([program, "--parsable", str(script)], env=env, text=True, capture_output=True, check=False)
     if done.returncode:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,6 +284,21 @@ def launched_with(text: str) -> tuple[str, str, int, bool]:
 def test_what_the_program_says_goes_before_the_file() -> None:
     text = "use_cpu: true\nmixed_precision: bf16\ngradient_accumulation_steps: 4\n"
     assert on_ranks(1, launched_with, text)[0][:3] == ("no", "DistributedType.NO", 1)
+
+
+@pytest.mark.parametrize(("key", "count"), [("gradient_accumulation_steps: 4\n", 1), ("", 0)])
+def test_accumulation_of_the_launcher_beside_a_plugin_is_said_once(key: str, count: int, tmp_path: Path) -> None:
+    """As transformers' Trainer builds it, which counts the micro-batches of its arguments itself."""
+    (tmp_path / "run.yaml").write_text(f"num_processes: 2\nuse_cpu: true\nas_accelerate: true\n{key}")
+    (tmp_path / "script.py").write_text(
+        "from accelerate import Accelerator\nfrom accelerate.utils import GradientAccumulationPlugin\n"
+        "print(Accelerator(gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1)).num_processes)\n"
+    )
+    command = [sys.executable, "-m", "paceline", "launch", "--quiet", "--config_file", "run.yaml", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert said.count("gradient_accumulation_steps 4 (") == said.count("the script's own number is") == count, said
 
 
 def accumulation_against_json() -> tuple[int, dict[str, Any]]:

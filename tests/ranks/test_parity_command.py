@@ -34,7 +34,6 @@ if "otherweights" in words:
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), hidden, torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
 lr = 1e-2 * (accelerator.num_processes if "rate" in words else 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 20)
 torch.manual_seed(3)
 rows, wanted = torch.randn(52, 4), torch.randn(52, 1)
 
@@ -53,6 +52,12 @@ if "sampler" in words:
     loader = DataLoader(data, batch_sampler=type("Mine", (BatchSampler,), {"__iter__": lambda self: BatchSampler.__iter__(self)})(RandomSampler(data), 4, False))
 if "stream" in words:
     loader = DataLoader(Stream(), batch_size=4, drop_last=True, num_workers=2 if "workers" in words else 0)
+if "after" in words:
+    loader = accelerator.prepare(loader)
+steps = 3 * len(loader) if words & {"before", "after"} else 20
+warmup = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, 10)
+falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
+scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, falling], [10]) if "warmup" in words else falling
 model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 if "unprepared" not in words:
     loader = accelerator.prepare(loader)
@@ -107,6 +112,8 @@ def test_batch_norm_without_synchronisation_is_found(tmp_path: Path) -> None:
     [
         (),
         ("split",),
+        ("after",),
+        ("before", "split"),
         ("sampler",),
         ("stream",),
         ("dispatch",),
@@ -119,6 +126,16 @@ def test_batch_norm_without_synchronisation_is_found(tmp_path: Path) -> None:
 def test_right_scripts(words: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
     code, said = check(tmp_path, *words, flags=flags, steps=20)
     assert code == 0, said
+
+
+@pytest.mark.parametrize("more", [(), ("warmup",)], ids=["at once", "after a warmup"])
+def test_a_schedule_from_a_loader_before_prepare_is_found(more: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where its steps show no difference yet."""
+    code, said = check(tmp_path, "before", *more, steps=3)
+    assert code == 1, said
+    kind, one, several = ("SequentialLR", 31, 49) if more else ("LinearLR", 21, 39)
+    assert f"differs  the optimizer steps that {kind} was made for: {one} on one process, {several} on several" in said
+    assert "usually  the length of the schedule comes from a loader before prepare" in said
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from paceline.stepping import (
     AcceleratedScheduler,
     ScheduleLengthCheck,
     is_scheduler,
+    planned_steps,
     unassigned_parameters,
 )
 from paceline.strategies.base import offloaded_modules
@@ -100,6 +101,11 @@ class Preparer:
         self._recorder = recorder
         recording = components.resolved.recording
         self._num_merged_ranks = 1 if recording is None else recording.plays
+        if self._num_merged_ranks > 1 and not dataloader_config.split_batches:
+            # Few runs are recorded.
+            from paceline.accelerator.recording.lengths import merge_lengths
+
+            merge_lengths(self._num_merged_ranks)
         self._lengths = ScheduleLengthCheck(self._context.group.size, window)
         # Not `self`: see above.
         loaders.micro_batches = lambda: window.num_steps
@@ -208,6 +214,8 @@ class Preparer:
         self._prepared.attributes.note_functions(f"scheduler_{len(self._prepared.schedulers)}", prepared.scheduler)
         self._prepared.schedulers.append(prepared)
         self._lengths.add_scheduler(prepared)
+        if self._recorder is not None:
+            self._recorder.note_schedule(type(prepared.scheduler).__name__, planned_steps(prepared.scheduler))
         return prepared
 
     def unwrap_model(self, model: nn.Module, *, keep_torch_compile: bool) -> nn.Module:

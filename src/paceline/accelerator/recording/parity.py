@@ -146,6 +146,11 @@ class ParityRecorder:
         if norm_type == 2 and not self._is_measuring:
             self._norm = float(norm)
 
+    def note_schedule(self, name: str, steps: int | None) -> None:
+        """Write down how many optimizer steps a prepared schedule is made for, where that is known."""
+        if steps is not None:
+            self._write("schedule", name=name, steps=steps)
+
     def watching(self, before_step: Callable[[], None], index: int) -> Callable[[], None]:
         """Return what an optimizer calls before each step: `before_step`, then a line is written."""
 

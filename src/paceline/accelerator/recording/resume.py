@@ -70,6 +70,9 @@ class ResumeRecorder:
     def note_norm(self, norm: Tensor, norm_type: float) -> None:
         """Record no norms."""
 
+    def note_schedule(self, name: str, steps: int | None) -> None:
+        """Record no schedules."""
+
     def watching(self, before_step: Callable[[], None], index: int) -> Callable[[], None]:
         """Record no steps."""
         return before_step

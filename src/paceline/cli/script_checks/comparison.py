@@ -68,6 +68,7 @@ class Training:
     dropout: bool
     seeded: bool
     matmul: str
+    schedules: Sequence[tuple[str, int]] = ()
 
     @classmethod
     def read(cls, notes: Notes) -> Training:
@@ -89,7 +90,13 @@ class Training:
             dropout=any(line["kind"] == "dropout" for line in first),
             seeded=start["seeded"],
             matmul=start["matmul"],
+            schedules=_planned(first),
         )
+
+
+def _planned(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """The prepared schedules, with the steps that each was made for."""
+    return [(line["name"], line["steps"]) for line in lines if line["kind"] == "schedule"]
 
 
 def _losses_by_step(notes: Notes) -> dict[int, Step]:
@@ -124,7 +131,7 @@ class Difference:
     """One difference in a step.
 
     Attributes:
-        kind: "weights", "count", "samples", "loss", "norm" or "rate".
+        kind: "weights", "schedule", "count", "samples", "loss", "norm" or "rate".
         step: The optimizer step, from 0; -1 before the first.
         one: The value on one process.
         several: The value on several processes.
@@ -155,7 +162,7 @@ def compare(one: Training, several: Training, base: float) -> list[list[Differen
         The differences before the first step, then those in each step.
     """
     pairs = zip(one.steps, several.steps, strict=False)
-    by_step = [list(_weights(one, several))]
+    by_step = [[*_weights(one, several), *_schedules(one, several)]]
     for number, (a, b) in enumerate(pairs):
         allowed = base * (1 + _GROWTH * number)
         by_step.append([*_samples(number, a, b), *_numbers(number, a, b, allowed)])
@@ -177,6 +184,12 @@ def _weights(one: Training, several: Training) -> Iterator[Difference]:
             float(len(names)),
             f"{len(names)} of {total} tensors of the model before step 1: {shown}",
         )
+
+
+def _schedules(one: Training, several: Training) -> Iterator[Difference]:
+    for (name, steps), (_, also) in zip(one.schedules, several.schedules, strict=False):
+        if steps != also:
+            yield Difference("schedule", -1, steps, also, f"the optimizer steps that {name} was made for")
 
 
 def _samples(number: int, one: Step, several: Step) -> Iterator[Difference]:
@@ -247,6 +260,13 @@ def _reasons(several: Training, kinds: Mapping[str, Difference]) -> Iterator[str
     size = several.ranks
     if "weights" in kinds:
         yield "the models start from different weights: seed with paceline.set_seed(...) before building the model"
+        return
+    if "schedule" in kinds:
+        yield (
+            "the length of the schedule comes from a loader before prepare, where len(loader) counts the batches of "
+            "all ranks, or was multiplied by the number of processes: prepare the loader first, and make the schedule "
+            "for the optimizer steps of one rank, such as epochs * len(loader)"
+        )
         return
     if "samples" in kinds or "count" in kinds:
         yield from _data_reasons(several, kinds)

@@ -169,6 +169,8 @@ class Accelerator:
         self._kinds = PreparedKinds(self._loaders)
         with use_policies(rules_of(self._loaders, self._kinds)), value_errors():
             self._core = self._make_core(plugin, compile_plugin, handlers)
+        if gradient_accumulation_plugin is not None and self.is_main_process:
+            _warn_of_other_accumulation(gradient_accumulation_plugin)
         self.gradient_state.plugin_kwargs.setdefault("num_steps", self._core.gradient_accumulation_steps)
         self.scaler: Any = self._core.scaler
         self.native_amp = self.mixed_precision != "no"
@@ -1360,6 +1362,21 @@ def _accumulation(plugin: GradientAccumulationPlugin | None, steps: int) -> Grad
     if launched is not None:
         return GradientAccumulationPlugin(num_steps=int(launched))
     return GradientAccumulationPlugin(num_steps=steps) if steps != 1 else None
+
+
+def _warn_of_other_accumulation(plugin: GradientAccumulationPlugin) -> None:
+    """Say that the launcher's number is not used: a plugin goes before it, as it does in Accelerate."""
+    from paceline.config import worker_config
+
+    resolved, key = worker_config(os.environ), "gradient_accumulation_steps"
+    launched, origin = resolved.config.gradient_accumulation_steps, resolved.origin(key)
+    is_used = not origin.is_explicit or launched in (1, plugin.num_steps)
+    if not is_used and resolved.config.strategy != "deepspeed":
+        _LOG.warning(
+            "%s %s (%s) is not used: the script's own number is, since it passes a gradient_accumulation_plugin. The "
+            "Trainer of transformers does so, and uses that of its TrainingArguments.",
+            key, launched, origin.where,
+        )  # fmt: skip
 
 
 def _launched_precision() -> str | None:

@@ -126,20 +126,30 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        head = ": ".join(part for part in (self.where, self.key, self.what) if part)
+        # A flag says which key it sets.
+        is_named = self.where.startswith("--") and self.where[2:] == self.key.rpartition(".")[2]
+        key = "" if is_named else self.key
+        head = ": ".join(part for part in (self.where, key, self.what) if part)
         return "; ".join(part for part in (head, self.why, self.hint) if part)
 
 
 class ConfigError(PacelineError):
-    """The configuration has problems; all of them are in `problems`."""
+    """The configuration has problems; all of them are in `problems`.
+
+    Args:
+        problems: All that was found.
+        outcome: What a command has therefore not done, such as `nothing was started`; may be empty.
+    """
 
     exit_code = 2
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[Problem], outcome: str = "") -> None:
         self.problems: Sequence[Problem] = tuple(problems)
         count = len(self.problems)
         head = "1 problem in the configuration" if count == 1 else f"{count} problems in the configuration"
-        super().__init__("\n".join([f"{head}; nothing was started", *(f"  {p}" for p in self.problems), ""]))
+        if outcome:
+            head += f"; {outcome}"
+        super().__init__("\n".join([head, *(f"  {p}" for p in self.problems), ""]))
 
 
 class UsageError(PacelineError):

@@ -113,7 +113,7 @@ def test_what_slurm_says_is_shown_with_its_origin(slurm: Slurm) -> None:
 def test_a_machine_rank_that_the_shell_filled_in_too_early_is_found(slurm: Slurm) -> None:
     command = (*PACELINE, "config", "show", "--num_machines", "2", "--machine_rank", "0")
     said = slurm.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, check=False)
-    assert "--machine_rank: machine_rank: 0 contradicts 1 from Slurm (SLURM_NODEID)" in said, said
+    assert "--machine_rank: 0 contradicts 1 from Slurm (SLURM_NODEID)" in said, said
 
 
 @pytest.mark.slow

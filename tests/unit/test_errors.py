@@ -141,10 +141,24 @@ def test_a_message_has_its_three_parts_in_order() -> None:
 def test_a_configuration_error_lists_every_problem() -> None:
     problems = [Problem(f"a.yaml:{n}", f"key{n}", "wrong", "for a reason", "a hint") for n in range(3)]
     lines = str(ConfigError(iter(problems))).splitlines()
-    assert lines[0].startswith("3 problems in the configuration; nothing was started")
+    assert lines[0] == "3 problems in the configuration"
     assert lines[1] == "  a.yaml:0: key0: wrong; for a reason; a hint"
     assert len(lines) == 4
     assert str(ConfigError(problems[:1])).startswith("1 problem in the configuration")
+    assert str(ConfigError(problems, "nothing was started")).startswith(f"{lines[0]}; nothing was started\n")
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "shown"),
+    [
+        ("--timeout", "timeout", "--timeout: wrong"),
+        ("--zero_stage", "deepspeed_config.zero_stage", "--zero_stage: wrong"),
+        ("--nproc_per_node", "num_processes", "--nproc_per_node: num_processes: wrong"),
+        ("a.yaml:1", "timeout", "a.yaml:1: timeout: wrong"),
+    ],
+)
+def test_a_key_that_its_flag_names_is_not_repeated(where: str, key: str, shown: str) -> None:
+    assert str(Problem(where, key, "wrong")) == shown
 
 
 def test_a_missing_package_is_an_import_error_too() -> None:

@@ -94,6 +94,13 @@ def test_show_names_every_source(paceline: Paceline, tmp_path: Path, monkeypatch
     explained = paceline("config", "show", "--explain", *flags)
     assert "max_restarts" in explained.out
     assert all_settings()["max_restarts"].description in explained.out
+    [last] = explained.lines[-1:]
+    assert last.startswith(
+        "Sections that nothing sets are not listed: deepspeed_config is read under strategy deepspeed; "
+    )
+    assert "fp8_config is read under mixed_precision fp8" in last
+    assert "fsdp_config" not in last
+    assert "fsdp_config is read under strategy fsdp" in paceline("config", "show", "--explain").lines[-1]
     document = json.loads(paceline("config", "show", "--json", *flags).out)
     assert document["values"]["mixed_precision"] == {
         "value": "bf16",
@@ -110,9 +117,18 @@ def test_show_says_what_is_detected(paceline: Paceline) -> None:
 
 
 def test_show_reports_all_problems(paceline: Paceline) -> None:
-    answer = paceline("config", "show", "--num_processes", "0", "--mixed_precision", "bf61")
+    mesh = ("--parallelism_config_tp_size", "x", "--use_fsdp", "--use_deepspeed")
+    answer = paceline("config", "show", "--num_processes", "0", "--mixed_precision", "bf61", *mesh)
     assert answer.code == 2
-    assert "2 problems" in answer.err
+    first, *problems = answer.err.splitlines()
+    assert first == "paceline: 4 problems in the configuration"
+    starts = (
+        "--use_deepspeed: conflicts with --use_fsdp",
+        "--num_processes: the number 0",
+        "--mixed_precision: the text 'bf61'",
+        "--parallelism_config_tp_size: the text 'x'",
+    )
+    assert all(any(line.startswith(f"  {start}") for line in problems) for start in starts), problems
 
 
 def test_show_says_that_accelerates_file_is_read(
@@ -190,6 +206,11 @@ def test_check_reports_all_files_at_once(paceline: Paceline, tmp_path: Path) -> 
     assert "did you mean stage?" in answer.out
     assert "absent.yaml: 1 problem" in answer.out
     assert paceline("config", "check", "good.yaml").code == 0
+    (tmp_path / "order.yaml").write_text(
+        "mixed_precision: bf61\nfsdp_config:\n  fsdp_ofload: 1\nnum_processes: 0\nfoo: 1\n"
+    )
+    lines = paceline("config", "check", "order.yaml").lines[1:]
+    assert [line.split(":")[1] for line in lines] == ["1", "3", "4", "5"]
     document = json.loads(paceline("config", "check", "--json", "good.yaml", "bad.yaml").out)
     assert [len(verdict["problems"]) for verdict in document] == [0, 2]
     nothing = paceline("config", "check")
@@ -265,6 +286,8 @@ def test_convert_what_cannot_be_converted(paceline: Paceline, tmp_path: Path) ->
     answer = paceline("config", "convert", "old.yaml", "-o", "new.yaml")
     assert answer.code == 2
     assert "NOT CONVERTED" in answer.out
+    assert answer.err.startswith("paceline: 1 problem in the configuration; nothing was written\n")
+    assert (answer.out + answer.err).count("is not supported in this release") == 1
     assert not (tmp_path / "new.yaml").exists()
     partial = paceline("config", "convert", "old.yaml", "-o", "new.yaml", "--partial")
     assert partial.code == 0

@@ -26,7 +26,7 @@ CLASHES: list[tuple[str, dict[str, Any], str, str, str]] = [
         "debug: true",
         {"multi_gpu": True, "use_fsdp": True},
         "--use_fsdp",
-        "distributed_type",
+        "",
         "conflicts with --multi_gpu",
     ),
     (

@@ -328,4 +328,4 @@ def test_the_launcher_refuses_before_the_start(tmp_path: Path) -> None:
     )
     assert done.returncode == ConfigError.exit_code
     assert "started" not in done.stdout
-    assert "--timeout: timeout: 60" in done.stderr
+    assert "--timeout: 60" in done.stderr

@@ -108,7 +108,7 @@ def test_pinning_goes_by_the_devices_that_the_launcher_sees(
 
 
 def test_device_numbers_without_devices(script: Command, no_devices: None) -> None:
-    with pytest.raises(ConfigError, match="--gpu_ids: gpu_ids: devices 0,1 are requested"):
+    with pytest.raises(ConfigError, match="--gpu_ids: devices 0,1 are requested"):
         plan(resolved(num_processes=2, gpu_ids="0,1"), script, {})
 
 

@@ -172,8 +172,8 @@ def test_what_was_asked_must_be_what_the_job_has() -> None:
     resolved = resolve(flags={"num_processes": "2", "max_restarts": "1"}, env={}, file=None)
     with pytest.raises(ConfigError) as caught:
         check_against(cluster, resolved)
-    assert "--num_processes: num_processes: 2 contradicts 4 from Slurm (SLURM_STEP_NUM_TASKS)" in str(caught.value)
-    assert "--max_restarts: max_restarts: 1 would be ignored" in str(caught.value)
+    assert "--num_processes: 2 contradicts 4 from Slurm (SLURM_STEP_NUM_TASKS)" in str(caught.value)
+    assert "--max_restarts: 1 would be ignored" in str(caught.value)
     check_against(cluster, resolve(flags={"num_processes": "4"}, env={}, file=None))
 
 

@@ -70,13 +70,19 @@ def _check(file: Path, model: str | None) -> _Verdict:
     try:
         resolved = resolve(flags={}, env={}, file=file)
     except ConfigError as error:
-        return _Verdict(str(file), tuple(error.problems))
+        return _Verdict(str(file), tuple(sorted(error.problems, key=_line)))
     config = resolved.config
     summary = f"strategy {config.strategy}, mixed_precision {config.mixed_precision}"
     if model is None or config.strategy != "fsdp":
         return _Verdict(str(file), (), resolved.notes, summary)
     problems, blocks = check_blocks(resolved, model)
     return _Verdict(str(file), tuple(problems), resolved.notes, f"{summary}; {blocks}")
+
+
+def _line(problem: Problem) -> int:
+    """The line of a problem with a file; 0 for one with the whole file."""
+    number = problem.where.rpartition(":")[2]
+    return int(number) if number.isdigit() else 0
 
 
 def _print(verdict: _Verdict) -> None:

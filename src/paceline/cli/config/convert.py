@@ -64,7 +64,7 @@ def command(source: tuple[str, ...], output: Path | None, partial: bool, force: 
     if not problems or partial:
         problems += result.remaining_problems(_existing(folder)) if result.values else ()
     if problems and not partial:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "nothing was written")
     _write(result, output, force)
     if problems:
         _report(problems)

@@ -151,7 +151,7 @@ def confirm(dialogue: Dialogue, now: Situation, file: Path) -> object | Back:
     problems = sorted(now.problems(now.answers), key=str)
     if not dialogue.shows_summary:
         if problems:
-            raise ConfigError(problems)
+            raise ConfigError(problems, "nothing was written")
         return True
     click.echo(f"\n{_text(now.answers, now.machine)}\nThis goes to {file}.")
     if file.exists():

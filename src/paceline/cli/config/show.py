@@ -13,7 +13,7 @@ from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, sche
 from paceline.cli.sources import resolve_sources
 from paceline.config.deepspeed_file.settings import FILE_KEY
 from paceline.config.deepspeed_file.values import left_open, printable_settings
-from paceline.config.schema.names import all_settings
+from paceline.config.schema.names import all_settings, sections
 from paceline.config.sources.writing import yaml_value
 
 if TYPE_CHECKING:
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from paceline.config import Origin, Resolved
 
     Row = tuple[str, Any, Origin]
+
+_READ_WHEN = {
+    "fsdp_config": "under strategy fsdp, also where auto chooses it",
+    "deepspeed_config": "under strategy deepspeed",
+    "parallelism_config": "under strategy fsdp, also where auto chooses it",
+    "fp8_config": "under mixed_precision fp8",
+    "mpirun_config": "where mpirun starts the ranks",
+    "megatron_lm_config": "never, since Megatron-LM is not supported",
+}
+"""When a run reads the sections that have no values unless something sets them or the strategy needs them."""
 
 _HELP = """Show the values that `paceline launch` with the same flags would use, and the source of each.
 
@@ -51,7 +61,9 @@ def command(config_file: Path | None, explain: bool, as_json: bool, **values: An
     rows = _rows(resolved)
     set_rows = [row for row in rows if row[2].kind != "default"]
     click.echo("\n".join(_table(rows if explain else set_rows, explain)))
-    if not explain:
+    if explain:
+        click.echo(_sections_left_out(resolved))
+    else:
         click.echo(f"{len(rows) - len(set_rows)} more values have their defaults; --explain lists them.")
     _show_deepspeed(resolved)
 
@@ -75,6 +87,13 @@ def _table(rows: Iterable[Row], explain: bool) -> list[str]:
         if explain:
             lines.append(f"    {all_settings()[key].description}")
     return lines
+
+
+def _sections_left_out(resolved: Resolved) -> str:
+    """Name the sections of which nothing is listed, and say when a run reads them."""
+    listed = {key.partition(".")[0] for key, _, _ in resolved.explain()}
+    left_out = [f"{name} is read {_READ_WHEN[name]}" for name in sections() if name not in listed]
+    return f"Sections that nothing sets are not listed: {'; '.join(left_out)}."
 
 
 def _show_deepspeed(resolved: Resolved) -> None:

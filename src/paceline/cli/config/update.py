@@ -43,7 +43,7 @@ def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
         )
     result = convert_file(found, compact=False)
     if result.problems:
-        raise ConfigError(result.problems)
+        raise ConfigError(result.problems, "nothing was written")
     if not result.is_changed:
         click.echo(f"{found} is up to date.")
         return
@@ -51,7 +51,7 @@ def command(file: Path | None, config_file: Path | None, dry_run: bool) -> None:
         click.echo(str(key))
     problems = result.remaining_problems(found.absolute().parent)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, "nothing was written")
     if dry_run:
         return
     kept = replace_file(found, result.as_yaml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,11 @@ from paceline.cli.interrupts import import_torch
 from paceline.cli.launch.slurm import slurm_options, take_slurm_flags
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, complete_files, given_flags, schema_options
 from paceline.cli.sources import resolve_sources
+from paceline.errors import ConfigError
 from paceline.launch.command import Command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from paceline.config import Resolved
 
@@ -33,7 +35,7 @@ flag overrides the environment (PACELINE_MIXED_PRECISION=bf16), which overrides 
     paceline launch --use_fsdp --fsdp_offload_params true train.py
     paceline launch --config_file fsdp.yaml -m my_package.train
     paceline launch --num_machines 2 --machine_rank 1 --main_process_ip head train.py
-    paceline launch --dry-run train.py
+    paceline launch --dry_run train.py
 
 Inside a job of Slurm or Kubernetes no flags are needed: `srun paceline launch train.py`, with one task per machine or
 one per rank. --slurm writes and submits the job:
@@ -105,27 +107,36 @@ def command(
     to_run = Command(script=script, arguments=arguments, kind=kind)
     submission = take_slurm_flags(values)
     flags = given_flags(values)
-    if submission is not None:
-        submission.run(to_run, flags, config_file, log_dir=log_dir, tee=tee, quiet=quiet, dry_run=dry_run)
-        return
-    resolved = resolve_sources(flags, config_file)
-    if not quiet:
-        _print_notes([*resolved.notes, *_misplaced(arguments)])
-    # The help and errors of the configuration come without importing torch.
-    import_torch()
-    _reject_not_carried(resolved, to_run)
-    if _run_as_rank(resolved, to_run, log_dir, dry_run):
-        return
-    if not quiet:
-        from paceline.launch.planning import performance_hints
+    with _outcome_of_problems():
+        if submission is not None:
+            submission.run(to_run, flags, config_file, log_dir=log_dir, tee=tee, quiet=quiet, dry_run=dry_run)
+            return
+        resolved = resolve_sources(flags, config_file)
+        if not quiet:
+            _print_notes([*resolved.notes, *_misplaced(arguments)])
+        # The help and errors of the configuration come without importing torch.
+        import_torch()
+        _reject_not_carried(resolved, to_run)
+        if _run_as_rank(resolved, to_run, log_dir, dry_run):
+            return
+        if not quiet:
+            from paceline.launch.planning import performance_hints
 
-        _print_notes(performance_hints(resolved.config, os.environ))
-    _start(resolved, to_run, log_dir=log_dir, tee=tee, dry_run=dry_run)
+            _print_notes(performance_hints(resolved.config, os.environ))
+        _start(resolved, to_run, log_dir=log_dir, tee=tee, dry_run=dry_run)
+
+
+@contextmanager
+def _outcome_of_problems() -> Iterator[None]:
+    """Add to a `ConfigError` that nothing was started: ranks that have been raise a `WorkerError`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.problems, "nothing was started") from error
 
 
 def _reject_not_carried(resolved: Resolved, command: Command) -> None:
     """Raise where the script's own text shows that it would not learn about some settings."""
-    from paceline.errors import ConfigError
     from paceline.launch.accelerate_variables import installed_target, not_carried
     from paceline.launch.accelerators import count_accelerators
     from paceline.launch.script_imports import trains_with_accelerate

@@ -73,9 +73,8 @@ class Conversion:
         self.keys.append(ConvertedKey(where, key, value, f"left out: {why}"))
 
     def refuse(self, where: str, key: str, value: object, problem: Problem) -> None:
-        """Record that a key cannot be converted."""
-        reason = "; ".join(part for part in (problem.what, problem.why, problem.hint) if part)
-        self.keys.append(ConvertedKey(where, key, value, f"NOT CONVERTED: {reason}"))
+        """Record that a key cannot be converted; the problem says why."""
+        self.keys.append(ConvertedKey(where, key, value, "NOT CONVERTED"))
         self.problems.append(problem)
 
     def as_yaml(self, header: Sequence[str] = ()) -> str:

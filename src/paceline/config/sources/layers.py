@@ -166,7 +166,7 @@ def _put_paradigm(layer: Layer, paradigms: list[tuple[str, Origin]]) -> None:
     for _, origin in paradigms[1:]:
         what = f"conflicts with {paradigms[0][1].where}"
         why = "each of them chooses the strategy"
-        layer.problems.append(Problem(origin.where, "distributed_type", what, why, "keep one"))
+        layer.problems.append(Problem(origin.where, "", what, why, "keep one"))
 
 
 def _sagemaker_problem(item: Item) -> Problem:

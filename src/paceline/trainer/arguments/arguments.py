@@ -68,7 +68,7 @@ class TrainingArguments(AllFields):
         >>> TrainingArguments(learning_rat=1.0)
         Traceback (most recent call last):
         ...
-        paceline.errors.ConfigError: 1 problem in the configuration; nothing was started
+        paceline.errors.ConfigError: 1 problem in the configuration
           TrainingArguments(…): learning_rat: unknown name; did you mean learning_rate?
         <BLANKLINE>
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import multiprocessing
 import os
 import random
@@ -76,7 +77,7 @@ class RankPool:
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout: float) -> list[Any]:
         for connection in self.connections:
             connection.send((function, arguments))
-        answers: dict[int, tuple[bool, Any]] = {}
+        answers: dict[int, tuple[bool, Any, bool]] = {}
         while len(answers) < len(self.connections):
             waiting = [c for i, c in enumerate(self.connections) if i not in answers]
             ready = wait(waiting, timeout=timeout if not answers else min(timeout, 200.0))
@@ -86,16 +87,19 @@ class RankPool:
                 try:
                     answers[rank] = self.connections[rank].recv()
                 except EOFError:
-                    answers[rank] = (False, "the process ended")
+                    answers[rank] = (False, "the process ended", False)
             # A rank that failed leaves the others in a collective that never ends.
-            if any(not fine for fine, _ in answers.values()):
+            if any(not fine for fine, _, _ in answers.values()):
                 timeout = min(timeout, 5.0)
-        failed = [f"rank {rank}: {value}" for rank, (fine, value) in sorted(answers.items()) if not fine]
+        failed = [f"rank {rank}: {value}" for rank, (fine, value, _) in sorted(answers.items()) if not fine]
         missing = sorted(set(range(len(self.connections))) - set(answers))
         if failed or missing:
             self.close()
             silent = [f"ranks {missing} did not answer"] if missing else []
             raise RanksFailed("\n".join([*failed, *silent]))
+        # A test that closed the process group leaves none to the next.
+        if not all(is_open for _, _, is_open in answers.values()):
+            self.close()
         return [answers[rank][1] for rank in range(len(self.connections))]
 
     def close(self) -> None:
@@ -139,14 +143,18 @@ def _serve(connection: Connection, rank: int, size: int, port: int, device: str)
     import torch._dynamo
 
     connection.send("ready")
+    logger = logging.getLogger("paceline")
     for function, arguments in _tasks(connection):
         try:
             answer = (True, function(*arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
+        # A Trainer sets it, and the warnings that the next test expects would be lost.
+        logger.setLevel(logging.NOTSET)
         _give_back()
-        connection.send(answer)
-    dist.destroy_process_group()
+        connection.send((*answer, dist.is_initialized()))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _give_back() -> None:

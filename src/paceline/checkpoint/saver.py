@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from paceline.checkpoint.catalog import find_checkpoints
-from paceline.checkpoint.folder import real_folder
 from paceline.checkpoint.io.staging import Stager
 from paceline.errors import CollectiveError
 
@@ -186,6 +184,9 @@ def _naming_save(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except CollectiveError as error:
+        # Needed here alone: an Accelerator that saves nothing does without the format.
+        from paceline.checkpoint.folder import real_folder
+
         path = real_folder(folder)
         raise CollectiveError(
             f"The checkpoint {path} was not finished: {error.saw}", error.why, f"{error.todo}. {_what_is_left(path)}"
@@ -193,6 +194,8 @@ def _naming_save(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _what_is_left(folder: Path) -> str:
+    from paceline.checkpoint.catalog import find_checkpoints
+
     try:
         complete = [entry.folder for entry in find_checkpoints(folder.parent) if entry.checkpoint is not None]
     except OSError as error:

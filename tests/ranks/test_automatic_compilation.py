@@ -407,3 +407,14 @@ def sharded_and_graphed() -> None:
 
 def test_sharded_weights_move_and_are_not_replayed() -> None:
     run_on_ranks(2, sharded_and_graphed)
+
+
+def stopped_late() -> None:
+    with on_the_cpu(_WORTHWHILE_GRAPHS=1e9):
+        _, said, model = train("single", steps=32, length=lambda step: 9 if step < 23 else step - 18)
+    assert "not replayed as CUDA graphs: shapes vary" in said, said
+    assert not any(parameter._backward_hooks for parameter in model.blocks.parameters())
+
+
+def test_graphs_that_stop_after_they_were_kept_leave_no_hooks() -> None:
+    run_on_ranks(1, stopped_late)

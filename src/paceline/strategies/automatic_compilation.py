@@ -185,14 +185,14 @@ class AutomaticCompilation:
 
     def stop_graphs(self, reason: str) -> None:
         """Call compiled code without graphs from the next block on."""
-        self.is_replayed = False
+        self.is_replayed, self.is_decided = False, not self._replayed
         self._state = f"{self._compiled_state}; not replayed as CUDA graphs: {reason}"
         _LOG.info("Compiled blocks are not replayed as CUDA graphs: %s", reason)
 
     def may_replay_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a block may be a graph with these arguments; if not, graphs are stopped."""
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(first, torch.Tensor) and first.shape not in self._shapes:
+        if isinstance(first, torch.Tensor):
             self._shapes.add(first.shape)
         if len(self._shapes) > MAX_SHAPES:
             self.stop_graphs("shapes vary")

@@ -21,7 +21,6 @@ from paceline.placement.tensors import (
     META,
     Device,
     TiedParameters,
-    address,
     as_device,
     as_parameter,
     find_owner,
@@ -29,6 +28,7 @@ from paceline.placement.tensors import (
     is_same_device,
     named_module_tensors,
     set_module_tensor_to_device,
+    tied_copies,
 )
 from paceline.placement.weight_file import FileSlice
 
@@ -208,8 +208,9 @@ class AlignDevicesHook(ModelHook):
         assert self.weights_map is not None
         value = self.weights_map[name]
         tied, device = self.tied_params_map, self.execution_device
-        if tied is not None and device not in tied.get(address(value), {device: None}):
-            self._loan.remove_later(tied[address(value)], device)
+        copies = tied_copies(tied, value)
+        if copies is not None and device not in copies:
+            self._loan.remove_later(copies, device)
         owner, last = find_owner(module, name)
         self._loan.keep_place(owner, last)
         set_module_tensor_to_device(
@@ -310,15 +311,15 @@ class _Plan:
         if stream is None or not stream.serves(device):
             self.plain = self.names
         else:
-            self._make_groups(stream, tied or {})
+            self._make_groups(stream, tied)
 
-    def _make_groups(self, stream: WeightStream, tied: TiedParameters) -> None:
+    def _make_groups(self, stream: WeightStream, tied: TiedParameters | None) -> None:
         own = {}
         for name in self.names:
             source = source_of(self.weights, name)
             if not self._can_stream(name, source):
                 self.plain.append(name)
-            elif isinstance(source, torch.Tensor) and address(source) in tied:
+            elif isinstance(source, torch.Tensor) and tied_copies(tied, source) is not None:
                 self.groups.append((stream.shared_group(source, self.device), {"": name}))
             else:
                 own[name] = source
@@ -376,7 +377,7 @@ class _Loan:
         assert plan.stream is not None
         resident = None
         if tied is not None and "" in names:
-            resident = _resident(tied.get(address(plan.weights[names[""]]), {}), plan.device)
+            resident = _resident(tied_copies(tied, plan.weights[names[""]]) or {}, plan.device)
         if resident is not None:
             values = {"": resident}
         else:

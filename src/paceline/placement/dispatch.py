@@ -39,7 +39,6 @@ from paceline.placement.tensors import (
     find_tied_parameters,
     get_non_persistent_buffers,
     named_module_tensors,
-    remember_tied,
     retie_parameters,
     shortened,
 )
@@ -366,11 +365,11 @@ class _Dispatch:
 
 def _tied_addresses(model: nn.Module, ties: Sequence[Sequence[str]]) -> TiedParameters:
     """The tied parameters by address, none of them on a device yet."""
-    tied: TiedParameters = {}
+    tied = TiedParameters()
     for group in ties:
         for name in group:
             owner, last = find_owner(model, name)
-            remember_tied(tied, getattr(owner, last))
+            tied.note(getattr(owner, last))
     return tied
 
 

@@ -161,7 +161,8 @@ class WeightStream:
         self._foreseen_up_to: Position = (None, None)
         self._in_use: dict[torch.device, int] = {}
         self._released: dict[torch.device, list[tuple[Any, dict[str, torch.Tensor]]]] = {}
-        self._shared: dict[tuple[int, torch.device], WeightGroup] = {}
+        # By the address of a source, which is kept alive: another tensor could come to lie there.
+        self._shared: dict[tuple[int, torch.device], tuple[WeightGroup, torch.Tensor]] = {}
         self._largest = 0
         self._lock = threading.RLock()  # modules may run in several threads
         self.foreseen = 0
@@ -196,9 +197,10 @@ class WeightStream:
         key = (address(source), device)
         if key not in self._shared:
             # Not noted in the order: it may be on the device anyway, for a module that stays there.
-            self._shared[key] = WeightGroup({"": source}, device)
-            self._largest = max(self._largest, self._shared[key].nbytes)
-        return self._shared[key]
+            group = WeightGroup({"": source}, device)
+            self._shared[key] = group, source
+            self._largest = max(self._largest, group.nbytes)
+        return self._shared[key][0]
 
     def fetch(self, group: WeightGroup) -> dict[str, torch.Tensor]:
         """Return the weights of a group on its device, ready for the computation that comes."""
@@ -252,7 +254,7 @@ class WeightStream:
             for group in groups:
                 if group in self._ahead:
                     self._take_ahead(group)
-            self._shared = {key: each for key, each in self._shared.items() if each not in groups}
+            self._shared = {key: each for key, each in self._shared.items() if each[0] not in groups}
             self.order.forget(groups)
             self._foreseen_up_to = self.order.position
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from paceline.errors import PlacementError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping, Sequence
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "as_device",
@@ -24,10 +25,56 @@ __all__ = [
 ]
 
 Device = int | str | torch.device
-# For each tied tensor, by its address, the parameter on each device that has it.
-TiedParameters = dict[int, dict[Any, torch.Tensor]]
-
 META = torch.device("meta")
+
+
+class TiedParameters(dict[int, dict[Any, torch.Tensor]]):
+    """For each tied parameter, by the address of its original values, the parameter on each device that has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._originals: dict[int, Any] = {}
+
+    def note(self, tensor: torch.Tensor) -> None:
+        """Note that a tensor is tied, so that each device gets it once."""
+        key = address(tensor)
+        if key:
+            self.setdefault(key, {})
+            make: Any = StorageWeakRef
+            self._originals[key] = make(tensor.untyped_storage())
+
+    def forget_gone(self, key: int) -> None:
+        """Forget an original whose memory was freed: what lies there now is another tensor."""
+        original = self._originals.get(key)
+        if original is not None and original.expired():
+            del self[key], self._originals[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TiedParameters:
+        # The originals of a copied model lie elsewhere, and come to each device once for each of their modules.
+        memo[id(self)] = twin = TiedParameters()
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TiedParameters, ()
+
+
+def tied_copies(
+    tied: dict[int, dict[Any, torch.Tensor]] | None, tensor: torch.Tensor | None
+) -> dict[Any, torch.Tensor] | None:
+    """The parameters on devices that a tied tensor has; None if it is not tied.
+
+    Args:
+        tied: Parameters that are tied.
+        tensor: The original.
+    """
+    key = address(tensor)
+    if not tied or not key:
+        return None
+    if isinstance(tied, TiedParameters):
+        tied.forget_gone(key)
+    return tied.get(key)
+
+
 # Parameters of bitsandbytes: their constructors take what they know of their quantization.
 _BITSANDBYTES = ("Int8Params", "FP4Params", "Params4bit")
 
@@ -179,10 +226,7 @@ def set_module_tensor_to_device(
     """
     owner, name = find_owner(module, tensor_name)
     old = getattr(owner, name)
-    source = old if value is None else value
-    tied = None
-    if tied_params_map is not None and source is not None:
-        tied = tied_params_map.get(source.data_ptr())
+    tied = tied_copies(tied_params_map, old if value is None else value)
     if tied is not None and device in tied:
         owner._parameters[name] = tied[device]  # type: ignore[assignment]
         return
@@ -300,9 +344,3 @@ def address(tensor: torch.Tensor | None) -> int:
         return tensor.data_ptr()
     except RuntimeError:  # a subclass without one storage of its own
         return 0
-
-
-def remember_tied(tied: MutableMapping[int, dict[Any, torch.Tensor]], tensor: torch.Tensor) -> None:
-    """Note that a tensor is tied, so that each device gets it once."""
-    if address(tensor):
-        tied.setdefault(address(tensor), {})

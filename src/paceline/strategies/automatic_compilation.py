@@ -189,6 +189,11 @@ class AutomaticCompilation:
         self._state = f"{self._compiled_state}; not replayed as CUDA graphs: {reason}"
         _LOG.info("Compiled blocks are not replayed as CUDA graphs: %s", reason)
 
+    @property
+    def has_pending_graphs(self) -> bool:
+        """Whether graphs were stopped in this step, and the backward of one is still to come."""
+        return bool(self._replayed) and not self.is_replayed and would_overwrite()
+
     def may_replay_now(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a block may be a graph with these arguments; if not, graphs are stopped."""
         first = args[0] if args else next(iter(kwargs.values()), None)
@@ -338,6 +343,9 @@ class _CompiledCall:
                 return self._replayed(args, kwargs)
             except RuntimeError as error:
                 owner.note_failed_replay(error)
+        if owner.has_pending_graphs:
+            # Even compiled code without graphs begins a new generation of them, whose memory torch takes to be free.
+            return block._call_impl(*args, **kwargs)
         try:
             return self._compiled(*args, **kwargs)
         except Exception as error:

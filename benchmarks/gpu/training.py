@@ -162,6 +162,12 @@ class Contender:
         """The optimizer of all contenders."""
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
+    def begin(self) -> None:
+        """Set what this contender changes in the whole process."""
+
+    def end(self) -> None:
+        """Undo it, for the others."""
+
     def step(self, tokens: Tensor) -> Tensor:
         """One optimizer step; returns the loss."""
         raise NotImplementedError
@@ -212,12 +218,21 @@ class Raw(Contender):
 
 
 class Paceline(Contender):
-    """Through the Accelerator; `dynamo`, `precision` and `handlers` are its arguments."""
+    """Through the Accelerator; `dynamo`, `precision`, `handlers` and `attention` are its arguments."""
+
+    def begin(self) -> None:
+        """Use its kernels of attention, if there are any."""
+        self.accelerator.strategy.attention.use()
+
+    def end(self) -> None:
+        """Leave the others those of torch."""
+        self.accelerator.strategy.attention.release()
 
     def prepare(self) -> None:
         """Prepare model and optimizer in one call."""
         settings: dict[str, Any] = {"mixed_precision": self.settings.get("precision", "bf16")}
         settings["kwargs_handlers"] = self.settings.get("handlers", ())
+        settings["attention_kernels"] = self.settings.get("attention")
         if self.settings.get("fsdp"):
             plugin = self.settings["fsdp"]
             settings["fsdp_plugin"] = FullyShardedDataParallelPlugin() if plugin is True else plugin
@@ -264,6 +279,7 @@ def contenders_of(name: str) -> list[Contender]:
                 Raw("raw eager", LARGE),
                 Paceline("paceline by default", LARGE, settle=12),
                 Paceline("paceline by default, chunked loss", LARGE, "chunked", settle=12),
+                Paceline("the same, attention by torch", LARGE, "chunked", settle=12, attention="torch"),
             ]
         case "fp8":
             return [
@@ -441,6 +457,7 @@ def warm_up(contender: Contender, batches: list[Tensor]) -> float:
     torch.cuda.reset_peak_memory_stats()
     contender.step(batches[0])
     contender.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    contender.end()
     return time.perf_counter() - started
 
 
@@ -463,11 +480,13 @@ def measure(name: str, contenders: list[Contender], seconds: float) -> dict[str,
     for turn in range(case.rounds):
         order = usable[turn % len(usable) :] + usable[: turn % len(usable)]
         for contender in order:
+            contender.begin()
             for _ in range(2 if turn == 0 else 0):
                 contender.step(batches[0])
             steps = [batches[i % len(batches)] for i in range(case.block)]
             took = synchronized(partial(take_steps, contender, steps))
             contender.times.append(took / case.block * 1000)
+            contender.end()
         if agreed(time.perf_counter() - started > seconds):
             break
     first = usable[0]

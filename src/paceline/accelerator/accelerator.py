@@ -76,6 +76,7 @@ class Accelerator:
             `InitProcessGroupKwargs`, `ProfileKwargs`, `FP8Config`: at most one of each.
         dynamo_plugin: Settings of `torch.compile`.
         dynamo_backend: Short for `TorchDynamoPlugin(backend=...)`.
+        attention_kernels: Kernels behind torch's `scaled_dot_product_attention`: `auto`, `torch` or `flash-attn-4`.
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
         project_dir: Where a run keeps its files.
         project_config: More settings than `project_dir`; give one of them.
@@ -122,6 +123,7 @@ class Accelerator:
         kwargs_handlers: Sequence[object] = (),
         dynamo_plugin: TorchDynamoPlugin | None = None,
         dynamo_backend: str | None = None,
+        attention_kernels: str | None = None,
         parallelism_config: ParallelismConfig | None = None,
         project_dir: str | os.PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
@@ -147,6 +149,7 @@ class Accelerator:
             "fsdp_config": fsdp_plugin,
             "deepspeed_config": arguments.first_plugin(deepspeed_plugin, deepspeed_plugins),
             "dynamo_config": arguments.compile_settings(dynamo_plugin, dynamo_backend),
+            "attention_kernels": attention_kernels,
             "parallelism_config": parallelism_config,
         }
         handlers = arguments.Handlers.sort(kwargs_handlers)

@@ -270,6 +270,7 @@ class Preparer:
         strategy = self._selector.select(models, optimizers) if models else self._selector.maybe_current
         done: dict[int, Any] = {id(optimizer): self._wrap_optimizer(optimizer) for optimizer in optimizers}
         if strategy is not None:
+            strategy.attention.use()
             where = [self._placement(place.get(id(model))) for model in models]
             # Optimizers prepared before their model still have its original parameters.
             known = [wrapper.optimizer for wrapper in self._prepared.optimizers]

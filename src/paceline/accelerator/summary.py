@@ -63,6 +63,8 @@ def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str
     if strategy is not None:
         yield from (("strategy", line) for line in strategy.describe())
         yield from (("compiler", line) for line in strategy.describe_compilation())
+        attention = strategy.attention.describe()
+        yield from [("attention", attention)] if attention is not None else []
 
 
 def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator[tuple[str, str]]:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
+from paceline.strategies.attention import AttentionKernels
 from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
@@ -63,6 +64,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
+        self.attention = AttentionKernels(context)
         self._compilations: list[AutomaticCompilation] = []
         self._fp8: list[Fp8Layers] = []
         self._models: list[nn.Module] = []

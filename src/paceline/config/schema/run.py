@@ -47,6 +47,7 @@ _PRECISIONS = (
     ("bf16", "16 bits with the range of fp32"),
     ("fp8", "bf16, with the matrix products of large layers in 8 bits (torchao)"),
 )
+AttentionKernels = Literal["auto", "torch", "flash-attn-4"]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -182,6 +183,11 @@ class RunConfig(Section):
     fp8_config: FP8Config | None = Field(None, description="How fp8 matrix products are scaled (mixed_precision fp8).")
     dynamo_config: TorchDynamoPlugin = Field(
         default_factory=TorchDynamoPlugin, description="How models are compiled by torch.compile."
+    )
+    attention_kernels: AttentionKernels = Field(
+        "auto",
+        description="Kernels behind torch's scaled_dot_product_attention. auto: on a Hopper GPU those of the package "
+        "flash-attn-4, if it is installed, where they are faster; torch: torch's own; flash-attn-4: or an error.",
     )
     mpirun_config: MpirunConfig | None = Field(None, description="How mpirun starts the processes of a run on CPUs.")
     megatron_lm_config: MegatronLMConfig | None = Field(

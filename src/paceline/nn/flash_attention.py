@@ -114,17 +114,22 @@ def takes(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, *, is_cau
         is_causal: torch's mask begins at the first key and theirs ends at the last one: the same for as many queries
             as keys.
     """
-    if dropout_p or query.dtype not in (torch.bfloat16, torch.float16) or query.dim() != 4:
+    if dropout_p or query.dim() != 4 or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
-    if key.shape != value.shape or key.dtype != query.dtype or value.dtype != query.dtype:
+    has_same_mask = not is_causal or queries == keys
+    pays = batch * heads * queries * keys * width >= _MIN_PRODUCTS
+    return has_same_mask and pays and width <= _MAX_WIDTH and width % 8 == 0 and _fit(query, key, value)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether keys and values are those of a query, for each of its heads or for groups of them."""
+    if key.shape != value.shape or not query.dtype == key.dtype == value.dtype:
         return False
-    if key.shape[0] != batch or key.shape[3] != width or not key.shape[1] or heads % key.shape[1]:
-        return False
-    if (is_causal and queries != keys) or width > _MAX_WIDTH or width % 8:
-        return False
-    return batch * heads * queries * keys * width >= _MIN_PRODUCTS
+    batch, key_heads, _, width = key.shape
+    is_of_query = batch == query.shape[0] and width == query.shape[3]
+    return is_of_query and key_heads > 0 and query.shape[1] % key_heads == 0
 
 
 class _Kernels:

@@ -95,7 +95,7 @@ class WithFabric(Contender):
         if self.settings.get("fsdp"):
             # The hook gets a model on the meta device or on the CPU, and shards it.
             strategy: Any = ModelParallelStrategy(
-                parallelize_fn=_shard_blocks, data_parallel_size=dist.get_world_size()
+                parallelize_fn=_shard_blocks, data_parallel_size=dist.get_world_size(), tensor_parallel_size=1
             )
             precision: Any = None
         else:

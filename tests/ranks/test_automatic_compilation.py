@@ -55,6 +55,7 @@ def train(
     scheduled: int | None = None,
     evaluate: bool = False,
     recompute: bool = False,
+    free: bool = False,
     **settings: Any,
 ) -> tuple[list[float], str, Any]:
     """Losses, what is said about the compiler, and the user's own model."""
@@ -80,7 +81,10 @@ def train(
             with torch.no_grad():
                 model(make_tokens(3, 5 + i % 3))
     said = [line for line in accelerator.describe().splitlines() if "torch.compile" in line]
-    return losses, "\n".join(said), accelerator.unwrap_model(model)
+    inner = accelerator.unwrap_model(model)
+    if free:
+        accelerator.free_memory()
+    return losses, "\n".join(said), inner
 
 
 def on_rank(strategy: str, recompute: bool) -> None:
@@ -266,6 +270,38 @@ def with_changing_shapes() -> None:
         torch._dynamo.config.recompile_limit = limit
     assert losses == pytest.approx(plain, abs=1e-6)
     assert dynamic == pytest.approx(plain, abs=1e-5)
+
+
+def compiled_for_too_many_shapes() -> None:
+    def length(step: int) -> int:
+        return 5 + step
+
+    plain, _, _ = train("single", length=length)
+    # Each compilation counts, and takes longer than what is left of a short run.
+    with on_the_cpu(_COMPILING_SECONDS=0.0), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        losses, said, _ = train("single", length=length, scheduled=STEPS)
+        assert "compiling for more of them would not be earned back" in said, said
+    assert losses == pytest.approx(plain, abs=1e-6)
+
+
+def test_a_short_run_does_not_compile_for_every_shape() -> None:
+    run_on_ranks(1, compiled_for_too_many_shapes)
+
+
+def one_after_the_other() -> None:
+    limit, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 2
+    try:
+        with on_the_cpu():
+            for width in (8, 16, 24, 32):
+                _, said, model = train("single", make=lambda width=width: TinyTransformer(width=width), free=True)
+                assert "compiled by" in said, said
+                assert all(block._compiled_call_impl is None for block in model.blocks)
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+
+
+def test_models_of_one_process_do_not_use_up_the_compilations_of_others() -> None:
+    run_on_ranks(1, one_after_the_other)
 
 
 @pytest.mark.parametrize("settings", [{"dynamo_backend": "no"}, {"dynamo_plugin": TorchDynamoPlugin(disable=True)}])

@@ -108,7 +108,6 @@ class StrategySelector:
         """Close the strategy, and begin with a new one."""
         if self.maybe_current is not None:
             self.maybe_current.close()
-            self.maybe_current.attention.release()
         self.maybe_current, self.reason = self._select_early()
 
     def _select_early(self) -> tuple[Strategy | None, str]:

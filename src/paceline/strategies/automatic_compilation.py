@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import time
 import warnings
@@ -64,6 +65,8 @@ _WORTHWHILE_GRAPHS = 0.9
 _IGNORED_FOR_GRAPHS = 4
 # Compiling forward and backward of one block of a Llama: 14 s on 16 cores.
 _COLD_SECONDS = 20.0
+# Longer than any call that only queues kernels, shorter than any that compiles.
+_COMPILING_SECONDS = 0.5
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "triton")
 
 
@@ -94,7 +97,7 @@ def automatic_compilation(
     blocks = [model.get_submodule(name) for name in repeated_blocks(model)]
     for block in blocks:
         if isinstance(block._compiled_call_impl, _CompiledCall):
-            block._compiled_call_impl.owner.end()
+            block._compiled_call_impl.owner.end("the model was prepared again")
     compilation = AutomaticCompilation(blocks, settings, device, remaining_steps, may_replay=may_replay)
     if not blocks:
         compilation.stop("the model has no repeated blocks")
@@ -132,6 +135,9 @@ class AutomaticCompilation:
         self._may_replay = may_replay
         self._clock = _Clock(device)
         self._eager_seconds = self._compiled_seconds = self._started = self._compile_seconds = 0.0
+        # Spent in calls of blocks after the first step that compiled them once more.
+        self._recompile_seconds = self._accepted_seconds = 0.0
+        self._num_graphs = 0
         self._state = f"will be compiled after {_IGNORED + _TIMED + 1} steps if the run is long enough"
         # What is done with the time of a step, how many steps come before those that are timed, and how many were seen.
         self._judge: Callable[[float], None] = self._judge_eager
@@ -165,6 +171,9 @@ class AutomaticCompilation:
         self._steps += 1
         if self.is_on and not self._compile_seconds:
             self._compile_seconds = time.perf_counter() - self._started
+            self._num_graphs = _num_graphs()
+        elif self._recompile_seconds > self._accepted_seconds:
+            self._judge_recompilation()
         if self._steps >= self._ignored:
             self._clock.mark()
         if self._steps == self._ignored + _TIMED:
@@ -177,11 +186,17 @@ class AutomaticCompilation:
         if was_on:
             _LOG.info("Blocks are not compiled any longer: %s", reason)
 
-    def end(self) -> None:
-        """Leave the blocks as they were: their model is prepared again."""
-        self.stop("the model was prepared again")
+    def end(self, reason: str) -> None:
+        """Leave the blocks as they were, and let the next models of their classes be compiled as often as the first."""
+        self.stop(reason)
         self._end_replayed()
         self._restore()
+        if not self._started:
+            return
+        from torch._C._dynamo.eval_frame import reset_code
+
+        for code in {_code(block) for block in self._blocks}:
+            reset_code(code)
 
     def stop_graphs(self, reason: str) -> None:
         """Call compiled code without graphs from the next block on."""
@@ -270,6 +285,27 @@ class AutomaticCompilation:
         self._replay()
         self._then(self._judge_graphs, _IGNORED_FOR_GRAPHS)
 
+    def note_call(self, seconds: float) -> None:
+        """Note how long the host was in a block's call: it may have compiled, or waited for a device that is behind."""
+        if not self._compile_seconds or seconds < _COMPILING_SECONDS:
+            return
+        num_graphs = _num_graphs()
+        if num_graphs > self._num_graphs:
+            self._recompile_seconds += seconds
+        self._num_graphs = num_graphs
+
+    def _judge_recompilation(self) -> None:
+        """Stop where compiling for further shapes, as long as for those so far, would not be earned back."""
+        self._accepted_seconds = self._recompile_seconds
+        remaining = self._remaining_steps()
+        compiled = self._compiled_seconds or _EXPECTED_RATIO * self._eager_seconds
+        gain = self._eager_seconds - compiled
+        if remaining is not None and remaining * gain < self._recompile_seconds and not self.is_replayed:
+            self.stop(
+                f"shapes vary, and compiling for more of them would not be earned back in {remaining} more steps "
+                f"({self._recompile_seconds:.0f} s so far)"
+            )
+
     def _judge_graphs(self, seconds: float) -> None:
         """Keep the graphs if steps have become shorter again."""
         ratio = seconds / self._compiled_seconds
@@ -346,13 +382,29 @@ class _CompiledCall:
         if owner.has_pending_graphs:
             # Even compiled code without graphs begins a new generation of them, whose memory torch takes to be free.
             return block._call_impl(*args, **kwargs)
+        started = time.perf_counter()
         try:
-            return self._compiled(*args, **kwargs)
+            result = self._compiled(*args, **kwargs)
+            owner.note_call(time.perf_counter() - started)
+            return result
         except Exception as error:
             if not type(error).__module__.startswith(_COMPILERS):
                 raise
             owner.stop(_reason(error))
         return block._call_impl(*args, **kwargs)
+
+
+def _num_graphs() -> int:
+    """How many graphs torch has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _code(block: nn.Module) -> Any:
+    """What torch keeps the compiled variants of a block's class under, at most eight of them."""
+    forward: Any = type(block).forward
+    return inspect.unwrap(forward).__code__
 
 
 def _first_line(error: Exception) -> str:

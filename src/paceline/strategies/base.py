@@ -440,6 +440,9 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
+        for compilation in self._compilations:
+            compilation.end("the memory was freed")
+        self.attention.release()
 
 
 def check_trainable(model: nn.Module) -> None:

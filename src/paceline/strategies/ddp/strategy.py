@@ -189,6 +189,7 @@ class DDPStrategy(Strategy):
 
     @override
     def close(self) -> None:
+        super().close()
         if self._close_own_group is not None:
             self._close_own_group()
         self._own_group = self._close_own_group = None

@@ -380,6 +380,7 @@ class DeepSpeedStrategy(Strategy):
 
     @override
     def close(self) -> None:
+        super().close()
         self.engines.close()
 
     # Models that are built sharded

@@ -97,12 +97,14 @@ def main() -> None:
             continue
         batches = batches_of(contender.case)
         print(f"{contender.title}, built in {warm_up(contender, batches):.0f} s", flush=True)
+        contender.begin()
         host_parts(contender, batches)
         on_host = host_parts(contender, batches)
         print("  host, ms:  ", ", ".join(f"{name} {taken:.1f}" for name, taken in on_host.items()), flush=True)
         on_device = device_parts(contender, batches)
         parts = ", ".join(f"{kind} {taken:.1f}" for kind, taken in on_device.items())
         print(f"  device, ms: {parts}, together {sum(on_device.values()):.1f}", flush=True)
+        contender.end()
         contender.model = contender.optimizer = contender.accelerator = None
         torch.cuda.empty_cache()
     os._exit(0)

@@ -293,7 +293,7 @@ def one_after_the_other() -> None:
     try:
         with on_the_cpu():
             for width in (8, 16, 24, 32):
-                _, said, model = train("single", make=lambda width=width: TinyTransformer(width=width), free=True)
+                _, said, model = train("single", make=partial(TinyTransformer, width), free=True)
                 assert "compiled by" in said, said
                 assert all(block._compiled_call_impl is None for block in model.blocks)
     finally:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,6 +60,7 @@ class DevicePrefetcher:
         self._stream = None if device.type == "cpu" else _maybe_stream(device)
         # Of the largest batch so far that was copied ahead, and of the largest that was pinned here.
         self._copied_bytes = self._pinned_bytes = 0
+        self._thread: _CopyThread | None = None
 
     def iterate(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches on the device."""
@@ -84,21 +86,24 @@ class DevicePrefetcher:
         )
 
     def _ahead(self, batches: Iterator[Any], stream: torch.Stream) -> Iterator[Any]:
-        thread = _CopyThread(self._device, stream)
+        used = _UsedBatches(self._device)
+        following = None
         try:
-            ready = self._start(next(batches, _NONE), stream, thread)
+            ready = self._start(next(batches, _NONE), stream, used)
             while ready is not None:
                 # The copy of the next batch is queued before this one is yielded.
                 if isinstance(ready, Future):
                     ready.result()
-                following = self._start(next(batches, _NONE), stream, thread)
+                following = self._start(next(batches, _NONE), stream, used)
                 yield self._finish(ready)
-                thread.note_use()
+                used.note()
                 ready = following
         finally:
-            thread.close()
+            if isinstance(following, Future) and not following.cancel():
+                # The thread reads memory of the data set's.
+                wait([following])
 
-    def _start(self, batch: Any, stream: torch.Stream, thread: _CopyThread) -> _Copied | Future[_Copied] | None:
+    def _start(self, batch: Any, stream: torch.Stream, used: _UsedBatches) -> _Copied | Future[_Copied] | None:
         if batch is _NONE:
             return None
         size = 0
@@ -115,7 +120,9 @@ class DevicePrefetcher:
         self._copied_bytes = max(size, self._copied_bytes)
         if needs_pinning:
             self._pinned_bytes = max(size, self._pinned_bytes)
-            return thread.copy(batch)
+            if self._thread is None:
+                self._thread = _copy_thread(self._device, stream)
+            return self._thread.copy(batch, used.oldest())
         with stream:
             return _Copied(map_tensors(self._copy, batch), stream.record_event())
 
@@ -139,54 +146,76 @@ class DevicePrefetcher:
         return batch
 
 
-@dataclass(slots=True)
-class _CopyThread:
-    """Copies batches from ordinary memory to the device, in a thread that starts with the first one."""
+class _UsedBatches:
+    """When the device was through with the last batches of one iteration, so that no more lie on it than allowed."""
 
-    device: torch.device
-    stream: torch.Stream
-    _executor: ThreadPoolExecutor | None = None
-    _copier: StagedCopier | None = None
-    # When the device was through with the last batches that were copied here.
-    _used: deque[torch.Event] = field(default_factory=lambda: deque(maxlen=_MAX_ON_DEVICE - 1))
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: deque[torch.Event] = deque(maxlen=_MAX_ON_DEVICE - 1)
+        self._counts = False
 
-    def copy(self, batch: Any) -> Future[_Copied]:
-        """Copy a batch, after those before it."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, "paceline-copy", initializer=self._select_device)
-            threads = num_copiers(torch.accelerator.device_count())
-            self._copier = StagedCopier(self.device, self.stream, threads)
-        is_full = len(self._used) == self._used.maxlen
-        return self._executor.submit(self._copy, batch, self._used[0] if is_full else None)
-
-    def note_use(self) -> None:
+    def note(self) -> None:
         """Note that everything which uses the batch yielded last is queued on the device."""
-        if self._executor is not None:
-            self._used.append(torch.accelerator.current_stream(self.device).record_event())
+        if self._counts:
+            self._events.append(torch.accelerator.current_stream(self._device).record_event())
 
-    def close(self) -> None:
-        """End the thread."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-        if self._copier is not None:
-            self._copier.close()
+    def oldest(self) -> torch.Event | None:
+        """What must have happened before another batch is copied; None if there is room. Counts from now on."""
+        self._counts = True
+        return self._events[0] if len(self._events) == self._events.maxlen else None
 
-    def _select_device(self) -> None:
-        # Each thread has a current device of its own, and pinning would begin to use the first one.
-        if self.device.index is not None:
-            torch.accelerator.set_device_index(self.device.index)
+
+class _CopyThread:
+    """Copies batches from ordinary memory to a device, for all loaders of the process.
+
+    Starting the thread and pinning its buffers takes 30 to 70 ms, so it stays as long as one of them.
+    """
+
+    def __init__(self, device: torch.device, stream: torch.Stream) -> None:
+        self._device = device
+        self._stream = stream
+        self._copier = StagedCopier(device, stream, num_copiers(torch.accelerator.device_count()))
+        # Not a method: the thread would keep this object.
+        self._executor = ThreadPoolExecutor(1, "paceline-copy", initializer=_select_device, initargs=(device,))
+        weakref.finalize(self, _end_copies, self._executor, self._copier).atexit = False
+
+    def copy(self, batch: Any, before: torch.Event | None) -> Future[_Copied]:
+        """Copy a batch after those before it, and after an event."""
+        return self._executor.submit(self._copy, batch, before)
 
     def _copy(self, batch: Any, before: torch.Event | None) -> _Copied:
         if before is not None:
             before.synchronize()
-        with self.stream:
-            return _Copied(map_tensors(self._copy_tensor, batch), self.stream.record_event())
+        with self._stream:
+            return _Copied(map_tensors(self._copy_tensor, batch), self._stream.record_event())
 
     def _copy_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type == "cpu" and tensor.nbytes and not tensor.is_pinned():
-            assert self._copier is not None
             return self._copier.copy(tensor)
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(self._device, non_blocking=True)
+
+
+_copy_threads: weakref.WeakValueDictionary[torch.device, _CopyThread] = weakref.WeakValueDictionary()
+
+
+def _copy_thread(device: torch.device, stream: torch.Stream) -> _CopyThread:
+    """The thread that copies to a device, started if nobody has it yet."""
+    thread = _copy_threads.get(device)
+    if thread is None:
+        thread = _copy_threads[device] = _CopyThread(device, stream)
+    return thread
+
+
+def _select_device(device: torch.device) -> None:
+    # Each thread has a current device of its own, and pinning would begin to use the first one.
+    if device.index is not None:
+        torch.accelerator.set_device_index(device.index)
+
+
+def _end_copies(executor: ThreadPoolExecutor, copier: StagedCopier) -> None:
+    # Not waited for: the last reference may be the thread's own.
+    executor.shutdown(wait=False)
+    copier.close()
 
 
 def _maybe_stream(device: torch.device) -> torch.Stream | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-import threading
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -120,32 +120,22 @@ def _unseeded() -> Any:
     return _Unseeded()
 
 
-class _NoBitGenerator:
-    """Stands in for numpy's bit generator while only the cached normal number is read."""
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The state of no generator."""
-        return {"bit_generator": "none", "state": None}
-
-
 def _read_cached_normal() -> float | None:
     """Return the normal number that `np.random.randn` has computed for its next call, if there is one.
 
     They come in pairs, and `set_bit_generator` drops the second. `np.random.get_state` has it, too, but takes forty
-    times as long, because it copies the whole state; so the bit generator is away while it is read, which no other
-    thread may see.
+    times as long, because it copies the whole state; so the bit generator is away while it is read. No other thread
+    sees that: the three calls are made by C code, between which the interpreter does not change threads.
     """
-    if threading.active_count() > 1:
-        state: Any = np.random.get_state(legacy=False)
-    else:
-        generator: Any = np.random.mtrand._rand
-        bit_generator = generator._bit_generator
-        generator._bit_generator = _NoBitGenerator()
-        try:
-            state = generator.get_state(legacy=False)
-        finally:
-            generator._bit_generator = bit_generator
+    generator: Any = np.random.mtrand._rand
+    bit_generator = generator._bit_generator
+    stand_in = SimpleNamespace(state={"bit_generator": "none", "state": None})
+    calls = (
+        partial(setattr, generator, "_bit_generator", stand_in),
+        partial(generator.get_state, legacy=False),
+        partial(setattr, generator, "_bit_generator", bit_generator),
+    )
+    _, state, _ = map(partial.__call__, calls)
     return state["gauss"] if state["has_gauss"] else None
 
 

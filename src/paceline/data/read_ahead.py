@@ -33,17 +33,22 @@ MAX_BYTES = 32 * 2**20
 class ReadAhead:
     """Decides how many global batches the next chunk has.
 
-    At first two, later up to sixteen times as many as the last, within `CHUNK_SECONDS`, `MAX_BYTES` and `MAX_BATCHES`:
-    a slow stream, or a loop with long steps, is read one batch ahead.
+    At first two, or what the iteration before suggests; later up to sixteen times as many as the last. Always within
+    `CHUNK_SECONDS`, `MAX_BYTES` and `MAX_BATCHES`: a slow stream, or a loop with long steps, is read one batch ahead.
+
+    Args:
+        before: That of the iteration before, if there was one.
 
     Attributes:
         exchange_seconds: Time that the last exchange took on this rank; the caller sets it.
+        batch_seconds: Time that a global batch takes, with its step; None while that is unknown.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: ReadAhead | None = None) -> None:
         self._size = 1
         self._last_call = time.perf_counter()
         self.exchange_seconds = 0.0
+        self.batch_seconds: float | None = None if before is None else before.batch_seconds
 
     def next_size(self, num_yielded: int, example: Any) -> int:
         """Return how many global batches to read.
@@ -54,12 +59,13 @@ class ReadAhead:
         """
         now = time.perf_counter()
         elapsed, self._last_call = now - self._last_call, now
-        # Until some batches were used it is unknown how long one takes.
-        growth = GROWTH if num_yielded else 2
-        size = min(growth * self._size, MAX_BATCHES, MAX_BYTES // max(1, num_bytes(example)))
+        size = min(MAX_BATCHES, MAX_BYTES // max(1, num_bytes(example)))
+        seconds = CHUNK_SECONDS
         if num_yielded:
+            self.batch_seconds = max(elapsed, 1e-9) / num_yielded
             seconds = min(MAX_CHUNK_SECONDS, max(CHUNK_SECONDS, self.exchange_seconds / EXCHANGE_SHARE))
-            size = min(size, int(seconds * num_yielded / max(elapsed, 1e-9)))
+            size = min(size, GROWTH * self._size)
+        size = min(size, 2 if self.batch_seconds is None else int(seconds / self.batch_seconds))
         self._size = max(1, size)
         return self._size
 

@@ -169,6 +169,7 @@ class StreamBatchSource(BatchSource):
         self._layout = layout
         self._note = note
         self._length = length
+        self._read_ahead: ReadAhead | None = None
         self.total_batch_size = layout.global_batch_size or None
 
     def begin(
@@ -193,7 +194,8 @@ class StreamBatchSource(BatchSource):
         if group.size == 1:
             single_process = _SingleProcessIteration(batches, reader, isolated_rng, position.samples)
             return (single_process.batches(), single_process.progress) if single_process.open() else None
-        iteration = _StreamIteration(batches, last, reader, layout, group, isolated_rng)
+        self._read_ahead = ReadAhead(self._read_ahead)
+        iteration = _StreamIteration(batches, last, reader, layout, group, self._read_ahead, isolated_rng)
         return (iteration.batches(), iteration.progress) if iteration.open(position.samples) else None
 
     @property
@@ -384,6 +386,7 @@ class _StreamIteration:
         reader: Where they come from.
         layout: How global batches are distributed.
         group: The ranks.
+        read_ahead: How far to read ahead.
         isolated_rng: The random state while batches are read; None if workers read them.
     """
 
@@ -394,6 +397,7 @@ class _StreamIteration:
         reader: StreamReader,
         layout: Layout,
         group: Group,
+        read_ahead: ReadAhead,
         isolated_rng: IsolatedRng | None,
     ) -> None:
         self._batches = batches
@@ -416,7 +420,7 @@ class _StreamIteration:
         # How many of the last batches of `_read` the other ranks do not know about.
         self._unannounced = 0
         self._chunk_size = 1
-        self._read_ahead = ReadAhead()
+        self._read_ahead = read_ahead
         self._num_yielded = self._yielded_at_last_start = 0
         self._pending: Pending | None = None
         # Chunks that the ranks have agreed on and that were not begun.

@@ -582,9 +582,15 @@ def _is_of_script(value: Any) -> bool:
 # Generators of each kind
 
 
+@functools.cache
+def _generator_types() -> tuple[type, ...]:
+    """The classes of generators; `numpy.random` is imported when they are first asked for."""
+    return (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
 def is_generator(value: Any) -> bool:
     """Whether a value is a random generator that is not a global one."""
-    if not isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+    if not isinstance(value, _generator_types()):
         return False
     is_global = any(value is each for each in (torch.default_generator, np.random.mtrand._rand, random._inst))
     return not is_global and not isinstance(value, random.SystemRandom)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from paceline.data.randomness import IsolatedRng
 from paceline.data.worker_split import StreamShard
 
 if TYPE_CHECKING:
@@ -41,6 +44,35 @@ def test_each_thread_sees_its_own_part() -> None:
         thread.join()
     assert get_worker_info() is None
     assert parts == {0: list(range(0, 40, 2)), 1: list(range(1, 40, 2))}
+
+
+def test_threads_see_the_generator_of_numpy_while_a_loader_isolates_it() -> None:
+    np.random.seed(0)
+    np.random.standard_normal()
+    seen: set[str] = set()
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            seen.add(np.random.get_state(legacy=False)["bit_generator"])
+
+    thread = threading.Thread(target=look)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        isolated = IsolatedRng(0)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            with isolated():
+                pass
+    finally:
+        is_over.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert seen == {"MT19937"}
+    # The second of the two normal numbers that were computed at once.
+    assert np.random.standard_normal() == 0.4001572083672233
 
 
 def test_a_thread_that_begins_while_another_reads_sees_its_own_part() -> None:

@@ -10,7 +10,6 @@ Source of the kernels: https://github.com/Dao-AILab/flash-attention (flash_attn/
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -54,11 +53,15 @@ def unusable_reason(device: torch.device) -> str | None:
         return f"they need a GPU of compute capability {' or '.join(f'{major}.x' for major in _MAJORS)}"
     if not hasattr(torch.library, "get_kernel"):
         return f"torch {torch.__version__} cannot replace a kernel and keep the original; 2.10 can"
+    return None if _installed_version() is not None else f"the package {PACKAGE} is not installed"
+
+
+def _installed_version() -> str | None:
+    """The version of the package; looking for its module would import all of FlashAttention 2, if that is installed."""
     try:
-        found = importlib.util.find_spec(_MODULE)
-    except ModuleNotFoundError:
-        found = None
-    return None if found is not None else f"the package {PACKAGE} is not installed"
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return None
 
 
 class FlashAttention:
@@ -94,11 +97,8 @@ class FlashAttention:
     @staticmethod
     def describe() -> str:
         """Describe in one line which kernels there are."""
-        try:
-            installed = version(PACKAGE)
-        except PackageNotFoundError:
-            installed = "of unknown version"
-        return f"{PACKAGE} {installed} for large inputs without a mask or dropout, else torch's kernels"
+        kernels = f"{PACKAGE} {_installed_version()}"
+        return f"{kernels} for large inputs without a mask or dropout, else torch's kernels"
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, dropout_p: float, *, is_causal: bool) -> bool:

@@ -54,7 +54,7 @@ class AttentionKernels:
         self._is_wanted = unusable_reason(torch.device("cuda")) is None
         if self._is_wanted:
             self._in_use = FlashAttention()
-            weakref.finalize(self, self._in_use.release)
+            weakref.finalize(self, self._in_use.release).atexit = False
 
     def release(self) -> None:
         """Leave attention to torch's kernels again, unless another Accelerator uses these."""

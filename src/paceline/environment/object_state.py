@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
+from itertools import chain
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,9 +187,10 @@ class ObjectState:
         return {place.owner: place.holder for place in places if place.value is _OBJECT}
 
     def _frozen(self, value: Any) -> Any:
-        if _is_plain(value, self._max_elements):
-            return copied(value)
-        return _Opaque.of(value, weights=self._weights)
+        if not _is_plain(value, self._max_elements):
+            return _Opaque.of(value, weights=self._weights)
+        samples = _samples_in(value)
+        return copied(value) if samples is None else _Samples(samples)
 
     def capture(self) -> dict[str, Any]:
         """Return what has changed.
@@ -245,7 +248,8 @@ class ObjectState:
                     place.value.load_state_dict(copy.deepcopy(saved["states"][place.path]))
                 continue
             value = values.pop(place.path, self._first.get(place.path, _MISSING))
-            if place.path in lost or value is _MISSING or isinstance(value, _Opaque) or is_equal(place.value, value):
+            is_known = value is not _MISSING and not isinstance(value, _Opaque | _Samples)
+            if place.path in lost or not is_known or is_equal(place.value, value):
                 continue
             _write(place, copied(value))
         for path, value in values.items():
@@ -254,6 +258,10 @@ class ObjectState:
             if owner in owners:
                 owners[owner][name] = copied(value)
 
+
+_numel_of = torch.Tensor.numel
+_requires_grad_of = operator.attrgetter("requires_grad")
+_version_of = operator.attrgetter("_version")
 
 _MISSING: Any = object()
 # In place of a value: this is an object, whose attributes are the holder.
@@ -310,6 +318,48 @@ class _Opaque(NamedTuple):
         return cls(id(value), length + sum(_writes(item, weights=weights) for item in items))
 
 
+class _Samples:
+    """Stands for many tensors, the data of a data set: they have changed if others are there, or one was written to.
+
+    Copying and comparing them for each epoch would take as long as reading them.
+
+    Args:
+        items: The tensors, and numbers between them.
+    """
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+        tensors = _tensors_in(items)
+        try:
+            self._versions = list(map(_version_of, tensors))
+        except RuntimeError:
+            # Tensors of inference mode have none.
+            self._versions = list(map(_version, tensors))
+
+    def is_as(self, other: _Samples) -> bool:
+        """Whether these are the same objects with the same values."""
+        is_same = len(self._items) == len(other._items) and all(map(operator.is_, self._items, other._items))
+        return is_same and self._versions == other._versions
+
+
+def _samples_in(value: Any) -> list[Any] | None:
+    """Return the items of a long list of tensors, or of tuples of tensors and numbers; None for anything else."""
+    if type(value) not in (list, tuple, deque) or len(value) <= MAX_SEARCHED:
+        return None
+    kinds = set(map(type, value))
+    items = list(chain.from_iterable(value)) if kinds == {tuple} else list(value)
+    kinds = set(map(type, items))
+    return items if torch.Tensor in kinds and kinds <= {torch.Tensor, *_SCALARS} else None
+
+
+def _tensors_in(items: list[Any]) -> list[torch.Tensor]:
+    return [item for item in items if type(item) is torch.Tensor]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _writes(value: Any, *, weights: bool) -> int:
     """Return how often a tensor, or those of a module, were written to in place."""
     tensors: Iterable[Any] = ()
@@ -317,7 +367,7 @@ def _writes(value: Any, *, weights: bool) -> int:
         tensors = [value]
     elif isinstance(value, torch.nn.Module) and weights:
         tensors = [*value.parameters(), *value.buffers()]
-    return sum(tensor._version for tensor in tensors if not tensor.is_inference())
+    return sum(map(_version, tensors))
 
 
 def _has_weights(value: Any) -> bool:
@@ -341,6 +391,8 @@ def is_equal(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, _Opaque):
         return one == other and one.length != -2
+    if isinstance(one, _Samples):
+        return one.is_as(other)
     if isinstance(one, torch.Tensor):
         return _is_equal_tensor(one, other)
     if isinstance(one, np.ndarray):
@@ -452,6 +504,11 @@ def _count_elements(value: Any, most: int, depth: int) -> int:
         return most + 1
     if _is_flat(value):
         return len(value) if _has_plain_keys(value) else most + 1
+    samples = _samples_in(value)
+    if samples is not None:
+        tensors = _tensors_in(samples)
+        size = sum(map(_numel_of, tensors)) + len(samples) - len(tensors)
+        return most + 1 if any(map(_requires_grad_of, tensors)) else size
     count = 0 if _has_plain_keys(value) else most + 1
     for item in value.values() if isinstance(value, dict) else value:
         if count > most:
@@ -508,7 +565,7 @@ def _inside(place: _Place, max_elements: int) -> Iterable[_Place] | None:
     if isinstance(value, FunctionType | MethodType | functools.partial):
         return _inside_function(place)
     if isinstance(value, list | tuple | dict):
-        if _is_plain(value, max_elements) or len(value) > MAX_SEARCHED:
+        if len(value) > MAX_SEARCHED or _is_plain(value, max_elements):
             return None
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return [_Place(f"{place.path}[{key!r}]", place.owner, value, key, item) for key, item in items]

@@ -505,3 +505,45 @@ def test_what_is_written_in_place_and_cannot_be_saved_is_named() -> None:
     state = ObjectState({"weighted": weighted})
     weighted.records.append(Weighted(1))
     assert state.capture()["lost"], "an object in a list cannot be made again"
+
+
+class InMemory:
+    """Many samples, as tensors or as pairs of a tensor and a label."""
+
+    def __init__(self, has_labels: bool) -> None:
+        rows = list(torch.arange(200.0).reshape(100, 2))
+        self.samples: list[Any] = list(zip(rows, range(100), strict=True)) if has_labels else rows
+
+    def texts(self) -> list[str]:
+        return list(map(str, self.samples))
+
+
+def shuffled(data: InMemory) -> None:
+    random.Random(0).shuffle(data.samples)
+
+
+def written(data: InMemory) -> None:
+    sample = data.samples[7]
+    (sample[0] if isinstance(sample, tuple) else sample).mul_(3)
+
+
+def replaced(data: InMemory) -> None:
+    data.samples[3] = data.samples[4]
+
+
+def shortened(data: InMemory) -> None:
+    del data.samples[50:]
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+@pytest.mark.parametrize("change", [shuffled, written, replaced, shortened])
+def test_many_samples_in_memory_are_saved_if_they_have_changed(
+    change: Callable[[InMemory], None], has_labels: bool
+) -> None:
+    first, second = InMemory(has_labels), InMemory(has_labels)
+    state = ObjectState({"data": first}, max_elements=2**22)
+    assert state.capture()["values"] == {}
+    change(first)
+    saved = from_plain(to_plain(state.capture(), "the data"))
+    ObjectState({"data": second}, max_elements=2**22).restore(saved)
+    assert second.texts() == first.texts()

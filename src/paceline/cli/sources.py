@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["resolve_sources"]
 
 
-def resolve_sources(
-    flags: Mapping[str, object], config_file: Path | None, *, starts_ranks: bool = True
-) -> Resolved:
+def resolve_sources(flags: Mapping[str, object], config_file: Path | None, *, starts_ranks: bool = True) -> Resolved:
     """Read all sources; detect devices (which imports torch) only when no source sets the number of processes.
 
     Args:

@@ -88,7 +88,9 @@ class PacelineError(Exception):
         self.saw = saw
         self.why = why
         self.todo = todo
-        super().__init__(" ".join(_sentence(part) for part in (saw, why, todo) if part))
+        sentences = [_sentence(part) for part in (saw, why, todo) if part]
+        # A part that is a list of lines ends in a newline.
+        super().__init__("".join(text if text.endswith("\n") else f"{text} " for text in sentences).removesuffix(" "))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -245,6 +247,8 @@ class UnknownBlockError(PrepareError):
             seen = f"{source}: {seen}"
         advice = f"{_close_names(self.requested, self.candidates)}The model's own classes are: "
         advice += ", ".join(self.candidates)
+        if not self.candidates:
+            advice = "The model contains no modules: remove the setting, and it is one sharding unit"
         blocks = ", ".join(found)
         if blocks:
             advice += f". Remove the setting, and paceline finds the blocks itself ({blocks})"

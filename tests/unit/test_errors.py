@@ -244,3 +244,14 @@ def test_a_type_error_inside_a_constructor_is_not_taken_for_a_keyword() -> None:
 def test_a_choice_of_files_only_is_not_offered_to_python() -> None:
     with pytest.raises(ConfigError, match="it must be 2"):
         FullyShardedDataParallelPlugin(fsdp_version=1)  # type: ignore[arg-type]
+
+
+def test_a_sentence_after_a_list_of_lines_begins_its_own_line() -> None:
+    assert str(PacelineError("They differ:\n  a\n  b\n", "Nothing works", "Fix it")) == (
+        "They differ:\n  a\n  b\nNothing works. Fix it."
+    )
+
+
+def test_a_model_without_modules_has_no_list_of_classes() -> None:
+    text = str(UnknownBlockError(["LlamaDecoderLayer"], [], source="run.yaml:3: fsdp_transformer_layer_cls_to_wrap"))
+    assert text.endswith("The model contains no modules: remove the setting, and it is one sharding unit.")

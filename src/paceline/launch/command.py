@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.machinery
 import importlib.util
+import shlex
 import shutil
 import sys
 import zipfile
@@ -49,12 +50,24 @@ def check_command(command: Command, env: Mapping[str, str]) -> None:
         case "module":
             _check_module(command.script)
         case "program":
-            if shutil.which(command.script, path=env.get("PATH")) is None:
-                raise UsageError(
-                    f"There is no program {command.script!r}",
-                    "It is neither a path to an executable file nor a name found in PATH",
-                    "Check the spelling, or remove --no_python to run it with Python",
-                )
+            _check_program(command.script, env)
+
+
+def _check_program(name: str, env: Mapping[str, str]) -> None:
+    if shutil.which(name, path=env.get("PATH")) is not None:
+        return
+    if Path(name).is_file():
+        raise UsageError(
+            f"The program {name!r} is not executable",
+            "--no_python starts it as it is",
+            f"Run chmod +x {shlex.quote(name)}, write ./ before the name of a file in this folder, or remove "
+            "--no_python to run it with Python",
+        )
+    raise UsageError(
+        f"There is no program {name!r}",
+        "It is neither a path to an executable file nor a name found in PATH",
+        "Check the spelling, or remove --no_python to run it with Python",
+    )
 
 
 def _check_script(path: Path) -> None:

@@ -68,4 +68,6 @@ def _candidates(footprint: Footprint, ranks: int, available: int) -> Iterator[tu
 
 
 def _bytes(number: int) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**24 else f"{number / 2**20:.2f} MiB"
+    if number >= 2**24:
+        return f"{number / 2**30:.2f} GiB"
+    return f"{number / 2**20:.2f} MiB" if number >= 2**14 else f"{number / 2**10:.2f} KiB"

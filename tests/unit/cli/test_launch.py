@@ -401,3 +401,13 @@ def test_fp8_without_a_gpu_is_found_before_any_rank_starts(
     assert answer.code == 2
     assert "--mixed_precision: fp8 was requested, but the ranks train on the CPU; fp8 needs an NVIDIA GPU" in answer.err
     assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_program_that_may_not_be_executed(paceline: Paceline, tmp_path: Path) -> None:
+    write(tmp_path, "echo started\n", "run.sh")
+    for name, advice in (("./run.sh", "chmod +x ./run.sh"), ("run.sh", "write ./ before the name")):
+        answer = paceline("launch", "--cpu", "--no_python", name)
+        assert answer.code == 2
+        assert f"The program '{name}' is not executable" in answer.err
+        assert advice in answer.err
+    assert "There is no program 'nothing.sh'" in paceline("launch", "--cpu", "--no_python", "nothing.sh").err

@@ -79,4 +79,4 @@ def test_the_reason_holds_the_numbers() -> None:
     assert fsdp.startswith("fsdp, ")
     assert "4.00 GiB sharded over 4 ranks" in fsdp
     assert "parameters in host memory" in choose(0, big).reason
-    assert "0.00 MiB" in choose(5).reason
+    assert "take 1.56 KiB, 0.39 KiB per rank" in choose(5).reason

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import shlex
 import shutil
 import sys
@@ -56,13 +57,11 @@ def check_command(command: Command, env: Mapping[str, str]) -> None:
 def _check_program(name: str, env: Mapping[str, str]) -> None:
     if shutil.which(name, path=env.get("PATH")) is not None:
         return
+    instead = "or remove --no_python to run it with Python"
+    if os.access(name, os.X_OK) and Path(name).is_file():
+        raise UsageError(f"The program {name!r} is not in PATH", "", f"Write {shlex.quote(f'./{name}')}, {instead}")
     if Path(name).is_file():
-        raise UsageError(
-            f"The program {name!r} is not executable",
-            "--no_python starts it as it is",
-            f"Run chmod +x {shlex.quote(name)}, write ./ before the name of a file in this folder, or remove "
-            "--no_python to run it with Python",
-        )
+        raise UsageError(f"The program {name!r} is not executable", "", f"Run chmod +x {shlex.quote(name)}, {instead}")
     raise UsageError(
         f"There is no program {name!r}",
         "It is neither a path to an executable file nor a name found in PATH",

@@ -405,6 +405,12 @@ def explains_keywords(instead: Mapping[str, str] | None = None) -> Callable[[Met
 
     Args:
         instead: What to write for names that are known from elsewhere; the closest parameter for any other.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: From the decorated constructor, with every unknown keyword.
     """
     advice = instead or {}
 

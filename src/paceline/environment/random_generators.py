@@ -49,7 +49,11 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
 
 
 def is_seeded() -> bool:
-    """Whether torch's generator was given a seed, so that a run can be repeated."""
+    """Tell whether a run can be repeated.
+
+    Returns:
+        Whether torch's generator was given a seed.
+    """
     return torch.initial_seed() < _LARGEST_SEED
 
 

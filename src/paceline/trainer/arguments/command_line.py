@@ -39,19 +39,25 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
     values = vars(given)
     file = values.pop("config", None) or file
     problems = [*_unused_words(rest, words, classes)]
-    explicit: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if file is not None:
-        explicit, sources = _from_file(file, classes, problems)
-    explicit |= values
-    sources = {key: where for key, where in sources.items() if key.partition(".")[0] not in values}
-    sources |= {name: f"--{name}" for name in values}
+    explicit, sources = _merge(file, values, classes, problems)
     parsed = {
         name: made for name, value in explicit.items() for made in _parsed(name, value, sources, classes, problems)
     }
     if problems:
         raise ConfigError([*problems, *_contradictions(classes, parsed, sources)])
     return tuple(_construct(cls, parsed, sources) for cls in classes)
+
+
+def _merge(
+    file: str | None, flags: Mapping[str, Any], classes: Sequence[type[Any]], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the file and of the flags, which override it, and where each was written."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if file is not None:
+        values, sources = _from_file(file, classes, problems)
+    kept = {key: where for key, where in sources.items() if key.partition(".")[0] not in flags}
+    return values | dict(flags), kept | {name: f"--{name}" for name in flags}
 
 
 def _contradictions(

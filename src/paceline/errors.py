@@ -32,10 +32,11 @@ A message has three parts: what was seen (with the value), why it cannot work, w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = [
     "CheckpointError",
@@ -87,7 +88,9 @@ class PacelineError(Exception):
         self.saw = saw
         self.why = why
         self.todo = todo
-        super().__init__(" ".join(_sentence(part) for part in (saw, why, todo) if part))
+        sentences = [_sentence(part) for part in (saw, why, todo) if part]
+        # A part that is a list of lines ends in a newline.
+        super().__init__("".join(text if text.endswith("\n") else f"{text} " for text in sentences).removesuffix(" "))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.args, self.__dict__)
@@ -244,6 +247,8 @@ class UnknownBlockError(PrepareError):
             seen = f"{source}: {seen}"
         advice = f"{_close_names(self.requested, self.candidates)}The model's own classes are: "
         advice += ", ".join(self.candidates)
+        if not self.candidates:
+            advice = "The model contains no modules: remove the setting, and it is one sharding unit"
         blocks = ", ".join(found)
         if blocks:
             advice += f". Remove the setting, and paceline finds the blocks itself ({blocks})"
@@ -388,6 +393,44 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     folded = {candidate.casefold(): candidate for candidate in candidates}
     close = get_close_matches(word.casefold(), folded, n=1, cutoff=0.6)
     return f"did you mean {folded[close[0]]}?" if close else ""
+
+
+Method = TypeVar("Method", bound="Callable[..., Any]")
+
+
+def explains_keywords(instead: Mapping[str, str] | None = None) -> Callable[[Method], Method]:
+    """Decorate a constructor: a keyword that it does not have is a `ConfigError` that says what to write.
+
+    The signature stays as it is, for type checkers and for `inspect.signature`.
+
+    Args:
+        instead: What to write for names that are known from elsewhere; the closest parameter for any other.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        ConfigError: From the decorated constructor, with every unknown keyword.
+    """
+    advice = instead or {}
+
+    def decorate(init: Method) -> Method:
+        code = init.__code__
+        known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        where = f"{init.__qualname__.partition('.')[0]}(…)"
+
+        @wraps(init)
+        def explained(self: object, *args: Any, **values: Any) -> None:
+            unknown = [name for name in values if name not in known]
+            if unknown:
+                names = f"the names are {', '.join(known)}"
+                hints = {name: advice.get(name) or did_you_mean(name, known) or names for name in unknown}
+                raise ConfigError(Problem(where, name, "unknown argument", hint=hint) for name, hint in hints.items())
+            init(self, *args, **values)
+
+        return cast("Method", explained)
+
+    return decorate
 
 
 def counted(number: int, noun: str) -> str:

@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import os
+import re
 import time
 import weakref
 from pathlib import Path
@@ -25,8 +26,11 @@ from paceline import (
     GradScalerKwargs,
     ProfileKwargs,
     ProjectConfiguration,
+    set_seed,
 )
+from paceline.accelerator.summary import with_unit
 from paceline.config import resolve
+from paceline.config.schema.names import all_settings
 from paceline.errors import ConfigError, PacelineError, PrepareError
 from paceline.strategies import load_strategy
 from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
@@ -278,10 +282,39 @@ def test_a_run_describes_itself(strategy: str, kind: str) -> None:
     assert f"{name}: set by" in text
     assert name == strategy or f"ZeRO stage {strategy[-1]}: " in text
     assert name == strategy or "sharded over 2 ranks" in text
-    assert "an optimizer step takes 24 samples = 8 x 3 micro-batches" in text
+    assert "an optimizer step takes 24 samples = 3 micro-batches x 8 samples" in text
     assert "bf16" in text
     assert "gloo" in text
     assert "processes     2" in text
+    assert "global batch of 8 samples = 2 ranks x 4 samples, 8 batches per rank" in text
+    assert "gradient_accumulation_steps = 3 micro-batches" in text
+    assert strategy != "fsdp" or "FSDP2 over 2 ranks (dp_shard)" in text
+
+
+def test_a_run_says_whether_it_can_be_repeated() -> None:
+    torch.seed()
+    assert (
+        "none: initial weights and the order of samples differ in every run; call set_seed(0) first"
+        in make("single").describe()
+    )
+    set_seed(3)
+    assert "seed          3\n" in f"{make('single').describe()}\n"
+
+
+_PURE = re.compile(r"machine_rank|port|ddp_dim|zero_stage|clipping|memory_budget|fsdp_version|megatron_lm_|fp8_|mpirun")
+
+
+def test_every_setting_that_is_a_number_is_shown_with_its_unit() -> None:
+    numbers = [
+        key
+        for key, setting in all_settings().items()
+        if re.search(r"\b(int|float)\b", str(setting.info.annotation)) and not _PURE.search(key)
+    ]
+    assert len(numbers) > 15
+    assert [key for key in numbers if with_unit(key, 2) == "2"] == []
+    assert with_unit("gradient_accumulation_steps", 1) == "1 micro-batch"
+    assert with_unit("timeout", 600.0) == "600 s"
+    assert with_unit("debug", True) == "True"
 
 
 def filled(fill: bool) -> tuple[list[str], str]:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import paceline
-from paceline import errors
+from paceline import (
+    Accelerator,
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    EarlyStoppingCallback,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    Trainer,
+    TrainingArguments,
+    errors,
+)
 from paceline.errors import (
     CheckpointError,
     CollectiveError,
@@ -177,3 +190,68 @@ def test_ranks_are_written_out_in_one_way() -> None:
     assert named_ranks([7]) == "rank 7"
     assert named_ranks([7], "is", "are") == "rank 7 is"
     assert named_ranks(range(2), "is", "are") == "ranks 0-1 are"
+
+
+# Mistyped keywords of constructors
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "advice"),
+    [
+        (Accelerator, {"mixed_precison": "bf16"}, "did you mean mixed_precision?"),
+        (Accelerator, {"split_batches": True}, "write dataloader_config=DataLoaderConfiguration(split_batches=…)"),
+        (Accelerator, {"fp16": True}, 'write mixed_precision="fp16"'),
+        (Accelerator, {"colour": 1}, "the names are device_placement, mixed_precision"),
+        (Trainer, {"train_data": []}, "did you mean train_dataset?"),
+        (Trainer, {"tokenizer": None}, "write processing_class"),
+        (EarlyStoppingCallback, {"patience": 3}, "the names are early_stopping_patience"),
+        (TrainingArguments, {"learnin_rate": 1}, "did you mean learning_rate?"),
+        (AutocastKwargs, {"enable": True}, "did you mean enabled?"),
+        (DataLoaderConfiguration, {"even_batch": True}, "did you mean even_batches?"),
+        (DeepSpeedPlugin, {"zerostage": 2}, "did you mean zero_stage?"),
+        (DistributedDataParallelKwargs, {"bucket_cap": 3}, "did you mean bucket_cap_mb?"),
+        (FullyShardedDataParallelPlugin, {"cpuoffload": True}, "did you mean cpu_offload?"),
+        (GradientAccumulationPlugin, {"num_step": 2}, "did you mean num_steps?"),
+        (ProjectConfiguration, {"project": "x"}, "did you mean project_dir?"),
+    ],
+)
+def test_a_mistyped_keyword_says_what_was_meant(make: Any, wrong: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        make(**wrong)
+    (problem,) = raised.value.problems
+    assert problem.where == f"{make.__name__}(…)"
+    assert problem.key in wrong
+    assert problem.hint.startswith(advice)
+
+
+def test_all_mistyped_keywords_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Accelerator(mixed_precison="bf16", grad_accumulation_steps=2)  # type: ignore[call-arg]
+    assert [problem.key for problem in raised.value.problems] == ["mixed_precison", "grad_accumulation_steps"]
+
+
+def test_the_signature_stays_for_tools_that_read_it() -> None:
+    parameters = inspect.signature(Accelerator).parameters
+    assert list(parameters)[:3] == ["device_placement", "mixed_precision", "gradient_accumulation_steps"]
+    assert "train_dataset" in inspect.signature(Trainer).parameters
+
+
+def test_a_type_error_inside_a_constructor_is_not_taken_for_a_keyword() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        Accelerator(True, "bf16")  # type: ignore[call-arg]
+
+
+def test_a_choice_of_files_only_is_not_offered_to_python() -> None:
+    with pytest.raises(ConfigError, match="it must be 2"):
+        FullyShardedDataParallelPlugin(fsdp_version=1)  # type: ignore[arg-type]
+
+
+def test_a_sentence_after_a_list_of_lines_begins_its_own_line() -> None:
+    assert str(PacelineError("They differ:\n  a\n  b\n", "Nothing works", "Fix it")) == (
+        "They differ:\n  a\n  b\nNothing works. Fix it."
+    )
+
+
+def test_a_model_without_modules_has_no_list_of_classes() -> None:
+    text = str(UnknownBlockError(["LlamaDecoderLayer"], [], source="run.yaml:3: fsdp_transformer_layer_cls_to_wrap"))
+    assert text.endswith("The model contains no modules: remove the setting, and it is one sharding unit.")

@@ -21,6 +21,7 @@ from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
 from paceline.accelerator.weights import WeightWriter
 from paceline.data import ActiveLoaders
+from paceline.errors import explains_keywords
 from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
@@ -51,6 +52,17 @@ if TYPE_CHECKING:
     from paceline.training_state.manager import HookHandle
 
 F = TypeVar("F", bound="Callable[..., Any]")
+
+
+_IN_LOADER_SETTINGS = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
+# Arguments of Accelerate (several versions) that do not exist here, with what to write.
+_INSTEAD = {
+    **{name: f"write dataloader_config=DataLoaderConfiguration({name}=…)" for name in _IN_LOADER_SETTINGS},
+    "fp16": 'write mixed_precision="fp16"',
+    "logging_dir": "write project_config=ProjectConfiguration(logging_dir=…)",
+    "megatron_lm_plugin": "write fsdp_plugin: Megatron-LM is not supported",
+    "torch_tp_plugin": "leave it out: tensor parallelism is not supported",
+}
 
 
 class Accelerator:
@@ -106,6 +118,7 @@ class Accelerator:
         ...     optimizer.zero_grad()
     """
 
+    @explains_keywords(_INSTEAD)
     def __init__(
         self,
         device_placement: bool = True,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from paceline.accelerator.strategy_selection import unused_settings
 from paceline.environment.device import describe_device
+from paceline.environment.random_generators import is_seeded
+from paceline.errors import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from paceline.accelerator.assembly import RunComponents
     from paceline.accelerator.prepared import Prepared
@@ -18,10 +22,38 @@ if TYPE_CHECKING:
     from paceline.strategies import Strategy
 
 _WIDTH = 13
+_MESH = "parallelism_config.parallelism_config_"
+_NOUNS: Mapping[str, str] = {
+    "gradient_accumulation_steps": "micro-batch",
+    "num_processes": "process",
+    "num_machines": "machine",
+    "max_restarts": "restart",
+    "num_cpu_threads_per_process": "thread",
+    "fsdp_config.fsdp_reshard_after_forward": "rank",
+    "fsdp_config.fsdp_min_num_params": "parameter",
+    "fsdp_config.fsdp_prefetch_units": "unit",
+    "fsdp_config.fsdp_reduce_scatter_buffers": "buffer",
+    "deepspeed_config.gradient_accumulation_steps": "micro-batch",
+    f"{_MESH}dp_replicate_size": "replica",
+    f"{_MESH}dp_shard_size": "rank",
+    f"{_MESH}tp_size": "rank",
+    f"{_MESH}cp_size": "rank",
+    f"{_MESH}sp_size": "rank",
+    f"{_MESH}sp_seq_length": "token",
+}
+"""What the numbers of settings count."""
+_UNITS: Mapping[str, str] = {
+    "timeout": "s",
+    "hang_timeout": "s",
+    "monitor_interval": "s",
+    "ddp_config.ddp_bucket_cap_mb": "MiB",
+    "dynamo_config.dynamo_cache_limit_gb": "GB",
+}
+"""What the numbers of settings measure."""
 
 
 def describe_run(components: RunComponents, selector: StrategySelector, prepared: Prepared, num_steps: int) -> str:
-    """Lines of `topic     value`: devices, backend, strategy and why, precision, dtypes, data, global batch.
+    """Lines of `topic     value`: devices, backend, strategy and why, precision, dtypes, seed, data, global batch.
 
     Args:
         components: The run.
@@ -30,15 +62,26 @@ def describe_run(components: RunComponents, selector: StrategySelector, prepared
         num_steps: Micro-batches to an optimizer step.
     """
     strategy = selector.maybe_current
-    rows = [*_hardware(components), *_strategy(strategy, selector.reason), *_precision(components, strategy)]
+    rows = [*_hardware(components), *_strategy(strategy, selector.reason), *_precision(components, strategy), *_seed()]
     rows += [row for loader in prepared.loaders for row in _data(loader, num_steps)]
     rows += [("note", note) for note in components.resolved.notes]
     unused = [] if strategy is None else unused_settings(components, strategy.name)
     rows += [
-        ("settings", f"{key} = {value} ({origin.where}{'; not used' if key in unused else ''})")
+        ("settings", f"{key} = {with_unit(key, value)} ({origin.where}{'; not used' if key in unused else ''})")
         for key, value, origin in _explicit(components)
     ]
     return "\n".join(_table(rows))
+
+
+def with_unit(key: str, value: object) -> str:
+    """Write the value of a setting; a number with what it counts or measures."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if key in _NOUNS:
+        return counted(int(value), _NOUNS[key])
+    if key in _UNITS:
+        return f"{value:g} {_UNITS[key]}"
+    return str(value)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:
@@ -74,12 +117,20 @@ def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator
         yield "dtypes", ", ".join(f"{use} {dtype}" for use, dtype in strategy.dtypes().items())
 
 
+def _seed() -> Iterator[tuple[str, str]]:
+    if is_seeded():
+        yield "seed", str(torch.initial_seed())
+    else:
+        yield "seed", "none: initial weights and the order of samples differ in every run; call set_seed(0) first"
+
+
 def _data(loader: PreparedDataLoader, num_steps: int) -> Iterator[tuple[str, str]]:
     yield "data", loader.describe()
     batch_size = loader.total_batch_size
     if batch_size and num_steps > 1:
         total = batch_size * num_steps
-        yield "data", f"an optimizer step takes {total:,} samples = {batch_size:,} x {num_steps} micro-batches"
+        micro_batches = f"{num_steps} micro-batches x {counted(batch_size, 'sample')}"
+        yield "data", f"an optimizer step takes {total:,} samples = {micro_batches}"
 
 
 def _explicit(components: RunComponents) -> Iterator[tuple[str, object, Origin]]:

@@ -280,7 +280,7 @@ def _check_free_space(folder: Path, nbytes: int) -> None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _threads() -> int:

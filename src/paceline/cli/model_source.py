@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from paceline.errors import MissingExtraError, UsageError
+from paceline.errors import MissingExtraError, UsageError, did_you_mean
 
 __all__ = ["ModelSource", "build_model", "load_attribute", "model_source"]
 
@@ -164,7 +164,10 @@ def load_attribute(name: str, flag: str) -> Any:
         found: Any = module
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
+    except AttributeError as error:
+        hint = did_you_mean(str(error.name), dir(error.obj)) or "Check the name"
+        raise UsageError(f"{flag} {name} cannot be imported: {error}", "", hint) from error
+    except (ImportError, FileNotFoundError) as error:
         raise UsageError(f"{flag} {name} cannot be imported: {error}", "", "Check the name") from error
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from paceline.cli.interrupts import import_torch
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["resolve_sources"]
 
 
-def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Resolved:
+def resolve_sources(flags: Mapping[str, object], config_file: Path | None, *, starts_ranks: bool = True) -> Resolved:
     """Read all sources; detect devices (which imports torch) only when no source sets the number of processes.
 
     Args:
         flags: Flags that were given, by name.
         config_file: The file of `--config_file`; None reads the default file, if there is one.
+        starts_ranks: Whether the command starts ranks, whose packages must then be installed.
 
     Returns:
         The configuration.
@@ -39,7 +41,8 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
     from_cluster = {}
     if cluster is not None:
         from_cluster = dict(cluster.values)
-    resolved = resolve(flags=flags, env=os.environ, file=file, detected=from_cluster)
+    read = partial(resolve, flags=flags, env=os.environ, file=file, starts_ranks=starts_ranks)
+    resolved = read(detected=from_cluster)
     if cluster is not None:
         check_against(cluster, resolved)
     config = resolved.config
@@ -50,7 +53,7 @@ def resolve_sources(flags: Mapping[str, object], config_file: Path | None) -> Re
 
         # Which devices count depends on use_cpu, which any source may set.
         devices = detect(os.environ, config.use_cpu)
-        resolved = resolve(flags=flags, env=os.environ, file=file, detected={**devices, **from_cluster})
+        resolved = read(detected={**devices, **from_cluster})
     is_explicit = config_file is not None or os.environ.get("PACELINE_CONFIG_FILE")
     if file is not None and not is_explicit and is_accelerate_file(file, os.environ):
         own = default_config_file(os.environ)

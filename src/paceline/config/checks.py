@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from paceline.config.leniency import STRICT
+from paceline.config.packages import missing_packages
 from paceline.config.schema.names import TPU_KEYS, all_settings
 from paceline.config.schema.rendezvous import RENDEZVOUS, RENDEZVOUS_OPTIONS, read_rendezvous_options
 from paceline.errors import Problem
@@ -55,12 +56,14 @@ class CheckContext:
         given: Source of every key that some source set, also of those that were translated away.
         invalid: Keys whose value was wrong and has been reported.
         leniency: What is tolerated.
+        starts_ranks: Whether ranks are about to be started here, which need their packages.
     """
 
     config: RunConfig
     given: Mapping[str, Origin]
     invalid: frozenset[str] = frozenset()
     leniency: Leniency = STRICT
+    starts_ranks: bool = False
 
     def where(self, *keys: str) -> str:
         """Return the source of the first of the keys that is set."""
@@ -115,6 +118,7 @@ def find_problems(context: CheckContext) -> list[Problem]:
         _copies,
         _mesh_sizes,
         _mpirun_without_cpu,
+        _missing_packages,
     )
     return [problem for check in checks for problem in check(context)]
 
@@ -379,3 +383,8 @@ def _mpirun_without_cpu(context: CheckContext) -> Iterator[Problem]:
     if not context.config.use_cpu and not context.invalid & {"use_cpu", "distributed_type"}:
         hint = "write distributed_type: MULTI_CPU, or remove the section"
         yield from context.unused("mpirun_config", "mpirun starts ranks that train on CPUs", hint)
+
+
+def _missing_packages(context: CheckContext) -> Iterator[Problem]:
+    if context.starts_ranks:
+        yield from missing_packages(context.config, context.given)

@@ -51,6 +51,7 @@ def resolve(
     env: Mapping[str, str],
     file: Path | None,
     detected: Mapping[str, object] | None = None,
+    starts_ranks: bool = False,
 ) -> Resolved:
     """Read, merge and check all sources of the configuration.
 
@@ -59,6 +60,7 @@ def resolve(
         env: The environment, of which the PACELINE_ variables are read.
         file: The configuration file, if there is one.
         detected: Values detected on the machine, by dotted key; any other source overrides them.
+        starts_ranks: Whether ranks are about to be started here: the packages that they need must be installed.
 
     Returns:
         The configuration, with the source of each value.
@@ -86,7 +88,7 @@ def resolve(
     problems += draft.problems
     given = {key: raw.origin for key, raw in merged.items()}
     invalid = draft.invalid | {problem.key for problem in conflicts}
-    problems += find_problems(CheckContext(config, {**given, **draft.origins}, invalid))
+    problems += find_problems(CheckContext(config, {**given, **draft.origins}, invalid, starts_ranks=starts_ranks))
     if problems:
         raise ConfigError(problems)
     return Resolved(config, draft.origins, tuple(notes))

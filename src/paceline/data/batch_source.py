@@ -249,12 +249,12 @@ class MapBatchSource(BatchSource):
         sharding = self.sampler.sharding
         size, num_batches = sharding.size(), sharding.num_global_batches()
         parts = [
-            "an unknown number of samples" if size is None else f"{size:,} samples",
+            "an unknown number of samples" if size is None else counted(size, "sample"),
             sharding.describe(seed),
             batch_text(sharding.total_batch_size, self._group.size),
         ]
         if num_batches is not None:
-            parts.append(f"{num_batches:,} batches per rank")
+            parts.append(f"{counted(num_batches, 'batch')} per rank")
         repeated = sharding.num_repeated()
         if repeated:
             parts.append(f"the last filled up with {counted(repeated, 'sample')} from the start of the epoch")
@@ -262,8 +262,8 @@ class MapBatchSource(BatchSource):
 
 
 def batch_text(total: int | None, ranks: int) -> str:
-    """Describe a global batch: `global batch 64 = 2 ranks x 32`."""
-    noun = "rank" if ranks == 1 else "ranks"
+    """Describe a global batch: `global batch of 64 samples = 2 ranks x 32 samples`."""
+    sharers = counted(ranks, "rank")
     if total is None:
-        return f"batches of varying size over {ranks} {noun}"
-    return f"global batch {total:,} = {ranks} {noun} x {total // ranks:,}"
+        return f"batches of varying size over {sharers}"
+    return f"global batch of {counted(total, 'sample')} = {sharers} x {counted(total // ranks, 'sample')}"

@@ -19,7 +19,7 @@ from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, SeededKeys, mix_seed, seed_global_rngs
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.environment.object_state import OwnGenerators
-from paceline.errors import DataError
+from paceline.errors import DataError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -175,7 +175,7 @@ class MapGlobalBatches(GlobalBatches):
 
     def describe(self, seed: int) -> str:
         """See `GlobalBatches.describe`."""
-        samples = "an unknown number of samples" if self.size is None else f"{self.size:,} samples"
+        samples = "an unknown number of samples" if self.size is None else counted(self.size, "sample")
         return f"{samples}, {self._sharding.describe(seed)}"
 
 

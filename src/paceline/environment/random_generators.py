@@ -15,7 +15,10 @@ from paceline.environment.world import World
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["get_rng_states", "set_rng_states", "set_seed"]
+__all__ = ["get_rng_states", "is_seeded", "set_rng_states", "set_seed"]
+
+# Scripts use seeds that NumPy accepts too; torch itself begins with 64 random bits.
+_LARGEST_SEED = 2**32
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False, *, rank: int | None = None) -> None:
@@ -43,6 +46,15 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
+
+
+def is_seeded() -> bool:
+    """Tell whether a run can be repeated.
+
+    Returns:
+        Whether torch's generator was given a seed.
+    """
+    return torch.initial_seed() < _LARGEST_SEED
 
 
 def _own_rank() -> int:

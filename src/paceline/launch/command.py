@@ -7,6 +7,8 @@ import difflib
 import importlib
 import importlib.machinery
 import importlib.util
+import os
+import shlex
 import shutil
 import sys
 import zipfile
@@ -49,12 +51,22 @@ def check_command(command: Command, env: Mapping[str, str]) -> None:
         case "module":
             _check_module(command.script)
         case "program":
-            if shutil.which(command.script, path=env.get("PATH")) is None:
-                raise UsageError(
-                    f"There is no program {command.script!r}",
-                    "It is neither a path to an executable file nor a name found in PATH",
-                    "Check the spelling, or remove --no_python to run it with Python",
-                )
+            _check_program(command.script, env)
+
+
+def _check_program(name: str, env: Mapping[str, str]) -> None:
+    if shutil.which(name, path=env.get("PATH")) is not None:
+        return
+    instead = "or remove --no_python to run it with Python"
+    if os.access(name, os.X_OK) and Path(name).is_file():
+        raise UsageError(f"The program {name!r} is not in PATH", "", f"Write {shlex.quote(f'./{name}')}, {instead}")
+    if Path(name).is_file():
+        raise UsageError(f"The program {name!r} is not executable", "", f"Run chmod +x {shlex.quote(name)}, {instead}")
+    raise UsageError(
+        f"There is no program {name!r}",
+        "It is neither a path to an executable file nor a name found in PATH",
+        "Check the spelling, or remove --no_python to run it with Python",
+    )
 
 
 def _check_script(path: Path) -> None:

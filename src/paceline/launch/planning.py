@@ -315,6 +315,17 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
         )
     if config.enable_cpu_affinity:
         yield from _affinity_problems(resolved, kind, ids)
+    yield from _fp8_problems(resolved, kind)
+
+
+def _fp8_problems(resolved: Resolved, kind: str | None) -> Iterator[Problem]:
+    """Report fp8 on a device that is no GPU of NVIDIA, unless it is emulated."""
+    config = resolved.config
+    emulates = config.fp8_config is not None and config.fp8_config.emulate
+    if config.mixed_precision == "fp8" and kind != "cuda" and not emulates:
+        what = f"fp8 was requested, but the ranks train on {kind or 'the CPU'}"
+        where = resolved.origin("mixed_precision").where
+        yield Problem(where, "mixed_precision", what, "fp8 needs an NVIDIA GPU", "use bf16")
 
 
 def _gpu_ids_problem(resolved: Resolved, kind: str | None, ids: tuple[str, ...]) -> Problem | None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from paceline.launch.command import Command
 
-__all__ = ["has_trainer", "trains_with_accelerate"]
+__all__ = ["has_trainer", "imports_paceline", "trains_with_accelerate"]
 
 
 def trains_with_accelerate(command: Command) -> bool:
@@ -19,10 +19,12 @@ def trains_with_accelerate(command: Command) -> bool:
 
     False says nothing: what it imports may do so. The worker notices that when an Accelerator is built.
     """
-    names = _names(command)
-    if any(name.partition(".")[0] == "paceline" for name in names):
-        return False
-    return any(map(_is_client, names))
+    return not imports_paceline(command) and any(map(_is_client, _names(command)))
+
+
+def imports_paceline(command: Command) -> bool:
+    """Whether the script itself imports paceline; what else it imports may do so, too."""
+    return any(name.partition(".")[0] == "paceline" for name in _names(command))
 
 
 def has_trainer(command: Command) -> bool:

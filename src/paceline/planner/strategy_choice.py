@@ -45,16 +45,16 @@ def choose_strategy(footprint: Footprint, *, free: int, ranks: int, device: str)
         return StrategyChoice(strategy="single", reason="single: there is one process")
     available = free + footprint.placed
     usable = int(available * _SHARE_FOR_STATE)
-    need = f"parameters + gradients + optimizer state take {_gb(footprint.total)}"
-    have = f"{_gb(usable)} of {_gb(available)} free on {device} are available for them"
+    need = f"parameters + gradients + optimizer state take {_bytes(footprint.total)}"
+    have = f"{_bytes(usable)} of the {_bytes(available)} free for each rank on {device} are available for them"
     if footprint.total <= usable:
         return StrategyChoice(strategy="ddp", reason=f"ddp: {need} on every rank; {have}")
     for bytes_, settings, what in _candidates(footprint, ranks, available):
         if bytes_ <= usable:
-            reason = f"fsdp, {what}: {need}, too much for one rank; {_gb(bytes_)} sharded over {ranks}; {have}"
+            reason = f"fsdp, {what}: {need}, too much for one rank; {_bytes(bytes_)} sharded over {ranks} ranks; {have}"
             return StrategyChoice(strategy="fsdp", settings=settings, reason=reason)
     settings = {"cpu_offload": True, "activation_checkpointing": True}
-    reason = f"fsdp, parameters in host memory: {need}, {_gb(footprint.total // ranks)} per rank; {have}"
+    reason = f"fsdp, parameters in host memory: {need}, {_bytes(footprint.total // ranks)} per rank; {have}"
     return StrategyChoice(strategy="fsdp", settings=settings, reason=reason)
 
 
@@ -67,5 +67,7 @@ def _candidates(footprint: Footprint, ranks: int, available: int) -> Iterator[tu
     yield shard, {"activation_checkpointing": True}, "with activation checkpointing"
 
 
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e7 else f"{number / 1e6:.2f} MB"
+def _bytes(number: int) -> str:
+    if number >= 2**24:
+        return f"{number / 2**30:.2f} GiB"
+    return f"{number / 2**20:.2f} MiB" if number >= 2**14 else f"{number / 2**10:.2f} KiB"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from paceline.config.packages import is_installed
 from paceline.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -32,10 +32,7 @@ class TrackerEntry:
     @property
     def is_installed(self) -> bool:
         """Whether its package can be imported. A folder of that name in the working directory does not count."""
-        if not self.package:
-            return True
-        spec = find_spec(self.package)
-        return spec is not None and spec.origin is not None
+        return not self.package or is_installed(self.package)
 
     @property
     def backend(self) -> type[Backend]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from paceline.environment.random_generators import set_seed
-from paceline.errors import NotBuiltError, PrepareError
+from paceline.errors import NotBuiltError, PrepareError, explains_keywords
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.trainer import model_files, result_files
 from paceline.trainer.arguments.accelerator import build_accelerator
@@ -102,6 +102,7 @@ class Trainer:
         ['epoch', 'eval_loss']
     """
 
+    @explains_keywords({"tokenizer": "write processing_class"})
     def __init__(
         self,
         model: nn.Module | None = None,

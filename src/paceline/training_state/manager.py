@@ -277,7 +277,7 @@ class CheckpointManager:
         if not problems and len({save_id for _, save_id in of_ranks}) > 1:
             problems = ["the ranks see checkpoints of different saves under this name"]
         if problems or opened is None:
-            raise DamagedCheckpointError(f"{folder} cannot be loaded", problems[0], "")
+            raise DamagedCheckpointError(_unopened(folder), problems[0], "")
         return opened
 
     def _load_newest(self, project: Path, *, strict: bool) -> str | None:
@@ -290,7 +290,8 @@ class CheckpointManager:
                 self._load(checkpoint, strict=strict)
             except DamagedCheckpointError as error:
                 skipped += 1
-                _LOG.warning("skipped %s: %s", path.name, error)
+                # Its name comes first already.
+                _LOG.warning("skipped %s: %s", path.name, str(error).removeprefix(f"{_unopened(project / path)}. "))
                 continue
             _LOG.info("resumed from %s", project / path)
             return str(project / path)
@@ -393,3 +394,7 @@ def _refuse_reader_options(load_kwargs: Mapping[str, Any] | None, map_location: 
 def _expanded(folder: str | os.PathLike[str]) -> Path:
     """The folder with `~` replaced by the user's home."""
     return Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup
+
+
+def _unopened(folder: Path) -> str:
+    return f"{folder} cannot be loaded"

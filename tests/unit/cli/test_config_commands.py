@@ -274,6 +274,8 @@ def test_convert_to_standard_output_and_to_a_file(paceline: Paceline, tmp_path: 
     assert answer.code == 0
     assert yaml.safe_load(answer.out)["strategy"] == "fsdp"
     assert "became strategy fsdp" in answer.err
+    assert paceline("config", "convert", source, "-o", "-").out == answer.out
+    assert list(tmp_path.glob("-")) == []
     assert paceline("config", "convert", source, "-o", "new.yaml").code == 0
     assert yaml.safe_load((tmp_path / "new.yaml").read_text()) == yaml.safe_load(answer.out)
     assert paceline("config", "check", "new.yaml").code == 0

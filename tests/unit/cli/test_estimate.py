@@ -132,6 +132,7 @@ def test_json(script: str) -> None:
     ("arguments", "text"),
     [
         (("{}:missing",), "cannot be imported"),
+        (("{}:buld",), r"cannot be imported: .*did you mean build\?"),
         (("{}:number",), "is of type int"),
         (("{}:takes",), "needs arguments: width"),
         (("{}:reads",), r"\.item\(\).*meta device.*Leave out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -336,3 +337,78 @@ def test_tee_may_have_the_number_that_accelerate_gives_it(paceline: Paceline, sc
 def test_tee_of_one_stream_is_refused(paceline: Paceline, script: Path) -> None:
     answer = paceline("launch", "--cpu", "--tee", "1", "--dry-run", script.name)
     assert (answer.code, "1 selects one stream; paceline shows both" in answer.err) == (2, True)
+
+
+# Packages that are not installed
+
+
+@pytest.fixture
+def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import of these raises ModuleNotFoundError, as where they are not installed."""
+    for name in ("deepspeed", "torchao"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.usefixtures("without_packages")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--use_deepspeed"], "--use_deepspeed: strategy: deepspeed needs the package deepspeed; it is not installed"),
+        (["--strategy", "deepspeed"], "--strategy: deepspeed needs the package deepspeed"),
+        (["--use_deepspeed"], "run: pip install 'paceline[deepspeed]'"),
+        (["--mixed_precision", "fp8"], "--mixed_precision: fp8 needs the package torchao; it is not installed"),
+        (["--mixed_precision", "fp8", "--fp8_emulate", "true"], "run: pip install 'paceline[torchao]'"),
+    ],
+)
+def test_a_missing_package_is_found_before_any_rank_starts(
+    paceline: Paceline, script: Path, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    answer = paceline("launch", *flags, "--cpu", script.name)
+    assert answer.code == 2
+    assert message in answer.err
+    assert "nothing was started" in answer.err
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_a_missing_package_is_reported_with_all_other_problems(paceline: Paceline, script: Path) -> None:
+    answer = paceline("launch", "--use_deepspeed", "--num_processes", "0", script.name)
+    assert "2 problems" in answer.err
+    assert "deepspeed needs the package deepspeed" in answer.err
+
+
+@pytest.mark.usefixtures("without_packages")
+def test_commands_that_start_no_rank_need_no_package(paceline: Paceline, tmp_path: Path) -> None:
+    file = write(tmp_path, "distributed_type: DEEPSPEED\nmixed_precision: bf16\n")
+    shown = paceline("config", "show", "--config_file", file)
+    assert shown.code == 0
+    assert "run.yaml:1: strategy: deepspeed needs the package deepspeed" in shown.err
+    assert paceline("config", "convert", file, "-o", "new.yaml").code == 0
+    checked = paceline("config", "check", file)
+    assert checked.code == 2
+    assert "run.yaml:1: strategy: deepspeed needs the package deepspeed" in checked.out
+
+
+def test_fp8_without_a_gpu_is_found_before_any_rank_starts(
+    paceline: Paceline, script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "packages" / "torchao"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    answer = paceline("launch", "--mixed_precision", "fp8", script.name)
+    assert answer.code == 2
+    assert "--mixed_precision: fp8 was requested, but the ranks train on the CPU; fp8 needs an NVIDIA GPU" in answer.err
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_program_that_may_not_be_executed(paceline: Paceline, tmp_path: Path) -> None:
+    write(tmp_path, "echo started\n", "run.sh")
+    answer = paceline("launch", "--cpu", "--no_python", "./run.sh")
+    assert answer.code == 2
+    assert "The program './run.sh' is not executable. Run chmod +x ./run.sh" in answer.err
+    (tmp_path / "run.sh").chmod(0o755)
+    answer = paceline("launch", "--cpu", "--no_python", "run.sh")
+    assert "The program 'run.sh' is not in PATH. Write ./run.sh" in answer.err
+    assert "There is no program 'nothing.sh'" in paceline("launch", "--cpu", "--no_python", "nothing.sh").err

@@ -158,6 +158,13 @@ def test_a_script_with_the_trainer_of_transformers(
 
 
 @pytest.mark.slow
+def test_a_script_without_paceline(tmp_path: Path) -> None:
+    code, lines = check(tmp_path, flags=("--num_processes", "1"), source="print('trained')\n")
+    assert code == 1
+    assert lines[-1].endswith("the script does not import paceline, and only what an Accelerator trains is recorded")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [(), ("background",)], ids=["blocking", "background"])
 def test_two_ranks_under_fsdp(words: tuple[str, ...], tmp_path: Path) -> None:
     code, lines = check(tmp_path, *words, flags=("--num_processes", "2", "--use_fsdp"))

@@ -159,8 +159,8 @@ def test_a_loader_that_yields_nothing_is_refused() -> None:
 def test_one_line_tells_how_data_is_dealt_out() -> None:
     loader = prepared(DataLoader(Numbers(10_007), 32, shuffle=True), Seat(0, 2))
     assert loader.describe() == (
-        "10,007 samples, shuffled by (seed 7, epoch), global batch 64 = 2 ranks x 32, 157 batches per rank, "
-        "the last filled up with 41 samples from the start of the epoch"
+        "10,007 samples, shuffled by (seed 7, epoch), global batch of 64 samples = 2 ranks x 32 samples, "
+        "157 batches per rank, the last filled up with 41 samples from the start of the epoch"
     )
 
 

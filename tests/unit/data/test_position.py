@@ -466,7 +466,10 @@ def test_another_global_batch_within_an_epoch_is_refused(make: Any) -> None:
         next(iter(other))
 
     if make is shuffled:
-        with pytest.raises(DataError, match=r"global batch 3 = 1 rank x 3 and is .* global batch 6 = 2 ranks x 3"):
+        with pytest.raises(
+            DataError,
+            match=r"of 3 samples = 1 rank x 3 samples and is .* 2 ranks x 3 samples",
+        ):
             other.load_state_dict(states[4])
         resume(states[-1])
         assert other.epoch == 1

@@ -175,7 +175,7 @@ def test_a_stream_tells_how_it_is_split() -> None:
         return prepared(DataLoader(PlainStream(9), 2), group).describe()
 
     assert "stream split over 2 ranks x 1 readers" in run_fake_ranks(2, run)[0]
-    assert "global batch 4 = 2 ranks x 2" in run_fake_ranks(2, run)[1]
+    assert "global batch of 4 samples = 2 ranks x 2 samples" in run_fake_ranks(2, run)[1]
 
 
 class Untouchable(Numbers):

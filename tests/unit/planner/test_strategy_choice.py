@@ -70,13 +70,13 @@ def test_more_ranks_need_less_each() -> None:
 
 
 def test_the_reason_holds_the_numbers() -> None:
-    big = Footprint(parameters=4 * 10**9, gradients=4 * 10**9, optimizer=8 * 10**9)
-    ddp = choose(80 * 10**9, big).reason
+    big = Footprint(parameters=4 * 2**30, gradients=4 * 2**30, optimizer=8 * 2**30)
+    ddp = choose(80 * 2**30, big).reason
     assert ddp.startswith("ddp: ")
-    assert "16.00 GB" in ddp
-    assert "56.00 GB of 80.00 GB free on a device" in ddp
-    fsdp = choose(10**10, big).reason
+    assert "16.00 GiB" in ddp
+    assert "56.00 GiB of the 80.00 GiB free for each rank on a device" in ddp
+    fsdp = choose(10 * 2**30, big).reason
     assert fsdp.startswith("fsdp, ")
-    assert "4.00 GB sharded over 4" in fsdp
+    assert "4.00 GiB sharded over 4 ranks" in fsdp
     assert "parameters in host memory" in choose(0, big).reason
-    assert "0.00 MB" in choose(5).reason
+    assert "take 1.56 KiB, 0.39 KiB per rank" in choose(5).reason

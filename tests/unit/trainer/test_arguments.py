@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+import yaml
 
-from paceline import TrainingArguments
+from paceline import Trainer, TrainingArguments
 from paceline.config import resolve
 from paceline.errors import ConfigError
 from paceline.trainer.arguments.accelerator import accelerator_arguments, build_accelerator
 from tests.support.ranks import run_on_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def problems(**values: Any) -> dict[str, str]:
@@ -95,6 +100,100 @@ def test_yaml_numbers_that_yaml_takes_for_text(tmp_path: Path) -> None:
         TrainingArguments.from_file(file)
 
 
+BAD_YAML = """output_dir: out
+learning_rte: 1e-4
+max_steps: many
+fsdp: true
+fsdp_config:
+  min_num_param: 3
+lr_scheduler_type: cosin
+load_best_model_at_end: true
+"""
+
+
+def _read_by_method(file: Path) -> object:
+    return TrainingArguments.from_file(file)
+
+
+def _read_by_parser(file: Path) -> object:
+    return TrainingArguments.parse(argv=[str(file)])
+
+
+@pytest.mark.parametrize("read", [_read_by_method, _read_by_parser])
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_what_is_wrong_in_a_file_is_reported_at_its_line(
+    tmp_path: Path, read: Callable[[Path], object], suffix: str
+) -> None:
+    file = tmp_path / f"run.{suffix}"
+    text = BAD_YAML
+    if suffix == "json":
+        written = json.dumps(yaml.safe_load(BAD_YAML), indent=1).replace("\n }", "}").splitlines()
+        text = "\n".join(["{" + written[1], *written[2:]])
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        read(file)
+    lines = {problem.key: problem.where for problem in raised.value.problems}
+    assert lines == {
+        "learning_rte": f"{file}:2",
+        "max_steps": f"{file}:3",
+        "lr_scheduler_type": f"{file}:7",
+        "eval_strategy": f"{file}:8",
+    }
+
+
+@pytest.mark.parametrize("read", [_read_by_method, _read_by_parser])
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("seed: 1\nseed: 2\n", ":2", "the key is given twice"),
+        ("seed: 1\nbf16: [true\n", ":2", "this is not valid YAML"),
+        ("- seed\n", ":1", "its top level must be a mapping"),
+        ("", ":1", "the file is empty"),
+        (None, "", "there is no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_read(
+    tmp_path: Path, read: Callable[[Path], object], text: str | None, line: str, what: str
+) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        read(file)
+    (problem,) = raised.value.problems
+    assert problem.where == f"{file}{line}"
+    assert what in str(problem)
+
+
+def test_a_key_inside_a_field_is_reported_at_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nfsdp: true\nfsdp_config:\n  min_num_param: 3\n", encoding="utf-8")
+    (args,) = TrainingArguments.parse(argv=[str(file)])
+    with pytest.raises(ConfigError, match="did you mean") as raised:
+        Trainer(torch.nn.Linear(2, 2), args, train_dataset=[])
+    assert [problem.where for problem in raised.value.problems] == [f"{file}:4"]
+
+
+def test_a_flag_that_overrides_the_file_is_named_itself(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: adamw\nseed: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        TrainingArguments.parse(argv=[str(file), "--optim", "adamw_torsh", "--seed", "-1"])
+    assert {problem.where for problem in raised.value.problems} == {"--optim", "--seed"}
+
+
+def test_numbers_inside_a_field_need_no_decimal_point(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("lr_scheduler_kwargs:\n  min_lr: 1e-5\n  name: '1e-5'\n", encoding="utf-8")
+    assert TrainingArguments.from_file(file).lr_scheduler_kwargs == {"min_lr": 1e-5, "name": "1e-5"}
+
+
+def test_text_of_a_json_file_keeps_characters_that_json_writes_as_two(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"run_name": "\U0001f680"}), encoding="utf-8")
+    assert TrainingArguments.from_file(file).run_name == "\U0001f680"
+
+
 def test_the_command_line_overrides_its_file(tmp_path: Path) -> None:
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps({"learning_rate": 1e-4, "max_steps": 3}), encoding="utf-8")
@@ -113,7 +212,7 @@ def test_the_command_line_says_what_was_meant() -> None:
     assert "--max_steps: 'x' is not a number" in text
     with pytest.raises(ConfigError) as raised:
         TrainingArguments.from_command_line(["--max_steps", "x", "--optim", "adamw_torsh"])
-    assert {problem.key for problem in raised.value.problems} == {"--max_steps", "optim"}
+    assert {problem.where for problem in raised.value.problems} == {"--max_steps", "--optim"}
     with pytest.raises(ConfigError) as raised:
         TrainingArguments.from_command_line(
             ["--max_steps", "3", "stray", "--evaluation_strategy", "steps", "--group-by-length"]

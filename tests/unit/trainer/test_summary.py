@@ -42,7 +42,7 @@ def test_one_rank_says_what_it_is_about_to_do(tmp_path: Path) -> None:
         "strategy": "single: there is one process; 1 rank on cpu",
         "parameters": "3,245 trained of 4,221 (76.9 %)",
         "steps": "2, 0.3077 epochs of 7 steps, 50 samples an epoch",
-        "batch": "8 samples = 1 rank x 4 x 2 micro-batches",
+        "batch": "8 samples = 1 rank x 2 micro-batches x 4 samples",
         "precision": "float32 throughout",
     }
 
@@ -82,7 +82,7 @@ def test_two_ranks_say_it_once(changes: dict[str, Any], reason: str, precision: 
         "strategy": f"{reason}; 2 ranks on cpu",
         "parameters": "3,245 trained of 4,221 (76.9 %)",
         "steps": "2, 0.2857 epochs of 7 steps, 50 samples an epoch",
-        "batch": "8 samples = 2 ranks x 4 x 1 micro-batch",
+        "batch": "8 samples = 2 ranks x 1 micro-batch x 4 samples",
         "precision": precision,
     }
 

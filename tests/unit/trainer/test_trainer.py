@@ -91,7 +91,7 @@ def test_arguments_and_their_origins_are_kept_once(tmp_path: Path) -> None:
     words = [str(file), "--weight_decay", "0.1", "--max_steps", "2", "--torch_compile_backend", "eager"]
     (args,) = TrainingArguments.parse(argv=words)
     origins = args.origins()
-    assert origins["learning_rate"] == str(file)
+    assert origins["learning_rate"] == f"{file}:1"
     assert origins["weight_decay"] == "--weight_decay"
     assert origins["torch_compile"] == "other arguments"
     assert TrainingArguments(seed=42).origins() == {"seed": "TrainingArguments(…)"}

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.accelerator.recording.dropout import watch_dropout
 from paceline.collectives import as_bytes, leaves
-from paceline.environment.random_generators import set_seed
+from paceline.environment.random_generators import is_seeded, set_seed
 from paceline.stepping import steps_taken
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ParityRecorder", "Recorded"]
 
-# Scripts use seeds that NumPy accepts too; torch itself begins with 64 random bits.
-_LARGEST_SEED = 2**32
 _IGNORED_LABEL = -100
 
 
@@ -85,7 +83,7 @@ class ParityRecorder:
         folder = Path(recording.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"rank-{group.rank:05d}.jsonl"
-        seeded = torch.initial_seed() < _LARGEST_SEED
+        seeded = is_seeded()
         if not seeded:
             set_seed(0)
         watch_dropout(self._note_dropout, keep=recording.keep_dropout)

@@ -68,7 +68,7 @@ def _check(file: Path, model: str | None) -> _Verdict:
     if of_deepspeed is not None:
         return _Verdict(str(file), tuple(of_deepspeed), summary="a DeepSpeed configuration")
     try:
-        resolved = resolve(flags={}, env={}, file=file)
+        resolved = resolve(flags={}, env={}, file=file, starts_ranks=True)
     except ConfigError as error:
         return _Verdict(str(file), tuple(sorted(error.problems, key=_line)))
     config = resolved.config

@@ -51,11 +51,13 @@ class _ConvertCommand(click.Command):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.argument("source", nargs=-1, required=True, shell_complete=complete_files)
-@click.option("-o", "--output", type=PathType(path_type=Path), help="File to write.")
+@click.option("-o", "--output", type=PathType(path_type=Path), help="File to write; - is standard output.")
 @click.option("--partial", is_flag=True, help="Write the keys that can be converted, even if others cannot.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite an existing file; a backup is kept.")
 def command(source: tuple[str, ...], output: Path | None, partial: bool, force: bool) -> None:
     """Convert; `_HELP` is what users read."""
+    if output == Path("-"):
+        output = None
     result = _convert(source)
     for key in result.keys:
         click.echo(str(key), err=output is None)

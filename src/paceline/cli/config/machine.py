@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from paceline.config.packages import is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +53,6 @@ def detect_machine(env: Mapping[str, str]) -> Machine:
         device_name=describe_device(device),
         processes=processes,
         precisions=supported_precisions(device),
-        has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
+        has_deepspeed=is_installed("deepspeed"),
         env=env,
     )

@@ -13,6 +13,7 @@ from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, sche
 from paceline.cli.sources import resolve_sources
 from paceline.config.deepspeed_file.settings import FILE_KEY
 from paceline.config.deepspeed_file.values import left_open, printable_settings
+from paceline.config.packages import missing_packages
 from paceline.config.schema.names import all_settings, sections
 from paceline.config.sources.writing import yaml_value
 
@@ -52,11 +53,12 @@ far as the configuration determines it.
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: every value, its source, and DeepSpeed's JSON.")
 def command(config_file: Path | None, explain: bool, as_json: bool, **values: Any) -> None:
     """Show the configuration; `_HELP` is what users read."""
-    resolved = resolve_sources(given_flags(values), config_file)
+    resolved = resolve_sources(given_flags(values), config_file, starts_ranks=False)
     if as_json:
         click.echo(json.dumps(_document(resolved), indent=2, default=str))
         return
-    for note in resolved.notes:
+    missing = map(str, missing_packages(resolved.config, resolved.origins))
+    for note in (*resolved.notes, *missing):
         click.echo(f"paceline: {note}", err=True)
     rows = _rows(resolved)
     set_rows = [row for row in rows if row[2].kind != "default"]

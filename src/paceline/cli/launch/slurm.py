@@ -87,7 +87,7 @@ class Submission:
         check_command(command, os.environ)
         file = find_config_file(os.environ, config_file)
         machines = {"num_machines": Detected(self.allocation.nodes, "--slurm_nodes")}
-        resolved = resolve(flags=flags, env=os.environ, file=file, detected=machines)
+        resolved = resolve(flags=flags, env=os.environ, file=file, detected=machines, starts_ranks=True)
         _refuse_other_starters(resolved)
         for note in () if quiet else resolved.notes:
             click.echo(f"paceline: {note}", err=True)

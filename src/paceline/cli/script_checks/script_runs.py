@@ -132,10 +132,14 @@ class ScriptRuns:
 
     def why_nothing_recorded(self) -> str:
         """Return the reason why a run of this script recorded nothing, where its text shows one, with what to do."""
-        from paceline.launch.script_imports import trains_with_accelerate
+        from paceline.launch.script_imports import imports_paceline, trains_with_accelerate
 
-        if self.resolved.config.as_accelerate or not trains_with_accelerate(self.command):
+        if self.resolved.config.as_accelerate:
             return ""
+        if not trains_with_accelerate(self.command):
+            if imports_paceline(self.command):
+                return ""
+            return ": the script does not import paceline, and only what an Accelerator trains is recorded"
         return ": the script trains with Accelerate or a Trainer of transformers, which needs --as_accelerate here"
 
     def notes(self, where: str, name: str) -> dict[int, list[dict[str, Any]]]:

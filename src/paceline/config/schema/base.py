@@ -94,7 +94,7 @@ class Section(BaseModel):
         try:
             self.__pydantic_validator__.validate_python(read, self_instance=self)
         except ValidationError as error:
-            faults = [*faults, *faults_of(type(self), error)]
+            faults = [*faults, *faults_of(type(self), error, in_python=True)]
         else:
             faults = [*faults, *self.clashes()]
         if faults:
@@ -204,8 +204,14 @@ def _setting(section: type[Section], name: str, info: FieldInfo) -> Setting:
     return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
 
 
-def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]:
-    """Translate the errors of pydantic, one for each field."""
+def faults_of(section: type[Section], error: ValidationError, *, in_python: bool = False) -> Iterator[Fault]:
+    """Translate the errors of pydantic, one for each field.
+
+    Args:
+        section: The section.
+        error: The errors.
+        in_python: Whether the values are those of a constructor, where nothing is translated.
+    """
     seen: set[str] = set()
     known = settings_by_field(section)
     for item in error.errors(include_url=False):
@@ -218,18 +224,25 @@ def faults_of(section: type[Section], error: ValidationError) -> Iterator[Fault]
         if field not in known:
             yield Fault(field, "unknown name", hint=did_you_mean(field, known) or _listed(known))
         else:
-            yield _value_fault(known[field], item["type"], item["input"], str(item.get("ctx", {}).get("error", "")))
+            reason = str(item.get("ctx", {}).get("error", ""))
+            yield _value_fault(known[field], item["type"], item["input"], reason, in_python=in_python)
 
 
-def value_fault(setting: Setting, value: object) -> Fault:
-    """Report a value of a wrong type or outside of the choices, with what is allowed."""
+def value_fault(setting: Setting, value: object, *, in_python: bool = False) -> Fault:
+    """Report a value of a wrong type or outside of the choices, with what is allowed.
+
+    Args:
+        setting: The setting.
+        value: The wrong value.
+        in_python: Whether it was given to a constructor, where nothing is translated.
+    """
     hint = ""
     if isinstance(value, str):
         hint = setting.shape.suggestion(value)
     if not hint and isinstance(value, str) and setting.shape.read(value, "text") != value:
         hint = "remove the quotes"
     allowed = setting.shape.allowed
-    if setting.more_choices:
+    if setting.more_choices and not in_python:
         allowed = f"one of {', '.join((*setting.more_choices, *map(str, setting.shape.choices)))}"
     return Fault(setting.field, f"{shown(value)} is not allowed", f"it must be {allowed}", hint)
 
@@ -247,12 +260,12 @@ def shown(value: object) -> str:
     return f"the {_CONTAINERS.get(type(value), type(value).__name__)} {value!r}"
 
 
-def _value_fault(setting: Setting, kind: str, value: object, reason: str) -> Fault:
+def _value_fault(setting: Setting, kind: str, value: object, reason: str, *, in_python: bool) -> Fault:
     if kind == "value_error":
         return Fault(setting.field, f"{shown(value)} cannot be used", reason)
     if kind in _LIMITS:
         return Fault(setting.field, f"{shown(value)} is out of range", f"it must be {_limits(setting.info)}")
-    return value_fault(setting, value)
+    return value_fault(setting, value, in_python=in_python)
 
 
 def _limits(info: FieldInfo) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +47,15 @@ class Item:
     items: tuple[Item, ...] | None
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-5` as a number, as YAML 1.2 does; PyYAML wants `1.0e-5`."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+)
+
+
 def read_document(path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     """Read a file whose top level is a mapping; what cannot be read is among the problems."""
     text, problems = _read_text(path)
@@ -54,12 +64,12 @@ def read_document(path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     if text.lstrip().startswith("{"):
         text = text.replace("\t", " ")  # JSON may be indented with tabs, which YAML refuses
     try:
-        loader = yaml.SafeLoader(_without_bom(text))
+        loader = _Loader(_without_bom(text))
         return _top_level(loader, loader.get_single_node(), path)
     except yaml.YAMLError as error:
         return (), [_syntax_problem(path, error, text)]
     except RecursionError:
-        return (), [Problem(str(path), "", "the file is nested too deeply", "a configuration has two levels")]
+        return (), [Problem(str(path), "", "the file is nested too deeply")]
     except ValueError as error:
         return (), [Problem(str(path), "", "a value cannot be read", str(error), "correct or quote it")]
 
@@ -87,9 +97,9 @@ def _without_bom(text: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
+def _top_level(loader: _Loader, node: yaml.Node | None, path: Path) -> tuple[tuple[Item, ...], list[Problem]]:
     if node is None or (isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"):
-        hint = "write the settings, or leave --config_file out"
+        hint = "write the settings into it, or leave the file out"
         return (), [Problem(f"{path}:1", "", "the file is empty", "it must hold keys and values", hint)]
     if not isinstance(node, yaml.MappingNode):
         kind = "a single value"
@@ -103,7 +113,7 @@ def _top_level(loader: yaml.SafeLoader, node: yaml.Node | None, path: Path) -> t
 
 
 def _mapping(
-    loader: yaml.SafeLoader, node: yaml.MappingNode, path: Path, prefix: str, problems: list[Problem]
+    loader: _Loader, node: yaml.MappingNode, path: Path, prefix: str, problems: list[Problem]
 ) -> tuple[Item, ...]:
     first_lines = _duplicates(node, path, prefix, problems)
     loader.flatten_mapping(node)  # `<<` merges: merged keys come first, the mapping's own keys override them
@@ -131,7 +141,7 @@ def _duplicates(node: yaml.MappingNode, path: Path, prefix: str, problems: list[
 
 
 def _item(
-    loader: yaml.SafeLoader,
+    loader: _Loader,
     name: str,
     where: str,
     node: yaml.Node,

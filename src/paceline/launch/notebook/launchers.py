@@ -8,6 +8,7 @@ import pickle
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +130,13 @@ def _run(
 ) -> list[Any]:
     flags = {name: value for name, value in flags.items() if value is not None}
     file = None if config_file is None else Path(config_file)
-    resolved = resolve(flags=flags, env=os.environ, file=file)
+    read = partial(resolve, flags=flags, env=os.environ, file=file, starts_ranks=True)
+    resolved = read()
     if resolved.config.num_processes is None:
         from paceline.launch.accelerators import count_accelerators
 
         count = 1 if resolved.config.use_cpu else count_accelerators()[1] or 1
-        resolved = resolve(flags=flags, env=os.environ, file=file, detected={"num_processes": count})
+        resolved = read(detected={"num_processes": count})
     if resolved.config.num_processes == 1:
         with use_configuration(resolved):
             return [function(*args)]

@@ -7,7 +7,7 @@ import json
 import platform
 import socket
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,7 +121,17 @@ def _script(command: Command) -> tuple[str, ...]:
 
 def mismatches(machines: Sequence[MachineInfo]) -> list[str]:
     """Return a line for everything in which a machine must match the first one and does not."""
-    return [line for other in machines[1:] for line in _mismatches(machines[0], other)]
+    named = _distinct(machines)
+    return [line for other in named[1:] for line in _mismatches(named[0], other)]
+
+
+def _distinct(machines: Sequence[MachineInfo]) -> list[MachineInfo]:
+    """Add the index to hosts that share a name, as containers may."""
+    hosts = [machine.host for machine in machines]
+    return [
+        replace(machine, host=f"{machine.host} (machine {index})") if hosts.count(machine.host) > 1 else machine
+        for index, machine in enumerate(machines)
+    ]
 
 
 def _mismatches(one: MachineInfo, other: MachineInfo) -> Iterator[str]:

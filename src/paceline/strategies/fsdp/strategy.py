@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from paceline.config import FullyShardedDataParallelPlugin
-from paceline.errors import PrepareError, SteppingError, named
+from paceline.errors import PrepareError, SteppingError, counted, named
 from paceline.precision import autocast_forward
 from paceline.precision.fp8 import has_layers, plain_local
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
@@ -469,7 +469,8 @@ class FSDPStrategy(Strategy):
 
     def _note_description(self, units: Units) -> None:
         shape = " x ".join(
-            f"{name} {size}" for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
+            f"{counted(size, 'rank')} ({name})"
+            for name, size in zip(self._mesh.mesh_dim_names or (), self._mesh.shape, strict=True)
         )
         after = self._plugin.reshard_after_forward
         kept = "kept" if after is False else "dropped"

@@ -73,7 +73,7 @@ def accelerator_arguments(args: TrainingArguments, *, accumulation: int) -> dict
         **_accumulation(args, accumulation, problems),
     }
     if problems:
-        raise ConfigError(problems)
+        raise args.config_error(problems)
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -87,7 +87,7 @@ def build_accelerator(args: TrainingArguments, *, accumulation: int) -> Accelera
     try:
         return Accelerator(**arguments)
     except ConfigError as error:
-        raise ConfigError(_as_argument(args, problem) for problem in error.problems) from None
+        raise args.config_error(_as_argument(args, problem) for problem in error.problems) from None
 
 
 def _as_argument(args: TrainingArguments, problem: Problem) -> Problem:

@@ -18,15 +18,15 @@ from paceline.accelerator.accelerator import Accelerator
 from paceline.config import InitProcessGroupKwargs
 from paceline.environment.world import World
 from paceline.errors import ConfigError, PrepareError, Problem
-from paceline.trainer.argument_errors import WHERE, field_error, field_problem
+from paceline.trainer.argument_errors import WHERE, field_error, field_problem, located
 from paceline.trainer.arguments.checks import fill_dependent_values, find_problems
 from paceline.trainer.arguments.command_line import parse_arguments
 from paceline.trainer.arguments.fields import AllFields
-from paceline.trainer.arguments.parsing import default_of, fields_of, read_mapping, read_value
+from paceline.trainer.arguments.parsing import default_of, fields_of, read_file, read_value
 from paceline.trainer.arguments.unknown_names import ABSENT, problems_with_unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -117,7 +117,7 @@ class TrainingArguments(AllFields):
             **values: Fields that override the file.
 
         Returns:
-            The arguments; `origins` names the file.
+            The arguments; `origins` names the file and the line.
 
         Raises:
             ConfigError: The file cannot be read, or its values are invalid.
@@ -127,19 +127,18 @@ class TrainingArguments(AllFields):
             >>> _ = Path("run.yaml").write_text("learning_rate: 1e-4")
             >>> args = TrainingArguments.from_file("run.yaml", max_steps=50)
             >>> args.origins()
-            {'learning_rate': 'run.yaml', 'max_steps': 'TrainingArguments(…)'}
+            {'learning_rate': 'run.yaml:1', 'max_steps': 'TrainingArguments(…)'}
         """
         name = os.fspath(path)
+        file = read_file(name)
+        if file.problems:
+            raise ConfigError(file.problems)
+        sources = {key: where for key, where in file.sources.items() if key.partition(".")[0] not in values}
         try:
-            from_file = read_mapping(name)
-        except ValueError as error:
-            raise ConfigError([Problem(name, "", str(error))]) from error
-        known = fields_of(cls)
-        unknown = [key for key in from_file if key not in known]
-        if unknown:
-            raise ConfigError(problems_with_unknown(cls, unknown, {**from_file, **values}, name))
-        made = cls(**{**from_file, **values})
-        made.note_origins({key: name for key in from_file if key not in values})
+            made = cls(**{**file.values, **values})
+        except ConfigError as error:
+            raise ConfigError(located(error.problems, sources)) from None
+        made.note_origins(sources)
         return made
 
     @classmethod
@@ -242,7 +241,8 @@ class TrainingArguments(AllFields):
         """Say where each value that is not a default came from.
 
         Returns:
-            For each such field a file, a flag, `TrainingArguments(…)`, or `other arguments` if it follows from those.
+            For each such field a line of a file, a flag, `TrainingArguments(…)`, or `other arguments` if it follows
+            from those.
 
         Example:
             >>> TrainingArguments(gradient_checkpointing=True).origins()["activation_checkpointing"]
@@ -250,15 +250,36 @@ class TrainingArguments(AllFields):
         """
         fields, hints = dataclasses.fields(self), fields_of(type(self))
         changed = {f.name for f in fields if getattr(self, f.name) != read_value(hints[f.name], default_of(f))}
-        return {name: self._origins.get(name, "other arguments") for name in sorted(changed | self._origins.keys())}
+        written = {name for name in self._origins if name in hints}
+        return {name: self._origins.get(name, "other arguments") for name in sorted(changed | written)}
 
     def note_origins(self, origins: Mapping[str, str]) -> None:
         """Record where values came from, for `origins`; parsers call it.
 
         Args:
-            origins: The source of each field: a file, a flag, or whatever a person should read.
+            origins: The source of each field, and of keys inside one (`fsdp_config.min_num_params`): a line of a file,
+                a flag, or whatever a person should read.
         """
         self._origins.update(origins)
+
+    def config_error(self, problems: Iterable[Problem]) -> ConfigError:
+        """Make an error of problems with fields, which names where each value was written.
+
+        Args:
+            problems: Problems at `TrainingArguments(…)`, whose keys are fields or keys inside one; others are kept.
+
+        Returns:
+            The error, to be raised.
+
+        Example:
+            >>> from paceline.errors import Problem
+            >>> args = TrainingArguments.from_command_line(["--seed", "1"])
+            >>> print(args.config_error([Problem("TrainingArguments(…)", "seed", "1 is taken")]))
+            1 problem in the configuration
+              --seed: 1 is taken
+            <BLANKLINE>
+        """
+        return ConfigError(located(problems, self._origins))
 
     # Values derived from the fields
 

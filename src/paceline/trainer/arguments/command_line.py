@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from paceline.errors import ConfigError, Problem, did_you_mean
-from paceline.trainer.arguments.parsing import default_of, fields_of, is_flag, read_mapping, read_value
+from paceline.trainer.argument_errors import located
+from paceline.trainer.arguments.parsing import default_of, fields_of, is_flag, read_file, read_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,35 +39,49 @@ def parse_arguments(classes: Sequence[type[Any]], argv: Sequence[str] | None = N
     values = vars(given)
     file = values.pop("config", None) or file
     problems = [*_unused_words(rest, words, classes)]
-    explicit = {}
-    if file is not None:
-        explicit = _from_file(file, classes, problems)
-    explicit |= values
-    parsed = {name: made for name, value in explicit.items() for made in _parsed(name, value, classes, problems)}
+    explicit, sources = _merge(file, values, classes, problems)
+    parsed = {
+        name: made for name, value in explicit.items() for made in _parsed(name, value, sources, classes, problems)
+    }
     if problems:
-        raise ConfigError([*problems, *_contradictions(classes, parsed)])
-    origins = {**dict.fromkeys(explicit, str(file)), **{name: f"--{name}" for name in values}}
-    return tuple(_construct(cls, parsed, origins) for cls in classes)
+        raise ConfigError([*problems, *_contradictions(classes, parsed, sources)])
+    return tuple(_construct(cls, parsed, sources) for cls in classes)
 
 
-def _contradictions(classes: Sequence[type[Any]], parsed: Mapping[str, Any]) -> Iterator[Problem]:
+def _merge(
+    file: str | None, flags: Mapping[str, Any], classes: Sequence[type[Any]], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the file and of the flags, which override it, and where each was written."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if file is not None:
+        values, sources = _from_file(file, classes, problems)
+    kept = {key: where for key, where in sources.items() if key.partition(".")[0] not in flags}
+    return values | dict(flags), kept | {name: f"--{name}" for name in flags}
+
+
+def _contradictions(
+    classes: Sequence[type[Any]], parsed: Mapping[str, Any], sources: Mapping[str, str]
+) -> Iterator[Problem]:
     """Further problems with the values that could be parsed."""
     for cls in classes:
         try:
-            _construct(cls, parsed, dict.fromkeys(parsed, _WHERE))
+            _construct(cls, parsed, sources)
         except ConfigError as error:
             yield from error.problems
         except TypeError:  # a required field is missing
             continue
 
 
-def _construct(cls: type[Any], parsed: Mapping[str, Any], origins: Mapping[str, str]) -> Any:
+def _construct(cls: type[Any], parsed: Mapping[str, Any], sources: Mapping[str, str]) -> Any:
     """An instance of a class; where its values came from is recorded if the class can do that."""
     known = fields_of(cls)
-    own = {name: value for name, value in parsed.items() if name in known}
-    made = cls(**own)
+    try:
+        made = cls(**{name: value for name, value in parsed.items() if name in known})
+    except ConfigError as error:
+        raise ConfigError(located(error.problems, sources)) from None
     if hasattr(made, "note_origins"):
-        made.note_origins({name: origins[name] for name in own})
+        made.note_origins({key: where for key, where in sources.items() if key.partition(".")[0] in known})
     return made
 
 
@@ -130,26 +145,27 @@ def _metavar(hint: Any) -> str:
     return "VALUE"
 
 
-def _from_file(file: str, classes: Sequence[type[Any]], problems: list[Problem]) -> dict[str, Any]:
-    try:
-        values = read_mapping(file)
-    except ValueError as error:
-        problems.append(Problem(file, "", str(error)))
-        return {}
+def _from_file(
+    name: str, classes: Sequence[type[Any]], problems: list[Problem]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a file, and where each was written."""
+    file = read_file(name)
+    problems.extend(file.problems)
     known = {name for cls in classes for name in fields_of(cls)}
-    for name in values:
-        if name not in known:
-            problems.append(Problem(file, name, "unknown name", hint=_hint(name, classes)))
-    return {name: value for name, value in values.items() if name in known}
+    unknown = [name for name in file.values if name not in known]
+    problems.extend(Problem(file.sources[name], name, "unknown name", hint=_hint(name, classes)) for name in unknown)
+    return {name: value for name, value in file.values.items() if name in known}, file.sources
 
 
-def _parsed(name: str, value: Any, classes: Sequence[type[Any]], problems: list[Problem]) -> list[Any]:
+def _parsed(
+    name: str, value: Any, sources: Mapping[str, str], classes: Sequence[type[Any]], problems: list[Problem]
+) -> list[Any]:
     """A list with the value as its field's type; an empty one, and a problem, if it cannot be converted."""
     hint = next(fields_of(cls)[name] for cls in classes if name in fields_of(cls))
     try:
         return [read_value(hint, value)]
     except ValueError as error:
-        problems.append(Problem(_WHERE, f"--{name}", str(error)))
+        problems.append(Problem(sources[name], name, str(error)))
         return []
 
 

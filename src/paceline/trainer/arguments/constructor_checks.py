@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from paceline.errors import ConfigError, PrepareError, Problem
+from paceline.errors import PrepareError, Problem
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.arguments.arguments import TrainingArguments
 from paceline.trainer.arguments.deepspeed import find_conflicts
@@ -112,7 +112,7 @@ def check_constructor(
         problems += find_conflicts(args, deepspeed)
         problems += _muon_problems(args, optimizer, optimizer_class)
     if problems:
-        raise ConfigError(problems)
+        raise args.config_error(problems)
 
 
 def _muon_problems(args: TrainingArguments, optimizer: Any, optimizer_class: Any) -> Iterator[Problem]:

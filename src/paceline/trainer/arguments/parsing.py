@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import yaml
 
 from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
+from paceline.config.sources.document import read_document
 from paceline.errors import did_you_mean
 from paceline.trainer.argument_errors import field_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["default_of", "fields_of", "is_flag", "read_mapping", "read_value", "read_window"]
+    from paceline.errors import Problem
+
+__all__ = ["FileValues", "default_of", "fields_of", "is_flag", "read_file", "read_mapping", "read_value", "read_window"]
 
 
 def fields_of(cls: type[Any]) -> Mapping[str, Any]:
@@ -142,6 +146,34 @@ def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} contains a {type(parsed).__name__}, not a mapping")
     return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class FileValues:
+    """What a file of values holds.
+
+    Attributes:
+        values: The values by name.
+        sources: The line of each name, and of each key inside a value, such as `run.yaml:3`.
+        problems: What cannot be read.
+    """
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+    problems: list[Problem]
+
+
+def read_file(name: str) -> FileValues:
+    """Read a YAML or JSON file of values, with their lines."""
+    path = Path(name).expanduser()
+    items, problems = read_document(path)
+    values = {item.name: item.value for item in items}
+    if path.suffix == ".json" and not problems:
+        # YAML reads a character beyond U+FFFF, which JSON writes as two, in another way.
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    sources = {item.name: item.where for item in items}
+    inner = {f"{item.name}.{key.name}": key.where for item in items for key in item.items or ()}
+    return FileValues(values, sources | inner, problems)
 
 
 def read_window(text: str) -> tuple[int, int]:

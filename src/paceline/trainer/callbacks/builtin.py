@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from paceline.errors import ConfigError
+from paceline.errors import ConfigError, explains_keywords
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.callbacks.base import TrainerCallback, length_of
 from paceline.trainer.callbacks.best_checkpoint import metric_key
@@ -74,6 +74,7 @@ class EarlyStoppingCallback(TrainerCallback):
         early_stopping_threshold: An improvement must be larger than this.
     """
 
+    @explains_keywords()
     def __init__(self, early_stopping_patience: int = 1, early_stopping_threshold: float = 0.0) -> None:
         self.early_stopping_patience = early_stopping_patience
         self.early_stopping_threshold = early_stopping_threshold

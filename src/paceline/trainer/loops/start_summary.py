@@ -76,8 +76,8 @@ def _batch(hooks: TrainerHooks, loader: Any) -> str:
     if total is None:
         return f"as the loader yields them x {counted(ranks, 'rank')} x {counted(micro_batches, 'micro-batch')}"
     return (
-        f"{total * micro_batches:,} samples = {counted(ranks, 'rank')} x {total // ranks} x "
-        f"{counted(micro_batches, 'micro-batch')}"
+        f"{counted(total * micro_batches, 'sample')} = {counted(ranks, 'rank')} x "
+        f"{counted(micro_batches, 'micro-batch')} x {counted(total // ranks, 'sample')}"
     )
 
 

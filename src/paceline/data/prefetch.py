@@ -120,11 +120,14 @@ class DevicePrefetcher:
         self._copied_bytes = max(size, self._copied_bytes)
         if needs_pinning:
             self._pinned_bytes = max(size, self._pinned_bytes)
-            if self._thread is None:
-                self._thread = _copy_thread(self._device, stream)
-            return self._thread.copy(batch, used.oldest())
+            return self._through_pinned_memory(batch, stream, used)
         with stream:
             return _Copied(map_tensors(self._copy, batch), stream.record_event())
+
+    def _through_pinned_memory(self, batch: Any, stream: torch.Stream, used: _UsedBatches) -> Future[_Copied]:
+        if self._thread is None:
+            self._thread = _copy_thread(self._device, stream)
+        return self._thread.copy(batch, used.oldest())
 
     def _copied_now(self, batch: Any) -> _Copied:
         return _Copied(send_to_device(batch, self._device, self._non_blocking), None)

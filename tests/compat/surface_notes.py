@@ -15,6 +15,9 @@ _MEGATRON = "shard with FSDP2 or DeepSpeed: `--use_fsdp`, `--use_deepspeed`"
 _PARALLEL = "sizes above 1 are an error; `dp_replicate` and `dp_shard` divide the ranks"
 
 DIFFERENT: dict[str, str] = {
+    # Names
+    "inference.prepare_pippy": "a batch may have any number of rows, and the output has as many; inputs of another "
+    "form than the example are an error; auto divides by bytes and keeps repeated blocks whole",
     # Commands
     "commands.config.config.get_user_input": "",
     "launch --same_network": _FILE,
@@ -132,7 +135,7 @@ INSTEAD: dict[str, str] = {
 INTERNAL: dict[str, str] = {
     r"commands\.launch\.(CustomHelpFormatter|clean_option)": "inner part: `launch_command_parser()` has the help",
     r"commands\.utils\.CustomArgumentGroup": "inner part: `CustomArgumentParser` reads both spellings by itself",
-    r"inference\..*": "inner part: `prepare_pippy` is an error that names torch's own pipelines",
+    r"inference\..*": "inner part: `paceline.placement.pipeline_model` does it",
     r"optimizer\.(move_to_device|patch_optimizer_step)": "inner part: `prepare` places and watches optimizers",
     r"state\.(ThreadLocalSharedDict|do_nothing)": "inner part of TPU runs",
     r"utils\.ao\..*": "inner part: `convert_model_to_fp8_ao` takes a filter of its own",

@@ -29,6 +29,7 @@ from paceline.placement.offloaded_state import (
     get_state_dict_offloaded_model,
     has_offloaded_params,
 )
+from paceline.placement.pipeline import Pipeline, pipeline_model
 from paceline.placement.sizes import compute_module_sizes, get_balanced_memory, get_max_memory
 from paceline.placement.streaming import WeightStream
 from paceline.placement.tensors import find_tied_parameters, retie_parameters, set_module_tensor_to_device
@@ -40,6 +41,7 @@ __all__ = [
     "LayerwiseCastingHook",
     "ModelHook",
     "OffloadedWeightsLoader",
+    "Pipeline",
     "SequentialHook",
     "UserCpuOffloadHook",
     "WeightStream",
@@ -67,6 +69,7 @@ __all__ = [
     "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model",
     "offload_state_dict",
+    "pipeline_model",
     "remove_hook_from_module",
     "remove_hook_from_submodules",
     "retie_parameters",

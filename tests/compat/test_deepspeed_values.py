@@ -72,8 +72,8 @@ def test_values_of_the_run_are_filled_where_programs_read_them() -> None:
     assert config["train_micro_batch_size_per_gpu"] == 3
     assert config["train_batch_size"] == 3 * 4 * 2
     assert config["gradient_accumulation_steps"] == 4
-    # Nobody asked for it; Accelerate would clip to 1.
-    assert config["gradient_clipping"] == "auto"
+    # As Accelerate does where nobody says otherwise.
+    assert config["gradient_clipping"] == 1.0
     assert config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is False
     assert config["optimizer"]["params"] == {"lr": 5e-5, "weight_decay": 1e-4, "torch_adam": True}
     # A program counts its steps for one process.

@@ -48,8 +48,9 @@ def fill_configuration(
     model, optimizer, schedule = _parts(things)
     _check_optimizer(plugin, optimizer)
     _check_schedule(plugin, schedule, optimizer)
-    # Not gradient_clipping, which Accelerate sets to 1: nothing clips that neither the program nor the file asks for.
     values: dict[str, Any] = {
+        # Without a word of the program or the file, Accelerate clips: a program written for it has the losses of that.
+        "gradient_clipping": 1.0,
         "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
         _MICRO_BATCH: micro_batch,
         "train_batch_size": micro_batch * plugin.get_value("gradient_accumulation_steps", 1) * ranks,

@@ -133,6 +133,14 @@ def test_a_file_is_merged_as_accelerate_merges_it(monkeypatch: pytest.MonkeyPatc
     assert not {"zero_stage", "tpu_name", "multi_gpu"} & set(flags)
 
 
+def test_fp8_of_a_file_compiles_unless_somebody_forbids_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "distributed_type: 'NO'\nmixed_precision: fp8\nfp8_config: {backend: AO, pad_inner_dim: true}\n"
+    flags = _flags(monkeypatch, tmp_path / "a.yaml", text)
+    assert (flags["mixed_precision"], flags["fp8_backend"]) == ("fp8", "AO")
+    assert "dynamo_backend" not in flags
+    assert _flags(monkeypatch, tmp_path / "a.yaml", text, "--dynamo_backend", "no")["dynamo_backend"] == "no"
+
+
 def test_sections_that_are_not_read_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

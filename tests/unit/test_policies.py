@@ -117,6 +117,16 @@ def test_the_script_wins_over_the_file(tmp_path: Path) -> None:
     assert (accelerator.mixed_precision, accelerator.gradient_accumulation_steps) == ("no", 4)
 
 
+def test_a_section_of_the_launcher_may_be_unread_where_the_script_wins(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("mixed_precision: fp8\nfp8_config:\n  backend: AO\n")
+    read = resolve(flags={}, env={}, file=file)
+    replaced = {"mixed_precision": "bf16"}
+    assert with_arguments(read, replaced, Leniency(script_wins=True)).config.mixed_precision == "bf16"
+    with pytest.raises(ConfigError):
+        with_arguments(read, replaced)
+
+
 def test_the_script_wins_over_deepspeeds_json() -> None:
     from paceline import DeepSpeedPlugin
 

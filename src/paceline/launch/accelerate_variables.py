@@ -60,6 +60,11 @@ _DYNAMO: Final = {
     "dynamic": "ACCELERATE_DYNAMO_USE_DYNAMIC",
     "use_regional_compilation": "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
 }
+_FP8: Final = {
+    "backend": "ACCELERATE_FP8_BACKEND",
+    "enable_fsdp_float8_all_gather": "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER",
+    "pad_inner_dim": "ACCELERATE_FP8_PAD_INNER_DIM",
+}
 _SINCE: Final = {
     "FSDP_VERSION": (1, 6),
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (1, 15),
@@ -165,6 +170,8 @@ def _plain_variables(resolved: Resolved, target: Target) -> dict[str, str]:
     variables: dict[str, str] = {}
     if config.mixed_precision != "no":
         variables["ACCELERATE_MIXED_PRECISION"] = config.mixed_precision
+    if config.mixed_precision == "fp8" and config.fp8_config is not None:
+        variables.update(_of_section(config.fp8_config, _FP8))
     if resolved.origin("gradient_accumulation_steps").is_explicit:
         variables["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(config.gradient_accumulation_steps)
     if config.debug:

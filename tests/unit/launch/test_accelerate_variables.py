@@ -329,3 +329,10 @@ def test_the_launcher_refuses_before_the_start(tmp_path: Path) -> None:
     assert done.returncode == ConfigError.exit_code
     assert "started" not in done.stdout
     assert "--timeout: 60" in done.stderr
+
+
+def test_how_torchao_computes_in_fp8(tmp_path: Path) -> None:
+    text = "mixed_precision: fp8\nfp8_config:\n  backend: AO\n  pad_inner_dim: false\n"
+    variables = variables_of(text, ON_GPUS, tmp_path)
+    assert variables["ACCELERATE_FP8_BACKEND"] == "AO"
+    assert variables["ACCELERATE_FP8_PAD_INNER_DIM"] == "false"

@@ -279,7 +279,8 @@ def _of_version_1(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def _skipped(args: argparse.Namespace) -> set[str]:
     """Flags that a run does without unless somebody gave them."""
-    skipped = {"num_cpu_threads_per_process", "gpu_ids", "as_accelerate"}
+    # Without a word about it, dynamo_backend is "no", and fp8 compiles: that needs nobody's leave.
+    skipped = {"num_cpu_threads_per_process", "gpu_ids", "as_accelerate", "dynamo_backend"}
     if args.distributed_type:
         skipped |= {"multi_gpu", *_PARADIGMS}
     return skipped

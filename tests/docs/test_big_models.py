@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "big-models.md"
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path))
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, object] = {"__name__": "examples"}
     for block in blocks:
         exec(compile(block.replace("from __future__", "# "), str(PAGE), "exec"), names)

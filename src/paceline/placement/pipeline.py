@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from paceline.collectives import Group, TorchGroup, nested
+from paceline.collectives import Group, SoloGroup, TorchGroup, nested
 from paceline.collectives.operations import broadcast
 from paceline.errors import PlacementError, counted, did_you_mean, named
 from paceline.placement.sizes import class_names
@@ -140,7 +141,8 @@ def pipeline_model(
     Raises:
         PlacementError: Another number of stages than ranks, an unknown module, or an example without rows.
     """
-    group = TorchGroup() if group is None else group
+    if group is None:
+        group = TorchGroup() if dist.is_available() and dist.is_initialized() else SoloGroup()
     if split_points == "auto":
         split_points = balanced_split_points(model, group.size, no_split_module_classes)
     points = [split_points] if isinstance(split_points, str) else list(split_points)

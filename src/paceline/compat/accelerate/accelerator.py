@@ -203,7 +203,7 @@ class Accelerator:
             raise InvalidValueError(
                 f"mixed_precision is {mode!r}", "There is no such precision", "Use one of no, fp16, bf16"
             )
-        if mode is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        if mode is None and not AcceleratorState._shared_state and "ACCELERATE_MIXED_PRECISION" not in os.environ:
             mode = _launched_precision()
         group = {} if self.init_handler is None else self.init_handler.to_kwargs()
         return AcceleratorState(

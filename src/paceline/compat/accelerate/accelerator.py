@@ -842,14 +842,16 @@ class Accelerator:
             norm_type: 2, another power, or inf.
 
         Returns:
-            The norm before.
+            The norm before; under DeepSpeed a float, infinite if gradients have overflowed.
         """
         configured = self._configured_norm()
         if configured is not None and float(max_norm) != float("inf"):
             max_norm = configured
         norm = self._core.clip_grad_norm_(parameters, max_norm, norm_type)
-        is_engines = self.distributed_type == DistributedType.DEEPSPEED
-        return float(norm) if is_engines and norm is not None else norm
+        if self.distributed_type != DistributedType.DEEPSPEED or norm is None:
+            return norm
+        # Programs compare the engine's norm with numbers; that of gradients that have overflowed is no number.
+        return float("inf") if norm.isnan() else float(norm)
 
     def _configured_norm(self) -> float | None:
         if self.distributed_type != DistributedType.DEEPSPEED or self.deepspeed_plugin is None:

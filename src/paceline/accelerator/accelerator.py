@@ -1388,7 +1388,7 @@ class Accelerator:
         """
         self._checkpoints.wait()
 
-    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+    def on_preemption(self, save: Callable[[], Any] | None, loader: PreparedDataLoader | None = None) -> None:
         """Save and exit when a signal asks any rank to stop.
 
         The signals are those of `ProjectConfiguration.save_on_signals`; the exit code is 75. With
@@ -1398,13 +1398,15 @@ class Accelerator:
         Args:
             save: Called on all ranks before the same batch; the run exits after it. None restores what the signals
                 did before.
+            loader: Stop only before a batch of this loader, and so never within an evaluation; None stops before a
+                batch of any prepared loader.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
             >>> accelerator.on_preemption(lambda: accelerator.save_state("runs/preempted"))
             >>> accelerator.on_preemption(None)
         """
-        self._checkpoints.on_preemption(save)
+        self._checkpoints.on_preemption(save, loader)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
         """Gather all weights of a prepared model.
@@ -1565,14 +1567,6 @@ class Accelerator:
             >>> accelerator.end_training()
         """
         return self._tracker.get(name, unwrap=unwrap)
-
-    def transfer_trackers(self, other: Accelerator) -> None:
-        """Log to the open trackers of another Accelerator, which has none from then on.
-
-        Args:
-            other: The Accelerator that opened them.
-        """
-        self._tracker.transfer_from(other._tracker)
 
     def end_training(self) -> None:
         """Write what was logged, and close the trackers.

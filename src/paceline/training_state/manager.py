@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paceline.checkpoint.save_load import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
-    from paceline.data import ActiveLoaders
+    from paceline.data import ActiveLoaders, LoaderStatus, PreparedDataLoader
     from paceline.stepping import Window
     from paceline.training_state.state import TrainingState
 
@@ -306,11 +306,11 @@ class CheckpointManager:
 
     # Signals
 
-    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+    def on_preemption(self, save: Callable[[], Any] | None, loader: PreparedDataLoader | None) -> None:
         """See `Accelerator.on_preemption`."""
         self._disarm()
         if save is not None:
-            self._arm(save)
+            self._arm(save, loader)
 
     def _save_on_signals(self) -> None:
         """Save and exit on a signal, where checkpoints are numbered."""
@@ -322,14 +322,20 @@ class CheckpointManager:
                 manager.save(blocking=True)
 
         if self._numbered_folder is not None:
-            self._arm(save)
+            self._arm(save, None)
 
-    def _arm(self, save: Callable[[], Any]) -> None:
-        """Let a signal on any rank call `save` on all, and end the run, before a batch between two steps."""
+    def _arm(self, save: Callable[[], Any], loader: PreparedDataLoader | None) -> None:
+        """Let a signal on any rank call `save` on all, and end the run, before a batch between two steps.
+
+        Args:
+            save: Saves the state.
+            loader: Whose batches; None for those of all loaders.
+        """
         if not self._project.save_on_signals:
             return
         # Signal handlers and loaders keep these functions alive, which must not keep models alive in turn.
         itself, window = weakref.ref(self), self._window
+        only = None if loader is None else weakref.ref(loader)
 
         def act() -> None:
             save()
@@ -340,8 +346,8 @@ class CheckpointManager:
 
         preemption = self._preemption = Preemption(self._group, self._project.save_on_signals, act)
 
-        def reach_point() -> None:
-            if not window.has_gradients:
+        def reach_point(read: LoaderStatus) -> None:
+            if not window.has_gradients and (only is None or only() is read):
                 preemption.reach_point()
 
         self._loaders.before_batch = reach_point

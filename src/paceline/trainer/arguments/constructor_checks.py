@@ -9,6 +9,7 @@ from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.arguments.arguments import TrainingArguments
 from paceline.trainer.arguments.deepspeed import find_conflicts
+from paceline.trainer.optim.schedules import follows_metric
 
 __all__ = ["check_constructor", "require_own_arguments"]
 
@@ -71,6 +72,15 @@ def check_constructor(
             args.eval_strategy != "no" and eval_dataset is None,
             field_problem(
                 "eval_strategy", f"{args.eval_strategy!r} without an eval_dataset", hint="give one to the Trainer"
+            ),
+        ),
+        (
+            args.eval_strategy == "no" and follows_metric(scheduler),
+            field_problem(
+                "eval_strategy",
+                f"'no' with a {type(scheduler).__name__}",
+                "that schedule steps on a metric of the evaluation",
+                "write steps or epoch",
             ),
         ),
         (

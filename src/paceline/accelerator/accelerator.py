@@ -1343,6 +1343,7 @@ class Accelerator:
         *,
         map_location: str | None = None,
         strict: bool = True,
+        progress: bool = True,
     ) -> str | None:
         """Load what `save_state` saved, after the same objects were prepared and registered.
 
@@ -1358,6 +1359,9 @@ class Accelerator:
             map_location: `"cpu"`, `"on_device"` or None as for Accelerate; all the same here, since tensors are read
                 to the device of the prepared objects.
             strict: Refuse a checkpoint with missing or unexpected tensors; else they are named in a warning.
+            progress: Load everything. If False, only the weights and the state of the optimizers are loaded, for
+                example those of the best step: schedulers, loaders, generators and registered objects stay as they
+                are.
 
         Returns:
             The folder; None if there is no checkpoint under `project_dir` yet.
@@ -1372,7 +1376,7 @@ class Accelerator:
             >>> accelerator.load_state() is None  # nothing saved yet: train from the beginning
             True
         """
-        return self._checkpoints.load(input_dir, load_kwargs, map_location, strict=strict)
+        return self._checkpoints.load(input_dir, load_kwargs, map_location, strict=strict, progress=progress)
 
     def wait_for_save(self) -> None:
         """Wait until the save in the background is complete.

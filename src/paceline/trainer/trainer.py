@@ -424,8 +424,7 @@ class Trainer:
         # From here on, averaged weights are evaluated and saved, if the optimizer has such.
         self._set_optimizer_mode("eval")
         if self.args.load_best_model_at_end:
-            with self._progress.kept():
-                model_files.load_best(self)
+            model_files.load_best(self)
             self._set_optimizer_mode("eval")
         fire(self, "on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)

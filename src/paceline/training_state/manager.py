@@ -221,6 +221,7 @@ class CheckpointManager:
         map_location: object,
         *,
         strict: bool,
+        progress: bool,
     ) -> str | None:
         """See `Accelerator.load_state`."""
         _refuse_reader_options(load_kwargs, map_location)
@@ -228,13 +229,13 @@ class CheckpointManager:
         if input_dir is not None:
             folder = _expanded(input_dir)
             if self._is_foreign(folder):
-                return self._import_foreign(folder, strict=strict)
-            self._load(self._open(folder), strict=strict)
+                return self._import_foreign(folder, strict=strict, progress=progress)
+            self._load(self._open(folder), strict=strict, progress=progress)
             return str(folder)
-        return self._load_newest(self._project_folder(), strict=strict)
+        return self._load_newest(self._project_folder(), strict=strict, progress=progress)
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
-        self._run_load_hooks(checkpoint.folder).load(checkpoint, strict=strict)
+    def _load(self, checkpoint: Checkpoint, *, strict: bool, progress: bool) -> None:
+        self._run_load_hooks(checkpoint.folder).load(checkpoint, strict=strict, progress=progress)
 
     def _run_load_hooks(self, folder: Path) -> TrainingState:
         """Let hooks load models themselves: those that they remove from the end of the list."""
@@ -248,10 +249,11 @@ class CheckpointManager:
         """Whether all ranks see a training state of another library in this folder."""
         return all(self._group.all_gather_object(checkpoints.is_foreign_state(folder)))
 
-    def _import_foreign(self, folder: Path, *, strict: bool) -> str:
+    def _import_foreign(self, folder: Path, *, strict: bool, progress: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
 
-        for line in import_foreign_state(self._run_load_hooks(folder), folder, strict=strict):
+        state = self._run_load_hooks(folder)
+        for line in import_foreign_state(state, folder, strict=strict, progress=progress):
             _LOG.log(logging.WARNING if line.startswith("skipped") else logging.INFO, "%s: %s", folder.name, line)
         return str(folder)
 
@@ -280,14 +282,14 @@ class CheckpointManager:
             raise DamagedCheckpointError(f"{folder} cannot be loaded", problems[0], "")
         return opened
 
-    def _load_newest(self, project: Path, *, strict: bool) -> str | None:
+    def _load_newest(self, project: Path, *, strict: bool, progress: bool) -> str | None:
         """Load the newest complete checkpoint, with a warning for each newer one that is damaged."""
         paths = [entry.folder.relative_to(project) for entry in checkpoints.find_checkpoints(project)]
         skipped = 0
         for path in self._group.broadcast_object(paths):
             try:
                 checkpoint = self._open(project / path)
-                self._load(checkpoint, strict=strict)
+                self._load(checkpoint, strict=strict, progress=progress)
             except DamagedCheckpointError as error:
                 skipped += 1
                 _LOG.warning("skipped %s: %s", path.name, error)

@@ -35,7 +35,7 @@ from paceline.trainer.loops.auto_batch_size import agree_on_plan, recorded_micro
 from paceline.trainer.loops.chunked_loss import ChunkedLoss, enable_chunked_loss
 from paceline.trainer.loops.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.loops.length import TrainingLength, require_even_batches, step_size, training_length
-from paceline.trainer.loops.prediction import predict_batch
+from paceline.trainer.loops.prediction import predict_batch, warn_of_lost_order
 from paceline.trainer.loops.progress import Progress
 from paceline.trainer.loops.resuming import resume_training
 from paceline.trainer.loops.start_summary import summarize
@@ -613,13 +613,15 @@ class Trainer:
             metric_key_prefix: Prepended to the names of metrics.
 
         Returns:
-            Predictions and labels in the order of the data set, and metrics if there are labels.
+            Predictions and labels in the order of the data set, and metrics if there are labels. With
+            `dispatch_batches=False` a stream's order is lost on several ranks, with a warning.
 
         Example:
             >>> trainer.predict(dataset).predictions.shape
             (16, 1)
         """
         loader = self.get_test_dataloader(test_dataset)
+        warn_of_lost_order(self.accelerator, test_dataset)
         output = self.evaluation_loop(
             loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, prediction_loss_only=False
         )

@@ -75,15 +75,6 @@ def check_constructor(
             ),
         ),
         (
-            args.eval_strategy == "no" and follows_metric(scheduler),
-            field_problem(
-                "eval_strategy",
-                f"'no' with a {type(scheduler).__name__}",
-                "that schedule steps on a metric of the evaluation",
-                "write steps or epoch",
-            ),
-        ),
-        (
             optimizer_class is not None and optimizer is not None,
             Problem(
                 "Trainer(…)", "optimizers", "given together with optimizer_cls_and_kwargs", hint="give one of them"
@@ -117,12 +108,23 @@ def check_constructor(
         ),
     )
     problems = [problem for applies, problem in conflicts if applies]
+    problems += _schedule_problems(args, scheduler)
     problems += _packing_problems(args, data_collator, compute_loss_func, takes)
     if deepspeed is not None:
         problems += find_conflicts(args, deepspeed)
         problems += _muon_problems(args, optimizer, optimizer_class)
     if problems:
         raise ConfigError(problems)
+
+
+def _schedule_problems(args: TrainingArguments, scheduler: Any) -> Iterator[Problem]:
+    if args.eval_strategy == "no" and follows_metric(scheduler):
+        yield field_problem(
+            "eval_strategy",
+            f"'no' with a {type(scheduler).__name__}",
+            "that schedule steps on a metric of the evaluation",
+            "write steps or epoch",
+        )
 
 
 def _muon_problems(args: TrainingArguments, optimizer: Any, optimizer_class: Any) -> Iterator[Problem]:

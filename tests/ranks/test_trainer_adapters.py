@@ -182,3 +182,25 @@ def test_only_a_peft_model_has_adapters(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     with pytest.raises(PacelineError, match="save_adapter was called with a Tagger"):
         accelerator.save_adapter(accelerator.prepare(Tagger()), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT's, of transformers
+def test_columns_that_only_the_base_model_names_are_kept(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 1.0}
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, **sizes)
+    ids = torch.randint(0, VOCABULARY, (8, 6))
+    rows = [
+        {"input_ids": row, "token_type_ids": (torch.arange(6) > 2).long(), "labels": torch.tensor(n % 2), "note": n}
+        for n, row in enumerate(ids)
+    ]
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    model = get_peft_model(BertForSequenceClassification(config), lora).eval()
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    loss = Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"]
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "token_type_ids", "labels")}
+    with torch.no_grad():
+        assert loss == pytest.approx(model(**batch).loss.item(), abs=1e-6)

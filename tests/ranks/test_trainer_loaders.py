@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,33 @@ def predicted(folder: str) -> list[int]:
 
 def test_predictions_for_a_stream_are_in_its_order(tmp_path: Path) -> None:
     assert run_on_ranks(2, predicted, str(tmp_path)) == [list(range(21))] * 2
+
+
+class Numbers(IterableDataset[dict[str, torch.Tensor]]):
+    """A stream of rows whose labels are their position."""
+
+    def __iter__(self) -> Any:
+        for row in range(13):
+            yield {"input_ids": torch.full((4,), row), "labels": torch.full((4,), row)}
+
+
+def predicted_order(folder: str, shares: bool | None) -> tuple[list[int], list[str]]:
+    changes = {"accelerator_config": {"dispatch_batches": shares}, "per_device_eval_batch_size": 2}
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("paceline").addHandler(handler)
+    try:
+        trainer = Trainer(tagger(), TrainingArguments(**arguments(folder, **changes)))
+        return trainer.predict(Numbers()).label_ids[:, 0].tolist(), messages
+    finally:
+        logging.getLogger("paceline").removeHandler(handler)
+
+
+def test_predictions_for_a_stream_that_ranks_share_out_lose_its_order(tmp_path: Path) -> None:
+    order, messages = run_on_ranks(2, predicted_order, str(tmp_path), None)[0]
+    assert order == list(range(13))
+    assert messages == []
+    order, messages = run_on_ranks(2, predicted_order, str(tmp_path), False)[0]
+    assert sorted(order) == list(range(13))
+    assert any("share out the items of the stream Numbers" in message for message in messages)

@@ -381,3 +381,24 @@ def test_a_schedule_of_passes_moves_though_a_window_is_open() -> None:
     assert schedule.last_epoch == 1
     schedule.step()
     assert schedule.last_epoch == 1
+
+
+def test_a_window_that_was_left_open_ends_with_what_was_prepared() -> None:
+    def weights_after(*, leaves_one_open: bool) -> torch.Tensor:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if leaves_one_open:
+            other = accelerator.prepare(nn.Linear(2, 1))
+            with accelerator.accumulate(other):
+                accelerator.backward(other(torch.ones(3, 2)).mean())
+            accelerator.free_memory()
+        torch.manual_seed(0)
+        module = nn.Linear(2, 1)
+        model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        for value in (1.0, 2.0, 3.0, 4.0):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.full((3, 2), value)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        return module.weight.detach().clone()
+
+    assert torch.equal(weights_after(leaves_one_open=True), weights_after(leaves_one_open=False))

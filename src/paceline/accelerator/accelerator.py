@@ -1356,6 +1356,7 @@ class Accelerator:
         *,
         map_location: str | None = None,
         strict: bool = True,
+        progress: bool = True,
     ) -> str | None:
         """Load what `save_state` saved, after the same objects were prepared and registered.
 
@@ -1371,6 +1372,9 @@ class Accelerator:
             map_location: `"cpu"`, `"on_device"` or None as for Accelerate; all the same here, since tensors are read
                 to the device of the prepared objects.
             strict: Refuse a checkpoint with missing or unexpected tensors; else they are named in a warning.
+            progress: Load everything. If False, only the weights and the state of the optimizers are loaded, for
+                example those of the best step: schedulers, loaders, generators and registered objects stay as they
+                are.
 
         Returns:
             The folder; None if there is no checkpoint under `project_dir` yet.
@@ -1385,7 +1389,7 @@ class Accelerator:
             >>> accelerator.load_state() is None  # nothing saved yet: train from the beginning
             True
         """
-        return self._checkpoints.load(input_dir, load_kwargs, map_location, strict=strict)
+        return self._checkpoints.load(input_dir, load_kwargs, map_location, strict=strict, progress=progress)
 
     def wait_for_save(self) -> None:
         """Wait until the save in the background is complete.
@@ -1401,7 +1405,7 @@ class Accelerator:
         """
         self._checkpoints.wait()
 
-    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+    def on_preemption(self, save: Callable[[], Any] | None, loader: PreparedDataLoader | None = None) -> None:
         """Save and exit when a signal asks any rank to stop.
 
         The signals are those of `ProjectConfiguration.save_on_signals`; the exit code is 75. With
@@ -1411,13 +1415,15 @@ class Accelerator:
         Args:
             save: Called on all ranks before the same batch; the run exits after it. None restores what the signals
                 did before.
+            loader: Stop only before a batch of this loader, and so never within an evaluation; None stops before a
+                batch of any prepared loader.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
             >>> accelerator.on_preemption(lambda: accelerator.save_state("runs/preempted"))
             >>> accelerator.on_preemption(None)
         """
-        self._checkpoints.on_preemption(save)
+        self._checkpoints.on_preemption(save, loader)
 
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> dict[str, Tensor]:
         """Gather all weights of a prepared model.
@@ -1578,14 +1584,6 @@ class Accelerator:
             >>> accelerator.end_training()
         """
         return self._tracker.get(name, unwrap=unwrap)
-
-    def transfer_trackers(self, other: Accelerator) -> None:
-        """Log to the open trackers of another Accelerator, which has none from then on.
-
-        Args:
-            other: The Accelerator that opened them.
-        """
-        self._tracker.transfer_from(other._tracker)
 
     def end_training(self) -> None:
         """Write what was logged, and close the trackers.

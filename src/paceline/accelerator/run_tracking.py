@@ -112,11 +112,6 @@ class RunTracker:
         """See `Accelerator.get_tracker`."""
         return self._trackers.get(name, unwrap=unwrap)
 
-    def transfer_from(self, other: RunTracker) -> None:
-        """See `Accelerator.transfer_trackers`."""
-        self._trackers, other._trackers = other._trackers, self._trackers
-        self._is_described = True
-
     def finish(self) -> None:
         """See `Accelerator.end_training`."""
         self._trackers.finish()

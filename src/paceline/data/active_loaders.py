@@ -95,8 +95,8 @@ class ActiveLoaders:
     one for evaluation, is ignored.
 
     Attributes:
-        before_batch: Called before each batch is yielded, in iterations in which all ranks get the same number; None
-            for no call.
+        before_batch: Called with the loader before it yields a batch, in iterations in which all ranks get the same
+            number; None for no call.
         micro_batches: Returns how many micro-batches make an optimizer step.
         watch: Called with the loader and each batch that it yields; None for no call.
         on_iteration_start: Called with the loader when an iteration begins.
@@ -104,7 +104,7 @@ class ActiveLoaders:
     """
 
     def __init__(self) -> None:
-        self.before_batch: Callable[[], None] | None = None
+        self.before_batch: Callable[[LoaderStatus], None] | None = None
         self.micro_batches: Callable[[], int] = _one
         self.watch: Callable[[Any, Any], None] | None = None
         self.on_iteration_start: Callable[[LoaderStatus], None] = _ignore

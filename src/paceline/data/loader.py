@@ -150,7 +150,7 @@ class PreparedDataLoader(DataLoader[Any]):
         if not self._batch_source.rereads:
             while not progress.at_end:
                 if self._active.before_batch is not None:
-                    self._active.before_batch()
+                    self._active.before_batch(self)
                 batch = next(batches, _END)
                 if batch is _END:
                     return
@@ -159,7 +159,7 @@ class PreparedDataLoader(DataLoader[Any]):
                 del batch
         for batch in batches:
             if self._active.before_batch is not None:
-                self._active.before_batch()
+                self._active.before_batch(self)
             yield batch
             del batch
 

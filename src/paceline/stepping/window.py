@@ -365,7 +365,9 @@ class Window:
         )
 
     def release(self) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and of a window that a loop left open: its gradients were theirs."""
+        self._state = WindowState()
+        self.boundary.sync_gradients = True
         self._deferred.clear()
         self._never_stepped = set()
 

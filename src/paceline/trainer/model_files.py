@@ -112,7 +112,8 @@ def load_best(hooks: TrainerHooks) -> None:
     if hooks.args.save_only_model:
         _load_weights(hooks, Path(folder))
         return
-    hooks.accelerator.load_state(folder)
+    # The run is where it is: only the weights go back.
+    hooks.accelerator.load_state(folder, progress=False)
 
 
 def save_model_files(hooks: TrainerHooks, folder: str | os.PathLike[str]) -> None:

@@ -19,8 +19,8 @@ __all__ = ["TrainerHooks"]
 class TrainerHooks(CallbackOwner, Protocol):
     """The public attributes of a `Trainer` that its parts use, and the methods that subclasses may override.
 
-    Attributes change during a training (the Accelerator is rebuilt for smaller micro-batches, callbacks may replace
-    the control), so they are read each time.
+    Attributes change during a training (the model is prepared again for smaller micro-batches, callbacks may
+    replace the control), so they are read each time.
     """
 
     accelerator: Accelerator

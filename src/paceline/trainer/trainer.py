@@ -35,7 +35,7 @@ from paceline.trainer.loops.auto_batch_size import agree_on_plan, recorded_micro
 from paceline.trainer.loops.chunked_loss import ChunkedLoss, enable_chunked_loss
 from paceline.trainer.loops.evaluation import EvalLoopOutput, EvaluationLoop, PredictionOutput
 from paceline.trainer.loops.length import TrainingLength, require_even_batches, step_size, training_length
-from paceline.trainer.loops.prediction import predict_batch
+from paceline.trainer.loops.prediction import predict_batch, warn_of_lost_order
 from paceline.trainer.loops.progress import Progress
 from paceline.trainer.loops.resuming import resume_training
 from paceline.trainer.loops.start_summary import summarize
@@ -318,8 +318,7 @@ class Trainer:
         loop = TrainingLoop(losses.LoopInputs(self, self._call, self.model_wrapped, loader, ignore_keys), length)
         self._progress.begin(loop)
         self.accelerator.register_for_checkpointing(self._progress)
-        if self.args.save_strategy != "no" and not self.args.save_only_model:
-            self.accelerator.on_preemption(self.save_checkpoint)
+        self._save_when_preempted(loader)
         return loop
 
     def _start_over(self) -> None:
@@ -389,24 +388,33 @@ class Trainer:
         if not self.args.auto_find_batch_size:
             return loop.run()
 
-        def rebuild(plan: BatchPlan) -> None:
+        def prepare_again(plan: BatchPlan) -> None:
             self._batch_plan = plan
-            self._rebuild_accelerator(loop)
+            self._prepare_again(loop)
 
-        return run_with_smaller_batches(self, loop, self._batch_plan, rebuild)
+        return run_with_smaller_batches(self, loop, self._batch_plan, prepare_again)
 
-    def _rebuild_accelerator(self, loop: TrainingLoop) -> None:
-        """Build a new Accelerator around the same model, optimizer and scheduler, and continue at the same sample."""
-        optimizer, scheduler = self.optimizer.optimizer, self.lr_scheduler
-        previous = self.accelerator
-        self.create_accelerator_and_postprocess()
-        self.accelerator.transfer_trackers(previous)
-        loop.loader = self._training_loader()
-        loop.loader.load_state_dict(loop.position)
+    def _prepare_again(self, loop: TrainingLoop) -> None:
+        """Prepare the same model, optimizer and scheduler for other batch sizes, and continue at the same sample."""
+        optimizer, scheduler, steps = self.optimizer.optimizer, self.lr_scheduler, self.optimizer.num_steps
+        self.accelerator.free_memory()
+        self.accelerator.gradient_accumulation_steps = self._batch_plan.accumulation
+        loader = self._training_loader()
+        loader.load_state_dict(loop.position)
         self.optimizer, self.lr_scheduler = optimizer, getattr(scheduler, "scheduler", scheduler)
         self._prepare_model()
-        self._update_callback_things(train_dataloader=loop.loader)
-        loop.attach(self.accelerator, self.model_wrapped)
+        self.optimizer.num_steps = steps
+        self._save_when_preempted(loader)
+        self._update_callback_things(train_dataloader=loader)
+        loop.attach(loader, self.model_wrapped)
+
+    def _save_when_preempted(self, loader: PreparedDataLoader) -> None:
+        """Save before a batch of the training set when a signal asks for it. Collective: every rank must call it.
+
+        Never within an evaluation: that may have changed weights, metrics and callbacks for its duration.
+        """
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            self.accelerator.on_preemption(self.save_checkpoint, loader)
 
     def _finish(self, loop: TrainingLoop) -> TrainOutput:
         """Log the metrics of the training, and load the best checkpoint if the arguments say so. Collective."""
@@ -417,8 +425,7 @@ class Trainer:
         # From here on, averaged weights are evaluated and saved, if the optimizer has such.
         self._set_optimizer_mode("eval")
         if self.args.load_best_model_at_end:
-            with self._progress.kept():
-                model_files.load_best(self)
+            model_files.load_best(self)
             self._set_optimizer_mode("eval")
         fire(self, "on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
@@ -607,13 +614,15 @@ class Trainer:
             metric_key_prefix: Prepended to the names of metrics.
 
         Returns:
-            Predictions and labels in the order of the data set, and metrics if there are labels.
+            Predictions and labels in the order of the data set, and metrics if there are labels. With
+            `dispatch_batches=False` a stream's order is lost on several ranks, with a warning.
 
         Example:
             >>> trainer.predict(dataset).predictions.shape
             (16, 1)
         """
         loader = self.get_test_dataloader(test_dataset)
+        warn_of_lost_order(self.accelerator, test_dataset)
         output = self.evaluation_loop(
             loader, metric_key_prefix=metric_key_prefix, ignore_keys=ignore_keys, prediction_loss_only=False
         )
@@ -953,6 +962,8 @@ class Trainer:
         name = "constant"
         if not self.args.optim.startswith("schedule_free"):
             name = self.args.lr_scheduler_type
+        if name == "reduce_lr_on_plateau":
+            options = {"mode": "max" if self.args.greater_is_better else "min", **(options or {})}
         self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=options)
         return self.lr_scheduler
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paceline.checkpoint.save_load import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
-    from paceline.data import ActiveLoaders
+    from paceline.data import ActiveLoaders, LoaderStatus, PreparedDataLoader
     from paceline.stepping import Window
     from paceline.training_state.state import TrainingState
 
@@ -221,6 +221,7 @@ class CheckpointManager:
         map_location: object,
         *,
         strict: bool,
+        progress: bool,
     ) -> str | None:
         """See `Accelerator.load_state`."""
         _refuse_reader_options(load_kwargs, map_location)
@@ -228,13 +229,13 @@ class CheckpointManager:
         if input_dir is not None:
             folder = _expanded(input_dir)
             if self._is_foreign(folder):
-                return self._import_foreign(folder, strict=strict)
-            self._load(self._open(folder), strict=strict)
+                return self._import_foreign(folder, strict=strict, progress=progress)
+            self._load(self._open(folder), strict=strict, progress=progress)
             return str(folder)
-        return self._load_newest(self._project_folder(), strict=strict)
+        return self._load_newest(self._project_folder(), strict=strict, progress=progress)
 
-    def _load(self, checkpoint: Checkpoint, *, strict: bool) -> None:
-        self._run_load_hooks(checkpoint.folder).load(checkpoint, strict=strict)
+    def _load(self, checkpoint: Checkpoint, *, strict: bool, progress: bool) -> None:
+        self._run_load_hooks(checkpoint.folder).load(checkpoint, strict=strict, progress=progress)
 
     def _run_load_hooks(self, folder: Path) -> TrainingState:
         """Let hooks load models themselves: those that they remove from the end of the list."""
@@ -248,10 +249,11 @@ class CheckpointManager:
         """Whether all ranks see a training state of another library in this folder."""
         return all(self._group.all_gather_object(checkpoints.is_foreign_state(folder)))
 
-    def _import_foreign(self, folder: Path, *, strict: bool) -> str:
+    def _import_foreign(self, folder: Path, *, strict: bool, progress: bool) -> str:
         from paceline.training_state.migration import import_foreign_state
 
-        for line in import_foreign_state(self._run_load_hooks(folder), folder, strict=strict):
+        state = self._run_load_hooks(folder)
+        for line in import_foreign_state(state, folder, strict=strict, progress=progress):
             _LOG.log(logging.WARNING if line.startswith("skipped") else logging.INFO, "%s: %s", folder.name, line)
         return str(folder)
 
@@ -280,14 +282,14 @@ class CheckpointManager:
             raise DamagedCheckpointError(_unopened(folder), problems[0], "")
         return opened
 
-    def _load_newest(self, project: Path, *, strict: bool) -> str | None:
+    def _load_newest(self, project: Path, *, strict: bool, progress: bool) -> str | None:
         """Load the newest complete checkpoint, with a warning for each newer one that is damaged."""
         paths = [entry.folder.relative_to(project) for entry in checkpoints.find_checkpoints(project)]
         skipped = 0
         for path in self._group.broadcast_object(paths):
             try:
                 checkpoint = self._open(project / path)
-                self._load(checkpoint, strict=strict)
+                self._load(checkpoint, strict=strict, progress=progress)
             except DamagedCheckpointError as error:
                 skipped += 1
                 # Its name comes first already.
@@ -307,11 +309,11 @@ class CheckpointManager:
 
     # Signals
 
-    def on_preemption(self, save: Callable[[], Any] | None) -> None:
+    def on_preemption(self, save: Callable[[], Any] | None, loader: PreparedDataLoader | None) -> None:
         """See `Accelerator.on_preemption`."""
         self._disarm()
         if save is not None:
-            self._arm(save)
+            self._arm(save, loader)
 
     def _save_on_signals(self) -> None:
         """Save and exit on a signal, where checkpoints are numbered."""
@@ -323,14 +325,20 @@ class CheckpointManager:
                 manager.save(blocking=True)
 
         if self._numbered_folder is not None:
-            self._arm(save)
+            self._arm(save, None)
 
-    def _arm(self, save: Callable[[], Any]) -> None:
-        """Let a signal on any rank call `save` on all, and end the run, before a batch between two steps."""
+    def _arm(self, save: Callable[[], Any], loader: PreparedDataLoader | None) -> None:
+        """Let a signal on any rank call `save` on all, and end the run, before a batch between two steps.
+
+        Args:
+            save: Saves the state.
+            loader: Whose batches; None for those of all loaders.
+        """
         if not self._project.save_on_signals:
             return
         # Signal handlers and loaders keep these functions alive, which must not keep models alive in turn.
         itself, window = weakref.ref(self), self._window
+        only = None if loader is None else weakref.ref(loader)
 
         def act() -> None:
             save()
@@ -341,8 +349,8 @@ class CheckpointManager:
 
         preemption = self._preemption = Preemption(self._group, self._project.save_on_signals, act)
 
-        def reach_point() -> None:
-            if not window.has_gradients:
+        def reach_point(read: LoaderStatus) -> None:
+            if not window.has_gradients and (only is None or only() is read):
                 preemption.reach_point()
 
         self._loaders.before_batch = reach_point

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["import_foreign_state"]
 
 
-def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = True) -> list[str]:
+def import_foreign_state(
+    state: TrainingState, folder: Path, *, strict: bool = True, progress: bool = True
+) -> list[str]:
     """Load a folder of Accelerate, DeepSpeed or torch.distributed.checkpoint into a prepared run.
 
     Collective: every rank must call it.
@@ -36,6 +38,7 @@ def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = T
         state: The state of this run.
         folder: The same on all ranks.
         strict: Refuse missing and unexpected weights; if False, they are only reported.
+        progress: Load everything; if False, only weights and the state of optimizers.
 
     Returns:
         A line for each thing that was loaded or skipped.
@@ -44,7 +47,7 @@ def import_foreign_state(state: TrainingState, folder: Path, *, strict: bool = T
         CheckpointError: It cannot be read, or its weights do not match the model.
         StateError: An optimizer or a registered object does not fit.
     """
-    return _Import(state, _open(state, folder), strict).run()
+    return _Import(state, _open(state, folder), strict).run(progress=progress)
 
 
 def _open(state: TrainingState, folder: Path) -> PortableState:
@@ -77,11 +80,13 @@ class _Import:
         self._strict = strict
         self._lines: list[str] = []
 
-    def run(self) -> list[str]:
-        """Load everything; return the report."""
+    def run(self, *, progress: bool) -> list[str]:
+        """Load everything, or without the progress of the run; return the report."""
         self._load_weights()
         self._load_optimizers()
         self._state.strategy.state_written()
+        if not progress:
+            return self._lines
         self._load_each("scheduler", self._state.schedulers, self._foreign.schedulers)
         self._load_each("custom object", self._state.custom, self._custom_states())
         self._load_scaler()

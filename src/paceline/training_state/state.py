@@ -195,14 +195,15 @@ class TrainingState:
 
     # Loading
 
-    def load(self, checkpoint: Checkpoint, *, strict: bool = True) -> None:
-        """Load everything, whatever number of ranks and strategy saved it.
+    def load(self, checkpoint: Checkpoint, *, strict: bool = True, progress: bool = True) -> None:
+        """Load a checkpoint, whatever number of ranks and strategy saved it.
 
         Collective: every rank must call it.
 
         Args:
             checkpoint: On this rank's disk; the same save on all ranks.
             strict: Refuse missing and unexpected tensors and objects; if False, log a warning.
+            progress: Load everything; if False, only weights, and the state of optimizers that belongs to them.
 
         Raises:
             CheckpointError: It is damaged, or its tensors do not match those of this run.
@@ -215,10 +216,18 @@ class TrainingState:
             self._group, "read", checkpoint.folder, lambda: (checkpoint.training, checkpoint.of_rank(self._rank))
         )
         training = checkpoint.training
+        steps = [wrapper.num_steps for wrapper in self.optimizers]
         self._allocate_optimizer_state(checkpoint, training, strict=strict)
         shards = self.model_shards()
         self._add_optimizer_shards(shards)
         matching = self._matching(checkpoint, shards, strict=strict)
+        if not progress:
+            load_shards(checkpoint, matching, self._group)
+            self.strategy.state_written()
+            for wrapper, taken in zip(self.optimizers, steps, strict=True):
+                wrapper.num_steps = taken
+            self._load_attributes(checkpoint.of_rank(self._rank) or checkpoint.of_rank(0) or {}, generators=False)
+            return
         live = LiveTensors(self.custom)
         targets = self._load_targets(checkpoint, live)
         self._warn_unsharded(training, live)
@@ -294,9 +303,7 @@ class TrainingState:
                 loader.load_state_dict(from_plain(position))
         if own is not None and own["generators"]:
             set_rng_states(from_plain(own["generators"]), self.strategy.context.device)
-        if saved.get("attributes"):
-            attributes = from_plain(saved["attributes"])
-            self.attributes.restore(attributes, self._owners(), generators=own is not None)
+        self._load_attributes(saved, generators=own is not None)
         size = checkpoint.manifest.world_size
         if size != self._group.size:
             # Each rank has its own generators, so another number of ranks cannot continue them exactly.
@@ -304,6 +311,10 @@ class TrainingState:
                 "%s was saved by %d ranks and is loaded by %d: random generators from rank %d on are left unchanged",
                 checkpoint.folder, size, self._group.size, min(size, self._group.size),
             )  # fmt: skip
+
+    def _load_attributes(self, saved: Mapping[str, Any], *, generators: bool) -> None:
+        if saved.get("attributes"):
+            self.attributes.restore(from_plain(saved["attributes"]), self._owners(), generators=generators)
 
     # Names and shards
 

@@ -361,7 +361,8 @@ def test_a_signal_stops_before_a_batch_is_read(stop: int) -> None:
     class Stopped(Exception):
         pass
 
-    def act() -> None:
+    def act(read: Any) -> None:
+        assert read is loader
         if len(seen) == stop:
             state["position"], state["random"] = loader.state_dict(), random.getstate()
             raise Stopped
@@ -380,7 +381,7 @@ def test_a_signal_stops_before_a_batch_is_read(stop: int) -> None:
     loader = make()
     with pytest.raises(Stopped):
         seen.extend(batch.tolist() for _ in range(2) for batch in loader)
-    active.before_batch = lambda: None
+    active.before_batch = None
     again = make()
     again.load_state_dict(state["position"])
     random.setstate(state["random"])

@@ -28,6 +28,9 @@ def problems(**values: Any) -> dict[str, str]:
     return {problem.key: str(problem) for problem in raised.value.problems}
 
 
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -63,6 +66,11 @@ def problems(**values: Any) -> dict[str, str]:
         ({"logging_steps": 0}, "0 with logging_strategy='steps'"),
         ({"save_steps": 10.5}, "10.5 is not a whole number"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "steps on a metric of the evaluation"),
+        ({**PLATEAU, "metric_for_best_model": "accuracy"}, "is missing with lr_scheduler_type='reduce_lr_on_plateau'"),
+        (
+            {**PLATEAU, "greater_is_better": True, "lr_scheduler_kwargs": {"mode": "min"}},
+            "True with mode='min' in lr_scheduler_kwargs",
+        ),
         ({"adam_beta2": 1.5}, "at least 0 and below 1"),
         ({"optim_args": "momentum"}, "'momentum' is not key=value"),
         ({"profile_steps": "5:3"}, "'5:3' is not a range of steps"),

@@ -208,3 +208,60 @@ def test_the_best_only_and_what_a_callback_asks_for(tmp_path: Path) -> None:
     train(trainer)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+class Counted:
+    """An object of the script in its checkpoints."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def test_only_the_weights_go_back_to_the_best_step(tmp_path: Path) -> None:
+    """What a run that does not load the best has at its end: schedule, generators, position, registered objects."""
+    ends = []
+    for loads_best in (False, True):
+        each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+        changes = {**METRIC, **each, "load_best_model_at_end": loads_best}
+        args = TrainingArguments(**arguments(str(tmp_path / str(loads_best)), **changes))
+        counted = Counted()
+        course = Falls(counted)
+        trainer = Trainer(
+            tagger(),
+            args,
+            train_dataset=Sentences(48, 1),
+            eval_dataset=Sentences(4, 2),
+            compute_metrics=lambda prediction, course=course: {"q": -course.value},
+            callbacks=[course],
+        )
+        trainer.accelerator.register_for_checkpointing(counted)
+        trainer.train()
+        assert trainer.state.best_global_step == 1
+        position = course.loader.state_dict()
+        generators = (torch.rand(1).item(), random.random())
+        ends.append((counted.value, trainer.lr_scheduler.state_dict(), position, generators))
+        weights = load_file(tmp_path / str(loads_best) / f"checkpoint-{1 if loads_best else 4}" / "model.safetensors")
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(value, weights[name])
+    assert ends[0] == ends[1]
+
+
+class Falls(TrainerCallback):
+    """Counts steps, and draws from the generators in each; keeps the loader."""
+
+    def __init__(self, counted: Counted) -> None:
+        self.counted = counted
+        self.value = 0
+        self.loader: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        self.value = self.counted.value = state.global_step
+        self.loader = things["train_dataloader"]
+        torch.rand(1)
+        random.random()

@@ -64,6 +64,7 @@ def test_every_schedule_is_the_one_that_transformers_means() -> None:
         ("cosine_with_min_lr", {}, "neither min_lr nor min_lr_rate"),
         ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, "both set the final rate"),
         ("warmup_stable_decay", {}, "num_decay_steps: is missing"),
+        ("reduce_lr_on_plateau", {"patince": 2}, "did you mean patience?"),
     ],
 )
 def test_arguments_that_a_schedule_does_not_have(name: str, more: dict[str, Any], said: str) -> None:

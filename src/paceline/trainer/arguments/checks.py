@@ -260,6 +260,7 @@ def find_problems(args: AllFields) -> Iterator[Problem]:
     yield from _loaders(args)
     yield from _best(args)
     yield from _mappings(args)
+    yield from _plateau(args)
     yield from _texts(args)
 
 
@@ -354,6 +355,26 @@ def _mappings(args: AllFields) -> Iterator[Problem]:
                 yield field_problem(name, str(error), hint="give a mapping, JSON text, or the path of a JSON file")
 
 
+def _plateau(args: AllFields) -> Iterator[Problem]:
+    """Whether it is known in which direction the metric of `reduce_lr_on_plateau` improves."""
+    if args.lr_scheduler_type != "reduce_lr_on_plateau":
+        return
+    mode, name, greater = plateau_mode(args), args.metric_for_best_model, args.greater_is_better
+    if mode is None and greater is None and name is not None and not name.endswith("loss"):
+        what = f"is missing with lr_scheduler_type='reduce_lr_on_plateau' and metric_for_best_model={name!r}"
+        yield field_problem("greater_is_better", what, "the rate falls when the metric no longer improves", "set it")
+    if mode is not None and greater is not None and greater != (mode == "max"):
+        why = "the rate would fall while the metric improves"
+        yield field_problem("greater_is_better", f"{greater} with mode={mode!r} in lr_scheduler_kwargs", why)
+
+
+def plateau_mode(args: AllFields) -> str | None:
+    """The `mode` in `lr_scheduler_kwargs` of `reduce_lr_on_plateau`; None if it is not given."""
+    if args.lr_scheduler_type != "reduce_lr_on_plateau" or not isinstance(args.lr_scheduler_kwargs, dict):
+        return None
+    return args.lr_scheduler_kwargs.get("mode")
+
+
 def _texts(args: AllFields) -> Iterator[Problem]:
     """Check text that has a syntax of its own."""
     if args.optim_args:
@@ -399,7 +420,8 @@ def _fill_best(args: AllFields) -> None:
     if args.load_best_model_at_end and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"
     if args.metric_for_best_model is not None and args.greater_is_better is None:
-        args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+        mode = plateau_mode(args)
+        args.greater_is_better = not args.metric_for_best_model.endswith("loss") if mode is None else mode == "max"
 
 
 def setting(config: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ from paceline.errors import PrepareError, Problem
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.arguments.arguments import TrainingArguments
 from paceline.trainer.arguments.deepspeed import find_conflicts
+from paceline.trainer.optim.schedules import follows_metric
 
 __all__ = ["check_constructor", "require_own_arguments"]
 
@@ -107,12 +108,23 @@ def check_constructor(
         ),
     )
     problems = [problem for applies, problem in conflicts if applies]
+    problems += _schedule_problems(args, scheduler)
     problems += _packing_problems(args, data_collator, compute_loss_func, takes)
     if deepspeed is not None:
         problems += find_conflicts(args, deepspeed)
         problems += _muon_problems(args, optimizer, optimizer_class)
     if problems:
         raise args.config_error(problems)
+
+
+def _schedule_problems(args: TrainingArguments, scheduler: Any) -> Iterator[Problem]:
+    if args.eval_strategy == "no" and follows_metric(scheduler):
+        yield field_problem(
+            "eval_strategy",
+            f"'no' with a {type(scheduler).__name__}",
+            "that schedule steps on a metric of the evaluation",
+            "write steps or epoch",
+        )
 
 
 def _muon_problems(args: TrainingArguments, optimizer: Any, optimizer_class: Any) -> Iterator[Problem]:

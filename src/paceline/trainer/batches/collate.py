@@ -11,13 +11,25 @@ import torch
 from torch.utils.data import default_collate
 
 from paceline.errors import DataError
+from paceline.strategies.adapters import is_adapted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
-__all__ = ["IGNORED", "Columns", "PaddingCollator", "columns_in", "columns_of", "default_collator", "label_names_of"]
+__all__ = [
+    "IGNORED",
+    "Columns",
+    "PaddingCollator",
+    "columns_in",
+    "columns_of",
+    "default_collator",
+    "forward_parameters",
+    "label_names_of",
+]
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 # The index that torch's cross_entropy ignores by default, and tokenizers write for "no target".
 IGNORED = -100
@@ -107,10 +119,32 @@ def columns_in(batch: Any) -> str:
     return f"one {type(batch).__name__}"
 
 
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a model's forward by name.
+
+    A `PeftModel` passes on what it does not name itself: it takes what its base model takes, and its own.
+    """
+    base = _base_of(model)
+    parameters = dict(inspect.signature(base.forward).parameters)
+    if base is not model:
+        own = inspect.signature(model.forward).parameters
+        parameters |= {name: p for name, p in own.items() if p.kind in _NAMED and name not in parameters}
+    return parameters
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel`; any other model itself."""
+    adapted: Any = model
+    if is_adapted(model):
+        base: nn.Module = adapted.get_base_model()
+        return base
+    return model
+
+
 def columns_of(model: nn.Module, label_names: Sequence[str]) -> frozenset[str] | None:
     """The columns that a model takes; None if it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    parameters = forward_parameters(model).values()
+    named = {p.name for p in parameters if p.kind in _NAMED}
     if not named or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     # The **kwargs of models of transformers are for their attention kernels, not for columns of data.
@@ -121,8 +155,8 @@ def columns_of(model: nn.Module, label_names: Sequence[str]) -> frozenset[str] |
 
 def label_names_of(model: nn.Module) -> list[str]:
     """The names of a model's inputs that are labels."""
-    names = list(inspect.signature(model.forward).parameters)
+    names = list(forward_parameters(model))
     labels = [name for name in names if "label" in name]
-    if "QuestionAnswering" in type(model).__name__:
+    if "QuestionAnswering" in type(_base_of(model)).__name__:
         labels += [name for name in ("start_positions", "end_positions") if name in names]
     return labels or ["labels"]

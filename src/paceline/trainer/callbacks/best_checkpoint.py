@@ -23,6 +23,7 @@ __all__ = [
     "note_checkpoint",
     "note_metric",
     "note_metrics",
+    "read_metric",
     "restore_best",
 ]
 
@@ -45,11 +46,23 @@ def note_metrics(state: TrainerState, args: TrainingArguments, metrics: Mapping[
     name = args.metric_for_best_model
     if name is None:
         return False
-    if metric_key(name) not in metrics:
+    return note_metric(state, read_metric(name, metrics), greater=bool(args.greater_is_better))
+
+
+def read_metric(name: str | None, metrics: Mapping[str, float]) -> float:
+    """The metric of an evaluation that decides which weights are better; None is the loss.
+
+    Raises:
+        PacelineError: The evaluation has no such metric.
+    """
+    key = metric_key(name or "loss")
+    if key not in metrics:
         raise PacelineError(
-            f"metric_for_best_model={name!r}", f"The evaluation gives {', '.join(metrics)}", "Name one of them"
+            f"metric_for_best_model={name!r}, which is {key}",
+            f"The evaluation gives {', '.join(metrics)}",
+            "Name one of them",
         )
-    return note_metric(state, float(metrics[metric_key(name)]), greater=bool(args.greater_is_better))
+    return float(metrics[key])
 
 
 def note_metric(state: TrainerState, value: float, *, greater: bool) -> bool:

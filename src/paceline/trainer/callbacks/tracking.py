@@ -14,7 +14,7 @@ __all__ = ["TrackedRun", "TrackingCallback"]
 
 
 class TrackedRun(Protocol):
-    """The part of a Trainer that is reported; read each time, because the Accelerator may be rebuilt."""
+    """The part of a Trainer that is reported."""
 
     accelerator: Accelerator
     tokens_seen: int

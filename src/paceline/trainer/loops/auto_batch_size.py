@@ -61,7 +61,7 @@ def agree_on_plan(args: TrainingArguments, accelerator: Accelerator, plan: Batch
 
 
 def run_with_smaller_batches(
-    hooks: TrainerHooks, loop: TrainingLoop, plan: BatchPlan, rebuild: Callable[[BatchPlan], None]
+    hooks: TrainerHooks, loop: TrainingLoop, plan: BatchPlan, prepare_again: Callable[[BatchPlan], None]
 ) -> None:
     """Run the loop; each time memory runs out in a micro-batch, halve it and continue.
 
@@ -69,7 +69,7 @@ def run_with_smaller_batches(
         hooks: Everything is prepared.
         loop: About to run.
         plan: The current batch sizes.
-        rebuild: Rebuilds the Accelerator for other batch sizes, around the same model and optimizer.
+        prepare_again: Prepares the same model and optimizer for other batch sizes.
 
     Raises:
         ConfigError: All ranks would have to restart, and the launcher restarts none.
@@ -91,7 +91,7 @@ def run_with_smaller_batches(
         plan = hooks.args.batch_plan(hooks.accelerator.num_processes, plan.micro_batch // 2)
         logger.warning("Out of memory: continuing with micro-batches of %d, %d per step.", *plan)
         _free_step(hooks, loop)
-        rebuild(plan)
+        prepare_again(plan)
 
 
 def _can_retry_in_process(hooks: TrainerHooks) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from paceline.errors import PacelineError
-from paceline.trainer.batches.collate import IGNORED
+from paceline.trainer.batches.collate import IGNORED, forward_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +55,7 @@ class ModelCall:
     """
 
     def __init__(self, model: nn.Module, *, packed: bool = False) -> None:
-        parameters = inspect.signature(model.forward).parameters
+        parameters = forward_parameters(model)
         takes_num_items = getattr(model, "accepts_loss_kwargs", None)
         if takes_num_items is None:
             is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from paceline.environment.logging import get_logger
 from paceline.errors import DataError
@@ -16,9 +17,10 @@ from paceline.trainer.loops.losses import ModelCall, find_labels, maybe_loss
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from paceline.accelerator.accelerator import Accelerator
     from paceline.trainer.protocol import TrainerHooks
 
-__all__ = ["predict_batch", "warn_of_missing_labels"]
+__all__ = ["predict_batch", "warn_of_lost_order", "warn_of_missing_labels"]
 
 logger = get_logger(__name__)
 
@@ -96,6 +98,17 @@ def warn_of_missing_labels(label_names: list[str], inputs: Any) -> None:
         logger.warning(
             "label_names has %s, and the first training batch has %s: an evaluation whose batches have the same will "
             "fail.", ", ".join(missing), columns_in(inputs),
+        )  # fmt: skip
+
+
+def warn_of_lost_order(accelerator: Accelerator, dataset: Any) -> None:
+    """Warn if the ranks share out the items of a stream, so that predictions are gathered in another order."""
+    is_shared_out = accelerator.dataloader_config.dispatch_batches is False and accelerator.num_processes > 1
+    if is_shared_out and isinstance(dataset, IterableDataset):
+        logger.warning(
+            "predict: with dispatch_batches=False, %d ranks share out the items of the stream %s, so predictions and "
+            "labels are not in its order. Leave dispatch_batches out, or predict for a map-style data set.",
+            accelerator.num_processes, type(dataset).__name__,
         )  # fmt: skip
 
 

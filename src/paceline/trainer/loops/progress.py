@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from paceline.checkpoint import from_plain, to_plain
@@ -13,7 +12,7 @@ from paceline.environment.object_state import ObjectState, OwnGenerators
 from paceline.trainer.loops.length import StepSize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from paceline.trainer.loops.training import TrainingLoop
     from paceline.trainer.protocol import TrainerHooks
@@ -42,7 +41,6 @@ class Progress:
         self._generators: OwnGenerators | None = None
         # Of all ranks, between `before_save` and the save.
         self._of_ranks: list[dict[str, Any]] | None = None
-        self._is_kept = False
 
     def begin(self, loop: TrainingLoop) -> None:
         """Belong to a training that begins; note the attributes of the script's objects without a `state_dict`."""
@@ -63,15 +61,6 @@ class Progress:
         known += [*loop.model.modules(), *loop.model.parameters(), *loop.model.buffers()]
         self._attributes = ObjectState(objects, known, weights=True)
         self._generators = OwnGenerators(objects, known)
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Leave everything as it is while the weights of another step are loaded."""
-        self._is_kept = True
-        try:
-            yield
-        finally:
-            self._is_kept = False
 
     def before_save(self) -> None:
         """Sum over ranks what each of them counts. Collective: every rank must call it."""
@@ -106,8 +95,6 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore everything."""
         hooks, loop = self._hooks, self.loop
-        if self._is_kept:
-            return
         self.saved_step_size = StepSize.of_state(state["state"])
         hooks.state.load_state_dict(state["state"])
         for name in ("should_log", "should_evaluate", "should_save", "should_epoch_stop"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from paceline.trainer.callbacks.base import fire
-from paceline.trainer.callbacks.best_checkpoint import metric_key, note_metrics
+from paceline.trainer.callbacks.best_checkpoint import note_metrics, read_metric
 from paceline.trainer.loops.loss_meter import LossMeter
 from paceline.trainer.loops.losses import LoopInputs, count_items
 from paceline.trainer.loops.prediction import warn_of_missing_labels
@@ -19,7 +19,6 @@ from paceline.trainer.optim.schedules import follows_metric
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from paceline.accelerator.accelerator import Accelerator
     from paceline.trainer.loops.length import TrainingLength
 
 __all__ = ["TrainOutput", "TrainingLoop"]
@@ -72,15 +71,16 @@ class TrainingLoop:
         self._is_resumed = False
         # Whether running out of memory now could be due to the size of the micro-batch.
         self.in_batch = False
-        # Of the loader after the last optimizer step, for `auto_find_batch_size`.
-        self.position: dict[str, Any] = loader.state_dict()
+        # Of the loader before the current optimizer step, for `auto_find_batch_size`.
+        self.position: dict[str, Any] = {}
         self.logged_at = hooks.state.global_step
         self._started = time.perf_counter()
         self._first_step = hooks.state.global_step
 
-    def attach(self, accelerator: Accelerator, model: nn.Module) -> None:
-        """Continue with a rebuilt Accelerator and the model as it prepared it."""
-        self.accelerator, self.model = accelerator, model
+    def attach(self, loader: Any, model: nn.Module) -> None:
+        """Continue with another loader of the same samples, and the model as it was prepared again."""
+        self.loader, self.model = loader, model
+        self._batch_size = getattr(loader, "total_batch_size", None)
         self.parameters = list(model.parameters())
         self._starts_step = True
 
@@ -94,7 +94,8 @@ class TrainingLoop:
         self.hooks.control.new_training()
         fire(self.hooks, "on_train_begin")
         if self.args.eval_on_start and not self._is_resumed:
-            self._evaluate()
+            # Without a step of the schedule, which follows what training changes.
+            self.hooks.evaluate(ignore_keys=self.ignore_keys)
         if self._is_resumed:
             # What was requested, but not done yet, when the checkpoint was written.
             self._do_what_is_due()
@@ -117,6 +118,8 @@ class TrainingLoop:
     def _run_epoch(self) -> None:
         self.hooks.control.new_epoch()
         fire(self.hooks, "on_epoch_begin")
+        if self.args.auto_find_batch_size:
+            self.position = self._position_of_epoch()
         self.in_batch = True
         for inputs in self.loader:
             self._micro_batch(inputs)
@@ -126,6 +129,16 @@ class TrainingLoop:
             if self.accelerator.sync_gradients and self._stops_epoch():
                 break
         self._end_epoch()
+
+    def _position_of_epoch(self) -> dict[str, Any]:
+        """Where the loader begins, or resumes, the epoch that comes next."""
+        position: dict[str, Any] = self.loader.state_dict()
+        is_within = not position["ended"] and bool(position["samples"] or position["batches"])
+        if is_within and not self.hooks.state.updates_in_pass:
+            # The last epoch was ended early, and another loader would continue with its rest.
+            self.loader.set_epoch(position["epoch"] + 1)
+            position = self.loader.state_dict()
+        return position
 
     def _end_epoch(self) -> None:
         state = self.hooks.state
@@ -247,7 +260,7 @@ class TrainingLoop:
         """Evaluate, and step a scheduler that follows the metric. Collective: every rank must call it."""
         metrics = self.hooks.evaluate(ignore_keys=self.ignore_keys)
         if follows_metric(self.hooks.lr_scheduler):
-            self.hooks.lr_scheduler.step(metrics[metric_key(self.args.metric_for_best_model or "loss")])
+            self.hooks.lr_scheduler.step(read_metric(self.args.metric_for_best_model, metrics))
         return metrics
 
     def _log(self) -> None:

@@ -190,6 +190,7 @@ def make_schedule(
     function = SCHEDULES[name]
     peak = float(optimizer.param_groups[0]["lr"])
     if function is None:
+        _check(name, ReduceLROnPlateau, arguments or {})
         return ReduceLROnPlateau(optimizer, **(arguments or {}))
     options = _relative_to(peak, dict(arguments or {}))
     if name == "polynomial":
@@ -218,12 +219,16 @@ def _relative_to(peak: float, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check(name: str, function: Callable[..., float], options: dict[str, Any]) -> None:
+# Parameters of a schedule that no argument sets.
+_NO_OPTIONS = ("step", "warmup", "total", "optimizer")
+
+
+def _check(name: str, function: Callable[..., object], options: dict[str, Any]) -> None:
     if name.endswith("with_min_lr") and "min_lr_rate" not in options:
         what, hint = "neither min_lr nor min_lr_rate", "write min_lr=1e-6, or min_lr_rate=0.1 of the peak rate"
         raise field_error("lr_scheduler_kwargs", what, f"{name} ends there", hint)
     parameters = inspect.signature(function).parameters.values()
-    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known = {p.name: p for p in parameters if p.name not in _NO_OPTIONS}
     problems = [*_unknown_options(name, options, known), *_missing_options(name, options, known)]
     if problems:
         raise ConfigError(problems)

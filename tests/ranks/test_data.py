@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from paceline.collectives import TorchGroup, gather_samples
 from tests.support.engines import slowly
@@ -229,3 +230,67 @@ def resume_anywhere(kind: str, workers: int, config: dict[str, Any], drop_last: 
 )
 def test_resume_is_exact_anywhere(ranks: int, kind: str, workers: int, config: dict[str, Any], drop_last: bool) -> None:
     run_on_ranks(ranks, resume_anywhere, kind, workers, config, drop_last)
+
+
+class OneBuffer(IterableDataset[Any]):
+    """Writes every item into the same array; `fixed` is the same in all items."""
+
+    def __init__(self) -> None:
+        self.buffer, self.fixed = np.zeros(4, dtype=np.float32), torch.ones(3)
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(COUNT):
+            self.buffer[...] = number
+            yield {"x": self.buffer, "fixed": self.fixed}
+
+
+class OneBufferByIndex(Dataset[Any]):
+    """Writes every sample into the same array."""
+
+    def __init__(self) -> None:
+        self.buffer = np.zeros(4, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        self.buffer[...] = index
+        return {"x": self.buffer}
+
+
+COUNT = 13
+
+
+def the_only(samples: list[Any]) -> Any:
+    return {name: torch.as_tensor(value)[None] for name, value in samples[0].items()}
+
+
+def read_one_buffer(kind: type[Any], batch_size: int | None, dispatches: bool | None) -> list[float]:
+    """What a loop saw of each batch while it had it."""
+    group = TorchGroup()
+    collate = the_only if batch_size else None
+    loader = prepared(DataLoader(kind(), batch_size, collate_fn=collate), group, dispatch_batches=dispatches)
+    seen = []
+    for batch in loader:
+        counts = loader.counts
+        if not counts.counted or counts.real[group.rank]:
+            seen.append(float(torch.as_tensor(batch["x"]).flatten()[0]))
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "dispatches"),
+    [
+        (OneBuffer, None, None),
+        (OneBuffer, 1, False),
+        (OneBuffer, 1, True),
+        (OneBufferByIndex, 1, None),
+        (OneBufferByIndex, 1, True),
+    ],
+)
+def test_a_data_set_may_write_each_batch_into_the_same_memory(
+    kind: type[Any], batch_size: int | None, dispatches: bool | None, ranks: int
+) -> None:
+    seen = run_on_ranks(ranks, read_one_buffer, kind, batch_size, dispatches)
+    assert sorted({number for own in seen for number in own}) == list(range(COUNT))

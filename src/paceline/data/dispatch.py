@@ -18,6 +18,7 @@ from paceline.data.batch_source import BatchSource, Position, batch_text
 from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, SeededKeys, mix_seed, seed_global_rngs
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
+from paceline.data.reused_memory import ReusedMemory
 from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError, counted
 
@@ -147,7 +148,9 @@ class MapGlobalBatches(GlobalBatches):
         plan = self._sharding.plan(seed, position.epoch, position.samples)
         set_dataset_epoch(self._reader.dataset, position.epoch)
         self._sampler.set_batches(self._keys_of_all_ranks(plan, seed, position))
-        batches = iter(self._reader)
+        batches: Iterator[Any] = iter(self._reader)
+        if not self.workers:
+            batches = map(ReusedMemory().apart, batches)
         for index in range(plan.num_global_batches):
             counts = plan.counts(index)
             yield GlobalBatch([next(batches) if rows else None for rows in counts.rows], counts)

@@ -22,6 +22,7 @@ from paceline.data.epochs import set_dataset_epoch
 from paceline.data.iteration_progress import IterationProgress
 from paceline.data.randomness import IsolatedRng, mix_seed
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
+from paceline.data.reused_memory import ReusedMemory
 from paceline.data.sample_order import maybe_length
 from paceline.data.stateful import StatefulShard, maybe_state_handle
 from paceline.data.worker_split import StreamShard, maybe_skip_method
@@ -108,7 +109,16 @@ class StreamReader:
     def _iterate(self) -> Iterator[CountedBatch]:
         direct = type(self.reader) is DataLoader and can_read_directly(self.reader)
         batches = read_directly(self.reader) if direct else iter(self.reader)
-        return batches if self.counted else map(_uncounted, batches)
+        counted = batches if self.counted else map(_uncounted, batches)
+        if self.reader.num_workers:
+            return counted
+        memory = ReusedMemory()
+
+        def apart(batch: CountedBatch) -> CountedBatch:
+            batch.data = memory.apart(batch.data)
+            return batch
+
+        return map(apart, counted)
 
     def _set_epoch(self, seed: int, epoch: int, *, skipped: int) -> None:
         dataset = self.reader.dataset

@@ -272,6 +272,31 @@ def with_changing_shapes() -> None:
     assert dynamic == pytest.approx(plain, abs=1e-5)
 
 
+def hooked_late(strategy: str) -> None:
+    with on_the_cpu():
+        accelerator = Accelerator(cpu=True, strategy=strategy)
+        model: Any = TinyTransformer()
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        seen: list[int] = []
+        for step in range(STEPS):
+            if step == STEPS - 3:
+                assert "3 Block compiled by" in accelerator.describe()
+                inner = accelerator.unwrap_model(model).blocks[1]
+                layer = next(one for one in inner.modules() if isinstance(one, nn.Linear))
+                layer.register_forward_hook(lambda *_, step=step: seen.append(step))
+            tokens = make_tokens(4, 9, seed=step)
+            accelerator.backward(token_losses(model(tokens), tokens).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(seen) == 3, seen
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("fsdp", 2)])
+def test_a_hook_that_is_added_after_compiling_is_called(strategy: str, ranks: int) -> None:
+    run_on_ranks(ranks, hooked_late, strategy)
+
+
 def compiled_for_too_many_shapes() -> None:
     def length(step: int) -> int:
         return 5 + step

@@ -259,6 +259,8 @@ class AutomaticCompilation:
     def _compile(self) -> None:
         self.is_on = True
         self._started = time.perf_counter()
+        # By default torch does not notice hooks that are added to layers after it has compiled them, and calls none.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         # With fullgraph, a graph break is an error, before anything has run.
         arguments = {**compiler_arguments(self._settings, BACKEND), "fullgraph": True}
         for block in self._blocks:

@@ -282,8 +282,8 @@ def hooked_late(strategy: str) -> None:
         for step in range(STEPS):
             if step == STEPS - 3:
                 assert "3 Block compiled by" in accelerator.describe()
-                inner = accelerator.unwrap_model(model).blocks[1]
-                layer = next(one for one in inner.modules() if isinstance(one, nn.Linear))
+                inner: Any = accelerator.unwrap_model(model)
+                layer = next(one for one in inner.blocks[1].modules() if isinstance(one, nn.Linear))
                 layer.register_forward_hook(lambda *_, step=step: seen.append(step))
             tokens = make_tokens(4, 9, seed=step)
             accelerator.backward(token_losses(model(tokens), tokens).mean())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +18,6 @@ from typing_extensions import override
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.strategies.attention import AttentionKernels
 from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from paceline.config import TorchDynamoPlugin
     from paceline.precision.fp8 import Fp8Layers
+    from paceline.strategies.attention import AttentionKernels
     from paceline.strategies.automatic_compilation import AutomaticCompilation
     from paceline.strategies.context import DistributedType, RunContext
     from paceline.strategies.placeholders import DummyScheduler
@@ -64,7 +65,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        self.attention = AttentionKernels(context)
         self._compilations: list[AutomaticCompilation] = []
         self._fp8: list[Fp8Layers] = []
         self._models: list[nn.Module] = []
@@ -81,6 +81,14 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     def mesh(self) -> DeviceMesh | None:
         """The device mesh over which models are spread; None where there is none."""
         return None
+
+    @cached_property
+    def attention(self) -> AttentionKernels:
+        """Which kernels compute attention while models are prepared."""
+        # Needed with the first model.
+        from paceline.strategies.attention import AttentionKernels
+
+        return AttentionKernels(self.context)
 
     # Models and optimizers
 

@@ -53,5 +53,6 @@ def test_a_cpu_has_torchs_kernels_only() -> None:
 
 
 def test_kernels_that_were_asked_for_and_cannot_be_used() -> None:
+    accelerator = Accelerator(cpu=True, attention_kernels="flash-attn-4")
     with pytest.raises(ConfigError, match=r"attention_kernels.*they compute on CUDA, not on cpu"):
-        Accelerator(cpu=True, strategy="single", attention_kernels="flash-attn-4")
+        accelerator.prepare(nn.Linear(2, 1))

@@ -60,7 +60,11 @@ def plain_losses(count: int, clip: float | None = None) -> list[float]:
 # Stepping
 
 
-def half_precision() -> str:
+def half_precision() -> str | None:
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().is_fp16_supported():
+        return None
     with pytest.raises(PrecisionError) as error:
         make("zero2", mixed_precision="fp16")
     return str(error.value)
@@ -68,6 +72,8 @@ def half_precision() -> str:
 
 def test_fp16_is_refused_where_deepspeed_has_none() -> None:
     for message in run_on_ranks(2, half_precision):
+        if message is None:
+            pytest.skip("DeepSpeed computes in fp16 on this processor")
         assert "mixed_precision='fp16' was requested on DeepSpeed on" in message
         assert "bf16" in message
 

@@ -148,3 +148,16 @@ def farthest(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     return max(
         (abs(mine[name] - theirs[name]) for mine, theirs in zip(one, other, strict=True) for name in mine), default=0.0
     )
+
+
+class Counted:
+    """An object of the script in its checkpoints."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]

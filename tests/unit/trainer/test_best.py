@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from paceline import Trainer, TrainerCallback, TrainingArguments
 from tests.support.engines import slowly
-from tests.support.trainer import Sentences, arguments, tagger
+from tests.support.trainer import Counted, Sentences, arguments, tagger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,19 +208,6 @@ def test_the_best_only_and_what_a_callback_asks_for(tmp_path: Path) -> None:
     train(trainer)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{step}" for step in (2, 4, 6)]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
-
-
-class Counted:
-    """An object of the script in its checkpoints."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.value = state["value"]
 
 
 def test_only_the_weights_go_back_to_the_best_step(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from paceline import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from paceline.errors import PREEMPTED
-from tests.support.trainer import Sentences, accuracy, arguments, tagger, timeless
+from tests.support.trainer import Counted, Sentences, accuracy, arguments, tagger, timeless
 
 EVALUATING = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 100}
 
@@ -112,19 +112,6 @@ class Hungry(Trainer):
         if len(inputs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("out of memory")
         return super().training_step(model, inputs, num_items_in_batch)
-
-
-class Counted:
-    """An object of the script in its checkpoints."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.value = state["value"]
 
 
 class SignalAfter(TrainerCallback):

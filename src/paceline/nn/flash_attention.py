@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.library import Library
+from torch import library
 
 from paceline.environment.logging import get_logger
 
@@ -51,7 +52,7 @@ def unusable_reason(device: torch.device) -> str | None:
         return f"they compute on CUDA, not on {device.type}"
     if torch.cuda.get_device_capability(device)[0] not in _MAJORS:
         return f"they need a GPU of compute capability {' or '.join(f'{major}.x' for major in _MAJORS)}"
-    if not hasattr(torch.library, "get_kernel"):
+    if not hasattr(library, "get_kernel"):
         return f"torch {torch.__version__} cannot replace a kernel and keep the original; 2.10 can"
     return None if _installed_version() is not None else f"the package {PACKAGE} is not installed"
 
@@ -75,24 +76,26 @@ class FlashAttention:
         ...     kernels.release()
     """
 
-    _library: Any = None
+    _registrations: Any = None
     _num_users = 0
 
     def __init__(self) -> None:
-        self._is_released = False
         FlashAttention._num_users += 1
-        if FlashAttention._library is None:
-            FlashAttention._library = _replace_kernels()
+        if FlashAttention._registrations is None:
+            FlashAttention._registrations = _replace_kernels()
+        self._leave = weakref.finalize(self, FlashAttention._remove_user)
+        self._leave.atexit = False
 
     def release(self) -> None:
         """Give torch its own kernels back once nobody else uses these."""
-        if self._is_released:
-            return
-        self._is_released = True
-        FlashAttention._num_users -= 1
-        if not FlashAttention._num_users:
-            # It undoes its registrations when it is collected.
-            FlashAttention._library = None
+        self._leave()
+
+    @classmethod
+    def _remove_user(cls) -> None:
+        cls._num_users -= 1
+        if not cls._num_users:
+            # They are undone when they are collected.
+            cls._registrations = None
 
     @staticmethod
     def describe() -> str:
@@ -202,15 +205,15 @@ def _turned(tensor: Tensor) -> Tensor:
 
 
 def _replace_kernels() -> Any:
-    """Replace torch's two pairs of kernels until the library is destroyed."""
-    library: Any = Library("aten", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
+    """Replace torch's two pairs of kernels until what is returned is collected."""
+    registrations: Any = library.Library("aten", "IMPL", "CUDA")  # type: ignore[no-untyped-call]
     kernels = _Kernels()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
         for name, make in _REPLACED.items():
-            original = torch.library.get_kernel(f"aten::{name}", "CUDA")
-            library.impl(name, make(kernels, original), "CUDA", with_keyset=True, allow_override=True)
-    return library
+            original = library.get_kernel(f"aten::{name}", "CUDA")
+            registrations.impl(name, make(kernels, original), "CUDA", with_keyset=True, allow_override=True)
+    return registrations
 
 
 # What torch calls: the signatures are those of its native functions. Random states are those of dropout, which there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,37 +23,38 @@ class AttentionKernels:
 
     Args:
         context: The run, with `attention_kernels` of its configuration.
-
-    Raises:
-        ConfigError: It names kernels that cannot be used here.
     """
 
     def __init__(self, context: RunContext) -> None:
-        self._in_use: FlashAttention | None = None
+        self._context = context
         self._choice = context.config.attention_kernels
-        device = context.device
-        if self._choice == "flash-attn-4":
-            # A module of its own, which few runs need.
-            from paceline.nn.flash_attention import unusable_reason
-
-            reason = unusable_reason(device)
-            if reason is not None:
-                hint = "write attention_kernels: auto, or pip install --pre flash-attn-4 on a Hopper or Blackwell GPU"
-                what, where = "flash-attn-4 cannot be used", context.source_of("attention_kernels")
-                raise ConfigError([Problem(where, "attention_kernels", what, reason, hint)])
-        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _FASTER_ON
-        self._is_wanted = self._choice == "flash-attn-4" or (self._choice == "auto" and is_hopper)
+        self._in_use: FlashAttention | None = None
 
     def use(self) -> None:
-        """Use them from now on, if they are to be used and installed."""
-        if self._in_use is not None or not self._is_wanted:
-            return
-        from paceline.nn.flash_attention import FlashAttention, unusable_reason
+        """Use them from now on, if they are to be used and can be.
 
-        self._is_wanted = unusable_reason(torch.device("cuda")) is None
-        if self._is_wanted:
+        Raises:
+            ConfigError: The configuration asks for kernels that cannot be used here.
+        """
+        if self._in_use is None and self._are_chosen():
+            from paceline.nn.flash_attention import FlashAttention
+
             self._in_use = FlashAttention()
-            weakref.finalize(self, self._in_use.release).atexit = False
+
+    def _are_chosen(self) -> bool:
+        device = self._context.device
+        is_faster = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _FASTER_ON
+        if self._choice == "torch" or (self._choice == "auto" and not is_faster):
+            return False
+        # A module of its own, which few runs need.
+        from paceline.nn.flash_attention import unusable_reason
+
+        reason = unusable_reason(device)
+        if reason is not None and self._choice == "flash-attn-4":
+            hint = "write attention_kernels: auto, or pip install --pre flash-attn-4 on a Hopper or Blackwell GPU"
+            what, where = "flash-attn-4 cannot be used", self._context.source_of("attention_kernels")
+            raise ConfigError([Problem(where, "attention_kernels", what, reason, hint)])
+        return reason is None
 
     def release(self) -> None:
         """Leave attention to torch's kernels again, unless another Accelerator uses these."""

@@ -56,3 +56,5 @@ def test_kernels_that_were_asked_for_and_cannot_be_used() -> None:
     accelerator = Accelerator(cpu=True, attention_kernels="flash-attn-4")
     with pytest.raises(ConfigError, match=r"attention_kernels.*they compute on CUDA, not on cpu"):
         accelerator.prepare(nn.Linear(2, 1))
+    # Nothing was put in use, so nothing stands in the way.
+    accelerator.free_memory()

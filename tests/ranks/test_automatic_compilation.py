@@ -249,6 +249,22 @@ def failing_on_one() -> None:
     assert losses == pytest.approx(plain, abs=1e-5)
 
 
+def large_blocks_under_ddp() -> None:
+    graphs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    with on_the_cpu(BACKEND=counting):
+        train("ddp", make=partial(TinyTransformer, width=512))
+    assert len(graphs) == 1, "torch divides graphs at DDP's buckets, the first of which is one MB"
+
+
+def test_a_block_under_ddp_is_one_graph() -> None:
+    run_on_ranks(2, large_blocks_under_ddp)
+
+
 def test_shapes_that_keep_changing_go_back_to_eager() -> None:
     run_on_ranks(1, with_changing_shapes)
 

@@ -72,12 +72,17 @@ class NamingDDP(DistributedDataParallel):
         module: The user's own module.
         open_group: Returns a group of the same ranks for collectives outside of DDP. A rank that starts one without the
             others waits there, and does not disturb DDP's own.
+        splits_graphs: Whether torch.compile divides graphs at the buckets, so that gradients are averaged while the
+            rest of a compiled backward runs. A block is small enough as it is, and divided it becomes slower code.
         arguments: Of `DistributedDataParallel`.
     """
 
-    def __init__(self, module: nn.Module, open_group: Callable[[], Group], **arguments: Any) -> None:
+    def __init__(
+        self, module: nn.Module, open_group: Callable[[], Group], *, splits_graphs: bool = True, **arguments: Any
+    ) -> None:
         super().__init__(module, **arguments)
         self._open_group = open_group
+        self._splits_graphs = splits_graphs
         self._backwards = _Backwards()
         self._sentinel: Any = None
         self._has_warned = False
@@ -113,6 +118,12 @@ class NamingDDP(DistributedDataParallel):
             raise UnusedParametersError(unused) from error
         self._backwards.awaits = _NextBackward.EXCHANGE if exchanges else _NextBackward.NO_EXCHANGE
         return output
+
+    def _run_ddp_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self._splits_graphs:
+            return super()._run_ddp_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+        # DDP's own registers itself with the compiler around this call, and does nothing else.
+        return self.module(*inputs, **kwargs)
 
     @property
     def _keeps_graph_next(self) -> bool:

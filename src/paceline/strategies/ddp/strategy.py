@@ -78,7 +78,10 @@ class DDPStrategy(Strategy):
         self.convert_layers(model)
         self.place_whole(model, place=place)
         self.compile(model)
-        wrapped = NamingDDP(model, self._open_group, **self._arguments(place))
+        compiler = self.context.config.dynamo_config
+        compiles_blocks = compiler.backend == "auto" or compiler.use_regional_compilation
+        arguments = self._arguments(place)
+        wrapped = NamingDDP(model, self._open_group, splits_graphs=not compiles_blocks, **arguments)
         _register_hook(wrapped, self._settings)
         wrapped.num_hooks = len(wrapped._comm_hooks)
         self._wrapped.append(wrapped)

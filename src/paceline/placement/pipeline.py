@@ -132,7 +132,8 @@ def pipeline_model(
         model: On the host, the same on all ranks.
         example_args: The arguments of one micro-batch.
         example_kwargs: Its keyword arguments.
-        group: The ranks, and this rank's device; by default all ranks, on the host.
+        group: The ranks, and this rank's device; by default all ranks, each on its current accelerator if the process
+            group exchanges tensors of that, else on the host.
         split_points: Names of the modules that later stages begin with; "auto" divides the bytes evenly.
         no_split_module_classes: Classes of modules that "auto" does not split.
         chunks: How many micro-batches are on their way at once; by default one for each stage.
@@ -141,14 +142,24 @@ def pipeline_model(
     Raises:
         PlacementError: Another number of stages than ranks, an unknown module, or an example without rows.
     """
-    if group is None:
-        group = TorchGroup() if dist.is_available() and dist.is_initialized() else SoloGroup()
+    group = group or _all_ranks()
     if split_points == "auto":
         split_points = balanced_split_points(model, group.size, no_split_module_classes)
     points = [split_points] if isinstance(split_points, str) else list(split_points)
     _check_split_points(model, points, group.size)
     example = (tuple(example_args), dict(example_kwargs or {}))
     return Pipeline(model, example, points, chunks or group.size, group, gather_output)
+
+
+def _all_ranks() -> Group:
+    if not (dist.is_available() and dist.is_initialized()):
+        return SoloGroup()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    backends = dict(entry.split(":") for entry in dist.get_backend_config().split(","))
+    # Gloo exchanges an accelerator's tensors in collectives, and not from one rank to the next.
+    if accelerator is None or backends.get(accelerator.type, "gloo") == "gloo":
+        return TorchGroup()
+    return TorchGroup(torch.device(accelerator.type, torch.accelerator.current_device_index()))
 
 
 def balanced_split_points(

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # The tests start hundreds of processes: each compiles what is imported if bytecode is not kept.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
-# Programs of others that run through the switch; their environment sees the packages of the first one.
+# Programs of others that run through the switch, and torchao; their environment sees the packages of the first one.
 CLIENTS := $(VENV)/clients
 CLIENTS_INSTALLED := $(CLIENTS)/.installed
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
@@ -38,8 +38,8 @@ demo: $(INSTALLED)  ## train a small language model on this machine's devices
 test: $(INSTALLED)  ## the tests, without the long sweeps (two at a time)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
 
-test-clients: $(CLIENTS_INSTALLED)  ## TRL through the switch against TRL on Accelerate, with TRL in an environment of its own
-	PYTHONDONTWRITEBYTECODE= $(CLIENTS)/bin/python -m pytest tests/compat/test_trl.py
+test-clients: $(CLIENTS_INSTALLED)  ## TRL through the switch against TRL on Accelerate, and fp8, in an environment of their own
+	PYTHONDONTWRITEBYTECODE= $(CLIENTS)/bin/python -m pytest tests/compat/test_trl.py tests/ranks/test_fp8.py
 
 test-slow: $(INSTALLED)  ## the long sweeps as well
 	$(PYTEST) -m "not gpu and not gpus2" --timeout 900

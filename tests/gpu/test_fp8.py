@@ -13,9 +13,11 @@ from torch import nn
 from paceline import Accelerator
 from paceline.config import FP8Config
 from paceline.errors import PrecisionError
+from paceline.precision.fp8_rounding import Rounding
 from tests.support.text import standard_library
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 pytest.importorskip("torchao")
@@ -133,6 +135,31 @@ def test_500_steps_under_fsdp_are_close_to_bf16(batches: torch.Tensor, one_rank:
     assert "weights are gathered in fp8" in said
     assert "compiled by inductor from the first step on" in said
     check(losses, batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tensors_are_rounded_as_each_alone(dtype: torch.dtype) -> None:
+    sizes = [(1,), (4096,), (33, 129), (5632, 1024), (0, 16)]
+    tensors = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
+    tensors[1][:3] = torch.tensor([float("inf"), -1e30, float("nan")])
+    scales = [torch.tensor(200.0 + i, device="cuda") for i in range(len(sizes))]
+    rounding = Rounding(tensors, torch.float8_e4m3fn)
+    rounding(scales)
+    kernels = device_kernels(lambda: rounding(scales))
+    assert len(kernels) <= 2, f"scales are put together, and all tensors are rounded at once: {kernels}"
+    for tensor, scale, found in zip(tensors, scales, rounding(scales), strict=True):
+        expected = (tensor.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert rounding.is_for(tensors)
+    assert not rounding.is_for([tensor.clone() for tensor in tensors])
+
+
+def device_kernels(work: Callable[[], object]) -> list[str]:
+    """Names of the kernels that ran on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type.name == "CUDA"]
 
 
 def test_odd_numbers_of_tokens_are_padded() -> None:

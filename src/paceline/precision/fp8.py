@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from paceline.errors import MissingExtraError, PrepareError, did_you_mean
+from paceline.precision.fp8_gathering import GatheredWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -38,78 +39,49 @@ class Fp8Layers:
         names: Their names in the model.
         left: Why other linear layers stay in bf16, and how many for each reason.
         recipe: How they are scaled.
+        gathered: Those whose weights FSDP2 gathers in fp8.
     """
 
     names: list[str]
     left: Counter[str]
     recipe: str
     _config: Any
-    # Those whose weights FSDP2 gathers in fp8; scales are computed for all of them at once.
-    _gathered: nn.ModuleList = field(default_factory=nn.ModuleList)
-    # Their shards, and how often these had been changed when the scales were computed.
-    _weights: list[Any] = field(default_factory=list)
-    _versions: list[int] = field(default_factory=list)
-
-    @property
-    def are_gathered(self) -> bool:
-        """Whether FSDP2 gathers weights in fp8."""
-        return len(self._gathered) > 0
+    gathered: GatheredWeights = field(default_factory=GatheredWeights)
 
     def describe(self) -> str:
         """Say in one line which layers are converted, and why others are not."""
         ends = Counter(name.rpartition(".")[2] for name in self.names)
         which = ", ".join(f"{count} {end}" for end, count in ends.items())
         kept = "; ".join(f"{count} {reason}" for reason, count in self.left.items())
-        gathered = "; weights are gathered in fp8" if self._gathered else ""
+        gathered = "; weights are gathered in fp8" if self.gathered else ""
         return f"fp8 {self.recipe}: {which}{gathered}" + (f"; in bf16: {kept}" if kept else "")
 
     def gather_in_fp8(
-        self, modules: Iterable[nn.Module], replace: Callable[[nn.Parameter, nn.Parameter], None]
+        self, modules: Iterable[nn.Module], replace: Callable[[nn.Parameter, nn.Parameter], None], num_shards: int
     ) -> None:
         """Let FSDP2 gather the weights of these modules' fp8 layers in fp8; call it just before they are sharded.
 
         Args:
             modules: Any modules; those that are no fp8 layers are passed over.
             replace: Puts a new parameter in place of an old one.
+            num_shards: Over how many ranks a weight is divided.
         """
         if not self._config.enable_fsdp_float8_all_gather:
             return
         for layer in modules:
             if _ORIGINAL not in vars(layer):
                 continue
-            self._gathered.append(layer)
             weight: Any = layer.weight
+            if len(weight) % num_shards:
+                # torchao casts a shard without the rows that FSDP2 adds, so ranks would gather different sizes.
+                continue
+            self.gathered.add(layer)
             is_plain = plain_local(weight) is weight
             if is_plain:
                 # torchao wraps the weight of a layer that it makes; the layer itself is here already.
                 bare = nn.Linear(1, 1, bias=False, device="meta")
                 bare.weight = weight
                 replace(weight, _torchao_layer(bare, self._config).weight)
-
-    def weights_changed(self) -> None:
-        """Compute the scales of all gathered weights at once: one small collective.
-
-        After sharding, and after each optimizer step, when no unit is gathered.
-        """
-        if not self._gathered:
-            return
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
-        if not self._weights:
-            self._weights = [layer.weight for layer in self._gathered]
-        precompute_float8_dynamic_scale_for_fsdp(self._gathered)
-        self._versions = [weight._version for weight in self._weights]
-
-    def check_scales(self, *_: Any) -> None:
-        """Forget scales of weights that something else than a step has changed; the next gather computes them."""
-        if self._versions and self._versions != [weight._version for weight in self._weights]:
-            self.forget_scales()
-
-    def forget_scales(self) -> None:
-        """Let the next gather compute the scales: weights were loaded."""
-        self._versions = []
-        for weight in self._weights:
-            weight._local_tensor._precomputed_scale = None
 
 
 def convert_layers(

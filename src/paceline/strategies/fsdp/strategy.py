@@ -118,10 +118,10 @@ class FSDPStrategy(Strategy):
         self._units[id(model)] = _units_in(model)
         self._kept += set_switches(model, units.names[::-1], plugin)
         autocast_forward(model, self.context.precision)
-        if layers is not None and layers.are_gathered:
+        if layers is not None and layers.gathered:
             uncompiled: Any = torch.compiler.disable
-            model.register_forward_pre_hook(uncompiled(layers.check_scales))
-            layers.weights_changed()
+            model.register_forward_pre_hook(uncompiled(layers.gathered.check))
+            layers.gathered.changed()
         self.compile(model)
         self._note_description(units)
         return model
@@ -140,7 +140,7 @@ class FSDPStrategy(Strategy):
         buffers = [(m, name) for m in inner for name, _ in m.named_buffers(recurse=False)]
         materialize(own, buffers, ownership, self.context.device, self.context.group)
         if layers is not None:
-            layers.gather_in_fp8(_outside(inner, ignored), ownership.replace)
+            layers.gather_in_fp8(_outside(inner, ignored), ownership.replace, self._mesh.shape[-1])
         placed.update(inner)
         fully_shard(
             module,
@@ -409,13 +409,13 @@ class FSDPStrategy(Strategy):
     def state_written(self) -> None:
         self._reshard()
         for layers in self._fp8:
-            layers.forget_scales()
+            layers.gathered.forget()
 
     @override
     def stepped(self) -> None:
         super().stepped()
         for layers in self._fp8:
-            layers.weights_changed()
+            layers.gathered.changed()
 
     def _reshard(self) -> None:
         """Drop gathered copies of parameters that a forward has left behind: the shards are the state."""

@@ -1,0 +1,89 @@
+"""Weights that FSDP2 gathers in fp8: their shards are rounded once after each step, not before each gather."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from paceline.precision.fp8_rounding import Rounding
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GatheredWeights"]
+
+
+class GatheredWeights:
+    """The fp8 layers of one model whose weights FSDP2 gathers in fp8.
+
+    torchao casts a shard whenever it is gathered, in forward and in backward, by one kernel for each operation. Weights
+    change only with a step, so all shards are rounded then, in one kernel, and gathered as they are: one byte for each
+    element of this rank.
+    """
+
+    def __init__(self) -> None:
+        self._layers = nn.ModuleList()
+        self._weights: list[Any] = []
+        # How often each weight had been changed when its scale was computed.
+        self._versions: list[int] = []
+        self._rounding: Rounding | None = None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def add(self, layer: nn.Module) -> None:
+        """Add a layer whose weight torchao has wrapped, before it is sharded."""
+        self._layers.append(layer)
+
+    def changed(self) -> None:
+        """Compute the scales of all weights with one small collective, and round their shards.
+
+        Collective: every rank must call it, after sharding and after each optimizer step, when no unit is gathered.
+        """
+        if not self._layers:
+            return
+        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+        precompute_float8_dynamic_scale_for_fsdp(self._layers)
+        self._weights = [layer.weight for layer in self._layers]
+        shards = [weight._local_tensor for weight in self._weights]
+        self._versions = [weight._version for weight in self._weights]
+        self._round(shards)
+
+    def check(self, *_: Any) -> None:
+        """Forget scales if something else than a step has changed a weight; the next gather computes them."""
+        if self._versions and self._versions != [weight._version for weight in self._weights]:
+            self.forget()
+
+    def forget(self) -> None:
+        """Let the next gather scale and round: weights were loaded or changed."""
+        self._versions = []
+        for weight in self._weights:
+            shard = weight._local_tensor
+            shard._precomputed_scale = None
+            vars(shard).pop("fsdp_pre_all_gather", None)
+
+    def _round(self, shards: list[Any]) -> None:
+        if any(shard.device.type != weight.device.type for shard, weight in zip(shards, self._weights, strict=True)):
+            # Offloaded: FSDP2 moves a shard to the device before it asks for what is gathered.
+            return
+        masters = [shard._tensor for shard in shards]
+        if self._rounding is None or not self._rounding.is_for(masters):
+            self._rounding = Rounding(masters, shards[0]._dtype)
+        scales = [shard._precomputed_scale for shard in shards]
+        for shard, rounded, scale in zip(shards, self._rounding(scales), scales, strict=True):
+            # FSDP2 asks the shard itself; its class would cast.
+            shard.fsdp_pre_all_gather = _Rounded(rounded, scale).gathered
+
+
+class _Rounded:
+    """What is gathered of one shard."""
+
+    def __init__(self, data: Tensor, scale: Tensor) -> None:
+        self._data = data
+        self._scale = scale
+
+    def gathered(self, mesh: Any) -> tuple[tuple[Tensor], tuple[Tensor]]:
+        """The tensors to gather, and what the gathered weight needs besides."""
+        return (self._data,), (self._scale,)

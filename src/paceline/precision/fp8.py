@@ -6,7 +6,6 @@ class becomes torchao's, and its hooks, names, parameters and everything that re
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,20 +14,17 @@ from torch import nn
 
 from paceline.errors import MissingExtraError, PrepareError, did_you_mean
 from paceline.precision.fp8_gathering import GatheredWeights
+from paceline.precision.fp8_layers import ORIGINAL, plain_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from torch import Tensor
-
     from paceline.config import FP8Config
 
-__all__ = ["Fp8Layers", "convert_layers", "has_layers", "plain_local", "restore_layers"]
+__all__ = ["Fp8Layers", "convert_layers"]
 
 # What the tensor cores multiply in one go.
 _MULTIPLE = 16
-# Where a restored layer's own class and attributes are kept.
-_ORIGINAL = "_paceline_before_fp8"
 
 
 @dataclass(slots=True)
@@ -69,7 +65,7 @@ class Fp8Layers:
         if not self._config.enable_fsdp_float8_all_gather:
             return
         for layer in modules:
-            if _ORIGINAL not in vars(layer):
+            if ORIGINAL not in vars(layer):
                 continue
             weight: Any = layer.weight
             if len(weight) % num_shards:
@@ -127,32 +123,6 @@ def convert_layers(
     return Fp8Layers(chosen, left, settings.recipe, config)
 
 
-def restore_layers(model: nn.Module) -> None:
-    """Give layers that were converted before their own class back."""
-    for layer in model.modules():
-        kept = vars(layer).pop(_ORIGINAL, None)
-        if kept is not None:
-            cls, added = kept
-            layer.__class__ = cls
-            for name in added:
-                vars(layer).pop(name, None)
-
-
-def has_layers(model: nn.Module) -> bool:
-    """Whether layers of the model multiply in fp8."""
-    return any(_ORIGINAL in vars(layer) for layer in model.modules())
-
-
-def plain_local(tensor: Tensor) -> Tensor:
-    """The tensor of master weights inside what FSDP2 gathers in fp8; any other tensor itself."""
-    module = sys.modules.get("torchao.float8.fsdp_utils")
-    if module is not None and isinstance(tensor, module.WeightWithDynamicFloat8CastTensor):
-        wrapped: Any = tensor
-        inner: Tensor = wrapped._tensor.detach()
-        return inner
-    return tensor
-
-
 def _torchao_config(settings: FP8Config, *, gathers: bool) -> Any:
     try:
         from torchao.float8 import Float8LinearConfig
@@ -187,7 +157,7 @@ def _convert(layer: nn.Linear, config: Any) -> None:
     if "config" in added:
         added["config"] = config
     vars(layer).update(added)
-    vars(layer)[_ORIGINAL] = (type(layer), tuple(added))
+    vars(layer)[ORIGINAL] = (type(layer), tuple(added))
     layer.__class__ = type(made)
 
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
+from paceline.precision.fp8_layers import restore_layers
 from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
@@ -215,12 +216,11 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         Raises:
             PrepareError: No layer can be converted, or nothing of the model would be compiled.
         """
-        # Nothing is converted unless torchao is there, whose import takes seconds.
-        from paceline.precision.fp8 import convert_layers, restore_layers
-
         restore_layers(model)
         if self.context.precision.mode != "fp8":
             return None
+        from paceline.precision.fp8 import convert_layers
+
         config = self.context.config
         blocks = repeated_blocks(model)
         emulates = config.fp8_config is not None and config.fp8_config.emulate

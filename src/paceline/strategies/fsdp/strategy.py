@@ -22,7 +22,7 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, counted, named
 from paceline.precision import autocast_forward
-from paceline.precision.fp8 import has_layers, plain_local
+from paceline.precision.fp8_layers import has_layers, plain_local
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
 from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units

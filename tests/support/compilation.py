@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def compiling_at_once(**changes: Any) -> Iterator[None]:
     """Expect compiling to take no time, keep what is compiled, and change further values of the module."""
     changes = {"_COLD_SECONDS": 0.0, "_WORTHWHILE_RATIO": 1e9} | changes
-    changes["_known_seconds"] = changes["_note_seconds"] = lambda *_: None
+    changes["known_seconds"] = changes["note_seconds"] = lambda *_: None
     before = {name: getattr(automatic_compilation, name) for name in changes}
     for name, value in changes.items():
         setattr(automatic_compilation, name, value)

@@ -12,7 +12,7 @@ from paceline.environment.random_generators import is_seeded
 from paceline.errors import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from paceline.accelerator.assembly import RunComponents
     from paceline.accelerator.prepared import Prepared
@@ -22,34 +22,6 @@ if TYPE_CHECKING:
     from paceline.strategies import Strategy
 
 _WIDTH = 13
-_MESH = "parallelism_config.parallelism_config_"
-_NOUNS: Mapping[str, str] = {
-    "gradient_accumulation_steps": "micro-batch",
-    "num_processes": "process",
-    "num_machines": "machine",
-    "max_restarts": "restart",
-    "num_cpu_threads_per_process": "thread",
-    "fsdp_config.fsdp_reshard_after_forward": "rank",
-    "fsdp_config.fsdp_min_num_params": "parameter",
-    "fsdp_config.fsdp_prefetch_units": "unit",
-    "fsdp_config.fsdp_reduce_scatter_buffers": "buffer",
-    "deepspeed_config.gradient_accumulation_steps": "micro-batch",
-    f"{_MESH}dp_replicate_size": "replica",
-    f"{_MESH}dp_shard_size": "rank",
-    f"{_MESH}tp_size": "rank",
-    f"{_MESH}cp_size": "rank",
-    f"{_MESH}sp_size": "rank",
-    f"{_MESH}sp_seq_length": "token",
-}
-"""What the numbers of settings count."""
-_UNITS: Mapping[str, str] = {
-    "timeout": "s",
-    "hang_timeout": "s",
-    "monitor_interval": "s",
-    "ddp_config.ddp_bucket_cap_mb": "MiB",
-    "dynamo_config.dynamo_cache_limit_gb": "GB",
-}
-"""What the numbers of settings measure."""
 
 
 def describe_run(components: RunComponents, selector: StrategySelector, prepared: Prepared, num_steps: int) -> str:
@@ -66,22 +38,15 @@ def describe_run(components: RunComponents, selector: StrategySelector, prepared
     rows += [row for loader in prepared.loaders for row in _data(loader, num_steps)]
     rows += [("note", note) for note in components.resolved.notes]
     unused = [] if strategy is None else unused_settings(components, strategy.name)
+    # The tables of all names are needed for a description only.
+    from paceline.config.schema.names import all_settings
+
+    known = all_settings()
     rows += [
-        ("settings", f"{key} = {with_unit(key, value)} ({origin.where}{'; not used' if key in unused else ''})")
+        ("settings", f"{key} = {known[key].with_unit(value)} ({origin.where}{'; not used' if key in unused else ''})")
         for key, value, origin in _explicit(components)
     ]
     return "\n".join(_table(rows))
-
-
-def with_unit(key: str, value: object) -> str:
-    """Write the value of a setting; a number with what it counts or measures."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if key in _NOUNS:
-        return counted(int(value), _NOUNS[key])
-    if key in _UNITS:
-        return f"{value:g} {_UNITS[key]}"
-    return str(value)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Iterator[str]:

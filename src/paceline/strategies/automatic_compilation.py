@@ -13,14 +13,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import time
 import warnings
 from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +23,7 @@ import torch
 from paceline.environment.logging import get_logger
 from paceline.strategies.blocks import class_name, repeated_blocks
 from paceline.strategies.compilation import LostGradientsError, compiler_arguments
+from paceline.strategies.compile_cache import known_seconds, note_seconds, torch_cache_folder
 from paceline.strategies.cuda_graphs import (
     GRAPH_OPTIONS,
     MAX_SHAPES,
@@ -37,6 +33,7 @@ from paceline.strategies.cuda_graphs import (
     may_be_recomputed,
     would_overwrite,
 )
+from paceline.strategies.step_timer import TIMED_STEPS, StepTimer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,9 +50,8 @@ _LOG = get_logger(__name__)
 DEVICE_TYPES = ("cuda",)
 BACKEND = "inductor"
 
-# Optimizer steps: the first ones allocate and tune, and the best of those that follow is what a step takes.
+# Optimizer steps that allocate and tune.
 _IGNORED = 2
-_TIMED = 4
 # What compiled blocks take of an eager step if nothing is known: 0.75 under FSDP2, 0.5 where the host is the limit.
 _EXPECTED_RATIO = 0.75
 _WORTHWHILE_RATIO = 0.97
@@ -133,16 +129,14 @@ class AutomaticCompilation:
         self._device = device
         self._remaining_steps = remaining_steps
         self._may_replay = may_replay
-        self._clock = _Clock(device)
-        self._eager_seconds = self._compiled_seconds = self._started = self._compile_seconds = 0.0
-        # Spent in calls of blocks after the first step that compiled them once more.
-        self._recompile_seconds = self._accepted_seconds = 0.0
-        self._num_graphs = 0
-        self._state = f"will be compiled after {_IGNORED + _TIMED + 1} steps if the run is long enough"
-        # What is done with the time of a step, how many steps come before those that are timed, and how many were seen.
+        self._timer = StepTimer(device, _IGNORED + 1)
+        # What is done with the time of a step.
         self._judge: Callable[[float], None] = self._judge_eager
-        self._ignored = _IGNORED + 1
-        self._steps = 0
+        self._eager_seconds = self._compiled_seconds = 0.0
+        # When compiling began, and what the first step took that did.
+        self._started = self._compile_seconds = 0.0
+        self._recompilations = _Recompilations()
+        self._state = f"will be compiled after {_IGNORED + TIMED_STEPS + 1} steps if the run is long enough"
         self._replayed: list[Replayed] = []
         self._shapes: set[torch.Size] = set()
         # Whether forwards use compiled code; off, they stay eager from the next step on.
@@ -168,16 +162,14 @@ class AutomaticCompilation:
             # Only now: graphs that had run forward when they were stopped still ran backward.
             self._end_replayed()
             return
-        self._steps += 1
         if self.is_on and not self._compile_seconds:
             self._compile_seconds = time.perf_counter() - self._started
-            self._num_graphs = _num_graphs()
-        elif self._recompile_seconds > self._accepted_seconds:
-            self._judge_recompilation()
-        if self._steps >= self._ignored:
-            self._clock.mark()
-        if self._steps == self._ignored + _TIMED:
-            self._judge(self._clock.best())
+            self._recompilations.begin()
+        elif self._recompilations.are_new:
+            self._judge_recompilations()
+        seconds = self._timer.stepped()
+        if seconds is not None:
+            self._judge(seconds)
 
     def stop(self, reason: str) -> None:
         """Use no compiled code from the next step on."""
@@ -232,13 +224,14 @@ class AutomaticCompilation:
 
     def _then(self, judge: Callable[[float], None], ignored: int) -> None:
         """Time steps again after the next ones."""
-        self._judge, self._ignored, self._steps = judge, ignored, 0
+        self._judge = judge
+        self._timer.restart(ignored)
 
     def _judge_eager(self, seconds: float) -> None:
         """Compile if that is earned back before the run ends."""
         self._eager_seconds = seconds
         remaining = self._remaining_steps()
-        expected = _known_seconds(self._key) or _COLD_SECONDS
+        expected = known_seconds(self._key) or _COLD_SECONDS
         gain = (1 - _EXPECTED_RATIO) * self._eager_seconds
         if remaining is not None and remaining * gain < expected:
             self.stop(
@@ -253,7 +246,7 @@ class AutomaticCompilation:
     def start_at_once(self) -> None:
         """Compile from the first step on: the model is slower eagerly than before it was changed."""
         self.is_decided = True
-        self._state = f"compiled by {BACKEND} from the first step on; code is kept in {_cache_folder()}"
+        self._state = f"compiled by {BACKEND} from the first step on; code is kept in {torch_cache_folder()}"
         self._compile()
 
     def _compile(self) -> None:
@@ -276,9 +269,9 @@ class AutomaticCompilation:
         self._compiled_seconds = seconds
         self._state = self._compiled_state
         _LOG.info("Blocks are compiled: a step takes %.2f of an eager one", ratio)
-        _note_seconds(self._key, self._compile_seconds)
+        note_seconds(self._key, self._compile_seconds)
         self.is_decided = True
-        if not (self._may_replay and self._clock.has_idled and has_memory_for_graphs(self._device)):
+        if not (self._may_replay and self._timer.has_idled and has_memory_for_graphs(self._device)):
             return
         if has_hooks(self._blocks):
             self.stop_graphs("a forward hook inside of the blocks could keep what they overwrite")
@@ -289,23 +282,19 @@ class AutomaticCompilation:
 
     def note_call(self, seconds: float) -> None:
         """Note how long the host was in a block's call: it may have compiled, or waited for a device that is behind."""
-        if not self._compile_seconds or seconds < _COMPILING_SECONDS:
-            return
-        num_graphs = _num_graphs()
-        if num_graphs > self._num_graphs:
-            self._recompile_seconds += seconds
-        self._num_graphs = num_graphs
+        if self._compile_seconds:
+            self._recompilations.note(seconds)
 
-    def _judge_recompilation(self) -> None:
+    def _judge_recompilations(self) -> None:
         """Stop where compiling for further shapes, as long as for those so far, would not be earned back."""
-        self._accepted_seconds = self._recompile_seconds
+        spent = self._recompilations.accept()
         remaining = self._remaining_steps()
         compiled = self._compiled_seconds or _EXPECTED_RATIO * self._eager_seconds
         gain = self._eager_seconds - compiled
-        if remaining is not None and remaining * gain < self._recompile_seconds and not self.is_replayed:
+        if remaining is not None and remaining * gain < spent and not self.is_replayed:
             self.stop(
                 f"shapes vary, and compiling for more of them would not be earned back in {remaining} more steps "
-                f"({self._recompile_seconds:.0f} s so far)"
+                f"({spent:.0f} s so far)"
             )
 
     def _judge_graphs(self, seconds: float) -> None:
@@ -318,7 +307,7 @@ class AutomaticCompilation:
         of_eager = seconds / self._eager_seconds
         self._state = (
             f"compiled by {BACKEND} and replayed as CUDA graphs; a step takes {of_eager:.2f} of an eager one; "
-            f"code is kept in {_cache_folder()}"
+            f"code is kept in {torch_cache_folder()}"
         )
         _LOG.info("Compiled blocks are replayed as CUDA graphs: a step takes %.2f of one without them", ratio)
 
@@ -340,7 +329,9 @@ class AutomaticCompilation:
     @property
     def _compiled_state(self) -> str:
         ratio = self._compiled_seconds / self._eager_seconds
-        return f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {_cache_folder()}"
+        return (
+            f"compiled by {BACKEND}; a step takes {ratio:.2f} of an eager one; code is kept in {torch_cache_folder()}"
+        )
 
     def _restore(self) -> None:
         for block in self._blocks:
@@ -355,6 +346,37 @@ class AutomaticCompilation:
         device = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
         parts = (torch.__version__, device, class_name(first), type(first).__module__, shapes, self._settings.mode)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+class _Recompilations:
+    """The time that calls of blocks took which compiled once more, for further shapes."""
+
+    def __init__(self) -> None:
+        self._seconds = self._accepted = 0.0
+        self._num_graphs = 0
+
+    def begin(self) -> None:
+        """Count what is compiled from now on."""
+        self._num_graphs = _num_graphs()
+
+    def note(self, seconds: float) -> None:
+        """Note how long the host was in a block's call."""
+        if seconds < _COMPILING_SECONDS:
+            return
+        num_graphs = _num_graphs()
+        if num_graphs > self._num_graphs:
+            self._seconds += seconds
+        self._num_graphs = num_graphs
+
+    @property
+    def are_new(self) -> bool:
+        """Whether there were any since they were accepted."""
+        return self._seconds > self._accepted
+
+    def accept(self) -> float:
+        """Return the seconds of all so far."""
+        self._accepted = self._seconds
+        return self._seconds
 
 
 class _CompiledCall:
@@ -425,62 +447,3 @@ def _reason(error: Exception) -> str:
             return "it was compiled again too often, as happens when shapes vary"
         case _:
             return f"the compiler failed with {kind}: {line}"[:200]
-
-
-@dataclass(slots=True)
-class _Clock:
-    """The times between marks on a device, read once at the end."""
-
-    device: torch.device
-    # Whether the device was through with each step that was timed last before the host had queued the next one.
-    has_idled: bool = False
-    _marks: list[Any] | None = None
-
-    def mark(self) -> None:
-        """Mark the end of a step; the host does not wait for it."""
-        marks = self._marks = self._marks or []
-        if self.device.type == "cpu":
-            marks.append(time.perf_counter())
-            self.has_idled = True
-            return
-        self.has_idled = not marks or (self.has_idled and marks[-1].query())
-        event = torch.Event(device=self.device, enable_timing=True)
-        event.record(torch.accelerator.current_stream(self.device))
-        marks.append(event)
-
-    def best(self) -> float:
-        """The shortest time between two marks, in seconds; begins anew. Waits for the last mark."""
-        marks, self._marks = self._marks or [], None
-        if self.device.type == "cpu":
-            return float(min(late - early for early, late in pairwise(marks)))
-        marks[-1].synchronize()
-        return float(min(early.elapsed_time(late) for early, late in pairwise(marks))) / 1000
-
-
-def _cache_file(key: str) -> Path:
-    """Where the seconds of a compilation are noted: in the folder of what was compiled, to be deleted with it."""
-    return _cache_folder() / "paceline" / f"{key}.json"
-
-
-def _cache_folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir())
-
-
-def _known_seconds(key: str) -> float | None:
-    """How long compiling will take if an earlier run has left the code in the cache; None if none has."""
-    with suppress(OSError, ValueError, KeyError, ImportError):
-        cold = float(json.loads(_cache_file(key).read_text(encoding="utf-8"))["seconds"])
-        # Tracing is done again, and kernels are loaded instead of compiled: measured as a quarter.
-        return max(2.0, cold / 4)
-    return None
-
-
-def _note_seconds(key: str, seconds: float) -> None:
-    with suppress(OSError, ImportError):
-        path = _cache_file(key)
-        if path.exists():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"seconds": round(seconds, 1), "torch": torch.__version__}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where compiled code is kept between runs, and how large that may become.
+"""Where compiled code is kept between runs, how large that may become, and how long it took to compile.
 
 torch keeps it in a folder for temporary files, which may be emptied at the next boot. A folder in the user's cache
 survives it, and is emptied as a whole once it is too large: parts of it refer to each other.
@@ -6,6 +6,7 @@ survives it, and is emptied as a whole once it is too large: parts of it refer t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from contextlib import suppress
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
     from paceline.config import TorchDynamoPlugin
 
-__all__ = ["cache_folder", "describe_cache", "open_cache", "size_of"]
+__all__ = [
+    "cache_folder",
+    "describe_cache",
+    "known_seconds",
+    "note_seconds",
+    "open_cache",
+    "size_of",
+    "torch_cache_folder",
+]
 
 _LOG = get_logger(__name__)
 
@@ -113,3 +122,49 @@ def describe_cache(settings: TorchDynamoPlugin, env: Mapping[str, str]) -> str:
     is_torchs = bool(env.get(_VARIABLE)) and settings.cache_dir is None
     limit = f"never emptied: {_VARIABLE} names it" if is_torchs else f"emptied above {settings.cache_limit_gb:g} GB"
     return f"{folder} ({size_of(folder) / 1e9:.2f} GB, {limit}; to clear it, delete the folder)"
+
+
+def torch_cache_folder() -> Path:
+    """The folder that torch uses in this process."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def known_seconds(key: str) -> float | None:
+    """How long compiling will take if an earlier run has left the code in the cache.
+
+    Args:
+        key: Names what is compiled.
+
+    Returns:
+        The seconds; None if no run has.
+    """
+    with suppress(OSError, ValueError, KeyError, ImportError):
+        cold = float(json.loads(_note_of(key).read_text(encoding="utf-8"))["seconds"])
+        # Tracing is done again, and kernels are loaded instead of compiled: measured as a quarter.
+        return max(2.0, cold / 4)
+    return None
+
+
+def note_seconds(key: str, seconds: float) -> None:
+    """Note how long compiling took, for later runs.
+
+    Args:
+        key: Names what was compiled.
+        seconds: With an empty cache.
+    """
+    # Not at the top: the command describes the folder without importing torch.
+    import torch
+
+    with suppress(OSError, ImportError):
+        path = _note_of(key)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": round(seconds, 1), "torch": torch.__version__}), encoding="utf-8")
+
+
+def _note_of(key: str) -> Path:
+    """In the folder of what was compiled, to be deleted with it."""
+    return torch_cache_folder() / "paceline" / f"{key}.json"

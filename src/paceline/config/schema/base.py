@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from paceline.config.schema.shapes import Shape
-from paceline.errors import ConfigError, Problem, did_you_mean
+from paceline.errors import ConfigError, Problem, counted, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -33,6 +33,8 @@ class Key:
         has_flag: Whether there is a flag and a variable; mappings can only be written in a file.
         more_choices: Choices of the flag that are translated before they reach the field.
         labels: Choices with their meaning, which questions, editors and the reference page show.
+        counts: What a number counts, in the singular.
+        unit: What a number is measured in.
     """
 
     name: str = ""
@@ -41,6 +43,8 @@ class Key:
     has_flag: bool = True
     more_choices: tuple[str, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    counts: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Setting:
     has_flag: bool
     more_choices: tuple[str, ...]
     labels: tuple[tuple[str, str], ...]
+    counts: str
+    unit: str
     shape: Shape
     info: FieldInfo
 
@@ -76,6 +82,14 @@ class Setting:
     def default(self) -> Any:
         """The default of the field."""
         return self.info.get_default(call_default_factory=True)
+
+    def with_unit(self, value: object) -> str:
+        """Write a value; a number with what it counts or measures."""
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        if self.counts:
+            return counted(int(value), self.counts)
+        return f"{value:g} {self.unit}" if self.unit else str(value)
 
 
 class Section(BaseModel):
@@ -201,7 +215,19 @@ def _setting(section: type[Section], name: str, info: FieldInfo) -> Setting:
     key = next((item for item in info.metadata if isinstance(item, Key)), Key())
     yaml_key = key.name or (name if name.startswith(section.key_prefix) else section.key_prefix + name)
     flag = key.flag or yaml_key
-    return Setting(name, yaml_key, key.aliases, flag, key.has_flag, key.more_choices, key.labels, Shape.of(info), info)
+    return Setting(
+        field=name,
+        key=yaml_key,
+        aliases=key.aliases,
+        flag=flag,
+        has_flag=key.has_flag,
+        more_choices=key.more_choices,
+        labels=key.labels,
+        counts=key.counts,
+        unit=key.unit,
+        shape=Shape.of(info),
+        info=info,
+    )
 
 
 def faults_of(section: type[Section], error: ValidationError, *, in_python: bool = False) -> Iterator[Fault]:

@@ -39,7 +39,7 @@ class DeepSpeedPlugin(Section):
     offload_param_nvme_path: FilePath | None = Field(
         None, description="Folder for parameters, under offload_param_device nvme."
     )
-    gradient_accumulation_steps: Annotated[Count | Literal["auto"], Key(has_flag=False)] = Field(
+    gradient_accumulation_steps: Annotated[Count | Literal["auto"], Key(has_flag=False, counts="micro-batch")] = Field(
         "auto", description="Micro-batches per optimizer step; auto takes the top-level setting."
     )
     gradient_clipping: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(

@@ -66,7 +66,7 @@ class TorchDynamoPlugin(Section):
         description="Folder that keeps compiled code between runs; none: TORCHINDUCTOR_CACHE_DIR if that is set, else "
         "paceline/compiled in the user's cache folder.",
     )
-    cache_limit_gb: Annotated[float, Field(gt=0)] = Field(
+    cache_limit_gb: Annotated[float, Field(gt=0), Key(unit="GB")] = Field(
         20.0, description="Size in GB above which that folder is emptied before a run compiles."
     )
     activation_memory_budget: Annotated[float, Field(ge=0, le=1)] = Field(

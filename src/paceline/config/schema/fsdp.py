@@ -31,7 +31,7 @@ class FullyShardedDataParallelPlugin(Section):
     fsdp_version: Annotated[Literal[2], Key(more_choices=("1",))] = Field(
         2, description="Version of FSDP, always 2; files of version 1 are translated."
     )
-    reshard_after_forward: bool | Annotated[int, Field(ge=1)] = Field(
+    reshard_after_forward: Annotated[bool | Annotated[int, Field(ge=1)], Key(counts="rank")] = Field(
         True,
         description="Free all-gathered parameters after forward. A number reshards them over that many ranks instead.",
     )
@@ -45,7 +45,7 @@ class FullyShardedDataParallelPlugin(Section):
     transformer_cls_names_to_wrap: Annotated[Names, Key("fsdp_transformer_layer_cls_to_wrap")] = Field(
         (), description="Module classes that become sharding units, under TRANSFORMER_BASED_WRAP."
     )
-    min_num_params: Annotated[int, Field(ge=1)] = Field(
+    min_num_params: Annotated[int, Field(ge=1), Key(counts="parameter")] = Field(
         100_000_000, description="Minimum number of parameters of a sharding unit, under SIZE_BASED_WRAP."
     )
     state_dict_type: StateDictType = Field(
@@ -73,14 +73,14 @@ class FullyShardedDataParallelPlugin(Section):
         description="Keep the last unit, and what is in none, gathered after forward, since the backward begins with "
         "them; only where fsdp_reshard_after_forward is true.",
     )
-    prefetch_units: Annotated[int, Field(ge=0)] = Field(
+    prefetch_units: Annotated[int, Field(ge=0), Key(counts="unit")] = Field(
         0, description="Units that are all-gathered ahead explicitly; 0 leaves it to FSDP2, which looks one ahead."
     )
     separate_reduce_scatter_group: bool = Field(
         False,
         description="Reduce gradients in a process group of their own, so that all-gathers need not wait (torch 2.13).",
     )
-    reduce_scatter_buffers: Annotated[int, Field(ge=1)] = Field(
+    reduce_scatter_buffers: Annotated[int, Field(ge=1), Key(counts="buffer")] = Field(
         1, description="Buffers of gradients that may wait to be reduced; more avoid stalls (torch 2.13)."
     )
     find_unused_parameters: bool = Field(

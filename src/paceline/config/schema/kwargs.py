@@ -21,7 +21,7 @@ class DistributedDataParallelKwargs(Section):
 
     dim: int = Field(0, description="Passed to DDP, where it has no effect with one device per process.")
     broadcast_buffers: bool = Field(True, description="Broadcast rank 0's buffers to all ranks before each forward.")
-    bucket_cap_mb: Annotated[int | float, Field(gt=0)] = Field(
+    bucket_cap_mb: Annotated[int | float, Field(gt=0), Key(unit="MiB")] = Field(
         25, description="Size in MiB of the buckets in which gradients are reduced."
     )
     find_unused_parameters: bool = Field(

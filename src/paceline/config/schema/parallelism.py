@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from paceline.config.schema.base import Fault, Section
+from paceline.config.schema.base import Fault, Key, Section
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -18,19 +18,29 @@ class ParallelismConfig(Section):
 
     key_prefix: ClassVar[str] = "parallelism_config_"
 
-    dp_replicate_size: Size = Field(1, description="Number of copies (replicas) of the sharded model.")
-    dp_shard_size: Size = Field(
+    dp_replicate_size: Annotated[Size, Key(counts="replica")] = Field(
+        1, description="Number of copies (replicas) of the sharded model."
+    )
+    dp_shard_size: Annotated[Size, Key(counts="rank")] = Field(
         1, description="Ranks over which each copy is sharded; without it, all ranks of a copy."
     )
-    tp_size: Size = Field(1, description="Ranks that share each layer's matrices (tensor parallelism).")
-    cp_size: Size = Field(1, description="Ranks that share each sequence by ring attention (context parallelism).")
+    tp_size: Annotated[Size, Key(counts="rank")] = Field(
+        1, description="Ranks that share each layer's matrices (tensor parallelism)."
+    )
+    cp_size: Annotated[Size, Key(counts="rank")] = Field(
+        1, description="Ranks that share each sequence by ring attention (context parallelism)."
+    )
     cp_backend: Literal["torch"] = Field("torch", description="Implementation of context parallelism.")
     cp_comm_strategy: Literal["allgather", "alltoall"] = Field(
         "allgather", description="How keys and values are exchanged between the ranks of a sequence."
     )
-    sp_size: Size = Field(1, description="Ranks that share each sequence by Ulysses attention (sequence parallelism).")
+    sp_size: Annotated[Size, Key(counts="rank")] = Field(
+        1, description="Ranks that share each sequence by Ulysses attention (sequence parallelism)."
+    )
     sp_backend: Literal["deepspeed"] = Field("deepspeed", description="Implementation of sequence parallelism.")
-    sp_seq_length: Size | None = Field(None, description="Length of every sequence, in tokens, where it never varies.")
+    sp_seq_length: Annotated[Size | None, Key(counts="token")] = Field(
+        None, description="Length of every sequence, in tokens, where it never varies."
+    )
     sp_seq_length_is_variable: bool = Field(True, description="Sequences vary in length between batches.")
     sp_attn_implementation: str = Field("sdpa", description="Attention kernel under sequence parallelism.")
 

@@ -106,11 +106,15 @@ class RunConfig(Section):
     mixed_precision: Annotated[Precision, Key(labels=_PRECISIONS)] = Field(
         "no", description="Precision of forward and backward."
     )
-    gradient_accumulation_steps: Count = Field(1, description="Micro-batches per optimizer step.")
-    num_processes: Count | None = Field(
+    gradient_accumulation_steps: Annotated[Count, Key(counts="micro-batch")] = Field(
+        1, description="Micro-batches per optimizer step."
+    )
+    num_processes: Annotated[Count | None, Key(counts="process")] = Field(
         None, description="Number of processes over all machines; none: one per device, two on a machine without."
     )
-    num_machines: Machines = Field(1, description="Number of machines, or MIN:MAX under rdzv_backend c10d.")
+    num_machines: Annotated[Machines, Key(counts="machine")] = Field(
+        1, description="Number of machines, or MIN:MAX under rdzv_backend c10d."
+    )
     machine_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of this machine, from 0.")
     main_process_ip: str | None = Field(
         None, description="Host name or address of machine 0, as the other machines reach it."
@@ -141,18 +145,22 @@ class RunConfig(Section):
     debug: bool = Field(
         False, description="Check before each collective that all ranks pass the same shapes; slow, for debugging."
     )
-    timeout: Annotated[float, Field(gt=0)] | None = Field(
+    timeout: Annotated[Annotated[float, Field(gt=0)] | None, Key(unit="s")] = Field(
         None,
         description="Seconds a collective may wait before it fails; none: torch's default (NCCL 600, gloo 1800).",
     )
-    hang_timeout: Annotated[float, Field(ge=0)] | None = Field(
+    hang_timeout: Annotated[Annotated[float, Field(ge=0)] | None, Key(unit="s")] = Field(
         None,
         description="Seconds that a collective may wait before the run ends with a report of where every rank is; "
         "none: 90 % of timeout; 0: never.",
     )
-    max_restarts: Annotated[int, Field(ge=0)] = Field(0, description="How many times failed workers are restarted.")
-    monitor_interval: Annotated[float, Field(gt=0)] = Field(0.1, description="Seconds between checks of the workers.")
-    num_cpu_threads_per_process: Count | None = Field(
+    max_restarts: Annotated[int, Field(ge=0), Key(counts="restart")] = Field(
+        0, description="How many times failed workers are restarted."
+    )
+    monitor_interval: Annotated[float, Field(gt=0), Key(unit="s")] = Field(
+        0.1, description="Seconds between checks of the workers."
+    )
+    num_cpu_threads_per_process: Annotated[Count | None, Key(counts="thread")] = Field(
         None, description="OMP_NUM_THREADS of each process; none: the cores divided by the processes of the machine."
     )
     enable_cpu_affinity: bool = Field(False, description="Pin each process to the CPU cores near its device.")

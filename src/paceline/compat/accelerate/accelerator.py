@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 import paceline
 from paceline.accelerator.policies import use_policies
-from paceline.compat.accelerate.bridge import sections
+from paceline.compat.accelerate.bridge import sections, sequences
 from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
 from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
@@ -238,6 +238,7 @@ class Accelerator:
             "dynamo_plugin": sections.dynamo_section(dynamo),
             "step_scheduler_with_optimizer": self.step_scheduler_with_optimizer,
         }
+        sections.check_sequences(self.parallelism_config, self._strategy_name)
         if self._strategy_name == "fsdp":
             arguments["fsdp_plugin"] = self._known_plugin = sections.fsdp_section(self.state.fsdp_plugin)
             arguments["parallelism_config"] = sections.mesh_section(self.parallelism_config)
@@ -536,6 +537,7 @@ class Accelerator:
         self._convert_fp8(models)
         self._fill_deepspeed(args, models)
         self._push_plugin(models)
+        self._share_sequences(args, models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
         if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
@@ -545,7 +547,29 @@ class Accelerator:
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
+        if models and self._sequence_ranks > 1:
+            divided = tuple(self._divided(thing) for thing in prepared)
+            return divided[0] if len(args) == 1 else divided
         return result
+
+    @property
+    def _sequence_ranks(self) -> int:
+        """How many ranks share each sequence."""
+        return 1 if self.parallelism_config is None else self.parallelism_config.sp_size
+
+    def _divided(self, thing: Any) -> Any:
+        return sequences.divide(thing, self.device) if isinstance(thing, DataLoader) else thing
+
+    def _share_sequences(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        """Divide attention over the ranks of a sequence, before the engine of the model that is trained is built."""
+        sizes, plugin = self.parallelism_config, self.deepspeed_plugin
+        if sizes is None or plugin is None or sizes.sp_size == 1 or not models or self._is_evaluation(args, models):
+            return
+        size = plugin.get_value("train_micro_batch_size_per_gpu", 1)
+        strategy: Any = self._core.strategy
+        strategy.join_process_group()
+        groups = sequences.share_attention(models[0], sizes, ranks=self.num_processes, micro_batch=int(size))
+        strategy.share_sequences(groups, sizes.sp_size)
 
     def _check_placement(self, args: Sequence[Any], device_placement: list[bool] | None) -> None:
         if device_placement is None:
@@ -586,6 +610,7 @@ class Accelerator:
             accumulation=self.gradient_accumulation_steps,
             ranks=self.num_processes,
             split_batches=self.split_batches,
+            sequence_ranks=self._sequence_ranks,
         )
         described = int(plugin.get_value("gradient_accumulation_steps", 1))
         if described != self.gradient_accumulation_steps:
@@ -925,8 +950,13 @@ class Accelerator:
         self.wait_for_everyone()
 
     def deepspeed_ulysses_dl_adapter(self, dl: Any, model: Any) -> Any:
-        """Return the loader: sequences are not divided over ranks."""
-        return dl
+        """Return a loader with this rank's part of each sequence; the loader itself where no ranks share them.
+
+        Args:
+            dl: Prepared apart from its model. Batches have `input_ids`, `position_ids` and `labels`.
+            model: Prepared.
+        """
+        return dl if self._sequence_ranks == 1 else self._divided(dl)
 
     # Between ranks
 

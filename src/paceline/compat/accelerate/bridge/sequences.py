@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from paceline.compat.accelerate.parallelism_config import ParallelismConfig
 
-__all__ = ["divide", "share_attention"]
+__all__ = ["divide", "restore_attention", "share_attention"]
+
+# What DeepSpeed has replaced in transformers' table of attention functions, for all models of the process.
+_replaced: dict[str, Any] = {}
 
 _GLOBAL = {"full_attention"}
 # A fused kernel gets the window as an argument; under sdpa it is in the mask, which Ulysses attention drops.
@@ -22,6 +25,7 @@ _LOCAL = {"sliding_attention", "chunked_attention"}
 def share_attention(model: nn.Module, sizes: ParallelismConfig, *, ranks: int, micro_batch: int) -> Any:
     """Let the attention of a transformers model work on sequences that are divided over ranks.
 
+    DeepSpeed replaces that attention in the whole process: the model of the last call is the one that is trained.
     Collective: every rank must call it.
 
     Args:
@@ -55,7 +59,11 @@ def share_attention(model: nn.Module, sizes: ParallelismConfig, *, ranks: int, m
     attention = handler.sp_attn_implementation or "sdpa"
     _check_layers(config, attention)
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    restore_attention()
+    if attention in ALL_ATTENTION_FUNCTIONS:
+        _replaced[attention] = ALL_ATTENTION_FUNCTIONS[attention]
     return UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
         core_attn_implementation=attention,
@@ -66,6 +74,20 @@ def share_attention(model: nn.Module, sizes: ParallelismConfig, *, ranks: int, m
         # An evaluation may run on loaders that nobody divided.
         disable_in_eval=True,
     )
+
+
+def restore_attention() -> None:
+    """Undo `share_attention`, so that it can be called for another model."""
+    if not _replaced:
+        return
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    while _replaced:
+        name, function = _replaced.popitem()
+        ALL_ATTENTION_FUNCTIONS[name] = function
+    # It makes new groups for each model, and refuses to while it has some.
+    parallel_state_sp._release_sequence_parallel_groups()
 
 
 def _check_layers(config: Any, attention: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
@@ -18,6 +20,8 @@ from tests.compat.test_accelerator import build, on_ranks
 
 
 class Block(nn.Module):
+    shift: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
@@ -62,7 +66,7 @@ def sharded(efficient: bool) -> tuple[list[list[float]], list[str], list[int]]:
     assert prepared is model
     assert fsdp2_prepare_model(accelerator, model) is model
     units = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    local = [parameter.to_local().numel() for parameter in model.head.parameters()]  # type: ignore[operator]
+    local = [cast("DTensor", parameter).to_local().numel() for parameter in model.head.parameters()]
     with torch.no_grad():
         return model(INPUT).tolist(), units, local
 
@@ -111,9 +115,7 @@ def test_what_a_unit_is() -> None:
 
 
 def test_a_plugin_for_version_1_is_an_error() -> None:
-    class Run:
-        class state:
-            fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
-
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    run = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(InvalidValueError, match="version 1 of FSDP"):
-        fsdp2_prepare_model(Run(), made())
+        fsdp2_prepare_model(run, made())

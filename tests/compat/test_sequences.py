@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from paceline.compat.accelerate.bridge import sections, sequences
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
+from paceline.compat.accelerate.state import AcceleratorState
 from tests.compat.test_accelerator import build, on_ranks
 from tests.support.engines import needs_deepspeed
 
@@ -24,12 +25,12 @@ def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, **sizes)
     return LlamaForCausalLM(config)
 
 
-def rows(count: int) -> list[dict[str, torch.Tensor]]:
+def rows(count: int) -> Any:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=generator)
     positions = torch.arange(LENGTH)
@@ -58,9 +59,7 @@ def switched(stage: int, steps: int) -> tuple[list[float], list[float]]:
     if stage == 2:
         # The attention of an earlier model is not divided a second time.
         earlier = llama()
-        accelerator.prepare(
-            earlier, torch.optim.SGD(earlier.parameters(), lr=0.5), DataLoader(rows(2), batch_size=1)
-        )
+        accelerator.prepare(earlier, torch.optim.SGD(earlier.parameters(), lr=0.5), DataLoader(rows(2), batch_size=1))
         accelerator.free_memory()
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -74,8 +73,25 @@ def switched(stage: int, steps: int) -> tuple[list[float], list[float]]:
 
     losses = steps_of(model, loader, accelerator.backward, step)
     norms = [float(value.float().norm()) for value in accelerator.get_state_dict(model).values()]
-    sequences.restore_attention()
+    check_the_next_run(stage)
     return losses, norms
+
+
+def check_the_next_run(stage: int) -> None:
+    """An engine of the same process whose ranks share nothing has whole sequences, and samples of its own."""
+    AcceleratorState._reset_state(True)
+    accelerator = build(f"zero{stage}")
+    model = llama()
+    model, _, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.5), DataLoader(rows(2), batch_size=1)
+    )
+    assert accelerator.deepspeed_config is not None
+    assert accelerator.deepspeed_config["train_batch_size"] == 2
+    [batch] = list(loader)
+    with torch.no_grad():
+        loss = model(**batch).loss
+    row = rows(2)[accelerator.process_index]
+    assert float(loss) == pytest.approx(float(llama()(**{k: v[None] for k, v in row.items()}).loss), rel=1e-5)
 
 
 def plain(stage: int, steps: int) -> tuple[list[float], list[float]]:
@@ -109,6 +125,7 @@ def plain(stage: int, steps: int) -> tuple[list[float], list[float]]:
         norms = [float(value.float().norm()) for value in model.state_dict().values()]
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
     groups._release_sequence_parallel_groups()
+    deepspeed.utils.groups.mpu = None
     return losses, norms
 
 
@@ -127,7 +144,7 @@ def test_ranks_that_share_sequences_train_as_with_deepspeed_itself(stage: int) -
 @pytest.mark.parametrize(
     ("sizes", "strategy"), [({"sp_size": 2}, "ddp"), ({"sp_size": 2}, "fsdp"), ({"cp_size": 2}, "deepspeed")]
 )
-def test_sequences_that_cannot_be_divided_are_an_error(sizes: dict[str, int], strategy: str) -> None:
+def test_sequences_that_cannot_be_divided_are_an_error(sizes: dict[str, Any], strategy: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{next(iter(sizes))} is 2"):
         sections.check_sequences(ParallelismConfig(**sizes), strategy)
     sections.check_sequences(ParallelismConfig(sp_size=2), "deepspeed")

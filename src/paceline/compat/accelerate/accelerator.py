@@ -531,13 +531,7 @@ class Accelerator:
         """
         self._check_placement(args, device_placement)
         models = [thing for thing in args if isinstance(thing, nn.Module)]
-        for model in models:
-            _check_quantized(model)
-        self._check_device_map(models)
-        self._convert_fp8(models)
-        self._fill_deepspeed(args, models)
-        self._push_plugin(models)
-        self._share_sequences(args, models)
+        self._make_ready(args, models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
         if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
@@ -547,10 +541,21 @@ class Accelerator:
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
-        if models and self._sequence_ranks > 1:
-            divided = tuple(self._divided(thing) for thing in prepared)
-            return divided[0] if len(args) == 1 else divided
-        return result
+        prepared = self._in_parts(prepared, models)
+        return prepared[0] if len(args) == 1 else prepared
+
+    def _in_parts(self, prepared: tuple[Any, ...], models: Sequence[nn.Module]) -> tuple[Any, ...]:
+        """What was prepared with a model, with loaders of parts of sequences where ranks share them."""
+        return tuple(map(self._divided, prepared)) if models and self._sequence_ranks > 1 else prepared
+
+    def _make_ready(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        for model in models:
+            _check_quantized(model)
+        self._check_device_map(models)
+        self._convert_fp8(models)
+        self._fill_deepspeed(args, models)
+        self._push_plugin(models)
+        self._share_sequences(args, models)
 
     @property
     def _sequence_ranks(self) -> int:
@@ -563,7 +568,12 @@ class Accelerator:
     def _share_sequences(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
         """Divide attention over the ranks of a sequence, before the engine of the model that is trained is built."""
         sizes, plugin = self.parallelism_config, self.deepspeed_plugin
-        if sizes is None or plugin is None or sizes.sp_size == 1 or not models or self._is_evaluation(args, models):
+        fresh = set(map(id, models)).difference(map(id, self._models))
+        if plugin is None or not fresh or self._is_evaluation(args, models):
+            return
+        if sizes is None or sizes.sp_size == 1:
+            # Of an Accelerator before this one.
+            sequences.restore_attention()
             return
         size = plugin.get_value("train_micro_batch_size_per_gpu", 1)
         strategy: Any = self._core.strategy

@@ -77,10 +77,11 @@ def share_attention(model: nn.Module, sizes: ParallelismConfig, *, ranks: int, m
 
 
 def restore_attention() -> None:
-    """Undo `share_attention`, so that it can be called for another model."""
+    """Undo `share_attention`, for an engine whose ranks share no sequences, or others."""
     if not _replaced:
         return
     from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.utils import groups
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     while _replaced:
@@ -88,6 +89,7 @@ def restore_attention() -> None:
         ALL_ATTENTION_FUNCTIONS[name] = function
     # It makes new groups for each model, and refuses to while it has some.
     parallel_state_sp._release_sequence_parallel_groups()
+    groups.mpu = None
 
 
 def _check_layers(config: Any, attention: str) -> None:

@@ -15,7 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from paceline.compat.accelerate.settings.errors import InvalidValueError
 from paceline.compat.accelerate.utils.dataclasses import FullyShardedDataParallelPlugin
-from paceline.compat.accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, fsdp2_prepare_model
+from paceline.compat.accelerate.utils.fsdp_utils import (
+    fsdp2_prepare_auto_wrap_policy,
+    fsdp2_prepare_model,
+    rebind,
+)
 from tests.compat.test_accelerator import build, on_ranks
 
 
@@ -93,6 +97,47 @@ def in_bf16() -> set[torch.dtype]:
 
 def test_what_is_trained_is_held_in_fp32() -> None:
     assert on_ranks(2, in_bf16) == [{torch.float32}] * 2
+
+
+def trained_apart() -> tuple[list[list[float]], list[str]]:
+    """Shard by the private step of Accelerate's `prepare`, as some programs do, and train."""
+    accelerator = build("fsdp")
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = accelerator._prepare_fsdp2(model, optimizer)
+    for _ in range(3):
+        model(INPUT).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        return model(INPUT).tolist(), list(accelerator._get_named_parameters(model))
+
+
+def test_an_optimizer_follows_its_model_into_shards() -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(INPUT).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        expected = model(INPUT)
+    for outputs, names in on_ranks(2, trained_apart):
+        torch.testing.assert_close(torch.tensor(outputs), expected)
+        assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_a_parameter_that_is_lost_is_an_error() -> None:
+    model = made()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = dict(model.named_parameters())
+    after = {name: parameter for name, parameter in before.items() if name != "head.bias"}
+    with pytest.raises(KeyError, match=r"^Parameters missing after FSDP2 wrapping: head\.bias\. "):
+        rebind(optimizer, before, after, model)
+    config = SimpleNamespace(tie_word_embeddings=True)
+    tied: Any = SimpleNamespace(config=config, _tied_weights_keys=["head.bias"])
+    with pytest.raises(ValueError, match=r"has lost head\.bias.* tied embeddings"):
+        rebind(optimizer, before, after, tied)
 
 
 def units_of(policy: Any, **arguments: Any) -> list[str]:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 import paceline
 from paceline.accelerator.policies import use_policies
-from paceline.compat.accelerate.bridge import sections, sequences
+from paceline.compat.accelerate.bridge import sections
 from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
 from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
 from paceline.compat.accelerate.parallelism_config import ParallelismConfig
@@ -67,6 +67,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 _LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs filter "accelerate"
 # Stands for an argument that was not passed.
 _NOT_GIVEN = object()
+
+
+# Programs replace these two by name in this module.
+
+
+def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """See `accelerate.utils.fsdp_utils`. Collective: every rank must call it."""
+    from paceline.compat.accelerate.utils import fsdp_utils
+
+    return fsdp_utils.fsdp2_prepare_model(accelerator, model)
+
+
+def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
+    """See `accelerate.utils.fsdp_utils`."""
+    from paceline.compat.accelerate.utils import fsdp_utils
+
+    return fsdp_utils.fsdp2_canonicalize_names(named_params)
 
 
 def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
@@ -563,7 +580,9 @@ class Accelerator:
         return 1 if self.parallelism_config is None else self.parallelism_config.sp_size
 
     def _divided(self, thing: Any) -> Any:
-        return sequences.divide(thing, self.device) if isinstance(thing, DataLoader) else thing
+        from paceline.compat.accelerate.bridge.sequences import divide
+
+        return divide(thing, self.device) if isinstance(thing, DataLoader) else thing
 
     def _share_sequences(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
         """Divide attention over the ranks of a sequence, before the engine of the model that is trained is built."""
@@ -571,6 +590,8 @@ class Accelerator:
         fresh = set(map(id, models)).difference(map(id, self._models))
         if plugin is None or not fresh or self._is_evaluation(args, models):
             return
+        from paceline.compat.accelerate.bridge import sequences
+
         if sizes is None or sizes.sp_size == 1:
             # Of an Accelerator before this one.
             sequences.restore_attention()
@@ -723,6 +744,25 @@ class Accelerator:
         prepared = self._core.prepare_model(model, device_placement, evaluation_mode)
         self._finish(model, prepared)
         return prepared
+
+    def _prepare_fsdp2(self, *args: Any) -> tuple[Any, ...]:
+        """Shard a model and let its optimizer update the shards, for programs that take this step by itself."""
+        from paceline.compat.accelerate.utils.fsdp_utils import rebind
+
+        before = fsdp2_canonicalize_names(self._get_named_parameters(*args))
+        result = tuple(fsdp2_prepare_model(self, x) if isinstance(x, nn.Module) else x for x in args)
+        after = fsdp2_canonicalize_names(self._get_named_parameters(*result))
+        for model in (thing for thing in result if isinstance(thing, nn.Module)):
+            for optimizer in (thing for thing in result if isinstance(thing, Optimizer)):
+                rebind(optimizer, before, after, model)
+        return result
+
+    def _get_named_parameters(self, *args: Any, drop_refs: bool = False) -> dict[str, Any]:
+        """The parameters of models by their names in the program's own modules, or with `drop_refs` their addresses."""
+        models = [self.unwrap_model(thing) for thing in args if isinstance(thing, nn.Module)]
+        named = {name: parameter for model in models for name, parameter in model.named_parameters()}
+        named = fsdp2_canonicalize_names(named)
+        return {name: value.data_ptr() for name, value in named.items()} if drop_refs else named
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """Prepare one optimizer.

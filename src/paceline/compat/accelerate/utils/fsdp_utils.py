@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from paceline.compat.accelerate.settings.errors import InvalidValueError, unsupported
+from paceline.compat.accelerate.settings.errors import InvalidValueError, MissingKeyError, unsupported
 from paceline.compat.accelerate.state import PartialState
 from paceline.compat.accelerate.utils.constants import (
     FSDP_MODEL_NAME,
@@ -488,6 +488,39 @@ def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
         model.get_submodule(owner).register_buffer(key, buffer.to(accelerator.device), persistent=False)
     _tie(model)
     return model
+
+
+def rebind(optimizer: Any, before: dict[str, Any], after: dict[str, Any], model: nn.Module) -> None:
+    """Let an optimizer update the parameters of a model that has been sharded.
+
+    Args:
+        optimizer: Of the parameters before, without a state.
+        before: Parameters by name.
+        after: The same of the sharded model.
+        model: Whose they are.
+
+    Raises:
+        InvalidValueError: The name of a tied weight is gone.
+        MissingKeyError: Another name is gone.
+    """
+    missing = [name for name in before if name not in after]
+    config = getattr(model, "config", None)
+    tied = {"lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())}
+    if tied.intersection(missing) and getattr(config, "tie_word_embeddings", False):
+        raise InvalidValueError(
+            f"FSDP2 mapping failed: the model has lost {', '.join(missing)}",
+            "It has tied embeddings, and sharding leaves one name of a tensor with two",
+            "Set model.config.tie_word_embeddings = False, or tie the weights before the optimizer is made",
+        )
+    if missing:
+        raise MissingKeyError(
+            f"Parameters missing after FSDP2 wrapping: {', '.join(missing)}",
+            "The optimizer would go on with parameters that nothing reads",
+            "Make the optimizer from model.parameters(), of the model that is prepared",
+        )
+    renewed = {id(parameter): after[name] for name, parameter in before.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [renewed.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def _tie(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ _DEVICE = "paceline trains on GPUs and CPUs; run on TPUs with Accelerate itself"
 _CLOUD = "start `paceline launch` in the entry point of a job that you create with SageMaker's estimator"
 _MEGATRON = "shard with FSDP2 or DeepSpeed: `--use_fsdp`, `--use_deepspeed`"
 _PARALLEL = "sizes above 1 are an error; `dp_replicate` and `dp_shard` divide the ranks"
+_SEQUENCES = "sizes above 1 are an error here; a script's own ParallelismConfig divides sequences under DeepSpeed"
 
 DIFFERENT: dict[str, str] = {
     # Names
@@ -38,7 +39,7 @@ DIFFERENT: dict[str, str] = {
     "launch --fp8_backend": "ao only; te and msamp are an error",
     "launch --parallelism_config_tp_size": _PARALLEL,
     "launch --parallelism_config_cp_size": _PARALLEL,
-    "launch --parallelism_config_sp_size": _PARALLEL,
+    "launch --parallelism_config_sp_size": _SEQUENCES,
     "launch --parallelism_config_sp_seq_length_is_variable": "false counts; Accelerate takes any text for true",
     "launch --log_dir": "one folder for each rank, with both streams",
     "launch --tee": "3 or 0: both streams or none",
@@ -67,7 +68,7 @@ DIFFERENT: dict[str, str] = {
     "key fp8_config.fp8_backend": "ao only; te and msamp are an error",
     "key parallelism_config.parallelism_config_tp_size": _PARALLEL,
     "key parallelism_config.parallelism_config_cp_size": _PARALLEL,
-    "key parallelism_config.parallelism_config_sp_size": _PARALLEL,
+    "key parallelism_config.parallelism_config_sp_size": _SEQUENCES,
     **{
         f"key {name} (SageMaker)": "can be read and written, and not launched: " + _CLOUD
         for name in (
@@ -98,7 +99,7 @@ DIFFERENT: dict[str, str] = {
     # Variables
     "variable PARALLELISM_CONFIG_TP_SIZE": _PARALLEL,
     "variable PARALLELISM_CONFIG_CP_SIZE": _PARALLEL,
-    "variable PARALLELISM_CONFIG_SP_SIZE": _PARALLEL,
+    "variable PARALLELISM_CONFIG_SP_SIZE": "above 1 it is an error without DeepSpeed",
     "variable FSDP_VERSION": f"{_TRANSLATED}, with a note",
 }
 DIFFERENT = {name: text for name, text in DIFFERENT.items() if text}

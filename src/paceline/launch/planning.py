@@ -321,6 +321,9 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
 def _fp8_problems(resolved: Resolved, kind: str | None) -> Iterator[Problem]:
     """Report fp8 on a device that is no GPU of NVIDIA, unless it is emulated."""
     config = resolved.config
+    if config.as_accelerate:
+        # There torchao's layers compute on other devices as well, slowly, as Accelerate lets them.
+        return
     emulates = config.fp8_config is not None and config.fp8_config.emulate
     if config.mixed_precision == "fp8" and kind != "cuda" and not emulates:
         what = f"fp8 was requested, but the ranks train on {kind or 'the CPU'}"

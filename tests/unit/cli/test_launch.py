@@ -401,6 +401,9 @@ def test_fp8_without_a_gpu_is_found_before_any_rank_starts(
     assert answer.code == 2
     assert "--mixed_precision: fp8 was requested, but the ranks train on the CPU; fp8 needs an NVIDIA GPU" in answer.err
     assert not (tmp_path / "it_ran").exists()
+    # Under the switch the program's own Accelerator decides: torchao computes on a CPU as well.
+    assert paceline("launch", "--mixed_precision", "fp8", "--as_accelerate", "true", script.name).code == 0
+    assert (tmp_path / "it_ran").exists()
 
 
 def test_a_program_that_may_not_be_executed(paceline: Paceline, tmp_path: Path) -> None:

@@ -69,6 +69,23 @@ _LOG = logging.getLogger(__name__.removeprefix("paceline.compat."))  # programs 
 _NOT_GIVEN = object()
 
 
+# Programs replace these two by name in this module.
+
+
+def fsdp2_prepare_model(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """See `accelerate.utils.fsdp_utils`. Collective: every rank must call it."""
+    from paceline.compat.accelerate.utils import fsdp_utils
+
+    return fsdp_utils.fsdp2_prepare_model(accelerator, model)
+
+
+def fsdp2_canonicalize_names(named_params: dict[str, Any]) -> dict[str, Any]:
+    """See `accelerate.utils.fsdp_utils`."""
+    from paceline.compat.accelerate.utils import fsdp_utils
+
+    return fsdp_utils.fsdp2_canonicalize_names(named_params)
+
+
 def _trained(optimizers: Sequence[Optimizer]) -> set[int]:
     """The `id` of each parameter that an optimizer has."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -238,6 +255,7 @@ class Accelerator:
             "dynamo_plugin": sections.dynamo_section(dynamo),
             "step_scheduler_with_optimizer": self.step_scheduler_with_optimizer,
         }
+        sections.check_sequences(self.parallelism_config, self._strategy_name)
         if self._strategy_name == "fsdp":
             arguments["fsdp_plugin"] = self._known_plugin = sections.fsdp_section(self.state.fsdp_plugin)
             arguments["parallelism_config"] = sections.mesh_section(self.parallelism_config)
@@ -530,12 +548,7 @@ class Accelerator:
         """
         self._check_placement(args, device_placement)
         models = [thing for thing in args if isinstance(thing, nn.Module)]
-        for model in models:
-            _check_quantized(model)
-        self._check_device_map(models)
-        self._convert_fp8(models)
-        self._fill_deepspeed(args, models)
-        self._push_plugin(models)
+        self._make_ready(args, models)
         self._check_engine([thing for thing in args if isinstance(thing, Optimizer)], models)
         if self._is_evaluation(args, models):
             return self._prepared_for_evaluation(args)
@@ -545,7 +558,49 @@ class Accelerator:
         prepared = (result,) if len(args) == 1 else result
         for given, made in zip(args, prepared, strict=True):
             self._finish(given, made)
-        return result
+        prepared = self._in_parts(prepared, models)
+        return prepared[0] if len(args) == 1 else prepared
+
+    def _in_parts(self, prepared: tuple[Any, ...], models: Sequence[nn.Module]) -> tuple[Any, ...]:
+        """What was prepared with a model, with loaders of parts of sequences where ranks share them."""
+        return tuple(map(self._divided, prepared)) if models and self._sequence_ranks > 1 else prepared
+
+    def _make_ready(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        for model in models:
+            _check_quantized(model)
+        self._check_device_map(models)
+        self._convert_fp8(models)
+        self._fill_deepspeed(args, models)
+        self._push_plugin(models)
+        self._share_sequences(args, models)
+
+    @property
+    def _sequence_ranks(self) -> int:
+        """How many ranks share each sequence."""
+        return 1 if self.parallelism_config is None else self.parallelism_config.sp_size
+
+    def _divided(self, thing: Any) -> Any:
+        from paceline.compat.accelerate.bridge.sequences import divide
+
+        return divide(thing, self.device) if isinstance(thing, DataLoader) else thing
+
+    def _share_sequences(self, args: Sequence[Any], models: Sequence[nn.Module]) -> None:
+        """Divide attention over the ranks of a sequence, before the engine of the model that is trained is built."""
+        sizes, plugin = self.parallelism_config, self.deepspeed_plugin
+        fresh = set(map(id, models)).difference(map(id, self._models))
+        if plugin is None or not fresh or self._is_evaluation(args, models):
+            return
+        from paceline.compat.accelerate.bridge import sequences
+
+        if sizes is None or sizes.sp_size == 1:
+            # Of an Accelerator before this one.
+            sequences.restore_attention()
+            return
+        size = plugin.get_value("train_micro_batch_size_per_gpu", 1)
+        strategy: Any = self._core.strategy
+        strategy.join_process_group()
+        groups = sequences.share_attention(models[0], sizes, ranks=self.num_processes, micro_batch=int(size))
+        strategy.share_sequences(groups, sizes.sp_size)
 
     def _check_placement(self, args: Sequence[Any], device_placement: list[bool] | None) -> None:
         if device_placement is None:
@@ -586,6 +641,7 @@ class Accelerator:
             accumulation=self.gradient_accumulation_steps,
             ranks=self.num_processes,
             split_batches=self.split_batches,
+            sequence_ranks=self._sequence_ranks,
         )
         described = int(plugin.get_value("gradient_accumulation_steps", 1))
         if described != self.gradient_accumulation_steps:
@@ -688,6 +744,25 @@ class Accelerator:
         prepared = self._core.prepare_model(model, device_placement, evaluation_mode)
         self._finish(model, prepared)
         return prepared
+
+    def _prepare_fsdp2(self, *args: Any) -> tuple[Any, ...]:
+        """Shard a model and let its optimizer update the shards, for programs that take this step by itself."""
+        from paceline.compat.accelerate.utils.fsdp_utils import rebind
+
+        before = fsdp2_canonicalize_names(self._get_named_parameters(*args))
+        result = tuple(fsdp2_prepare_model(self, x) if isinstance(x, nn.Module) else x for x in args)
+        after = fsdp2_canonicalize_names(self._get_named_parameters(*result))
+        for model in (thing for thing in result if isinstance(thing, nn.Module)):
+            for optimizer in (thing for thing in result if isinstance(thing, Optimizer)):
+                rebind(optimizer, before, after, model)
+        return result
+
+    def _get_named_parameters(self, *args: Any, drop_refs: bool = False) -> dict[str, Any]:
+        """The parameters of models by their names in the program's own modules, or with `drop_refs` their addresses."""
+        models = [self.unwrap_model(thing) for thing in args if isinstance(thing, nn.Module)]
+        named = {name: parameter for model in models for name, parameter in model.named_parameters()}
+        named = fsdp2_canonicalize_names(named)
+        return {name: value.data_ptr() for name, value in named.items()} if drop_refs else named
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> AcceleratedOptimizer:
         """Prepare one optimizer.
@@ -925,8 +1000,13 @@ class Accelerator:
         self.wait_for_everyone()
 
     def deepspeed_ulysses_dl_adapter(self, dl: Any, model: Any) -> Any:
-        """Return the loader: sequences are not divided over ranks."""
-        return dl
+        """Return a loader with this rank's part of each sequence; the loader itself where no ranks share them.
+
+        Args:
+            dl: Prepared apart from its model. Batches have `input_ids`, `position_ids` and `labels`.
+            model: Prepared.
+        """
+        return dl if self._sequence_ranks == 1 else self._divided(dl)
 
     # Between ranks
 

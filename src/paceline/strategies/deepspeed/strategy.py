@@ -104,6 +104,9 @@ class DeepSpeedStrategy(Strategy):
         self._scheduled = False
         # Whether the current micro-batch is the last of its window.
         self._window_ends = True
+        # DeepSpeed's description of process groups whose ranks share each sequence, and their size.
+        self._sequence_groups: Any = None
+        self._sequence_ranks = 1
         self._check_context()
         prepare_package()
         name_ranks()
@@ -163,6 +166,15 @@ class DeepSpeedStrategy(Strategy):
 
     # Models and optimizers
 
+    def share_sequences(self, groups: Any, ranks: int) -> None:
+        """Build engines whose ranks share each sequence, and so the samples.
+
+        Args:
+            groups: DeepSpeed's description of the process groups (`mpu`).
+            ranks: How many ranks share a sequence.
+        """
+        self._sequence_groups, self._sequence_ranks = groups, ranks
+
     @override
     def prepare(
         self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer], *, place: Sequence[bool]
@@ -187,7 +199,7 @@ class DeepSpeedStrategy(Strategy):
             optimizer = self._optimizer_for(model, free)
             free = [other for other in free if other is not optimizer]
             auto = AutoValues(
-                world_size=self.context.group.size,
+                world_size=self._sample_ranks,
                 micro_batch=micro_batch,
                 hidden_size=hidden_size_of(model),
                 optimizer=optimizer,
@@ -250,15 +262,14 @@ class DeepSpeedStrategy(Strategy):
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
         placeholder = optimizer if isinstance(optimizer, DummyOptim) else None
         self.compile(model)
-        config = engine_settings(
-            settings, self._stage, self.context.group.size, builds_optimizer=placeholder is not None
-        )
+        config = engine_settings(settings, self._stage, self._sample_ranks, builds_optimizer=placeholder is not None)
         with as_bytes(model, self._stage, self.context.group):
             engine = self._initialize(
                 model=model,
                 optimizer=optimizer if placeholder is None else None,
                 model_parameters=None if placeholder is None else as_groups(placeholder),
                 config=config,
+                mpu=self._sequence_groups,
             )
         # It has replaced a function of torch, if that had not been done before.
         protect_linear()
@@ -273,6 +284,11 @@ class DeepSpeedStrategy(Strategy):
         restore_exact(zero, exact, self.context)
         prepared: nn.Module = engine
         return prepared
+
+    @property
+    def _sample_ranks(self) -> int:
+        """The number of ranks, or of groups of them that share sequences, with samples of their own."""
+        return self.context.group.size // self._sequence_ranks
 
     def _saved_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """The parameter's own dtype; fp32 if it was built sharded, where 16 bits are the engine's choice."""

@@ -29,7 +29,13 @@ _BUCKETS = (
 
 
 def fill_configuration(
-    plugin: DeepSpeedPlugin, things: Sequence[Any], *, accumulation: int, ranks: int, split_batches: bool
+    plugin: DeepSpeedPlugin,
+    things: Sequence[Any],
+    *,
+    accumulation: int,
+    ranks: int,
+    split_batches: bool,
+    sequence_ranks: int = 1,
 ) -> None:
     """Fill each `auto` of a plugin from what a program prepares in one call with its model.
 
@@ -39,6 +45,7 @@ def fill_configuration(
         accumulation: Micro-batches to an optimizer step.
         ranks: The number of ranks.
         split_batches: Whether a loader's batch size is that of all ranks together.
+        sequence_ranks: How many ranks share each sequence.
 
     Raises:
         InvalidValueError: Optimizer or scheduler contradict the configuration, or a value is not to be found.
@@ -53,7 +60,7 @@ def fill_configuration(
         "gradient_clipping": 1.0,
         "zero_optimization.stage3_gather_16bit_weights_on_model_save": False,
         _MICRO_BATCH: micro_batch,
-        "train_batch_size": micro_batch * plugin.get_value("gradient_accumulation_steps", 1) * ranks,
+        "train_batch_size": micro_batch * plugin.get_value("gradient_accumulation_steps", 1) * ranks // sequence_ranks,
     }
     _fill(plugin, **values, **_bucket_sizes(plugin, model), **_optimizer_values(optimizer))
     if isinstance(optimizer, Optimizer) and not isinstance(optimizer, DummyOptim):

@@ -122,22 +122,35 @@ def dynamo_section(plugin: TorchDynamoPlugin | None) -> config.TorchDynamoPlugin
     return config.TorchDynamoPlugin(**{**values, "backend": plugin.backend.value.lower()})
 
 
-def mesh_section(sizes: ParallelismConfig | None) -> config.ParallelismConfig | None:
-    """The sizes of the mesh over which the core shards; None where a model brings its own placement.
+def check_sequences(sizes: ParallelismConfig | None, strategy: str) -> None:
+    """Check that the run can divide sequences over ranks, if it is to.
+
+    Args:
+        sizes: Of the mesh.
+        strategy: The core's.
 
     Raises:
-        UnsupportedError: Sequences are divided.
+        UnsupportedError: It cannot.
     """
     if sizes is None:
-        return None
-    for axis in ("cp", "sp"):
-        if getattr(sizes, f"{axis}_size") > 1:
-            raise UnsupportedError(
-                f"{axis}_size is {getattr(sizes, f'{axis}_size')}",
-                "Sequences divided over ranks are not supported through the switch",
-                f"Set {axis}_size to 1",
-            )
-    if sizes.tp_size > 1:
+        return
+    if sizes.cp_size > 1:
+        raise UnsupportedError(
+            f"cp_size is {sizes.cp_size}",
+            "Ring attention is not supported through the switch",
+            "Set cp_size to 1; DeepSpeed divides sequences with sp_size",
+        )
+    if sizes.sp_size > 1 and strategy != "deepspeed":
+        raise UnsupportedError(
+            f"sp_size is {sizes.sp_size}, and the run does not use DeepSpeed",
+            "Ulysses attention is DeepSpeed's",
+            "Set sp_size to 1, or train with DeepSpeed",
+        )
+
+
+def mesh_section(sizes: ParallelismConfig | None) -> config.ParallelismConfig | None:
+    """The sizes of the mesh over which the core shards; None where a model brings its own placement."""
+    if sizes is None or sizes.tp_size > 1:
         return None
     return config.ParallelismConfig(dp_replicate_size=sizes.dp_replicate_size, dp_shard_size=sizes.dp_shard_size)
 

@@ -11,6 +11,7 @@ from paceline.errors import ConfigError, PacelineError, PrepareError
 
 __all__ = [
     "InvalidValueError",
+    "MissingKeyError",
     "NotInitializedError",
     "UnsupportedError",
     "WrongTypeError",
@@ -26,6 +27,13 @@ _VALUE_ERRORS: dict[type[PacelineError], type[PacelineError]] = {}
 
 class InvalidValueError(PacelineError, ValueError):
     """A value that is not allowed, or that contradicts another."""
+
+
+class MissingKeyError(PacelineError, KeyError):
+    """A name that should be there."""
+
+    # KeyError's own text is the repr of the message.
+    __str__ = Exception.__str__
 
 
 class WrongTypeError(PacelineError, TypeError):

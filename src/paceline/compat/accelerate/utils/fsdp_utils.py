@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from paceline.compat.accelerate.settings.errors import InvalidValueError, unsupported
+from paceline.compat.accelerate.settings.errors import InvalidValueError, MissingKeyError, unsupported
 from paceline.compat.accelerate.state import PartialState
 from paceline.compat.accelerate.utils.constants import (
     FSDP_MODEL_NAME,
@@ -22,7 +22,7 @@ from paceline.compat.accelerate.utils.constants import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_NAME,
 )
-from paceline.compat.accelerate.utils.modeling import is_peft_model
+from paceline.compat.accelerate.utils.modeling import get_non_persistent_buffers, is_peft_model
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -443,10 +443,129 @@ _sharded_in_prepare = unsupported(
 )
 
 
-@_sharded_in_prepare
-def fsdp2_prepare_model(accelerator: Run, model: nn.Module) -> nn.Module:
-    """Not supported: see `Accelerator.prepare`."""
-    raise NotImplementedError
+def fsdp2_prepare_model(accelerator: Any, model: nn.Module) -> nn.Module:
+    """Shard a model that has no optimizer of its own in this run, such as a reference model, in place.
+
+    Collective: every rank must call it.
+
+    Args:
+        accelerator: Of the run. Its plugin says what is a unit, how it computes, and whether rank 0 alone has weights.
+        model: Whole, or sharded already.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        InvalidValueError: The plugin is for version 1 of FSDP.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(getattr(model, "_orig_mod", model), FSDPModule):
+        return model
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 1:
+        raise InvalidValueError(
+            "fsdp2_prepare_model was called with a plugin for version 1 of FSDP",
+            "The settings of the two differ",
+            "Write fsdp_version: 2, or call accelerator.prepare_model(model)",
+        )
+    if accelerator.mixed_precision != "no":
+        _keep_in_fp32(model)
+    if not plugin.cpu_ram_efficient_loading:
+        _shard(accelerator, model)
+        return model
+    weights = model.state_dict()
+    unsaved = get_non_persistent_buffers(model, recurse=True, fqns=True)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if name in unsaved}
+    # Whatever the other ranks hold is replaced by rank 0's values; meanwhile nobody needs memory for it.
+    model = model.to(torch.device("meta"))
+    _tie(model)
+    _shard(accelerator, model)
+    is_on_host = type(plugin.cpu_offload).__name__ == "CPUOffloadPolicy"
+    fsdp2_load_full_state_dict(accelerator, model, weights, cpu_offload=is_on_host)
+    for name, buffer in buffers.items():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(key, buffer.to(accelerator.device), persistent=False)
+    _tie(model)
+    return model
+
+
+def rebind(optimizer: Any, before: dict[str, Any], after: dict[str, Any], model: nn.Module) -> None:
+    """Let an optimizer update the parameters of a model that has been sharded.
+
+    Args:
+        optimizer: Of the parameters before, without a state.
+        before: Parameters by name.
+        after: The same of the sharded model.
+        model: Whose they are.
+
+    Raises:
+        InvalidValueError: The name of a tied weight is gone.
+        MissingKeyError: Another name is gone.
+    """
+    missing = [name for name in before if name not in after]
+    config = getattr(model, "config", None)
+    tied = {"lm_head.weight", *(getattr(model, "_tied_weights_keys", None) or ())}
+    if tied.intersection(missing) and getattr(config, "tie_word_embeddings", False):
+        raise InvalidValueError(
+            f"FSDP2 mapping failed: the model has lost {', '.join(missing)}",
+            "It has tied embeddings, and sharding leaves one name of a tensor with two",
+            "Set model.config.tie_word_embeddings = False, or tie the weights before the optimizer is made",
+        )
+    if missing:
+        raise MissingKeyError(
+            f"Parameters missing after FSDP2 wrapping: {', '.join(missing)}",
+            "The optimizer would go on with parameters that nothing reads",
+            "Make the optimizer from model.parameters(), of the model that is prepared",
+        )
+    renewed = {id(parameter): after[name] for name, parameter in before.items()}
+    for group in optimizer.param_groups:
+        group["params"] = [renewed.get(id(parameter), parameter) for parameter in group["params"]]
+
+
+def _tie(model: nn.Module) -> None:
+    """Tie the weights of a model of transformers again."""
+    tie = getattr(model, "tie_weights", None)
+    if tie is not None:
+        tie()
+
+
+def _keep_in_fp32(model: nn.Module) -> None:
+    """Hold what is trained in fp32: the policy computes in 16 bits. Units must have parameters of one dtype."""
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad or parameter.dtype == torch.float32:
+                continue
+            whole = parameter.detach().to(torch.float32)
+            if isinstance(parameter, DTensor):
+                # Its dtype cannot be changed in place.
+                setattr(module, name, nn.Parameter(whole))
+            else:
+                parameter.data = whole
+
+
+def _shard(accelerator: Any, model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    options: dict[str, Any] = {
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "mesh": None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)],
+    }
+    if plugin.cpu_offload is not None:
+        options["offload_policy"] = plugin.cpu_offload
+    if plugin.ignored_modules is not None:
+        options["ignored_params"] = get_parameters_from_modules(plugin.ignored_modules, model, accelerator.device)
+    plugin.set_auto_wrap_policy(model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    units = [] if is_unit is None else [module for module in model.modules() if module is not model and is_unit(module)]
+    # Inner ones first: what they hold is no longer the outer one's.
+    for module in reversed(units):
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, **options)
 
 
 @_sharded_in_prepare
@@ -461,7 +580,26 @@ def fsdp2_switch_optimizer_parameters(optimizer: Any, mapping: dict[Any, Any]) -
     raise NotImplementedError
 
 
-@_sharded_in_prepare
-def fsdp2_prepare_auto_wrap_policy(fsdp2_plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Any:
-    """Not supported: paceline finds the units of a model itself."""
-    raise NotImplementedError
+def fsdp2_prepare_auto_wrap_policy(
+    fsdp2_plugin: FullyShardedDataParallelPlugin, model: nn.Module
+) -> Callable[[nn.Module], bool] | None:
+    """Return a function that says whether a module is a unit; None where the model is the only one.
+
+    Args:
+        fsdp2_plugin: With a policy that `set_auto_wrap_policy` has bound, or a function of the program.
+        model: Contains the modules.
+    """
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    policy: Any = fsdp2_plugin.auto_wrap_policy
+    bound = getattr(policy, "keywords", {})
+    if policy is None:
+        return None
+    if getattr(policy, "func", policy) is transformer_auto_wrap_policy:
+        classes = tuple(bound["transformer_layer_cls"])
+        return lambda module: isinstance(module, classes)
+    if getattr(policy, "func", policy) is size_based_auto_wrap_policy:
+        least = bound["min_num_params"]
+        return lambda module: sum(p.numel() for p in module.parameters()) >= least
+    # FSDP's own contract: called with recurse=False, a policy says whether a module is wrapped.
+    return lambda module: bool(policy(module, False, sum(p.numel() for p in module.parameters())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,6 +245,19 @@ class OneBuffer(IterableDataset[Any]):
             yield {"x": self.buffer, "fixed": self.fixed}
 
 
+class RingOfBuffers(IterableDataset[Any]):
+    """Writes items into the arrays of a ring, one after another."""
+
+    def __init__(self, size: int) -> None:
+        self.buffers = [np.zeros(4, dtype=np.float32) for _ in range(size)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(COUNT):
+            buffer = self.buffers[number % len(self.buffers)]
+            buffer[...] = number
+            yield {"x": buffer}
+
+
 class OneBufferByIndex(Dataset[Any]):
     """Writes every sample into the same array."""
 
@@ -283,6 +297,7 @@ def read_one_buffer(kind: type[Any], batch_size: int | None, dispatches: bool | 
     ("kind", "batch_size", "dispatches"),
     [
         (OneBuffer, None, None),
+        *[(partial(RingOfBuffers, size), 1, dispatches) for size in (2, 3, 4) for dispatches in (False, True)],
         (OneBuffer, 1, False),
         (OneBuffer, 1, True),
         (OneBufferByIndex, 1, None),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from paceline.collectives.nested import leaves, map_leaves
+from paceline.data.read_ahead import num_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,29 +16,44 @@ if TYPE_CHECKING:
 __all__ = ["ReusedMemory"]
 
 
-class ReusedMemory:
-    """Compares the first two batches of an iteration, and copies from then on what has the same memory in both.
+# Enough to see a ring of four buffers come round.
+_WATCHED_BATCHES = 5
+_WATCHED_BYTES = 32 * 2**20
 
-    The first batch is copied before the second one is read, which may write over it.
+
+class ReusedMemory:
+    """Compares the first batches of an iteration, and copies the following ones if any of these had the memory of another.
+
+    Until then each is copied before the next is read, which may write over it. Large batches are read one ahead, so only
+    two of them are compared.
     """
 
     def __init__(self) -> None:
-        # As it was read: while it exists, nothing else can have its addresses.
-        self._first: Any = None
-        self._addresses: frozenset[int] | None = None
+        # As they were read: while they exist, nothing else can have their addresses.
+        self._watched: list[Any] = []
+        self._reused: frozenset[int] | None = None
 
     def apart(self, batch: Any) -> Any:
         """Return the batch with its own memory where the data set uses its memory again."""
-        if self._addresses is None and self._first is None:
-            self._first = batch
+        if self._reused is None:
+            self._watch(batch)
             return map_leaves(_copy, batch)
-        if self._addresses is None:
-            self._addresses = frozenset(_addresses(self._first)) & frozenset(_addresses(batch))
-            self._first = None
-        reused = self._addresses
+        reused = self._reused
         if not reused:
             return batch
         return map_leaves(lambda leaf: _copy(leaf) if _address(leaf) in reused else leaf, batch)
+
+    def _watch(self, batch: Any) -> None:
+        self._watched.append(batch)
+        count = len(self._watched)
+        if count < 2 or (count < _WATCHED_BATCHES and count * num_bytes(batch) < _WATCHED_BYTES):
+            return
+        addresses = [set(_addresses(watched)) for watched in self._watched]
+        everything = frozenset().union(*addresses)
+        comes_again = sum(map(len, addresses)) > len(everything)
+        # All of them: the last buffers of a ring may have been seen once.
+        self._reused = everything if comes_again else frozenset()
+        self._watched = []
 
 
 def _addresses(batch: Any) -> Iterator[int]:

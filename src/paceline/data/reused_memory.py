@@ -22,10 +22,10 @@ _WATCHED_BYTES = 32 * 2**20
 
 
 class ReusedMemory:
-    """Compares the first batches of an iteration, and copies the following ones if any of these had the memory of another.
+    """Compares the first batches of an iteration, and copies the following ones if one of these had another's memory.
 
-    Until then each is copied before the next is read, which may write over it. Large batches are read one ahead, so only
-    two of them are compared.
+    Until then each is copied before the next is read, which may write over it. Large batches are read one ahead, so
+    only two of them are compared.
     """
 
     def __init__(self) -> None:

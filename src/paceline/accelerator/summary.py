@@ -70,7 +70,7 @@ def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str
     yield "strategy", reason or "auto: decided when the first model is prepared"
     if strategy is not None:
         yield from (("strategy", line) for line in strategy.describe())
-        yield from (("compiler", line) for line in strategy.describe_compilation())
+        yield from (("compiler", line) for line in strategy.compiler.describe())
         attention = strategy.attention.describe()
         yield from [("attention", attention)] if attention is not None else []
 
@@ -78,7 +78,7 @@ def _strategy(strategy: Strategy | None, reason: str) -> Iterator[tuple[str, str
 def _precision(components: RunComponents, strategy: Strategy | None) -> Iterator[tuple[str, str]]:
     yield "precision", components.context.precision.mode
     if strategy is not None:
-        yield from (("precision", line) for line in strategy.describe_fp8())
+        yield from (("precision", line) for line in strategy.fp8.describe())
         yield "dtypes", ", ".join(f"{use} {dtype}" for use, dtype in strategy.dtypes().items())
 
 

@@ -15,11 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from typing_extensions import override
 
-from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, SteppingError
 from paceline.precision import autocast_forward
-from paceline.precision.fp8_layers import restore_layers
-from paceline.strategies.blocks import repeated_blocks
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
@@ -30,15 +27,11 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
-    from paceline.config import TorchDynamoPlugin
-    from paceline.precision.fp8 import Fp8Layers
     from paceline.strategies.attention import AttentionKernels
-    from paceline.strategies.automatic_compilation import AutomaticCompilation
+    from paceline.strategies.compiler import Compiler
     from paceline.strategies.context import DistributedType, RunContext
+    from paceline.strategies.fp8_models import Fp8Models
     from paceline.strategies.placeholders import DummyScheduler
-
-
-_LOG = get_logger(__name__)
 
 
 class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable):
@@ -66,8 +59,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
 
     def __init__(self, context: RunContext) -> None:
         self.context = context
-        self._compilations: list[AutomaticCompilation] = []
-        self._fp8: list[Fp8Layers] = []
         self._models: list[nn.Module] = []
         self._parameters: list[nn.Parameter] | None = None
         # How many contexts hold back the exchange of a model's gradients, by its id.
@@ -90,6 +81,21 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         from paceline.strategies.attention import AttentionKernels
 
         return AttentionKernels(self.context)
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """What is compiled of each model."""
+        # It needs the configuration's schema, which takes too long to load for a mere import of paceline.
+        from paceline.strategies.compiler import Compiler
+
+        return Compiler(self.context, keeps_addresses=self.keeps_addresses)
+
+    @cached_property
+    def fp8(self) -> Fp8Models:
+        """The models whose large linear layers multiply in fp8."""
+        from paceline.strategies.fp8_models import Fp8Models
+
+        return Fp8Models(self.context)
 
     # Models and optimizers
 
@@ -203,81 +209,6 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             model.to(self.context.device)
         autocast_forward(model, self.context.precision)
 
-    def convert_layers(self, model: nn.Module, *, gathers: bool = False) -> Fp8Layers | None:
-        """Let the large linear layers of a model multiply in fp8, if that is the run's precision.
-
-        Args:
-            model: Changed in place, before it is sharded and compiled.
-            gathers: Whether its weights can be gathered in fp8.
-
-        Returns:
-            The layers; None in any other precision.
-
-        Raises:
-            PrepareError: No layer can be converted, or nothing of the model would be compiled.
-        """
-        restore_layers(model)
-        if self.context.precision.mode != "fp8":
-            return None
-        from paceline.precision.fp8 import convert_layers
-
-        config = self.context.config
-        blocks = repeated_blocks(model)
-        emulates = config.fp8_config is not None and config.fp8_config.emulate
-        if config.dynamo_config.backend == "auto" and not blocks and not emulates:
-            raise PrepareError(
-                f"mixed_precision is fp8, and {type(model).__name__} has no repeated blocks to compile",
-                "Without torch.compile, scaling and rounding cost more than fp8 products save",
-                "Set dynamo_backend='inductor', which compiles the whole model, or use mixed_precision='bf16'",
-            )
-        layers = convert_layers(model, config.fp8_config, blocks, gathers=gathers)
-        self._fp8.append(layers)
-        _LOG.info("%s", layers.describe())
-        return layers
-
-    def compile(self, model: nn.Module) -> None:
-        """Compile a model in place as it is configured: now, or under `auto` once that pays.
-
-        Args:
-            model: As it will be trained.
-
-        Raises:
-            PrepareError: There is an activation memory budget, and the model is not compiled.
-        """
-        # These need the configuration's schema, which takes too long to load for a mere import of paceline.
-        from paceline.strategies.compilation import compile_model
-        from paceline.strategies.compile_cache import open_cache
-        from paceline.strategies.cuda_graphs import copy_gradients, uses_graphs
-
-        settings = self.context.config.dynamo_config
-        if settings.backend == "inductor" or (settings.backend == "auto" and self.context.device.type == "cuda"):
-            open_cache(settings, may_empty=self.context.world.is_local_main)
-        compile_model(model, settings)
-        if self.keeps_addresses and uses_graphs(settings):
-            copy_gradients(model.parameters())
-        if settings.backend == "auto" and not settings.disable:
-            self._compile_automatically(model, settings)
-
-    def _compile_automatically(self, model: nn.Module, settings: TorchDynamoPlugin) -> None:
-        from paceline.strategies.automatic_compilation import automatic_compilation
-
-        found = automatic_compilation(
-            model,
-            settings,
-            self.context.device,
-            self.context.remaining_steps,
-            at_once=self.context.precision.mode == "fp8" or settings.activation_memory_budget < 1,
-            may_replay=self.keeps_addresses and settings.cuda_graphs,
-        )
-        if settings.activation_memory_budget < 1 and (found is None or not found.is_on):
-            raise PrepareError(
-                f"dynamo_activation_memory_budget is {settings.activation_memory_budget:g}, and "
-                f"{type(model).__name__} is not compiled: {found.state if found else 'auto compiles on CUDA only'}",
-                "Only compiled code has a budget, so the memory would be that of a run without one",
-                "Set dynamo_backend to inductor, or use activation checkpointing",
-            )
-        self._compilations += [found] if found is not None else []
-
     def add_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
         """Let a prepared optimizer update further parameters.
 
@@ -375,9 +306,7 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     @override
     def stepped(self) -> None:
         """Take note of an optimizer step that was taken or skipped, for what is compiled by default."""
-        for compilation in self._compilations:
-            if not compilation.is_decided:
-                compilation.stepped()
+        self.compiler.stepped()
 
     def join(self, models: Sequence[nn.Module]) -> AbstractContextManager[Any]:
         """Return a context in which ranks that run out of batches early follow the others' collectives.
@@ -426,30 +355,13 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         compute = short_dtype(policy.compute_dtype) if policy.uses_autocast else stored
         return {"stored": stored, "compute": compute, "reduce": stored, "optimizer": stored, "saved": stored}
 
-    def describe_fp8(self) -> list[str]:
-        """Describe which layers multiply in fp8, and why others do not.
-
-        Returns:
-            A line for each model; empty in any other precision.
-        """
-        return [layers.describe() for layers in self._fp8]
-
-    def describe_compilation(self) -> list[str]:
-        """Describe what is compiled by default.
-
-        Returns:
-            A line for each model.
-        """
-        return [compilation.describe() for compilation in self._compilations]
-
     @staticmethod
     def join_process_group() -> None:
         """Let the engine use the process group that is open, before there is a run: programs build sharded models."""
 
     def close(self) -> None:
         """Release what the garbage collector cannot reach. Nothing that was prepared works afterwards."""
-        for compilation in self._compilations:
-            compilation.end("the memory was freed")
+        self.compiler.close()
         self.attention.release()
 
 

@@ -26,7 +26,7 @@ class SingleStrategy(Strategy):
 
     @override
     def prepare_model(self, model: nn.Module, *, place: bool = True) -> nn.Module:
-        self.convert_layers(model)
+        self.fp8.convert(model)
         self.place_whole(model, place=place)
-        self.compile(model)
+        self.compiler.compile(model)
         return model

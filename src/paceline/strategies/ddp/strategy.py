@@ -75,13 +75,11 @@ class DDPStrategy(Strategy):
                 "DDP keeps every parameter whole on every rank",
                 "Train with strategy='fsdp', or rebuild the model and prepare that",
             )
-        self.convert_layers(model)
+        self.fp8.convert(model)
         self.place_whole(model, place=place)
-        self.compile(model)
-        compiler = self.context.config.dynamo_config
-        compiles_blocks = compiler.backend == "auto" or compiler.use_regional_compilation
-        arguments = self._arguments(place)
-        wrapped = NamingDDP(model, self._open_group, splits_graphs=not compiles_blocks, **arguments)
+        self.compiler.compile(model)
+        splits_graphs = not self.compiler.is_for_blocks
+        wrapped = NamingDDP(model, self._open_group, splits_graphs=splits_graphs, **self._arguments(place))
         _register_hook(wrapped, self._settings)
         wrapped.num_hooks = len(wrapped._comm_hooks)
         self._wrapped.append(wrapped)

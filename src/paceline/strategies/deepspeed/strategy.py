@@ -261,7 +261,7 @@ class DeepSpeedStrategy(Strategy):
         if self._stage == 3 and self._plugin.transformer_moe_cls_names:
             mark_leaves(model, self._plugin.transformer_moe_cls_names)
         placeholder = optimizer if isinstance(optimizer, DummyOptim) else None
-        self.compile(model)
+        self.compiler.compile(model)
         config = engine_settings(settings, self._stage, self._sample_ranks, builds_optimizer=placeholder is not None)
         with as_bytes(model, self._stage, self.context.group):
             engine = self._initialize(

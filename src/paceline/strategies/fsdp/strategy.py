@@ -108,7 +108,7 @@ class FSDPStrategy(Strategy):
                 offload=plugin.activation_checkpointing_offload,
                 keeps_products=plugin.activation_checkpointing_policy == "products",
             )
-        layers = self.convert_layers(model, gathers=True)
+        layers = self.fp8.convert(model, gathers=True)
         placed: set[nn.Module] = set()
         for module in [*(model.get_submodule(name) for name in units.names), model]:
             if not isinstance(module, FSDPModule):
@@ -122,7 +122,7 @@ class FSDPStrategy(Strategy):
             uncompiled: Any = torch.compiler.disable
             model.register_forward_pre_hook(uncompiled(layers.gathered.check))
             layers.gathered.changed()
-        self.compile(model)
+        self.compiler.compile(model)
         self._note_description(units)
         return model
 
@@ -169,9 +169,9 @@ class FSDPStrategy(Strategy):
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
         if not has_layers(model):
-            self.convert_layers(model)
+            self.fp8.convert(model)
         autocast_forward(model, self.context.precision)
-        self.compile(model)
+        self.compiler.compile(model)
         self._description.append(f"FSDP2: {len(units)} units that were sharded already")
         return model
 
@@ -408,14 +408,12 @@ class FSDPStrategy(Strategy):
     @override
     def state_written(self) -> None:
         self._reshard()
-        for layers in self._fp8:
-            layers.gathered.forget()
+        self.fp8.state_written()
 
     @override
     def stepped(self) -> None:
         super().stepped()
-        for layers in self._fp8:
-            layers.gathered.changed()
+        self.fp8.stepped()
 
     def _reshard(self) -> None:
         """Drop gathered copies of parameters that a forward has left behind: the shards are the state."""

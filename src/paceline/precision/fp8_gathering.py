@@ -65,7 +65,7 @@ class GatheredWeights:
             vars(shard).pop("fsdp_pre_all_gather", None)
 
     def _round(self, shards: list[Any]) -> None:
-        if any(shard.device.type != weight.device.type for shard, weight in zip(shards, self._weights, strict=True)):
+        if any(weight.device.type != weight.device_mesh.device_type for weight in self._weights):
             # Offloaded: FSDP2 moves a shard to the device before it asks for what is gathered.
             return
         masters = [shard._tensor for shard in shards]

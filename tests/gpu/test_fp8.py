@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from paceline import Accelerator
-from paceline.config import FP8Config
+from paceline.config import FP8Config, FullyShardedDataParallelPlugin
 from paceline.errors import PrecisionError
 from paceline.precision.fp8_rounding import Rounding
 from tests.support.text import standard_library
@@ -74,9 +74,11 @@ def batches() -> torch.Tensor:
     return rows.view(STEPS, BATCH, LENGTH).cuda()
 
 
-def prepared(strategy: str, precision: str, **fp8: Any) -> tuple[Accelerator, Any, Any]:
-    handlers = [FP8Config(**fp8)] if fp8 else []
-    accelerator = Accelerator(strategy=strategy, mixed_precision=precision, kwargs_handlers=handlers)
+def prepared(strategy: str, precision: str, offloads: bool = False, **fp8: Any) -> tuple[Accelerator, Any, Any]:
+    settings: dict[str, Any] = {"kwargs_handlers": [FP8Config(**fp8)] if fp8 else []}
+    if offloads:
+        settings["fsdp_plugin"] = FullyShardedDataParallelPlugin(cpu_offload=True)
+    accelerator = Accelerator(strategy=strategy, mixed_precision=precision, **settings)
     model: Any = ByteModel()
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     return accelerator, *accelerator.prepare(model, optimizer)
@@ -160,6 +162,12 @@ def device_kernels(work: Callable[[], object]) -> list[str]:
         work()
         torch.cuda.synchronize()
     return [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+
+
+def test_offloaded_weights_are_cast_on_the_device(batches: torch.Tensor, one_rank: None) -> None:
+    here = train(prepared("fsdp", "fp8", skip_small_layers=False), batches[:6])
+    offloaded = train(prepared("fsdp", "fp8", offloads=True, skip_small_layers=False), batches[:6])
+    assert offloaded == pytest.approx(here, rel=BOUND)
 
 
 def test_odd_numbers_of_tokens_are_padded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import subprocess
 import sys
@@ -248,6 +249,43 @@ def settings_of_fsdp() -> tuple[str, list[str], bool]:
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     units = [name for name, module in model.named_modules() if type(module).__name__.startswith("FSDP")]
     return str(accelerator.distributed_type), units, accelerator.is_fsdp2
+
+
+def kept_gradients(options: dict[str, bool]) -> tuple[bool, bool]:
+    """Whether gradients are views of DDP's buckets, and whether those of each step are still there after the last."""
+    accelerator = build("ddp", kwargs_handlers=[DistributedDataParallelKwargs(**options)])  # type: ignore[arg-type]
+    model: Any = net()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    # DDP makes new buckets in its second step.
+    loader = DataLoader(samples(12), batch_size=4)
+    kept, copies = [], []
+    for batch in loader:
+        optimizer.zero_grad()
+        accelerator.backward(mse(model, batch))
+        kept.extend([parameter.grad for parameter in model.parameters()])
+        copies.extend([parameter.grad.clone() for parameter in model.parameters()])
+    stays = all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
+    return model.gradient_as_bucket_view, stays
+
+
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        ({}, True),
+        ({"find_unused_parameters": True}, True),
+        ({"gradient_as_bucket_view": True}, True),
+        ({"gradient_as_bucket_view": False}, False),
+    ],
+)
+def test_gradients_are_copies_if_a_program_says_so(options: dict[str, bool], views: bool) -> None:
+    for found in on_ranks(2, kept_gradients, options):
+        assert found == (views, not views)
+
+
+def test_what_ddp_was_passed_is_no_field_of_its_own() -> None:
+    handler = DistributedDataParallelKwargs(bucket_cap_mb=5, gradient_as_bucket_view=False)
+    assert handler == copy.deepcopy(handler) == DistributedDataParallelKwargs(bucket_cap_mb=5)
+    assert handler.to_kwargs() == {"bucket_cap_mb": 5}
 
 
 def _units_of_linear(plugin: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -286,6 +287,22 @@ def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, kind: str) -
             estimate.verify_on_hub("somebody/model")
     else:
         assert estimate.verify_on_hub("somebody/model") == "gated"
+
+
+def test_the_repository_holds_no_model_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer libraries of the Hub raise a kind of `EntryNotFoundError` under a name of its own."""
+    errors = pytest.importorskip("huggingface_hub.errors")
+    kind = type("RemoteEntryNotFoundError", (OSError, errors.EntryNotFoundError), {})
+
+    def fail(_name: str) -> None:
+        raise kind("404: config.json")
+
+    monkeypatch.setattr(estimate, "is_timm_available", lambda: True)
+    monkeypatch.setattr(estimate, "verify_on_hub", lambda *_: types.SimpleNamespace(library_name=None))
+    monkeypatch.setattr(estimate, "_timm_model", fail)
+    args = estimate.estimate_command_parser().parse_args(["somebody/model", "--library_name", "timm"])
+    with pytest.raises(RuntimeError, match="somebody/model was to be loaded with timm"):
+        estimate.gather_data(args)
 
 
 def test_the_size_of_a_model_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from paceline.compat.accelerate.settings.handlers import (
     InitProcessGroupKwargs,
     KwargsHandler,
     ProfileKwargs,
+    was_passed,
 )
 
 if TYPE_CHECKING:
@@ -83,8 +84,10 @@ def core_handlers(handlers: dict[type, Any]) -> Iterator[object]:
     if ddp is not None:
         values = {name: value for name, value in vars(ddp).items() if not name.startswith("_")}
         values["comm_hook"], values["comm_wrapper"] = str(ddp.comm_hook), str(ddp.comm_wrapper)
-        # Views save a copy of the gradients, and change no number.
-        del values["gradient_as_bucket_view"]
+        # Views save a copy of the gradients, and a default is no wish for copies. Who keeps gradients over a step needs
+        # them, and passes False.
+        if not was_passed(ddp, "gradient_as_bucket_view"):
+            del values["gradient_as_bucket_view"]
         yield config.DistributedDataParallelKwargs(**values)
     scaler = handlers.get(GradScalerKwargs)
     if scaler is not None:

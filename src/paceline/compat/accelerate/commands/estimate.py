@@ -71,11 +71,12 @@ def verify_on_hub(repo: str, token: str | None = None) -> Any:
 def check_has_model(error: Exception) -> str:
     """Return the library that raised an error because a repository holds no model of it, or "unknown"."""
     text = str(error)
-    name = type(error).__name__
+    # The Hub raises a kind of EntryNotFoundError, of a name that differs between versions of its library.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
     has_no_model = (
-        name == "EntryNotFoundError",
+        "EntryNotFoundError" in kinds,
         "Unknown model" in text,
-        name == "KeyError" and "architecture" in text,
+        "KeyError" in kinds and "architecture" in text,
     )
     if is_timm_available() and any(has_no_model):
         return "timm"

@@ -420,7 +420,7 @@ class Accelerator:
             A None for each object.
 
         Raises:
-            CheckpointError: A save in the background failed.
+            CheckpointError: A save in the background failed; everything is forgotten nevertheless.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -428,9 +428,11 @@ class Accelerator:
             >>> (model,) = accelerator.free_memory(model)
         """
         self._preparer.forget()
-        self._checkpoints.release()
-        self._gradients.release()
-        self._selector.reset()
+        try:
+            self._checkpoints.release()
+        finally:
+            self._gradients.release()
+            self._selector.reset()
         count = len(objects)
         del objects
         gc.collect()

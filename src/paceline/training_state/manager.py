@@ -209,8 +209,10 @@ class CheckpointManager:
     def release(self) -> None:
         """Wait for the save in flight, and give host memory back."""
         self._disarm()
-        self._saver.release()
-        self._save_on_signals()
+        try:
+            self._saver.release()
+        finally:
+            self._save_on_signals()
 
     # Loading
 

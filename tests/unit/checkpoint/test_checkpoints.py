@@ -22,11 +22,13 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Accelerator, ProjectConfiguration
-from paceline.checkpoint import find_checkpoints, newest_checkpoint, open_checkpoint
+from paceline.checkpoint import TensorShard, find_checkpoints, newest_checkpoint, open_checkpoint
 from paceline.checkpoint.folder import remove_leftovers
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.layout import TensorShape, lay_out
 from paceline.checkpoint.io.staging import Stager
+from paceline.checkpoint.save_load import load_shards
+from paceline.collectives import SoloGroup
 from paceline.errors import (
     CheckpointError,
     ConfigError,
@@ -461,6 +463,20 @@ def test_what_a_refused_prepare_has_added_is_in_no_checkpoint(tmp_path: Path) ->
     loaded, _, _ = again.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1), loader)
     again.load_state(tmp_path / "state")
     assert torch.equal(loaded.weight, model.weight)
+
+
+def test_a_file_that_cannot_be_opened_leaves_none_open(project: Path) -> None:
+    checkpoint = open_checkpoint(newest(project))
+    records = checkpoint.manifest.tensors
+    shards = {name: TensorShard.whole(torch.empty(record.shape)) for name, record in records.items()}
+    before = len(os.listdir("/proc/self/fd"))
+    for name in ("model", "optimizer"):
+        path = checkpoint.folder / f"{name}.safetensors"
+        path.rename(path.with_suffix(".hidden"))
+        with pytest.raises(CheckpointError, match=path.name):
+            load_shards(checkpoint, shards, SoloGroup())
+        path.with_suffix(".hidden").rename(path)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_other_objects_are_counted(project: Path) -> None:

@@ -326,7 +326,8 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
     def replace(self, key: str, tensor: torch.Tensor) -> None:
         """Keep another tensor in place of a weight."""
         key = self._aliases.get(key, key)
-        self.state_dict = {**self.state_dict, key: tensor} if not isinstance(self.state_dict, dict) else self.state_dict
+        if not isinstance(self.state_dict, dict):
+            self.state_dict = dict(self.state_dict)
         self.state_dict[key] = tensor
 
     def _file_slice(self, key: str, info: Mapping[str, Any]) -> FileSlice:

@@ -190,7 +190,7 @@ def test_the_newest_whole_one_is_taken_instead(project: Path, fault: str, caplog
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(project: Path) -> None:
     for folder in (project / "checkpoints").iterdir():
         truncate(folder)
-    with pytest.raises(DamagedCheckpointError, match="None of the 2 checkpoints"):
+    with pytest.raises(DamagedCheckpointError, match="has 2 checkpoints, and none is complete"):
         Run(project).accelerator.load_state()
 
 

@@ -1526,7 +1526,7 @@ class Accelerator:
             run_name: The run's name in every tracker that has such names.
 
         Raises:
-            ConfigError: `init_kwargs` names something that is no tracker.
+            ConfigError: `init_kwargs` names something that is not a tracker.
             MissingExtraError: The package of a tracker is not installed.
 
         Example:
@@ -1555,7 +1555,7 @@ class Accelerator:
 
         Raises:
             TrackingError: `log_with` was given and `init_trackers` was not called.
-            ConfigError: `log_kwargs` names something that is no tracker.
+            ConfigError: `log_kwargs` names something that is not a tracker.
 
         Example:
             >>> accelerator = Accelerator(cpu=True, project_dir="runs/logged")

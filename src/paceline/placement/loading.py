@@ -83,7 +83,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PlacementError(f"The index {index} cannot be read: {error}", "It is no JSON", todo) from error
+        raise PlacementError(f"The index {index} cannot be read: {error}", "It is not JSON", todo) from error
     names = entries.get("weight_map", entries) if isinstance(entries, dict) else entries
     if not names or not isinstance(names, dict) or not all(isinstance(each, str) for each in names.values()):
         raise PlacementError(f"The index {index} names no files of weights", "There is nothing to load", todo)

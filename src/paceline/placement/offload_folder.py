@@ -162,7 +162,7 @@ def read_index(folder: PathLike) -> dict[str, Any]:
     """
     path = Path(folder, INDEX)
     if not path.is_file():
-        raise PlacementError(f"{folder} has no {INDEX}", "It is no folder of offloaded weights")
+        raise PlacementError(f"{folder} has no {INDEX}", "It is not a folder of offloaded weights")
     index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return index
 

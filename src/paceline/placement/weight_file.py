@@ -238,7 +238,7 @@ class SafetensorsFile:
         try:
             header: dict[str, Any] = json.loads(bytes(text))
         except ValueError as error:
-            raise self._not_safetensors("Its header is no JSON") from error
+            raise self._not_safetensors("Its header is not JSON") from error
         self.metadata = header.pop("__metadata__", None)
         self._slices = {name: self._slice(name, entry, 8 + size) for name, entry in header.items()}
         end = max((each.offset + each.nbytes for each in self._slices.values()), default=0)
@@ -251,7 +251,7 @@ class SafetensorsFile:
 
     def _not_safetensors(self, why: str) -> PlacementError:
         todo = "Fetch it again; where it is a pointer of Git LFS, a small text file, run `git lfs pull`"
-        return PlacementError(f"{self.file.path} is no safetensors file", why, todo)
+        return PlacementError(f"{self.file.path} is not a safetensors file", why, todo)
 
     def _slice(self, name: str, entry: dict[str, Any], start: int) -> FileSlice:
         dtype = _DTYPES.get(entry["dtype"])

@@ -469,14 +469,14 @@ def test_a_file_that_cannot_be_opened_leaves_none_open(project: Path) -> None:
     checkpoint = open_checkpoint(newest(project))
     records = checkpoint.manifest.tensors
     shards = {name: TensorShard.whole(torch.empty(record.shape)) for name, record in records.items()}
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for name in ("model", "optimizer"):
         path = checkpoint.folder / f"{name}.safetensors"
         path.rename(path.with_suffix(".hidden"))
         with pytest.raises(CheckpointError, match=path.name):
             load_shards(checkpoint, shards, SoloGroup())
         path.with_suffix(".hidden").rename(path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_other_objects_are_counted(project: Path) -> None:

@@ -155,7 +155,7 @@ def test_client_state_of_deepspeed_is_named_as_left() -> None:
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     assert detect_format(tmp_path) is None
-    with pytest.raises(CheckpointError, match="no checkpoint of a known format"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of a known format"):
         open_foreign(tmp_path)
 
 

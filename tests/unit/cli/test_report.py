@@ -87,7 +87,7 @@ def test_a_page_shows_curves_settings_and_environment(tmp_path: Path) -> None:
 def test_one_entry_and_values_that_are_no_numbers(tmp_path: Path) -> None:
     page_of(write(tmp_path, [line(1, 1.0, loss=1.0)]))
     text, _ = page_of(write(tmp_path, [line(1, 1.0, loss="NaN")], tail='{"step": 2, "lo'))
-    assert "loss: 1 value is no finite number, the first at step 1" in text
+    assert "loss: 1 value is not a finite number, the first at step 1" in text
     assert "1 line of the log could not be read" in text
     assert "MFU, median" in text
     assert "unknown: " in text

@@ -130,7 +130,7 @@ def _is_pause(name: str) -> bool:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean over about a fiftieth of the points; it passes over values that are no numbers."""
+    """An exponential mean over about a fiftieth of the points; it passes over values that are not numbers."""
     keep = 1 - 1 / max(2.0, len(points) / 50)
     total = weight = 0.0
     found = []

@@ -93,7 +93,8 @@ class RunTracker:
         unknown = [name for name in settings if name not in names]
         if unknown:
             raise ConfigError(
-                Problem(where, f"{key}[{name!r}]", "is not a tracker", hint=did_you_mean(name, names)) for name in unknown
+                Problem(where, f"{key}[{name!r}]", "is not a tracker", hint=did_you_mean(name, names))
+                for name in unknown
             )
 
     def log(

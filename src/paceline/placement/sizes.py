@@ -71,7 +71,9 @@ def convert_file_size_to_int(size: int | str) -> int:
         number = None
     if match is None or number is None:
         raise PlacementError(
-            f"A size is given as {size!r}", "It is not a number of bytes", "Write a number, or one with a unit such as 5GB"
+            f"A size is given as {size!r}",
+            "It is not a number of bytes",
+            "Write a number, or one with a unit such as 5GB",
         )
     unit = match[2]
     found = int(number * _UNITS[unit.upper()])

@@ -192,7 +192,7 @@ def test_attention_counts_where_its_width_was_recorded(tmp_path: Path) -> None:
     added = 12 * 1e6 * length / (6 * RECORD["parameters"])  # type: ignore[operator]
     assert wide.mfu[0].value == pytest.approx(plain.mfu[0].value * (1 + added))
     assert f"attention over sequences of {length:.0f}" in wide.about_mfu
-    assert Rates.of(run, peak=6e12, flops_per_token=1.0).about_mfu.startswith("1 operations a token (as asked for)")
+    assert Rates.of(run, peak=6e12, flops_per_token=1.0).about_mfu.startswith("1 operations a token (as requested)")
 
 
 def test_thinning_keeps_extremes_and_smoothing_passes_over_gaps() -> None:

@@ -162,7 +162,9 @@ def read_index(folder: PathLike) -> dict[str, Any]:
     """
     path = Path(folder, INDEX)
     if not path.is_file():
-        raise PlacementError(f"{folder} has no {INDEX}", "It is not a folder of offloaded weights")
+        raise PlacementError(
+            f"{folder} has no {INDEX}", "It is not a folder of offloaded weights", "Name one that disk_offload wrote"
+        )
     index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return index
 
@@ -347,7 +349,11 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         name = info.get("weight_name", key)
         found = self._files[path].slices().get(name)
         if found is None:
-            raise PlacementError(f"{path} has no tensor {name!r}", "The index of offloaded weights says that it has")
+            raise PlacementError(
+                f"{path} has no tensor {name!r}",
+                "The index of offloaded weights says that it has",
+                "Load the checkpoint and offload the model again",
+            )
         return found
 
     def _path(self, key: str) -> str:

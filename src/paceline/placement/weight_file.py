@@ -257,13 +257,19 @@ class SafetensorsFile:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise PlacementError(
-                f"{name} in {self.file.path} has the dtype {entry['dtype']}", "paceline cannot read that dtype"
+                f"{name} in {self.file.path} has the dtype {entry['dtype']}",
+                f"Known are {', '.join(_DTYPES)}",
+                "Convert it to one of these",
             )
         found = FileSlice(
             file=self.file, offset=start + entry["data_offsets"][0], dtype=dtype, shape=tuple(entry["shape"])
         )
         if start + entry["data_offsets"][1] != found.offset + found.nbytes:
-            raise PlacementError(f"{name} in {self.file.path} has a size that does not fit its shape")
+            raise PlacementError(
+                f"{name} in {self.file.path} has a size that does not fit its shape",
+                "The header of the file is damaged",
+                "Fetch it again",
+            )
         return found
 
 

@@ -120,7 +120,11 @@ class FolderWriter(StorageWriter):
         for plan in plans:
             for name, shape in plan.planner_data.items():
                 if shapes.setdefault(name, shape) != shape:
-                    raise CheckpointError(f"{name} is {shapes[name]} on one rank and {shape} on another")
+                    raise CheckpointError(
+                        f"{name} is {shapes[name]} on one rank and {shape} on another",
+                        "Each rank writes a part of one tensor",
+                        "Build the same model and optimizer on every rank",
+                    )
         files, offsets = lay_out(shapes)
         self._shapes, self._files, self._offsets = shapes, files, offsets
         nbytes = dict.fromkeys(self._disk_owners, 0)

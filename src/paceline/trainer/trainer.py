@@ -153,6 +153,8 @@ class Trainer:
         self._chooses_loss = False
         # Whether the current evaluation must have labels for `compute_metrics`.
         self._requires_metrics = False
+        # Of a schedule-free optimizer, whose averaged weights the model has in `eval`.
+        self._optimizer_mode = "train"
         self.state = self._new_state()
         self.control = TrainerControl()
         self.callback_handler = CallbackHandler(with_defaults(callbacks or (), self.args, self))
@@ -435,15 +437,17 @@ class Trainer:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.is_in_train and callable(getattr(inner, mode, None)):
             getattr(inner, mode)()
+            self._optimizer_mode = mode
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """Give the model the averaged weights of a schedule-free optimizer for the body."""
+        before = self._optimizer_mode
         self._set_optimizer_mode("eval")
         try:
             yield
         finally:
-            self._set_optimizer_mode("train")
+            self._set_optimizer_mode(before)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch. Subclasses may override it.

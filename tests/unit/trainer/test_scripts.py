@@ -463,3 +463,21 @@ def test_training_goes_on_with_its_own_weights_after_a_failed_save(tmp_path: Pat
     saves.trainer = made(tmp_path / "run", model=model, callbacks=[saves], optimizers=optimizers)
     saves.trainer.train()
     assert saves.modes == ["train"] * 4
+
+
+class EvaluatesAtEnd(TrainerCallback):
+    """Evaluates once more when the training has ended."""
+
+    trainer: Trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        self.trainer.evaluate()
+
+
+def test_averaged_weights_stay_when_a_callback_evaluates_at_the_end(tmp_path: Path) -> None:
+    model, evaluates = tagger(), EvaluatesAtEnd()
+    optimizer = TwoModes(model.parameters(), lr=0.01)
+    evaluates.trainer = made(tmp_path, model=model, callbacks=[evaluates], optimizers=(optimizer, None))
+    for _ in range(2):
+        evaluates.trainer.train()
+        assert optimizer.mode == "eval"

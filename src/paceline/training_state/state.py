@@ -18,11 +18,10 @@ from paceline.environment.random_generators import get_rng_states, set_rng_state
 from paceline.errors import CheckpointError, StateError, counted, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
-from paceline.strategies.state import saved_buffers
+from paceline.strategies.state import is_dtensor, saved_buffers
 from paceline.training_state.attributes import attribute_owners
 from paceline.training_state.registered_tensors import (
     LiveTensors,
-    is_sharded,
     refuse_placeholders,
     restore_object,
     split_sharded,
@@ -268,7 +267,7 @@ class TrainingState:
     def _warn_unsharded(self, training: Mapping[str, Any], live: LiveTensors) -> None:
         """Warn about tensors that were saved sharded and are loaded whole, if the model is sharded in this run."""
         whole = [name for name in training.get("sharded", ()) if name not in live]
-        if whole and any(is_sharded(p) for model in self.models for p in model.parameters()):
+        if whole and any(is_dtensor(p) for model in self.models for p in model.parameters()):
             _LOG.warning(
                 "%s was saved sharded and is loaded whole: the registered object has no such tensor yet. Create its "
                 "tensors before load_state (for an average of parameters, from the prepared model)",

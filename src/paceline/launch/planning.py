@@ -156,7 +156,7 @@ def rendezvous_endpoint(config: RunConfig, env: Mapping[str, str]) -> tuple[str,
 def plan_machine(
     resolved: Resolved, command: Command, env: Mapping[str, str], index: int, sizes: tuple[int, ...], **extra: str
 ) -> LaunchPlan:
-    """LaunchPlan the ranks of one machine.
+    """Plan the ranks of one machine.
 
     Args:
         resolved: The configuration.
@@ -319,7 +319,7 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
 
 
 def _fp8_problems(resolved: Resolved, kind: str | None) -> Iterator[Problem]:
-    """Report fp8 on a device that is no GPU of NVIDIA, unless it is emulated."""
+    """Report fp8 on a device that is not an NVIDIA GPU, unless it is emulated."""
     config = resolved.config
     if config.as_accelerate:
         # There torchao's layers compute on other devices as well, slowly, as Accelerate lets them.

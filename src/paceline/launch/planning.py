@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
-from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.errors import ConfigError, Problem, UsageError, WorldError, counted
 from paceline.launch.accelerate_variables import accelerate_variables, installed_target
 from paceline.launch.accelerators import count_accelerators, detect, visible_devices_variable
 from paceline.launch.clusters.detection import detect_cluster
@@ -95,7 +95,7 @@ class LaunchPlan:
         count = len(self.ranks)
         port = f"port {self.port}" if self.port else "a free port"
         machine = f"machine {self.machine} of {len(self.machines)}" if len(self.machines) > 1 else "this machine"
-        lines = [f"{count} process{'es' if count != 1 else ''} on {machine}, meeting at {self.address}, {port}"]
+        lines = [f"{counted(count, 'process')} on {machine}, meeting at {self.address}, {port}"]
         lines.append("for all:")
         lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         for rank in self.ranks:

@@ -8,6 +8,7 @@ import random
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from paceline import ProjectConfiguration
+from paceline import Accelerator, ProjectConfiguration, checkpoint
 from paceline.checkpoint import open_checkpoint
-from paceline.errors import CheckpointError, SteppingError
+from paceline.errors import CheckpointError, PacelineError, SteppingError
 from tests.support.engines import needs_deepspeed, with_deepspeed
 from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import run_on_ranks
@@ -367,3 +368,18 @@ def hooks_on_the_main_process(folder: str) -> list[int]:
 def test_a_hook_may_work_on_the_main_process_only(tmp_path: Path) -> None:
     assert run_on_ranks(2, hooks_on_the_main_process, str(tmp_path / "state")) == [[0], [0]]
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def weights_that_rank_0_cannot_write(folder: str) -> str:
+    accelerator = Accelerator(cpu=True, strategy="ddp")
+    model = accelerator.prepare(torch.nn.Linear(2, 1))
+    failing = mock.patch.object(checkpoint, "save_weights", side_effect=RuntimeError("no luck"))
+    with failing, pytest.raises(PacelineError) as error:
+        accelerator.save_model(model, folder)
+    assert isinstance(error.value.__cause__, RuntimeError) == accelerator.is_main_process
+    return str(error.value)
+
+
+def test_whatever_stops_rank_0_from_writing_weights_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    for message in run_on_ranks(2, weights_that_rank_0_cannot_write, str(tmp_path / "weights")):
+        assert message.endswith("weights. RuntimeError: no luck.")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from paceline import Accelerator, debug_launcher, notebook_launcher
+from paceline.errors import ConfigError
+from paceline.launch.notebook import launchers
 from tests.support.ranks import free_port
 
 PROGRAM = """
@@ -152,6 +154,28 @@ def test_cells_of_a_jupyter_kernel() -> None:
 def _text(outputs: list[Any], name: str) -> list[str]:
     whole = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == name)
     return sorted(line for line in whole.splitlines() if line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address", "port"),
+    [
+        ({"rdzv_endpoint": "head:29501"}, "head", 29501),
+        ({"rdzv_endpoint": "[fe80::1]:29501"}, "[fe80::1]", 29501),
+        ({"rdzv_endpoint": "head", "use_port": "29501"}, "head", 29501),
+        ({"master_addr": "head", "use_port": 0}, "head", None),
+    ],
+)
+def test_where_machines_meet(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], address: str, port: int | None
+) -> None:
+    monkeypatch.setattr(launchers, "_launch", lambda function, args, resolved, template: [resolved.config])
+    (config,) = notebook_launcher(print, num_processes=2, num_nodes=2, **arguments)
+    assert (config.main_process_ip, config.main_process_port) == (address, port)
+
+
+def test_a_port_that_is_no_number_is_named() -> None:
+    with pytest.raises(ConfigError, match="main_process_port: the text 'abc' is not allowed"):
+        notebook_launcher(print, num_processes=2, num_nodes=2, rdzv_endpoint="head:abc")
 
 
 TWO_MACHINES = """

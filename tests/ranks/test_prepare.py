@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,41 @@ def refused(case: str, strategy: str) -> str:
 )
 def test_bad_input_is_named(strategy: str, case: str, words: str) -> None:
     assert all(words in message for message in run_on_ranks(2, refused, case, strategy))
+
+
+def trained_after_a_refused_call(strategy: str) -> list[float]:
+    accelerator = make(strategy)
+    foreign, model = TinyTransformer(), TinyTransformer()
+    with pytest.raises(ForeignOptimizerError):
+        accelerator.prepare(model, torch.optim.AdamW(foreign.parameters()))
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    with without_warnings("paceline.strategies.ddp.module"):
+        return [step(accelerator, prepared, optimizer, i) for i in range(4)]
+
+
+class Raising(logging.Handler):
+    """Fails when a warning is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(record.getMessage())
+
+
+@contextlib.contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """Fail if the body logs a warning."""
+    handler = Raising(logging.WARNING)
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", *ZERO_STAGES])
+def test_the_same_model_can_be_prepared_after_a_refused_call(strategy: str) -> None:
+    """Nothing is left of the refused call: its optimizer is not checked, and gradients are averaged once."""
+    losses = run_on_ranks(2, trained_after_a_refused_call, strategy)[0]
+    assert losses == pytest.approx(run_on_ranks(2, trained, strategy, "together")[0], abs=1e-6)
 
 
 def unknown_block() -> tuple[tuple[str, ...], str]:

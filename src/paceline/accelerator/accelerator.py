@@ -420,7 +420,7 @@ class Accelerator:
             A None for each object.
 
         Raises:
-            CheckpointError: A save in the background failed.
+            CheckpointError: A save in the background failed; everything is forgotten nevertheless.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -428,9 +428,11 @@ class Accelerator:
             >>> (model,) = accelerator.free_memory(model)
         """
         self._preparer.forget()
-        self._checkpoints.release()
-        self._gradients.release()
-        self._selector.reset()
+        try:
+            self._checkpoints.release()
+        finally:
+            self._gradients.release()
+            self._selector.reset()
         count = len(objects)
         del objects
         gc.collect()
@@ -1524,7 +1526,7 @@ class Accelerator:
             run_name: The run's name in every tracker that has such names.
 
         Raises:
-            ConfigError: `init_kwargs` names something that is no tracker.
+            ConfigError: `init_kwargs` names something that is not a tracker.
             MissingExtraError: The package of a tracker is not installed.
 
         Example:
@@ -1553,7 +1555,7 @@ class Accelerator:
 
         Raises:
             TrackingError: `log_with` was given and `init_trackers` was not called.
-            ConfigError: `log_kwargs` names something that is no tracker.
+            ConfigError: `log_kwargs` names something that is not a tracker.
 
         Example:
             >>> accelerator = Accelerator(cpu=True, project_dir="runs/logged")

@@ -50,7 +50,7 @@ class Handlers:
         """Sort handlers by their kind.
 
         Raises:
-            ConfigError: An object that is no handler, or two of one kind.
+            ConfigError: An object is not a handler, or two are of one kind.
         """
         by_kind: dict[type, Any] = {}
         problems: list[Problem] = []

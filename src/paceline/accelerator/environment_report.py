@@ -330,7 +330,8 @@ def _limits() -> dict[str, str]:
     if _SHARED_MEMORY.is_dir():
         usage = shutil.disk_usage(_SHARED_MEMORY)
         limits["shared memory"] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
-    for name, folder in (("disk here", Path.cwd()), ("disk of /tmp", Path(tempfile.gettempdir()))):
+    # Not Path.cwd(), which raises where that folder was deleted.
+    for name, folder in (("disk here", Path()), ("disk of /tmp", Path(tempfile.gettempdir()))):
         usage = shutil.disk_usage(folder)
         limits[name] = f"{_gib(usage.free)} of {_gib(usage.total)} GiB free"
     quota = cpu_quota()

@@ -117,6 +117,13 @@ class Preparer:
     def prepare(self, args: Sequence[Any], device_placement: Sequence[bool | None] | None) -> Any:
         """See `Accelerator.prepare`."""
         placement = _placement_flags(args, device_placement)
+        with self._prepared.undone_on_error():
+            done = self._prepare_all(args, placement)
+        result = [done.get(id(arg), arg) for arg in args]
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def _prepare_all(self, args: Sequence[Any], placement: dict[int, bool | None]) -> dict[int, Any]:
+        """Prepare each argument; return what to use instead of it, by `id`."""
         done: dict[int, Any] = {}
         for loader in _unique(args, DataLoader):
             done[id(loader)] = self.prepare_data_loader(loader, placement[id(loader)])
@@ -127,8 +134,7 @@ class Preparer:
         for other in args:
             if id(other) not in done and not isinstance(other, (nn.Module, Optimizer)):
                 done[id(other)] = self._prepare_other(other, placement[id(other)])
-        result = [done.get(id(arg), arg) for arg in args]
-        return result[0] if len(result) == 1 else tuple(result)
+        return done
 
     def _prepare_other(self, other: Any, place: bool | None) -> Any:
         """Prepare a scheduler or an iterable of batches; anything else is returned unchanged."""
@@ -148,14 +154,16 @@ class Preparer:
         place = self._placement(device_placement)
         if evaluation_mode:
             return self._selector.select([model]).prepare_evaluation(model, place=place)
-        prepared: nn.Module = self._prepare_trained([model], [], {id(model): place})[id(model)]
+        with self._prepared.undone_on_error():
+            prepared: nn.Module = self._prepare_trained([model], [], {id(model): place})[id(model)]
         return prepared
 
     def prepare_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:
         """See `Accelerator.prepare_optimizer`."""
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer in self._prepared:
             return optimizer
-        prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
+        with self._prepared.undone_on_error():
+            prepared: AcceleratedOptimizer = self._prepare_trained([], [optimizer], {})[id(optimizer)]
         return prepared
 
     def prepare_data_loader(
@@ -282,9 +290,9 @@ class Preparer:
                 wrapper.optimizer = strategy.resolve_placeholder_optimizer(wrapper.optimizer)
             done.update((id(model), result) for model, result in zip(models, prepared, strict=True))
             self._check_dtypes(strategy)
-        self._prepared.note_attributes(strategy)
         if models:
             self._check_foreign(optimizers)
+        self._prepared.note_attributes(strategy)
         return done
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> AcceleratedOptimizer:

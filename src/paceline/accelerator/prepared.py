@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paceline.stepping import planned_steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
     from torch.utils.data import DataLoader
@@ -115,15 +116,26 @@ class Prepared:
 
         return take_state
 
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Drop what the body has added if it raises: the script never got it, and may prepare the same objects again.
+
+        Otherwise every later step would be checked with the refused optimizer, and checkpoints would contain it.
+        """
+        lengths = [len(things) for things in self._lists]
+        try:
+            yield
+        except BaseException:
+            for things, length in zip(self._lists, lengths, strict=True):
+                del things[length:]
+            raise
+
     def forget(self) -> None:
         """Let go of everything but the registered objects."""
-        lists: tuple[list[Any], ...] = (
-            self.models,
-            self.optimizers,
-            self.schedulers,
-            self.loaders,
-            self.foreign_loaders,
-        )
-        for things in lists:
+        for things in self._lists:
             things.clear()
         self.attributes.clear()
+
+    @property
+    def _lists(self) -> tuple[list[Any], ...]:
+        return self.models, self.optimizers, self.schedulers, self.loaders, self.foreign_loaders

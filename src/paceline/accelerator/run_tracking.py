@@ -88,12 +88,13 @@ class RunTracker:
             self._trackers.store(config)
 
     def _check_names(self, settings: Mapping[str, Any], where: str, key: str) -> None:
-        """Refuse settings of what is no tracker, since nothing would read them."""
+        """Refuse settings of what is not a tracker, since nothing would read them."""
         names = {*TRACKERS, *(one if isinstance(one, str) else one.name for one in self._trackers.chosen)}
         unknown = [name for name in settings if name not in names]
         if unknown:
             raise ConfigError(
-                Problem(where, f"{key}[{name!r}]", "is no tracker", hint=did_you_mean(name, names)) for name in unknown
+                Problem(where, f"{key}[{name!r}]", "is not a tracker", hint=did_you_mean(name, names))
+                for name in unknown
             )
 
     def log(

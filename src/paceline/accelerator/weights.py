@@ -68,14 +68,13 @@ class WeightWriter:
 
     def _write_on_main(self, folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
         """Write into what the name leads to on rank 0, and raise a failure on all ranks."""
-        from safetensors import SafetensorError
-
-        failure: str | None = None
+        cause: Exception | None = None
         if self._group.rank == 0:
             try:
                 write(checkpoint.real_folder(folder))
-            except (OSError, PacelineError, SafetensorError) as error:
-                failure = f"{type(error).__name__}: {error}"
-        failure = self._group.broadcast_object(failure)
+            except Exception as error:
+                # Whatever it is, the other ranks wait for the outcome.
+                cause = error
+        failure = self._group.broadcast_object(None if cause is None else f"{type(cause).__name__}: {cause}")
         if failure is not None:
-            raise PacelineError(f"The weights could not be saved into {folder}", failure)
+            raise PacelineError(f"The weights could not be saved into {folder}", failure) from cause

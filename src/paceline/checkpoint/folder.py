@@ -92,7 +92,11 @@ class Checkpoint:
             return self._documents[name]
         record = self.manifest.files.get(name)
         if record is None:
-            raise DamagedCheckpointError(f"{self.folder} lists no {name}", "It is not a paceline training state")
+            raise DamagedCheckpointError(
+                f"{self.folder} lists no {name}",
+                "It is not a paceline training state",
+                "Name a folder that save_state wrote",
+            )
         data = _read(self.folder / name)
         if zlib.crc32(data) != record.crc32:
             raise DamagedCheckpointError(
@@ -275,8 +279,13 @@ def _read(path: Path) -> bytes:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(handle, "rb") as file:  # noqa: PTH123 - from the handle
-            if os.fstat(handle).st_size > _LARGEST_MANIFEST:
-                raise DamagedCheckpointError(f"{path} is too large to be a manifest or a JSON file of a checkpoint")
+            size = os.fstat(handle).st_size
+            if size > _LARGEST_MANIFEST:
+                raise DamagedCheckpointError(
+                    f"{path} has {size:,} bytes",
+                    f"A manifest or another JSON file of a checkpoint has at most {_LARGEST_MANIFEST:,}",
+                    "Load another checkpoint",
+                )
             return file.read()
     except OSError as error:
         if path.is_symlink():

@@ -51,7 +51,7 @@ class TensorSource:
 
 
 class LazyTensors(Mapping[str, "Tensor"]):
-    """LazyTensors by name; each is read anew on every access, so that only those in use take memory."""
+    """Tensors by name; each is read again on every access, so that only those in use take memory."""
 
     def __init__(self, sources: Mapping[str, TensorSource] | None = None) -> None:
         self.sources = dict(sources or {})

@@ -173,9 +173,15 @@ class Saver:
             self._stager.hold_stream()
 
     def release(self) -> None:
-        """Wait for the save in flight, and free the host memory."""
-        self.wait()
-        self._stager.release()
+        """Wait for the save in flight, and free the host memory.
+
+        Raises:
+            CheckpointError: The save failed; the memory is freed nevertheless.
+        """
+        try:
+            self.wait()
+        finally:
+            self._stager.release()
 
 
 @contextmanager

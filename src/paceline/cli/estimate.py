@@ -58,7 +58,7 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
             return value
         match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
         if match is None:
-            self.fail(f"{value!r} is no size: write, for example, 80GiB", param, ctx)
+            self.fail(f"{value!r} is not a size: write, for example, 80GiB", param, ctx)
         return int(float(match[1]) * _UNITS[match[2] or ""])
 
 

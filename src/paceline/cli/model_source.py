@@ -72,7 +72,7 @@ class ModelSource:
 
 
 def _plain(result: Any) -> Any:
-    """The values of an output class of transformers, which is no tree to torch unless it was registered."""
+    """The values of an output class of transformers, which is not a tree to torch unless it was registered."""
     return list(result.values()) if isinstance(result, Mapping) else result
 
 

@@ -83,7 +83,7 @@ def unpickle_from(pickled: bytes | str, rank: int) -> Any:
         raise CollectiveError(
             f"Rank {rank} passed an object that cannot be pickled ({pickled})",
             "Objects are pickled to be sent to other ranks",
-            "Send as_contiguous values, or define the class at the top level of a module",
+            "Send plain values, or define the class at the top level of a module",
         )
     return pickle.loads(pickled)
 

@@ -40,7 +40,7 @@ from paceline.data.skipping import SkippedDataLoader
 from paceline.data.stateful import Stateful, check_not_restored, is_torchdata_loader, shard_of, torchdata_loader
 from paceline.data.stream import StreamBatchSource, StreamReader
 from paceline.environment.object_state import OwnGenerators
-from paceline.errors import DataError
+from paceline.errors import DataError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -378,7 +378,7 @@ class _LoaderBuilder:
         rank, size = self.group.rank, self.group.size
         if size == 1 and workers <= 1:
             return shard_of(dataset, 0, 1, workers, block=block), "stream read by one reader"
-        readers = f"{size} {'rank' if size == 1 else 'ranks'} x {max(1, workers)} readers"
+        readers = f"{counted(size, 'rank')} x {max(1, workers)} readers"
         if self.config.streams_are_sharded or getattr(dataset, "_distributed", None) is not None:
             return shard_of(dataset, 0, 1, workers, block=block), f"stream already split over {size} ranks"
         shard, num_shards = getattr(dataset, "shard", None), _num_shards(dataset)

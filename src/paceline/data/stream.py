@@ -26,7 +26,7 @@ from paceline.data.reused_memory import ReusedMemory
 from paceline.data.sample_order import maybe_length
 from paceline.data.stateful import StatefulShard, maybe_state_handle
 from paceline.data.worker_split import StreamShard, maybe_skip_method
-from paceline.errors import DataError
+from paceline.errors import DataError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -651,4 +651,4 @@ def _name_of(dataset: Any) -> str:
 
 
 def _readers_text(ranks: int, readers: int) -> str:
-    return f"{ranks} {'rank' if ranks == 1 else 'ranks'}" + (f" x {readers} readers" if readers > 1 else "")
+    return counted(ranks, "rank") + (f" x {readers} readers" if readers > 1 else "")

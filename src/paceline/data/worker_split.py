@@ -136,7 +136,7 @@ class StreamShard(IterableDataset[Any]):
         Args:
             seed: The seed of the order.
             epoch: The number of the epoch.
-            skipped: Items of each reader to skip; needs a data set with a `maybe_skip_method`.
+            skipped: Items of each reader to skip; only for a data set that can, see `maybe_skip_method`.
         """
         self._epoch_state[0] = mix_seed(seed, epoch)
         self._epoch_state[1] = epoch

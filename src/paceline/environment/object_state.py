@@ -227,7 +227,7 @@ class ObjectState:
         if len(plain) == len(places) and all(map(self._can_restore, places)):
             values.update((place.path, _stored(place.value)) for place in places)
         elif plain or any(_is_iterator(place.value) or _has_weights(place.value) for place in places):
-            # A file that was opened is no reason to worry by itself.
+            # A file that was opened is not a reason to worry by itself.
             lost += [place.path for place in places]
 
     def _can_restore(self, place: _Place) -> bool:

@@ -7,7 +7,7 @@ import signal
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from paceline.errors import PREEMPTED, named
+from paceline.errors import PREEMPTED, counted, named
 from paceline.launch.failures import (
     FailureRecord,
     RankExit,
@@ -145,8 +145,7 @@ def _signal_text(machines: Sequence[MachineExit], host: str, number: int) -> str
 def _failure(ends: Sequence[RankExit], lost: Sequence[MachineExit]) -> tuple[str, int]:
     """The report, with what happened first at its end, and the exit code."""
     gone = "".join(
-        f"{machine.host} is lost with its {machine.ranks} rank{'s' if machine.ranks != 1 else ''}: {machine.lost}\n"
-        for machine in lost
+        f"{machine.host} is lost with its {counted(machine.ranks, 'rank')}: {machine.lost}\n" for machine in lost
     )
     if not any(map(_failed, ends)):
         return gone, 1

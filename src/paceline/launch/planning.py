@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from paceline.config import Origin
 from paceline.environment.host import core_count
 from paceline.environment.world import DEFAULT_PORT, World
-from paceline.errors import ConfigError, Problem, UsageError, WorldError
+from paceline.errors import ConfigError, Problem, UsageError, WorldError, counted
 from paceline.launch.accelerate_variables import accelerate_variables, installed_target
 from paceline.launch.accelerators import count_accelerators, detect, visible_devices_variable
 from paceline.launch.clusters.detection import detect_cluster
@@ -95,7 +95,7 @@ class LaunchPlan:
         count = len(self.ranks)
         port = f"port {self.port}" if self.port else "a free port"
         machine = f"machine {self.machine} of {len(self.machines)}" if len(self.machines) > 1 else "this machine"
-        lines = [f"{count} process{'es' if count != 1 else ''} on {machine}, meeting at {self.address}, {port}"]
+        lines = [f"{counted(count, 'process')} on {machine}, meeting at {self.address}, {port}"]
         lines.append("for all:")
         lines += [f"  {name}={shlex.quote(value)}" for name, value in sorted(self.variables.items())]
         for rank in self.ranks:
@@ -156,7 +156,7 @@ def rendezvous_endpoint(config: RunConfig, env: Mapping[str, str]) -> tuple[str,
 def plan_machine(
     resolved: Resolved, command: Command, env: Mapping[str, str], index: int, sizes: tuple[int, ...], **extra: str
 ) -> LaunchPlan:
-    """LaunchPlan the ranks of one machine.
+    """Plan the ranks of one machine.
 
     Args:
         resolved: The configuration.
@@ -319,7 +319,7 @@ def _device_problems(resolved: Resolved, size: int) -> Iterator[Problem]:
 
 
 def _fp8_problems(resolved: Resolved, kind: str | None) -> Iterator[Problem]:
-    """Report fp8 on a device that is no GPU of NVIDIA, unless it is emulated."""
+    """Report fp8 on a device that is not an NVIDIA GPU, unless it is emulated."""
     config = resolved.config
     if config.as_accelerate:
         # There torchao's layers compute on other devices as well, slowly, as Accelerate lets them.

@@ -38,6 +38,9 @@ _CAUSE_TIMEOUT = 3.0
 # Signals after which a run may save its state before it ends.
 _PREEMPTION_SIGNALS = frozenset({signal.SIGTERM, signal.SIGUSR1})
 _KILL_TIMEOUT = 3
+# The share of memory in use from which on a killed rank may have run out of it: the last seconds are not seen.
+_LIKELY_SHORT = 0.8
+
 RemoteRequest = Literal["", "end", "save"]
 
 
@@ -98,10 +101,6 @@ class Signals:
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.received.append(number)
-
-
-# The share of memory in use from which on a killed rank may have run out of it: the last seconds are not seen.
-_LIKELY_SHORT = 0.8
 
 
 @dataclass(slots=True)
@@ -195,6 +194,9 @@ def supervise(
         signals: Those that the launcher has received.
         timeouts: How long to wait for what.
         remote_request: What other machines request: "end" ends the ranks, "save" lets them save their state first.
+
+    Returns:
+        The exit of each rank, or the signal that ended them.
     """
     assert isinstance(context, SubprocessContext)
     return _Supervisor(context, logs, signals, timeouts, remote_request).run()

@@ -451,7 +451,7 @@ def check_devices(device_map: Mapping[str, Any]) -> None:
         try:
             wanted = as_device(device)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise PlacementError(seen, "That is no device", 'Use a number, "cpu" or "disk"') from error
+            raise PlacementError(seen, "That is not a device", 'Use a number, "cpu" or "disk"') from error
         if wanted.type in ("cpu", "meta"):
             continue
         accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -494,7 +494,7 @@ def _choose(
     if how not in AUTOMATIC:
         raise PlacementError(
             f"device_map={how!r} was given",
-            "It is no way to choose devices",
+            "It is not a way to choose devices",
             f'Choose one of {", ".join(AUTOMATIC)}, or map names of modules to devices: {{"": "cpu"}} for all on one',
         )
     if how != "sequential":

@@ -173,7 +173,7 @@ def add_hook_to_module(module: M, hook: ModelHook, append: bool = False) -> M:
         The module.
 
     Raises:
-        PlacementError: It is no hook.
+        PlacementError: It is not a hook.
     """
     state: Any = module
     if isinstance(hook, type) or not hasattr(hook, "init_hook"):

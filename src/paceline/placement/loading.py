@@ -83,7 +83,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise PlacementError(f"The index {index} cannot be read: {error}", "It is no JSON", todo) from error
+        raise PlacementError(f"The index {index} cannot be read: {error}", "It is not JSON", todo) from error
     names = entries.get("weight_map", entries) if isinstance(entries, dict) else entries
     if not names or not isinstance(names, dict) or not all(isinstance(each, str) for each in names.values()):
         raise PlacementError(f"The index {index} names no files of weights", "There is nothing to load", todo)
@@ -136,7 +136,9 @@ def _check_framework(path: Path, metadata: Mapping[str, str] | None) -> None:
     framework = (metadata or {}).get("format", "pt")
     if framework != "pt":
         raise PlacementError(
-            f"{path} was written for the framework {framework!r}", "Its tensors may be laid out in another way"
+            f"{path} was written for the framework {framework!r}",
+            "Its tensors may be laid out in another way",
+            "Name a file that was saved for PyTorch, whose metadata says format: pt",
         )
 
 
@@ -238,7 +240,9 @@ def _report_unexpected(checkpoint: PathLike, model: nn.Module, names: set[str], 
     kind = type(model).__name__
     text = f"{', '.join(sorted(names))} of the checkpoint {checkpoint} were not used when {kind} was loaded"
     if strict:
-        raise PlacementError(text, "strict=True was given, and the model has no such weights")
+        raise PlacementError(
+            text, "strict=True was given, and the model has no such weights", "Build the model that was saved"
+        )
     logger.warning("%s: the model has no such weights.", text)
 
 

@@ -162,7 +162,9 @@ def read_index(folder: PathLike) -> dict[str, Any]:
     """
     path = Path(folder, INDEX)
     if not path.is_file():
-        raise PlacementError(f"{folder} has no {INDEX}", "It is no folder of offloaded weights")
+        raise PlacementError(
+            f"{folder} has no {INDEX}", "It is not a folder of offloaded weights", "Name one that disk_offload wrote"
+        )
     index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return index
 
@@ -326,7 +328,8 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
     def replace(self, key: str, tensor: torch.Tensor) -> None:
         """Keep another tensor in place of a weight."""
         key = self._aliases.get(key, key)
-        self.state_dict = {**self.state_dict, key: tensor} if not isinstance(self.state_dict, dict) else self.state_dict
+        if not isinstance(self.state_dict, dict):
+            self.state_dict = dict(self.state_dict)
         self.state_dict[key] = tensor
 
     def _file_slice(self, key: str, info: Mapping[str, Any]) -> FileSlice:
@@ -346,7 +349,11 @@ class OffloadedWeightsLoader(Mapping[str, torch.Tensor]):
         name = info.get("weight_name", key)
         found = self._files[path].slices().get(name)
         if found is None:
-            raise PlacementError(f"{path} has no tensor {name!r}", "The index of offloaded weights says that it has")
+            raise PlacementError(
+                f"{path} has no tensor {name!r}",
+                "The index of offloaded weights says that it has",
+                "Load the checkpoint and offload the model again",
+            )
         return found
 
     def _path(self, key: str) -> str:

@@ -60,7 +60,7 @@ def convert_file_size_to_int(size: int | str) -> int:
     """Read a number of bytes, such as 2048, "5MB" or "1.5GiB"; a small b at the end of "5Mb" counts bits.
 
     Raises:
-        PlacementError: It is no size.
+        PlacementError: It cannot be read as a number of bytes.
     """
     if isinstance(size, int):
         return size
@@ -71,7 +71,9 @@ def convert_file_size_to_int(size: int | str) -> int:
         number = None
     if match is None or number is None:
         raise PlacementError(
-            f"A size is given as {size!r}", "It is no number of bytes", "Write a number, or one with a unit such as 5GB"
+            f"A size is given as {size!r}",
+            "It is not a number of bytes",
+            "Write a number, or one with a unit such as 5GB",
         )
     unit = match[2]
     found = int(number * _UNITS[unit.upper()])
@@ -233,7 +235,7 @@ def _bytes(device: int | str, size: object) -> float:
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not found >= 0:
         raise PlacementError(
             f"max_memory gives {size!r} to {device!r}",
-            "It is no number of bytes",
+            "It is not a number of bytes",
             'Write a number of at least 0, or one with a unit such as "5GB"; leave the device out to use none of it',
         )
     return found

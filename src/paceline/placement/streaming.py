@@ -127,12 +127,13 @@ class UseOrder:
             group = self._made.get(position[1])
         return group
 
-    def forget(self, groups: Collection[WeightGroup]) -> None:
-        """Learn anew, without some groups."""
-        rest = [each for each in [*self._made, self._newest] if each is not None and each not in groups]
-        self.__init__()  # type: ignore[misc]
-        for group in rest:
-            self.add(group)
+    def without(self, groups: Collection[WeightGroup]) -> UseOrder:
+        """Return an order that has yet to be learned, of the same groups without some."""
+        order = UseOrder()
+        for group in [*self._made, self._newest]:
+            if group is not None and group not in groups:
+                order.add(group)
+        return order
 
 
 class WeightStream:
@@ -208,8 +209,8 @@ class WeightStream:
             return self._fetch(group)
 
     def _fetch(self, group: WeightGroup) -> dict[str, torch.Tensor]:
-        group.users += 1
-        if group.users > 1:
+        if group.users:
+            group.users += 1
             return group.tensors
         is_next = next(iter(self._ahead), None) is group
         if group in self._ahead:
@@ -218,15 +219,17 @@ class WeightStream:
         else:
             self.unforeseen += 1
             load = self._start(group)
+        group.users = 1
         self._in_use[group.device] = self._in_use.get(group.device, 0) + group.nbytes
         self.order.visit(group)
-        if not is_next:
-            self._foresee_anew()
-        self._look_ahead()
         try:
+            if not is_next:
+                self._foresee_anew()
+            self._look_ahead()
             load.wait()
         except BaseException:
-            self.release(group)
+            # Memory may have run out, or a file be gone: the next fetch begins anew.
+            self._release(group)
             raise
         queue = self._queue(group.device)
         if torch.is_grad_enabled():
@@ -255,7 +258,7 @@ class WeightStream:
                 if group in self._ahead:
                     self._take_ahead(group)
             self._shared = {key: each for key, each in self._shared.items() if each[0] not in groups}
-            self.order.forget(groups)
+            self.order = self.order.without(groups)
             self._foreseen_up_to = self.order.position
 
     def _queue(self, device: torch.device) -> DeviceQueue:

@@ -186,7 +186,7 @@ class _Slot:
         self.memory = torch.empty(_PIECE, dtype=torch.uint8) if block is None else block
         self.copied: Any = None
 
-    def is_free(self) -> None:
+    def wait_until_free(self) -> None:
         """Wait until the last copy out of it has ended."""
         if self.copied is not None:
             self.copied.synchronize()
@@ -330,7 +330,7 @@ def _run_piece(
             host = staging[start:end]
         else:
             slot = slots.get()
-            slot.is_free()
+            slot.wait_until_free()
             host = slot.memory[: end - start]
         memory = memoryview(host.numpy())  # type: ignore[arg-type]
         for segment, offset, position, length in parts:

@@ -228,17 +228,17 @@ class SafetensorsFile:
         length = bytearray(8)
         total = self.file.stamp()[0]
         if total < len(length):
-            raise self._is_no_such_file(f"It has {total} bytes, and its header alone takes more")
+            raise self._not_safetensors(f"It has {total} bytes, and its header alone takes more")
         self.file.read_into(memoryview(length), 0)
         size = int.from_bytes(length, "little")
         if size > total:
-            raise self._is_no_such_file("Its header is longer than the file")
+            raise self._not_safetensors("Its header is longer than the file")
         text = bytearray(size)
         self.file.read_into(memoryview(text), 8)
         try:
             header: dict[str, Any] = json.loads(bytes(text))
         except ValueError as error:
-            raise self._is_no_such_file("Its header is no JSON") from error
+            raise self._not_safetensors("Its header is not JSON") from error
         self.metadata = header.pop("__metadata__", None)
         self._slices = {name: self._slice(name, entry, 8 + size) for name, entry in header.items()}
         end = max((each.offset + each.nbytes for each in self._slices.values()), default=0)
@@ -249,21 +249,27 @@ class SafetensorsFile:
                 "Fetch it again",
             )
 
-    def _is_no_such_file(self, why: str) -> PlacementError:
+    def _not_safetensors(self, why: str) -> PlacementError:
         todo = "Fetch it again; where it is a pointer of Git LFS, a small text file, run `git lfs pull`"
-        return PlacementError(f"{self.file.path} is no safetensors file", why, todo)
+        return PlacementError(f"{self.file.path} is not a safetensors file", why, todo)
 
     def _slice(self, name: str, entry: dict[str, Any], start: int) -> FileSlice:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise PlacementError(
-                f"{name} in {self.file.path} has the dtype {entry['dtype']}", "paceline cannot read that dtype"
+                f"{name} in {self.file.path} has the dtype {entry['dtype']}",
+                f"Known are {', '.join(_DTYPES)}",
+                "Convert it to one of these",
             )
         found = FileSlice(
             file=self.file, offset=start + entry["data_offsets"][0], dtype=dtype, shape=tuple(entry["shape"])
         )
         if start + entry["data_offsets"][1] != found.offset + found.nbytes:
-            raise PlacementError(f"{name} in {self.file.path} has a size that does not fit its shape")
+            raise PlacementError(
+                f"{name} in {self.file.path} has a size that does not fit its shape",
+                "The header of the file is damaged",
+                "Fetch it again",
+            )
         return found
 
 

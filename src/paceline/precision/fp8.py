@@ -58,7 +58,7 @@ class Fp8Layers:
         """Let FSDP2 gather the weights of these modules' fp8 layers in fp8; call it just before they are sharded.
 
         Args:
-            modules: Any modules; those that are no fp8 layers are passed over.
+            modules: Any modules; those that are not fp8 layers are passed over.
             replace: Puts a new parameter in place of an old one.
             num_shards: Over how many ranks a weight is divided.
         """

@@ -77,9 +77,20 @@ class LossScaler(GradScaler):
 
         Reads one number from the device: whether the scheduler steps is decided on the host.
         Collective: every rank must call it.
+
+        Raises:
+            SteppingError: None of the optimizer's parameters has a gradient.
         """
         self.unscale_(optimizer)
-        taken = not any(bool(found_inf.item()) for found_inf in self._found_inf(optimizer))
+        found = self._found_inf(optimizer)
+        if self.is_enabled() and not found:
+            raise SteppingError(
+                f"{type(optimizer).__name__} was stepped under mixed_precision='fp16', and its parameters have no "
+                "gradients",
+                "The loss scaler has nothing to check for an overflow",
+                "Call accelerator.backward() on a loss that depends on them before the step, or leave the step out",
+            )
+        taken = not any(bool(found_inf.item()) for found_inf in found)
         self.step(optimizer)
         self._stepped = True
         return taken

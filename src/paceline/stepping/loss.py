@@ -25,7 +25,7 @@ def scalar_loss(loss: Any, gradient: Tensor | None = None) -> Tensor:
         A real number, shape [].
 
     Raises:
-        SteppingError: It is no real number, and `gradient` does not make it one; or it has no gradient.
+        SteppingError: It is not a real number, and `gradient` does not make it one; or it has no gradient.
     """
     if not isinstance(loss, Tensor):
         raise SteppingError(

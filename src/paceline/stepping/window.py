@@ -320,11 +320,11 @@ class Window:
         repeated = never_stepped & self._never_stepped
         self._deferred.clear()
         self._never_stepped = never_stepped
-        for optimizer in repeated:
+        if repeated:
+            name = type(next(iter(repeated)).optimizer).__name__
             raise SteppingError(
-                f"{type(optimizer.optimizer).__name__}.step() was called inside windows of "
-                f"{self._state.micro_batches} micro-batches and never in the last one, in which another optimizer "
-                "stepped",
+                f"{name}.step() was called inside windows of {self._state.micro_batches} micro-batches and never in "
+                "the last one, in which another optimizer stepped",
                 "Each `with accelerator.accumulate(...)` is one micro-batch of the window, whatever model it names, so "
                 "this optimizer would never step",
                 "Train all models in one `with accelerator.accumulate(model, other):`, or build an Accelerator for "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from typing_extensions import override
 
-from paceline.errors import PrepareError, SteppingError
+from paceline.errors import PrepareError, SteppingError, counted
 from paceline.precision import autocast_forward
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
@@ -376,9 +376,9 @@ def check_trainable(model: nn.Module) -> None:
     """
     if any(p.requires_grad for p in model.parameters()):
         return
-    total = sum(1 for _ in model.parameters())
+    total = counted(sum(1 for _ in model.parameters()), "parameter")
     raise PrepareError(
-        f"{type(model).__name__} has {total} parameters and none of them requires a gradient",
+        f"{type(model).__name__} has {total}, and none of them requires a gradient",
         "There is nothing to train, and no gradient to average",
         "Unfreeze what should be trained with requires_grad_(True), or use "
         "prepare_model(model, evaluation_mode=True) for a model that is only evaluated",

@@ -176,7 +176,7 @@ def _by_structure(model: nn.Module) -> list[nn.Module]:
 def _families(container: nn.Module) -> Iterator[list[nn.Module]]:
     by_class: dict[type, list[nn.Module]] = {}
     for child in container.children():
-        # A bare Linear is no block: gathering layers one by one costs more than it saves.
+        # A bare Linear is not a block: gathering layers one by one costs more than it saves.
         if any(True for _ in child.children()) and any(True for _ in child.parameters()):
             by_class.setdefault(type(child), []).append(child)
     yield from (family for family in by_class.values() if len(family) > 1)

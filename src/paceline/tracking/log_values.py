@@ -70,8 +70,10 @@ def _copy(value: Any, devices: list[Any]) -> Any:
     if not (hasattr(value, "detach") and hasattr(value, "device")):
         return value
     tensor = value.detach()
-    if tensor.device.type in ("cuda", "xpu"):
+    # The event is one of the first device: copies from another one are waited for.
+    if tensor.device.type in ("cuda", "xpu") and not devices:
         devices.append(tensor.device)
+    if tensor.device in devices:
         # torch copies to pinned memory, so that the copy is queued like any kernel.
         return tensor.to("cpu", non_blocking=True)
     return plain(tensor.to("cpu"))

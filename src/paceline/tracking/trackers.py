@@ -64,6 +64,8 @@ class Trackers:
             The open trackers.
         """
         self.finish()
+        # A new tracker may get the id of one that is gone.
+        self._failed.clear()
         self.was_started, self._was_closed = True, False
         try:
             for one in self.chosen:

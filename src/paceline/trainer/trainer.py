@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ from paceline.trainer.optim.schedules import follows_metric, make_schedule
 from paceline.trainer.state import TrainerControl, TrainerState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -153,6 +153,8 @@ class Trainer:
         self._chooses_loss = False
         # Whether the current evaluation must have labels for `compute_metrics`.
         self._requires_metrics = False
+        # Of a schedule-free optimizer, whose averaged weights the model has in `eval`.
+        self._optimizer_mode = "train"
         self.state = self._new_state()
         self.control = TrainerControl()
         self.callback_handler = CallbackHandler(with_defaults(callbacks or (), self.args, self))
@@ -435,6 +437,17 @@ class Trainer:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.is_in_train and callable(getattr(inner, mode, None)):
             getattr(inner, mode)()
+            self._optimizer_mode = mode
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Give the model the averaged weights of a schedule-free optimizer for the body."""
+        before = self._optimizer_mode
+        self._set_optimizer_mode("eval")
+        try:
+            yield
+        finally:
+            self._set_optimizer_mode(before)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch. Subclasses may override it.
@@ -663,8 +676,7 @@ class Trainer:
         if self._requires_metrics and self.compute_metrics is None:
             loss_only = True
         self.callback_handler.things["eval_dataloader"] = dataloader
-        self._set_optimizer_mode("eval")
-        try:
+        with self._averaged_weights():
             loop = EvaluationLoop(
                 losses.LoopInputs(self, self._call, self._model_for_evaluation(), dataloader, ignore_keys),
                 prefix=metric_key_prefix,
@@ -672,8 +684,6 @@ class Trainer:
                 requires_metrics=self._requires_metrics,
             )
             return loop.run()
-        finally:
-            self._set_optimizer_mode("train")
 
     def _model_for_evaluation(self) -> nn.Module:
         if self.model_wrapped is not self.model or self.is_in_train:
@@ -1027,9 +1037,8 @@ class Trainer:
             >>> sorted(path.name for path in Path("trained").iterdir())
             ['model.safetensors', 'training_args.json']
         """
-        self._set_optimizer_mode("eval")
-        model_files.save_model_files(self, Path(output_dir or self.args.output_dir).expanduser())
-        self._set_optimizer_mode("train")
+        with self._averaged_weights():
+            model_files.save_model_files(self, Path(output_dir or self.args.output_dir).expanduser())
 
     def save_state(self) -> None:
         """Write `trainer_state.json` into `output_dir`, on rank 0.

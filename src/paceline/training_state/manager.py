@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from paceline import checkpoint as checkpoints
 from paceline.environment.logging import get_logger
-from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError
+from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError, counted
 from paceline.training_state.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
@@ -209,8 +209,10 @@ class CheckpointManager:
     def release(self) -> None:
         """Wait for the save in flight, and give host memory back."""
         self._disarm()
-        self._saver.release()
-        self._save_on_signals()
+        try:
+            self._saver.release()
+        finally:
+            self._save_on_signals()
 
     # Loading
 
@@ -301,9 +303,9 @@ class CheckpointManager:
             _LOG.warning("skipped %s: another library wrote it; load_state('%s') imports it", other.name, other)
         if skipped:
             raise DamagedCheckpointError(
-                f"None of the {skipped} checkpoints in {project} is complete",
+                f"{project} has {counted(skipped, 'checkpoint')}, and none is complete",
                 "The warnings above say what is wrong with each",
-                "Restore one of them, or move them away to start from scratch",
+                "Restore one, or move them away to start from scratch",
             )
         return None
 

@@ -6,7 +6,6 @@ when it is loaded, the tensor gets the layout that the object has then: sharded 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from paceline.checkpoint import TensorShard, from_plain, to_plain
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError, StateError, named
+from paceline.strategies.state import is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LiveTensors",
     "LoadTarget",
-    "is_sharded",
     "refuse_placeholders",
     "restore_object",
     "split_sharded",
@@ -33,13 +32,6 @@ __all__ = [
 ]
 
 _LOG = get_logger(__name__)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over ranks (a DTensor)."""
-    # Importing the module takes half a second, and without it there are no DTensors.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 # Saving
@@ -52,8 +44,8 @@ def split_sharded(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorShard]
     """
     sharded, whole = {}, {}
     for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            sharded[name] = _shard_of(tensor)  # type: ignore[arg-type]
+        if is_dtensor(tensor):
+            sharded[name] = _shard_of(tensor)
         else:
             whole[name] = TensorShard.whole(tensor)
     return sharded, whole
@@ -151,7 +143,7 @@ class LiveTensors:
             StateError: The object has a sharded tensor of another shape, or a partial one (pending reduction).
         """
         live = self._tensors.get(name)
-        if live is None or not is_sharded(live):
+        if live is None or not is_dtensor(live):
             device = "cpu" if live is None else live.device
             return LoadTarget(TensorShard(shape, 0, torch.empty(shape, dtype=dtype, device=device)))
         if tuple(live.shape) != shape:
@@ -160,13 +152,13 @@ class LiveTensors:
                 "A sharded tensor is loaded with the shape and layout that the object already has",
                 "Build the object from the model that was saved",
             )
-        return LoadTarget.like(live, dtype)  # type: ignore[arg-type]
+        return LoadTarget.like(live, dtype)
 
     def shard_like_live(self, index: int, state: Any) -> Any:
         """A state of whole tensors, with those sharded that the object has sharded."""
         tensors: dict[str, Tensor] = {}
         plain = to_plain(state, state_name(index), tensors)
-        if not any(name in self and is_sharded(self._tensors[name]) for name in tensors):
+        if not any(name in self and is_dtensor(self._tensors[name]) for name in tensors):
             return state
         fitted = {}
         for name, tensor in tensors.items():

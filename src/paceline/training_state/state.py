@@ -18,11 +18,10 @@ from paceline.environment.random_generators import get_rng_states, set_rng_state
 from paceline.errors import CheckpointError, StateError, counted, named
 from paceline.stepping import steps_taken
 from paceline.strategies.adapters import frozen_base, is_adapted
-from paceline.strategies.state import saved_buffers
+from paceline.strategies.state import is_dtensor, saved_buffers
 from paceline.training_state.attributes import attribute_owners
 from paceline.training_state.registered_tensors import (
     LiveTensors,
-    is_sharded,
     refuse_placeholders,
     restore_object,
     split_sharded,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
     from paceline.checkpoint import Checkpoint
     from paceline.checkpoint.save_load import Content
+    from paceline.collectives import Group
     from paceline.data import PreparedDataLoader
     from paceline.precision import LossScaler
     from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
@@ -118,9 +118,7 @@ class TrainingState:
             named_parameters = dict(self.strategy.named_parameters(model))
             count += len(named_parameters)
             empty = [name for name, parameter in named_parameters.items() if parameter.numel() == 0]
-            states = {}
-            if empty:
-                states = self.strategy.model_state(model)
+            states = self.strategy.model_state(model) if empty else {}
             released += [name for name in empty if name in states and states[name].numel]
         refuse_placeholders(tensors, released, count)
 
@@ -148,9 +146,7 @@ class TrainingState:
         return attribute_owners(self.strategy, self.models, self.optimizers)
 
     def _manifest(self) -> Manifest:
-        position = {}
-        if self.loaders:
-            position = self.loaders[0].state_dict()
+        position = self.loaders[0].state_dict() if self.loaders else {}
         ties: dict[str, str] = {}
         for index, model in enumerate(self.models):
             family = numbered("model", index)
@@ -169,17 +165,13 @@ class TrainingState:
 
     def _model_config(self) -> dict[str, str]:
         """The `config.json` that transformers reads beside a model's weights."""
-        model = None
-        if self.models:
-            model = self.strategy.unwrap(self.models[0])
+        if not self.models:
+            return {}
+        model = self.strategy.unwrap(self.models[0])
         # Beside adapters it would claim that the base model is here.
-        config = None
-        if model is not None and not is_adapted(model):
-            config = getattr(model, "config", None)
+        config = None if is_adapted(model) else getattr(model, "config", None)
         text = getattr(config, "to_json_string", None)
-        if callable(text):
-            return {"config.json": str(text())}
-        return {}
+        return {"config.json": str(text())} if callable(text) else {}
 
     def _updated_by_step(self, shards: Mapping[str, TensorShard]) -> set[str]:
         """Names of the shards that an optimizer updates, and of its own state."""
@@ -275,7 +267,7 @@ class TrainingState:
     def _warn_unsharded(self, training: Mapping[str, Any], live: LiveTensors) -> None:
         """Warn about tensors that were saved sharded and are loaded whole, if the model is sharded in this run."""
         whole = [name for name in training.get("sharded", ()) if name not in live]
-        if whole and any(is_sharded(p) for model in self.models for p in model.parameters()):
+        if whole and any(is_dtensor(p) for model in self.models for p in model.parameters()):
             _LOG.warning(
                 "%s was saved sharded and is loaded whole: the registered object has no such tensor yet. Create its "
                 "tensors before load_state (for an average of parameters, from the prepared model)",
@@ -319,21 +311,18 @@ class TrainingState:
     # Names and shards
 
     @property
-    def _group(self) -> Any:
+    def _group(self) -> Group:
         return self.strategy.context.group
 
     @property
     def _rank(self) -> int:
-        rank: int = self._group.rank
-        return rank
+        return self._group.rank
 
     def names(self) -> dict[int, str]:
         """The names of all parameters by `id()`; from the second model on they begin with `model_1/` and so on."""
         names: dict[int, str] = {}
         for index, model in enumerate(self.models):
-            prefix = ""
-            if index:
-                prefix = f"{numbered('model', index)}/"
+            prefix = f"{numbered('model', index)}/" if index else ""
             for name, parameter in self.strategy.named_parameters(model):
                 names.setdefault(id(parameter), prefix + name)
         return names
@@ -377,12 +366,8 @@ class TrainingState:
 
 def name_differences(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
     """What differs between the tensors of a folder and those of a run, as parts of a sentence."""
-    problems = []
-    if missing:
-        problems = [f"missing from it: {named(missing)}"]
-    if unexpected:
-        return [*problems, f"only in it: {named(unexpected)}"]
-    return problems
+    parts = (("missing from it", missing), ("only in it", unexpected))
+    return [f"{what}: {named(names)}" for what, names in parts if names]
 
 
 def _kind(name: str) -> str:

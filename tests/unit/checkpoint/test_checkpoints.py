@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,11 +22,21 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Accelerator, ProjectConfiguration
-from paceline.checkpoint import find_checkpoints, newest_checkpoint, open_checkpoint
+from paceline.checkpoint import TensorShard, find_checkpoints, newest_checkpoint, open_checkpoint
 from paceline.checkpoint.folder import remove_leftovers
 from paceline.checkpoint.format.json_state import from_plain, to_plain
 from paceline.checkpoint.format.layout import TensorShape, lay_out
-from paceline.errors import CheckpointError, ConfigError, DamagedCheckpointError, PacelineError, StateError
+from paceline.checkpoint.io.staging import Stager
+from paceline.checkpoint.save_load import load_shards
+from paceline.collectives import SoloGroup
+from paceline.errors import (
+    CheckpointError,
+    ConfigError,
+    DamagedCheckpointError,
+    ForeignOptimizerError,
+    PacelineError,
+    StateError,
+)
 from tests.support.engines import slowly
 from tests.unit.checkpoint.test_foreign import RECORDED
 
@@ -179,7 +190,7 @@ def test_the_newest_whole_one_is_taken_instead(project: Path, fault: str, caplog
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(project: Path) -> None:
     for folder in (project / "checkpoints").iterdir():
         truncate(folder)
-    with pytest.raises(DamagedCheckpointError, match="None of the 2 checkpoints"):
+    with pytest.raises(DamagedCheckpointError, match="has 2 checkpoints, and none is complete"):
         Run(project).accelerator.load_state()
 
 
@@ -404,6 +415,68 @@ def test_a_failed_save_in_the_background_comes_up_at_a_step(project: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(CheckpointError, match="File too large"):
         run.step()
+
+
+def test_memory_is_freed_after_a_failed_save_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run()
+    run.step()
+    (tmp_path / "state").write_text("mine")
+    run.accelerator.save_state(tmp_path / "state", blocking=False)
+    strategy = run.accelerator.strategy
+    released: list[Stager] = []
+    monkeypatch.setattr(Stager, "release", lambda self: released.append(self))
+    with pytest.raises(CheckpointError, match="is a file"):
+        run.accelerator.free_memory()
+    assert len(released) == 1
+    run.accelerator.prepare(torch.nn.Linear(2, 1))
+    assert run.accelerator.strategy is not strategy
+
+
+def test_signals_are_watched_after_a_failed_save_in_the_background(tmp_path: Path) -> None:
+    project = ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)
+    accelerator = Accelerator(cpu=True, strategy="single", project_config=project)
+    accelerator.prepare(torch.nn.Linear(2, 1))
+    (tmp_path / "checkpoints").write_text("mine")
+    accelerator.save_state(blocking=False)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(CheckpointError):
+        accelerator.free_memory()
+    is_watched = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, handler)
+    accelerator.on_preemption(None)
+    assert is_watched
+
+
+def test_what_a_refused_prepare_has_added_is_in_no_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, strategy="single")
+    plain, loader = torch.nn.Linear(3, 1), DataLoader(TensorDataset(torch.randn(12, 3)), 2)
+    with pytest.raises(ForeignOptimizerError):
+        accelerator.prepare(plain, torch.optim.SGD(torch.nn.Linear(3, 1).parameters(), lr=0.1), loader)
+    model, optimizer, batches = accelerator.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1), loader)
+    for (x,) in batches:
+        accelerator.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.save_state(tmp_path / "state")
+    again = Accelerator(cpu=True, strategy="single")
+    plain = torch.nn.Linear(3, 1)
+    loaded, _, _ = again.prepare(plain, torch.optim.SGD(plain.parameters(), lr=0.1), loader)
+    again.load_state(tmp_path / "state")
+    assert torch.equal(loaded.weight, model.weight)
+
+
+def test_a_file_that_cannot_be_opened_leaves_none_open(project: Path) -> None:
+    checkpoint = open_checkpoint(newest(project))
+    records = checkpoint.manifest.tensors
+    shards = {name: TensorShard.whole(torch.empty(record.shape)) for name, record in records.items()}
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for name in ("model", "optimizer"):
+        path = checkpoint.folder / f"{name}.safetensors"
+        path.rename(path.with_suffix(".hidden"))
+        with pytest.raises(CheckpointError, match=path.name):
+            load_shards(checkpoint, shards, SoloGroup())
+        path.with_suffix(".hidden").rename(path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_other_objects_are_counted(project: Path) -> None:

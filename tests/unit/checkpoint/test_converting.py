@@ -149,3 +149,12 @@ def test_two_models_are_refused_for_deepspeed(tmp_path: Path) -> None:
     state.weights.sources["model_1/weight"] = state.weights.sources["gain"]
     with pytest.raises(CheckpointError, match="2 models"):
         WRITERS["deepspeed"](state, tmp_path, lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ""])
+def test_no_weight_is_written_outside_of_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
+    state = PortableState(kind="test", folder=tmp_path)
+    state.weights = LazyTensors({name: TensorSource.of(torch.ones(2))})
+    with pytest.raises(CheckpointError, match=f"A weight is named '{name}'"):
+        WRITERS["deepspeed"](state, tmp_path / "out", lambda _: None)
+    assert not (tmp_path / "out").exists()

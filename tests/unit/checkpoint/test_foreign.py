@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paceline.checkpoint.foreign import LazyTensors, PortableState, TensorSource, detect_format, open_foreign
+from paceline.checkpoint.foreign import (
+    LazyTensors,
+    PortableState,
+    TensorSource,
+    deepspeed,
+    detect_format,
+    open_foreign,
+)
 from paceline.checkpoint.foreign.pickles import Inert, load_pickled
 from paceline.checkpoint.format.shards import Slot
 from paceline.errors import CheckpointError
@@ -70,6 +77,19 @@ def test_weights_are_read_whole_and_bit_equal(name: str) -> None:
         if key == "head.weight" and name in ("accelerate", "accelerate_ddp"):
             continue  # tied to tokens.weight, and written once
         assert same(state.weights[state.ties.get(key, key)], value), key
+
+
+def test_a_frozen_parameter_that_a_rank_has_no_piece_of_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_frozen(path: Path) -> Any:
+        saved = load_pickled(path)
+        if path.name.startswith("zero_pp_rank_1_") and "frozen_param_fragments" in saved:
+            assert saved["frozen_param_fragments"]
+            saved["frozen_param_fragments"] = {}
+        return saved
+
+    monkeypatch.setattr(deepspeed, "load_pickled", without_frozen)
+    with pytest.raises(CheckpointError, match=r"not hold all of fixed\.weight\. 18 of 36 elements are missing"):
+        read("deepspeed_3")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -155,7 +175,7 @@ def test_client_state_of_deepspeed_is_named_as_left() -> None:
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     assert detect_format(tmp_path) is None
-    with pytest.raises(CheckpointError, match="no checkpoint of a known format"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of a known format"):
         open_foreign(tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_convert_says_what_it_left(paceline: Paceline, tmp_path: Path) -> None:
 def test_a_folder_that_is_nothing_is_an_error(paceline: Paceline, tmp_path: Path) -> None:
     answer = paceline("checkpoint", "inspect", str(tmp_path))
     assert answer.code == 1
-    assert "no checkpoint of a known format" in answer.err
+    assert "not a checkpoint of a known format" in answer.err
 
 
 def test_a_checkpoint_is_not_written_over(paceline: Paceline, project: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_page_shows_curves_settings_and_environment(tmp_path: Path) -> None:
 def test_one_entry_and_values_that_are_no_numbers(tmp_path: Path) -> None:
     page_of(write(tmp_path, [line(1, 1.0, loss=1.0)]))
     text, _ = page_of(write(tmp_path, [line(1, 1.0, loss="NaN")], tail='{"step": 2, "lo'))
-    assert "loss: 1 value is no finite number, the first at step 1" in text
+    assert "loss: 1 value is not a finite number, the first at step 1" in text
     assert "1 line of the log could not be read" in text
     assert "MFU, median" in text
     assert "unknown: " in text
@@ -192,7 +192,7 @@ def test_attention_counts_where_its_width_was_recorded(tmp_path: Path) -> None:
     added = 12 * 1e6 * length / (6 * RECORD["parameters"])  # type: ignore[operator]
     assert wide.mfu[0].value == pytest.approx(plain.mfu[0].value * (1 + added))
     assert f"attention over sequences of {length:.0f}" in wide.about_mfu
-    assert Rates.of(run, peak=6e12, flops_per_token=1.0).about_mfu.startswith("1 operations a token (as asked for)")
+    assert Rates.of(run, peak=6e12, flops_per_token=1.0).about_mfu.startswith("1 operations a token (as requested)")
 
 
 def test_thinning_keeps_extremes_and_smoothing_passes_over_gaps() -> None:

@@ -62,6 +62,15 @@ def test_contradictions_are_shown_not_raised(tmp_path: Path) -> None:
     assert "WORLD_SIZE and LOCAL_RANK are not" in report.as_text()
 
 
+def test_the_working_directory_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    report = environment_report({"HOME": str(tmp_path)}, ask_programs=False)
+    assert "GiB free" in report.limits["disk here"]
+
+
 def test_problems_of_the_configuration_are_shown(tmp_path: Path) -> None:
     folder = tmp_path / "accelerate"
     folder.mkdir()

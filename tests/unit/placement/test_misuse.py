@@ -380,8 +380,8 @@ def test_weights_that_have_no_values_anywhere(tmp_path: Path) -> None:
     ("device_map", "message"),
     [
         ({"": 7}, "puts the model on 7. This machine has"),
-        ({"0": "gpu", "1": "cpu", "2": "cpu"}, "puts 0 on 'gpu'. That is no device"),
-        ({"": None}, "That is no device"),
+        ({"0": "gpu", "1": "cpu", "2": "cpu"}, "puts 0 on 'gpu'. That is not a device"),
+        ({"": None}, "That is not a device"),
         ("auto", "Devices are needed by name"),
         (["cpu"], "Devices are needed by name"),
     ],
@@ -408,7 +408,7 @@ def test_spellings_of_sizes(caplog: pytest.LogCaptureFixture) -> None:
     assert get_max_memory({"cpu": "8Mb"}) == {"cpu": 10**6}
     assert "counts bits" in caplog.text
     for wrong in ("", "-1GB", "1,5GB", "lots", -1, float("nan"), None, True):
-        with pytest.raises(PlacementError, match="no number of bytes"):
+        with pytest.raises(PlacementError, match="not a number of bytes"):
             get_max_memory({"cpu": wrong})  # type: ignore[dict-item]
     with pytest.raises(PlacementError, match="Pass a dict"):
         get_max_memory("10GB")  # type: ignore[arg-type]

@@ -205,6 +205,30 @@ def test_a_missing_file_is_an_error_and_the_model_goes_on_when_it_is_back(tmp_pa
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("is_ahead", [False, True], ids=["needed now", "ahead of need"])
+def test_after_memory_ran_out_the_model_goes_on(monkeypatch: pytest.MonkeyPatch, is_ahead: bool) -> None:
+    model = tower(tied=False)
+    expected = logits(model)
+    through = stream()
+    cpu_offload(model, CPU, stream=through)
+    begin = WeightStream._begin
+    calls = 0
+
+    def out_of_memory(self: WeightStream, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 + is_ahead:
+            raise torch.OutOfMemoryError
+        return begin(self, *arguments)
+
+    monkeypatch.setattr(WeightStream, "_begin", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(model)
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+    assert through._in_use == {CPU: 0}
+
+
 def test_a_copy_of_the_model_has_a_stream_of_its_own() -> None:
     model = tower()
     expected = logits(model)

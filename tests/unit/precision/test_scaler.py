@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from paceline import Accelerator, GradScalerKwargs
+from paceline.errors import SteppingError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +79,14 @@ def test_a_state_that_is_loaded_ends_what_was_pending(tmp_path: Path) -> None:
     accelerator.backward(model(torch.ones(2, 4)).sum())
     assert accelerator.scaler is not None
     assert accelerator.scaler.get_scale() == 64.0
+
+
+def test_a_step_without_gradients_is_named() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    model, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    optimizers = [torch.optim.SGD(each.parameters(), 1e-2) for each in (model, other)]
+    model, other, optimizer, idle = accelerator.prepare(model, other, *optimizers)
+    accelerator.backward(model(torch.ones(2, 4)).float().sum())
+    optimizer.step()
+    with pytest.raises(SteppingError, match="SGD was stepped under mixed_precision='fp16', and its parameters have no"):
+        idle.step()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from paceline import Accelerator, ProjectConfiguration
 from paceline.errors import ConfigError, MissingExtraError, TrackingError
 from paceline.tracking import TRACKERS, GeneralTracker
+from paceline.tracking.log_values import copy_to_host
 from paceline.tracking.registry import TrackerEntry
 from tests.support.ranks import run_on_ranks
 
@@ -205,6 +207,47 @@ def test_a_tracker_that_fails_does_not_end_the_run(caplog: pytest.LogCaptureFixt
     accelerator.end_training()
     assert [call for call in broken.calls if isinstance(call, tuple)] == [(1, {"loss": 1.0}, {})]
     assert len(fine.calls) == 4
+
+
+def test_a_tracker_that_failed_is_tried_again_in_the_next_run() -> None:
+    """What has failed is known by its id, which a new tracker may get."""
+    tracker = Memory(fails=True)
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    for fails in (True, False):
+        tracker.fails = fails
+        accelerator.init_trackers("p")
+        accelerator.log({"loss": 1.0}, step=1)
+        accelerator.log({"loss": 2.0}, step=2)
+        accelerator.end_training()
+    assert [call[0] for call in tracker.calls if isinstance(call, tuple)] == [1, 1, 2]
+
+
+class OnDevice:
+    """Stands for a tensor on a GPU, and notes how it is copied."""
+
+    def __init__(self, index: int) -> None:
+        self.device = torch.device("cuda", index)
+        self.copies: list[bool] = []
+
+    def detach(self) -> OnDevice:
+        return self
+
+    def to(self, device: str, non_blocking: bool = False) -> torch.Tensor:
+        assert device == "cpu"
+        self.copies.append(non_blocking)
+        return torch.tensor(2.0)
+
+
+def test_only_copies_that_the_event_covers_are_left_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    event = mock.Mock()
+    monkeypatch.setattr(torch, "Event", event)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: device)
+    first, other, again = OnDevice(1), OnDevice(0), OnDevice(1)
+    values, copied = copy_to_host({"first": first, "other": other, "inside": {"again": again}})
+    assert (first.copies, other.copies, again.copies) == ([True], [False], [True])
+    assert values["other"] == 2.0
+    event.assert_called_once_with(device=first.device)
+    copied.record.assert_called_once_with(first.device)
 
 
 def spoken_to(folder: str) -> tuple[list[Any], list[Any], bool, bool]:

@@ -428,3 +428,56 @@ def test_a_share_of_all_steps_is_a_warmup_of_a_schedule_free_optimizer(
     changes = {"optim": "schedule_free_adamw", "warmup_steps": 0.5, "max_steps": -1, "num_train_epochs": 1}
     made(tmp_path, changes=changes).train()
     assert Warming.told == 5, "half of the ten steps of a pass"
+
+
+class TwoModes(torch.optim.SGD):
+    """Has a mode for training and one for evaluation, as schedule-free optimizers do."""
+
+    mode = ""
+
+    def train(self) -> None:
+        self.mode = "train"
+
+    def eval(self) -> None:
+        self.mode = "eval"
+
+
+class SavesInto(TrainerCallback):
+    """Tries to save the weights in the middle of a training, and notes the mode of the optimizer afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer: Trainer
+        self.modes: list[str] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        with pytest.raises(PacelineError, match="could not be saved"):
+            self.trainer.save_model(str(self.folder))
+        self.modes.append(things["optimizer"].optimizer.mode)
+
+
+def test_training_goes_on_with_its_own_weights_after_a_failed_save(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    model, saves = tagger(), SavesInto(tmp_path / "file")
+    optimizers = (TwoModes(model.parameters(), lr=0.01), None)
+    saves.trainer = made(tmp_path / "run", model=model, callbacks=[saves], optimizers=optimizers)
+    saves.trainer.train()
+    assert saves.modes == ["train"] * 4
+
+
+class EvaluatesAtEnd(TrainerCallback):
+    """Evaluates once more when the training has ended."""
+
+    trainer: Trainer
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **things: Any) -> None:
+        self.trainer.evaluate()
+
+
+def test_averaged_weights_stay_when_a_callback_evaluates_at_the_end(tmp_path: Path) -> None:
+    model, evaluates = tagger(), EvaluatesAtEnd()
+    optimizer = TwoModes(model.parameters(), lr=0.01)
+    evaluates.trainer = made(tmp_path, model=model, callbacks=[evaluates], optimizers=(optimizer, None))
+    for _ in range(2):
+        evaluates.trainer.train()
+        assert optimizer.mode == "eval"

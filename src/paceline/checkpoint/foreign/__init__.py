@@ -65,7 +65,7 @@ def open_foreign(folder: str | os.PathLike[str], parameters: Sequence[Sequence[s
     kind = detect_format(path)
     if kind is None:
         raise CheckpointError(
-            f"{path} is no checkpoint of a known format",
+            f"{path} is not a checkpoint of a known format",
             "Known formats are those of Accelerate, the transformers Trainer, DeepSpeed, "
             "torch.distributed.checkpoint and safetensors",
             parent_folder_hint(path) or "Name the folder that contains the files themselves",

@@ -325,14 +325,15 @@ def _read_frozen(state: PortableState, first: Mapping[str, Any], models: Sequenc
     for name, shape in shapes.items():
         size = prod(shape)
         pieces, missing = [], size
-        for rank in ranks:
-            piece = rank[name].reshape(-1)
+        for piece in (rank[name].reshape(-1) for rank in ranks if name in rank):
             # The last pieces are padded.
             pieces.append(piece[: max(0, missing)])
             missing -= piece.numel()
         if missing > 0:
             raise CheckpointError(
-                f"{state.folder} does not hold all of {name}", f"{missing} of {size} elements are missing", ""
+                f"{state.folder} does not hold all of {name}",
+                f"{missing} of {size} elements are missing",
+                "Copy the files of all ranks into one folder",
             )
         state.weights.sources[str(name)] = TensorSource.of_pieces(tuple(shape), pieces)
 

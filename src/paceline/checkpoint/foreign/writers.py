@@ -281,7 +281,7 @@ def write_deepspeed(state: PortableState, out: Path, on_progress: Callable[[int]
             "Convert each model separately",
         )
     (tensors,), (optimizer,) = models, optimizers
-    outside = [name for name in tensors if Path(name).name != name]
+    outside = [name for name in tensors if Path(name).name != name or name in ("", "..")]
     if outside:
         raise CheckpointError(
             f"A weight is named {outside[0]!r}",

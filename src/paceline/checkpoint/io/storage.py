@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from paceline.checkpoint.io.transfer import HostBuffers, in_threads
 from paceline.errors import CheckpointError, DamagedCheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
@@ -119,7 +120,11 @@ class FolderWriter(StorageWriter):
         for plan in plans:
             for name, shape in plan.planner_data.items():
                 if shapes.setdefault(name, shape) != shape:
-                    raise CheckpointError(f"{name} is {shapes[name]} on one rank and {shape} on another")
+                    raise CheckpointError(
+                        f"{name} is {shapes[name]} on one rank and {shape} on another",
+                        "Each rank writes a part of one tensor",
+                        "Build the same model and optimizer on every rank",
+                    )
         files, offsets = lay_out(shapes)
         self._shapes, self._files, self._offsets = shapes, files, offsets
         nbytes = dict.fromkeys(self._disk_owners, 0)
@@ -161,9 +166,8 @@ class FolderWriter(StorageWriter):
         # Each rank starts at another item, so that few ranks write to the same file at once.
         first = len(items) * self._rank // len(self._disk_owners)
         names = {offsets[item.index.fqn].file for item in items}
-        handles = {name: _open_when_created(self._folder / name) for name in names}
         buffers = HostBuffers(self._threads)
-        try:
+        with _open_files(self._folder, names, _open_when_created) as handles:
 
             def write(item: WriteItem) -> WriteResult:
                 location = offsets[item.index.fqn]
@@ -182,9 +186,6 @@ class FolderWriter(StorageWriter):
             begin = time.perf_counter()
             in_threads(self._threads, "paceline-sync", os.fsync, list(handles.values()))
             self.fsync_seconds = time.perf_counter() - begin
-        finally:
-            for handle in handles.values():
-                os.close(handle)
         return results
 
     @override
@@ -278,8 +279,7 @@ class FolderReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         buffers = HostBuffers(self._threads)
         names = {self._pieces[_bare_index(item.storage_index)][0].file for item in plan.items}
-        handles = {name: os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW) for name in names}
-        try:
+        with _open_files(self._folder, names, _open_unlinked) as handles:
 
             def read(item: ReadItem) -> None:
                 record, piece = self._pieces[_bare_index(item.storage_index)]
@@ -291,9 +291,6 @@ class FolderReader(StorageReader):
                     planner.commit_tensor(item, target)
 
             in_threads(self._threads, "paceline-read", read, plan.items)
-        finally:
-            for handle in handles.values():
-                os.close(handle)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -346,6 +343,24 @@ def _make_file(path: Path, layout: FileLayout) -> None:
         file.write(layout.header)
         file.truncate(layout.size)
     hidden.rename(path)
+
+
+@contextmanager
+def _open_files(folder: Path, names: Iterable[str], open_one: Callable[[Path], int]) -> Iterator[dict[str, int]]:
+    """Open files of a folder for the body; close those that were opened also where a later one cannot be."""
+    handles: dict[str, int] = {}
+    try:
+        for name in names:
+            handles[name] = open_one(folder / name)
+        yield handles
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+def _open_unlinked(path: Path) -> int:
+    """Open a file to read it, but no link."""
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
 
 
 def _open_when_created(path: Path, timeout: float = 60.0) -> int:

@@ -206,7 +206,7 @@ def _clipped(point: Point, y: Scale) -> Point:
 
 
 def _path(xs: Sequence[float], points: Sequence[Point], x: Scale, y: Scale) -> str:
-    """A path through the points, broken where a value is no number."""
+    """A path through the points, broken where a value is not a number."""
     words, is_drawing = [], False
     for at, point in zip(xs, points, strict=True):
         if not math.isfinite(point.value):

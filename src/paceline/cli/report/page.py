@@ -72,9 +72,9 @@ def _warnings(run: Run) -> str:
     for name, points in bad.items():
         if points:
             count = counted(len(points), "value")
-            are = "is no finite number"
+            are = "is not a finite number"
             if len(points) > 1:
-                are = "are no finite numbers"
+                are = "are not finite numbers"
             texts.append(f"{escape(name)}: {count} {are}, the first at step {short(points[0].step)}.")
     return "".join(f'<p class="warn">{text}</p>' for text in texts)
 

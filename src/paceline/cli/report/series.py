@@ -56,7 +56,7 @@ class Rates:
         if lacking or peak is None or flops is None:
             return cls(samples, tokens, memory, [], f"unknown: {lacking}")
         mfu = [p._replace(value=100 * p.value * flops / (peak * ranks)) for p in tokens]
-        how = how if flops_per_token is None else "as asked for"
+        how = how if flops_per_token is None else "as requested"
         about = f"{flops:.3g} operations a token ({how}), {ranks:.0f} x {peak / 1e12:.4g} TFLOP/s"
         return cls(samples, tokens, memory, mfu, about)
 
@@ -130,7 +130,7 @@ def _is_pause(name: str) -> bool:
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean over about a fiftieth of the points; it passes over values that are no numbers."""
+    """An exponential mean over about a fiftieth of the points; it passes over values that are not numbers."""
     keep = 1 - 1 / max(2.0, len(points) / 50)
     total = weight = 0.0
     found = []
@@ -144,7 +144,7 @@ def smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many points: of each stretch the first, least, greatest and last, so that no spike is lost."""
+    """At most `most` points: of each stretch the first, least, greatest and last, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(5 * len(points) / most)

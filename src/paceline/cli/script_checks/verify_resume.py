@@ -75,7 +75,11 @@ def command(
 ) -> None:
     """Check a script; `_HELP` is what users read."""
     if not 0 < kill_at < steps:
-        raise UsageError(f"--kill_at {kill_at} with --steps {steps}", "It must lie between 0 and the steps", "")
+        raise UsageError(
+            f"--kill_at {kill_at} with --steps {steps}",
+            "The run is killed within these steps, and resumed",
+            "Make --kill_at at least 1 and less than --steps",
+        )
     resolved = resolve_sources(given_flags(values), config_file)
     check_script(
         script,

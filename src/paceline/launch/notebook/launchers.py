@@ -81,12 +81,13 @@ def notebook_launcher(
         UsageError: The function uses something that cannot be pickled.
         ConfigError: The settings cannot work here. Nothing was started.
     """
-    host, _, port = rdzv_endpoint.partition(":")
+    host, _, port = rdzv_endpoint.rpartition(":") if ":" in rdzv_endpoint else (rdzv_endpoint, "", "")
+    port = port or str(use_port or 0)
     count = None if num_processes is None else num_processes * num_nodes
     flags = {
         "num_processes": count,
         "mixed_precision": mixed_precision,
-        "main_process_port": int(port or use_port or 0) or None,
+        "main_process_port": None if port == "0" else port,
         "main_process_ip": host or master_addr,
         "machine_rank": node_rank or None,
         "num_machines": num_nodes if num_nodes > 1 else None,

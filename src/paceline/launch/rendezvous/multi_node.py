@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch._C._distributed_c10d import PrefixStore
 
 from paceline.config.schema.rendezvous import read_rendezvous_options
-from paceline.errors import ConfigError, UsageError, WorkerError, WorldError
+from paceline.errors import ConfigError, UsageError, WorkerError, WorldError, counted
 from paceline.launch.coordination import Attempt
 from paceline.launch.decision import Decision, MachineExit, decide
 from paceline.launch.network import gloo_variables
@@ -174,7 +174,7 @@ class MultiNodeCoordinator:
         seen, mistake = count - len(missing), self._store.likely_mistake()
         why = f"{_machines(missing)} did not join within {self._options.timeout:.0f} s"
         return WorldError(
-            f"{self._local} sees {seen} machine{'s' if seen != 1 else ''}, expected {expected(self._config)}: "
+            f"{self._local} sees {counted(seen, 'machine')}, expected {expected(self._config)}: "
             f"{why}{f'; {mistake}' if mistake else ''}",
             f"Machines meet at {self._store.name}, port {self._store.port}",
             "Start the same command there, each with its --machine_rank; rdzv_conf timeout=SECONDS waits longer",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import paceline.launch.worker as worker_module
 from paceline.config import DeepSpeedPlugin
-from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError
+from paceline.errors import ConfigError, MissingExtraError, Problem, UsageError, counted
 from paceline.launch.command import check_command
 from paceline.launch.planning import client_variables, engine_variables, reject_nested_launch, thread_variables
 from paceline.launch.schedulers.external_launcher import raise_for_exit, run_launcher
@@ -64,7 +64,7 @@ class DeepSpeedPlan:
         """Return the plan as text, with a command that a shell could run."""
         count, machines = sum(self.hosts.values()), len(self.hosts)
         lines = [
-            f"{count} processes on {machines} machine{'s' if machines != 1 else ''}, started by {self.launcher}:",
+            f"{count} processes on {counted(machines, 'machine')}, started by {self.launcher}:",
             *(f"  {host} slots={slots}" for host, slots in self.hosts.items()),
             "for all:",
             *(f"  {name}={shlex.quote(value)}" for name, value in sorted(self.shared.items())),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import paceline.launch.worker as worker_module
 from paceline.environment.world import DEFAULT_PORT
-from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError
+from paceline.errors import PREEMPTED, ConfigError, Problem, UsageError, WorkerError, counted
 from paceline.launch.command import check_command
 from paceline.launch.decision import PREEMPTED_TEXT
 from paceline.launch.network import port_error
@@ -58,7 +58,7 @@ class MpirunPlan:
     def as_text(self) -> str:
         """Return the plan as text, with a command that a shell could run."""
         lines = [
-            f"{self.size} process{'es' if self.size != 1 else ''}, started by mpirun",
+            f"{counted(self.size, 'process')}, started by mpirun",
             "for all:",
             *(f"  {name}={shlex.quote(value)}" for name, value in sorted(self.shared.items())),
             "each rank:",

@@ -82,7 +82,8 @@ class DDPStrategy(Strategy):
         wrapped = NamingDDP(model, self._open_group, splits_graphs=splits_graphs, **self._arguments(place))
         _register_hook(wrapped, self._settings)
         wrapped.num_hooks = len(wrapped._comm_hooks)
-        self._wrapped.append(wrapped)
+        # Without the wrapper of a call that was refused, which would average the same gradients once more.
+        self._wrapped = [*(other for other in self._wrapped if other.module is not model), wrapped]
         return wrapped
 
     def _arguments(self, place: bool) -> dict[str, Any]:

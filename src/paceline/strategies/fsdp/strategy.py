@@ -631,7 +631,7 @@ def _build_mesh(context: RunContext) -> DeviceMesh:
         raise PrepareError(
             f"parallelism_config has {replicas} replicas x {shards} shards for {size} ranks",
             "The sizes must multiply to the number of ranks",
-            f"Use {size // shards if size % shards == 0 else 1} replicas or {size // replicas} shards",
+            f"Leave dp_shard_size out, and make dp_replicate_size a divisor of {size}",
         )
     if replicas == 1:
         return init_device_mesh(context.device.type, (size,), mesh_dim_names=("dp_shard",))

@@ -128,10 +128,10 @@ class ChunkedLoss:
         return kind(**{name: value for name, value in output.items() if name != "logits"})
 
     def _report(self, what: str) -> None:
-        """Note a problem of a trial.
+        """Note a problem that a trial has found.
 
         Raises:
-            PrepareError: It is no trial.
+            PrepareError: The trial is over, and this batch is trained on.
         """
         # What follows from the first one is not the reason.
         self.problem = self.problem or f"{type(self._model).__name__} {what}"
@@ -217,7 +217,7 @@ def _obstacle_in(base: Any, *, any_size: bool) -> str | None:
     """Why a model's loss cannot be computed in chunks; None if it can."""
     name = type(base).__name__
     if not _is_causal(base) or not hasattr(base, "get_output_embeddings"):
-        return f"{name} is no causal language model of transformers"
+        return f"{name} is not a causal language model of transformers"
     head = base.get_output_embeddings()
     # The class may be FSDP2's, made of nn.Linear.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or "forward" in vars(head):

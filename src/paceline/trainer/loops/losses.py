@@ -50,7 +50,7 @@ class ModelCall:
 
     Attributes:
         takes_num_items: Whether its forward takes `num_items_in_batch` and divides the summed loss by it.
-        shifts_labels: Whether it predicts the next token, so that the first label is no target.
+        shifts_labels: Whether it predicts the next token, so that the first label is not a target.
         requires_labels: Whether its forward cannot be called without labels.
     """
 

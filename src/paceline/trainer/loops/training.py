@@ -124,9 +124,11 @@ class TrainingLoop:
         for inputs in self.loader:
             self._micro_batch(inputs)
             self.in_batch = True
-            if self.accelerator.sync_gradients and self.args.auto_find_batch_size:
+            if not self.accelerator.sync_gradients:
+                continue
+            if self.args.auto_find_batch_size:
                 self.position = self.loader.state_dict()
-            if self.accelerator.sync_gradients and self._stops_epoch():
+            if self._stops_epoch():
                 break
         self._end_epoch()
 

@@ -80,7 +80,7 @@ class MuonAdamW(Optimizer):
         """Update all parameters. Collective under FSDP2: every rank must call it.
 
         Args:
-            closure: Computes the loss anew.
+            closure: Computes the loss again.
 
         Returns:
             What the closure returns.

@@ -90,7 +90,7 @@ def cosine_with_initial_rate(
 
 
 def cosine_with_restarts(step: int, warmup: int, total: int, *, num_cycles: int = 1) -> float:
-    """Warmup, then cosine decay that restarts at the peak rate `num_cycles` times."""
+    """Warmup, then `num_cycles` cosine decays, each from the peak rate to 0."""
     if step < warmup:
         return _rise(step, warmup)
     progress = _progress(step, warmup, total)

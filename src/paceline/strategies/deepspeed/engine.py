@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.strategies.deepspeed.partitions import Partitions, PartitionSlice
+    from paceline.strategies.deepspeed.weight_check import WeightCheck
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +30,7 @@ class ZeroEngine:
         partitions: Where the engine keeps values, gradients and optimizer states.
         groups: The model's parameters by parameter group.
         dtypes: The dtype to save each parameter in, by its `id`.
+        weights: Notices weights that the script changed.
         syncs: Whether its backward may end a window; not under `no_sync`.
         window_ended: Whether a backward has ended the window, and no step has been taken since.
         is_clipped: Whether the gradients of this window were clipped.
@@ -42,6 +44,7 @@ class ZeroEngine:
     partitions: Partitions
     groups: list[list[nn.Parameter]]
     dtypes: dict[int, torch.dtype]
+    weights: WeightCheck
     syncs: bool = True
     window_ended: bool = False
     is_clipped: bool = False

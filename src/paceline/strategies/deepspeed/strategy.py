@@ -42,6 +42,7 @@ from paceline.strategies.deepspeed.build import (
     check_compiler,
     check_disk,
     check_dtypes,
+    check_elementwise,
     check_monitors,
     configure_checkpointing,
     early_settings,
@@ -57,10 +58,11 @@ from paceline.strategies.deepspeed.build import (
 )
 from paceline.strategies.deepspeed.engine import EngineRegistry, ZeroEngine
 from paceline.strategies.deepspeed.gradients import clip_norm, clip_value, local_gradients
-from paceline.strategies.deepspeed.partitions import partitions_of, piece_of
+from paceline.strategies.deepspeed.partitions import partitions_of
 from paceline.strategies.deepspeed.settings import AutoValues, hidden_size_of, resolve_scheduler, resolve_settings
 from paceline.strategies.deepspeed.state import gather_whole, is_sharded, value_of
 from paceline.strategies.deepspeed.transformers import announce
+from paceline.strategies.deepspeed.weight_check import WeightCheck
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.protocols import multiply
 from paceline.strategies.state import saved_buffers
@@ -243,6 +245,8 @@ class DeepSpeedStrategy(Strategy):
             self._plugin, self.context.config, auto, script_wins=self.context.leniency.script_wins
         )
         check_compiler(settings, optimizer)
+        if self._stage > 0:
+            check_elementwise(settings, optimizer, refuses=not self.context.leniency.script_wins)
         check_disk(settings)
         check_activations(settings, self.context.device)
         check_monitors(settings)
@@ -264,7 +268,9 @@ class DeepSpeedStrategy(Strategy):
         protect_linear()
         # It looks for DeepSpeed's own process groups, which exist from here on.
         configure_checkpointing(settings)
-        zero = ZeroEngine(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)
+        partitions = partitions_of(engine, self._stage)
+        weights = WeightCheck(partitions, list(model.named_parameters()))
+        zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights)
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)
         self.engines.add(zero)
@@ -398,22 +404,25 @@ class DeepSpeedStrategy(Strategy):
     def gather_parameters(
         self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
     ) -> AbstractContextManager[Any]:
-        if self._stage != 3:
-            return super().gather_parameters(parameters, modifier_rank)
-        return self._gathered(list(parameters), modifier_rank)
+        whole = super().gather_parameters(parameters, modifier_rank)
+        if self._stage == 3:
+            whole = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
+        return self._gathered(list(parameters), modifier_rank, whole)
 
     @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter], modifier_rank: int | None) -> Iterator[None]:
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+    def _gathered(
+        self, parameters: list[nn.Parameter], modifier_rank: int | None, whole: AbstractContextManager[Any]
+    ) -> Iterator[None]:
+        with whole:
             yield
         if modifier_rank is None:
             return
         # The optimizer's fp32 values must follow, or the next step would undo the change.
         for zero in self.engines:
             for parameter in parameters:
-                if zero.partitions.slice_of(parameter) is not None:
-                    zero.partitions.value(parameter).values.copy_(piece_of(parameter).values)
+                zero.partitions.adopt(parameter)
             zero.partitions.write_back()
+            zero.weights.accept()
 
     # One step
 
@@ -508,6 +517,7 @@ class DeepSpeedStrategy(Strategy):
         configured = self._configured_max_norm
         if configured is not None and not zero.is_clipped and zero.partitions.reaches_gradients:
             self.clip_norm([p for group in zero.groups for p in group], configured, 2.0)
+        zero.weights.before_step()
         zero.engine.step()
         zero.window_ended = False
         return None
@@ -538,6 +548,8 @@ class DeepSpeedStrategy(Strategy):
     @override
     def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
         zero = self.engines.engine_of(model)
+        if zero is not None:
+            zero.weights.check_writes()
         inner = self.unwrap(model)
         shards = {name: value_of(zero, parameter) for name, parameter in inner.named_parameters()}
         return shards | {name: TensorShard.whole(buffer) for name, buffer in saved_buffers(inner)}
@@ -564,6 +576,7 @@ class DeepSpeedStrategy(Strategy):
     def state_written(self) -> None:
         for zero in self.engines:
             zero_state.state_written(zero)
+            zero.weights.accept()
 
     @override
     def engine_state(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from paceline.strategies.fsdp.sharding import (
     initialize_meta,
     local_gradients,
     materialize,
+    refuse_hooks_of_whole,
     sharded_axes,
 )
 from paceline.strategies.protocols import multiply
@@ -94,6 +95,7 @@ class FSDPStrategy(Strategy):
             return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
+        refuse_hooks_of_whole(model)
         check_switches(plugin)
         units = find_units(model, plugin, source=f"{self.context.source_of(_BLOCK_CLASSES)}: {_BLOCK_CLASSES}")
         ignored = self._ignored_modules(model)
@@ -329,8 +331,11 @@ class FSDPStrategy(Strategy):
 
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        hooked = [p for p in parameters if p._backward_hooks]
+        if hooked:
+            raise self._hooks_error(hooked)
         if self._drop_gathered():
-            parameters = list(parameters)
             whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
             if whole:
                 raise SteppingError(
@@ -348,6 +353,17 @@ class FSDPStrategy(Strategy):
                 "the step would change nothing",
                 "Run the last backward before a step outside of no_sync()",
             )
+
+    def _hooks_error(self, hooked: Sequence[nn.Parameter]) -> SteppingError:
+        wanted = {id(p) for p in hooked}
+        pairs = [pair for model in self._models for pair in self.named_parameters(model)]
+        names = [name for name, p in pairs if id(p) in wanted] or [str(tuple(p.shape)) for p in hooked]
+        return SteppingError(
+            f"register_hook() was called on {named(names)}",
+            "FSDP2 writes gradients into the shards without autograd, so the hooks are never called",
+            "Use register_post_accumulate_grad_hook(), where the averaged gradient is a DTensor, or change "
+            "parameter.grad between backward() and step()",
+        )
 
     @override
     @torch.no_grad()

@@ -151,7 +151,8 @@ def one_of_them(strategy: str) -> dict[str, Tensor]:
     accelerator = make(strategy, mixed_precision="bf16")
     model: Any = fresh()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    bias = accelerator.unwrap_model(model)[0].bias
+    inner: Any = accelerator.unwrap_model(model)
+    bias = inner[0].bias
     with accelerator.gather_parameters(model, modifier_rank=0):
         if accelerator.is_main_process:
             bias.data[3] = 0.25

@@ -37,6 +37,7 @@ from paceline.strategies.fsdp.sharding import (
     refuse_hooks_of_whole,
     sharded_axes,
 )
+from paceline.strategies.fsdp.use_check import UseCheck
 from paceline.strategies.protocols import multiply
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class FSDPStrategy(Strategy):
         # Those whose parameters stay gathered after a forward.
         self._kept: list[FSDPModule] = []
         self._description: list[str] = []
+        self._uses = UseCheck(context.group)
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
         self._has_unsharded_gradients = False
@@ -344,6 +346,7 @@ class FSDPStrategy(Strategy):
                     "List the parameters once, after prepare(), or run that forward under torch.no_grad()",
                 )
         if not self._has_unsharded_gradients:
+            self._uses.before_step(parameters, self._name_of)
             return
         self._has_unsharded_gradients = False
         if all(p.grad is None for p in parameters):
@@ -354,12 +357,13 @@ class FSDPStrategy(Strategy):
                 "Run the last backward before a step outside of no_sync()",
             )
 
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        pairs = (pair for model in self._models for pair in self.named_parameters(model))
+        return next((name for name, p in pairs if p is parameter), str(tuple(parameter.shape)))
+
     def _hooks_error(self, hooked: Sequence[nn.Parameter]) -> SteppingError:
-        wanted = {id(p) for p in hooked}
-        pairs = [pair for model in self._models for pair in self.named_parameters(model)]
-        names = [name for name, p in pairs if id(p) in wanted] or [str(tuple(p.shape)) for p in hooked]
         return SteppingError(
-            f"register_hook() was called on {named(names)}",
+            f"register_hook() was called on {named([self._name_of(p) for p in hooked])}",
             "FSDP2 writes gradients into the shards without autograd, so the hooks are never called",
             "Use register_post_accumulate_grad_hook(), where the averaged gradient is a DTensor, or change "
             "parameter.grad between backward() and step()",
@@ -430,6 +434,7 @@ class FSDPStrategy(Strategy):
     @override
     def stepped(self) -> None:
         super().stepped()
+        self._uses.stepped()
         for layers in self._fp8:
             layers.gathered.changed()
 

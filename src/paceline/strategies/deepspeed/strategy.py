@@ -66,6 +66,7 @@ from paceline.strategies.deepspeed.weight_check import WeightCheck
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.protocols import multiply
 from paceline.strategies.state import saved_buffers
+from paceline.strategies.use_check import UseCheck
 
 try:
     import deepspeed
@@ -270,7 +271,7 @@ class DeepSpeedStrategy(Strategy):
         configure_checkpointing(settings)
         partitions = partitions_of(engine, self._stage)
         weights = WeightCheck(partitions, list(model.named_parameters()))
-        zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights)
+        zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights, self._new_use_check())
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)
         self.engines.add(zero)
@@ -279,6 +280,10 @@ class DeepSpeedStrategy(Strategy):
         restore_exact(zero, exact, self.context)
         prepared: nn.Module = engine
         return prepared
+
+    def _new_use_check(self) -> UseCheck:
+        remedy = "use strategy='ddp' or 'fsdp' with find_unused_parameters"
+        return UseCheck(self.context.group, "ZeRO", remedy)
 
     def _saved_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """The parameter's own dtype; fp32 if it was built sharded, where 16 bits are the engine's choice."""
@@ -456,7 +461,34 @@ class DeepSpeedStrategy(Strategy):
         ends_window = self._window_ends and zero.syncs
         zero.engine.set_gradient_accumulation_boundary(ends_window)
         zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, ends_window
-        zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+        with self._noting_uses(zero):
+            zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+
+    @contextmanager
+    def _noting_uses(self, zero: ZeroEngine) -> Iterator[None]:
+        """Note which parameters the backward inside reaches, where the next step is one to compare before."""
+        if not zero.uses.is_due:
+            yield
+            return
+
+        def note(parameter: Tensor) -> None:
+            zero.used.add(id(parameter))
+
+        trained = [p for group in zero.groups for p in group if p.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(note) for p in trained]  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _compare_uses(self, zero: ZeroEngine) -> None:
+        if zero.uses.is_due:
+            trained = [p for group in zero.groups for p in group if p.requires_grad]
+            names = {id(p): name for name, p in zero.model.named_parameters()}
+            zero.uses.compare(trained, [id(p) in zero.used for p in trained], lambda p: names[id(p)])
+        zero.used.clear()
+        zero.uses.stepped()
 
     @override
     @torch.no_grad()
@@ -518,6 +550,7 @@ class DeepSpeedStrategy(Strategy):
         if configured is not None and not zero.is_clipped and zero.partitions.reaches_gradients:
             self.clip_norm([p for group in zero.groups for p in group], configured, 2.0)
         zero.weights.before_step()
+        self._compare_uses(zero)
         zero.engine.step()
         zero.window_ended = False
         return None

@@ -37,8 +37,8 @@ from paceline.strategies.fsdp.sharding import (
     refuse_hooks_of_whole,
     sharded_axes,
 )
-from paceline.strategies.fsdp.use_check import UseCheck
 from paceline.strategies.protocols import multiply
+from paceline.strategies.use_check import UseCheck
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -72,7 +72,7 @@ class FSDPStrategy(Strategy):
         # Those whose parameters stay gathered after a forward.
         self._kept: list[FSDPModule] = []
         self._description: list[str] = []
-        self._uses = UseCheck(context.group)
+        self._uses = UseCheck(context.group, "FSDP2", "set fsdp_find_unused_parameters: true (torch 2.13)")
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
         self._has_unsharded_gradients = False
@@ -346,7 +346,8 @@ class FSDPStrategy(Strategy):
                     "List the parameters once, after prepare(), or run that forward under torch.no_grad()",
                 )
         if not self._has_unsharded_gradients:
-            self._uses.before_step(parameters, self._name_of)
+            if self._uses.is_due:
+                self._uses.compare(parameters, [p.grad is not None for p in parameters], self._name_of)
             return
         self._has_unsharded_gradients = False
         if all(p.grad is None for p in parameters):

@@ -96,6 +96,20 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
     def gather_parameters(
         self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
     ) -> AbstractContextManager[Any]:
+        """Return a context after which all ranks have what one rank has changed inside.
+
+        Collective: every rank must enter and leave it.
+
+        Args:
+            parameters: Of prepared models.
+            modifier_rank: Whose changes reach all ranks at the end; None if nothing is changed inside.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            CollectiveError: There is no such rank.
+        """
         if modifier_rank is None:
             return super().gather_parameters(parameters, modifier_rank)
         self.context.group.check_source(modifier_rank)

@@ -92,7 +92,7 @@ class Partitions(ABC):
         None where the forward gathers it anew.
         """
 
-    def adopt(self, parameter: nn.Parameter) -> None:
+    def transfer_changes(self, parameter: nn.Parameter) -> None:
         """Change the optimizer's fp32 values where the script has changed the parameter.
 
         All others keep the bits that the forward's dtype does not have. `write_back` has to follow.

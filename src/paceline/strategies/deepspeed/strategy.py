@@ -425,7 +425,7 @@ class DeepSpeedStrategy(Strategy):
         # The optimizer's fp32 values must follow, or the next step would undo the change.
         for zero in self.engines:
             for parameter in parameters:
-                zero.partitions.adopt(parameter)
+                zero.partitions.transfer_changes(parameter)
             zero.partitions.write_back()
             zero.weights.accept()
 

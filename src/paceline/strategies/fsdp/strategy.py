@@ -334,9 +334,7 @@ class FSDPStrategy(Strategy):
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         parameters = list(parameters)
-        hooked = [p for p in parameters if p._backward_hooks]
-        if hooked:
-            raise self._hooks_error(hooked)
+        self._check_hooks(parameters)
         if self._drop_gathered():
             whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
             if whole:
@@ -346,8 +344,7 @@ class FSDPStrategy(Strategy):
                     "List the parameters once, after prepare(), or run that forward under torch.no_grad()",
                 )
         if not self._has_unsharded_gradients:
-            if self._uses.is_due:
-                self._uses.compare(parameters, [p.grad is not None for p in parameters], self._name_of)
+            self._compare_uses(parameters)
             return
         self._has_unsharded_gradients = False
         if all(p.grad is None for p in parameters):
@@ -358,12 +355,19 @@ class FSDPStrategy(Strategy):
                 "Run the last backward before a step outside of no_sync()",
             )
 
+    def _compare_uses(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self._uses.is_due:
+            self._uses.compare(parameters, [p.grad is not None for p in parameters], self._name_of)
+
     def _name_of(self, parameter: nn.Parameter) -> str:
         pairs = (pair for model in self._models for pair in self.named_parameters(model))
         return next((name for name, p in pairs if p is parameter), str(tuple(parameter.shape)))
 
-    def _hooks_error(self, hooked: Sequence[nn.Parameter]) -> SteppingError:
-        return SteppingError(
+    def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
+        hooked = [p for p in parameters if p._backward_hooks]
+        if not hooked:
+            return
+        raise SteppingError(
             f"register_hook() was called on {named([self._name_of(p) for p in hooked])}",
             "FSDP2 writes gradients into the shards without autograd, so the hooks are never called",
             "Use register_post_accumulate_grad_hook(), where the averaged gradient is a DTensor, or change "

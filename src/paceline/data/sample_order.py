@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -33,6 +34,11 @@ __all__ = [
     "sampler_generators",
     "set_sampler_epoch",
 ]
+
+_READ_AT_ONCE = 65_536
+# More than any epoch of a sampler that does not know its length, and few enough for the memory of a machine.
+_MOST_SAMPLES = 2**26
+_MANY_SAMPLES = 1_000_000
 
 
 class SampleOrder(Protocol):
@@ -247,7 +253,7 @@ def run_sampler_on_rank_0(sampler: Iterable[Any], group: Group, seed: int, epoch
     if group.rank == 0:
         try:
             with IsolatedRng(mix_seed(seed, epoch), sampler_generators(sampler))():
-                keys = _compact(list(sampler))
+                keys = _compact(_read_to_end(sampler))
         except Exception as error:
             failure = error
     reason = None if failure is None else f"{type(failure).__name__}: {failure}"
@@ -260,6 +266,30 @@ def run_sampler_on_rank_0(sampler: Iterable[Any], group: Group, seed: int, epoch
             "All ranks get the order of the samples from rank 0",
             "See the traceback of rank 0",
         )
+    return keys
+
+
+def _read_to_end(sampler: Iterable[Any]) -> list[Any]:
+    """Read what a sampler yields in an epoch.
+
+    Raises:
+        DataError: It does not end.
+    """
+    size = maybe_length(sampler)
+    # A length that is merely wrong is reported at the end of the epoch.
+    limit = _MOST_SAMPLES if size is None else max(_MANY_SAMPLES, 100 * size)
+    samples = 0
+    keys: list[Any] = []
+    iterator = iter(sampler)
+    while part := list(islice(iterator, _READ_AT_ONCE)):
+        keys += part
+        samples += sum(len(key) if isinstance(key, list) else 1 for key in part)
+        if samples > limit:
+            raise DataError(
+                f"The sampler {type(sampler).__name__} has yielded {samples:,} samples and does not end",
+                "paceline reads the order of a whole epoch before the epoch begins",
+                "Let it end after an epoch, or remove its __len__: it is then read batch by batch",
+            )
     return keys
 
 

@@ -8,20 +8,21 @@ strategy does not override does what plain PyTorch does. An engine that owns bac
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from typing_extensions import override
 
+from paceline.collectives.coalescing import broadcast_coalesced
 from paceline.errors import PrepareError, SteppingError, counted
 from paceline.precision import autocast_forward
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from torch import Tensor, nn
     from torch.distributed.device_mesh import DeviceMesh
@@ -96,6 +97,35 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         from paceline.strategies.fp8_models import Fp8Models
 
         return Fp8Models(self.context)
+
+    @override
+    def gather_parameters(
+        self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
+    ) -> AbstractContextManager[Any]:
+        """Return a context after which all ranks have what one rank has changed inside.
+
+        Collective: every rank must enter and leave it.
+
+        Args:
+            parameters: Of prepared models.
+            modifier_rank: Whose changes reach all ranks at the end; None if nothing is changed inside.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            CollectiveError: There is no such rank.
+        """
+        if modifier_rank is None:
+            return super().gather_parameters(parameters, modifier_rank)
+        self.context.group.check_source(modifier_rank)
+        return self._changed_on(modifier_rank, parameters)
+
+    @contextmanager
+    def _changed_on(self, rank: int, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Give all ranks the parameters that one of them has changed inside."""
+        yield
+        broadcast_coalesced(self.context.group, [p.detach() for p in parameters], rank)
 
     # Models and optimizers
 

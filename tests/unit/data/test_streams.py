@@ -313,6 +313,26 @@ def test_a_sampler_that_fails_fails_on_all_ranks() -> None:
     assert run_fake_ranks(2, run) == ["KeyError", "DataError"]
 
 
+@pytest.mark.parametrize("batches", [True, False])
+def test_a_sampler_with_a_length_and_no_end_is_refused(batches: bool) -> None:
+    # One without a length is read batch by batch, and may have no end.
+    class Endless(torch.utils.data.Sampler[Any]):
+        def __len__(self) -> int:
+            return 10
+
+        def __iter__(self) -> Iterator[Any]:
+            return itertools.cycle([list(range(10))] if batches else range(10))
+
+    which: dict[str, Any] = {"batch_sampler": Endless()} if batches else {"batch_size": 2, "sampler": Endless()}
+
+    def run(group: FakeGroup) -> str:
+        with pytest.raises(DataError) as caught:
+            ids(prepared(DataLoader(Numbers(10), **which), group))
+        return str(caught.value)
+
+    assert all("does not end" in said for said in run_fake_ranks(2, run))
+
+
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("even", [True, False])
 def test_batches_of_different_sizes(sized: bool, even: bool) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from paceline.config.deepspeed_file.settings import AUTO, value_at, without_removed
+from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, named
 from paceline.strategies.placeholders import DummyOptim
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 _COMPILED = {"adam", "adamw", "lamb", "lion"}
+# Their updates depend on the shape of a weight or on its norm.
+_NEED_WHOLE = {"adafactor", "muon", "muonadamw", "lamb", "fusedlamb", "lars", "shampoo", "soap"}
+_GATHERED_BY_DEEPSPEED = {"muon"}
+
+_LOG = get_logger(__name__)
 
 
 # The package
@@ -123,6 +129,36 @@ def check_compiler(settings: Mapping[str, Any], optimizer: Optimizer) -> None:
             f"The DeepSpeed configuration describes DeepSpeed's own {kind}, and {' and '.join(missing)} is not on PATH",
             "DeepSpeed compiles that optimizer when it is first used",
             'Install them, write "torch_adam": true into optimizer.params, or pass an optimizer of torch',
+        )
+
+
+def check_elementwise(settings: Mapping[str, Any], optimizer: Optimizer, *, refuses: bool) -> None:
+    """Check that an optimizer may be given pieces of weights, as from ZeRO stage 1 on.
+
+    Args:
+        settings: DeepSpeed's configuration.
+        optimizer: The script's own, or a placeholder.
+        refuses: Whether one that needs whole weights is an error; else it gets a warning, as do unknown ones.
+
+    Raises:
+        PrepareError: It needs whole weights.
+    """
+    is_placeholder = isinstance(optimizer, DummyOptim)
+    name = settings.get("optimizer", {}).get("type", "") if is_placeholder else type(optimizer).__name__
+    needs_whole = name.lower() in (_NEED_WHOLE - _GATHERED_BY_DEEPSPEED if is_placeholder else _NEED_WHOLE)
+    saw = f"{name} was prepared under ZeRO, which cuts weights into flat pieces"
+    if needs_whole and refuses:
+        raise PrepareError(
+            saw,
+            "It computes with the rows, columns or norm of a whole weight, so its steps would be wrong",
+            "Use strategy='ddp' or 'fsdp', zero_stage 0, or an optimizer that updates each element on its own",
+        )
+    is_known = is_placeholder or type(optimizer).step.__module__.startswith(("torch.optim.", "deepspeed."))
+    if needs_whole or not is_known:
+        _LOG.warning(
+            "%s: its steps are wrong if it computes with the shape or the norm of a whole weight, and right if it "
+            "updates each element on its own",
+            saw,
         )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.strategies.deepspeed.partitions import Partitions, PartitionSlice
+    from paceline.strategies.deepspeed.weight_check import WeightCheck
+    from paceline.strategies.use_check import UseCheck
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +31,9 @@ class ZeroEngine:
         partitions: Where the engine keeps values, gradients and optimizer states.
         groups: The model's parameters by parameter group.
         dtypes: The dtype to save each parameter in, by its `id`.
+        weights: Notices weights that the script changed.
+        uses: Compares which parameters the backward of each rank has reached.
+        used: Those that it has reached since the last step, by their `id`, where they are to be compared.
         syncs: Whether its backward may end a window; not under `no_sync`.
         window_ended: Whether a backward has ended the window, and no step has been taken since.
         is_clipped: Whether the gradients of this window were clipped.
@@ -42,6 +47,9 @@ class ZeroEngine:
     partitions: Partitions
     groups: list[list[nn.Parameter]]
     dtypes: dict[int, torch.dtype]
+    weights: WeightCheck
+    uses: UseCheck
+    used: set[int] = field(default_factory=set)
     syncs: bool = True
     window_ended: bool = False
     is_clipped: bool = False

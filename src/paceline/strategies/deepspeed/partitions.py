@@ -82,6 +82,32 @@ class Partitions(ABC):
         """This rank's shard of the parameter, from the most exact copy that there is."""
 
     @abstractmethod
+    def is_updated(self, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer updates a copy of the parameter, not the parameter itself."""
+
+    @abstractmethod
+    def forward_copies(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        """This rank's shard as the next forward has it and as the engine wrote it, in the forward's dtype.
+
+        None where the forward gathers it anew.
+        """
+
+    def transfer_changes(self, parameter: nn.Parameter) -> None:
+        """Change the optimizer's fp32 values where the script has changed the parameter.
+
+        All others keep the bits that the forward's dtype does not have. `write_back` has to follow.
+        """
+        if not self.is_updated(parameter):
+            return
+        exact = self.value(parameter).values
+        changed = self.forward_shard(parameter).to(exact.device)
+        exact.copy_(torch.where(changed == exact.to(changed.dtype), exact, changed.to(exact.dtype)))
+
+    @abstractmethod
+    def forward_shard(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's shard in the dtype of the forward, flat."""
+
+    @abstractmethod
     def publish(self) -> None:
         """Copy the optimizer's fp32 values to the parameters that the forward uses. Collective."""
 
@@ -114,6 +140,18 @@ class Unpartitioned(Partitions):
     @override
     def value(self, parameter: nn.Parameter) -> TensorShard:
         return TensorShard.whole(parameter)
+
+    @override
+    def is_updated(self, parameter: nn.Parameter) -> bool:
+        return False
+
+    @override
+    def forward_copies(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    @override
+    def forward_shard(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().reshape(-1)
 
     @override
     def publish(self) -> None:
@@ -168,6 +206,20 @@ class FlatPartitions(Partitions):
         if slice_of is None:
             return TensorShard.whole(parameter)
         return TensorShard(tuple(parameter.shape), slice_of.start, slice_of.cut(slice_of.flat.detach()))
+
+    @override
+    def is_updated(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._group_of
+
+    @override
+    def forward_copies(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        seen = self.forward_shard(parameter)
+        return seen, self.value(parameter).values.to(seen)
+
+    @override
+    def forward_shard(self, parameter: nn.Parameter) -> Tensor:
+        shard = self.value(parameter)
+        return parameter.detach().reshape(-1)[shard.start : shard.stop]
 
     @override
     def publish(self) -> None:
@@ -281,6 +333,22 @@ class ParameterPartitions(Partitions):
         if slice_of is not None:
             return TensorShard(shape, slice_of.start, slice_of.cut(slice_of.flat.detach()))
         return piece_of(parameter)
+
+    @override
+    def is_updated(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._index
+
+    @override
+    def forward_copies(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor] | None:
+        piece = piece_of(parameter)
+        # Small parameters stay gathered between steps.
+        if parameter.numel() != piece.numel:
+            return None
+        return parameter.detach().reshape(-1)[piece.start : piece.stop], piece.values.to(parameter)
+
+    @override
+    def forward_shard(self, parameter: nn.Parameter) -> Tensor:
+        return piece_of(parameter).values
 
     @staticmethod
     def _range_of(parameter: nn.Parameter) -> tuple[int, int]:

@@ -42,6 +42,7 @@ from paceline.strategies.deepspeed.build import (
     check_compiler,
     check_disk,
     check_dtypes,
+    check_elementwise,
     check_monitors,
     configure_checkpointing,
     early_settings,
@@ -57,13 +58,15 @@ from paceline.strategies.deepspeed.build import (
 )
 from paceline.strategies.deepspeed.engine import EngineRegistry, ZeroEngine
 from paceline.strategies.deepspeed.gradients import clip_norm, clip_value, local_gradients
-from paceline.strategies.deepspeed.partitions import partitions_of, piece_of
+from paceline.strategies.deepspeed.partitions import partitions_of
 from paceline.strategies.deepspeed.settings import AutoValues, hidden_size_of, resolve_scheduler, resolve_settings
 from paceline.strategies.deepspeed.state import gather_whole, is_sharded, value_of
 from paceline.strategies.deepspeed.transformers import announce
+from paceline.strategies.deepspeed.weight_check import WeightCheck
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.strategies.protocols import multiply
 from paceline.strategies.state import saved_buffers
+from paceline.strategies.use_check import UseCheck
 
 try:
     import deepspeed
@@ -255,6 +258,8 @@ class DeepSpeedStrategy(Strategy):
             self._plugin, self.context.config, auto, script_wins=self.context.leniency.script_wins
         )
         check_compiler(settings, optimizer)
+        if self._stage > 0:
+            check_elementwise(settings, optimizer, refuses=not self.context.leniency.script_wins)
         check_disk(settings)
         check_activations(settings, self.context.device)
         check_monitors(settings)
@@ -275,7 +280,9 @@ class DeepSpeedStrategy(Strategy):
         protect_linear()
         # It looks for DeepSpeed's own process groups, which exist from here on.
         configure_checkpointing(settings)
-        zero = ZeroEngine(engine, model, optimizer, partitions_of(engine, self._stage), groups, dtypes)
+        partitions = partitions_of(engine, self._stage)
+        weights = WeightCheck(partitions, list(model.named_parameters()))
+        zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights, self._new_use_check())
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)
         self.engines.add(zero)
@@ -289,6 +296,10 @@ class DeepSpeedStrategy(Strategy):
     def _sample_ranks(self) -> int:
         """The number of ranks, or of groups of them that share sequences, with samples of their own."""
         return self.context.group.size // self._sequence_ranks
+
+    def _new_use_check(self) -> UseCheck:
+        remedy = "use strategy='ddp' or 'fsdp' with find_unused_parameters"
+        return UseCheck(self.context.group, "ZeRO", remedy)
 
     def _saved_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """The parameter's own dtype; fp32 if it was built sharded, where 16 bits are the engine's choice."""
@@ -414,22 +425,25 @@ class DeepSpeedStrategy(Strategy):
     def gather_parameters(
         self, parameters: Sequence[nn.Parameter], modifier_rank: int | None
     ) -> AbstractContextManager[Any]:
-        if self._stage != 3:
-            return super().gather_parameters(parameters, modifier_rank)
-        return self._gathered(list(parameters), modifier_rank)
+        whole = super().gather_parameters(parameters, modifier_rank)
+        if self._stage == 3:
+            whole = deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank)
+        return self._gathered(list(parameters), modifier_rank, whole)
 
     @contextmanager
-    def _gathered(self, parameters: list[nn.Parameter], modifier_rank: int | None) -> Iterator[None]:
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+    def _gathered(
+        self, parameters: list[nn.Parameter], modifier_rank: int | None, whole: AbstractContextManager[Any]
+    ) -> Iterator[None]:
+        with whole:
             yield
         if modifier_rank is None:
             return
         # The optimizer's fp32 values must follow, or the next step would undo the change.
         for zero in self.engines:
             for parameter in parameters:
-                if zero.partitions.slice_of(parameter) is not None:
-                    zero.partitions.value(parameter).values.copy_(piece_of(parameter).values)
+                zero.partitions.transfer_changes(parameter)
             zero.partitions.write_back()
+            zero.weights.accept()
 
     # One step
 
@@ -463,7 +477,34 @@ class DeepSpeedStrategy(Strategy):
         ends_window = self._window_ends and zero.syncs
         zero.engine.set_gradient_accumulation_boundary(ends_window)
         zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, ends_window
-        zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+        with self._noting_uses(zero):
+            zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+
+    @contextmanager
+    def _noting_uses(self, zero: ZeroEngine) -> Iterator[None]:
+        """Note which parameters the backward inside reaches, where the next step is one to compare before."""
+        if not zero.uses.is_due:
+            yield
+            return
+
+        def note(parameter: Tensor) -> None:
+            zero.used.add(id(parameter))
+
+        trained = [p for group in zero.groups for p in group if p.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(note) for p in trained]  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _compare_uses(self, zero: ZeroEngine) -> None:
+        if zero.uses.is_due:
+            trained = [p for group in zero.groups for p in group if p.requires_grad]
+            names = {id(p): name for name, p in zero.model.named_parameters()}
+            zero.uses.compare(trained, [id(p) in zero.used for p in trained], lambda p: names[id(p)])
+        zero.used.clear()
+        zero.uses.stepped()
 
     @override
     @torch.no_grad()
@@ -524,6 +565,8 @@ class DeepSpeedStrategy(Strategy):
         configured = self._configured_max_norm
         if configured is not None and not zero.is_clipped and zero.partitions.reaches_gradients:
             self.clip_norm([p for group in zero.groups for p in group], configured, 2.0)
+        zero.weights.before_step()
+        self._compare_uses(zero)
         zero.engine.step()
         zero.window_ended = False
         return None
@@ -554,6 +597,8 @@ class DeepSpeedStrategy(Strategy):
     @override
     def model_state(self, model: nn.Module) -> dict[str, TensorShard]:
         zero = self.engines.engine_of(model)
+        if zero is not None:
+            zero.weights.check_writes()
         inner = self.unwrap(model)
         shards = {name: value_of(zero, parameter) for name, parameter in inner.named_parameters()}
         return shards | {name: TensorShard.whole(buffer) for name, buffer in saved_buffers(inner)}
@@ -580,6 +625,7 @@ class DeepSpeedStrategy(Strategy):
     def state_written(self) -> None:
         for zero in self.engines:
             zero_state.state_written(zero)
+            zero.weights.accept()
 
     @override
     def engine_state(self) -> dict[str, Any]:

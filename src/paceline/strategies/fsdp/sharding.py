@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from paceline.errors import PrepareError
+from paceline.errors import PrepareError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +102,26 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
     mesh = parameter.device_mesh
     sharded = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
     return sharded.to(parameter.to_local().device)
+
+
+def refuse_hooks_of_whole(model: nn.Module) -> None:
+    """Refuse hooks of parameters that shards are about to replace.
+
+    Raises:
+        PrepareError: There are some; it names the parameters.
+    """
+    hooked = [
+        name
+        for name, p in model.named_parameters()
+        if not isinstance(p, DTensor) and (p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+    ]
+    if hooked:
+        raise PrepareError(
+            f"{type(model).__name__} has hooks on the gradients of {named(hooked)}",
+            "FSDP2 replaces each parameter by a shard, and they would never be called",
+            "Register them after prepare() by register_post_accumulate_grad_hook(), where the averaged gradient is a "
+            "DTensor, or change parameter.grad between backward() and step()",
+        )
 
 
 def materialize(

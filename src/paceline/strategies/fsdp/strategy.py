@@ -34,9 +34,11 @@ from paceline.strategies.fsdp.sharding import (
     initialize_meta,
     local_gradients,
     materialize,
+    refuse_hooks_of_whole,
     sharded_axes,
 )
 from paceline.strategies.protocols import multiply
+from paceline.strategies.use_check import UseCheck
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -70,6 +72,7 @@ class FSDPStrategy(Strategy):
         # Those whose parameters stay gathered after a forward.
         self._kept: list[FSDPModule] = []
         self._description: list[str] = []
+        self._uses = UseCheck(context.group, "FSDP2", "set fsdp_find_unused_parameters: true (torch 2.13)")
         # Models whose gradient sync is off, and whether a backward ran under that since the last step.
         self._without_sync: set[int] = set()
         self._has_unsharded_gradients = False
@@ -94,6 +97,7 @@ class FSDPStrategy(Strategy):
             return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
+        refuse_hooks_of_whole(model)
         check_switches(plugin)
         units = find_units(model, plugin, source=f"{self.context.source_of(_BLOCK_CLASSES)}: {_BLOCK_CLASSES}")
         ignored = self._ignored_modules(model)
@@ -329,8 +333,9 @@ class FSDPStrategy(Strategy):
 
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        self._check_hooks(parameters)
         if self._drop_gathered():
-            parameters = list(parameters)
             whole = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
             if whole:
                 raise SteppingError(
@@ -339,6 +344,7 @@ class FSDPStrategy(Strategy):
                     "List the parameters once, after prepare(), or run that forward under torch.no_grad()",
                 )
         if not self._has_unsharded_gradients:
+            self._compare_uses(parameters)
             return
         self._has_unsharded_gradients = False
         if all(p.grad is None for p in parameters):
@@ -348,6 +354,25 @@ class FSDPStrategy(Strategy):
                 "the step would change nothing",
                 "Run the last backward before a step outside of no_sync()",
             )
+
+    def _compare_uses(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self._uses.is_due:
+            self._uses.compare(parameters, [p.grad is not None for p in parameters], self._name_of)
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        pairs = (pair for model in self._models for pair in self.named_parameters(model))
+        return next((name for name, p in pairs if p is parameter), str(tuple(parameter.shape)))
+
+    def _check_hooks(self, parameters: Sequence[nn.Parameter]) -> None:
+        hooked = [p for p in parameters if p._backward_hooks]
+        if not hooked:
+            return
+        raise SteppingError(
+            f"register_hook() was called on {named([self._name_of(p) for p in hooked])}",
+            "FSDP2 writes gradients into the shards without autograd, so the hooks are never called",
+            "Use register_post_accumulate_grad_hook(), where the averaged gradient is a DTensor, or change "
+            "parameter.grad between backward() and step()",
+        )
 
     @override
     @torch.no_grad()
@@ -413,6 +438,7 @@ class FSDPStrategy(Strategy):
     @override
     def stepped(self) -> None:
         super().stepped()
+        self._uses.stepped()
         self.fp8.stepped()
 
     def _reshard(self) -> None:

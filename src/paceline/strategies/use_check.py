@@ -57,7 +57,8 @@ class UseCheck:
         """
         if not parameters:
             return
-        users = torch.tensor(used, dtype=torch.int32, device=parameters[0].device)
+        # In host memory, so that nobody waits for a device.
+        users = torch.tensor(used, dtype=torch.int32)
         counts = self._group.all_reduce(users).tolist()
         unequal = [p for p, count in zip(parameters, counts, strict=True) if count not in (0, self._group.size)]
         if unequal:

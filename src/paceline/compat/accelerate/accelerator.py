@@ -251,7 +251,7 @@ class Accelerator:
             "cpu": True if self.device.type == "cpu" else None,
             "strategy": self._strategy_name,
             "gradient_accumulation_plugin": sections.accumulation_section(plugin),
-            "kwargs_handlers": list(sections.core_handlers(handlers)),
+            "kwargs_handlers": list(sections.core_handlers(handlers, self._strategy_name)),
             "dynamo_plugin": sections.dynamo_section(dynamo),
             "step_scheduler_with_optimizer": self.step_scheduler_with_optimizer,
         }

@@ -18,7 +18,6 @@ from paceline.compat.accelerate.settings.handlers import (
     InitProcessGroupKwargs,
     KwargsHandler,
     ProfileKwargs,
-    was_passed,
 )
 
 if TYPE_CHECKING:
@@ -78,17 +77,21 @@ def by_kind(handlers: Iterable[Any] | None) -> dict[type, Any]:
     return sorted_
 
 
-def core_handlers(handlers: dict[type, Any]) -> Iterator[object]:
-    """Yield the core's handlers. The process group is open, and the profiler is made when it is used."""
+def core_handlers(handlers: dict[type, Any], strategy: str) -> Iterator[object]:
+    """Yield the core's handlers. The process group is open, and the profiler is made when it is used.
+
+    Args:
+        handlers: By their class.
+        strategy: The core's.
+    """
     ddp = handlers.get(DistributedDataParallelKwargs)
     if ddp is not None:
         values = {name: value for name, value in vars(ddp).items() if not name.startswith("_")}
         values["comm_hook"], values["comm_wrapper"] = str(ddp.comm_hook), str(ddp.comm_wrapper)
-        # Views save a copy of the gradients, and a default is no wish for copies. Who keeps gradients over a step needs
-        # them, and passes False.
-        if not was_passed(ddp, "gradient_as_bucket_view"):
-            del values["gradient_as_bucket_view"]
         yield config.DistributedDataParallelKwargs(**values)
+    elif strategy == "ddp":
+        # Accelerate's default: a program may keep gradients over a step.
+        yield config.DistributedDataParallelKwargs(gradient_as_bucket_view=False)
     scaler = handlers.get(GradScalerKwargs)
     if scaler is not None:
         yield config.GradScalerKwargs(**vars(scaler))

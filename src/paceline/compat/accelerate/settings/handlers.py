@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from paceline.compat.accelerate.settings.enums import DDPCommunicationHookType
 from paceline.compat.accelerate.settings.errors import InvalidValueError, UnsupportedError
@@ -31,10 +29,7 @@ __all__ = [
     "MSAMPRecipeKwargs",
     "ProfileKwargs",
     "TERecipeKwargs",
-    "was_passed",
 ]
-
-_Handler = TypeVar("_Handler", bound="KwargsHandler")
 
 
 class KwargsHandler:
@@ -59,26 +54,6 @@ class AutocastKwargs(KwargsHandler):
     cache_enabled: bool | None = None
 
 
-def _noting_arguments(kind: type[_Handler]) -> type[_Handler]:
-    """Have a dataclass remember which arguments it got, also those that equal the default."""
-    init: Any = kind.__init__
-    names = list(inspect.signature(init).parameters)[1:]
-
-    @functools.wraps(init)
-    def noting(self: _Handler, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        vars(self)["_passed"] = {*names[: len(args)], *kwargs}
-
-    kind.__init__ = noting  # type: ignore[assignment]
-    return kind
-
-
-def was_passed(handler: DistributedDataParallelKwargs, name: str) -> bool:
-    """Say whether a program passed an argument, be it the default's value."""
-    return name in vars(handler).get("_passed", ())
-
-
-@_noting_arguments
 @dataclass
 class DistributedDataParallelKwargs(KwargsHandler):
     """How `DistributedDataParallel` averages gradients."""
@@ -96,8 +71,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
 
     def to_dict(self, ignore_keys: tuple[str, ...] = ("comm_hook", "comm_wrapper", "comm_state_option")) -> Any:
         """Return the fields that the constructor of DDP takes."""
-        left_out = {*ignore_keys, "_passed"}
-        return {name: value for name, value in super().to_dict().items() if name not in left_out}
+        return {name: value for name, value in super().to_dict().items() if name not in ignore_keys}
 
     def register_comm_hook(self, model: Any) -> None:
         """Register the communication hook on a model that DDP has wrapped."""

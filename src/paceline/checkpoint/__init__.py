@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         open_checkpoint,
         rank_document,
         real_folder,
+        remove_checkpoint,
     )
     from paceline.checkpoint.format.json_state import from_plain, to_plain
     from paceline.checkpoint.format.manifest import Manifest, numbered
@@ -32,7 +33,7 @@ else:
         __name__,
         {
             "catalog": "CatalogEntry find_checkpoints find_foreign is_foreign_state newest_checkpoint",
-            "folder": "Checkpoint next_number number_of open_checkpoint rank_document real_folder",
+            "folder": "Checkpoint next_number number_of open_checkpoint rank_document real_folder remove_checkpoint",
             "format.json_state": "from_plain to_plain",
             "format.manifest": "Manifest numbered",
             "format.shards": "Slot TensorShard",
@@ -60,6 +61,7 @@ __all__ = [
     "parse_size",
     "rank_document",
     "real_folder",
+    "remove_checkpoint",
     "save_weights",
     "to_plain",
 ]

@@ -43,6 +43,7 @@ __all__ = [
     "rank_document",
     "real_folder",
     "remove_leftovers",
+    "remove_checkpoint",
     "remove_oldest",
     "subfolders",
     "sync",
@@ -408,10 +409,7 @@ def remove_oldest(folder: Path, keep: int) -> None:
         if pin is not None and not path.is_symlink():
             _LOG.info("kept %s beyond total_limit: %s links to it", path.name, pin)
             continue
-        try:
-            _remove(path)
-        except OSError as error:
-            _LOG.warning("could not remove %s to keep total_limit: %s", path.name, error)
+        remove_checkpoint(path)
 
 
 def _beyond(keep: int, folder: Path) -> list[Path]:
@@ -436,12 +434,18 @@ def _target(path: Path) -> Path:
         return path.absolute()
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint, renaming it first so that a partly removed one is never found under its name."""
-    if path.is_symlink():
-        _LOG.info("removed the link %s; its target %s is kept", path.name, _target(path))
-        path.unlink()
-        return
-    renamed = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
-    path.rename(renamed)
-    shutil.rmtree(renamed, ignore_errors=True)
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint beyond a limit, with a warning where that is not possible.
+
+    It is renamed first, so that a partly removed one is never found under its name. Of a link only the link is removed.
+    """
+    try:
+        if path.is_symlink():
+            _LOG.info("removed the link %s; its target %s is kept", path.name, _target(path))
+            path.unlink()
+            return
+        renamed = path.with_name(f"{path.name}.partial-{os.urandom(4).hex()}")
+        path.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
+    except OSError as error:
+        _LOG.warning("could not remove %s beyond the limit of checkpoints: %s", path.name, error)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 
-from paceline.checkpoint import find_checkpoints, find_foreign, newest_checkpoint, number_of
+from paceline.checkpoint import find_checkpoints, find_foreign, newest_checkpoint, number_of, remove_checkpoint
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, named
 from paceline.strategies import adapters
@@ -233,17 +231,7 @@ def _rotate(newest: Path, *, limit: int | None, keep: Sequence[str]) -> None:
     removable = [path for path in ordered if path.resolve() not in kept]
     excess = len(ordered) - max(limit, len(ordered) - len(removable))
     for path in removable[: max(0, excess)]:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint and, if it is a link, its target; renamed first, so that no incomplete one has the name."""
-    target = path.resolve()
-    if path.is_symlink():
-        path.unlink()
-    renamed = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
-    target.rename(renamed)
-    shutil.rmtree(renamed)
+        remove_checkpoint(path)
 
 
 def _step_of(path: Path) -> int:

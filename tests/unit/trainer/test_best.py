@@ -196,6 +196,17 @@ def test_later_checkpoints_of_a_run_that_went_back_go_first(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_a_checkpoint_that_was_moved_and_linked_is_not_lost(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    train(trainer_of(folder, Course(set(), {2, 4}, set()), float, max_steps=4)[0])
+    (folder / "checkpoint-2").rename(elsewhere)
+    (folder / "checkpoint-2").symlink_to(elsewhere)
+    trainer, _ = trainer_of(folder, Course(set(), {6}, set()), float, save_total_limit=1, max_steps=6)
+    train(trainer, str(folder / "checkpoint-4"))
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert any(elsewhere.iterdir())
+
+
 def test_the_best_only_and_what_a_callback_asks_for(tmp_path: Path) -> None:
     class Asks(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, **things: Any) -> None:

@@ -39,7 +39,7 @@ test: $(INSTALLED)  ## the tests, without the long sweeps (two at a time)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/docs -m "not slow and not gpu and not gpus2"
 
 test-clients: $(CLIENTS_INSTALLED)  ## TRL through the switch against TRL on Accelerate, and fp8, in an environment of their own
-	PYTHONDONTWRITEBYTECODE= $(CLIENTS)/bin/python -m pytest tests/compat/test_trl.py tests/ranks/test_fp8.py
+	PYTHONPATH=$(CURDIR)/src PYTHONDONTWRITEBYTECODE= $(CLIENTS)/bin/python -m pytest tests/compat/test_trl.py tests/ranks/test_fp8.py
 
 test-slow: $(INSTALLED)  ## the long sweeps as well
 	$(PYTEST) -m "not gpu and not gpus2" --timeout 900

@@ -29,18 +29,17 @@ from benchmarks import step_overhead
 from benchmarks.step_overhead import CASES, Contender, Paceline, Raw, RawAgain, Setting
 from torch.multiprocessing.spawn import spawn as spawn_ranks
 
-from paceline.strategies.ddp import replica_check
+from paceline.strategies import check_schedule
 from paceline.strategies.ddp.module import NamingDDP
 
 RANKS = 2
 BLOCK = 64
-USUAL_RHYTHM = replica_check._EVERY
 
 
 class Checked(Paceline):
     """As every run is."""
 
-    title = f"paceline, weights compared every {USUAL_RHYTHM} steps"
+    title = f"paceline, weights compared every {check_schedule.EVERY} steps"
 
 
 class ComparedAlways(Paceline):
@@ -50,9 +49,9 @@ class ComparedAlways(Paceline):
 
     def step(self) -> None:
         """See `Contender.step`."""
-        replica_check._EVERY = 1
+        usual, check_schedule.EVERY = check_schedule.EVERY, 1
         super().step()
-        replica_check._EVERY = USUAL_RHYTHM
+        check_schedule.EVERY = usual
 
 
 class Unchecked(Paceline):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from paceline.collectives.nested import leaves, map_leaves
-from paceline.data.read_ahead import num_bytes
+from paceline.data.read_ahead import MAX_BYTES, num_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +18,6 @@ __all__ = ["ReusedMemory"]
 
 # Enough to see a ring of four buffers come round.
 _WATCHED_BATCHES = 5
-_WATCHED_BYTES = 32 * 2**20
 
 
 class ReusedMemory:
@@ -46,7 +45,7 @@ class ReusedMemory:
     def _watch(self, batch: Any) -> None:
         self._watched.append(batch)
         count = len(self._watched)
-        if count < 2 or (count < _WATCHED_BATCHES and count * num_bytes(batch) < _WATCHED_BYTES):
+        if count < 2 or (count < _WATCHED_BATCHES and count * num_bytes(batch) < MAX_BYTES):
             return
         addresses = [set(_addresses(watched)) for watched in self._watched]
         everything = frozenset().union(*addresses)

@@ -49,10 +49,11 @@ class StepTimer:
             After the last step that is timed, the seconds of the shortest, for which the host waits; else None.
         """
         self._steps += 1
-        if self._steps < self._ignored:
+        timed = self._steps - self._ignored
+        if not 0 <= timed <= TIMED_STEPS:
             return None
         self._mark()
-        return self._shortest() if len(self._marks) == TIMED_STEPS + 1 else None
+        return self._shortest() if timed == TIMED_STEPS else None
 
     def _mark(self) -> None:
         if self._device.type == "cpu":

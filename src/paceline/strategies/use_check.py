@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.errors import SteppingError, named
+from paceline.strategies.check_schedule import is_due
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paceline.collectives import Group
-
-_EVERY = 256
 
 
 class UseCheck:
@@ -44,8 +43,7 @@ class UseCheck:
     @property
     def is_due(self) -> bool:
         """Whether the next step is one to compare before."""
-        number = self._next_step
-        return self._group.size > 1 and (number % _EVERY == 0 or (number < _EVERY and not number & (number - 1)))
+        return self._group.size > 1 and is_due(self._next_step)
 
     def compare(
         self, parameters: Sequence[nn.Parameter], used: Sequence[bool], name_of: Callable[[nn.Parameter], str]

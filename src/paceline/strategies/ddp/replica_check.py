@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from paceline.errors import SteppingError, named
+from paceline.strategies.check_schedule import is_due
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     Named = Sequence[tuple[str, nn.Parameter]]
 
-_EVERY = 256
 _SAMPLES = 8
 # Different hardware rounds differently; gradients that were not averaged move weights by more in a step or two.
 _TOLERANCE = 1e-4
@@ -45,10 +45,9 @@ class ReplicaCheck:
             SteppingError: The ranks' weights differed at the previous comparison; it names them.
         """
         self._steps += 1
-        if self._steps % _EVERY and (self._steps > _EVERY or self._steps & (self._steps - 1)):
-            return
-        self.check()
-        self._start(parameters())
+        if is_due(self._steps):
+            self.check()
+            self._start(parameters())
 
     @torch.no_grad()
     def _start(self, parameters: Named) -> None:

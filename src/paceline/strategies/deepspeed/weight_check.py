@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from paceline.errors import SteppingError, named
+from paceline.strategies.check_schedule import is_due
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from paceline.strategies.deepspeed.partitions import Partitions
-
-_EVERY = 256
 
 
 class WeightCheck:
@@ -54,7 +53,7 @@ class WeightCheck:
         """
         self._steps += 1
         self.check_writes()
-        if not self._steps % _EVERY or (self._steps < _EVERY and not self._steps & (self._steps - 1)):
+        if is_due(self._steps):
             self._check_values()
 
     def check_writes(self) -> None:

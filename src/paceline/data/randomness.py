@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 from contextlib import contextmanager
@@ -123,19 +124,22 @@ def _unseeded() -> Any:
 def _read_cached_normal() -> float | None:
     """Return the normal number that `np.random.randn` has computed for its next call, if there is one.
 
-    They come in pairs, and `set_bit_generator` drops the second. `np.random.get_state` has it, too, but takes forty
-    times as long, because it copies the whole state; so the bit generator is away while it is read. No other thread
-    sees that: the three calls are made by C code, between which the interpreter does not change threads.
+    They come in pairs, and `set_bit_generator` drops the second. `np.random.get_state` has it, too, but takes twenty
+    times as long, because it copies the whole state; so the bit generator is away while it is read. No other code
+    sees that: the three calls are made by C code, between which the interpreter does not change threads, and no
+    garbage is collected meanwhile, because a finalizer in Python would let it.
     """
     generator: Any = np.random.mtrand._rand
     bit_generator = generator._bit_generator
     stand_in = SimpleNamespace(state={"bit_generator": "none", "state": None})
-    calls = (
+    calls: tuple[partial[Any], ...] = (
+        partial(gc.disable),
         partial(setattr, generator, "_bit_generator", stand_in),
         partial(generator.get_state, legacy=False),
         partial(setattr, generator, "_bit_generator", bit_generator),
+        partial(gc.enable if gc.isenabled() else gc.disable),
     )
-    _, state, _ = map(partial.__call__, calls)
+    _, _, state, _, _ = map(partial.__call__, calls)
     return state["gauss"] if state["has_gauss"] else None
 
 

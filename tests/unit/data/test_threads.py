@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -90,3 +91,32 @@ def test_a_thread_that_begins_while_another_reads_sees_its_own_part() -> None:
     second = list(StreamShard(SplitsItself(), 1, 2, 0))
     thread.join()
     assert (first, second) == (list(range(0, 40, 2)), list(range(1, 40, 2)))
+
+
+def test_a_finalizer_sees_the_generator_of_numpy_while_a_loader_isolates_it() -> None:
+    """Python 3.11 and older collect garbage whenever memory is allocated: at each point of the exchange once here."""
+    seen: list[str] = []
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            seen.append(type(np.random.get_bit_generator()).__name__)
+
+    isolated_rng = IsolatedRng(0)
+    thresholds = gc.get_threshold()
+    for allocations in range(100):
+        gc.collect()
+        gc.disable()
+        Cycle()
+        gc.set_threshold(gc.get_count()[0] + allocations, *thresholds[1:])
+        try:
+            gc.enable()
+            with isolated_rng():
+                pass
+        finally:
+            gc.enable()
+            gc.set_threshold(*thresholds)
+    gc.collect()
+    assert seen == ["MT19937"] * 100

@@ -16,8 +16,7 @@ from tests.support.models import TinyTransformer, make_tokens, token_losses
 from tests.support.ranks import close_pools, run_on_ranks
 from torch import Tensor
 
-from paceline import Accelerator
-from paceline.config import TorchDynamoPlugin
+from paceline import Accelerator, TorchDynamoPlugin
 
 
 def gradients(kind: str, backend: str, optimize: bool = False) -> tuple[float, dict[str, Tensor]]:

@@ -53,8 +53,7 @@ def train(name: str, strategy: str, checkpointing: bool) -> None:
     """Take a few steps in this process, and print the peak."""
     from transformers import LlamaForCausalLM
 
-    from paceline import Accelerator
-    from paceline.config import FullyShardedDataParallelPlugin, TorchDynamoPlugin
+    from paceline import Accelerator, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 
     case = CASES[name]
     build: Any = LlamaForCausalLM

@@ -29,8 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from paceline import Accelerator
-from paceline.trainer import Trainer, TrainerCallback, TrainingArguments
+from paceline import Accelerator, Trainer, TrainerCallback, TrainingArguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable

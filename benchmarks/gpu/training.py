@@ -27,8 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from paceline import Accelerator
-from paceline.config import FP8Config, FullyShardedDataParallelPlugin, TorchDynamoPlugin
+from paceline import Accelerator, FP8Config, FullyShardedDataParallelPlugin, TorchDynamoPlugin
 from paceline.nn import linear_cross_entropy
 
 if TYPE_CHECKING:

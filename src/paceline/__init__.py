@@ -18,6 +18,7 @@ _HOME = {
     "DummyOptim": "paceline.strategies.placeholders",
     "DummyScheduler": "paceline.strategies.placeholders",
     "EarlyStoppingCallback": "paceline.trainer",
+    "FP8Config": "paceline.config",
     "FullyShardedDataParallelPlugin": "paceline.config",
     "GradScalerKwargs": "paceline.config",
     "GradientAccumulationPlugin": "paceline.config",
@@ -32,7 +33,7 @@ _HOME = {
     "TrainerControl": "paceline.trainer",
     "TrainerState": "paceline.trainer",
     "TrainingArguments": "paceline.trainer",
-    "__version__": "paceline.version",
+    "__version__": "paceline.environment.version",
     "debug_launcher": "paceline.launch",
     "get_logger": "paceline.environment.logging",
     "notebook_launcher": "paceline.launch",
@@ -50,6 +51,7 @@ __all__ = [
     "DummyOptim",
     "DummyScheduler",
     "EarlyStoppingCallback",
+    "FP8Config",
     "FullyShardedDataParallelPlugin",
     "GradScalerKwargs",
     "GradientAccumulationPlugin",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
         DataLoaderConfiguration,
         DeepSpeedPlugin,
         DistributedDataParallelKwargs,
+        FP8Config,
         FullyShardedDataParallelPlugin,
         GradientAccumulationPlugin,
         GradScalerKwargs,
@@ -91,6 +94,7 @@ if TYPE_CHECKING:
     from paceline.data import skip_first_batches
     from paceline.environment.logging import get_logger
     from paceline.environment.random_generators import set_seed
+    from paceline.environment.version import __version__
     from paceline.errors import PacelineError
     from paceline.launch import debug_launcher, notebook_launcher
     from paceline.strategies import DistributedType
@@ -103,7 +107,6 @@ if TYPE_CHECKING:
         TrainerState,
         TrainingArguments,
     )
-    from paceline.version import __version__
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 from paceline import Accelerator
 from paceline.config import FP8Config, FullyShardedDataParallelPlugin
 from paceline.errors import PrecisionError
-from paceline.precision.fp8_rounding import Rounding
+from paceline.strategies.precision.fp8_rounding import Rounding
 from tests.support.text import standard_library
 
 if TYPE_CHECKING:

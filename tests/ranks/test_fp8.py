@@ -132,7 +132,7 @@ def test_weights_whose_rows_do_not_divide_over_the_ranks() -> None:
 
 def rounded_once(_: int) -> None:
     """Shards are rounded once after each step, and what is gathered is what torchao would cast."""
-    from paceline.precision.fp8_rounding import Rounding
+    from paceline.strategies.precision.fp8_rounding import Rounding
 
     rounded: list[int] = []
     plain = Rounding.__call__
@@ -148,7 +148,7 @@ def rounded_once(_: int) -> None:
     assert rounded == [9, 9, 9], "nine weights, after each of three steps"
     with pytest.MonkeyPatch.context() as patch:
         # Nothing is kept, so that torchao casts in each gather.
-        patch.setattr("paceline.precision.fp8_gathering.GatheredWeights._round", lambda *_: None)
+        patch.setattr("paceline.strategies.precision.fp8_gathering.GatheredWeights._round", lambda *_: None)
         expected = train(*run("fsdp", "fp8"), steps=3)
     assert losses == expected
 

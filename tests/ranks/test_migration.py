@@ -158,7 +158,7 @@ def listen(folder: str) -> list[str]:
             heard.append(record.getMessage())
 
     ear = Ear()
-    logger = logging.getLogger("paceline.training_state.manager")
+    logger = logging.getLogger("paceline.accelerator.training_state.manager")
     level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(ear)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from paceline import Accelerator
+    from paceline.accelerator.stepping import AcceleratedOptimizer
     from paceline.checkpoint.format.shards import TensorShard
-    from paceline.stepping import AcceleratedOptimizer
 
 
 @dataclass

@@ -19,10 +19,10 @@ from paceline.accelerator.prepared import Prepared
 from paceline.accelerator.profiling import peak_memory, profile
 from paceline.accelerator.run_tracking import RunTracker
 from paceline.accelerator.summary import describe_run
+from paceline.accelerator.training_state.manager import CheckpointManager
 from paceline.accelerator.weights import WeightWriter
 from paceline.data import ActiveLoaders
 from paceline.errors import explains_keywords
-from paceline.training_state.manager import CheckpointManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.data import DataLoader
 
+    from paceline.accelerator.stepping import AcceleratedOptimizer, AcceleratedScheduler
+    from paceline.accelerator.training_state.manager import HookHandle
     from paceline.collectives import Reduction
     from paceline.config import (
         AutocastKwargs,
@@ -46,10 +48,8 @@ if TYPE_CHECKING:
         TorchDynamoPlugin,
     )
     from paceline.data import PreparedDataLoader
-    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import DistributedType, RunContext, Strategy
     from paceline.tracking import GeneralTracker
-    from paceline.training_state.manager import HookHandle
 
 F = TypeVar("F", bound="Callable[..., Any]")
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from paceline.accelerator.stepping import LossScaler
 from paceline.collectives import SoloGroup, TorchGroup
+from paceline.collectives.watchdog import start_watch
 from paceline.config import with_arguments, worker_config
 from paceline.environment.device import choose_device, supported_precisions
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.process_group import open_process_group
 from paceline.environment.world import World
 from paceline.errors import ConfigError, Problem
-from paceline.precision import LossScaler, policy_for
 from paceline.strategies import RunContext
-from paceline.watchdog import start_watch
+from paceline.strategies.precision import policy_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from paceline.accelerator.stepping import AcceleratedOptimizer, Accumulation, scalar_loss
 from paceline.errors import PrepareError, SteppingError
-from paceline.stepping import AcceleratedOptimizer, Accumulation, scalar_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.prepared import Prepared
     from paceline.accelerator.recording import RunRecorder
+    from paceline.accelerator.stepping import LossScaler, Window
     from paceline.accelerator.strategy_selection import StrategySelector
-    from paceline.precision import LossScaler
-    from paceline.stepping import Window
     from paceline.strategies import Strategy
 
 __all__ = ["Gradients"]

@@ -7,17 +7,17 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paceline.accelerator.stepping import TRUE_MEAN, AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, Window
 from paceline.config.leniency import STRICT, Leniency
 from paceline.data import OwnLoaders
-from paceline.stepping import TRUE_MEAN, AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from paceline.accelerator.stepping import GradientBoundary, WindowPolicy
     from paceline.collectives import Group
     from paceline.config import GradientAccumulationPlugin
     from paceline.data import ActiveLoaders, LoaderFamily, LoopPosition
-    from paceline.stepping import GradientBoundary, WindowPolicy
 
 __all__ = ["Policies", "current_policies", "use_policies"]
 
@@ -75,7 +75,7 @@ def use_policies(policies: Policies) -> Iterator[None]:
 
     Example:
         >>> from paceline import Accelerator
-        >>> from paceline.stepping import WindowPolicy
+        >>> from paceline.accelerator.stepping import WindowPolicy
         >>> with use_policies(Policies(window=WindowPolicy(divide_by="num_steps"))):
         ...     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     """

@@ -10,10 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
 
-from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
-from paceline.environment.logging import get_logger
-from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, counted, named
-from paceline.stepping import (
+from paceline.accelerator.stepping import (
     AcceleratedOptimizer,
     AcceleratedScheduler,
     ScheduleLengthCheck,
@@ -21,6 +18,9 @@ from paceline.stepping import (
     planned_steps,
     unassigned_parameters,
 )
+from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
+from paceline.environment.logging import get_logger
+from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, counted, named
 from paceline.strategies.base import offloaded_modules
 from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     from paceline.accelerator.oom_report import MemorySnapshot
     from paceline.accelerator.prepared import Prepared
     from paceline.accelerator.recording import RunRecorder
+    from paceline.accelerator.stepping import LossScaler, Window
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.config import DataLoaderConfiguration
     from paceline.data import ActiveLoaders, LoaderFamily
-    from paceline.precision import LossScaler
-    from paceline.stepping import Window
     from paceline.strategies import Strategy
 
 __all__ = ["Preparer"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from paceline.stepping import planned_steps
+from paceline.accelerator.stepping import planned_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,13 +14,12 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import DataLoader
 
+    from paceline.accelerator.stepping import AcceleratedOptimizer, AcceleratedScheduler, LossScaler, Window
     from paceline.accelerator.strategy_selection import StrategySelector
+    from paceline.accelerator.training_state.attributes import AttributeState
+    from paceline.accelerator.training_state.state import TrainingState
     from paceline.data import PreparedDataLoader
-    from paceline.precision import LossScaler
-    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, Window
     from paceline.strategies import Strategy
-    from paceline.training_state.attributes import AttributeState
-    from paceline.training_state.state import TrainingState
 
 __all__ = ["Prepared"]
 
@@ -51,7 +50,7 @@ class Prepared:
         """What of models and optimizers is not in their tensors."""
         if self._attributes is None:
             # Not at the start of every program.
-            from paceline.training_state.attributes import AttributeState
+            from paceline.accelerator.training_state.attributes import AttributeState
 
             self._attributes = AttributeState()
         return self._attributes
@@ -93,7 +92,7 @@ class Prepared:
 
     def note_attributes(self, strategy: Strategy | None) -> None:
         """Note the attributes of what was prepared, before training changes them."""
-        from paceline.training_state.attributes import attribute_owners
+        from paceline.accelerator.training_state.attributes import attribute_owners
 
         self.attributes.note(attribute_owners(strategy, self.models, self.optimizers))
 
@@ -101,7 +100,7 @@ class Prepared:
         """A function that returns the training state, in live memory, for a checkpoint to save or load."""
 
         def take_state() -> TrainingState:
-            from paceline.training_state.state import TrainingState
+            from paceline.accelerator.training_state.state import TrainingState
 
             return TrainingState(
                 strategy=selector.current,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline.accelerator.profiling import peak_memory
+from paceline.accelerator.stepping import steps_taken
 from paceline.accelerator.summary import describe_run
 from paceline.environment.peaks import peak_flops
+from paceline.environment.version import __version__
 from paceline.errors import ConfigError, Problem, did_you_mean
-from paceline.stepping import steps_taken
 from paceline.tracking import TRACKERS, Trackers, choose_trackers
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from paceline.accelerator.assembly import RunComponents
     from paceline.accelerator.prepared import Prepared
+    from paceline.accelerator.stepping import Window
     from paceline.accelerator.strategy_selection import StrategySelector
-    from paceline.stepping import Window
     from paceline.tracking import GeneralTracker
 
 __all__ = ["RunTracker"]

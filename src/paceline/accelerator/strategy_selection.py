@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.accelerator.assembly import RunComponents
+    from paceline.accelerator.stepping import AcceleratedOptimizer, LossScaler
     from paceline.config import RunConfig
-    from paceline.precision import LossScaler
-    from paceline.stepping import AcceleratedOptimizer
     from paceline.strategies import RunContext
 
 __all__ = ["StrategySelector", "unused_settings", "usable_scaler"]

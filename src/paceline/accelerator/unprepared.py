@@ -22,10 +22,10 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimize
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Subset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from paceline.accelerator.stepping import AcceleratedOptimizer
+from paceline.collectives.watchdog.locations import here
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError, PrepareError, SteppingError
-from paceline.stepping import AcceleratedOptimizer
-from paceline.watchdog.locations import here
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from paceline.accelerator.stepping import LossScaler, Window
     from paceline.accelerator.strategy_selection import StrategySelector
     from paceline.collectives import Group
     from paceline.data import LoaderFamily
-    from paceline.precision import LossScaler
-    from paceline.stepping import Window
     from paceline.strategies import Strategy
 
 __all__ = ["FirstSteps"]

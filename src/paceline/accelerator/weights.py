@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from paceline import checkpoint
+from paceline.accelerator.training_state.manager import require_safe_serialization
 from paceline.errors import PacelineError
 from paceline.strategies.adapters import embedding_names, frozen_base, is_adapted, write_adapters
-from paceline.training_state.manager import require_safe_serialization
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paceline.collectives.watchdog.watch import start_watch
 from paceline.config import Resolved
 from paceline.environment.error_file import ErrorFile
 from paceline.environment.world import World
-from paceline.watchdog.watch import start_watch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

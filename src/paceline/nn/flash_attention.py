@@ -10,6 +10,7 @@ Source of the kernels: https://github.com/Dao-AILab/flash-attention (flash_attn/
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 import weakref
 from importlib.metadata import PackageNotFoundError, version
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import library
 
-from paceline.environment.logging import get_logger
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKAGE", "FlashAttention", "unusable_reason"]
 
-_LOG = get_logger(__name__)
+# Of every rank: the package may fail on one of them alone.
+_LOG = logging.getLogger(__name__)
 
 PACKAGE = "flash-attn-4"
 _MODULE = "flash_attn.cute"

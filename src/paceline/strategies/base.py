@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from paceline.collectives.coalescing import broadcast_coalesced
 from paceline.errors import PrepareError, SteppingError, counted
-from paceline.precision import autocast_forward
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
+from paceline.strategies.precision import autocast_forward
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:

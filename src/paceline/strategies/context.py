@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from paceline.collectives import Group
     from paceline.config import Leniency, RunConfig
     from paceline.environment.world import World
-    from paceline.precision import PrecisionPolicy
+    from paceline.strategies.precision import PrecisionPolicy
 
 
 class DistributedType(str, enum.Enum):

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError
-from paceline.precision.fp8_layers import restore_layers
 from paceline.strategies.blocks import repeated_blocks
+from paceline.strategies.precision.fp8_layers import restore_layers
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from paceline.precision.fp8 import Fp8Layers
     from paceline.strategies.context import RunContext
+    from paceline.strategies.precision.fp8 import Fp8Layers
 
 __all__ = ["Fp8Models"]
 
@@ -47,7 +47,7 @@ class Fp8Models:
         restore_layers(model)
         if self._context.precision.mode != "fp8":
             return None
-        from paceline.precision.fp8 import convert_layers
+        from paceline.strategies.precision.fp8 import convert_layers
 
         config = self._context.config
         blocks = repeated_blocks(model)

@@ -12,8 +12,8 @@ import torch
 
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
-from paceline.precision.fp8_layers import plain_local
 from paceline.strategies.activation_checkpointing import plain_name
+from paceline.strategies.precision.fp8_layers import plain_local
 from paceline.strategies.quantized_states import full_precision, is_quantized
 
 if TYPE_CHECKING:

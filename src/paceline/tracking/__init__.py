@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paceline.lazy_names import lazy_attributes
+from paceline.environment.lazy_names import lazy_attributes
 
 if TYPE_CHECKING:
     from paceline.tracking.base import GeneralTracker

@@ -96,13 +96,14 @@ def test_a_thread_that_begins_while_another_reads_sees_its_own_part() -> None:
 def test_a_finalizer_sees_the_generator_of_numpy_while_a_loader_isolates_it() -> None:
     """Python 3.11 and older collect garbage whenever memory is allocated: at each point of the exchange once here."""
     seen: list[str] = []
+    numpy_random: Any = np.random
 
     class Cycle:
         def __init__(self) -> None:
             self.itself = self
 
         def __del__(self) -> None:
-            seen.append(type(np.random.get_bit_generator()).__name__)
+            seen.append(type(numpy_random.get_bit_generator()).__name__)
 
     isolated_rng = IsolatedRng(0)
     thresholds = gc.get_threshold()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from paceline.stepping import steps_taken
+from paceline.accelerator.stepping import steps_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,19 +11,19 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paceline.accelerator.recording.dropout import watch_dropout
+from paceline.accelerator.stepping import steps_taken
 from paceline.collectives import as_bytes, leaves
 from paceline.environment.random_generators import is_seeded, set_seed
-from paceline.stepping import steps_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from paceline.accelerator.stepping import AcceleratedOptimizer
     from paceline.collectives import Group
     from paceline.config import Recording
     from paceline.data import PreparedDataLoader
-    from paceline.stepping import AcceleratedOptimizer
     from paceline.strategies import Strategy
 
 __all__ = ["ParityRecorder", "Recorded"]

@@ -17,8 +17,8 @@ import torch
 
 from paceline.checkpoint.format.checksums import Span, of_spans
 from paceline.checkpoint.format.layout import DTYPE_SIZES
+from paceline.environment.version import __version__
 from paceline.errors import DamagedCheckpointError
-from paceline.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

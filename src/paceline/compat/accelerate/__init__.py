@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.lazy_names import lazy_attributes
+from paceline.environment.lazy_names import lazy_attributes
 
 # The release whose names, signatures and meanings these are.
 __version__ = "1.15.0"

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-import paceline
+from paceline.accelerator import accelerator as core
 from paceline.accelerator.policies import use_policies
 from paceline.compat.accelerate.bridge import sections
 from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
@@ -243,7 +243,7 @@ class Accelerator:
 
     def _make_core(
         self, plugin: GradientAccumulationPlugin | None, dynamo: Any, handlers: dict[type, Any]
-    ) -> paceline.Accelerator:
+    ) -> core.Accelerator:
         arguments: dict[str, Any] = {
             "device_placement": self.device_placement,
             # torchao's layers compute in fp8; all else is in bf16.
@@ -262,7 +262,7 @@ class Accelerator:
         elif self._strategy_name == "deepspeed" and self.deepspeed_plugin is not None:
             section = sections.deepspeed_section(self.deepspeed_plugin)
             arguments["deepspeed_plugin"] = self._known_plugin = section
-        return paceline.Accelerator(**arguments)
+        return core.Accelerator(**arguments)
 
     @property
     def _strategy_name(self) -> str:

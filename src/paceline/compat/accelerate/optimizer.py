@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paceline import stepping
+from paceline.accelerator import stepping
 from paceline.compat.accelerate.settings.errors import UnsupportedError
 from paceline.compat.accelerate.state import AcceleratorState, GradientState
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from paceline import stepping
+from paceline.accelerator import stepping
+from paceline.accelerator.stepping import Window
 from paceline.collectives import SoloGroup
-from paceline.compat.accelerate.state import AcceleratorState, GradientState
-from paceline.data import ActiveLoaders
-from paceline.stepping import Window
+from paceline.compat.accelerate.state import AcceleratorState, GradientState, InnermostLoader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,7 +43,7 @@ class AcceleratedScheduler(stepping.AcceleratedScheduler):
         self.optimizers = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
         if window is None:
             # Made by a program: whether to step is asked of the GradientState in any case.
-            window = Window(1, ActiveLoaders(), SoloGroup(AcceleratorState().device))
+            window = Window(1, InnermostLoader(), SoloGroup(AcceleratorState().device))
         super().__init__(scheduler, window=window, optimizers=(), step_with_optimizer=step_with_optimizer)
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()

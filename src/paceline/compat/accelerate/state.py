@@ -636,3 +636,30 @@ class GradientState:
 
     def _remove_dataloader(self, dataloader: Any) -> None:
         self.dataloader_references = [each for each in self.dataloader_references if each is not dataloader]
+
+
+class SharedBoundary:
+    """`sync_gradients` of the `GradientState`, which programs set too."""
+
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the current micro-batch is the last of its window."""
+        return GradientState().sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        GradientState()._set_sync_gradients(value)
+
+
+class InnermostLoader:
+    """The loop ends where the innermost loader does."""
+
+    remaining = None
+
+    def begin_micro_batch(self) -> None:
+        """Count nothing: the loader knows."""
+
+    @property
+    def loop_ends(self) -> bool:
+        """Whether the current batch is the last of the innermost loader."""
+        return GradientState().end_of_dataloader

@@ -28,7 +28,6 @@ from paceline.errors import (
     counted,
     named,
 )
-from paceline.precision import autocast_forward
 from paceline.strategies.base import Strategy, check_trainable, refuse_join, short_dtype
 from paceline.strategies.compilation import protect_linear
 from paceline.strategies.context import DistributedType
@@ -64,6 +63,7 @@ from paceline.strategies.deepspeed.state import gather_whole, is_sharded, value_
 from paceline.strategies.deepspeed.transformers import announce
 from paceline.strategies.deepspeed.weight_check import WeightCheck
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
+from paceline.strategies.precision import autocast_forward
 from paceline.strategies.protocols import multiply
 from paceline.strategies.state import saved_buffers
 from paceline.strategies.use_check import UseCheck

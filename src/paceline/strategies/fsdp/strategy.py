@@ -21,8 +21,6 @@ from typing_extensions import override
 
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, counted, named
-from paceline.precision import autocast_forward
-from paceline.precision.fp8_layers import has_layers, plain_local
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
 from paceline.strategies.base import Strategy, refuse_join, short_dtype
 from paceline.strategies.blocks import find_units
@@ -37,6 +35,8 @@ from paceline.strategies.fsdp.sharding import (
     refuse_hooks_of_whole,
     sharded_axes,
 )
+from paceline.strategies.precision import autocast_forward
+from paceline.strategies.precision.fp8_layers import has_layers, plain_local
 from paceline.strategies.protocols import multiply
 from paceline.strategies.use_check import UseCheck
 
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from paceline.checkpoint.format.shards import OptimizerState, TensorShard
-    from paceline.precision.fp8 import Fp8Layers
     from paceline.strategies.blocks import Units
     from paceline.strategies.context import RunContext
+    from paceline.strategies.precision.fp8 import Fp8Layers
 
 _BLOCK_CLASSES = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from paceline.accelerator.stepping.scheduler import is_scheduler
 from paceline.compat.accelerate.settings.errors import InvalidValueError
-from paceline.stepping.scheduler import is_scheduler
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 
 if TYPE_CHECKING:

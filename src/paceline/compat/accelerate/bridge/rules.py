@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader
 
 from paceline.accelerator.policies import Policies
+from paceline.accelerator.stepping import WindowPolicy
 from paceline.compat.accelerate.data_loader import DataLoaderAdapter, prepare_data_loader
 from paceline.compat.accelerate.optimizer import AcceleratedOptimizer
 from paceline.compat.accelerate.scheduler import AcceleratedScheduler
 from paceline.compat.accelerate.settings.enums import DistributedType
-from paceline.compat.accelerate.state import AcceleratorState, GradientState
+from paceline.compat.accelerate.state import AcceleratorState, InnermostLoader, SharedBoundary
 from paceline.compat.accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from paceline.config import Leniency
-from paceline.stepping import WindowPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from paceline.collectives import Group
     from paceline.compat.accelerate.settings.plugins import DataLoaderConfiguration
-    from paceline.data import ActiveLoaders
 
 __all__ = ["LoaderRules", "PreparedKinds", "rules_of"]
 
@@ -37,33 +36,6 @@ _LENIENT = Leniency(
     save_open_gradients=True,
     script_wins=True,
 )
-
-
-class SharedBoundary:
-    """`sync_gradients` of the `GradientState`, which programs set too."""
-
-    @property
-    def sync_gradients(self) -> bool:
-        """Whether the current micro-batch is the last of its window."""
-        return GradientState().sync_gradients
-
-    @sync_gradients.setter
-    def sync_gradients(self, value: bool) -> None:
-        GradientState()._set_sync_gradients(value)
-
-
-class InnermostLoader:
-    """The loop ends where the innermost loader does."""
-
-    remaining = None
-
-    def begin_micro_batch(self) -> None:
-        """Count nothing: the loader knows."""
-
-    @property
-    def loop_ends(self) -> bool:
-        """Whether the current batch is the last of the innermost loader."""
-        return GradientState().end_of_dataloader
 
 
 class LoaderRules:
@@ -141,7 +113,7 @@ class PreparedKinds:
 def rules_of(loaders: LoaderRules, kinds: PreparedKinds) -> Policies:
     """The rules of a run with these loaders, optimizers and schedulers."""
 
-    def family(_active: ActiveLoaders) -> LoaderRules:
+    def family(_active: object) -> LoaderRules:
         return loaders
 
     return Policies(

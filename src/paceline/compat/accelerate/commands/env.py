@@ -13,11 +13,11 @@ import numpy
 import psutil
 import torch
 
-from paceline import version
 from paceline.accelerator.environment_report import environment_report
 from paceline.compat.accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from paceline.compat.accelerate.commands.utils import command_parser, run_command
 from paceline.compat.install import VERSION
+from paceline.environment import version
 
 __all__ = ["env_command", "env_command_parser", "main"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Now, as this module and its function have one name: importing the module later must not replace the function.
 from paceline.compat.accelerate.utils.tqdm import tqdm as tqdm
-from paceline.lazy_names import lazy_attributes
+from paceline.environment.lazy_names import lazy_attributes
 
 _NAMES = {
     ".commands.config.default": "write_basic_config",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from paceline.lazy_names import lazy_attributes
+from paceline.environment.lazy_names import lazy_attributes
 
 __getattr__, __all__ = lazy_attributes(__name__, {"selection_menu": "BulletMenu"})

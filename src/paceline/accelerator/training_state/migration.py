@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from paceline.accelerator.training_state.registered_tensors import LiveTensors
+from paceline.accelerator.training_state.state import name_differences
 from paceline.checkpoint import numbered
 from paceline.checkpoint.foreign import open_foreign
 from paceline.environment.random_generators import set_rng_states
 from paceline.errors import CheckpointError, PacelineError, StateError, counted, named_ranks
-from paceline.training_state.registered_tensors import LiveTensors
-from paceline.training_state.state import name_differences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from paceline.accelerator.training_state.state import TrainingState
     from paceline.checkpoint import TensorShard
     from paceline.checkpoint.foreign import LazyTensors, PortableOptimizer, PortableState
-    from paceline.training_state.state import TrainingState
 
 __all__ = ["import_foreign_state"]
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paceline import checkpoint as checkpoints
+from paceline.accelerator.training_state.preemption import Preempted, Preemption
 from paceline.environment.logging import get_logger
 from paceline.errors import CheckpointError, DamagedCheckpointError, PacelineError, StateError, counted
-from paceline.training_state.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from paceline.accelerator.stepping import Window
+    from paceline.accelerator.training_state.state import TrainingState
     from paceline.checkpoint import Checkpoint
     from paceline.checkpoint.save_load import SaveTimings
     from paceline.collectives import Group
     from paceline.config import ProjectConfiguration
     from paceline.data import ActiveLoaders, LoaderStatus, PreparedDataLoader
-    from paceline.stepping import Window
-    from paceline.training_state.state import TrainingState
 
 __all__ = ["CheckpointManager", "HookHandle", "require_safe_serialization"]
 
@@ -252,7 +252,7 @@ class CheckpointManager:
         return all(self._group.all_gather_object(checkpoints.is_foreign_state(folder)))
 
     def _import_foreign(self, folder: Path, *, strict: bool, progress: bool) -> str:
-        from paceline.training_state.migration import import_foreign_state
+        from paceline.accelerator.training_state.migration import import_foreign_state
 
         state = self._run_load_hooks(folder)
         for line in import_foreign_state(state, folder, strict=strict, progress=progress):

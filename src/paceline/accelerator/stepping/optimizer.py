@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from paceline.precision import LossScaler
-    from paceline.stepping.window import Window
+    from paceline.accelerator.stepping.loss_scaler import LossScaler
+    from paceline.accelerator.stepping.window import Window
     from paceline.strategies import Strategy
 
 __all__ = ["AcceleratedOptimizer", "steps_taken", "unassigned_parameters"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from paceline.config import AutocastKwargs
 from paceline.errors import PrecisionError
-from paceline.precision import autocast_forward, policy_for
+from paceline.strategies.precision import autocast_forward, policy_for
 
 CPU = torch.device("cpu")
 LINEAR = nn.Linear(4, 4)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from paceline.errors import MissingExtraError, PrepareError, did_you_mean
-from paceline.precision.fp8_gathering import GatheredWeights
-from paceline.precision.fp8_layers import ORIGINAL, plain_local
+from paceline.strategies.precision.fp8_gathering import GatheredWeights
+from paceline.strategies.precision.fp8_layers import ORIGINAL, plain_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable

@@ -19,12 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from paceline.environment.error_file import ErrorFile, stacks_folder
-from paceline.environment.logging import get_logger
-from paceline.errors import HUNG
-from paceline.watchdog.diagnosis import RankStatus, diagnose
-from paceline.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
-from paceline.watchdog.recorder import (
+from paceline.collectives.watchdog.diagnosis import RankStatus, diagnose
+from paceline.collectives.watchdog.locations import all_stacks, here, location_in_traceback, main_stack
+from paceline.collectives.watchdog.recorder import (
     GroupStatus,
     current_status,
     flight_record,
@@ -32,12 +29,15 @@ from paceline.watchdog.recorder import (
     is_device_busy,
     recent_operations,
 )
+from paceline.environment.error_file import ErrorFile, stacks_folder
+from paceline.environment.logging import get_logger
+from paceline.errors import HUNG
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+    from paceline.collectives.watchdog.recorder import Operation
     from paceline.environment.world import World
-    from paceline.watchdog.recorder import Operation
 
 __all__ = ["Watch", "default_limit", "start_watch"]
 

@@ -6,6 +6,6 @@ a collective is pending.
 
 from __future__ import annotations
 
-from paceline.watchdog.watch import Watch, default_limit, start_watch
+from paceline.collectives.watchdog.watch import Watch, default_limit, start_watch
 
 __all__ = ["Watch", "default_limit", "start_watch"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from paceline.precision.fp8_rounding import Rounding
+from paceline.strategies.precision.fp8_rounding import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from paceline.environment.object_state import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from paceline.stepping import AcceleratedOptimizer
+    from paceline.accelerator.stepping import AcceleratedOptimizer
     from paceline.strategies import Strategy
 
 __all__ = ["AttributeState", "attribute_owners"]

@@ -10,38 +10,37 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbered, rank_document, to_plain
-from paceline.checkpoint.folder import TRAINING
-from paceline.checkpoint.format.layout import dtype_named
-from paceline.environment.logging import get_logger
-from paceline.environment.random_generators import get_rng_states, set_rng_states
-from paceline.errors import CheckpointError, StateError, counted, named
-from paceline.stepping import steps_taken
-from paceline.strategies.adapters import frozen_base, is_adapted
-from paceline.strategies.state import is_dtensor, saved_buffers
-from paceline.training_state.attributes import attribute_owners
-from paceline.training_state.registered_tensors import (
+from paceline.accelerator.stepping import steps_taken
+from paceline.accelerator.training_state.attributes import attribute_owners
+from paceline.accelerator.training_state.registered_tensors import (
     LiveTensors,
     refuse_placeholders,
     restore_object,
     split_sharded,
     state_name,
 )
+from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbered, rank_document, to_plain
+from paceline.checkpoint.folder import TRAINING
+from paceline.checkpoint.format.layout import dtype_named
+from paceline.environment.logging import get_logger
+from paceline.environment.random_generators import get_rng_states, set_rng_states
+from paceline.errors import CheckpointError, StateError, counted, named
+from paceline.strategies.adapters import frozen_base, is_adapted
+from paceline.strategies.state import is_dtensor, saved_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from paceline.accelerator.stepping import AcceleratedOptimizer, AcceleratedScheduler, LossScaler
+    from paceline.accelerator.training_state.attributes import AttributeState
+    from paceline.accelerator.training_state.registered_tensors import LoadTarget
     from paceline.checkpoint import Checkpoint
     from paceline.checkpoint.save_load import Content
     from paceline.collectives import Group
     from paceline.data import PreparedDataLoader
-    from paceline.precision import LossScaler
-    from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler
     from paceline.strategies import Strategy
-    from paceline.training_state.attributes import AttributeState
-    from paceline.training_state.registered_tensors import LoadTarget
 
 __all__ = ["TrainingState", "name_differences"]
 

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import Accelerator, DistributedDataParallelKwargs, GradScalerKwargs
 from paceline.accelerator.policies import Policies, use_policies
+from paceline.accelerator.stepping import AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, WindowPolicy
 from paceline.config import Leniency, resolve, use_configuration
 from paceline.config.resolution import with_arguments
 from paceline.errors import ConfigError, DeviceError, ForeignOptimizerError, SteppingError, UnassignedParametersError
-from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, OwnBoundary, WindowPolicy
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, SequentialLR
 if TYPE_CHECKING:
     from collections.abc import Sized
 
-    from paceline.stepping.scheduler import AcceleratedScheduler
-    from paceline.stepping.window import Window
+    from paceline.accelerator.stepping.scheduler import AcceleratedScheduler
+    from paceline.accelerator.stepping.window import Window
 
 __all__ = ["ScheduleLengthCheck", "planned_steps"]
 

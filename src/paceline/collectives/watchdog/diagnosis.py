@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from paceline.collectives.watchdog.locations import CodeLocation
+from paceline.collectives.watchdog.recorder import OPENING, Operation
 from paceline.errors import named_ranks
-from paceline.watchdog.locations import CodeLocation
-from paceline.watchdog.recorder import OPENING, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

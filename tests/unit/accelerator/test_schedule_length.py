@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from paceline.stepping.schedule_length import planned_steps
+from paceline.accelerator.stepping.schedule_length import planned_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable

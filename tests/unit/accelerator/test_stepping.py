@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from paceline import Accelerator, GradientAccumulationPlugin, GradScalerKwargs
+from paceline.accelerator.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_scheduler
 from paceline.errors import ConfigError, PrepareError, SteppingError
-from paceline.stepping import AcceleratedOptimizer, AcceleratedScheduler, is_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

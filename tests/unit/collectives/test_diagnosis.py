@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from paceline.watchdog.diagnosis import RankStatus, diagnose
-from paceline.watchdog.locations import CodeLocation, all_stacks, here, location_in_traceback
-from paceline.watchdog.recorder import Operation, read_operation
+from paceline.collectives.watchdog.diagnosis import RankStatus, diagnose
+from paceline.collectives.watchdog.locations import CodeLocation, all_stacks, here, location_in_traceback
+from paceline.collectives.watchdog.recorder import Operation, read_operation
 
 
 def operation(number: int, name: str = "all_reduce", what: str = "float32 (4,)", *, done: bool = False) -> Operation:

@@ -12,11 +12,19 @@ over the gradients corrects it when the window closes. Nothing here reads a numb
 
 from __future__ import annotations
 
-from paceline.stepping.loss import scalar_loss
-from paceline.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
-from paceline.stepping.schedule_length import ScheduleLengthCheck, planned_steps
-from paceline.stepping.scheduler import AcceleratedScheduler, is_scheduler
-from paceline.stepping.window import TRUE_MEAN, Accumulation, GradientBoundary, OwnBoundary, Window, WindowPolicy
+from paceline.accelerator.stepping.loss import scalar_loss
+from paceline.accelerator.stepping.loss_scaler import LossScaler
+from paceline.accelerator.stepping.optimizer import AcceleratedOptimizer, steps_taken, unassigned_parameters
+from paceline.accelerator.stepping.schedule_length import ScheduleLengthCheck, planned_steps
+from paceline.accelerator.stepping.scheduler import AcceleratedScheduler, is_scheduler
+from paceline.accelerator.stepping.window import (
+    TRUE_MEAN,
+    Accumulation,
+    GradientBoundary,
+    OwnBoundary,
+    Window,
+    WindowPolicy,
+)
 
 __all__ = [
     "TRUE_MEAN",
@@ -24,6 +32,7 @@ __all__ = [
     "AcceleratedScheduler",
     "Accumulation",
     "GradientBoundary",
+    "LossScaler",
     "OwnBoundary",
     "ScheduleLengthCheck",
     "Window",

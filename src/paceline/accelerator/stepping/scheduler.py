@@ -9,8 +9,8 @@ from torch.optim.lr_scheduler import LRScheduler
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from paceline.stepping.optimizer import AcceleratedOptimizer
-    from paceline.stepping.window import Window
+    from paceline.accelerator.stepping.optimizer import AcceleratedOptimizer
+    from paceline.accelerator.stepping.window import Window
 
 __all__ = ["AcceleratedScheduler", "is_scheduler"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.click_helpers import PathType, examples
+from paceline.cli.click_helpers import DTYPES, PathType, examples
 from paceline.errors import counted
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ torch.distributed.checkpoint are read as well as paceline's own. No code in them
 anything but tensors and plain values is refused.
 """
 _FOLDER = PathType(exists=True, file_okay=False, path_type=Path)
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @click.group(name="checkpoint", help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
@@ -292,7 +291,7 @@ def _verify(folder: Path) -> str:
     show_default=True,
     help="Maximum size of a file, such as 5GB or 500MiB.",
 )
-@click.option("--dtype", type=click.Choice([*_DTYPES]), help="Convert floating-point weights to this dtype.")
+@click.option("--dtype", type=click.Choice([*DTYPES]), help="Convert floating-point weights to this dtype.")
 @click.option(
     "--model", "model_index", default=0, show_default=True, help="Index of the model, if several were prepared."
 )
@@ -324,7 +323,7 @@ def export(
     total = sum(_numel(tensors.slot(name).shape) * tensors.slot(name).dtype.itemsize for name in tensors)
     wanted = None
     if dtype is not None:
-        wanted = getattr(torch, _DTYPES[dtype])
+        wanted = getattr(torch, DTYPES[dtype])
     with _progress(f"export {source.name}", total) as advance:
         files = stream_weights(tensors, out, max_file_bytes=limit, dtype=wanted, progress=advance)
     if (source / "config.json").is_file():

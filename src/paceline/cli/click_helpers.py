@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
     from click import Context, Parameter
 
-__all__ = ["HELP_FLAGS", "LazyGroup", "PathType", "examples"]
+__all__ = ["DTYPES", "HELP_FLAGS", "LazyGroup", "PathType", "examples"]
 
 HELP_FLAGS = {"help_option_names": ["-h", "--help"]}
 """Context settings of every command: both flags show the help."""
+
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Torch's names of the dtypes that options name; no torch is imported for them."""
 
 
 class PathType(click.Path):

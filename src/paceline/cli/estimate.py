@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from paceline.cli.click_helpers import examples
+from paceline.cli.click_helpers import DTYPES, examples
 from paceline.cli.interrupts import import_torch
 from paceline.errors import UsageError, counted
 
@@ -45,7 +45,6 @@ _GIB = 2**30
 _CONTEXT = 1 * _GIB
 _FRAGMENTS = 0.03
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "communication", "peak", "host")
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new versions of click only
@@ -205,7 +204,7 @@ class Estimate:
 
         from paceline.planner.estimation import Estimator, OptimizerCost
 
-        compute = _DTYPES.get(self.settings["mixed_precision"])
+        compute = DTYPES.get(self.settings["mixed_precision"])
         weights = next((p.dtype for p in self.source.model.parameters()), torch.float32)
         source = self.source
         return Estimator(

@@ -16,7 +16,7 @@ import click
 from paceline.cli.click_helpers import PathType
 from paceline.cli.interrupts import import_torch
 from paceline.cli.schema_flags import SETTINGS, SchemaCommand, given_flags, schema_options
-from paceline.cli.sources import resolve_sources
+from paceline.cli.sources import one_process, resolve_sources
 from paceline.errors import UsageError, WorkerError, counted
 
 if TYPE_CHECKING:
@@ -80,8 +80,6 @@ class Trial:
         self._say(f"{counted(ranks, 'process')}, {self._source()}")
         self._phase("save", ranks, self.resolved)
         if any(self.folder.glob("*/wanted.json")):
-            from paceline.cli.variants import one_process
-
             self._phase("load", ranks, one_process(self.resolved))
         seconds = time.perf_counter() - begun
         passed = bool(self.outcomes) and all(outcome.passed for outcome in self.outcomes)

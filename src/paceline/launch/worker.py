@@ -218,9 +218,18 @@ class _DistributedImportHook:
             time.sleep(_POLL)
         if self._has_facade():
             return
-        from paceline.launch.bare_watchdog import start_bare_watchdog
+        self._start()
 
-        start_bare_watchdog(os.environ)
+    @staticmethod
+    def _start() -> None:
+        """Start the watchdog that an Accelerator would start, from the launcher's variables."""
+        from paceline.collectives.watchdog import start_watch
+        from paceline.config import Resolved
+        from paceline.environment.error_file import ErrorFile
+        from paceline.environment.world import World
+
+        config = Resolved.from_json(os.environ["PACELINE_CONFIG"]).config
+        start_watch(World.read(os.environ), ErrorFile.read(os.environ), config.hang_timeout)
 
     @staticmethod
     def _has_facade() -> bool:

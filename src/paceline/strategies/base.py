@@ -18,7 +18,7 @@ from typing_extensions import override
 from paceline.collectives.coalescing import broadcast_coalesced
 from paceline.errors import PrepareError, SteppingError, counted
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
-from paceline.strategies.precision import autocast_forward
+from paceline.strategies.precision import autocast_forward, short_dtype
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
 
 if TYPE_CHECKING:
@@ -429,19 +429,6 @@ def refuse_join(engine: str) -> SteppingError:
         "Its ranks exchange parameters in every forward, so a rank without a batch cannot follow along",
         "Keep even_batches=True: it fills up the last batches, and gather_for_metrics drops the added samples",
     )
-
-
-def short_dtype(dtype: torch.dtype) -> str:
-    """Shorten a dtype's name.
-
-    Args:
-        dtype: Any dtype.
-
-    Returns:
-        `fp32`, `bf16`, `fp16` or `fp64`; torch's own name for any other.
-    """
-    name = str(dtype).removeprefix("torch.")
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
 
 
 def _state_dict(model: nn.Module) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from paceline.cli.click_helpers import PathType
-from paceline.cli.config.model_check import check_blocks
 from paceline.config import find_config_file, resolve
 from paceline.config.conversion import deepspeed_problems
-from paceline.errors import ConfigError, Problem, UsageError, counted
+from paceline.errors import ConfigError, PrepareError, Problem, UsageError, counted
+
+if TYPE_CHECKING:
+    from paceline.config import Resolved
 
 _HELP = """Check configuration files (and DeepSpeed JSON files) without starting anything.
 
@@ -30,6 +33,8 @@ the model, which is built on the meta device, without memory for its weights.
     paceline config check fsdp.yaml --model my_package.models:build_model
     paceline config check fsdp.yaml --model ./checkpoints/llama   (a folder with transformers' config.json)
 """
+
+_BLOCK_CLASSES = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +80,33 @@ def _check(file: Path, model: str | None) -> _Verdict:
     summary = f"strategy {config.strategy}, mixed_precision {config.mixed_precision}"
     if model is None or config.strategy != "fsdp":
         return _Verdict(str(file), (), resolved.notes, summary)
-    problems, blocks = check_blocks(resolved, model)
+    problems, blocks = _check_blocks(resolved, model)
     return _Verdict(str(file), tuple(problems), resolved.notes, f"{summary}; {blocks}")
+
+
+def _check_blocks(resolved: Resolved, name: str) -> tuple[list[Problem], str]:
+    """Find the blocks into which FSDP would cut a model.
+
+    Args:
+        resolved: The configuration.
+        name: `module:function`, or the folder or file of a transformers configuration.
+
+    Returns:
+        What is wrong, and the blocks in words.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be built.
+    """
+    from paceline.cli.model_source import build_model
+    from paceline.config import FullyShardedDataParallelPlugin
+    from paceline.strategies.blocks import find_units
+
+    plugin = resolved.config.fsdp_config or FullyShardedDataParallelPlugin()
+    try:
+        return [], str(find_units(build_model(name, "--model"), plugin))
+    except PrepareError as error:
+        where = resolved.origin(_BLOCK_CLASSES).where
+        return [Problem(where, _BLOCK_CLASSES, error.saw, error.why, error.todo)], ""
 
 
 def _line(problem: Problem) -> int:

@@ -17,8 +17,7 @@ from paceline.cli.script_checks.script_runs import (
     run_options,
     script_command,
 )
-from paceline.cli.sources import resolve_sources
-from paceline.cli.variants import one_process
+from paceline.cli.sources import one_process, resolve_sources
 from paceline.config import Recording
 from paceline.errors import UsageError
 

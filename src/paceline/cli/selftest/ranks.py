@@ -14,7 +14,7 @@ from paceline import Accelerator, GradScalerKwargs, InitProcessGroupKwargs
 from paceline.cli.selftest import checks
 from paceline.cli.selftest.outcome import run_check
 from paceline.cli.selftest.training import prepare
-from paceline.cli.variants import LAYOUT, variant
+from paceline.cli.sources import LAYOUT, variant
 from paceline.config import use_configuration, worker_config
 
 if TYPE_CHECKING:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from paceline.strategies.context import RunContext
     from paceline.strategies.deepspeed.engine import ZeroEngine
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 _COMPILED = {"adam", "adamw", "lamb", "lion"}
 # Their updates depend on the shape of a weight or on its norm.
@@ -104,7 +103,7 @@ def early_settings(plugin: DeepSpeedPlugin, precision: str) -> dict[str, Any]:
     exact = value_at(plugin.settings, "data_types.keep_in_fp32_modules")
     if exact is not None:
         config["data_types"] = {"keep_in_fp32_modules": exact}
-    if precision in DTYPES:
+    if precision in ("bf16", "fp16"):
         config[precision] = {"enabled": True}
     return config
 

@@ -28,12 +28,11 @@ from paceline.errors import (
     counted,
     named,
 )
-from paceline.strategies.base import Strategy, check_trainable, refuse_join, short_dtype
+from paceline.strategies.base import Strategy, check_trainable, refuse_join
 from paceline.strategies.compilation import protect_linear
 from paceline.strategies.context import DistributedType
 from paceline.strategies.deepspeed import state as zero_state
 from paceline.strategies.deepspeed.build import (
-    DTYPES,
     as_bytes,
     as_groups,
     cast_inputs,
@@ -63,7 +62,7 @@ from paceline.strategies.deepspeed.state import gather_whole, is_sharded, value_
 from paceline.strategies.deepspeed.transformers import announce
 from paceline.strategies.deepspeed.weight_check import WeightCheck
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
-from paceline.strategies.precision import autocast_forward
+from paceline.strategies.precision import autocast_forward, short_dtype
 from paceline.strategies.protocols import multiply
 from paceline.strategies.state import saved_buffers
 from paceline.strategies.use_check import UseCheck
@@ -141,7 +140,8 @@ class DeepSpeedStrategy(Strategy):
     @property
     def _dtype(self) -> torch.dtype | None:
         """The dtype of the parameters in the forward, where that is not fp32."""
-        return DTYPES.get(self.context.precision.mode) if self._stage > 0 else None
+        dtype = self.context.precision.compute_dtype
+        return None if self._stage == 0 or dtype is torch.float32 else dtype
 
     @property
     def _shards_while_building(self) -> bool:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, counted, named
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
-from paceline.strategies.base import Strategy, refuse_join, short_dtype
+from paceline.strategies.base import Strategy, refuse_join
 from paceline.strategies.blocks import find_units
 from paceline.strategies.context import DistributedType
 from paceline.strategies.fsdp.overlap import check_switches, describe_switches, set_switches
@@ -35,7 +35,7 @@ from paceline.strategies.fsdp.sharding import (
     refuse_hooks_of_whole,
     sharded_axes,
 )
-from paceline.strategies.precision import autocast_forward
+from paceline.strategies.precision import DTYPES, autocast_forward, short_dtype
 from paceline.strategies.precision.fp8_layers import has_layers, plain_local
 from paceline.strategies.protocols import multiply
 from paceline.strategies.use_check import UseCheck
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from paceline.strategies.precision.fp8 import Fp8Layers
 
 _BLOCK_CLASSES = "fsdp_config.fsdp_transformer_layer_cls_to_wrap"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FSDPStrategy(Strategy):
@@ -670,11 +669,11 @@ def _mixed_precision(context: RunContext, plugin: FullyShardedDataParallelPlugin
     The output keeps its dtype: rounding it would round the loss that users log by up to 0.4 %.
     """
     policy = context.precision
-    compute = _DTYPES[plugin.param_dtype] if plugin.param_dtype else None
+    compute = DTYPES[plugin.param_dtype] if plugin.param_dtype else None
     if compute is None and policy.mode != "no":
         compute = policy.compute_dtype
-    reduce = _DTYPES[plugin.reduce_dtype] if plugin.reduce_dtype else None
+    reduce = DTYPES[plugin.reduce_dtype] if plugin.reduce_dtype else None
     if reduce is None and compute is not None:
         reduce = torch.float32
-    output = _DTYPES[plugin.output_dtype] if plugin.output_dtype else None
+    output = DTYPES[plugin.output_dtype] if plugin.output_dtype else None
     return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, output_dtype=output)

@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 
 Mode = Literal["no", "bf16", "fp16", "fp8"]
 
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes that settings name."""
+
 # Under fp8 only the products of large linear layers are in 8 bits; everything else is as under bf16.
-_DTYPES: dict[str, torch.dtype] = {
-    "no": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8": torch.bfloat16,
-}
+_DTYPES_OF_MODES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """Shorten a dtype's name.
+
+    Args:
+        dtype: Any dtype.
+
+    Returns:
+        `fp32`, `bf16`, `fp16` or `fp64`; torch's own name for any other.
+    """
+    name = str(dtype).removeprefix("torch.")
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}.get(name, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +58,7 @@ class PrecisionPolicy:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype in which autocast runs matrix products."""
-        return _DTYPES[self.mode]
+        return _DTYPES_OF_MODES[self.mode]
 
     @property
     def uses_autocast(self) -> bool:
@@ -95,7 +106,7 @@ def policy_for(
         PrecisionError: The device does not support `mode`; names those that it does.
     """
     known = frozenset(supported_precisions(device) if supported is None else supported)
-    if mode not in known or mode not in _DTYPES:
+    if mode not in known or mode not in _DTYPES_OF_MODES:
         raise PrecisionError(mode, describe_device(device), known, why_no_fp8(device) if mode == "fp8" else "")
     if handler is None:
         from paceline.config import AutocastKwargs

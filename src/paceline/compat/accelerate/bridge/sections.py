@@ -253,9 +253,10 @@ def _offloads(policy: Any) -> bool:
 
 def _dtypes(policy: Any) -> dict[str, str]:
     """The dtypes of parameters and of the reduction. That of the output is left to the forward, as under autocast."""
+    from paceline.strategies.precision import short_dtype
+
     names = {"param_dtype": getattr(policy, "param_dtype", None), "reduce_dtype": getattr(policy, "reduce_dtype", None)}
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    return {name: short[str(dtype).removeprefix("torch.")] for name, dtype in names.items() if dtype is not None}
+    return {name: short_dtype(dtype) for name, dtype in names.items() if dtype is not None}
 
 
 def _wrapping(plugin: FullyShardedDataParallelPlugin, model: nn.Module | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CodeLocation", "all_stacks", "here", "location_in_traceback", "location_of", "main_stack"]
 
-_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[1]), "<")
+_LIBRARIES = (str(Path(os.__file__).parent), str(Path(__file__).parents[2]), "<")
 # The methods of the facade are what a script calls.
 _FACADE = re.compile(r"paceline\.accelerator\.\w+")
 _MAX_CODE_LENGTH = 100

@@ -37,12 +37,12 @@ paceline config convert old.yaml     # convert a file of Accelerate or DeepSpeed
 paceline config schema               # print the JSON Schema, with which editors complete and check the file
 ```
 
-The file is that of `--config_file`, else of PACELINE_CONFIG_FILE, else `default_config.yaml` in PACELINE_HOME, else in
-`~/.cache/paceline` (or under XDG_CACHE_HOME), else the file that Accelerate's own command wrote; a note tells you when
-that one is read. Flags can be written with `-` or `_`. In a section, keys can be written without the prefix.
+The file is the one named by `--config_file`, else by PACELINE_CONFIG_FILE, else `default_config.yaml` in PACELINE_HOME,
+else in `~/.cache/paceline` (or under XDG_CACHE_HOME), else the file that Accelerate's own command wrote; a note tells
+you when that one is read. Flags can be written with `-` or `_`. In a section, keys can be written without the prefix.
 
-Editors with the YAML language server complete, explain and check a file that begins with
-`# yaml-language-server: $schema=paceline.schema.json`, after `paceline config schema > paceline.schema.json`.
+After `paceline config schema > paceline.schema.json`, editors with the YAML language server complete, explain and check
+a file that begins with `# yaml-language-server: $schema=paceline.schema.json`.
 
 For shell completion of commands, flags and choices, append the output of `paceline completion bash` to `~/.bashrc`,
 that of `paceline completion zsh` to `~/.zshrc`, or write that of `paceline completion fish` to

@@ -1,4 +1,4 @@
-"""The facade: one class whose public methods each hand on to the part that does the work."""
+"""The facade: one class whose public methods each delegate to the part that does the work."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ class Accelerator:
     Args:
         device_placement: Move models and batches to the device.
         mixed_precision: `no`, `bf16`, `fp16` or `fp8`.
-        gradient_accumulation_steps: Micro-batches to an optimizer step.
+        gradient_accumulation_steps: Micro-batches per optimizer step.
         cpu: Use the CPU even if there is an accelerator.
-        strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or one of your own: a class derived from
-            `paceline.strategies.Strategy`, or an object of one. `auto` takes the least sharding that fits.
+        strategy: `auto`, `single`, `ddp`, `fsdp`, `deepspeed`, or your own: a subclass of
+            `paceline.strategies.Strategy`, or an instance of one. `auto` takes the least sharding that fits.
         dataloader_config: How prepared loaders are split over ranks.
         fsdp_plugin: Settings of FSDP2; selects that strategy.
         deepspeed_plugin: Settings of DeepSpeed; selects that strategy.
-        deepspeed_plugins: Several of these by name, instead; the first one is used until `select_deepspeed_plugin`.
-        gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one of them.
+        deepspeed_plugins: Several of these by name; the first one is used until `select_deepspeed_plugin`.
+        gradient_accumulation_plugin: More settings than `gradient_accumulation_steps`; give one or the other.
         step_scheduler_with_optimizer: Step a prepared scheduler once for each optimizer step; else on every call.
         kwargs_handlers: `DistributedDataParallelKwargs`, `GradScalerKwargs`, `AutocastKwargs`,
             `InitProcessGroupKwargs`, `ProfileKwargs`, `FP8Config`: at most one of each.
@@ -91,15 +91,15 @@ class Accelerator:
         attention_kernels: Kernels behind torch's `scaled_dot_product_attention`: `auto`, `torch` or `flash-attn-4`.
         parallelism_config: Sizes of the mesh axes, for hybrid sharding.
         project_dir: Where a run keeps its files.
-        project_config: More settings than `project_dir`; give one of them.
-        log_with: Experiment trackers for `init_trackers` to open: a name, `all` that are installed, an object derived
-            from `paceline.tracking.GeneralTracker`, or a list of these. JSON lines are also written wherever there
-            is a folder for logs.
+        project_config: More settings than `project_dir`; give one or the other.
+        log_with: Experiment trackers for `init_trackers` to open: a name, `all` that are installed, an instance of
+            `paceline.tracking.GeneralTracker`, or a list of these. JSON lines are also written wherever there is a
+            folder for logs.
         rng_types: Accepted as `["generator"]` or None: the order of samples depends on seed and epoch only, so
             no generator has to be synchronised.
 
     Attributes:
-        scaler: The loss scaler of fp16; None in any other precision, and where the engine scales the loss.
+        scaler: The loss scaler for fp16; None in any other precision, and where the engine scales the loss.
         project_configuration: Where the run keeps its files, and how checkpoints are named.
 
     Raises:
@@ -258,7 +258,7 @@ class Accelerator:
         """The strategy under its name in configuration files.
 
         Raises:
-            PrepareError: `strategy="auto"`, and no model was prepared.
+            PrepareError: `strategy="auto"`, and no model has been prepared.
         """
         return self.strategy.distributed_type
 
@@ -282,7 +282,7 @@ class Accelerator:
         return self._selector.context.config.deepspeed_config
 
     def select_deepspeed_plugin(self, name: str) -> None:
-        """Use another one of `deepspeed_plugins` for the models that are prepared from now on.
+        """Use another of `deepspeed_plugins` for models prepared from now on.
 
         Args:
             name: Its key.
@@ -296,14 +296,14 @@ class Accelerator:
         self.replace_plugin(named_plugin(self._deepspeed_plugins, name))
 
     def replace_plugin(self, plugin: DeepSpeedPlugin | FullyShardedDataParallelPlugin) -> None:
-        """Use other settings of FSDP2 or DeepSpeed than the constructor was given, from the first model on.
+        """Replace the constructor's settings of FSDP2 or DeepSpeed, before the first model is prepared.
 
         Args:
             plugin: All settings; those of the launcher's configuration still hold where it leaves them open.
 
         Raises:
             ConfigError: It contradicts the launcher's configuration.
-            PrepareError: A model was prepared under the present settings.
+            PrepareError: A model was prepared under the current settings.
         """
         from paceline.config import DeepSpeedPlugin
 
@@ -357,7 +357,7 @@ class Accelerator:
 
     @property
     def dataloader_config(self) -> DataLoaderConfiguration:
-        """How loaders that are prepared from now on are split over ranks."""
+        """How loaders prepared from now on are split over ranks."""
         return self._preparer.dataloader_config
 
     @dataloader_config.setter
@@ -411,16 +411,16 @@ class Accelerator:
     def free_memory(self, *objects: Any) -> list[None]:
         """Forget everything prepared and free the device's memory.
 
-        Assign the result to the variables of the objects, so that nothing else keeps them alive.
+        Assign the result to the variables that hold the objects, so that nothing keeps them alive.
 
         Args:
-            objects: What the script prepared.
+            objects: The script's prepared objects.
 
         Returns:
-            A None for each object.
+            One None for each object.
 
         Raises:
-            CheckpointError: A save in the background failed; everything is forgotten nevertheless.
+            CheckpointError: A save in the background failed; everything is forgotten anyway.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -445,10 +445,10 @@ class Accelerator:
     # Preparation
 
     def prepare(self, *args: Any, device_placement: Sequence[bool | None] | None = None) -> Any:
-        """Make models, optimizers, loaders and schedulers fit the run.
+        """Prepare models, optimizers, loaders and schedulers for the run.
 
         Any other object, or one that was prepared before, is returned unchanged; on several ranks an iterable of
-        batches that is no `DataLoader` is prepared as well. An optimizer may be made before or after its model is
+        batches that is not a `DataLoader` is prepared as well. An optimizer may be created before or after its model is
         prepared.
         Collective: every rank must call it.
 
@@ -457,7 +457,7 @@ class Accelerator:
             device_placement: One flag for each argument, to override `device_placement` of the constructor.
 
         Returns:
-            The prepared objects in the same order, as a tuple; a single one by itself.
+            The prepared objects in the same order, as a tuple; a single one is returned by itself.
 
         Raises:
             PrepareError: Something cannot be trained, sharded or stepped.
@@ -482,7 +482,7 @@ class Accelerator:
         Args:
             model: To be trained, or only evaluated.
             device_placement: Overrides the constructor's.
-            evaluation_mode: Only place the model, and exchange no gradients for it.
+            evaluation_mode: Only place the model; exchange no gradients for it.
 
         Returns:
             What to call instead of the model.
@@ -502,7 +502,7 @@ class Accelerator:
         Collective: every rank must call it.
 
         Args:
-            optimizer: Of torch, or derived from it.
+            optimizer: A torch optimizer, or a subclass.
             device_placement: Accepted; an optimizer's state follows its parameters.
 
         Returns:
@@ -521,14 +521,14 @@ class Accelerator:
     def prepare_data_loader(
         self, data_loader: Any, device_placement: bool | None = None, *, saved: bool = True, ordered: bool = False
     ) -> PreparedDataLoader:
-        """Prepare one loader: it yields this rank's part, on the device ahead of need.
+        """Prepare one loader, which then yields this rank's part, copied to the device ahead of time.
 
         Args:
-            data_loader: A `DataLoader`, or another iterable of batches, which is read unchanged by one rank, or as
+            data_loader: A `DataLoader`, or another iterable of batches: a single rank reads it unchanged, several as
                 `dispatch_batches` or `streams_are_sharded` say.
             device_placement: Overrides the constructor's.
-            saved: Whether checkpoints contain its position; False for loaders that always begin at their first
-                sample, of which there may be any number.
+            saved: Whether checkpoints contain its position; False for any number of loaders that always begin at their
+                first sample.
             ordered: Whether the batches of rank 0, 1, … must follow each other in the order of a stream: then rank 0
                 reads it for all ranks, unless `dispatch_batches` or `streams_are_sharded` say otherwise.
 
@@ -552,13 +552,13 @@ class Accelerator:
         """Prepare one learning-rate scheduler, after its optimizer.
 
         Args:
-            scheduler: Of torch, or an object with the same methods.
+            scheduler: A torch scheduler, or an object with the same methods.
 
         Returns:
             A scheduler that steps once for each step that its optimizer takes.
 
         Raises:
-            PrepareError: A `DummyScheduler`, and the strategy reads no DeepSpeed configuration.
+            PrepareError: It is a `DummyScheduler`, and the strategy reads no DeepSpeed configuration.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -571,7 +571,7 @@ class Accelerator:
     def skip_first_batches(self, dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
         """Make a view of a loader whose first epoch begins `num_batches` batches later.
 
-        Not needed after `load_state`, which lets prepared loaders continue where they were, and harmless there.
+        Harmless but unnecessary after `load_state`, which makes prepared loaders continue where they were.
 
         Args:
             dataloader: Prepared or not.
@@ -612,7 +612,7 @@ class Accelerator:
         return self._preparer.unwrap_model(model, keep_torch_compile=keep_torch_compile)
 
     def init_module(self) -> AbstractContextManager[Any]:
-        """Build large models inside: under ZeRO stage 3 each parameter is sharded as soon as it is made.
+        """Build large models inside: under ZeRO stage 3 each parameter is sharded as soon as it is created.
 
         Under any other strategy it changes nothing; FSDP2 accepts models built under `torch.device("meta")`.
 
@@ -620,7 +620,7 @@ class Accelerator:
             A context manager.
 
         Raises:
-            PrepareError: `strategy="auto"`, and no model was prepared.
+            PrepareError: `strategy="auto"`, and no model has been prepared.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -638,7 +638,7 @@ class Accelerator:
 
         Args:
             parameters: Of a prepared model, or the whole model.
-            modifier_rank: The rank whose changes all ranks take over; None if nothing is changed.
+            modifier_rank: The rank whose changes all ranks receive; None if nothing is changed.
 
         Returns:
             A context manager.
@@ -661,9 +661,9 @@ class Accelerator:
     def sync_gradients(self) -> bool:
         """Whether the current micro-batch is the last of its accumulation window.
 
-        `accumulate` sets it. A script that decides itself sets it instead, before the forward: optimizers and
-        schedulers act, and DeepSpeed's engine ends its window, only where it is True. Whether gradients are exchanged
-        is decided by `no_sync`.
+        `accumulate` sets it. A script that manages its own windows sets it before the forward: optimizers and
+        schedulers step, and DeepSpeed's engine ends its window, only when it is True. `no_sync` decides whether
+        gradients are exchanged.
         """
         return self._window.boundary.sync_gradients
 
@@ -673,7 +673,7 @@ class Accelerator:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches to an optimizer step."""
+        """Micro-batches per optimizer step."""
         return self._window.num_steps
 
     @gradient_accumulation_steps.setter
@@ -686,20 +686,20 @@ class Accelerator:
         return any(optimizer.step_was_skipped for optimizer in self._prepared.optimizers)
 
     def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
-        """Run forward, backward and step of one micro-batch inside.
+        """Run the forward, backward and step of one micro-batch inside.
 
-        Gradients are exchanged, and optimizers and schedulers act, in the last micro-batch of a window only: every
-        `gradient_accumulation_steps`, and at the end of the loop over a prepared loader. Where a loop draws from
-        several, the one whose batch comes first ends it, and zipped ones end with the shortest.
+        Gradients are exchanged, and optimizers and schedulers step, only in the last micro-batch of a window: every
+        `gradient_accumulation_steps`, and at the end of the loop over a prepared loader. If a loop reads from several
+        loaders, the one whose batch comes first ends it, and zipped ones end with the shortest.
 
         Args:
-            models: Whose gradients are not exchanged before the window ends; by default all prepared ones.
+            models: Models whose gradients are exchanged only when the window ends; by default all prepared ones.
 
         Returns:
             A context manager.
 
         Raises:
-            SteppingError: An optimizer is stepped inside windows only, so that it would never step.
+            SteppingError: An optimizer's `step` is called only before the end of windows, so it would never step.
 
         Example:
             >>> accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -735,7 +735,7 @@ class Accelerator:
         return self._gradients.no_sync(model)
 
     def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Exchange gradients in the backward inside, though every forward ran under `no_sync`.
+        """Exchange gradients in the backward inside, even though every forward ran under `no_sync`.
 
         Args:
             model: A prepared model.
@@ -763,19 +763,19 @@ class Accelerator:
     ) -> None:
         """Compute gradients: a true mean over the window, over its micro-batches or over what `weight` counts.
 
-        Without `weight`, `loss` is a mean, and the window's gradient is the mean over its micro-batches and ranks.
-        With it, `loss` is a sum over as many tokens or samples as `weight` says, and the window's gradient is that of
-        the sum over all ranks divided by the total weight, however unequally that is distributed.
+        Without `weight`, `loss` is a mean, and the window's gradient is the mean over its micro-batches and ranks. With
+        it, `loss` is a sum over `weight` tokens or samples, and the window's gradient is that of the sum over all ranks
+        divided by the total weight, however unevenly that is distributed.
         Collective: every rank must call it.
 
         Args:
             loss: One value.
             weight: A number, or a tensor of one value (on the device, to avoid waiting for it).
-            gradient: As in `Tensor.backward`: a weight for each value of a loss that has several, of the same shape.
+            gradient: As in `Tensor.backward`: for a loss of several values, a weight for each, in the same shape.
             kwargs: Passed on to `Tensor.backward`.
 
         Raises:
-            SteppingError: The loss is not one value, or the window has losses with and without a weight.
+            SteppingError: The loss is not one value, or the window mixes losses with and without a weight.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -792,7 +792,7 @@ class Accelerator:
         Collective under sharding: every rank must call it.
 
         Args:
-            parameters: Of prepared models; any subset.
+            parameters: Any parameters of prepared models.
             max_norm: `inf` only measures.
             norm_type: 2, another power, or `inf`.
 
@@ -817,7 +817,7 @@ class Accelerator:
         Collective when losses are weighted: every rank must call it.
 
         Args:
-            parameters: Of prepared models; any subset.
+            parameters: Any parameters of prepared models.
             clip_value: At least 0.
 
         Raises:
@@ -840,7 +840,7 @@ class Accelerator:
             optimizer: One or several prepared optimizers; by default all of them.
 
         Raises:
-            SteppingError: No loss was scaled yet.
+            SteppingError: No loss has been scaled yet.
 
         Example:
             >>> Accelerator(cpu=True).unscale_gradients()
@@ -867,7 +867,7 @@ class Accelerator:
     def join_uneven_inputs(
         self, joinables: Sequence[nn.Module], even_batches: bool | None = None
     ) -> AbstractContextManager[None]:
-        """Let ranks that run out of batches take part in the exchanges of the others (DDP).
+        """Let ranks that run out of batches keep taking part in the others' exchanges (DDP).
 
         Collective: every rank must call it.
 
@@ -920,7 +920,7 @@ class Accelerator:
     # Communication
 
     def gather(self, tensor: Any) -> Any:
-        """Concatenate tensors of all ranks along dim 0.
+        """Concatenate tensors from all ranks along dim 0.
 
         Collective: every rank must call it.
 
@@ -942,31 +942,31 @@ class Accelerator:
     def gather_for_metrics(
         self, input_data: Any, use_gather_object: bool = False, *, pad_index: float | None = None
     ) -> Any:
-        """Gather so that every sample counts once: duplicates that fill up the last batches are dropped.
+        """Gather so that every sample counts once: duplicates that fill the last batches are dropped.
 
-        A rank whose batch was not filled up contributes all of its values, and one whose batch holds duplicates only
-        contributes none. Where a batch was filled up in part, tensors and lists with one row or entry for each sample
-        are cut, and anything else is an error that names it; `fill_batches = False` on the prepared loader leaves that
-        batch short instead. Ranks may differ in dimension 0.
+        A rank whose batch was not filled contributes all of its values, and one whose batch holds only duplicates
+        contributes none. If a batch was partly filled, tensors and lists with one row or entry per sample are cut, and
+        anything else is an error that names it; `fill_batches = False` on the prepared loader leaves that batch short
+        instead. Ranks may differ in dimension 0.
 
-        A value that is not one for each sample is kept, unless the batch holds duplicates only: a tensor of shape []
-        becomes one number for each rank, any other value a list of one entry for each rank. A list of dictionaries, or
-        of as many tensors as there are samples, counts as one entry for each sample; dictionaries and other tuples and
-        lists of tensors keep their structure.
+        A value that is not per sample is kept, unless the batch holds only duplicates: a tensor of shape [] becomes one
+        number per rank, any other value a list with one entry per rank. A list of dictionaries, or of as many tensors
+        as there are samples, counts as one entry per sample; dictionaries and other tuples and lists of tensors keep
+        their structure.
         Collective: every rank must call it.
 
         Args:
             input_data: Tensors of shape [samples, ...] and objects, nested.
-            use_gather_object: Pickle tensors too, for shapes that differ: they become a list of one entry for each
-                rank, and lists are concatenated.
+            use_gather_object: Pickle tensors too, for shapes that differ: they become a list with one entry per rank,
+                and lists are concatenated.
             pad_index: Pad tensors that differ in dimension 1 to the longest, with this value.
 
         Returns:
             The same structure over all ranks' samples, on every rank.
 
         Raises:
-            CollectiveError: Some ranks have no batch left, so they will not call it; or something can neither be cut
-                nor concatenated.
+            CollectiveError: Some ranks have no batch left, so they will not call it; or a value can be neither cut nor
+                concatenated.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -977,7 +977,7 @@ class Accelerator:
         return self._communicator.gather_for_metrics(input_data, use_gather_object, pad_index)
 
     def gather_object(self, value: Any) -> list[Any]:
-        """Concatenate lists of Python objects of all ranks.
+        """Concatenate lists of Python objects from all ranks.
 
         Collective: every rank must call it.
 
@@ -1042,7 +1042,7 @@ class Accelerator:
         Collective: every rank must call it.
 
         Args:
-            object_list: Of the same length on all ranks; its entries can be pickled.
+            object_list: Of the same length on all ranks; its entries must be picklable.
             from_process: The rank that sends.
 
         Returns:
@@ -1104,8 +1104,8 @@ class Accelerator:
     def main_process_first(self) -> AbstractContextManager[None]:
         """Let rank 0 run the body before the other ranks do, however long that takes.
 
-        The others wait without a limit, and log that once a minute. An exception on rank 0 is raised on them, too. The
-        body must not communicate with other ranks, which have not entered it yet.
+        The others wait without a time limit, and log so once a minute. An exception on rank 0 is raised on them too.
+        The body must not communicate with other ranks, which have not entered it yet.
         Collective: every rank must call it.
 
         Returns:
@@ -1132,7 +1132,7 @@ class Accelerator:
         return self._communicator.local_main_process_first()
 
     def set_trigger(self) -> None:
-        """Set a flag on this rank that `check_trigger` shows to all.
+        """Set a flag on this rank that `check_trigger` reports to all.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -1262,10 +1262,10 @@ class Accelerator:
         return self._checkpoints.next_iteration
 
     def register_for_checkpointing(self, *objects: Any) -> None:
-        """Add objects of the script to what `save_state` saves.
+        """Add the script's own objects to what `save_state` saves.
 
         Args:
-            objects: With `state_dict` and `load_state_dict`, in the same order in every run.
+            objects: Objects with `state_dict` and `load_state_dict`, in the same order in every run.
 
         Raises:
             StateError: Some lack one of the two methods; lists them.
@@ -1284,7 +1284,7 @@ class Accelerator:
                 the checkpoint, and remove entries from the end of both lists to keep the weights of those models out.
 
         Returns:
-            A handle; its `remove` ends that.
+            A handle; its `remove` unregisters the hook.
 
         Example:
             >>> import shutil
@@ -1303,7 +1303,7 @@ class Accelerator:
                 has loaded them itself.
 
         Returns:
-            A handle; its `remove` ends that.
+            A handle; its `remove` unregisters the hook.
 
         Example:
             >>> handle = Accelerator(cpu=True).register_load_state_pre_hook(lambda models, folder: None)
@@ -1320,15 +1320,15 @@ class Accelerator:
     ) -> str:
         """Save everything prepared and registered, to resume from exactly here.
 
-        That is weights, optimizers, schedulers, loss scale, the position of every loader and all random generators.
-        The folder appears under its name only when it is complete; until then a previous one stays. Any number of
-        ranks can load it, under any strategy.
+        This means weights, optimizers, schedulers, loss scale, the position of every loader and all random generators.
+        The folder appears under its name only when it is complete; until then a previous one stays in place. Any number
+        of ranks can load it, under any strategy.
         Collective: every rank must call it.
 
         Args:
             output_dir: The checkpoint's folder; None with `automatic_checkpoint_naming`, which numbers them. An
                 existing checkpoint is replaced; other files in that folder stay.
-            safe_serialization: Only True: paceline writes no pickle.
+            safe_serialization: Must be True: paceline writes no pickle.
             blocking: False returns once the state is copied to host memory, and writes while training continues;
                 `wait_for_save`, the next save and the end of the program wait for that. None takes
                 `ProjectConfiguration.save_in_background`.
@@ -1339,7 +1339,7 @@ class Accelerator:
         Raises:
             SteppingError: There are gradients that no optimizer has used yet.
             CheckpointError: On every rank, when any of them could not write, now or in the save before.
-            StateError: Something has a state that a checkpoint cannot contain; names it.
+            StateError: Some state cannot be stored in a checkpoint; names it.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -1370,10 +1370,10 @@ class Accelerator:
                 for each newer one that is damaged. A folder written by Accelerate's `save_state`, the transformers
                 Trainer, DeepSpeed or torch.distributed.checkpoint is imported as far as it fits, with a log line for
                 each thing imported or left out.
-            load_kwargs: Only None: Accelerate passes them to its reader of pickles, and paceline reads none.
+            load_kwargs: Must be None: Accelerate passes them to its pickle reader, and paceline reads no pickles.
             map_location: `"cpu"`, `"on_device"` or None as for Accelerate; all the same here, since tensors are read
                 to the device of the prepared objects.
-            strict: Refuse a checkpoint with missing or unexpected tensors; else they are named in a warning.
+            strict: Refuse a checkpoint with missing or unexpected tensors; otherwise they are named in a warning.
             progress: Load everything. If False, only the weights and the state of the optimizers are loaded, for
                 example those of the best step: schedulers, loaders, generators and registered objects stay as they
                 are.
@@ -1454,15 +1454,15 @@ class Accelerator:
         max_shard_size: str | int = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write a model's weights as safetensors, in files that `from_pretrained` of transformers reads.
+        """Write a model's weights as safetensors, in files that transformers' `from_pretrained` reads.
 
         Collective: every rank must call it; rank 0 writes, and all wait until the files are complete.
 
         Args:
             model: A prepared model.
             save_directory: Created if missing; weights saved there before are replaced.
-            max_shard_size: The largest file: bytes, or a text such as `"5GB"`.
-            safe_serialization: Only True: paceline writes no pickle.
+            max_shard_size: The largest file size: bytes, or a string such as `"5GB"`.
+            safe_serialization: Must be True: paceline writes no pickle.
 
         Raises:
             PacelineError: On every rank, when the files could not be written.
@@ -1484,7 +1484,7 @@ class Accelerator:
             save_directory: Created if missing.
 
         Raises:
-            PacelineError: It is no `PeftModel`; or, on every rank, the files could not be written.
+            PacelineError: It is not a `PeftModel`; or, on every rank, the files could not be written.
 
         Example:
             >>> accelerator = Accelerator(cpu=True)
@@ -1514,15 +1514,15 @@ class Accelerator:
         *,
         run_name: str | None = None,
     ) -> None:
-        """Open the trackers of `log_with`, on rank 0 unless a tracker wants all.
+        """Open the trackers of `log_with`, on rank 0 unless a tracker wants all ranks.
 
         Wherever there is a folder for logs, `run.json` describes the run there: its configuration with the origin of
         each value, its environment, and `config`.
 
         Args:
             project_name: The project, experiment or folder, as each tracker calls it.
-            config: Settings of the script to record with the run; nested mappings are welcome.
-            init_kwargs: For each tracker's name, arguments of the function that opens its run.
+            config: Settings of the script to record with the run; mappings may be nested.
+            init_kwargs: By tracker name, arguments for the function that opens its run.
             run_name: The run's name in every tracker that has such names.
 
         Raises:
@@ -1543,15 +1543,15 @@ class Accelerator:
         step: int | None = None,
         log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Hand numbers, text and small tensors to every open tracker; on ranks without one it does nothing.
+        """Send numbers, text and small tensors to every open tracker; does nothing on ranks without one.
 
-        A tensor on a device is copied to the host after the work that is queued there, and written by a later call:
-        this call does not wait for the device, and a later change of the tensor does not show.
+        A tensor on a device is copied to the host after the work queued there, and written by a later call: this call
+        does not wait for the device, and later changes to the tensor have no effect.
 
         Args:
             values: By name. Tensors of one element become numbers.
-            step: Of the run; None leaves counting to each tracker.
-            log_kwargs: For each tracker's name, arguments of its own function.
+            step: The step of the run; None leaves counting to each tracker.
+            log_kwargs: By tracker name, arguments for its logging function.
 
         Raises:
             TrackingError: `log_with` was given and `init_trackers` was not called.
@@ -1566,11 +1566,11 @@ class Accelerator:
         self._tracker.log(values, step, log_kwargs)
 
     def get_tracker(self, name: str, unwrap: bool = False) -> Any:
-        """Get a tracker by its name, to use more of it than `log`.
+        """Get a tracker by name, to use more of it than `log`.
 
         Args:
             name: As in `log_with`.
-            unwrap: Return the object of its package, such as wandb's run.
+            unwrap: Return its package's own object, such as wandb's run.
 
         Returns:
             The tracker; on ranks that record nothing, one whose methods do nothing.
@@ -1590,7 +1590,7 @@ class Accelerator:
     def end_training(self) -> None:
         """Write what was logged, and close the trackers.
 
-        A script that forgets it, or ends with an error, still closes them when the process ends. The process group
+        If a script forgets to call it, or ends with an error, they are closed when the process ends. The process group
         stays open, since other Accelerators may use it, until the process ends.
 
         Example:

@@ -63,31 +63,31 @@ __all__ = ["Trainer"]
 class Trainer:
     """Trains, evaluates and predicts with any `nn.Module` whose output contains a loss.
 
-    A batch that is a mapping is passed to the model as keywords, a sequence as positional arguments. With
+    A batch that is a mapping is passed to the model as keyword arguments, a sequence as positional ones. With
     `compute_loss_func`, the model needs no loss: labels are taken out of the batch (`labels`, or the last element of a
     sequence), and the function is called as `compute_loss_func(outputs, labels, num_items_in_batch=n)`; it returns the
     mean over the batch's n targets.
 
-    Losses are weighted by the number of targets (labels that are not -100) of each micro-batch, so that an optimizer
-    step is that of the whole global batch, however it is split into micro-batches and over ranks.
+    Each micro-batch's loss is weighted by its number of targets (labels that are not -100), so that an optimizer step
+    is that of the whole global batch, however it is split into micro-batches and over ranks.
 
     Args:
         model: The model; give either this or `model_init`.
         args: All settings; None takes the defaults.
-        data_collator: From a list of samples to a batch; None pads with `processing_class` if that is a tokenizer, else
-            stacks.
+        data_collator: Turns a list of samples into a batch; None pads with `processing_class` if that is a tokenizer,
+            else stacks.
         train_dataset: The training samples: mappings, or tuples that torch's `default_collate` takes.
         eval_dataset: The evaluation samples, or a mapping of several sets by name.
         processing_class: A tokenizer or processor: its `pad` collates, and its `save_pretrained` is called where the
             model is saved.
         model_init: Returns the model; every further `train` starts with a new one.
         compute_loss_func: Replaces the model's loss, see above.
-        compute_metrics: From an `EvalPrediction` to a mapping of numbers. An object with `update` and `compute` gets
+        compute_metrics: Turns an `EvalPrediction` into a mapping of numbers. An object with `update` and `compute` gets
             each batch instead, so that no predictions are kept.
         callbacks: Callbacks in addition to the built-in ones.
         optimizers: An optimizer and a scheduler, either of which may be None; they replace those of the arguments.
         optimizer_cls_and_kwargs: An optimizer class and its keyword arguments; they replace `optim`.
-        preprocess_logits_for_metrics: From (logits, labels) of a batch to what is gathered and kept as predictions.
+        preprocess_logits_for_metrics: Turns (logits, labels) of a batch into what is gathered and kept as predictions.
 
     Raises:
         ConfigError: The arguments contradict each other, or the launcher's configuration.
@@ -261,9 +261,9 @@ class Trainer:
 
         Args:
             resume_from_checkpoint: The folder of a checkpoint, or True for the newest complete one in `output_dir`;
-                there must be one. With `get_last_checkpoint(output_dir)` the first run begins, and later ones resume.
+                there must be one. `get_last_checkpoint(output_dir)` starts the first run afresh and resumes later ones.
             trial: Must be None: paceline has no hyperparameter search.
-            ignore_keys_for_eval: Outputs of the model that are not predictions, for evaluations during training.
+            ignore_keys_for_eval: Model outputs that are not predictions, for evaluations during training.
 
         Returns:
             Steps, mean loss and metrics of this call.
@@ -450,12 +450,12 @@ class Trainer:
             self._set_optimizer_mode(before)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """Forward and backward of one micro-batch. Subclasses may override it.
+        """Run the forward and backward of one micro-batch. Subclasses may override it.
 
         Args:
             model: As prepared.
             inputs: The micro-batch, on the device.
-            num_items_in_batch: The number of its targets, shape []; None weighs all micro-batches equally.
+            num_items_in_batch: The number of its targets, shape []; None weights all micro-batches equally.
 
         Returns:
             The mean loss over its targets, detached, shape [], on the device.
@@ -491,7 +491,7 @@ class Trainer:
         Args:
             model: As prepared.
             inputs: The micro-batch, on the device.
-            return_outputs: Whether to return the model's outputs, too.
+            return_outputs: Whether to return the model's outputs as well.
             num_items_in_batch: The number of targets, shape [], for models and functions that divide a sum by it.
 
         Returns:
@@ -588,15 +588,15 @@ class Trainer:
 
         Args:
             eval_dataset: A data set, the name of one of several, or a mapping of several; None takes the Trainer's.
-            ignore_keys: Outputs of the model that are not predictions.
-            metric_key_prefix: Prepended to the names of metrics; with several sets, their names follow it.
+            ignore_keys: Model outputs that are not predictions.
+            metric_key_prefix: Prepended to the metric names; with several sets, followed by the name of each.
 
         Returns:
-            The metrics, with their prefix, of all sets.
+            The metrics of all sets, with their prefix.
 
         Raises:
             PrepareError: There is no such evaluation set.
-            DataError: `compute_metrics` needs labels, and batches have none.
+            DataError: `compute_metrics` needs labels, but the batches have none.
 
         Example:
             >>> metrics = trainer.evaluate()
@@ -623,8 +623,8 @@ class Trainer:
 
         Args:
             test_dataset: The samples; labels are optional.
-            ignore_keys: Outputs of the model that are not predictions.
-            metric_key_prefix: Prepended to the names of metrics.
+            ignore_keys: Model outputs that are not predictions.
+            metric_key_prefix: Prepended to the metric names.
 
         Returns:
             Predictions and labels in the order of the data set, and metrics if there are labels. With
@@ -650,21 +650,21 @@ class Trainer:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """One pass over a loader without gradients, from which `evaluate` and `predict` are made. Collective.
+        """Run one pass over a loader without gradients, as `evaluate` and `predict` do. Collective.
 
         Args:
             dataloader: A loader; it need not be prepared.
             description: Ignored; transformers has it.
             prediction_loss_only: Whether to keep no predictions; None takes the argument, and requires labels for
                 `compute_metrics`.
-            ignore_keys: Outputs of the model that are not predictions.
-            metric_key_prefix: Prepended to the names of metrics.
+            ignore_keys: Model outputs that are not predictions.
+            metric_key_prefix: Prepended to the metric names.
 
         Returns:
             Predictions, labels, metrics, and the number of samples over all ranks.
 
         Raises:
-            DataError: `compute_metrics` needs labels, and batches have none.
+            DataError: `compute_metrics` needs labels, but the batches have none.
 
         Example:
             >>> trainer.evaluation_loop(trainer.get_eval_dataloader(), prediction_loss_only=True).num_samples
@@ -697,13 +697,13 @@ class Trainer:
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Any, Any]:
-        """Forward of one batch without gradients. Subclasses may override it.
+        """Run the forward of one batch without gradients. Subclasses may override it.
 
         Args:
             model: As prepared, in evaluation mode.
             inputs: The batch, on the device.
             prediction_loss_only: Whether to return no predictions and labels.
-            ignore_keys: Outputs of the model that are not predictions.
+            ignore_keys: Model outputs that are not predictions.
 
         Returns:
             The mean loss, shape []; predictions; labels. Each is None if there is none.
@@ -846,7 +846,7 @@ class Trainer:
             args: Ignored; transformers has it.
 
         Returns:
-            The number of samples; times the accumulation, it is that of an optimizer step.
+            The number of samples; times the accumulation steps, that of an optimizer step.
 
         Example:
             >>> trainer.get_total_train_batch_size()
@@ -867,13 +867,13 @@ class Trainer:
         self.create_scheduler(num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Create the optimizer of the arguments or of the DeepSpeed configuration, unless one was given.
+        """Create the optimizer from the arguments or the DeepSpeed configuration, unless one was given.
 
         Args:
-            model: Its parameters are optimized; None takes the Trainer's model.
+            model: The model to optimize; None takes the Trainer's model.
 
         Returns:
-            The optimizer, which is `optimizer` from here on.
+            The optimizer, which becomes `optimizer`.
 
         Raises:
             MissingExtraError: The package of the optimizer is not installed.
@@ -949,14 +949,14 @@ class Trainer:
         return optimizer_choice.decaying_names(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the learning-rate scheduler of the arguments or of the DeepSpeed configuration, unless one was given.
+        """Create the learning-rate scheduler from the arguments or the DeepSpeed configuration, unless one was given.
 
         Args:
             num_training_steps: Optimizer steps of the whole training.
             optimizer: The optimizer; None takes the Trainer's.
 
         Returns:
-            The scheduler, which is `lr_scheduler` from here on.
+            The scheduler, which becomes `lr_scheduler`.
 
         Raises:
             ConfigError: `lr_scheduler_kwargs` has an unknown argument, or lacks a required one.
@@ -1006,7 +1006,7 @@ class Trainer:
     # Saving
 
     def save_checkpoint(self) -> None:
-        """Write everything that is needed to resume into `output_dir/checkpoint-STEP`, and remove old checkpoints.
+        """Write everything needed to resume into `output_dir/checkpoint-STEP`, and remove old checkpoints.
 
         Collective: every rank must call it.
 
@@ -1065,7 +1065,7 @@ class Trainer:
     ) -> None:
         """Write `README.md` into `output_dir`, on rank 0: how the model was trained, and its last evaluation.
 
-        The parameters become the YAML head of the page, as model hubs read it; those that are None are left out.
+        The parameters become the page's YAML front matter, as model hubs read it; those that are None are left out.
 
         Args:
             language: Language of the training data, for example "en".
@@ -1075,8 +1075,8 @@ class Trainer:
             finetuned_from: Name of the base model.
             tasks: Tasks, for example "text-classification".
             dataset_tags: Identifiers of the data sets.
-            dataset: Names of the data sets for people.
-            dataset_args: Which configurations or splits of the data sets.
+            dataset: Human-readable names of the data sets.
+            dataset_args: Configurations or splits of the data sets.
 
         Example:
             >>> trainer.create_model_card(model_name="Small", license="mit")
@@ -1115,7 +1115,7 @@ class Trainer:
         fire(self, "on_log", logs=logs)
 
     def metrics_format(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Format metrics for people.
+        """Format metrics for display.
 
         Args:
             metrics: Names and values.
@@ -1133,7 +1133,7 @@ class Trainer:
         """Print metrics, on rank 0.
 
         Args:
-            split: What they are of: "train", "eval" or "test".
+            split: What they were computed on: "train", "eval" or "test".
             metrics: Names and values.
 
         Example:
@@ -1148,7 +1148,7 @@ class Trainer:
         """Write metrics to `SPLIT_results.json` in `output_dir`, on rank 0.
 
         Args:
-            split: What they are of: "train", "eval" or "test".
+            split: What they were computed on: "train", "eval" or "test".
             metrics: Names and values.
             combined: Whether to merge them into `all_results.json` as well.
 
@@ -1179,7 +1179,7 @@ class Trainer:
         """Remove a callback and return it.
 
         Args:
-            callback: The instance, or a class, of which the first instance is removed.
+            callback: An instance, or a class whose first instance is removed.
 
         Returns:
             The callback; None if there is none.
@@ -1194,7 +1194,7 @@ class Trainer:
         """Remove a callback.
 
         Args:
-            callback: The instance, or a class, of which the first instance is removed.
+            callback: An instance, or a class whose first instance is removed.
 
         Example:
             >>> from paceline.trainer import ProgressCallback

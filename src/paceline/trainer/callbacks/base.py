@@ -61,8 +61,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -74,8 +74,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -87,8 +87,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -100,8 +100,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -113,8 +113,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -126,8 +126,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -135,12 +135,12 @@ class TrainerCallback:
         """
 
     def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **things: Any) -> Any:
-        """A micro-batch has ended that is not the last of its optimizer step.
+        """A micro-batch other than the last of its optimizer step has ended.
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -152,8 +152,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -165,8 +165,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -178,8 +178,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -191,8 +191,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class; `metrics` are its results.
 
         Returns:
@@ -206,8 +206,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             metrics: The results of the prediction.
             **things: See the class.
 
@@ -220,8 +220,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -233,8 +233,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class; `logs` is the entry.
 
         Returns:
@@ -246,8 +246,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -259,8 +259,8 @@ class TrainerCallback:
 
         Args:
             args: The `TrainingArguments`.
-            state: The progress of the training.
-            control: Its flags may be set.
+            state: The progress of training.
+            control: Flags that the callback may set.
             **things: See the class.
 
         Returns:
@@ -272,7 +272,7 @@ class CallbackHandler:
     """Calls callbacks in the order in which they were added.
 
     Args:
-        callbacks: Instances of `TrainerCallback` or of classes with such methods; or classes, which are instantiated.
+        callbacks: Instances of `TrainerCallback` or of classes with the same methods; classes are instantiated.
 
     Attributes:
         callbacks: The instances.
@@ -304,7 +304,7 @@ class CallbackHandler:
         """Remove a callback.
 
         Args:
-            callback: The instance, or a class, of which the first instance is removed.
+            callback: An instance, or a class whose first instance is removed.
 
         Returns:
             The callback that was removed; None if there was none.
@@ -326,12 +326,12 @@ class CallbackHandler:
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> TrainerControl:
-        """Call an event of all callbacks.
+        """Call an event on all callbacks.
 
         Args:
             event: One of `EVENTS`.
-            args: The arguments of the training.
-            state: The progress of the training.
+            args: The training arguments.
+            state: The progress of training.
             control: The flags that callbacks may set.
             **more: What this event has besides `things`.
 
@@ -377,7 +377,7 @@ class CallbackOwner(Protocol):
 
 
 def fire(owner: CallbackOwner, event: str, **more: Any) -> None:
-    """Call an event of all callbacks of a Trainer; one of them may replace its control.
+    """Call an event on all callbacks of a Trainer; any of them may replace its control.
 
     Args:
         owner: The Trainer.

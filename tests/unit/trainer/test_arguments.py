@@ -42,6 +42,16 @@ def test_looking_for_problems_changes_nothing() -> None:
     assert vars(args) == before
 
 
+def test_a_mapping_in_a_yaml_file_is_read_as_every_file(tmp_path: Path) -> None:
+    path = tmp_path / "k.yaml"
+    path.write_text("min_lr: 1e-6\nnested:\n  eps: 1e-8\n")
+    args = TrainingArguments(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=str(path))
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6, "nested": {"eps": 1e-8}}
+    for text, said in (("- 1\n", "mapping"), ("a: [1\n", "k.yaml:1"), ("a: 1\na: 2\n", "k.yaml:2")):
+        path.write_text(text)
+        assert said in problems(lr_scheduler_kwargs=str(path))["lr_scheduler_kwargs"]
+
+
 def test_short_forms_are_read_before_values_are_compared() -> None:
     args = TrainingArguments(fsdp="false", deepspeed={"zero_optimization": {"stage": 2}})
     assert args.fsdp is None

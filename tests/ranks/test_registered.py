@@ -495,3 +495,21 @@ def fussy(folder: str) -> None:
 
 def test_names_that_do_not_fit_are_listed(tmp_path: Path) -> None:
     run_on_ranks(2, fussy, str(tmp_path / "state"))
+
+
+def rows_that_do_not_follow() -> None:
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    from paceline.strategies.state import local_shard
+
+    # As FSDP2 places a weight whose rows tensor parallelism has sharded before.
+    apart = DTensor.from_local(torch.zeros(2, 3), mesh_of(2), [_StridedShard(0, split_factor=2)], run_check=False)
+    with pytest.raises(StateError, match=r"_StridedShard.*sharded by rows"):
+        local_shard(apart)
+    rows = local_shard(placed(torch.arange(15.0).view(5, 3), [Shard(0)], (2,)))
+    assert (rows.shape, rows.start) == ((5, 3), 9 * dist.get_rank())
+    assert local_shard(placed(torch.tensor(1.0), [Replicate()], (2,))).start == 0
+
+
+def test_a_strategy_saves_no_rows_that_do_not_follow_each_other() -> None:
+    run_on_ranks(2, rows_that_do_not_follow)

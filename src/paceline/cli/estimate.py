@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import click
 
 from paceline.cli.click_helpers import DTYPES, examples
 from paceline.cli.interrupts import import_torch
+from paceline.environment.byte_sizes import read_byte_size
 from paceline.errors import UsageError, counted
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ are left for its context, communication and fragments. Without --memory and with
 of this machine among them.
 """
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _GIB = 2**30
 _CONTEXT = 1 * _GIB
 _FRAGMENTS = 0.03
@@ -55,10 +54,10 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]i?)?b?\s*", str(value).lower())
-        if match is None:
+        found = read_byte_size(str(value))
+        if found is None:
             self.fail(f"{value!r} is not a size: write, for example, 80GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+        return found.number
 
 
 class _Ranks(click.ParamType):  # type: ignore[type-arg]

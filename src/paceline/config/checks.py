@@ -179,7 +179,23 @@ def _unsupported_mesh(context: CheckContext) -> Iterator[Problem]:
         size = getattr(mesh, f"{part}_size")
         if size > 1:
             hint = "write 1, and shard with parallelism_config_dp_shard_size"
+            if part == "sp":
+                hint = f"{hint}; or {_sequence_parallelism(context.config, size)}"
             yield _unsupported(context, f"{_MESH}{part}_size", size, hint)
+
+
+def _sequence_parallelism(config: RunConfig, size: int) -> str:
+    """How a run divides sequences: what Accelerate's scripts say themselves is not a setting of the launcher."""
+    needed = []
+    if not config.as_accelerate:
+        needed.append("--as_accelerate")
+    if config.strategy != "deepspeed":
+        needed.append("--use_deepspeed")
+    start = f"start with {' '.join(needed)}, " if needed else ""
+    return (
+        f"leave it out, {start}and let the script pass ParallelismConfig(sp_size={size}) to its Accelerator "
+        "(Ulysses attention, for models of transformers)"
+    )
 
 
 # What no part of the run reads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import psutil
 import torch
 from torch import nn
 
+from paceline.environment.byte_sizes import BYTE_UNITS, read_byte_size
 from paceline.environment.device import memory_info
 from paceline.errors import PlacementError
 from paceline.placement.tensors import as_dtype, is_number_kept, named_module_tensors
@@ -33,19 +33,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Of bytes, in either system; a small b at the end counts bits.
-_UNITS = {
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "": 1,
-}
-_SIZE = re.compile(r"([0-9_.]+(?:e[0-9]+)?) *([KMGT]I?B|)", re.IGNORECASE)
 # Devices that have no number, in the order in which they are filled.
 _BESIDE_NUMBERS = ("mps", "cpu", "disk")
 # Formats that torch has no dtype for.
@@ -64,23 +51,18 @@ def convert_file_size_to_int(size: int | str) -> int:
     """
     if isinstance(size, int):
         return size
-    match = _SIZE.fullmatch(size.strip())
-    try:
-        number = float(match[1]) if match is not None else None
-    except ValueError:
-        number = None
-    if match is None or number is None:
+    found = read_byte_size(size)
+    if found is None or found.unit.upper() not in ("", *BYTE_UNITS):
         raise PlacementError(
             f"A size is given as {size!r}",
             "It is not a number of bytes",
             "Write a number, or one with a unit such as 5GB",
         )
-    unit = match[2]
-    found = int(number * _UNITS[unit.upper()])
-    if unit.endswith("b") and len(unit) == 2:
-        logger.warning("The size %r counts bits, by the small b: it is %d bytes. Write B for bytes.", size, found // 8)
-        return found // 8
-    return found
+    if found.unit.endswith("b") and len(found.unit) == 2:
+        count = found.number // 8
+        logger.warning("The size %r counts bits, by the small b: it is %d bytes. Write B for bytes.", size, count)
+        return count
+    return found.number
 
 
 def dtype_byte_size(dtype: torch.dtype | str) -> float:

@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from paceline.environment.byte_sizes import read_byte_size
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from paceline.planner.memory_usage import MemoryUsage
 
 __all__ = ["RunSettings", "describe_out_of_memory", "find_remedies", "requested_bytes"]
-
-_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "bytes": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +39,9 @@ class RunSettings:
 
 def requested_bytes(message: str) -> int | None:
     """Return the bytes that could not be allocated, from torch's error message; None if it does not tell."""
-    match = re.search(r"ried to allocate ([\d.]+) (KiB|MiB|GiB|TiB|bytes)", message)
-    if match is None:
-        return None
-    return int(float(match[1]) * _UNITS[match[2]])
+    match = re.search(r"ried to allocate ([\d.]+ (?:[KMGT]iB|bytes))", message)
+    found = read_byte_size(match[1].removesuffix("bytes")) if match is not None else None
+    return None if found is None else found.number
 
 
 def describe_out_of_memory(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from itertools import chain
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,14 +41,11 @@ def local_shard(tensor: Tensor) -> TensorShard:
     """This rank's shard of a tensor, sharded by rows under FSDP2 or whole.
 
     Raises:
-        StateError: It is sharded over another dimension than the first.
+        StateError: It is sharded over another dimension than the first, or in rows that do not follow each other.
     """
     if not is_dtensor(tensor):
         return TensorShard.whole(full_precision(tensor.detach()))
-    from torch.distributed.tensor import Shard
-
-    axes = [placement.dim for placement in tensor.placements if isinstance(placement, Shard)]
-    if any(placement.is_partial() for placement in tensor.placements) or any(axes):
+    if not is_sharded_by_rows(tensor):
         raise StateError(
             f"A tensor of shape {tuple(tensor.shape)} has the placements {tuple(tensor.placements)}",
             "A checkpoint can only hold tensors that are sharded by rows",
@@ -58,8 +54,28 @@ def local_shard(tensor: Tensor) -> TensorShard:
     # A save does this once a tensor while training waits; under no_grad no graph is built.
     with torch.no_grad():
         local = full_precision(plain_local(tensor.to_local().detach()))
-    start = _first_row(tensor.shape, tensor.device_mesh, tensor.placements) if axes and local.numel() else 0
-    return TensorShard(tuple(tensor.shape), start * prod(tensor.shape[1:]), local)
+    return TensorShard(tuple(tensor.shape), first_element(tensor, local), local)
+
+
+def is_sharded_by_rows(tensor: DTensor) -> bool:
+    """Whether each rank has a contiguous range of the tensor in row-major order; all of it counts, too."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    # Not isinstance: a _StridedShard has rows that do not follow each other.
+    return all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements)
+
+
+def first_element(tensor: DTensor, local: Tensor) -> int:
+    """Index in row-major order of this rank's first element of a tensor that is sharded by rows; 0 if it has none.
+
+    Args:
+        tensor: The whole tensor.
+        local: What this rank has of it.
+    """
+    shape = tensor.shape
+    if not shape or not local.numel():
+        return 0
+    return _first_row(shape, tensor.device_mesh, tensor.placements) * shape[1:].numel()
 
 
 @lru_cache(maxsize=4096)

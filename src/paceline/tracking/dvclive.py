@@ -9,6 +9,8 @@ from paceline.tracking.log_values import numbers, to_json
 
 __all__ = ["Tracker"]
 
+_OWN_COLUMNS = ("step", "timestamp")
+
 
 class Tracker(Backend):
     """A run of `dvclive`; settings are those of `Live`. A `live` among them is used, and left open at the end."""
@@ -37,7 +39,7 @@ class Tracker(Backend):
         if step is not None:
             self._run.step = step
         for name, value in numbers(values).items():
-            self._run.log_metric(name, value, **kwargs)
+            self._run.log_metric(_column(name), value, **kwargs)
         self._run.next_step()
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
@@ -56,3 +58,11 @@ class Tracker(Backend):
         """Close it, unless the script opened it."""
         if self._is_own:
             self._run.end()
+
+
+def _column(name: str) -> str:
+    """The name of a metric: in its file the last part is a column, beside those of DVCLive itself."""
+    folder, _, last = name.rpartition("/")
+    if last not in _OWN_COLUMNS:
+        return name
+    return f"{folder}/logged_{last}" if folder else f"logged_{last}"

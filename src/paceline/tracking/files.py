@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,9 @@ class Tracker(Backend):
     """Appends lines of JSON; needs no package.
 
     A line has `step`, `time` in seconds since 1970, the values, and what the run itself adds, such as `samples_seen`
-    and `peak_memory_bytes`. It is written when `log` returns. NaN and infinities are the texts `NaN`, `Infinity` and
-    `-Infinity`, so that every JSON parser can read them.
+    and `peak_memory_bytes`. A value with such a name is written as `logged/time`, for example; only where the script
+    passes no step, a number logged as `step` is the line's. It is written when `log` returns. NaN and infinities are
+    the texts `NaN`, `Infinity` and `-Infinity`, so that every JSON parser can read them.
     """
 
     name = "jsonl"
@@ -55,7 +57,7 @@ class Tracker(Backend):
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Write one line."""
-        line = {"step": step, "time": round(time.time(), 3), **kwargs, **values}
+        line = _line({"step": step, "time": round(time.time(), 3), **kwargs}, values)
         # Opened for each line, so that a kill loses nothing that was logged before, and no file is left open.
         with self._run.open("a", encoding="utf-8") as file:
             file.write(json.dumps(to_json(line)) + "\n")
@@ -66,6 +68,26 @@ class Tracker(Backend):
         if self._record and self.folder.is_dir():
             last = {**self._record["starts"][-1], "ended": time.time(), "crashed": self.crashed}
             self.store_record({"starts": [*self._record["starts"][:-1], last]})
+
+
+def _line(own: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is written: the line's own fields, and the values under names that are still free."""
+    line = {**own, **{name: value for name, value in values.items() if name not in own}}
+    for name in own:
+        if name not in values:
+            continue
+        if name == "step" and line[name] is None and _is_step(values[name]):
+            line[name] = values[name]
+            continue
+        free = f"logged/{name}"
+        while free in line:
+            free = f"logged/{free}"
+        line[free] = values[name]
+    return line
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:

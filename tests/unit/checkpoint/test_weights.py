@@ -178,13 +178,16 @@ def test_nothing_at_all(tmp_path: Path) -> None:
         (" 1.5kb ", 1500),
         ("2TIB", 2 * 2**40),
         ("10gb", 10**10),
+        ("1e3MB", 10**9),
     ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("wrong", [0, -1, "", "5", "GB", "5 G B", "-5GB", "0GB", "0.1B", "5XB", "5,5GB", "1e3MB"])
+@pytest.mark.parametrize(
+    "wrong", [0, -1, "", "5", "GB", "5 G B", "-5GB", "0GB", "0.1B", "5XB", "5,5GB", "5G", "1.2.3GB", "1e999GB"]
+)
 def test_wrong_sizes(wrong: str | int) -> None:
     with pytest.raises(UsageError, match="max_shard_size") as error:
         parse_size(wrong)

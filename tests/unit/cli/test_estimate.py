@@ -150,7 +150,9 @@ def test_what_cannot_be_estimated(script: str, arguments: tuple[str, ...], text:
         run(*(each.format(script) for each in arguments))
 
 
-@pytest.mark.parametrize("arguments", [("--memory", "much"), ("--num_processes", "0"), ("--num_processes", "a,b")])
+@pytest.mark.parametrize(
+    "arguments", [("--memory", "much"), ("--memory", "1.2.3GiB"), ("--num_processes", "0"), ("--num_processes", "a,b")]
+)
 def test_wrong_values(script: str, arguments: tuple[str, ...]) -> None:
     assert run(f"{script}:build", *arguments).exit_code == 2
 

@@ -174,6 +174,11 @@ def test_a_start_that_only_evaluates_changes_no_curve(tmp_path: Path) -> None:
     assert steps_of(read_run(write(tmp_path, only, RECORD)).series["eval_loss"]) == [0]
 
 
+def test_a_run_that_takes_no_optimizer_step_has_all_its_entries(tmp_path: Path) -> None:
+    lines = [{"step": at, "time": 1000.0 + at, "optimizer_steps": 0, "loss": 1 / at} for at in (1, 2, 3)]
+    assert [point.step for point in read_run(write(tmp_path, lines, RECORD)).series["loss"]] == [1, 2, 3]
+
+
 def test_rates_leave_evaluations_out(tmp_path: Path) -> None:
     lines = [line(1, 1.0, loss=1), line(2, 2.0, loss=1), {"step": 2, "time": 12.0, "eval_runtime": 10.0}, line(3, 13.0)]
     run = read_run(write(tmp_path, lines, RECORD))

@@ -331,7 +331,18 @@ NOT_BUILT = [
     ),
     ("parallelism_config:\n  tp_size: 2", 2, "parallelism_config.parallelism_config_tp_size", "write 1"),
     ("parallelism_config:\n  cp_size: 2", 2, "parallelism_config.parallelism_config_cp_size", "write 1"),
-    ("parallelism_config:\n  sp_size: 2", 2, "parallelism_config.parallelism_config_sp_size", "write 1"),
+    (
+        "parallelism_config:\n  sp_size: 2",
+        2,
+        "parallelism_config.parallelism_config_sp_size",
+        "start with --as_accelerate --use_deepspeed, and let the script pass ParallelismConfig(sp_size=2)",
+    ),
+    (
+        "strategy: deepspeed\nas_accelerate: true\nparallelism_config:\n  sp_size: 4",
+        4,
+        "parallelism_config.parallelism_config_sp_size",
+        "or leave it out, and let the script pass ParallelismConfig(sp_size=4) to its Accelerator",
+    ),
     (
         "debug: true\ncompute_environment: AMAZON_SAGEMAKER\niam_role_name: x",
         2,

@@ -141,9 +141,32 @@ def test_limits_are_read_and_checked() -> None:
     assert list(get_max_memory({"disk": 1, "cpu": "2GB", 1: "1MiB", 0: 5})) == [0, 1, "cpu", "disk"]
     with pytest.raises(PlacementError, match="max_memory has 'gpu'"):
         get_max_memory({"gpu": 1})
-    with pytest.raises(PlacementError, match="'5 apples'"):
-        convert_file_size_to_int("5 apples")
     assert get_max_memory()["cpu"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5GiB", 3 * 2**29),
+        ("5gib", 5 * 2**30),
+        (" 5 KB ", 5000),
+        ("5e3MB", 5 * 10**9),
+        ("5_000MB", 5 * 10**9),
+        ("2TIB", 2**41),
+        ("2048", 2048),
+        ("5Gb", 625 * 10**6),
+        ("5gb", 625 * 10**6),
+    ],
+)
+def test_sizes_in_text(text: str, size: int) -> None:
+    assert convert_file_size_to_int(text) == size
+
+
+@pytest.mark.parametrize("wrong", ["5 apples", "", "GB", "-5GB", "5G", "5Gi", "5B", "1.2.3GB", "1e999GB", "nan", "inf"])
+def test_what_is_no_size(wrong: str) -> None:
+    with pytest.raises(PlacementError, match=f"'{wrong}'"):
+        convert_file_size_to_int(wrong)
 
 
 def test_sizes_of_dtypes() -> None:

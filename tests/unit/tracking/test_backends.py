@@ -74,3 +74,31 @@ def test_a_crash_loses_nothing(name: str, tmp_path: Path) -> None:
         (experiment,) = client.search_experiments(filter_string="name = 'project'")
         (ended,) = client.search_runs([experiment.experiment_id])
         assert ended.info.status == "FAILED"
+
+
+NAMES_OF_DVCLIVE = """
+import sys
+from pathlib import Path
+from paceline import Accelerator
+accelerator = Accelerator(cpu=True, log_with="dvclive", project_dir=sys.argv[1])
+accelerator.init_trackers("p", init_kwargs={"dvclive": {"save_dvc_exp": False}})
+for step in (3, 4):
+    accelerator.log({"step": 10 * step, "part": {"step": 0.5}, "time": 2.5}, step=step)
+accelerator.end_training()
+"""
+
+
+def test_dvclive_keeps_the_step_of_a_value_named_step(tmp_path: Path) -> None:
+    pytest.importorskip("dvclive", reason="pip install 'paceline[dvclive]'")
+    command = [sys.executable, "-W", "ignore", "-c", NAMES_OF_DVCLIVE, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {path.stem: path.read_text().split() for path in (tmp_path / "dvclive").rglob("*.tsv")}
+    assert found["time"] == ["step", "time", "3", "2.5", "4", "2.5"]
+    files = {
+        str(path.relative_to(tmp_path / "dvclive")): path.read_text() for path in tmp_path.rglob("logged_step.tsv")
+    }
+    assert sorted(text.split() for text in files.values()) == [
+        ["step", "logged_step", "3", "0.5", "4", "0.5"],
+        ["step", "logged_step", "3", "30", "4", "40"],
+    ]

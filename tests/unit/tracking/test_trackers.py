@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from paceline import Accelerator, ProjectConfiguration
+from paceline.cli.report.reading import read_run
 from paceline.errors import ConfigError, MissingExtraError, TrackingError
 from paceline.tracking import TRACKERS, GeneralTracker
 from paceline.tracking.log_values import copy_to_host
@@ -60,6 +61,27 @@ class Everywhere(Memory):
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_values_with_names_of_the_record_are_kept_beside_it(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=str(tmp_path))
+    accelerator.init_trackers("p")
+    accelerator.log({"loss": 0.5, "time": 2.5, "step": 70, "peak_memory_bytes": {"a": 1}}, step=3)
+    accelerator.log({"loss": 0.25, "time": "late", "logged/time": 4.5, "step": "warmup"}, step=4)
+    accelerator.log({"loss": 0.125, "step": torch.tensor(9)})
+    accelerator.log({"step": float("nan")})
+    accelerator.end_training()
+    first, second, third, last = lines(tmp_path)
+    assert [first["step"], second["step"], third["step"], last["step"]] == [3, 4, 9, None]
+    assert 1.6e9 < first["time"] <= second["time"] <= third["time"]
+    assert (first["logged/time"], first["logged/step"], first["logged/peak_memory_bytes"]) == (2.5, 70, {"a": 1})
+    assert first["peak_memory_bytes"] > 1
+    assert (second["logged/logged/time"], second["logged/time"], second["logged/step"]) == ("late", 4.5, "warmup")
+    assert "logged/step" not in third
+    assert last["logged/step"] == "NaN"
+    run = read_run(tmp_path)
+    assert [(point.step, point.value) for point in run.series["loss"]] == [(3, 0.5), (4, 0.25), (9, 0.125)]
+    assert [(point.step, point.value) for point in run.series["logged/time"]] == [(3, 2.5), (4, 4.5)]
 
 
 def test_a_tracker_of_the_script_is_told_everything() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from paceline import Trainer, TrainingArguments
 from paceline.config import resolve
 from paceline.errors import ConfigError
 from paceline.trainer.arguments.accelerator import accelerator_arguments, build_accelerator
+from paceline.trainer.arguments.checks import find_problems
 from tests.support.ranks import run_on_ranks
 
 if TYPE_CHECKING:
@@ -26,6 +28,42 @@ def problems(**values: Any) -> dict[str, str]:
     with pytest.raises(ConfigError) as raised:
         accelerator_arguments(TrainingArguments(**values), accumulation=1)
     return {problem.key: str(problem) for problem in raised.value.problems}
+
+
+def test_looking_for_problems_changes_nothing() -> None:
+    args = TrainingArguments()
+    args.fsdp = "false"
+    args.fsdp_config = args.lr_scheduler_kwargs = '{"a": 1}'
+    args.include_num_input_tokens_seen = True  # type: ignore[assignment]
+    args.bf16 = args.fp16 = True
+    before = copy.deepcopy(vars(args))
+    found = [problem.key for problem in find_problems(args)]
+    assert "bf16" in found
+    assert vars(args) == before
+
+
+def test_a_mapping_in_a_yaml_file_is_read_as_every_file(tmp_path: Path) -> None:
+    path = tmp_path / "k.yaml"
+    path.write_text("min_lr: 1e-6\nnested:\n  eps: 1e-8\n")
+    args = TrainingArguments(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=str(path))
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6, "nested": {"eps": 1e-8}}
+    for text, said in (("- 1\n", "mapping"), ("a: [1\n", "k.yaml:1"), ("a: 1\na: 2\n", "k.yaml:2")):
+        path.write_text(text)
+        assert said in problems(lr_scheduler_kwargs=str(path))["lr_scheduler_kwargs"]
+
+
+def test_short_forms_are_read_before_values_are_compared() -> None:
+    args = TrainingArguments(fsdp="false", deepspeed={"zero_optimization": {"stage": 2}})
+    assert args.fsdp is None
+    kwargs = {"use_reentrant": False}
+    args = TrainingArguments(
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs=json.dumps(kwargs),
+        gradient_checkpointing_kwargs=kwargs,
+        include_num_input_tokens_seen=True,  # type: ignore[arg-type]
+    )
+    assert args.activation_checkpointing_kwargs == kwargs
+    assert args.include_num_input_tokens_seen == "all"
 
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}

@@ -65,12 +65,62 @@ def test_every_schedule_is_the_one_that_transformers_means() -> None:
         ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, "both set the final rate"),
         ("warmup_stable_decay", {}, "num_decay_steps: is missing"),
         ("reduce_lr_on_plateau", {"patince": 2}, "did you mean patience?"),
+        ("polynomial", {"peak": 2.0}, "polynomial takes lr_end, power"),
+        # These would fail only once the decay begins, or at its end.
+        ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "cosin"}, "did you mean cosine?"),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "warmup_type": 1}, "1 is not a decay shape"),
+        ("cosine", {"num_cycles": "0.5"}, "'0.5' is not a number"),
+        ("polynomial", {"power": -1}, "it must be at least 0"),
+        ("inverse_sqrt", {"timescale": 0}, "the step is divided by it"),
+        ("inverse_sqrt", {"timescale": -2}, "it must be at least 0"),
+        ("cosine_with_min_lr", {"min_lr": float("nan")}, "nan is not a number"),
+        # A decay that would be a rise, and one that does not fit.
+        ("cosine_with_min_lr", {"min_lr": 2.0}, "2.0 with a peak learning rate of 1"),
+        ("cosine_with_min_lr", {"min_lr_rate": 2.0}, "a fraction of the peak rate"),
+        ("polynomial", {"lr_end": 2.0}, "2.0 with a peak learning rate of 1"),
+        ("warmup_stable_decay", {"num_decay_steps": 4}, "give at most 3"),
     ],
 )
 def test_arguments_that_a_schedule_does_not_have(name: str, more: dict[str, Any], said: str) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
         make_schedule(name, optimizer, warmup=0, total=3, arguments=more)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("warmup", "total"), [(0, 0), (0, 1), (3, 3), (1, 12), (20, 15)])
+def test_every_schedule_gives_a_rate_at_every_step(name: str, warmup: int, total: int) -> None:
+    more = CASES[name]
+    if name == "warmup_stable_decay":
+        more = {"num_decay_steps": max(0, total - warmup)}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = make_schedule(name, optimizer, warmup=warmup, total=total, arguments=more)
+    assert all(0 <= rate <= 0.5 for rate in rates(schedule, optimizer))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_learning_rate_of_0_stays_0(name: str) -> None:
+    more = {key: value for key, value in CASES[name].items() if key not in ("min_lr", "lr_end")}
+    if name == "cosine_with_min_lr":
+        more["min_lr"] = 0.0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+    assert set(rates(make_schedule(name, optimizer, warmup=2, total=40, arguments=more), optimizer)) == {0.0}
+
+
+@pytest.mark.parametrize(("name", "option"), [("cosine_with_min_lr", "min_lr"), ("polynomial", "lr_end")])
+def test_a_final_rate_above_a_peak_of_0(name: str, option: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0)
+    with pytest.raises(ConfigError, match=f"{option}: 1e-06 with a peak learning rate of 0.*set learning_rate"):
+        make_schedule(name, optimizer, warmup=0, total=3, arguments={option: 1e-6})
+
+
+def test_a_warmup_longer_than_the_training_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    make_schedule("linear", optimizer, warmup=5, total=3)
+    assert "never reaches its peak" in caplog.text
+    caplog.clear()
+    make_schedule("linear", optimizer, warmup=3, total=3)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adafactor", "radam"])

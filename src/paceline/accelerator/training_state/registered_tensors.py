@@ -14,7 +14,7 @@ import torch
 from paceline.checkpoint import TensorShard, from_plain, to_plain
 from paceline.environment.logging import get_logger
 from paceline.errors import PacelineError, StateError, named
-from paceline.strategies.state import is_dtensor
+from paceline.strategies.state import first_element, is_dtensor, is_sharded_by_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -53,30 +53,10 @@ def split_sharded(tensors: Mapping[str, Tensor]) -> tuple[dict[str, TensorShard]
 
 @torch.no_grad()
 def _shard_of(tensor: DTensor) -> TensorShard:
-    if not _is_sharded_by_rows(tensor):
+    if not is_sharded_by_rows(tensor):
         return TensorShard.whole(tensor.full_tensor())
     local = tensor.to_local().detach()
-    start = 0
-    if local.numel():
-        start = _first_element(tensor)
-    return TensorShard(tuple(tensor.shape), start, local)
-
-
-def _is_sharded_by_rows(tensor: DTensor) -> bool:
-    """Whether each rank has a contiguous range of the tensor in row-major order."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    # Not isinstance: a _StridedShard has rows that do not follow each other.
-    return all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in tensor.placements)
-
-
-def _first_element(tensor: DTensor) -> int:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if offset:
-        return offset[0] * tensor.shape[1:].numel()
-    return 0
+    return TensorShard(tuple(tensor.shape), first_element(tensor, local), local)
 
 
 def refuse_placeholders(tensors: Mapping[str, Tensor], released: Iterable[str], count: int) -> None:
@@ -193,10 +173,8 @@ class LoadTarget:
                 "Return redistributed tensors from state_dict()",
             )
         local = template.to_local()
-        by_rows = _is_sharded_by_rows(template)
-        start = 0
-        if by_rows and local.numel():
-            start = _first_element(template)
+        by_rows = is_sharded_by_rows(template)
+        start = first_element(template, local) if by_rows else 0
         values = torch.empty(local.shape if by_rows else shape, dtype=dtype, device=local.device)
         return cls(TensorShard(shape, start, values), template)
 
@@ -208,7 +186,7 @@ class LoadTarget:
 
         values, shape = self.shard.values, self.template.shape
         mesh, placements = self.template.device_mesh, self.template.placements
-        if not _is_sharded_by_rows(self.template):
+        if not is_sharded_by_rows(self.template):
             # Every rank has read all of it, so nothing has to be sent.
             return distribute_tensor(values, mesh, placements, src_data_rank=None)
         stride = torch.empty(shape, device="meta").stride()

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from paceline.checkpoint.format.layout import TensorShape, dtype_name, index_text, lay_out
 from paceline.checkpoint.io.transfer import bytes_of
 from paceline.collectives import as_bytes
+from paceline.environment.byte_sizes import BYTE_UNITS, read_byte_size
 from paceline.errors import PacelineError, UsageError
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = ("B", *BYTE_UNITS)
 
 
 def save_weights(
@@ -126,13 +126,11 @@ def parse_size(size: str | int) -> int:
 
 
 def _bytes_in(text: object) -> int:
-    """The bytes in a string such as `5GB`; 0 if it is not one."""
-    matched = None
-    if isinstance(text, str):
-        matched = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    if matched is None:
+    """The bytes in a string such as `5GB`; 0 if it is not one, or has no unit."""
+    found = read_byte_size(text) if isinstance(text, str) else None
+    if found is None or found.unit.upper() not in _UNITS:
         return 0
-    return int(float(matched[1]) * _UNITS.get(matched[2].upper(), 0))
+    return found.number
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

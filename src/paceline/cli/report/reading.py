@@ -169,7 +169,7 @@ def _current_history(entries: Sequence[Entry]) -> list[Entry]:
     training_starts = {entry.start for entry in entries if _clock(entry)}
     kept: list[Entry] = []
     for entry in entries:
-        if kept and _clock(entry) == 0 and entry.start not in training_starts:
+        if training_starts and _clock(entry) == 0 and entry.start not in training_starts:
             continue
         if kept and _goes_back(entry, kept[-1]):
             kept = _up_to(_clock(entry) or 0, kept)

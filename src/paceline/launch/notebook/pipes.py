@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import logging
 import os
 import selectors
 import string
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RankPipes", "is_stdout_redirected"]
 
+_LOG = logging.getLogger(__name__)
 _CHUNK = 65536
 _DRAIN_TIMEOUT = 10.0
 """Seconds to wait, once all ranks have exited, for output of processes that they left behind."""
@@ -44,9 +46,15 @@ class _Stream:
         self._prefix = prefix
         self._at_line_start = True
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.num_lost = 0
+        """Characters that the target did not take."""
+        self.first_failure: Exception | None = None
 
     def forward(self) -> bool:
-        """Forward what has arrived; False at the end."""
+        """Forward what has arrived, or drop it where the target fails; False at the end.
+
+        A rank blocks once its pipe is full, so the pipe is read to its end whatever becomes of the text.
+        """
         try:
             data = os.read(self.reader, _CHUNK)
         except BlockingIOError:
@@ -55,9 +63,23 @@ class _Stream:
         if self._prefix:
             text = "".join(map(self._with_prefix, text.splitlines(keepends=True)))
         if text:
-            self._target.write(text)
-            self._target.flush()
+            self._write(text)
         return bool(data)
+
+    def _write(self, text: str) -> None:
+        try:
+            self._target.write(self._writable(text))
+            self._target.flush()
+        except Exception as error:  # a cell's stream is any object: its kernel may be gone, or the stream closed
+            self.num_lost += len(text)
+            self.first_failure = self.first_failure or error
+
+    def _writable(self, text: str) -> str:
+        """The text with escapes for characters that the target's encoding does not have."""
+        encoding = getattr(self._target, "encoding", None)
+        if not isinstance(encoding, str):
+            return text
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _with_prefix(self, line: str) -> str:
         prefixed = f"{self._prefix}{line}" if self._at_line_start else line
@@ -100,6 +122,18 @@ class RankPipes:
         self._thread.join(_DRAIN_TIMEOUT)
         if not self._thread.is_alive():
             self._selector.close()
+        self._report_lost()
+
+    def _report_lost(self) -> None:
+        lost = sum(stream.num_lost for stream in self._streams)
+        if lost:
+            failure = next(stream.first_failure for stream in self._streams if stream.first_failure is not None)
+            _LOG.warning(
+                "%d characters that ranks printed are lost: the output of this program failed (%s: %s). They ran on.",
+                lost,
+                type(failure).__name__,
+                failure,
+            )
 
     def _forward(self) -> None:
         while self._selector.get_map():

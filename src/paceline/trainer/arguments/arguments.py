@@ -19,7 +19,7 @@ from paceline.config import InitProcessGroupKwargs
 from paceline.environment.world import World
 from paceline.errors import ConfigError, PrepareError, Problem
 from paceline.trainer.argument_errors import WHERE, field_error, field_problem, located
-from paceline.trainer.arguments.checks import fill_dependent_values, find_problems
+from paceline.trainer.arguments.checks import fill_dependent_values, find_problems, read_short_forms
 from paceline.trainer.arguments.command_line import parse_arguments
 from paceline.trainer.arguments.fields import AllFields
 from paceline.trainer.arguments.parsing import default_of, fields_of, read_file, read_value
@@ -100,6 +100,7 @@ class TrainingArguments(AllFields):
                 problems.append(field_problem(name, str(error)))
                 # So that the other values can still be checked against each other.
                 setattr(self, name, defaults[name])
+        problems += read_short_forms(self)
         problems += find_problems(self)
         if problems:
             raise ConfigError(problems)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from paceline.errors import Problem
     from paceline.trainer.arguments.fields import AllFields
 
-__all__ = ["fill_dependent_values", "find_problems", "setting"]
+__all__ = ["fill_dependent_values", "find_problems", "read_short_forms", "setting"]
 
 _LEVELS = ("debug", "info", "warning", "error", "critical", "passive")
 _AT_LEAST = {
@@ -249,8 +249,37 @@ _CONFLICTS = (
 )
 
 
+def read_short_forms(args: AllFields) -> list[Problem]:
+    """Replace what may be written in a shorter way by what it stands for, in place.
+
+    Text becomes the mapping that it describes, a yes or no in a field of words the word, and in `fsdp` a bool.
+
+    Returns:
+        What cannot be read; such values stay as they are.
+    """
+    counted: str | bool = args.include_num_input_tokens_seen
+    if isinstance(counted, bool):
+        args.include_num_input_tokens_seen = "all" if counted else "no"
+    if str(args.fsdp).lower() in TRUE_WORDS | FALSE_WORDS:
+        args.fsdp = True if str(args.fsdp).lower() in TRUE_WORDS else None  # type: ignore[assignment]
+    problems = []
+    for name in _MAPPINGS:
+        value = getattr(args, name)
+        if isinstance(value, str | dict):
+            try:
+                setattr(args, name, read_mapping(value))
+            except ValueError as error:
+                hint = "give a mapping, JSON text, or the path of a JSON file"
+                problems.append(field_problem(name, str(error), hint=hint))
+    return problems
+
+
 def find_problems(args: AllFields) -> Iterator[Problem]:
-    """Yield all problems between values; each value has the type of its field already."""
+    """Yield all problems between values, and change none.
+
+    Args:
+        args: Each value has the type of its field, and its long form (`read_short_forms`).
+    """
     yield from _ranges(args)
     yield from _intervals(args)
     yield from _names(args)
@@ -259,7 +288,6 @@ def find_problems(args: AllFields) -> Iterator[Problem]:
             yield field_problem(conflict.field, conflict.what.format(args=args), conflict.why, conflict.hint)
     yield from _loaders(args)
     yield from _best(args)
-    yield from _mappings(args)
     yield from _plateau(args)
     yield from _texts(args)
 
@@ -299,9 +327,6 @@ def _names(args: AllFields) -> Iterator[Problem]:
     }
     for name, known in choices.items():
         value = getattr(args, name)
-        if isinstance(value, bool):
-            value = "all" if value else "no"
-            setattr(args, name, value)
         if value is not None and value not in known:
             hint = did_you_mean(str(value), known) or f"the names are {', '.join(known)}"
             if name == "optim" and str(value).startswith(_UNSUPPORTED_OPTIMIZERS):
@@ -344,17 +369,6 @@ def _is_multiple(value: float, of: float) -> bool:
     return abs(ratio - round(ratio)) < 1e-9
 
 
-def _mappings(args: AllFields) -> Iterator[Problem]:
-    """Replace text by the mapping that it describes."""
-    for name in _MAPPINGS:
-        value = getattr(args, name)
-        if isinstance(value, str | dict):
-            try:
-                setattr(args, name, read_mapping(value))
-            except ValueError as error:
-                yield field_problem(name, str(error), hint="give a mapping, JSON text, or the path of a JSON file")
-
-
 def _plateau(args: AllFields) -> Iterator[Problem]:
     """Whether it is known in which direction the metric of `reduce_lr_on_plateau` improves."""
     if args.lr_scheduler_type != "reduce_lr_on_plateau":
@@ -385,8 +399,6 @@ def _texts(args: AllFields) -> Iterator[Problem]:
         settings, name, wrong = read_settings(args.deepspeed, Path())
         if settings is None:
             yield field_problem("deepspeed", wrong or name, hint="give a mapping or a JSON file")
-    if str(args.fsdp).lower() in TRUE_WORDS | FALSE_WORDS:
-        args.fsdp = True if str(args.fsdp).lower() in TRUE_WORDS else None  # type: ignore[assignment]
 
 
 def _problems_in(read: Callable[[str], object], text: str) -> Iterator[Problem]:

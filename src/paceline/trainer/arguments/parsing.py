@@ -10,8 +10,6 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from paceline.config.schema.shapes import FALSE_WORDS, TRUE_WORDS
 from paceline.config.sources.document import read_document
 from paceline.errors import did_you_mean
@@ -129,7 +127,7 @@ def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
     """Read a mapping from a dict, JSON text, or the path of a JSON or YAML file.
 
     Raises:
-        ValueError: The file does not exist, or does not contain a mapping.
+        ValueError: The file does not exist, cannot be read, or does not contain a mapping.
     """
     if isinstance(value, dict):
         return dict(value)
@@ -138,14 +136,24 @@ def read_mapping(value: dict[str, Any] | str) -> dict[str, Any]:
         path = Path(value).expanduser()
         if not path.is_file():
             raise ValueError(f"no such file: {value}")
+        if path.suffix != ".json":
+            return _mapping_in_yaml(path)
         text, name = path.read_text(encoding="utf-8"), str(path)
     try:
-        parsed = json.loads(text) if name.endswith((".json", "the text")) else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{name} cannot be parsed: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} contains a {type(parsed).__name__}, not a mapping")
     return parsed
+
+
+def _mapping_in_yaml(path: Path) -> dict[str, Any]:
+    """Read it as every file of values is read: 1e-6 is a number, a key that is written twice an error."""
+    file = read_file(str(path))
+    if file.problems:
+        raise ValueError(f"{path} cannot be read: {file.problems[0]}")
+    return dict(file.values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from paceline.environment.logging import get_logger
 from paceline.errors import ConfigError, Problem, did_you_mean
 from paceline.trainer.argument_errors import field_error, field_problem
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["SCHEDULES", "follows_metric", "make_schedule"]
+
+_LOG = get_logger(__name__)
 
 
 def _rise(step: int, warmup: int) -> float:
@@ -100,13 +103,14 @@ def cosine_with_restarts(step: int, warmup: int, total: int, *, num_cycles: int 
 
 
 def polynomial(step: int, warmup: int, total: int, *, peak: float, lr_end: float = 1e-7, power: float = 1.0) -> float:
-    """Warmup, then polynomial decay to `lr_end`."""
+    """Warmup, then polynomial decay to `lr_end`, or to `peak` where that is less; a peak of 0 stays 0."""
     if step < warmup:
         return _rise(step, warmup)
+    end = min(lr_end, peak) / peak if peak else 0.0
     if step > total:
-        return lr_end / peak
+        return end
     left = 1.0 - _progress(step, warmup, total)
-    return float((peak - lr_end) * left**power + lr_end) / peak
+    return float((1.0 - end) * left**power + end)
 
 
 def inverse_sqrt(step: int, warmup: int, total: int, *, timescale: int | None = None) -> float:
@@ -151,10 +155,7 @@ def _shape(kind: str, share: float) -> float:
         return share
     if kind == "cosine":
         return 0.5 * (1.0 - math.cos(math.pi * share))
-    if kind == "1-sqrt":
-        return 1.0 - math.sqrt(1.0 - share)
-    hint = did_you_mean(kind, ("linear", "cosine", "1-sqrt"))
-    raise field_error("lr_scheduler_kwargs", f"{kind!r} is not a decay shape", hint=hint)
+    return 1.0 - math.sqrt(1.0 - share)
 
 
 SCHEDULES: dict[str, Callable[..., float] | None] = {
@@ -185,17 +186,23 @@ def make_schedule(
         arguments: Further arguments of the schedule, under transformers' names.
 
     Raises:
-        ConfigError: An argument is unknown to the schedule, or a required one is missing.
+        ConfigError: An argument is unknown to the schedule, or a required one is missing, or its value cannot be
+            followed; all that could only fail at a later step is found here.
     """
     function = SCHEDULES[name]
     peak = float(optimizer.param_groups[0]["lr"])
     if function is None:
         _check(name, ReduceLROnPlateau, arguments or {})
         return ReduceLROnPlateau(optimizer, **(arguments or {}))
-    options = _relative_to(peak, dict(arguments or {}))
+    given = {option: value for option, value in (arguments or {}).items() if value is not None}
+    problems = [*_wrong_values(given)] or [*_above_the_peak(given, peak)]
+    if problems:
+        raise ConfigError(problems)
+    options = _relative_to(peak, given)
+    _check(name, function, options)
+    _check_length(warmup, total, options)
     if name == "polynomial":
         options["peak"] = peak
-    _check(name, function, options)
     return LambdaLR(optimizer, partial(_factor, function, options, warmup, total))
 
 
@@ -215,12 +222,62 @@ def _relative_to(peak: float, options: dict[str, Any]) -> dict[str, Any]:
         what = f"both min_lr={min_lr} and min_lr_rate={min_lr_rate}"
         raise field_error("lr_scheduler_kwargs", what, "both set the final rate", "give one of them")
     if min_lr is not None:
-        options["min_lr_rate"] = options.pop("min_lr") / peak
-    return {name: value for name, value in options.items() if value is not None}
+        # A peak of 0 stays 0, whatever it is multiplied by.
+        rate = min_lr / peak if peak else 0.0
+        options = {**options, "min_lr_rate": rate}
+        del options["min_lr"]
+    return options
 
 
 # Parameters of a schedule that no argument sets.
-_NO_OPTIONS = ("step", "warmup", "total", "optimizer")
+_NO_OPTIONS = ("step", "warmup", "total", "peak", "optimizer")
+_SHAPES = ("linear", "cosine", "1-sqrt")
+
+
+def _wrong_values(options: Mapping[str, Any]) -> Iterator[Problem]:
+    """What no schedule can compute with: most of it would only fail at the first step of a decay."""
+    for name, value in options.items():
+        key = f"lr_scheduler_kwargs.{name}"
+        if name in ("warmup_type", "decay_type"):
+            if value not in _SHAPES:
+                hint = did_you_mean(str(value), _SHAPES) or f"the names are {', '.join(_SHAPES)}"
+                yield field_problem(key, f"{value!r} is not a decay shape", hint=hint)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            yield field_problem(key, f"{value!r} is not a number", hint="give a number")
+        elif value < 0:
+            yield field_problem(key, f"{value} is out of range", "it must be at least 0")
+        elif name == "timescale" and value == 0:
+            yield field_problem(key, "0 is out of range", "the step is divided by it", "leave it out, or give steps")
+
+
+def _above_the_peak(options: Mapping[str, Any], peak: float) -> Iterator[Problem]:
+    """Final rates above the peak, to which a schedule would rise."""
+    why = "a schedule ends at most at its peak"
+    for name in ("min_lr", "lr_end"):
+        if options.get(name, 0.0) > peak:
+            what = f"{options[name]} with a peak learning rate of {peak:g}"
+            yield field_problem(f"lr_scheduler_kwargs.{name}", what, why, "give at most that, or set learning_rate")
+    for name in ("min_lr_rate", "min_lr_ratio"):
+        if options.get(name, 0.0) > 1:
+            hint = "it is a fraction of the peak rate: give at most 1"
+            yield field_problem(f"lr_scheduler_kwargs.{name}", f"{options[name]} is out of range", why, hint)
+
+
+def _check_length(warmup: int, total: int, options: Mapping[str, Any]) -> None:
+    """Check that warmup and decay fit into the training, and warn of a peak that is never reached."""
+    if warmup > total > 0:
+        _LOG.warning(
+            "The warmup takes %d steps and the training %d: the learning rate never reaches its peak. Shorten the "
+            "warmup.",
+            warmup,
+            total,
+        )
+    decay = options.get("num_decay_steps", 0)
+    if options.get("num_stable_steps") is None and decay and 0 < total < warmup + decay:
+        what = f"{decay} with a warmup of {warmup} and a training of {total} steps"
+        why = "the decay would begin before the warmup ends, and the rate would jump"
+        hint = f"give at most {max(0, total - warmup)}, or train longer"
+        raise field_error("lr_scheduler_kwargs.num_decay_steps", what, why, hint)
 
 
 def _check(name: str, function: Callable[..., object], options: dict[str, Any]) -> None:

@@ -88,9 +88,9 @@ def test_same_as_accelerate_on_ranks(ranks: int, seeds: range) -> None:
         _compare(found, expected)
 
 
-# By size, number of ranks and drop_last: what Accelerate gives each rank of few samples that rank 0 dispatches, and what
-# the stand-in gives. Accelerate appends its first samples once, however many ranks lack one, and fails where rank 0
-# finds no whole batch of all ranks; the sweeps have no such cases.
+# By size, number of ranks and drop_last: what Accelerate gives each rank of few samples that rank 0 dispatches, and
+# what the stand-in gives. Accelerate appends its first samples once, however many ranks lack one, and fails where rank
+# 0 finds no whole batch of all ranks; the sweeps have no such cases.
 FEW_DISPATCHED: dict[tuple[int, int, bool], tuple[Any, Any]] = {
     (1, 3, False): ([[[0]], [[0]], [[]]], [[[0]], [[0]], [[0]]]),
     (2, 3, False): ([[[0]], [[1]], [[0]]], [[[0]], [[1]], [[0]]]),

@@ -105,6 +105,8 @@ class PreparedDataLoader(DataLoader[Any]):
         self._next = Position()
         self._stream_end: Position | None = None
         self._iteration: LoaderIteration | None = None
+        # The one that began last.
+        self._latest: LoaderIteration | None = None
         self._distributed_sampler: DistributedSampler[Any] | None = None
         self._sampler_epoch = 0
         # Whether no whole epoch has shown yet how many batches there are.
@@ -115,12 +117,37 @@ class PreparedDataLoader(DataLoader[Any]):
         self._distributed_sampler, self._sampler_epoch = sampler, sampler.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._iterate()
+
+    def rest_from_batch(self, number: int) -> Iterator[Any]:
+        """Yield what comes after the first `number` of this rank's batches of the epoch; nothing if no batch is left.
+
+        Nothing is read of what is skipped in map-style data. Collective: every rank must call it.
+
+        Args:
+            number: Batches to skip, counted from the start of the epoch.
+
+        Raises:
+            DataError: The batches vary in size, so that the position is unknown until they are read.
+        """
+        self._take_epoch_of_sampler()
+        epoch = self._next.epoch + self._next.ended
+        self._iteration = self._stream_end = None
+        with self._reading.rehearsal(epoch):
+            samples = self._batch_source.samples_before(self._seed, epoch, number)
+        self._next = Position(epoch, samples, number)
+        return self._iterate(only_rest=True)
+
+    def _iterate(self, *, only_rest: bool = False) -> Iterator[Any]:
         self._take_epoch_of_sampler()
         outer = self._iteration
         self._stream_end = None
-        current, batches = self._begin()
+        begun = self._begin(only_rest=only_rest)
+        if begun is None:
+            return
+        current, batches = begun
         with self._active.during(self) as active_iteration:
-            self._iteration = current
+            self._iteration = self._latest = current
             progress = current.progress
             if self._group.size == 1 or self._layout.padded or self._layout.drop_last:
                 # All ranks get the same number of batches.
@@ -132,6 +159,8 @@ class PreparedDataLoader(DataLoader[Any]):
                     if self._active.watch is not None:
                         self._active.watch(self, batch)
                     yield batch
+                    if self._latest is not current and self._has_lost_workers(progress):
+                        break
                 if self._batch_source.has_stream_state:
                     self._stream_end = self._position_in(current)
                 if self._length_unverified:
@@ -140,6 +169,23 @@ class PreparedDataLoader(DataLoader[Any]):
                     self._iteration = outer if outer is not None and outer.running else None
             finally:
                 current.running = False
+
+    def _has_lost_workers(self, progress: IterationProgress) -> bool:
+        """Say whether an iteration has ended, and a later one has its workers.
+
+        Raises:
+            DataError: It has not ended: its other batches are lost.
+        """
+        if not (self.num_workers and self.persistent_workers):
+            return False
+        if progress.at_end:
+            return True
+        raise DataError(
+            f"An iteration over the {self._name} of {type(self.dataset).__name__} goes on after a later one has begun",
+            "There is one set of persistent workers, and the later iteration has taken it: the other batches of this "
+            "one would be left out",
+            "Set persistent_workers=False, or prepare a loader of its own for each loop that runs at the same time",
+        )
 
     def _with_points(self, batches: Iterator[Any], progress: IterationProgress) -> Iterator[Any]:
         """Yield the batches, and pass a point at which a signal may stop the run before each of them.
@@ -163,7 +209,11 @@ class PreparedDataLoader(DataLoader[Any]):
             yield batch
             del batch
 
-    def _begin(self) -> tuple[LoaderIteration, Iterator[Any]]:
+    def _begin(self, *, only_rest: bool) -> tuple[LoaderIteration, Iterator[Any]] | None:
+        """Begin an iteration at the position, or the next epoch if nothing is left of this one.
+
+        With `only_rest` return None in place of the next epoch.
+        """
         if self._worker_copies is not None:
             self._worker_copies.check()
         following = Position(self._next.epoch + 1)
@@ -175,13 +225,17 @@ class PreparedDataLoader(DataLoader[Any]):
             self._batch_source.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, samples))
             self._reading.begin(start.epoch)
             begun = self._batch_source.begin(self._read, self._seed, start)
-            if begun is not None:
-                self._batch_source.check(start, begun=True)
+            # Also where nothing is left: counted in other batches, something may be.
+            self._batch_source.check(start, begun=True)
+            if begun is not None or only_rest:
                 self._next = Position(start.epoch + 1)
+            if begun is not None:
                 batches, progress = begun
                 if self._prefetcher is not None:
                     batches = self._prefetcher.iterate(batches)
                 return LoaderIteration(start, progress), batches
+            if only_rest:
+                return None
             if not start.batches and not start.samples:
                 break
         raise DataError(
@@ -318,21 +372,6 @@ class PreparedDataLoader(DataLoader[Any]):
             self._next = Position(epoch)
         if self._stream_end is not None and epoch != self._stream_end.epoch + 1:
             self._stream_end = None
-
-    def begin_at_batch(self, number: int) -> None:
-        """Let the next iteration begin after `number` of this rank's batches, counted from the start of its epoch.
-
-        Nothing is read for map-style data. Collective: every rank must call it.
-
-        Args:
-            number: Batches to skip.
-
-        Raises:
-            DataError: The batches vary in size, so that the position is unknown until they are read.
-        """
-        epoch = self._next.epoch + self._next.ended
-        self._iteration = self._stream_end = None
-        self._next = Position(epoch, self._batch_source.samples_before(self._seed, epoch, number), number)
 
     def _position(self) -> Position:
         """Return what `state_dict` saves."""

@@ -116,7 +116,7 @@ def test_sparse_batches_arrive_and_cannot_be_gathered(data: Any, config: dict[st
         for batch in loader:
             assert batch.layout is torch.sparse_coo
             found += batch.to_dense()[: loader.counts.real[group.rank]].tolist()
-            with pytest.raises(CollectiveError, match="layout torch.sparse_coo"):
+            with pytest.raises(CollectiveError, match=r"layout torch\.sparse_coo"):
                 gather_samples(group, batch, loader.counts)
         return found
 

@@ -105,8 +105,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._next = Position()
         self._stream_end: Position | None = None
         self._iteration: LoaderIteration | None = None
-        # The one that began last.
-        self._latest: LoaderIteration | None = None
+        self._num_begun = 0
         self._distributed_sampler: DistributedSampler[Any] | None = None
         self._sampler_epoch = 0
         # Whether no whole epoch has shown yet how many batches there are.
@@ -146,8 +145,9 @@ class PreparedDataLoader(DataLoader[Any]):
         if begun is None:
             return
         current, batches = begun
+        self._num_begun = number = self._num_begun + 1
         with self._active.during(self) as active_iteration:
-            self._iteration = self._latest = current
+            self._iteration = current
             progress = current.progress
             if self._group.size == 1 or self._layout.padded or self._layout.drop_last:
                 # All ranks get the same number of batches.
@@ -159,16 +159,20 @@ class PreparedDataLoader(DataLoader[Any]):
                     if self._active.watch is not None:
                         self._active.watch(self, batch)
                     yield batch
-                    if self._latest is not current and self._has_lost_workers(progress):
+                    if self._num_begun != number and self._has_lost_workers(progress):
                         break
-                if self._batch_source.has_stream_state:
-                    self._stream_end = self._position_in(current)
-                if self._length_unverified:
-                    self._verify_length(current)
-                if self._iteration is current:
-                    self._iteration = outer if outer is not None and outer.running else None
+                self._end(current, outer)
             finally:
                 current.running = False
+
+    def _end(self, current: LoaderIteration, outer: LoaderIteration | None) -> None:
+        """Note the end of an iteration, which may run within another one."""
+        if self._batch_source.has_stream_state:
+            self._stream_end = self._position_in(current)
+        if self._length_unverified:
+            self._verify_length(current)
+        if self._iteration is current:
+            self._iteration = outer if outer is not None and outer.running else None
 
     def _has_lost_workers(self, progress: IterationProgress) -> bool:
         """Say whether an iteration has ended, and a later one has its workers.
@@ -227,19 +231,22 @@ class PreparedDataLoader(DataLoader[Any]):
             begun = self._batch_source.begin(self._read, self._seed, start)
             # Also where nothing is left: counted in other batches, something may be.
             self._batch_source.check(start, begun=True)
-            if begun is not None or only_rest:
-                self._next = Position(start.epoch + 1)
             if begun is not None:
+                self._next = Position(start.epoch + 1)
                 batches, progress = begun
                 if self._prefetcher is not None:
                     batches = self._prefetcher.iterate(batches)
                 return LoaderIteration(start, progress), batches
             if only_rest:
+                self._next = Position(start.epoch + 1)
                 return None
             if not start.batches and not start.samples:
                 break
-        raise DataError(
-            f"Epoch {start.epoch} of the data set {type(self.dataset).__name__} has no batch",
+        raise self._no_batch_error(start.epoch)
+
+    def _no_batch_error(self, epoch: int) -> DataError:
+        return DataError(
+            f"Epoch {epoch} of the data set {type(self.dataset).__name__} has no batch",
             "A loop over it would do nothing",
             "Check the data set; with drop_last=True it needs one whole global batch"
             + (f" of {self.total_batch_size} samples" if self.total_batch_size else ""),

@@ -114,10 +114,10 @@ def draw_case(seed: int, ranks: int) -> Case:
         "rng_types": draw.choice([["generator"], ["torch"], ["torch", "generator"], None]),
     }
     dispatches = settings["dispatch_batches"] or (settings["dispatch_batches"] is None and is_stream)
-    if dispatches and drop_last:
-        # Accelerate fails where rank 0 finds no batch at all.
-        size_needed = batch_size * (1 if settings["split_batches"] else ranks)
-        loader.dataset.size = max(size, size_needed)  # type: ignore[attr-defined]
+    if dispatches:
+        share = batch_size * (1 if settings["split_batches"] else ranks)
+        # What Accelerate gives of fewer samples is wrong: see `few_dispatched`.
+        _enlarge(loader, share if drop_last else -(-ranks // 2))
     skips = draw.choice([0, 0, 1])
     if (dispatches and not is_stream) or settings["use_stateful_dataloader"]:
         skips = 0
@@ -131,6 +131,34 @@ def draw_case(seed: int, ranks: int) -> Case:
         rebalances=draw.random() < 0.1,
         description=described,
     )
+
+
+def _enlarge(loader: DataLoader[Any], size: int) -> None:
+    """Let a loader read at least `size` samples."""
+    dataset: Any = loader.dataset
+    dataset.size = max(size, dataset.size)
+    if isinstance(loader.sampler, WeightedRandomSampler):
+        loader.sampler.num_samples = dataset.size
+        loader.sampler.weights = torch.ones(dataset.size, dtype=torch.double)
+
+
+def few_dispatched(package: str, size: int, drop_last: bool) -> list[list[int]] | str:
+    """What this rank gets of `size` samples that rank 0 dispatches in batches of 2, or the kind of error."""
+    stand_ready(package)
+    loaders: Any = importlib.import_module(f"{package}.data_loader")
+    states: Any = importlib.import_module(f"{package}.state")
+    loader = loaders.prepare_data_loader(
+        DataLoader(Noisy(size), batch_size=2, drop_last=drop_last),
+        torch.device("cpu"),
+        put_on_device=True,
+        dispatch_batches=True,
+    )
+    try:
+        return [batch["index"].tolist() for batch in loader]
+    except (TypeError, ValueError) as error:
+        return type(error).__name__
+    finally:
+        states.GradientState._reset_state()
 
 
 def _source(kind: str, size: int, batch_size: int, drop_last: bool, draw: random.Random) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from paceline.collectives.agreement import check_agreement
-from paceline.collectives.coalescing import all_gather_coalesced
+from paceline.collectives.coalescing import all_gather_coalesced, check_dense
 from paceline.collectives.nested import leaves, map_leaves, maybe_children, path_text, send_to_device
 from paceline.collectives.per_sample import (
     SampleEvidence,
@@ -336,6 +336,8 @@ class _SampleGather:
             CollectiveError: The tensors of the ranks cannot be joined.
         """
         rank = self.group.rank
+        if self.group.size > 1:
+            check_dense(tensor)
         if len({shape.checksum for shape in shapes}) > 1:
             full_shapes = self.group.all_gather_object((tuple(tensor.shape), str(tensor.dtype)))
             raise _shapes_differ(path_text(path), full_shapes, can_be_padded=False)

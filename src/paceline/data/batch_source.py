@@ -233,7 +233,7 @@ class MapBatchSource(BatchSource):
         """See `BatchSource.samples_before`; runs a sampler whose batches vary in size."""
         sharding = self.sampler.sharding
         if isinstance(sharding, PlannedSharding):
-            return sharding.plan(seed, epoch, 0).samples_after(num_batches)
+            return sharding.samples_before(seed, epoch, num_batches)
         return super().samples_before(seed, epoch, num_batches)
 
     def num_batches(self) -> int:

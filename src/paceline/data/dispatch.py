@@ -15,10 +15,12 @@ from torch.utils.data import IterableDataset
 from paceline.collectives import BatchCounts
 from paceline.data.batch_packing import HEADER_BYTES, PackedBatch, read_header, unpack
 from paceline.data.batch_source import BatchSource, Position, batch_text
+from paceline.data.epoch_plan import check_not_empty, indivisible
 from paceline.data.epochs import has_set_epoch, set_dataset_epoch
 from paceline.data.randomness import IsolatedRng, SeededKeys, mix_seed, seed_global_rngs
 from paceline.data.read_ahead import Chunk, ChunkProgress, ReadAhead
 from paceline.data.reused_memory import ReusedMemory
+from paceline.data.sample_order import sampler_generators, set_sampler_epoch
 from paceline.environment.object_state import OwnGenerators
 from paceline.errors import DataError, counted
 
@@ -34,7 +36,14 @@ if TYPE_CHECKING:
     from paceline.data.sharding import PlannedSharding, ShardedBatchSampler
     from paceline.data.stream import StreamReader
 
-__all__ = ["DispatchBatchSource", "GlobalBatches", "MapGlobalBatches", "SplitBatches", "StreamGlobalBatches"]
+__all__ = [
+    "DispatchBatchSource",
+    "GlobalBatches",
+    "MapGlobalBatches",
+    "NonEmptyBatches",
+    "SplitBatches",
+    "StreamGlobalBatches",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class GlobalBatches:
         readers: The number of readers that share the data; 0 if that makes no difference.
         workers: Whether loader workers read.
         draws_in_process: Whether this process draws random numbers while it reads.
+        sampler: What yields the keys, if it runs while batches are read; None if it runs before.
     """
 
     size: int | None = None
@@ -98,6 +108,7 @@ class GlobalBatches:
     readers = 0
     workers = False
     draws_in_process = True
+    sampler: Any = None
 
     def read(self, seed: int, position: Position, isolated_rng: IsolatedRng | None) -> Iterator[GlobalBatch]:
         """Yield the global batches from a position on.
@@ -157,7 +168,7 @@ class MapGlobalBatches(GlobalBatches):
 
     def samples_before(self, seed: int, epoch: int, num_batches: int) -> int:
         """See `GlobalBatches.samples_before`."""
-        return self._sharding.plan(seed, epoch, 0).samples_after(num_batches)
+        return self._sharding.samples_before(seed, epoch, num_batches)
 
     def _keys_of_all_ranks(self, plan: EpochPlan, seed: int, position: Position) -> Iterator[list[Any]]:
         """Yield the keys of all ranks in turn; random numbers drawn while a batch is read depend on that batch only."""
@@ -189,11 +200,23 @@ class StreamGlobalBatches(GlobalBatches):
         reader: Reads the batches.
         layout: How they are distributed.
         length: The number of batches that it yields, if known.
+        size: The number of samples in them, if known.
+        sampler: What yields the keys of map-style data.
     """
 
     rereads = True
 
-    def __init__(self, reader: StreamReader, layout: Layout, *, length: int | None = None) -> None:
+    def __init__(
+        self,
+        reader: StreamReader,
+        layout: Layout,
+        *,
+        length: int | None = None,
+        size: int | None = None,
+        sampler: Any = None,
+    ) -> None:
+        self.size = size
+        self.sampler = sampler
         if length is not None:
             whole, rest = divmod(length, layout.num_ranks)
             pads_rest = layout.padded and rest > 0
@@ -212,6 +235,8 @@ class StreamGlobalBatches(GlobalBatches):
     def read(self, seed: int, position: Position, isolated_rng: IsolatedRng | None) -> Iterator[GlobalBatch]:
         """See `GlobalBatches.read`; see `StreamReader.begin` for how a position is reached."""
         layout, state_handle = self._layout, self._reader.state_handle
+        if self.sampler is not None:
+            set_sampler_epoch(self.sampler, position.epoch)
         batches_before = position.batches * layout.num_ranks
         batches, _ = self._reader.begin(
             seed, position, batches_before, padded=layout.padded and layout.fill, isolated_rng=isolated_rng
@@ -234,6 +259,23 @@ class StreamGlobalBatches(GlobalBatches):
         return f"what {type(self._reader.reader).__name__} yields, {self._reader.describe_resuming()} within an epoch"
 
 
+class NonEmptyBatches:
+    """The batches of keys of a batch sampler without a length; one without samples is an error.
+
+    Args:
+        batches: The batch sampler.
+    """
+
+    def __init__(self, batches: Any) -> None:
+        self.batch_sampler = batches
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.batch_sampler:
+            keys = list(batch)
+            check_not_empty([keys], self.batch_sampler)
+            yield keys
+
+
 class SplitBatches:
     """The batches of keys of a batch sampler without a length, each split into a part per rank.
 
@@ -245,20 +287,16 @@ class SplitBatches:
     """
 
     def __init__(self, batches: Any, num_ranks: int) -> None:
-        self._batches = batches
+        self.batch_sampler = batches
         self._num_ranks = num_ranks
 
     def __iter__(self) -> Iterator[list[Any]]:
-        batches = iter(self._batches)
+        batches = iter(self.batch_sampler)
         batch = next(batches, None)
         while batch is not None:
             keys, batch = list(batch), next(batches, None)
             if len(keys) % self._num_ranks and batch is not None:
-                raise DataError(
-                    f"A batch of the batch sampler has {len(keys)} samples for {self._num_ranks} ranks",
-                    "split_batches=True gives each rank an equal part of every batch",
-                    f"Make the batch sizes multiples of {self._num_ranks}, or use split_batches=False",
-                )
+                raise indivisible("A batch", len(keys), self._num_ranks)
             part_size = -(-len(keys) // self._num_ranks)
             yield from (keys[start : start + part_size] for start in range(0, len(keys), part_size))
 
@@ -276,6 +314,7 @@ class DispatchBatchSource(BatchSource):
     def __init__(self, global_batches: GlobalBatches | None, layout: Layout, group: Group, *, split: bool) -> None:
         super().__init__(group)
         self._global_batches = global_batches
+        self._layout = layout
         self.total_batch_size = layout.global_batch_size or None
         self.splits = split
         properties: Any = None
@@ -302,7 +341,8 @@ class DispatchBatchSource(BatchSource):
             # Isolated, because random numbers would otherwise depend on how far ahead is read.
             isolated_rng = None
             if self._global_batches.draws_in_process:
-                isolated_rng = IsolatedRng(mix_seed(seed, position.epoch))
+                generators = sampler_generators(self._global_batches.sampler)
+                isolated_rng = IsolatedRng(mix_seed(seed, position.epoch), generators)
             sender = _ChunkSender(self._global_batches, seed, position, isolated_rng)
         iteration = _DispatchIteration(self._group, sender, position.samples)
         return (iteration.batches(), iteration.progress) if iteration.open() else None
@@ -312,6 +352,14 @@ class DispatchBatchSource(BatchSource):
         if self._batches is None:
             raise TypeError("this loader has no length: the number of its batches is unknown")
         return int(self._batches[self._group.rank])
+
+    def may_differ_from_length(self, samples: int) -> bool:
+        """See `BatchSource.may_differ_from_length`; each worker may have a short last batch of its own."""
+        size = self.size()
+        if size is None or not self.rereads:
+            return False
+        droppable = self._layout.global_batch_size * self.readers if self._layout.drop_last else 0
+        return 0 <= size - samples <= droppable
 
     @property
     def readers(self) -> int:

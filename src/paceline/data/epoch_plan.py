@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from paceline.data.sample_order import SampleOrder
 
-__all__ = ["BatchListPlan", "EpochPlan", "Layout", "UniformBatchPlan", "within_batch"]
+__all__ = [
+    "BatchListPlan",
+    "EpochPlan",
+    "Layout",
+    "UniformBatchPlan",
+    "check_not_empty",
+    "indivisible",
+    "within_batch",
+]
 
 # How many keys a rank takes out of the order of an epoch at a time.
 KEYS_AT_A_TIME = 2048
@@ -168,13 +176,23 @@ class BatchListPlan(EpochPlan):
         layout: How global batches are distributed; `batch_size` is not used.
         split: Whether the ranks share one batch.
         start: Position of the first sample that was not used yet; it must begin a batch.
+        filling: The batches at the start of the epoch, if `batches` does not begin there.
 
     Raises:
         DataError: A batch before the last cannot be split evenly, or the position lies within one.
     """
 
-    def __init__(self, batches: Sequence[list[Any]], layout: Layout, *, split: bool, start: int = 0) -> None:
+    def __init__(
+        self,
+        batches: Sequence[list[Any]],
+        layout: Layout,
+        *,
+        split: bool,
+        start: int = 0,
+        filling: Sequence[list[Any]] | None = None,
+    ) -> None:
         self._batches = batches
+        self._filling = batches if filling is None else filling
         # Copied, so that changes do not affect this iteration.
         self._layout = replace(layout)
         self._split = split
@@ -201,7 +219,9 @@ class BatchListPlan(EpochPlan):
         number = self._skipped + index * self._step + rank
         if number < len(self._batches):
             return self._batches[number]
-        return self._batches[number % len(self._batches)] if self._layout.padded else []
+        if not self._layout.padded:
+            return []
+        return self._filling[(number - len(self._batches)) % len(self._filling)]
 
     def counts(self, index: int) -> BatchCounts:
         """See `EpochPlan.counts`."""
@@ -224,9 +244,8 @@ class BatchListPlan(EpochPlan):
         share = -(-len(batch) // self._layout.num_ranks)
         part = batch[rank * share : (rank + 1) * share]
         if self._layout.padded and len(part) < share and (self._layout.fill or not part):
-            filling = self._batches[0]
             # Repeats a first batch that is shorter than what is missing.
-            part = part + (filling * share)[: share - len(part)]
+            part = part + (self._filling[0] * share)[: share - len(part)]
         return part
 
 
@@ -240,11 +259,27 @@ def within_batch(start: int, end: int) -> DataError:
     )
 
 
-def _check_divisible(batches: Sequence[list[Any]], size: int) -> None:
+def check_not_empty(batches: Sequence[list[Any]], batch_sampler: object) -> None:
+    """Raise `DataError` if a batch has no samples."""
+    if all(batches):
+        return
+    raise DataError(
+        f"The batch sampler {type(batch_sampler).__name__} yielded a batch without samples",
+        "Nothing can be computed from it, and a rank that gets it would be taken for one that has reached its end",
+        "Yield only batches that have samples",
+    )
+
+
+def _check_divisible(batches: Sequence[list[Any]], num_ranks: int) -> None:
     for number, batch in enumerate(batches):
-        if len(batch) % size:
-            raise DataError(
-                f"Batch {number} of the batch sampler has {len(batch)} samples for {size} ranks",
-                "split_batches=True gives each rank an equal part of every batch",
-                f"Make batches whose sizes are multiples of {size}, or use split_batches=False",
-            )
+        if len(batch) % num_ranks:
+            raise indivisible(f"Batch {number}", len(batch), num_ranks)
+
+
+def indivisible(batch: str, samples: int, num_ranks: int) -> DataError:
+    """Return the error for a batch before the last that cannot be split evenly."""
+    return DataError(
+        f"{batch} of the batch sampler has {samples} samples for {num_ranks} ranks",
+        "split_batches=True gives each rank an equal part of every batch",
+        f"Make batches whose sizes are multiples of {num_ranks}, or use split_batches=False",
+    )

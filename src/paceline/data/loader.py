@@ -105,6 +105,7 @@ class PreparedDataLoader(DataLoader[Any]):
         self._next = Position()
         self._stream_end: Position | None = None
         self._iteration: LoaderIteration | None = None
+        self._num_begun = 0
         self._distributed_sampler: DistributedSampler[Any] | None = None
         self._sampler_epoch = 0
         # Whether no whole epoch has shown yet how many batches there are.
@@ -115,10 +116,36 @@ class PreparedDataLoader(DataLoader[Any]):
         self._distributed_sampler, self._sampler_epoch = sampler, sampler.epoch
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._iterate()
+
+    def rest_from_batch(self, number: int) -> Iterator[Any]:
+        """Yield what comes after the first `number` of this rank's batches of the epoch; nothing if no batch is left.
+
+        Nothing is read of what is skipped in map-style data. Collective: every rank must call it.
+
+        Args:
+            number: Batches to skip, counted from the start of the epoch.
+
+        Raises:
+            DataError: The batches vary in size, so that the position is unknown until they are read.
+        """
+        self._take_epoch_of_sampler()
+        epoch = self._next.epoch + self._next.ended
+        self._iteration = self._stream_end = None
+        with self._reading.rehearsal(epoch):
+            samples = self._batch_source.samples_before(self._seed, epoch, number)
+        self._next = Position(epoch, samples, number)
+        return self._iterate(only_rest=True)
+
+    def _iterate(self, *, only_rest: bool = False) -> Iterator[Any]:
         self._take_epoch_of_sampler()
         outer = self._iteration
         self._stream_end = None
-        current, batches = self._begin()
+        begun = self._begin(only_rest=only_rest)
+        if begun is None:
+            return
+        current, batches = begun
+        self._num_begun = number = self._num_begun + 1
         with self._active.during(self) as active_iteration:
             self._iteration = current
             progress = current.progress
@@ -132,14 +159,37 @@ class PreparedDataLoader(DataLoader[Any]):
                     if self._active.watch is not None:
                         self._active.watch(self, batch)
                     yield batch
-                if self._batch_source.has_stream_state:
-                    self._stream_end = self._position_in(current)
-                if self._length_unverified:
-                    self._verify_length(current)
-                if self._iteration is current:
-                    self._iteration = outer if outer is not None and outer.running else None
+                    if self._num_begun != number and self._has_lost_workers(progress):
+                        break
+                self._end(current, outer)
             finally:
                 current.running = False
+
+    def _end(self, current: LoaderIteration, outer: LoaderIteration | None) -> None:
+        """Note the end of an iteration, which may run within another one."""
+        if self._batch_source.has_stream_state:
+            self._stream_end = self._position_in(current)
+        if self._length_unverified:
+            self._verify_length(current)
+        if self._iteration is current:
+            self._iteration = outer if outer is not None and outer.running else None
+
+    def _has_lost_workers(self, progress: IterationProgress) -> bool:
+        """Say whether an iteration has ended, and a later one has its workers.
+
+        Raises:
+            DataError: It has not ended: its other batches are lost.
+        """
+        if not (self.num_workers and self.persistent_workers):
+            return False
+        if progress.at_end:
+            return True
+        raise DataError(
+            f"An iteration over the {self._name} of {type(self.dataset).__name__} goes on after a later one has begun",
+            "There is one set of persistent workers, and the later iteration has taken it: the other batches of this "
+            "one would be left out",
+            "Set persistent_workers=False, or prepare a loader of its own for each loop that runs at the same time",
+        )
 
     def _with_points(self, batches: Iterator[Any], progress: IterationProgress) -> Iterator[Any]:
         """Yield the batches, and pass a point at which a signal may stop the run before each of them.
@@ -163,7 +213,11 @@ class PreparedDataLoader(DataLoader[Any]):
             yield batch
             del batch
 
-    def _begin(self) -> tuple[LoaderIteration, Iterator[Any]]:
+    def _begin(self, *, only_rest: bool) -> tuple[LoaderIteration, Iterator[Any]] | None:
+        """Begin an iteration at the position, or the next epoch if nothing is left of this one.
+
+        With `only_rest` return None in place of the next epoch.
+        """
         if self._worker_copies is not None:
             self._worker_copies.check()
         following = Position(self._next.epoch + 1)
@@ -175,17 +229,24 @@ class PreparedDataLoader(DataLoader[Any]):
             self._batch_source.generator.manual_seed(mix_seed(self._seed, start.epoch, self._group.rank, samples))
             self._reading.begin(start.epoch)
             begun = self._batch_source.begin(self._read, self._seed, start)
+            # Also where nothing is left: counted in other batches, something may be.
+            self._batch_source.check(start, begun=True)
             if begun is not None:
-                self._batch_source.check(start, begun=True)
                 self._next = Position(start.epoch + 1)
                 batches, progress = begun
                 if self._prefetcher is not None:
                     batches = self._prefetcher.iterate(batches)
                 return LoaderIteration(start, progress), batches
+            if only_rest:
+                self._next = Position(start.epoch + 1)
+                return None
             if not start.batches and not start.samples:
                 break
-        raise DataError(
-            f"Epoch {start.epoch} of the data set {type(self.dataset).__name__} has no batch",
+        raise self._no_batch_error(start.epoch)
+
+    def _no_batch_error(self, epoch: int) -> DataError:
+        return DataError(
+            f"Epoch {epoch} of the data set {type(self.dataset).__name__} has no batch",
             "A loop over it would do nothing",
             "Check the data set; with drop_last=True it needs one whole global batch"
             + (f" of {self.total_batch_size} samples" if self.total_batch_size else ""),
@@ -318,21 +379,6 @@ class PreparedDataLoader(DataLoader[Any]):
             self._next = Position(epoch)
         if self._stream_end is not None and epoch != self._stream_end.epoch + 1:
             self._stream_end = None
-
-    def begin_at_batch(self, number: int) -> None:
-        """Let the next iteration begin after `number` of this rank's batches, counted from the start of its epoch.
-
-        Nothing is read for map-style data. Collective: every rank must call it.
-
-        Args:
-            number: Batches to skip.
-
-        Raises:
-            DataError: The batches vary in size, so that the position is unknown until they are read.
-        """
-        epoch = self._next.epoch + self._next.ended
-        self._iteration = self._stream_end = None
-        self._next = Position(epoch, self._batch_source.samples_before(self._seed, epoch, number), number)
 
     def _position(self) -> Position:
         """Return what `state_dict` saves."""

@@ -16,6 +16,7 @@ from paceline.data.dispatch import (
     DispatchBatchSource,
     GlobalBatches,
     MapGlobalBatches,
+    NonEmptyBatches,
     SplitBatches,
     StreamGlobalBatches,
 )
@@ -478,10 +479,16 @@ class _LoaderBuilder:
         if self.iterable:
             batch_size = layout.batch_size
             shard = shard_of(self.loader.dataset, 0, 1, self.loader.num_workers, block=max(1, batch_size))
-            return StreamGlobalBatches(StreamReader(self._reader(settings, shard, batch_size), batch_size), layout)
+            stream = StreamReader(self._reader(settings, shard, batch_size), batch_size)
+            size = maybe_length(self.loader.dataset)
+            if size is None or not batch_size:
+                # The length of what yields whole batches may count either those or samples.
+                return StreamGlobalBatches(stream, layout)
+            length = size // batch_size if layout.drop_last else -(-size // batch_size)
+            return StreamGlobalBatches(stream, layout, length=length, size=size)
         sharding = self._sharding(SoloGroup())
         if not isinstance(sharding, PlannedSharding):
-            return StreamGlobalBatches(self._unsized_reader(settings), layout)
+            return StreamGlobalBatches(self._unsized_reader(settings), layout, sampler=self._batches())
         sampler = ShardedBatchSampler(sharding, self._batches(), single=self._reads_single_samples())
         reader = DataLoader(**settings, **self._sampling_with(sampler), generator=torch.Generator())
         return MapGlobalBatches(reader, sampler, sharding, self.group.size)
@@ -491,6 +498,8 @@ class _LoaderBuilder:
         batches = self._batches()
         if self._reads_single_samples():
             return StreamReader(self.loader, 0)
+        if self.loader.batch_sampler is not None:
+            batches = NonEmptyBatches(batches)
         if self.split:
             batches = SplitBatches(batches, self.group.size)
         arguments = {**settings, **self._sampling_with(batches)}

@@ -8,6 +8,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from paceline.collectives.nested import leaves
 from paceline.data.iteration_progress import IterationProgress
 
@@ -74,7 +76,9 @@ def num_bytes(batch: Any) -> int:
     """Estimate the memory of a batch; an object of unknown size counts as a megabyte."""
     total = 0
     for _, leaf in leaves(batch):
-        size = getattr(leaf, "nbytes", None)
+        # Sparse tensors raise if they are asked for their bytes.
+        is_sparse = isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided
+        size = None if is_sparse else getattr(leaf, "nbytes", None)
         if isinstance(size, int):
             total += size
         elif leaf is None or isinstance(leaf, str | bytes | bytearray | bool | int | float | complex):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from paceline.environment.object_state import ObjectState, OwnGenerators
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = ["ReadingState", "SeededCollate"]
 
@@ -54,6 +55,17 @@ class ReadingState:
         """Prepare for an iteration over `epoch`."""
         self._at_begin = self._once.capture()
         self._epoch_generators.begin(epoch)
+
+    @contextmanager
+    def rehearsal(self, epoch: int) -> Iterator[None]:
+        """Let what an iteration runs once run in the body as it will in `epoch`, and leave it as it was."""
+        self.begin(epoch)
+        before = self._at_begin
+        assert before is not None
+        try:
+            yield
+        finally:
+            self._once.restore(before)
 
     def state_dict(self, *, within: bool) -> dict[str, Any]:
         """Return what has changed, and all generators; empty if there is nothing.

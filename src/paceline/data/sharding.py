@@ -11,7 +11,15 @@ import torch
 from torch.utils.data import Sampler
 
 from paceline.collectives import BatchCounts
-from paceline.data.epoch_plan import BatchListPlan, EpochPlan, Layout, UniformBatchPlan, within_batch
+from paceline.data.epoch_plan import (
+    BatchListPlan,
+    EpochPlan,
+    Layout,
+    UniformBatchPlan,
+    check_not_empty,
+    indivisible,
+    within_batch,
+)
 from paceline.data.iteration_progress import IterationProgress, PlannedProgress, RecordedBatch, RecordedProgress
 from paceline.data.randomness import IsolatedRng, mix_seed
 from paceline.data.sample_order import (
@@ -104,6 +112,13 @@ class PlannedSharding(Sharding):
         rank = self._group.rank
         return plan.batches(rank), PlannedProgress(plan, rank)
 
+    def samples_before(self, seed: int, epoch: int, num_batches: int) -> int:
+        """Return the position in an epoch after its first `num_batches` global batches.
+
+        Collective: every rank must call it.
+        """
+        return self.plan(seed, epoch, 0).samples_after(num_batches)
+
     def num_batches(self) -> int:
         """See `Sharding.num_batches`."""
         return self.num_batches_of(self._group.rank)
@@ -125,6 +140,10 @@ class SampleSharding(PlannedSharding):
     def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
         """See `PlannedSharding.plan`."""
         return UniformBatchPlan(self._source.of_epoch(seed, epoch), self.layout, samples)
+
+    def samples_before(self, seed: int, epoch: int, num_batches: int) -> int:
+        """See `PlannedSharding.samples_before`; no sampler runs for that."""
+        return num_batches * self.layout.global_batch_size
 
     def num_batches_of(self, rank: int) -> int:
         """See `PlannedSharding.num_batches_of`."""
@@ -167,6 +186,7 @@ class BatchSharding(PlannedSharding):
     def plan(self, seed: int, epoch: int, samples: int) -> EpochPlan:
         """See `PlannedSharding.plan`."""
         batches = [list(batch) for batch in run_sampler_on_rank_0(self._batch_sampler, self._group, seed, epoch)]
+        check_not_empty(batches, self._batch_sampler)
         layout = self._uniform_layout(batches)
         self.planned_batch_size = 0 if layout is None else layout.batch_size
         if layout is None:
@@ -294,46 +314,58 @@ class UnsizedSharding(Sharding):
     def begin(self, seed: int, epoch: int, samples: int) -> tuple[Iterable[Any], IterationProgress] | None:
         """See `Sharding.begin`."""
         set_sampler_epoch(self._batch_sampler, epoch)
-        global_batches = self._global_batches(seed, epoch, samples)
-        first = next(global_batches, None)
-        if first is None:
+        batches = self._all_batches(seed, epoch)
+        skipped = self._skip(batches, samples)
+        global_batches = self._global_batches(batches)
+        current = next(global_batches, None)
+        if current is None:
             return None
         progress = RecordedProgress(samples)
-        return self._batches(chain([first], global_batches), progress, samples), progress
+        # Padding is taken from the start of the epoch, wherever the iteration begins.
+        filling = skipped or current
+        return self._batches(chain([current], global_batches), filling, progress, samples), progress
+
+    @property
+    def _batches_each(self) -> int:
+        """The number of batches in a global batch."""
+        return 1 if self._split else self._layout.num_ranks
 
     def _batches(
-        self, global_batches: Iterable[list[list[Any]]], progress: RecordedProgress, samples: int
+        self,
+        global_batches: Iterator[list[list[Any]]],
+        filling: list[list[Any]],
+        progress: RecordedProgress,
+        samples: int,
     ) -> Iterator[list[Any]]:
-        global_batches = iter(global_batches)
-        current = first = next(global_batches)
-        skipped = sum(map(len, first))
-        while current:
+        rank = self._group.rank
+        current = next(global_batches)
+        plan = BatchListPlan(current, self._layout, split=self._split, filling=filling)
+        while plan.num_batches(rank):
             following = next(global_batches, [])
-            # The first global batch is only there to pad from.
-            plan = BatchListPlan([*first, *current], self._layout, split=self._split, start=skipped)
+            if following and self._split and len(current[0]) % self._layout.num_ranks:
+                raise indivisible("A batch", len(current[0]), self._layout.num_ranks)
             samples += sum(map(len, current))
-            if not plan.num_batches(self._group.rank):
-                return
-            is_last_of_all = not following
-            is_last = is_last_of_all or (not self._layout.padded and self._is_without_batch(following))
-            progress.record(RecordedBatch(plan.counts(0), samples, is_last, is_last_of_all))
-            yield plan.batch(0, self._group.rank)
-            current = following
+            next_plan = BatchListPlan(following, self._layout, split=self._split, filling=filling)
+            progress.record(RecordedBatch(plan.counts(0), samples, not next_plan.num_batches(rank), not following))
+            yield plan.batch(0, rank)
+            current, plan = following, next_plan
 
-    def _is_without_batch(self, batches: list[list[Any]]) -> bool:
-        return not self._split and len(batches) <= self._group.rank
-
-    def _global_batches(self, seed: int, epoch: int, samples: int) -> Iterator[list[list[Any]]]:
-        """Yield the batches of each global batch; the last may have fewer batches than there are ranks."""
-        batches_each = 1 if self._split else self._layout.num_ranks
-        batches = self._all_batches(seed, epoch)
+    def _skip(self, batches: Iterator[list[Any]], samples: int) -> list[list[Any]]:
+        """Skip the batches of the first `samples` samples; return those of the first global batch."""
+        first: list[list[Any]] = []
         left = samples
-        while left > 0:
-            left -= len(next(batches, [None] * left))
+        while left > 0 and (batch := next(batches, None)) is not None:
+            left -= len(batch)
+            if len(first) < self._batches_each:
+                first.append(batch)
         if left < 0:
             raise within_batch(samples, samples - left)
-        while current := list(islice(batches, batches_each)):
-            if len(current) < batches_each and self._layout.drop_last:
+        return first
+
+    def _global_batches(self, batches: Iterator[list[Any]]) -> Iterator[list[list[Any]]]:
+        """Yield the batches of each global batch; the last may have fewer batches than there are ranks."""
+        while current := list(islice(batches, self._batches_each)):
+            if len(current) < self._batches_each and self._layout.drop_last:
                 return
             yield current
 
@@ -348,6 +380,7 @@ class UnsizedSharding(Sharding):
             with isolated_rng():
                 chunk = [list(batch) for batch in islice(batches, chunk_size)]
             chunk = self._group.broadcast_object(chunk)
+            check_not_empty(chunk, self._batch_sampler)
             yield from chunk
             if len(chunk) < chunk_size:
                 return

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from paceline.data.loader import PreparedDataLoader
-from paceline.data.sample_order import maybe_length
 from paceline.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,10 +79,7 @@ class SkippedDataLoader(DataLoader[Any]):
         if not skipped:
             return iter(loader)
         if isinstance(loader, PreparedDataLoader):
-            loader.begin_at_batch(skipped)
-            # With nothing of the epoch left, the loader itself would begin the next one.
-            length = maybe_length(loader)
-            return iter(()) if length is not None and skipped >= length else iter(loader)
+            return loader.rest_from_batch(skipped)
         return _rest_of(loader, skipped)
 
 

@@ -243,7 +243,12 @@ class StreamBatchSource(BatchSource):
         size = self.size()
         if size is None or not self._layout.batch_size:
             raise TypeError("this stream has no length: the number of its batches is unknown")
-        return self._layout.num_batches(size, self._group.rank)
+        layout = self._layout
+        if layout.num_ranks == 1 or layout.padded or layout.drop_last:
+            return layout.num_batches(size, self._group.rank)
+        # Each rank ends by itself, and readers take the items in turn.
+        own = -(-max(0, size - self._group.rank) // layout.num_ranks)
+        return -(-own // layout.batch_size)
 
     def may_differ_from_length(self, samples: int) -> bool:
         """See `BatchSource.may_differ_from_length`; each reader may have a short last batch of its own."""

@@ -135,6 +135,37 @@ def test_a_correct_length_is_not_reported(
     assert warnings(caplog) == []
 
 
+@pytest.mark.parametrize("config", [{}, {"even_batches": False}, {"dispatch_batches": True}])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_length_of_a_stream_is_the_number_of_its_batches(
+    ranks: int, drop_last: bool, config: dict[str, Any]
+) -> None:
+    def run(group: FakeGroup) -> list[tuple[int, int]]:
+        lengths = []
+        for size in range(12, 20):
+            ready = prepared(DataLoader(SizedStream(size), 2, drop_last=drop_last), group, **config)
+            assert ready.total_dataset_length == size
+            lengths.append((len(ready), len(ids(ready))))
+        return lengths
+
+    for lengths in run_fake_ranks(ranks, run):
+        assert [length for length, _ in lengths] == [number for _, number in lengths]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_short_dispatched_batches_of_each_worker_are_no_wrong_length(
+    drop_last: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(group: FakeGroup) -> tuple[int, int]:
+        loader = DataLoader(SizedStream(18), 2, num_workers=2, drop_last=drop_last)
+        ready = prepared(loader, group, dispatch_batches=True)
+        return len(ready), len(ids(ready))
+
+    assert run_fake_ranks(2, run) == [(4, 4) if drop_last else (5, 5)] * 2
+    assert warnings(caplog) == []
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_short_batches_of_each_worker_are_no_wrong_length(drop_last: bool, caplog: pytest.LogCaptureFixture) -> None:
     ready = prepared(DataLoader(SizedStream(14), 4, num_workers=2, drop_last=drop_last))

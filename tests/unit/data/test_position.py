@@ -407,6 +407,24 @@ class OwnLoop(DataLoader[int]):
             yield batch + 100
 
 
+@pytest.mark.parametrize("make", [lambda: Numbers(8), lambda: PlainStream(8)])
+def test_persistent_workers_that_a_later_pass_took_are_missed(make: Any) -> None:
+    loader = prepared(DataLoader(make(), 2, num_workers=1, persistent_workers=True))
+    whole = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    pairs = zip(loader, loader, strict=True)
+    assert [batch.tolist() for batch in next(pairs)] == [whole[0]] * 2
+    with pytest.raises(DataError, match="goes on after a later one has begun"):
+        next(pairs)
+    assert ids(loader) == whole
+    found = []
+    for batch in loader:
+        found.append(batch.tolist())
+        if batch.tolist() == whole[-1]:
+            # Nothing of the outer pass is left to miss.
+            assert ids(loader) == whole
+    assert found == whole
+
+
 def test_a_loader_with_its_own_iteration_is_wrapped_on_one_rank() -> None:
     loader = prepared(OwnLoop(Numbers(7), 2))
     ends = [loader.end_of_dataloader for _ in loader]

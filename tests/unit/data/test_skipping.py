@@ -1,16 +1,21 @@
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import random
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Sampler, SubsetRandomSampler
 
 from paceline import skip_first_batches
-from paceline.collectives import TorchGroup, gather_samples
+from paceline.collectives import FakeGroup, TorchGroup, gather_samples, run_fake_ranks
 from paceline.errors import DataError
 from tests.support.ranks import run_on_ranks
 from tests.unit.data.support import Numbers, PlainStream, ids, prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 def shuffled(**settings: Any) -> DataLoader[int]:
@@ -74,6 +79,126 @@ def test_the_position_is_that_of_the_loader() -> None:
 def test_streams_are_read_and_dropped() -> None:
     assert ids(skip_first_batches(prepared(DataLoader(PlainStream(10), 3)), 2)) == [[6, 7, 8], [9]]
     assert ids(skip_first_batches(DataLoader(PlainStream(10), 3), 2)) == [[6, 7, 8], [9]]
+
+
+class Lasting(Sampler[int]):
+    """Seven samples, and whatever length it says."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(7))
+
+
+class Unsized(Lasting):
+    """The same without a length."""
+
+    __len__ = None  # type: ignore[assignment]
+
+
+LOADERS: dict[str, Callable[[], DataLoader[int]]] = {
+    "stream": lambda: DataLoader(PlainStream(7), 2),
+    "no length": lambda: DataLoader(Numbers(7), 2, sampler=Unsized(7)),
+    "too short": lambda: DataLoader(Numbers(7), 2, sampler=Lasting(3)),
+    "too long": lambda: DataLoader(Numbers(7), 2, sampler=Lasting(19)),
+    "batches": lambda: DataLoader(Numbers(7), batch_sampler=BatchSampler(Lasting(3), 2, False)),
+}
+
+
+@pytest.mark.parametrize("config", [{}, {"dispatch_batches": True}])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_what_is_left_does_not_depend_on_a_length(kind: str, ranks: int, config: dict[str, Any]) -> None:
+    def run(group: FakeGroup) -> list[Any]:
+        whole = ids(prepared(LOADERS[kind](), group, **config))
+        rests = []
+        for number in range(len(whole) + 3):
+            skipped = skip_first_batches(prepared(LOADERS[kind](), group, **config), number)
+            rests.append((ids(skipped) == whole[number:], ids(skipped) == whole))
+        return rests
+
+    for rests in run_fake_ranks(ranks, run):
+        assert rests == [(True, True)] * len(rests)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rank_of_which_nothing_is_left_takes_part(number: int) -> None:
+    def run(group: FakeGroup) -> list[list[int]]:
+        sampler = SubsetRandomSampler(range(5), generator=torch.Generator().manual_seed(3))
+        loader = prepared(DataLoader(Numbers(5), 1, sampler=sampler), group, even_batches=False)
+        skipped = skip_first_batches(loader, number)
+        return [*ids(skipped), *ids(loader)]
+
+    found = run_fake_ranks(2, run)
+    assert [len(batches) for batches in found] == [3 - min(3, number) + 3, max(0, 2 - number) + 2]
+
+
+class Counting:
+    """A batch sampler whose order depends on how often it has run, and on a generator of its own."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.random = random.Random(5)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.runs += 1
+        order = self.random.sample(range(20), 20)
+        sizes = [1 + (number + self.runs) % 4 for number in range(8)]
+        ends = [sum(sizes[:number]) for number in range(9)]
+        return iter([order[start:end] for start, end in itertools.pairwise(ends)])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("config", [{}, {"dispatch_batches": True}])
+def test_skipping_does_not_disturb_what_orders_the_samples(config: dict[str, Any], ranks: int) -> None:
+    def run(group: FakeGroup) -> Any:
+        batch_sampler: Any = Counting()
+        loader = prepared(DataLoader(Numbers(20), batch_sampler=Counting()), group, **config)
+        whole = [ids(loader), ids(loader)]
+        other = prepared(DataLoader(Numbers(20), batch_sampler=batch_sampler), group, **config)
+        skipped = skip_first_batches(other, 2)
+        return whole, [whole[0][:2] + ids(skipped), ids(other)], batch_sampler.runs
+
+    for rank, (whole, found, runs) in enumerate(run_fake_ranks(ranks, run)):
+        assert found == whole
+        assert whole[0] != whole[1]
+        assert runs == (0 if rank else 2)
+
+
+def test_a_sampler_that_counts_its_runs_is_not_run_to_skip() -> None:
+    class Rotating(Lasting):
+        runs = 0
+
+        def __iter__(self) -> Iterator[int]:
+            self.runs += 1
+            return iter([(number + self.runs) % 7 for number in range(7)])
+
+    def make() -> DataLoader[int]:
+        return DataLoader(Numbers(7), 2, sampler=Rotating(7))
+
+    assert ids(skip_first_batches(prepared(make()), 2)) == ids(prepared(make()))[2:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_epoch_of_a_distributed_sampler_holds_while_skipping(ranks: int) -> None:
+    def run(group: FakeGroup) -> Any:
+        found = []
+        for number in (0, 2):
+            sampler: DistributedSampler[int] = DistributedSampler(Numbers(12), ranks, group.rank)
+            loader = prepared(DataLoader(Numbers(12), 2, sampler=sampler), group)
+            sampler.set_epoch(3)
+            found.append(ids(skip_first_batches(loader, number)))
+        return found
+
+    for whole, rest in run_fake_ranks(ranks, run):
+        assert rest == whole[2:]
 
 
 def test_what_cannot_be_skipped_is_refused() -> None:

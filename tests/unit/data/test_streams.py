@@ -17,7 +17,7 @@ from paceline.data.active_loaders import ActiveLoaders
 from paceline.data.prepare import prepare_loader
 from paceline.data.randomness import IsolatedRng
 from paceline.data.worker_split import StreamShard
-from paceline.errors import DataError
+from paceline.errors import CollectiveError, DataError
 from tests.unit.data.support import (
     DRAWS,
     BufferShuffledStream,
@@ -102,6 +102,25 @@ def test_padding_takes_ragged_and_untensored_samples_along() -> None:
     first, second = run_fake_ranks(2, run)
     assert first == [((2, 5), ["n4", "n1"], 5), ((2, 3), ["n2", "n2"], 3)]
     assert second == [((2, 4), ["n3", "n3"], 4)] * 2
+
+
+@pytest.mark.parametrize("config", [{}, {"dispatch_batches": True}])
+@pytest.mark.parametrize("data", [Numbers(7), PlainStream(7)])
+def test_sparse_batches_arrive_and_cannot_be_gathered(data: Any, config: dict[str, Any]) -> None:
+    def sparse(samples: list[int]) -> torch.Tensor:
+        return torch.tensor(samples).to_sparse()
+
+    def run(group: FakeGroup) -> list[int]:
+        found = []
+        loader = prepared(DataLoader(data, 2, collate_fn=sparse), group, **config)
+        for batch in loader:
+            assert batch.layout is torch.sparse_coo
+            found += batch.to_dense()[: loader.counts.real[group.rank]].tolist()
+            with pytest.raises(CollectiveError, match=r"layout torch\.sparse_coo"):
+                gather_samples(group, batch, loader.counts)
+        return found
+
+    assert sorted(itertools.chain.from_iterable(run_fake_ranks(2, run))) == list(range(7))
 
 
 def test_no_rank_has_anything() -> None:

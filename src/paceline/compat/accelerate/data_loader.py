@@ -10,6 +10,7 @@ Some results differ from Accelerate 1.15, where its own are wrong:
   `gather_for_metrics` leaves out filler samples after it;
 - `set_epoch` reaches the sampler through any number of wrappers, and the data set as well;
 - a batch sampler with uneven batches in the middle loses none of them;
+- a dispatcher gives every rank samples, however few there are, and no batch where `drop_last` leaves none;
 - an error on rank 0 while it reads for the others is raised on all ranks.
 """
 

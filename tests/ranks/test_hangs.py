@@ -175,7 +175,7 @@ def test_more_ways_to_wait(folder: Path) -> None:
     text = "".join(found["stopped"]["errors"])
     assert found["stopped"]["codes"] == [HUNG, -9], text
     assert re.search(
-        r"^rank 1 does not respond; rank 0 has waited for \d+ s in gather \(all_gather", text, re.MULTILINE
+        r"^rank 1 does not respond; rank 0 has waited for \d+ s in gather \(all_reduce", text, re.MULTILINE
     )
     assert found["turns"] == {"codes": [0, 0], "errors": ["", ""]}
     assert found["long"] == {"codes": [0, 0], "errors": ["", ""]}, "long work outside of exchanges is no hang"

@@ -643,7 +643,7 @@ def _refuse_shared(model: nn.Module, sharded: Iterable[tuple[str, DTensor]], pre
 
 def _parameters_of_units(model: nn.Module) -> set[int]:
     """The `id`s of the parameters that units of this model gather."""
-    return {id(p) for unit in _units_in(model) for p in unit.parameters()}
+    return {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
 
 
 def _plain_class(model: nn.Module) -> str:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from paceline.accelerator.policies import Policies, use_policies
+from paceline.config import Leniency
 from paceline.errors import PrepareError, SteppingError
 from tests.support.engines import make, with_deepspeed
 from tests.support.ranks import run_on_ranks
+from tests.support.warned import warnings_of
 
 
 def fresh(rank: int = 0) -> nn.Sequential:
@@ -72,6 +75,26 @@ def test_clipping_of_gradients_that_zero_keeps_is_refused(strategy: str, kind: s
     for said in run_on_ranks(2, trained, strategy, kind):
         assert isinstance(said, str)
         assert f"Call accelerator.clip_grad_{'value' if 'value' in kind else 'norm'}_(model.parameters(), ...)" in said
+
+
+def tolerated(strategy: str) -> list[str]:
+    with use_policies(Policies(leniency=Leniency(clip_inside_window=True))):
+        accelerator = make(strategy)
+    model: Any = fresh()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with warnings_of() as said:
+        for batch in batches():
+            accelerator.backward(model(batch).pow(2).mean())
+            clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [text for text in said if "nothing would be clipped" in text]
+
+
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero2"]))
+def test_programs_of_another_library_are_told_once(strategy: str) -> None:
+    # Rank 0 speaks for all.
+    assert [len(said) for said in run_on_ranks(2, tolerated, strategy)] == [1, 0]
 
 
 def beside(strategy: str) -> float:

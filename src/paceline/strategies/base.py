@@ -16,7 +16,7 @@ import torch
 from typing_extensions import override
 
 from paceline.collectives.coalescing import broadcast_coalesced
-from paceline.errors import PrepareError, SteppingError, counted
+from paceline.errors import PrepareError, SteppingError, counted, named
 from paceline.strategies.placeholders import DummyOptim, placeholder_error
 from paceline.strategies.precision import autocast_forward, short_dtype
 from paceline.strategies.protocols import Describable, GradientAccess, OptimizerAccess, TrainingStateAccess
@@ -323,6 +323,23 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
         """
         loss.backward(gradient=scale, **kwargs)  # type: ignore[no-untyped-call]
 
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        """Average the loss of a closure over the ranks, so that its optimizer decides alike on all of them.
+
+        Collective: every rank must call it.
+
+        Args:
+            loss: Of this rank.
+
+        Returns:
+            A tensor of the same shape, without a graph if there are several ranks.
+
+        Raises:
+            SteppingError: Ranks that have run out of batches could not follow.
+        """
+        group = self.context.group
+        return loss if group.size == 1 else group.all_reduce(loss.detach().clone(), "mean")
+
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters of all prepared models.
 
@@ -413,6 +430,47 @@ def check_trainable(model: nn.Module) -> None:
         "Unfreeze what should be trained with requires_grad_(True), or use "
         "prepare_model(model, evaluation_mode=True) for a model that is only evaluated",
     )
+
+
+def check_dense_gradients(model: nn.Module, engine: str) -> None:
+    """Refuse layers with sparse gradients.
+
+    Args:
+        model: About to be sharded.
+        engine: Which reduces gradients, as it is called in the error.
+
+    Raises:
+        PrepareError: There are some; it names them.
+    """
+    kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
+    sparse = [name or type(layer).__name__ for name, layer in layers if layer.sparse and layer.weight.requires_grad]
+    if sparse:
+        raise PrepareError(
+            f"{named(sparse)} of {type(model).__name__} {'has' if len(sparse) == 1 else 'have'} sparse gradients "
+            "(sparse=True)",
+            f"{engine} reduces gradients as one dense buffer",
+            "Build it with sparse=False, and use SGD or AdamW in place of SparseAdam; or train with strategy='ddp'",
+        )
+
+
+def check_needs_no_closure(optimizer: Optimizer, engine: str, why: str) -> None:
+    """Refuse L-BFGS where it cannot work.
+
+    Args:
+        optimizer: About to be prepared.
+        engine: As it is called in the error.
+        why: It cannot work.
+
+    Raises:
+        PrepareError: The optimizer is L-BFGS.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise PrepareError(
+            f"{type(optimizer).__name__} was prepared under {engine}",
+            why,
+            "Use strategy='ddp', or an optimizer that updates each element on its own, such as AdamW",
+        )
 
 
 def refuse_join(engine: str) -> SteppingError:

@@ -253,7 +253,15 @@ class GradientAccess:
             The norm before clipping, shape [], on the device of the gradients. Reading it on the host waits for the
             device, and is left to the caller.
         """
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        listed = list(parameters)
+        try:
+            return torch.nn.utils.clip_grad_norm_(listed, max_norm, norm_type)
+        except NotImplementedError:
+            # Torch has no norm of sparse gradients.
+            gradients = _values_of(listed)
+            total = torch.nn.utils.get_total_norm(gradients, norm_type)
+            multiply(gradients, torch.clamp(max_norm / (total + 1e-6), max=1.0))
+            return total
 
     def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
         """Clamp every element of every gradient to [-value, value].
@@ -262,7 +270,12 @@ class GradientAccess:
             parameters: Whose gradients to clamp.
             value: Not negative.
         """
-        torch.nn.utils.clip_grad_value_(parameters, value)
+        listed = list(parameters)
+        try:
+            torch.nn.utils.clip_grad_value_(listed, value)
+        except NotImplementedError:
+            for gradient in _values_of(listed):
+                gradient.clamp_(-value, value)
 
 
 class OptimizerAccess:
@@ -392,6 +405,18 @@ class Describable(ABC):
             The number of elements, tied parameters counted once.
         """
         return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _values_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients of parameters in live memory: of a sparse one its values, which are coalesced before."""
+    values = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad._values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    return values
 
 
 def multiply(tensors: Iterable[Tensor], factor: Tensor | float) -> None:

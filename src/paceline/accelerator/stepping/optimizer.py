@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from paceline.errors import SteppingError
@@ -85,7 +86,8 @@ class AcceleratedOptimizer(Optimizer):
         Collective: every rank must call it.
 
         Args:
-            closure: Passed on to the optimizer inside; not under fp16.
+            closure: Passed on to the optimizer inside; not under fp16. An optimizer that decides by the loss, such as
+                L-BFGS, gets its mean over the ranks, so that all of them go on alike.
 
         Returns:
             What the optimizer inside returns; None if it was not stepped.
@@ -106,6 +108,8 @@ class AcceleratedOptimizer(Optimizer):
         self._before_step()
         strategy.complete_gradients(self._parameters)
         window.finalize_gradients(strategy)
+        if closure is not None:
+            closure = self._on_all_ranks(closure, strategy)
         if self._scaler is None:
             result = strategy.step(self.optimizer, closure)
             self.step_was_skipped = strategy.scales_loss and strategy.step_was_skipped(self.optimizer)
@@ -119,6 +123,19 @@ class AcceleratedOptimizer(Optimizer):
         window.record_step(self)
         strategy.stepped()
         return result
+
+    def _on_all_ranks(self, closure: Callable[[], Any], strategy: Strategy) -> Callable[[], Any]:
+        """A closure whose gradients and, where the optimizer decides by it, loss are those of all ranks."""
+        if self._window.lacks_backward:
+            self._window.refuse_closure()
+        reads_loss = _reads_loss(self.optimizer)
+
+        def completed() -> Any:
+            loss = closure()
+            strategy.complete_gradients(self._parameters)
+            return strategy.mean_loss(loss) if reads_loss and torch.is_tensor(loss) else loss
+
+        return completed
 
     @staticmethod
     def _refuse_closure(closure: object) -> None:
@@ -214,6 +231,11 @@ class AcceleratedOptimizer(Optimizer):
 
 def _do_nothing() -> None:
     """Do nothing."""
+
+
+def _reads_loss(optimizer: Optimizer) -> bool:
+    """Whether an optimizer may decide by the loss of its closure how it goes on: of torch's own, only L-BFGS does."""
+    return isinstance(optimizer, torch.optim.LBFGS) or not type(optimizer).step.__module__.startswith("torch.optim.")
 
 
 def _unpickled(optimizer: Optimizer) -> Optimizer:

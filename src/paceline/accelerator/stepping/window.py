@@ -364,6 +364,21 @@ class Window:
             "Call accelerator.backward(loss), with the loss as it is",
         )
 
+    def refuse_closure(self) -> None:
+        """Refuse a step whose closure is to compute the gradients of a window of several micro-batches.
+
+        Raises:
+            SteppingError: Always.
+        """
+        count = self._state.micro_batches
+        raise SteppingError(
+            f"optimizer.step(closure) ended a window of {count} micro-batches, in which accelerator.backward() was not "
+            "called",
+            "Only the last step() of a window calls its closure, so the gradients of the other micro-batches would be "
+            "missing",
+            "Leave gradient_accumulation_steps out, and let the closure loop over the micro-batches",
+        )
+
     def release(self) -> None:
         """Let go of the optimizers, and of a window that a loop left open: its gradients were theirs."""
         self._state = WindowState()

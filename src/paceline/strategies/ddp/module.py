@@ -282,15 +282,20 @@ class NamingDDP(DistributedDataParallel):
         return any(id(p) in parameters for p in self._parameters_known)
 
     @property
+    def joins_uneven_inputs(self) -> bool:
+        """Whether ranks that have run out of batches follow the collectives of the others."""
+        return bool(self._join_config.enable)
+
+    @property
     def keeps_replicas_alike(self) -> bool:
         """Whether every step is the same on all ranks: gradients are averaged, and not by a hook of the script."""
         hooks = len(self._comm_hooks)
-        return self.require_backward_grad_sync and not self._join_config.enable and hooks <= self.num_hooks
+        return self.require_backward_grad_sync and not self.joins_uneven_inputs and hooks <= self.num_hooks
 
     @torch.no_grad()
     def _average(self) -> None:
         """Average all gradients over the ranks; one that only other ranks have counts as zero here."""
-        if self._join_config.enable:
+        if self.joins_uneven_inputs:
             raise SteppingError(
                 f"Gradients of {type(self.module).__name__} were computed outside of DDP under join_uneven_inputs",
                 "Ranks that have run out of batches follow only DDP's own collectives",

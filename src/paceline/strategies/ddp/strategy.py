@@ -124,6 +124,12 @@ class DDPStrategy(Strategy):
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
+        if kwargs.get("create_graph"):
+            raise SteppingError(
+                "backward() got create_graph=True",
+                "DDP averages gradients without a graph, so that what is computed from them cannot be differentiated",
+                "Use torch.autograd.grad(..., create_graph=True), and call backward() once for the whole loss",
+            )
         before = [wrapped.begin_backward() for wrapped in self._wrapped]
         try:
             super().backward(loss, scale, **kwargs)
@@ -133,12 +139,30 @@ class DDPStrategy(Strategy):
         for wrapped, versions in zip(self._wrapped, before, strict=True):
             wrapped.end_backward(versions)
 
+    @override
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        if any(wrapped.joins_uneven_inputs for wrapped in self._wrapped):
+            raise SteppingError(
+                "optimizer.step(closure) was called under join_uneven_inputs",
+                "The optimizer decides by the loss of all ranks, and those that have run out of batches have none",
+                "Keep even_batches=True: it fills up the last batches, and gather_for_metrics drops the added samples",
+            )
+        return super().mean_loss(loss)
+
     def _translate(self, error: RuntimeError) -> None:
-        """Name the parameter whose gradient was computed twice.
+        """Name the parameter whose gradient was computed twice, or averaged by two models.
 
         Raises:
             SteppingError: DDP's error is about that.
         """
+        if "not the expected DDP bucket view" in str(error) and (shared := self._shared_parameters()):
+            raise SteppingError(
+                f"{named(shared, 4)} {'is' if len(shared) == 1 else 'are'} in several prepared models, and a backward "
+                "reached them between the forward and the backward of another of these models",
+                "DDP averages the gradients of each model on its own, in memory of its own",
+                "Put the models into one module that calls all of them, and prepare that; or call forward and backward "
+                "of one model before the forward of the next",
+            ) from error
         match = re.search(r"Parameter at index (\d+)(?: with name (\S+))? has been marked as ready twice", str(error))
         if match is None:
             return
@@ -150,6 +174,14 @@ class DDPStrategy(Strategy):
             "forward and its backward, through unwrap_model(model) or in a checkpoint with use_reentrant=True",
             "Add the losses up and call backward() once, or pass use_reentrant=False to the checkpoint",
         ) from error
+
+    def _shared_parameters(self) -> list[str]:
+        """The names, each in the first model that has it, of parameters that are in several models."""
+        owners: dict[int, list[str]] = {}
+        for wrapped in self._wrapped:
+            for name, parameter in wrapped.trained:
+                owners.setdefault(id(parameter), []).append(name)
+        return [names[0] for names in owners.values() if len(names) > 1]
 
     @override
     def complete_gradients(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -57,6 +57,17 @@ class ZeroEngine:
     step_counts: dict[int, tuple[PartitionSlice, list[Tensor]]] = field(default_factory=dict)
 
     @property
+    def keeps_gradients_of(self) -> set[int]:
+        """The `id`s of the tensors whose gradients are not in `grad`: of parameters, and of what the optimizer has."""
+        own = {id(p) for group in self.groups for p in group if self.partitions.is_updated(p)}
+        return own and own | {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+
+    @property
+    def hides_parameters(self) -> bool:
+        """Whether the optimizer's groups are empty outside of a step, as with stage 3."""
+        return not any(group["params"] for group in self.optimizer.param_groups)
+
+    @property
     def optimizer(self) -> Any:
         """The optimizer that owns the states: the user's own, or the one that the configuration describes."""
         return self.engine.basic_optimizer

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,10 +29,17 @@ from paceline.errors import (
     counted,
     named,
 )
-from paceline.strategies.base import Strategy, check_trainable, refuse_join
+from paceline.strategies.base import (
+    Strategy,
+    check_dense_gradients,
+    check_needs_no_closure,
+    check_trainable,
+    refuse_join,
+)
 from paceline.strategies.compilation import protect_linear
 from paceline.strategies.context import DistributedType
 from paceline.strategies.deepspeed import state as zero_state
+from paceline.strategies.deepspeed.backward_check import explain_empty_parameters, refuse_autograd
 from paceline.strategies.deepspeed.build import (
     as_bytes,
     as_groups,
@@ -54,6 +62,7 @@ from paceline.strategies.deepspeed.build import (
     restore_exact,
     updates_any_of,
 )
+from paceline.strategies.deepspeed.clip_check import watch_clipping
 from paceline.strategies.deepspeed.engine import EngineRegistry, ZeroEngine
 from paceline.strategies.deepspeed.gradients import clip_norm, clip_value, local_gradients
 from paceline.strategies.deepspeed.partitions import partitions_of
@@ -196,6 +205,9 @@ class DeepSpeedStrategy(Strategy):
     ) -> list[nn.Module]:
         # Whether a script's own or one that an engine built in place of a DummyOptim, it has its model.
         free = [optimizer for optimizer in optimizers if self.engines.find(optimizer) is None]
+        if self._stage > 0:
+            self._refuse_shared(models)
+            watch_clipping(self.engines, refuses=not self.context.leniency.clip_inside_window)
         prepared: list[nn.Module] = []
         for model, move in zip(models, place, strict=True):
             check_trainable(model)
@@ -214,6 +226,23 @@ class DeepSpeedStrategy(Strategy):
             self._parameters = None
         self._refuse_late(free)
         return prepared
+
+    def _refuse_shared(self, models: Sequence[nn.Module]) -> None:
+        """Refuse parameters that two engines would train: each would overwrite the steps of the other."""
+        owners = {id(p): zero.model for zero in self.engines for p in zero.model.parameters() if p.requires_grad}
+        for model in models:
+            shared = [(name, owners[id(p)]) for name, p in model.named_parameters() if id(p) in owners]
+            if shared:
+                raise PrepareError(
+                    f"{named([name for name, _ in shared], 4)} of {type(model).__name__} "
+                    f"{'is' if len(shared) == 1 else 'are'} in {type(shared[0][1]).__name__}, too, which was prepared "
+                    "as another model",
+                    "Each model has an engine of its own under ZeRO, with its own fp32 values of its parameters: one "
+                    "would overwrite the steps of the other",
+                    "Put both into one module that calls them, and prepare that with one optimizer; or use zero_stage "
+                    "0 or strategy='ddp'",
+                )
+            owners |= {id(p): model for p in model.parameters() if p.requires_grad}
 
     def _refuse_late(self, optimizers: Sequence[Optimizer]) -> None:
         """Refuse an optimizer whose model has an engine already; others may wait for their model."""
@@ -251,6 +280,9 @@ class DeepSpeedStrategy(Strategy):
                 "Leave device_placement out",
             )
         check_dtypes(model)
+        check_needs_no_closure(optimizer, "DeepSpeed", "Its engine cannot compute the gradients again inside a step")
+        if self._stage > 0:
+            check_dense_gradients(model, "ZeRO")
         groups = [list(group["params"]) for group in optimizer.param_groups]
         dtypes = {id(p): self._saved_dtype(p) for p in model.parameters()}
         exact = exact_values(model, self._dtype, is_main=self.context.world.is_main)
@@ -285,6 +317,8 @@ class DeepSpeedStrategy(Strategy):
         zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights, self._new_use_check())
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)
+        refuse_autograd(zero)
+        engine.__deepcopy__ = partial(_refuse_copy, model)
         self.engines.add(zero)
         if placeholder is not None:
             placeholder.attach(zero.optimizer)
@@ -477,8 +511,12 @@ class DeepSpeedStrategy(Strategy):
         ends_window = self._window_ends and zero.syncs
         zero.engine.set_gradient_accumulation_boundary(ends_window)
         zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, ends_window
-        with self._noting_uses(zero):
-            zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+        try:
+            with self._noting_uses(zero):
+                zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
+        except RuntimeError as error:
+            explain_empty_parameters(zero, error)
+            raise
 
     @contextmanager
     def _noting_uses(self, zero: ZeroEngine) -> Iterator[None]:
@@ -709,6 +747,21 @@ class DeepSpeedStrategy(Strategy):
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
         return table
+
+
+def _refuse_copy(model: nn.Module, _memo: dict[int, Any]) -> NoReturn:
+    """Refuse to deep-copy an engine.
+
+    Raises:
+        PrepareError: Always.
+    """
+    raise PrepareError(
+        f"copy.deepcopy was called on {type(model).__name__}, which DeepSpeed's engine trains; AveragedModel calls it, "
+        "too",
+        "The engine has process groups and an optimizer, which cannot be copied",
+        "Copy the model before prepare(); under zero_stage 0, 1 or 2 accelerator.unwrap_model(model) can be copied "
+        "later",
+    )
 
 
 def _refuse_change(zero: ZeroEngine, before: Sequence[bool], now: Sequence[bool]) -> None:

@@ -22,7 +22,12 @@ from typing_extensions import override
 from paceline.config import FullyShardedDataParallelPlugin
 from paceline.errors import PrepareError, SteppingError, counted, named
 from paceline.strategies.activation_checkpointing import checkpoint_blocks, plain_name
-from paceline.strategies.base import Strategy, refuse_join
+from paceline.strategies.base import (
+    Strategy,
+    check_dense_gradients,
+    check_needs_no_closure,
+    refuse_join,
+)
 from paceline.strategies.blocks import find_units
 from paceline.strategies.context import DistributedType
 from paceline.strategies.fsdp.overlap import check_switches, describe_switches, set_switches
@@ -32,6 +37,7 @@ from paceline.strategies.fsdp.sharding import (
     initialize_meta,
     local_gradients,
     materialize,
+    refuse_double_backward,
     refuse_hooks_of_whole,
     sharded_axes,
 )
@@ -96,6 +102,7 @@ class FSDPStrategy(Strategy):
             return self._prepare_sharded(model)
         self._check_values(model)
         check_shardable(model)
+        check_dense_gradients(model, "FSDP2")
         refuse_hooks_of_whole(model)
         check_switches(plugin)
         units = find_units(model, plugin, source=f"{self.context.source_of(_BLOCK_CLASSES)}: {_BLOCK_CLASSES}")
@@ -117,6 +124,7 @@ class FSDPStrategy(Strategy):
             if not isinstance(module, FSDPModule):
                 self._shard(module, ownership, ignored, placed, layers)
         ownership.check_ties(names)
+        refuse_double_backward(model)
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
         self._kept += set_switches(model, units.names[::-1], plugin)
@@ -171,6 +179,7 @@ class FSDPStrategy(Strategy):
             # The previous run may have ended inside an accumulation window.
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
+        refuse_double_backward(model)
         if not has_layers(model):
             self.fp8.convert(model)
         autocast_forward(model, self.context.precision)
@@ -185,6 +194,7 @@ class FSDPStrategy(Strategy):
             PrepareError: Over other ranks, without values, in another precision, or in other memory.
         """
         sharded = [(name, p) for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        _refuse_shared(model, sharded, self._models)
         _refuse_foreign(model, sharded)
         where = "cpu" if self._plugin.cpu_offload else self.context.device.type
         for name, parameter in sharded:
@@ -266,6 +276,8 @@ class FSDPStrategy(Strategy):
 
     @override
     def rebind_optimizer(self, optimizer: Optimizer) -> None:
+        if self.context.group.size > 1:
+            check_needs_no_closure(optimizer, "FSDP2", "It computes with all parameters as one vector, not with shards")
         self._replacements.rebind(optimizer)
 
     @override
@@ -310,6 +322,14 @@ class FSDPStrategy(Strategy):
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
+        if isinstance(loss, DTensor):
+            raise SteppingError(
+                "backward() got a loss that is a DTensor: it has a term of the sharded parameters, such as a penalty "
+                "of weights",
+                "Torch cannot differentiate a sum of a DTensor and of a loss that each rank has of its own samples",
+                "Add what this rank's shards contribute, as in loss + 0.01 * sum(p.to_local().pow(2).sum() for p in "
+                "model.parameters()), or let the optimizer's weight_decay do it",
+            )
         self._has_unsharded_gradients = self._has_unsharded_gradients or bool(self._without_sync)
         super().backward(loss, scale, **kwargs)
 
@@ -605,9 +625,33 @@ def _refuse_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
     )
 
 
+def _refuse_shared(model: nn.Module, sharded: Iterable[tuple[str, DTensor]], prepared: Iterable[nn.Module]) -> None:
+    """Refuse parameters that a unit of another prepared model gathers, and this model has outside of its own units."""
+    units = _parameters_of_units(model)
+    owners = {id(p): other for other in prepared for p in other.parameters() if id(p) not in units}
+    shared = [(name, owners[id(p)]) for name, p in sharded if id(p) in owners]
+    if shared:
+        raise PrepareError(
+            f"{named([name for name, _ in shared], 4)} of {type(model).__name__} "
+            f"{'is' if len(shared) == 1 else 'are'} in {_plain_class(shared[0][1])}, too, which was prepared before",
+            "FSDP2 gathers the weights of a model in its own forward, and not in that of another model",
+            "Put both into one module that calls them, and prepare that; or use strategy='ddp'",
+        )
+
+
+def _parameters_of_units(model: nn.Module) -> set[int]:
+    """The `id`s of the parameters that units of this model gather."""
+    return {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
+
+
+def _plain_class(model: nn.Module) -> str:
+    """The name of a model's class before FSDP has made one of its own from it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def _refuse_foreign(model: nn.Module, sharded: Iterable[tuple[str, DTensor]]) -> None:
     """Refuse parameters that something other than FSDP has sharded, such as tensor parallelism."""
-    of_units = {id(p) for unit in model.modules() if isinstance(unit, FSDPModule) for p in unit.parameters()}
+    of_units = _parameters_of_units(model)
     for name, parameter in sharded:
         if id(parameter) not in of_units:
             axes = ", ".join(parameter.device_mesh.mesh_dim_names or ("no name",))

@@ -1,0 +1,108 @@
+"""Several prepared models that have parameters in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from paceline.errors import PacelineError
+from tests.support.engines import make, with_deepspeed
+from tests.support.ranks import run_on_ranks
+
+
+class WithHead(nn.Module):
+    """A head on a body that another model may have, too."""
+
+    def __init__(self, body: nn.Module, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = body, nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x).tanh())
+        return out
+
+
+def pair() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    body = nn.Linear(6, 8)
+    return WithHead(body, 1), WithHead(body, 2)
+
+
+def optimizers_of(one: nn.Module, other: Any) -> list[Any]:
+    return [torch.optim.SGD(one.parameters(), lr=0.1), torch.optim.SGD(other.head.parameters(), lr=0.1)]
+
+
+def batches() -> Tensor:
+    return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+def wanted() -> list[dict[str, Tensor]]:
+    one, other = pair()
+    optimizers = optimizers_of(one, other)
+    for batch in batches():
+        (one(batch).pow(2).mean() + other(batch).sub(1).pow(2).mean()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [one.state_dict(), other.state_dict()]
+
+
+def trained(strategy: str, at_once: bool) -> list[dict[str, Tensor]] | str:
+    accelerator = make(strategy)
+    one, other = pair()
+    try:
+        one, other, *optimizers = accelerator.prepare(one, other, *optimizers_of(one, other))
+        for batch in batches():
+            x = batch[accelerator.process_index :: 2]
+            if at_once:
+                accelerator.backward(one(x).pow(2).mean() + other(x).sub(1).pow(2).mean())
+            else:
+                accelerator.backward(one(x).pow(2).mean())
+                accelerator.backward(other(x).sub(1).pow(2).mean())
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    except PacelineError as error:
+        return str(error)
+    return [accelerator.get_state_dict(one), accelerator.get_state_dict(other)]
+
+
+def test_models_with_one_body_are_trained_one_after_the_other() -> None:
+    found = run_on_ranks(2, trained, "ddp", False)[0]
+    for state, right in zip(found, wanted(), strict=True):
+        torch.testing.assert_close(state, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "at_once"),
+    [
+        ("ddp", True),
+        *[("fsdp", at_once) for at_once in (False, True)],
+        *with_deepspeed([(f"zero{stage}", at_once) for stage in (1, 2, 3) for at_once in (False, True)]),
+    ],
+)
+def test_a_body_that_two_engines_would_train_is_named(strategy: str, at_once: bool) -> None:
+    for said in run_on_ranks(2, trained, strategy, at_once):
+        assert isinstance(said, str)
+        assert "body.weight, body.bias" in said
+        assert "into one module that calls" in said
+
+
+def part_of_prepared() -> str:
+    accelerator = make("fsdp")
+    model, _ = pair()
+    accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    try:
+        accelerator.prepare(model.body)
+    except PacelineError as error:
+        return str(error)
+    return ""
+
+
+def test_a_part_of_a_sharded_model_is_no_model_of_its_own() -> None:
+    for said in run_on_ranks(2, part_of_prepared):
+        assert "weight, bias of Linear are in WithHead, too" in said

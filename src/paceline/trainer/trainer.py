@@ -712,7 +712,8 @@ class Trainer:
             DataError: `label_names` names labels that the batch does not have.
         """
         # An overridden `compute_loss` finds its labels itself if `label_names` is [].
-        has_own_loss = not self.label_names and type(self).compute_loss is not Trainer.compute_loss
+        overrides = type(self).compute_loss is not Trainer.compute_loss
+        has_own_loss = not self.label_names and overrides
         return predict_batch(
             self,
             self._call,
@@ -722,6 +723,7 @@ class Trainer:
             ignore_keys=ignore_keys,
             has_own_loss=has_own_loss or self.compute_loss_func is not None,
             needs_labels=self._requires_metrics,
+            computes_loss=overrides or self.args.label_smoothing_factor > 0,
         )
 
     # Data

@@ -42,6 +42,7 @@ from paceline.trainer.loops.start_summary import summarize
 from paceline.trainer.loops.training import TrainingLoop, TrainOutput
 from paceline.trainer.model_changes import checkpoint_activations, noisy_embeddings
 from paceline.trainer.optim import optimizers as optimizer_choice
+from paceline.trainer.optim.given import GivenOptimizers
 from paceline.trainer.optim.muon import MuonAdamW, muon_groups
 from paceline.trainer.optim.schedules import follows_metric, make_schedule
 from paceline.trainer.state import TrainerControl, TrainerState
@@ -132,9 +133,11 @@ class Trainer:
         self.data_collator = choose_collator(data_collator, processing_class)
         self.optimizer: Any
         self.lr_scheduler: Any
-        self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
+        self.optimizer, self.lr_scheduler = optimizers
+        self._given_optimizers = GivenOptimizers(*optimizers)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._batch_plan = self.args.batch_plan(self.args.world_size, recorded_micro_batch(self.args))
+        self._planned_from = _batch_sizes(self.args)
         # Before the model is made: under ZeRO stage 3 it may be sharded while it is constructed.
         self.create_accelerator_and_postprocess()
         self._agree_on_batch_plan()
@@ -306,13 +309,16 @@ class Trainer:
 
     def _prepare_training(self, ignore_keys: list[str] | None) -> TrainingLoop:
         """Prepare loader, model, optimizer and scheduler, and build the loop over them."""
+        self.optimizer, self.lr_scheduler = self._given_optimizers.choose(self.optimizer, self.lr_scheduler)
         if self._has_trained:
             self._start_over()
         self._has_trained = True
+        self._follow_changed_batches()
         loader = self._training_loader()
         length = self.set_initial_training_values(self.args, loader)
-        self.optimizer, self.lr_scheduler = self._given_optimizers
         self.create_optimizer_and_scheduler(length.max_steps)
+        # Of a training that failed, or of the script: they would be added to the first step's.
+        self.model.zero_grad(set_to_none=True)
         self._prepare_model()
         self._set_optimizer_mode("train")
         self.state = self._state_for(length, loader)
@@ -323,12 +329,23 @@ class Trainer:
         self._save_when_preempted(loader)
         return loop
 
+    def _follow_changed_batches(self) -> None:
+        """Split optimizer steps anew if the script changed batch sizes in `args` since they were split last."""
+        sizes = _batch_sizes(self.args)
+        if sizes == self._planned_from:
+            return
+        self._planned_from = sizes
+        self._batch_plan = self.args.batch_plan(self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self._batch_plan.accumulation
+
     def _start_over(self) -> None:
         """Release what the previous training prepared; make a new model if there is `model_init`."""
         self.accelerator.free_memory()
         if self.model_init is not None:
             set_seed(self.args.seed, deterministic=self.args.full_determinism)
             self.model = self.model_wrapped = self._make_model(None)
+            self._given_optimizers.forget_old_model()
+            self.optimizer = self._given_optimizers.optimizer
             self._call = losses.ModelCall(self.model, packed=self.args.packing)
 
     def _prepare_model(self) -> None:
@@ -341,6 +358,7 @@ class Trainer:
         else:
             prepared = self.accelerator.prepare(self.model, self.optimizer, self.lr_scheduler)
             self.model_wrapped, self.optimizer, self.lr_scheduler = prepared
+        self._given_optimizers.note_prepared(self.optimizer, self.lr_scheduler)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> TrainingLength:
         """Compute the length of the training.
@@ -371,13 +389,14 @@ class Trainer:
         return state
 
     def _resume(self, loop: TrainingLoop, requested: str | bool) -> None:
-        has_own_schedule = self._given_optimizers[1] is not None or self._deepspeed_section("scheduler") is not None
+        given = self._given_optimizers
+        has_own_schedule = given.scheduler is not None or self._deepspeed_section("scheduler") is not None
         resume_training(
             self,
             loop,
             self._progress,
             requested,
-            has_own_optimizer=self._given_optimizers != (None, None),
+            has_own_optimizer=given.optimizer is not None or given.scheduler is not None,
             has_own_schedule=has_own_schedule,
         )
 
@@ -903,6 +922,7 @@ class Trainer:
         else:
             options = adam_arguments(section, self.args)
             self.optimizer = DummyOptim(groups, self.args.learning_rate, self.args.weight_decay, **options)
+        self._given_optimizers.note_made(optimizer=self.optimizer)
         return self.optimizer
 
     def _optimizer_class_and_options(self) -> tuple[type[Any], dict[str, Any]]:
@@ -969,6 +989,7 @@ class Trainer:
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self._deepspeed_section("scheduler") is not None:
             self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, max(1, warmup))
+            self._given_optimizers.note_made(scheduler=self.lr_scheduler)
             return self.lr_scheduler
         options: Any = self.args.lr_scheduler_kwargs
         name = "constant"
@@ -977,6 +998,7 @@ class Trainer:
         if name == "reduce_lr_on_plateau":
             options = {"mode": "max" if self.args.greater_is_better else "min", **(options or {})}
         self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=options)
+        self._given_optimizers.note_made(scheduler=self.lr_scheduler)
         return self.lr_scheduler
 
     def get_learning_rates(self) -> list[float]:
@@ -1267,3 +1289,8 @@ class Trainer:
             NotBuiltError: Always.
         """
         raise NotBuiltError("push_to_hub", "Call trainer.save_model(), and huggingface_hub on output_dir")
+
+
+def _batch_sizes(args: TrainingArguments) -> tuple[int, int, int | None]:
+    """The arguments that decide how an optimizer step is split."""
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.global_batch_size

@@ -16,7 +16,11 @@ from paceline.errors import NotBuiltError, PrepareError, explains_keywords
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.trainer import model_files, result_files
 from paceline.trainer.arguments.accelerator import build_accelerator
-from paceline.trainer.arguments.constructor_checks import check_constructor, require_own_arguments
+from paceline.trainer.arguments.constructor_checks import (
+    check_constructor,
+    require_own_arguments,
+    warn_of_unused_overrides,
+)
 from paceline.trainer.arguments.deepspeed import adam_arguments
 from paceline.trainer.batches.collate import columns_of, label_names_of
 from paceline.trainer.batches.loaders import (
@@ -177,6 +181,7 @@ class Trainer:
             takes=self._columns(),
             deepspeed=self._deepspeed_settings,
         )
+        warn_of_unused_overrides(type(self), Trainer, self.args)
         fire(self, "on_init_end")
 
     # Construction
@@ -1237,6 +1242,16 @@ class Trainer:
             True
         """
         return self.accelerator.is_local_main_process
+
+    @property
+    def is_fsdp_enabled(self) -> bool:
+        """Whether the model is sharded by FSDP2. Under `strategy="auto"` only once a model was prepared."""
+        return self.accelerator.strategy.name == "fsdp"
+
+    @property
+    def is_deepspeed_enabled(self) -> bool:
+        """Whether the model is trained by DeepSpeed. Under `strategy="auto"` only once a model was prepared."""
+        return self.accelerator.strategy.name == "deepspeed"
 
     def is_world_process_zero(self) -> bool:
         """Tell whether this is rank 0.

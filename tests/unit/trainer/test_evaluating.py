@@ -1,4 +1,4 @@
-"""What evaluations give to the loss function and to `compute_metrics`, as scripts for transformers' Trainer expect it."""
+"""What evaluations give to loss functions and `compute_metrics`, as scripts for transformers' Trainer expect it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paceline import Trainer, TrainingArguments
 from paceline.errors import PacelineError
+from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Sentences, Tagger, accuracy, arguments, tagger
 
 
@@ -48,7 +49,7 @@ class Summed(Trainer):
 
 @pytest.mark.parametrize("cls", [Trainer, Summed])
 def test_a_loss_divided_by_the_number_of_items_is_the_same_in_evaluations(tmp_path: Path, cls: type[Trainer]) -> None:
-    data = {"train_dataset": Sentences(40, 1), "eval_dataset": Sentences(21, 2)}
+    data: dict[str, Any] = {"train_dataset": Sentences(40, 1), "eval_dataset": Sentences(21, 2)}
     args = TrainingArguments(**arguments(str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1))
     reference = Trainer(tagger(), args, **data)
     reference.train()
@@ -133,3 +134,28 @@ def test_batches_without_a_finite_loss_are_left_out_of_the_evaluation_loss(tmp_p
     assert filtered == pytest.approx(loss_of(model, logging_nan_inf_filter=False))
     model.everywhere = True
     assert math.isnan(loss_of(model))
+
+
+def losses_of_gpt2(folder: str) -> list[tuple[float, float]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rows = [{"input_ids": tokens, "labels": tokens} for tokens in Sentences(8, 1).tokens]
+    tokens = torch.stack([row["input_ids"] for row in rows])
+    found = []
+    for smoothing in (0.0, 0.2):
+        torch.manual_seed(0)
+        config: Any = GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+        model: Any = GPT2LMHeadModel(config)
+        model.eval()
+        with torch.no_grad():
+            logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        expected = F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=smoothing)
+        args = TrainingArguments(**arguments(folder, label_smoothing_factor=smoothing))
+        found.append((Trainer(model, args, eval_dataset=rows).evaluate()["eval_loss"], float(expected)))
+    return found
+
+
+def test_a_language_model_without_a_loss_type_predicts_the_next_token_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
+    for loss, expected in run_on_ranks(1, losses_of_gpt2, str(tmp_path))[0]:
+        assert loss == pytest.approx(expected, rel=1e-5)

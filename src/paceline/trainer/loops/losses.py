@@ -73,8 +73,7 @@ class ModelCall:
             takes_num_items = "num_items_in_batch" in parameters or (is_transformers and takes_any)
         self.takes_num_items = bool(takes_num_items)
         config = getattr(model, "config", None)
-        is_causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
-        self.shifts_labels = is_causal and not getattr(config, "is_encoder_decoder", False)
+        self.shifts_labels = _is_causal(model) and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
         self.takes_labels = labels is not None or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # The keys and values that generating needs cost memory here, and compiled blocks are compiled again for each
@@ -121,6 +120,17 @@ class ModelCall:
         return count
 
 
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a model of transformers predicts the next token."""
+    if str(getattr(model, "loss_type", "")).startswith("ForCausalLM"):
+        return True
+    # Older ones, such as GPT-2, name no type and use the same loss. So do others that compute theirs themselves.
+    adapted: Any = model
+    base = adapted.get_base_model() if hasattr(model, "get_base_model") else model
+    has_default_loss = getattr(getattr(base, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+    return has_default_loss and type(base).__name__.endswith("LMHeadModel")
+
+
 def count_items(hooks: TrainerHooks, call: ModelCall, inputs: Any) -> Tensor | None:
     """The targets by which a batch's loss is weighted, shape []; None if batches are to weigh the same."""
     if not hooks.args.average_tokens_across_devices:
@@ -152,9 +162,8 @@ def compute_loss(
     """
     labels = find_labels(inputs, last_is_target=loss_function is not None)
     is_separate = labels is not None and (loss_function is not None or label_smoothing > 0)
-    if is_separate and not call.requires_labels:
-        inputs = without_labels(inputs)
-    elif not call.takes_labels and isinstance(inputs, Mapping):
+    is_unknown = not call.takes_labels and isinstance(inputs, Mapping)
+    if is_unknown or (is_separate and not call.requires_labels):
         inputs = without_labels(inputs)
     outputs = call(model, inputs, None if is_separate else num_items)
     if loss_function is not None:

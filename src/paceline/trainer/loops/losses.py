@@ -14,6 +14,7 @@ from paceline.trainer.batches.collate import IGNORED, forward_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from inspect import Parameter
 
     from torch import Tensor, nn
 
@@ -66,12 +67,7 @@ class ModelCall:
 
     def __init__(self, model: nn.Module, *, packed: bool = False) -> None:
         parameters = forward_parameters(model)
-        takes_num_items = getattr(model, "accepts_loss_kwargs", None)
-        if takes_num_items is None:
-            is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            takes_num_items = "num_items_in_batch" in parameters or (is_transformers and takes_any)
-        self.takes_num_items = bool(takes_num_items)
+        self.takes_num_items = _takes_num_items(model, parameters)
         config = getattr(model, "config", None)
         self.shifts_labels = _is_causal(model) and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
@@ -118,6 +114,16 @@ class ModelCall:
             labels = labels[..., 1:]
         count: Tensor = labels.ne(IGNORED).sum()
         return count
+
+
+def _takes_num_items(model: nn.Module, parameters: Mapping[str, Parameter]) -> bool:
+    """Whether a forward with these parameters takes `num_items_in_batch`."""
+    explicit = getattr(model, "accepts_loss_kwargs", None)
+    if explicit is not None:
+        return bool(explicit)
+    is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "num_items_in_batch" in parameters or (is_transformers and takes_any)
 
 
 def _is_causal(model: nn.Module) -> bool:

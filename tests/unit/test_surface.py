@@ -40,16 +40,19 @@ def methods() -> list[str]:
     return sorted(name for name in dir(Accelerator) if not name.startswith("_"))
 
 
+def shown(owner: type, name: str) -> str:
+    """A method with its parameters, or a property with its type."""
+    member = inspect.getattr_static(owner, name)
+    if not isinstance(member, property):
+        return f"{name}{inspect.signature(member)}"
+    assert member.fget is not None
+    kind = inspect.signature(member.fget).return_annotation
+    return f"{name}: {kind}{' (settable)' if member.fset else ''}"
+
+
 def accelerator() -> Iterator[str]:
     yield f"Accelerator{inspect.signature(Accelerator.__init__)}"
-    for name in methods():
-        member = inspect.getattr_static(Accelerator, name)
-        if isinstance(member, property):
-            assert member.fget is not None
-            shown = inspect.signature(member.fget).return_annotation
-            yield f"{name}: {shown}{' (settable)' if member.fset else ''}"
-        else:
-            yield f"{name}{inspect.signature(member)}"
+    yield from (shown(Accelerator, name) for name in methods())
     made = Accelerator(cpu=True)
     yield from sorted(f"{name} (attribute)" for name in vars(made) if not name.startswith("_"))
 
@@ -89,10 +92,9 @@ def training_arguments() -> Iterator[str]:
 
 
 def trainer() -> Iterator[str]:
-    """The public methods of `Trainer`, and its constructor."""
+    """The public methods and properties of `Trainer`, and its constructor."""
     yield f"Trainer{inspect.signature(paceline.Trainer.__init__)}"
-    for name in sorted(name for name in dir(paceline.Trainer) if not name.startswith("_")):
-        yield f"{name}{inspect.signature(inspect.getattr_static(paceline.Trainer, name))}"
+    yield from (shown(paceline.Trainer, name) for name in dir(paceline.Trainer) if not name.startswith("_"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,11 @@ from paceline.errors import NotBuiltError, PrepareError, explains_keywords
 from paceline.strategies.placeholders import DummyOptim, DummyScheduler
 from paceline.trainer import model_files, result_files
 from paceline.trainer.arguments.accelerator import build_accelerator
-from paceline.trainer.arguments.constructor_checks import check_constructor, require_own_arguments
+from paceline.trainer.arguments.constructor_checks import (
+    check_constructor,
+    require_own_arguments,
+    warn_of_unused_overrides,
+)
 from paceline.trainer.arguments.deepspeed import adam_arguments
 from paceline.trainer.batches.collate import columns_of, label_names_of
 from paceline.trainer.batches.loaders import (
@@ -42,6 +46,7 @@ from paceline.trainer.loops.start_summary import summarize
 from paceline.trainer.loops.training import TrainingLoop, TrainOutput
 from paceline.trainer.model_changes import checkpoint_activations, noisy_embeddings
 from paceline.trainer.optim import optimizers as optimizer_choice
+from paceline.trainer.optim.given import GivenOptimizers
 from paceline.trainer.optim.muon import MuonAdamW, muon_groups
 from paceline.trainer.optim.schedules import follows_metric, make_schedule
 from paceline.trainer.state import TrainerControl, TrainerState
@@ -132,9 +137,11 @@ class Trainer:
         self.data_collator = choose_collator(data_collator, processing_class)
         self.optimizer: Any
         self.lr_scheduler: Any
-        self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
+        self.optimizer, self.lr_scheduler = optimizers
+        self._given_optimizers = GivenOptimizers(*optimizers)
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self._batch_plan = self.args.batch_plan(self.args.world_size, recorded_micro_batch(self.args))
+        self._planned_from = _batch_sizes(self.args)
         # Before the model is made: under ZeRO stage 3 it may be sharded while it is constructed.
         self.create_accelerator_and_postprocess()
         self._agree_on_batch_plan()
@@ -174,6 +181,7 @@ class Trainer:
             takes=self._columns(),
             deepspeed=self._deepspeed_settings,
         )
+        warn_of_unused_overrides(type(self), Trainer, self.args)
         fire(self, "on_init_end")
 
     # Construction
@@ -306,13 +314,16 @@ class Trainer:
 
     def _prepare_training(self, ignore_keys: list[str] | None) -> TrainingLoop:
         """Prepare loader, model, optimizer and scheduler, and build the loop over them."""
+        self.optimizer, self.lr_scheduler = self._given_optimizers.choose(self.optimizer, self.lr_scheduler)
         if self._has_trained:
             self._start_over()
         self._has_trained = True
+        self._follow_changed_batches()
         loader = self._training_loader()
         length = self.set_initial_training_values(self.args, loader)
-        self.optimizer, self.lr_scheduler = self._given_optimizers
         self.create_optimizer_and_scheduler(length.max_steps)
+        # Of a training that failed, or of the script: they would be added to the first step's.
+        self.model.zero_grad(set_to_none=True)
         self._prepare_model()
         self._set_optimizer_mode("train")
         self.state = self._state_for(length, loader)
@@ -323,12 +334,23 @@ class Trainer:
         self._save_when_preempted(loader)
         return loop
 
+    def _follow_changed_batches(self) -> None:
+        """Split optimizer steps anew if the script changed batch sizes in `args` since they were split last."""
+        sizes = _batch_sizes(self.args)
+        if sizes == self._planned_from:
+            return
+        self._planned_from = sizes
+        self._batch_plan = self.args.batch_plan(self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self._batch_plan.accumulation
+
     def _start_over(self) -> None:
         """Release what the previous training prepared; make a new model if there is `model_init`."""
         self.accelerator.free_memory()
         if self.model_init is not None:
             set_seed(self.args.seed, deterministic=self.args.full_determinism)
             self.model = self.model_wrapped = self._make_model(None)
+            self._given_optimizers.forget_old_model()
+            self.optimizer = self._given_optimizers.optimizer
             self._call = losses.ModelCall(self.model, packed=self.args.packing)
 
     def _prepare_model(self) -> None:
@@ -341,6 +363,7 @@ class Trainer:
         else:
             prepared = self.accelerator.prepare(self.model, self.optimizer, self.lr_scheduler)
             self.model_wrapped, self.optimizer, self.lr_scheduler = prepared
+        self._given_optimizers.note_prepared(self.optimizer, self.lr_scheduler)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: Any) -> TrainingLength:
         """Compute the length of the training.
@@ -371,13 +394,14 @@ class Trainer:
         return state
 
     def _resume(self, loop: TrainingLoop, requested: str | bool) -> None:
-        has_own_schedule = self._given_optimizers[1] is not None or self._deepspeed_section("scheduler") is not None
+        given = self._given_optimizers
+        has_own_schedule = given.scheduler is not None or self._deepspeed_section("scheduler") is not None
         resume_training(
             self,
             loop,
             self._progress,
             requested,
-            has_own_optimizer=self._given_optimizers != (None, None),
+            has_own_optimizer=given.optimizer is not None or given.scheduler is not None,
             has_own_schedule=has_own_schedule,
         )
 
@@ -712,7 +736,8 @@ class Trainer:
             DataError: `label_names` names labels that the batch does not have.
         """
         # An overridden `compute_loss` finds its labels itself if `label_names` is [].
-        has_own_loss = not self.label_names and type(self).compute_loss is not Trainer.compute_loss
+        overrides = type(self).compute_loss is not Trainer.compute_loss
+        has_own_loss = not self.label_names and overrides
         return predict_batch(
             self,
             self._call,
@@ -722,6 +747,7 @@ class Trainer:
             ignore_keys=ignore_keys,
             has_own_loss=has_own_loss or self.compute_loss_func is not None,
             needs_labels=self._requires_metrics,
+            computes_loss=overrides or self.args.label_smoothing_factor > 0,
         )
 
     # Data
@@ -901,6 +927,7 @@ class Trainer:
         else:
             options = adam_arguments(section, self.args)
             self.optimizer = DummyOptim(groups, self.args.learning_rate, self.args.weight_decay, **options)
+        self._given_optimizers.note_made(optimizer=self.optimizer)
         return self.optimizer
 
     def _optimizer_class_and_options(self) -> tuple[type[Any], dict[str, Any]]:
@@ -967,6 +994,7 @@ class Trainer:
         warmup = self.args.get_warmup_steps(num_training_steps)
         if self._deepspeed_section("scheduler") is not None:
             self.lr_scheduler = DummyScheduler(optimizer, num_training_steps, max(1, warmup))
+            self._given_optimizers.note_made(scheduler=self.lr_scheduler)
             return self.lr_scheduler
         options: Any = self.args.lr_scheduler_kwargs
         name = "constant"
@@ -975,6 +1003,7 @@ class Trainer:
         if name == "reduce_lr_on_plateau":
             options = {"mode": "max" if self.args.greater_is_better else "min", **(options or {})}
         self.lr_scheduler = make_schedule(name, optimizer, warmup=warmup, total=num_training_steps, arguments=options)
+        self._given_optimizers.note_made(scheduler=self.lr_scheduler)
         return self.lr_scheduler
 
     def get_learning_rates(self) -> list[float]:
@@ -1214,6 +1243,16 @@ class Trainer:
         """
         return self.accelerator.is_local_main_process
 
+    @property
+    def is_fsdp_enabled(self) -> bool:
+        """Whether the model is sharded by FSDP2. Under `strategy="auto"` only once a model was prepared."""
+        return self.accelerator.strategy.name == "fsdp"
+
+    @property
+    def is_deepspeed_enabled(self) -> bool:
+        """Whether the model is trained by DeepSpeed. Under `strategy="auto"` only once a model was prepared."""
+        return self.accelerator.strategy.name == "deepspeed"
+
     def is_world_process_zero(self) -> bool:
         """Tell whether this is rank 0.
 
@@ -1265,3 +1304,8 @@ class Trainer:
             NotBuiltError: Always.
         """
         raise NotBuiltError("push_to_hub", "Call trainer.save_model(), and huggingface_hub on output_dir")
+
+
+def _batch_sizes(args: TrainingArguments) -> tuple[int, int, int | None]:
+    """The arguments that decide how an optimizer step is split."""
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.global_batch_size

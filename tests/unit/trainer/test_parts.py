@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,27 @@ from tests.support.ranks import run_on_ranks
 from tests.support.trainer import Tagger, run
 
 CPU = torch.device("cpu")
-CASES: dict[str, dict[str, Any]] = {
-    **{name: {} for name in SCHEDULES if name not in ("reduce_lr_on_plateau", "warmup_stable_decay")},
-    "cosine_with_restarts": {"num_cycles": 3},
-    "cosine_with_min_lr": {"min_lr": 1e-4},
-    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
-    "polynomial": {"power": 2.0, "lr_end": 1e-5},
-    "warmup_stable_decay": {"num_decay_steps": 12, "min_lr_ratio": 0.1, "decay_type": "cosine"},
-}
+# Of each schedule, its defaults where it has them, and options.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(
+        (name, {})
+        for name in SCHEDULES
+        if "min_lr" not in name and name not in ("reduce_lr_on_plateau", "warmup_stable_decay")
+    ),
+    ("cosine", {"num_cycles": 1.5}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr": 1e-4}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.2, "num_cycles": 1.0}),
+    ("cosine_warmup_with_min_lr", {"min_lr": 1e-4}),
+    ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2}),
+    ("polynomial", {"power": 2.0, "lr_end": 1e-5}),
+    ("inverse_sqrt", {"timescale": 7}),
+    ("warmup_stable_decay", {"num_decay_steps": 12}),
+    ("warmup_stable_decay", {"num_decay_steps": 4, "num_stable_steps": 5}),
+    ("warmup_stable_decay", {"num_decay_steps": 12, "min_lr_ratio": 0.1, "decay_type": "linear"}),
+    ("warmup_stable_decay", {"num_decay_steps": 12, "warmup_type": "cosine", "decay_type": "1-sqrt"}),
+]
+WARMUPS = (0, 1, 6)
 
 
 def rates(schedule: Any, optimizer: Any) -> list[float]:
@@ -42,17 +56,19 @@ def both_courses() -> dict[str, tuple[list[float], list[float]]]:
     from transformers import get_scheduler
 
     found = {}
-    for name, more in CASES.items():
+    for warmup, (name, more) in itertools.product(WARMUPS, CASES):
         mine, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2) for _ in range(2))
-        own = make_schedule(name, mine, warmup=6, total=40, arguments=more)
-        other = get_scheduler(name, theirs, 6, 40, scheduler_specific_kwargs=dict(more))
-        found[name] = (rates(own, mine), rates(other, theirs))
+        own = make_schedule(name, mine, warmup=warmup, total=40, arguments=more)
+        other = get_scheduler(name, theirs, warmup, 40, scheduler_specific_kwargs=dict(more))
+        found[f"{name} {more} after {warmup} steps"] = (rates(own, mine), rates(other, theirs))
     return found
 
 
 def test_every_schedule_is_the_one_that_transformers_means() -> None:
     pytest.importorskip("transformers", reason="pip install 'paceline[transformers]'")
-    for name, (mine, theirs) in run_on_ranks(1, both_courses)[0].items():
+    found = run_on_ranks(1, both_courses)[0]
+    assert len(found) == len(WARMUPS) * len(CASES)
+    for name, (mine, theirs) in found.items():
         assert mine == pytest.approx(theirs, abs=1e-12), name
 
 

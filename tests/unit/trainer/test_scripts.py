@@ -481,3 +481,34 @@ def test_averaged_weights_stay_when_a_callback_evaluates_at_the_end(tmp_path: Pa
     for _ in range(2):
         evaluates.trainer.train()
         assert optimizer.mode == "eval"
+
+
+class Foreign(Trainer):
+    """A subclass as written for transformers' Trainer."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        raise AssertionError("never called")
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        return super()._prepare_inputs(inputs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir)
+
+
+def test_overrides_that_are_not_called_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made(tmp_path, Foreign, {"save_strategy": "steps"})
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "Foreign._save_checkpoint is not called by this Trainer: override save_checkpoint.",
+        "Foreign.save_model is not called by a checkpoint: override save_checkpoint as well, or set save_only_model.",
+    ]
+    caplog.clear()
+    made(tmp_path, Foreign, {"save_strategy": "steps", "save_only_model": True})
+    made(tmp_path)
+    assert ["save_model" in record.getMessage() for record in caplog.records] == [False]
+
+
+def test_scripts_ask_which_strategy_trains(tmp_path: Path) -> None:
+    trainer = made(tmp_path)
+    assert (trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled) == (False, False)

@@ -5,13 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from paceline.environment.logging import get_logger
 from paceline.errors import PrepareError, Problem
 from paceline.trainer.argument_errors import field_problem
 from paceline.trainer.arguments.arguments import TrainingArguments
 from paceline.trainer.arguments.deepspeed import find_conflicts
 from paceline.trainer.optim.schedules import follows_metric
 
-__all__ = ["check_constructor", "require_own_arguments"]
+__all__ = ["check_constructor", "require_own_arguments", "warn_of_unused_overrides"]
+
+logger = get_logger(__name__)
+
+_OWN_LOADERS = "override get_train_dataloader or get_eval_dataloader"
+_BY_CALLBACK = "set control.should_log, should_evaluate or should_save in a callback"
+# Methods that transformers' Trainer calls and this one does not, with what to override instead.
+_NOT_CALLED = {
+    "_clip_grad_norm": "set max_grad_norm=0, and clip in a callback's on_pre_optimizer_step",
+    "_determine_best_metric": "compute metric_for_best_model in compute_metrics",
+    "_evaluate": "override evaluate",
+    "_get_collator_with_removed_columns": _OWN_LOADERS,
+    "_get_dataloader": _OWN_LOADERS,
+    "_get_eval_sampler": _OWN_LOADERS,
+    "_get_learning_rate": "override log",
+    "_get_num_items_in_batch": "override compute_loss",
+    "_inner_training_loop": "override training_step or train, or use callbacks",
+    "_load_best_model": "load after train",
+    "_load_from_checkpoint": "override train",
+    "_load_optimizer_and_scheduler": "give the object state_dict and load_state_dict",
+    "_load_rng_state": "give the object state_dict and load_state_dict",
+    "_maybe_log_save_evaluate": _BY_CALLBACK,
+    "_move_model_to_device": "override create_accelerator_and_postprocess",
+    "_prepare_for_training": "override create_optimizer_and_scheduler",
+    "_prepare_input": "override _prepare_inputs",
+    "_remove_unused_columns": "set remove_unused_columns=False, and remove columns from the data set",
+    "_run_epoch": "override training_step, or use callbacks",
+    "_save": "override save_model and save_checkpoint",
+    "_save_checkpoint": "override save_checkpoint",
+    "_save_optimizer_and_scheduler": "override save_checkpoint",
+    "_save_rng_state": "override save_checkpoint",
+    "_wrap_model": "wrap the model before the Trainer gets it",
+    "autocast_smart_context_manager": "enter the context in compute_loss",
+    "compute_loss_context_manager": "enter the context in compute_loss",
+    "get_batch_samples": "override get_train_dataloader, or _prepare_inputs",
+}
 
 
 def require_own_arguments(args: Any) -> TrainingArguments:
@@ -34,6 +70,23 @@ def require_own_arguments(args: Any) -> TrainingArguments:
     if isinstance(args, Mapping):
         hint = "Write TrainingArguments(**args)"
     raise PrepareError(saw, "It is not a TrainingArguments", hint)
+
+
+def warn_of_unused_overrides(cls: type[Any], base: type[Any], args: TrainingArguments) -> None:
+    """Warn of methods that a subclass overrides, as transformers' Trainer calls them, and that are not called here.
+
+    Args:
+        cls: The class of the Trainer.
+        base: The Trainer itself.
+        args: Decide what writes checkpoints.
+    """
+    own = {name for part in cls.__mro__ if part not in base.__mro__ for name in vars(part)}
+    hints = {name: hint for name, hint in _NOT_CALLED.items() if name in own}
+    if "save_model" in own and "save_checkpoint" not in own and args.save_strategy != "no" and not args.save_only_model:
+        hints["save_model"] = "override save_checkpoint as well, or set save_only_model"
+    for name, hint in hints.items():
+        who = "a checkpoint" if name == "save_model" else "this Trainer"
+        logger.warning("%s.%s is not called by %s: %s.", cls.__name__, name, who, hint)
 
 
 def check_constructor(

@@ -197,7 +197,9 @@ class CheckpointFields:
 
     save_strategy: SaveInterval = _field("steps", "When to save: no, steps, epoch or best.")
     save_steps: float = _field(500, "Optimizer steps between two checkpoints; below 1, a fraction of all steps.")
-    save_total_limit: int | None = _field(None, "Checkpoints to keep besides the best one; none keeps all.")
+    save_total_limit: int | None = _field(
+        None, "Checkpoints to keep, of which one is the best; with 1, the newest and the best. none keeps all."
+    )
     save_only_model: bool = _field(False, "Save only weights, from which training cannot be resumed.")
     load_best_model_at_end: bool = _field(False, "Load the best checkpoint at the end of training.")
     metric_for_best_model: str | None = _field(
@@ -231,7 +233,7 @@ class EvaluationFields:
     )
     eval_do_concat_batches: bool = _field(True, "Concatenate predictions; False gives a list with an entry per batch.")
     eval_use_gather_object: bool = _field(False, "Gather predictions by pickling, so that they may be of any type.")
-    prediction_loss_only: bool = _field(False, "Compute only the loss, and keep no predictions.")
+    prediction_loss_only: bool = _field(False, "Let evaluations compute only the loss; predict keeps predictions.")
     include_for_metrics: list[str] = field(
         default_factory=list, metadata={"help": "What else compute_metrics gets: inputs, loss."}
     )
@@ -245,7 +247,9 @@ class LoggingFields:
     logging_strategy: Interval = _field("steps", "When to log: no, steps or epoch.")
     logging_steps: float = _field(500, "Optimizer steps between two log entries; below 1, a fraction of all steps.")
     logging_first_step: bool = _field(False, "Log the first step as well.")
-    logging_nan_inf_filter: bool = _field(True, "Leave NaN and infinite losses out of the logged mean.")
+    logging_nan_inf_filter: bool = _field(
+        True, "Leave NaN and infinite losses out of the logged means, of evaluations too."
+    )
     include_num_input_tokens_seen: str = _field("no", "Count input tokens: no, all or non_padding.")
     log_level: str = _field("passive", "Log level of rank 0; passive keeps it.")
     log_level_replica: str = _field("warning", "Log level of the other ranks.")

@@ -30,7 +30,10 @@ logger = get_logger(__name__)
 
 @dataclass
 class EvalPrediction:
-    """What `compute_metrics` gets: arrays of all samples, or of one batch if metrics are computed per batch.
+    """What `compute_metrics` gets: arrays of all samples.
+
+    With `batch_eval_metrics`, these are tensors on the device, of one batch; a metric object with `update` gets arrays
+    of one batch.
 
     Attributes:
         predictions: The model's outputs besides the loss; one array, or a tuple of several. Padded with -100 along
@@ -112,6 +115,9 @@ class EvaluationLoop:
         self.num_samples = 0
         self._has_warned = False
         self.streamed: dict[str, float] = {}
+        # What was asked for by `predict` is kept, even if metrics do not need it.
+        self._keeps_outputs = not (self._streams and requires_metrics)
+        self._has_streamed = False
 
     @property
     def _streams(self) -> bool:
@@ -130,7 +136,7 @@ class EvaluationLoop:
                 batches += 1
                 fire(self.hooks, "on_prediction_step")
         stored = None
-        if not self._streams:
+        if self._keeps_outputs:
             stored = self.stored.everything(concatenate=self.args.eval_do_concat_batches)
         metrics = self._metrics(stored)
         seconds = max(time.perf_counter() - started, 1e-9)
@@ -203,6 +209,8 @@ class EvaluationLoop:
             weight = torch.full((), real, device=mean.device)
         if real == 0:
             weight = torch.zeros_like(weight)
+        if self.args.logging_nan_inf_filter:
+            weight = torch.where(torch.isfinite(mean), weight, 0)
         weight = weight.to(torch.float64 if mean.device.type == "cpu" else torch.float32)
         part = torch.where(weight > 0, mean * weight, 0.0)
         self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
@@ -214,14 +222,16 @@ class EvaluationLoop:
         return join_ranks(outputs, gathered) if as_objects else gathered
 
     def _store(self, gathered: dict[str, Any], samples: int | None) -> None:
-        if not self._streams:
+        if self._keeps_outputs:
             self.stored.add(gathered, samples)
+        if not self._streams or "label_ids" not in gathered:
             return
-        prediction = _as_prediction(map_leaves(to_numpy, gathered))
+        self._has_streamed = True
         metric: Any = self.metric
         if hasattr(metric, "update"):
-            metric.update(prediction)
+            metric.update(_as_prediction(map_leaves(to_numpy, gathered)))
         else:
+            prediction = _as_prediction(gathered)
             self.streamed = metric(prediction, compute_result=self.loader.end_of_dataloader) or {}
 
     def _metrics(self, stored: Any) -> dict[str, float]:
@@ -241,7 +251,7 @@ class EvaluationLoop:
         if metric is None:
             return {}
         if self._streams:
-            if hasattr(metric, "compute"):
+            if hasattr(metric, "compute") and self._has_streamed:
                 return metric.compute()
             return self.streamed
         if stored is None:

@@ -14,12 +14,22 @@ from paceline.trainer.batches.collate import IGNORED, forward_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from inspect import Parameter
 
     from torch import Tensor, nn
 
     from paceline.trainer.protocol import TrainerHooks
 
-__all__ = ["IGNORED", "LoopInputs", "ModelCall", "compute_loss", "count_items", "find_labels", "maybe_loss"]
+__all__ = [
+    "IGNORED",
+    "LoopInputs",
+    "ModelCall",
+    "compute_loss",
+    "count_items",
+    "find_labels",
+    "maybe_loss",
+    "without_labels",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +62,16 @@ class ModelCall:
         takes_num_items: Whether its forward takes `num_items_in_batch` and divides the summed loss by it.
         shifts_labels: Whether it predicts the next token, so that the first label is not a target.
         requires_labels: Whether its forward cannot be called without labels.
+        takes_labels: Whether its forward can be called with the keyword `labels`.
     """
 
     def __init__(self, model: nn.Module, *, packed: bool = False) -> None:
         parameters = forward_parameters(model)
-        takes_num_items = getattr(model, "accepts_loss_kwargs", None)
-        if takes_num_items is None:
-            is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
-            takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-            takes_num_items = "num_items_in_batch" in parameters or (is_transformers and takes_any)
-        self.takes_num_items = bool(takes_num_items)
+        self.takes_num_items = _takes_num_items(model, parameters)
         config = getattr(model, "config", None)
-        is_causal = str(getattr(model, "loss_type", "")).startswith("ForCausalLM")
-        self.shifts_labels = is_causal and not getattr(config, "is_encoder_decoder", False)
+        self.shifts_labels = _is_causal(model) and not getattr(config, "is_encoder_decoder", False)
         labels = parameters.get("labels")
+        self.takes_labels = labels is not None or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # The keys and values that generating needs cost memory here, and compiled blocks are compiled again for each
         # layer. With them, models of transformers also take a packed row for one sequence, whatever its positions say.
         caches = getattr(config, "use_cache", False) and "use_cache" in parameters
@@ -96,9 +102,10 @@ class ModelCall:
         if shifted is not None:
             count: Tensor = shifted.ne(IGNORED).sum()
             return count
-        return self._count_labels(find_labels(inputs, last_is_target=last_is_target))
+        return self.count_labels(find_labels(inputs, last_is_target=last_is_target))
 
-    def _count_labels(self, labels: Any) -> Tensor | None:
+    def count_labels(self, labels: Any) -> Tensor | None:
+        """The number of targets among labels, shape []; None if they are not a tensor."""
         if not isinstance(labels, torch.Tensor):
             return None
         if labels.is_floating_point():
@@ -107,6 +114,27 @@ class ModelCall:
             labels = labels[..., 1:]
         count: Tensor = labels.ne(IGNORED).sum()
         return count
+
+
+def _takes_num_items(model: nn.Module, parameters: Mapping[str, Parameter]) -> bool:
+    """Whether a forward with these parameters takes `num_items_in_batch`."""
+    explicit = getattr(model, "accepts_loss_kwargs", None)
+    if explicit is not None:
+        return bool(explicit)
+    is_transformers = hasattr(model, "main_input_name") and hasattr(model, "loss_function")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return "num_items_in_batch" in parameters or (is_transformers and takes_any)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a model of transformers predicts the next token."""
+    if str(getattr(model, "loss_type", "")).startswith("ForCausalLM"):
+        return True
+    # Older ones, such as GPT-2, name no type and use the same loss. So do others that compute theirs themselves.
+    adapted: Any = model
+    base = adapted.get_base_model() if hasattr(model, "get_base_model") else model
+    has_default_loss = getattr(getattr(base, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+    return has_default_loss and type(base).__name__.endswith("LMHeadModel")
 
 
 def count_items(hooks: TrainerHooks, call: ModelCall, inputs: Any) -> Tensor | None:
@@ -140,14 +168,14 @@ def compute_loss(
     """
     labels = find_labels(inputs, last_is_target=loss_function is not None)
     is_separate = labels is not None and (loss_function is not None or label_smoothing > 0)
-    if is_separate and not call.requires_labels:
-        inputs = _without_labels(inputs)
+    is_unknown = not call.takes_labels and isinstance(inputs, Mapping)
+    if is_unknown or (is_separate and not call.requires_labels):
+        inputs = without_labels(inputs)
     outputs = call(model, inputs, None if is_separate else num_items)
     if loss_function is not None:
-        count = None
-        if num_items is not None:
-            count = num_items.clamp(min=1)
-        return loss_function(outputs, labels, num_items_in_batch=count), outputs
+        # A function that divides a sum needs the count also where losses are not weighted by it.
+        count = call.count_labels(labels) if num_items is None else num_items
+        return loss_function(outputs, labels, num_items_in_batch=_at_least_one(count)), outputs
     if is_separate:
         return _smoothed_loss(outputs, labels, label_smoothing, shift=call.shifts_labels), outputs
     if label_smoothing > 0:
@@ -168,7 +196,12 @@ def find_labels(inputs: Any, *, last_is_target: bool) -> Any:
     return None
 
 
-def _without_labels(inputs: Any) -> Any:
+def _at_least_one(count: Tensor | None) -> Tensor | None:
+    return None if count is None else count.clamp(min=1)
+
+
+def without_labels(inputs: Any) -> Any:
+    """A batch without its entry `labels`, or without the last element of a sequence."""
     if isinstance(inputs, Mapping):
         return {name: value for name, value in inputs.items() if name != "labels"}
     return inputs[:-1]

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from paceline.environment.logging import get_logger
 from paceline.errors import DataError
 from paceline.trainer.batches.collate import columns_in, label_names_of
-from paceline.trainer.loops.losses import ModelCall, find_labels, maybe_loss
+from paceline.trainer.loops.losses import ModelCall, count_items, find_labels, maybe_loss, without_labels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,6 +35,7 @@ def predict_batch(
     ignore_keys: list[str] | None,
     has_own_loss: bool,
     needs_labels: bool,
+    computes_loss: bool,
 ) -> tuple[Tensor | None, Any, Any]:
     """Loss, predictions and labels of a batch, each None if there is none.
 
@@ -47,21 +48,28 @@ def predict_batch(
         ignore_keys: Outputs of the model that are not predictions; None takes what its configuration says.
         has_own_loss: Whether `compute_loss` needs no labels under the names that are known.
         needs_labels: Whether metrics will be computed.
+        computes_loss: Whether the loss is computed outside of the model, so that its forward need not take labels.
 
     Raises:
         DataError: `label_names` was given, and the batch has other labels.
     """
     labels = _labels_of(hooks, inputs, needs_labels=needs_labels)
-    if labels is not None or has_own_loss:
-        loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True)
+    if has_own_loss or (labels is not None and (computes_loss or _takes_labels(call, inputs))):
+        items = count_items(hooks, call, inputs)
+        loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
     else:
-        outputs = call(model, inputs)
+        outputs = call(model, inputs if _takes_labels(call, inputs) else without_labels(inputs))
         loss = maybe_loss(outputs)
     loss = None if loss is None else loss.detach().mean()
     if loss_only:
         return loss, None, None
     has_loss = maybe_loss(outputs) is not None
     return loss, _predictions_of(outputs, _ignored_outputs(hooks.model, ignore_keys), has_loss=has_loss), labels
+
+
+def _takes_labels(call: ModelCall, inputs: Any) -> bool:
+    """Whether the model can be called with this batch as it is."""
+    return call.takes_labels or not isinstance(inputs, Mapping) or "labels" not in inputs
 
 
 def _ignored_outputs(model: nn.Module, ignore_keys: list[str] | None) -> frozenset[str]:

@@ -29,7 +29,7 @@ class TrainOutput(NamedTuple):
 
     Attributes:
         global_step: Optimizer steps so far.
-        training_loss: Mean loss of the steps of this call.
+        training_loss: Mean loss of all steps, also of those before a checkpoint from which it was resumed.
         metrics: Runtime in seconds, throughput, and that loss.
     """
 
@@ -280,7 +280,7 @@ class TrainingLoop:
         hooks.log(logs)
 
     def metrics(self) -> dict[str, float]:
-        """Runtime in seconds, throughput, and the mean loss of this training."""
+        """Runtime in seconds and throughput of this call, and the mean loss of the whole training."""
         seconds = max(time.perf_counter() - self._started, 1e-9)
         steps = self.hooks.state.global_step - self._first_step
         memory = {}

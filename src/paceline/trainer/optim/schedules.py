@@ -84,11 +84,20 @@ def cosine_with_initial_rate(
     min_lr_rate: float = 0.0,
     warmup_lr_rate: float | None = None,
 ) -> float:
-    """Like `cosine`, but warmup may start at `warmup_lr_rate`, and peaks one step before the decay begins."""
+    """Like `cosine`, but the first step has a rate already, and warmup peaks one step before the decay begins.
+
+    Args:
+        step: Optimizer steps so far.
+        warmup: Optimizer steps of the warmup.
+        total: Optimizer steps of the whole training.
+        num_cycles: Cosine cycles after the warmup.
+        min_lr_rate: Minimum, as a fraction of the peak rate.
+        warmup_lr_rate: The first step's rate, as a fraction of the peak rate; None takes 1 / `warmup`.
+    """
     if step < warmup and warmup_lr_rate is not None:
         return warmup_lr_rate + (1.0 - warmup_lr_rate) * step / max(1, warmup - 1)
     if step < warmup:
-        return _rise(step, warmup)
+        return _rise(step + 1, warmup)
     return cosine(step + 1, warmup, total, num_cycles=num_cycles, min_lr_rate=min_lr_rate)
 
 
@@ -129,7 +138,7 @@ def warmup_stable_decay(
     num_decay_steps: int,
     num_stable_steps: int | None = None,
     warmup_type: str = "linear",
-    decay_type: str = "linear",
+    decay_type: str = "cosine",
     min_lr_ratio: float = 0.0,
     num_cycles: float = 0.5,
 ) -> float:

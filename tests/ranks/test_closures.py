@@ -107,6 +107,52 @@ def test_a_closure_cannot_fill_a_window(kind: str) -> None:
         trained("single", kind, gradient_accumulation_steps=2)
 
 
+@pytest.mark.parametrize("kind", ["wolfe", "sgd"])
+def test_a_closure_may_go_through_the_micro_batches(kind: str) -> None:
+    accelerator = make("single", gradient_accumulation_steps=2)
+    model: Any = fresh()
+    model, optimizer = accelerator.prepare(model, OPTIMIZERS[kind](model.parameters()))
+    for batch in batches():
+        parts = batch.split(2)
+
+        def closure(parts: tuple[Tensor, ...] = parts) -> Any:
+            optimizer.zero_grad()
+            losses = [model(part).pow(2).mean() for part in parts]
+            for loss in losses:
+                accelerator.backward(loss)
+            return sum(losses) / len(losses)
+
+        for _ in parts:
+            with accelerator.accumulate(model):
+                optimizer.step(closure)
+    torch.testing.assert_close(model.state_dict(), wanted(kind), rtol=1e-3, atol=1e-4)
+
+
+class Asks(torch.optim.SGD):
+    """Looks at the loss without gradients before it steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        closure(backward=False)
+        return super().step(closure)
+
+
+def test_a_closure_gets_what_its_optimizer_passes() -> None:
+    accelerator = make("single")
+    model: Any = fresh()
+    model, optimizer = accelerator.prepare(model, Asks(model.parameters(), lr=0.1))
+    asked: list[bool] = []
+
+    def closure(backward: bool = True) -> Any:
+        asked.append(backward)
+        loss = model(batches()[0]).pow(2).mean()
+        if backward:
+            accelerator.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    assert asked == [False, True]
+
+
 def refused(strategy: str) -> str:
     accelerator = make(strategy)
     model = fresh()

@@ -140,6 +140,47 @@ def test_what_cannot_be_computed_is_refused(strategy: str, kind: str, words: str
         assert words in said
 
 
+def in_two_parts(strategy: str) -> str:
+    """The penalty is a loss of its own."""
+    accelerator = make(strategy)
+    model: Any = fresh(accelerator.process_index)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    accelerator.backward(model(batches()[0]).pow(2).mean())
+    try:
+        accelerator.backward(0.1 * sum(p.pow(2).sum() for p in model.parameters()))
+    except PacelineError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("ranks", "words"), [(1, ""), (2, "p.to_local()")])
+def test_a_penalty_that_is_a_loss_of_its_own(ranks: int, words: str) -> None:
+    """Torch cannot divide it over ranks."""
+    for said in run_on_ranks(ranks, in_two_parts, "fsdp"):
+        assert bool(said) == bool(words)
+        assert words in said
+
+
+def differentiated(strategy: str, unwraps: bool) -> list[Tensor]:
+    """Gradients by the inputs that nothing differentiates again."""
+    accelerator = make(strategy)
+    model: Any = fresh()
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    inner = accelerator.unwrap_model(prepared) if unwraps else prepared
+    x = batches()[0]
+    by_function = torch.func.grad(lambda value: inner(value).sum())(x)
+    return [by_function.detach()]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "unwraps"), [("fsdp", False), *with_deepspeed([("zero1", False), ("zero2", False)])]
+)
+def test_functional_gradients_are_computed(strategy: str, unwraps: bool) -> None:
+    x = batches()[0].requires_grad_()
+    (right,) = torch.autograd.grad(fresh()(x).sum(), x)
+    torch.testing.assert_close(run_on_ranks(2, differentiated, strategy, unwraps)[0][0], right)
+
+
 def with_graph() -> str:
     accelerator = make("ddp")
     model: Any = fresh()

@@ -82,7 +82,6 @@ def test_models_with_one_body_are_trained_one_after_the_other() -> None:
     [
         ("ddp", True),
         *[("fsdp", at_once) for at_once in (False, True)],
-        *with_deepspeed([(f"zero{stage}", at_once) for stage in (1, 2, 3) for at_once in (False, True)]),
     ],
 )
 def test_a_body_that_two_engines_would_train_is_named(strategy: str, at_once: bool) -> None:
@@ -90,6 +89,72 @@ def test_a_body_that_two_engines_would_train_is_named(strategy: str, at_once: bo
         assert isinstance(said, str)
         assert "body.weight, body.bias" in said
         assert "into one module that calls" in said
+
+
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
+def test_a_backward_that_reaches_the_body_of_another_engine_is_refused(strategy: str) -> None:
+    for said in run_on_ranks(2, trained, strategy, False):
+        assert isinstance(said, str)
+        assert "The backward of WithHead reached body." in said
+        assert "into one module that calls" in said
+
+
+def stepped_twice(strategy: str) -> str:
+    accelerator = make(strategy)
+    one, other = pair()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (one, other)]
+    try:
+        accelerator.prepare(one, other, *optimizers)
+    except PacelineError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
+def test_a_body_of_two_optimizers_is_named(strategy: str) -> None:
+    for said in run_on_ranks(2, stepped_twice, strategy):
+        assert "body.weight, body.bias of WithHead are in WithHead, too" in said
+
+
+class OnFeatures(WithHead):
+    """Trains its head only: its body is another model's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.body(x).tanh()
+        out: Tensor = self.head(features)
+        return out
+
+
+def actor_and_critic() -> tuple[Any, Any]:
+    actor, _ = pair()
+    return actor, OnFeatures(actor.body, 2)
+
+
+def with_features(strategy: str | None) -> list[dict[str, Tensor]]:
+    """Without a strategy in plain PyTorch."""
+    actor, critic = actor_and_critic()
+    optimizers: list[Any] = optimizers_of(actor, critic)
+    accelerator = None if strategy is None else make(strategy)
+    if accelerator is not None:
+        actor, critic, *optimizers = accelerator.prepare(actor, critic, *optimizers)
+    for batch in batches():
+        x = batch if accelerator is None else batch[accelerator.process_index :: 2]
+        for model, goal in ((actor, 0), (critic, 1)):
+            loss = model(x).sub(goal).pow(2).mean()
+            loss.backward() if accelerator is None else accelerator.backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    models = (actor, critic)
+    return [model.state_dict() if accelerator is None else accelerator.get_state_dict(model) for model in models]
+
+
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
+def test_a_model_may_use_the_body_of_another_without_training_it(strategy: str) -> None:
+    found = run_on_ranks(2, with_features, strategy)[0]
+    for state, right in zip(found, with_features(None), strict=True):
+        torch.testing.assert_close(state, right, rtol=1e-4, atol=1e-4)
 
 
 def part_of_prepared() -> str:

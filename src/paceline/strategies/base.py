@@ -332,13 +332,15 @@ class Strategy(TrainingStateAccess, GradientAccess, OptimizerAccess, Describable
             loss: Of this rank.
 
         Returns:
-            A tensor of the same shape, without a graph if there are several ranks.
+            A tensor of the same shape with the mean's value and the graph of this rank's loss.
 
         Raises:
             SteppingError: Ranks that have run out of batches could not follow.
         """
         group = self.context.group
-        return loss if group.size == 1 else group.all_reduce(loss.detach().clone(), "mean")
+        if group.size == 1:
+            return loss
+        return loss + (group.all_reduce(loss.detach().clone(), "mean") - loss.detach())
 
     def parameters(self) -> list[nn.Parameter]:
         """List the parameters of all prepared models.

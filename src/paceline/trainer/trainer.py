@@ -107,6 +107,10 @@ class Trainer:
         ['epoch', 'eval_loss']
     """
 
+    # What a subclass has set of `is_fsdp_enabled` and `is_deepspeed_enabled`.
+    _sets_fsdp: bool | None = None
+    _sets_deepspeed: bool | None = None
+
     @explains_keywords({"tokenizer": "write processing_class"})
     def __init__(
         self,
@@ -1246,12 +1250,21 @@ class Trainer:
     @property
     def is_fsdp_enabled(self) -> bool:
         """Whether the model is sharded by FSDP2. Under `strategy="auto"` only once a model was prepared."""
-        return self.accelerator.strategy.name == "fsdp"
+        return self.accelerator.strategy.name == "fsdp" if self._sets_fsdp is None else self._sets_fsdp
+
+    @is_fsdp_enabled.setter
+    def is_fsdp_enabled(self, value: bool) -> None:
+        # Subclasses written for transformers set it in create_accelerator_and_postprocess.
+        self._sets_fsdp = value
 
     @property
     def is_deepspeed_enabled(self) -> bool:
         """Whether the model is trained by DeepSpeed. Under `strategy="auto"` only once a model was prepared."""
-        return self.accelerator.strategy.name == "deepspeed"
+        return self.accelerator.strategy.name == "deepspeed" if self._sets_deepspeed is None else self._sets_deepspeed
+
+    @is_deepspeed_enabled.setter
+    def is_deepspeed_enabled(self, value: bool) -> None:
+        self._sets_deepspeed = value
 
     def is_world_process_zero(self) -> bool:
         """Tell whether this is rank 0.

@@ -116,7 +116,9 @@ class Sometimes(Tagger):
     everywhere = False
 
 
-def test_batches_without_a_finite_loss_are_left_out_of_the_evaluation_loss(tmp_path: Path) -> None:
+def test_batches_without_a_finite_loss_are_left_out_of_the_evaluation_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = Sentences(21, 2)
 
     def loss_of(model: nn.Module, **changes: Any) -> float:
@@ -129,11 +131,25 @@ def test_batches_without_a_finite_loss_are_left_out_of_the_evaluation_loss(tmp_p
     data.tokens[1, 0] = 2
     kept = [n for n in range(len(data)) if data.tokens[n, 0] % 2 == 0]
     assert math.isnan(loss_of(model, logging_nan_inf_filter=False))
+    assert "no finite loss" not in caplog.text
     filtered = loss_of(model)
+    assert f"{len(data) - len(kept)} batches of the evaluation have no finite loss" in caplog.text
     data.tokens, data.known = data.tokens[kept], data.known[kept]
     assert filtered == pytest.approx(loss_of(model, logging_nan_inf_filter=False))
     model.everywhere = True
     assert math.isnan(loss_of(model))
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:  # type: ignore[override]
+        outputs = model(**inputs)
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+
+def test_a_loss_that_was_written_for_evaluations_need_not_take_a_count(tmp_path: Path) -> None:
+    args = TrainingArguments(**arguments(str(tmp_path)))
+    own, usual = (kind(tagger(), args, eval_dataset=Sentences(21, 2)).evaluate() for kind in (OwnLoss, Trainer))
+    assert own["eval_loss"] == pytest.approx(usual["eval_loss"])
 
 
 def losses_of_gpt2(folder: str) -> list[tuple[float, float]]:

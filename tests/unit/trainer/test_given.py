@@ -64,6 +64,27 @@ def test_a_schedule_that_was_made_for_another_length_is_made_again(tmp_path: Pat
     assert rates(trainer) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
 
 
+class SetsFlags(Trainer):
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+
+def test_a_subclass_may_say_which_strategy_trains(tmp_path: Path) -> None:
+    trainer = SetsFlags(tagger(), made(tmp_path).args, train_dataset=Sentences(40, 1))
+    assert trainer.is_deepspeed_enabled
+    assert not trainer.is_fsdp_enabled
+
+
+def test_a_final_rate_is_compared_with_the_peak_of_a_schedule_that_was_made_before(tmp_path: Path) -> None:
+    more = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-4}, "warmup_steps": 2}
+    trainer, usual = made(tmp_path, **more), made(tmp_path, **more)
+    trainer.create_optimizer_and_scheduler(9)
+    trainer.train()
+    usual.train()
+    assert rates(trainer) == pytest.approx(rates(usual))
+
+
 def test_a_further_training_begins_with_a_new_optimizer_and_its_arguments(tmp_path: Path) -> None:
     trainer = made(tmp_path)
     trainer.create_optimizer()

@@ -138,6 +138,24 @@ def test_a_warmup_longer_than_the_training_is_said(caplog: pytest.LogCaptureFixt
     assert not caplog.text
 
 
+def test_a_decay_that_a_short_run_does_not_reach() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule("warmup_stable_decay", optimizer, warmup=100, total=8, arguments={"num_decay_steps": 100})
+    assert rates(schedule, optimizer)[:3] == pytest.approx([0.0, 0.01, 0.02])
+
+
+def test_a_schedule_made_after_another_has_the_same_peak() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    made = []
+    for _ in range(2):
+        # The first one has set the rate to 0, for its warmup.
+        arguments = {"min_lr": 1e-3}
+        made.append(
+            rates(make_schedule("cosine_with_min_lr", optimizer, warmup=2, total=9, arguments=arguments), optimizer)
+        )
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adafactor", "radam"])
 def test_optimizers_of_torch(name: str) -> None:
     args = TrainingArguments(optim=name, learning_rate=0.1, weight_decay=0.2, optim_args=None)

@@ -124,14 +124,15 @@ class AcceleratedOptimizer(Optimizer):
         strategy.stepped()
         return result
 
-    def _on_all_ranks(self, closure: Callable[[], Any], strategy: Strategy) -> Callable[[], Any]:
+    def _on_all_ranks(self, closure: Callable[..., Any], strategy: Strategy) -> Callable[..., Any]:
         """A closure whose gradients and, where the optimizer decides by it, loss are those of all ranks."""
-        if self._window.lacks_backward:
-            self._window.refuse_closure()
+        lacks_backward = self._window.lacks_backward
         reads_loss = _reads_loss(self.optimizer)
 
-        def completed() -> Any:
-            loss = closure()
+        def completed(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            if lacks_backward:
+                self._window.check_closure()
             strategy.complete_gradients(self._parameters)
             return strategy.mean_loss(loss) if reads_loss and torch.is_tensor(loss) else loss
 

@@ -364,19 +364,21 @@ class Window:
             "Call accelerator.backward(loss), with the loss as it is",
         )
 
-    def refuse_closure(self) -> None:
-        """Refuse a step whose closure is to compute the gradients of a window of several micro-batches.
+    def check_closure(self) -> None:
+        """Refuse the gradients of a closure that has computed those of some of the window's micro-batches.
 
         Raises:
-            SteppingError: Always.
+            SteppingError: It has called `backward` less often than there are micro-batches.
         """
-        count = self._state.micro_batches
+        count, calls = self._state.micro_batches, self._state.backward_calls
+        if not 0 < calls < count:
+            return
         raise SteppingError(
-            f"optimizer.step(closure) ended a window of {count} micro-batches, in which accelerator.backward() was not "
-            "called",
+            f"The closure that ended a window of {count} micro-batches called accelerator.backward() "
+            f"{'once' if calls == 1 else f'{calls} times'}",
             "Only the last step() of a window calls its closure, so the gradients of the other micro-batches would be "
             "missing",
-            "Leave gradient_accumulation_steps out, and let the closure loop over the micro-batches",
+            "Leave gradient_accumulation_steps out, or let the closure call backward() for each of the micro-batches",
         )
 
     def release(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +12,9 @@ import torch
 from paceline.errors import SteppingError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from paceline.strategies.deepspeed.engine import ZeroEngine
 
@@ -47,8 +49,12 @@ def refuse_autograd(zero: ZeroEngine) -> None:
 
 def _accumulates(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether the backward that is running writes into `grad` of any of these parameters."""
+    nodes = [_accumulator(p) for p in parameters if p.requires_grad]
+    if None in nodes:
+        # Inside of torch.func, whose backward is none of the engine's.
+        return True
     try:
-        return any(torch._C._will_engine_execute_node(_accumulator(p)) for p in parameters if p.requires_grad)
+        return any(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:
         # torch does not say it of what torch.autograd.grad itself was asked for.
         return False
@@ -56,9 +62,9 @@ def _accumulates(parameters: Sequence[nn.Parameter]) -> bool:
 
 @torch.enable_grad()
 def _accumulator(parameter: nn.Parameter) -> Any:
-    """The node of the graph that writes into `parameter.grad`."""
+    """The node of the graph that writes into `parameter.grad`; None where torch.func differentiates."""
     view: Any = parameter.view_as(parameter)
-    return view.grad_fn.next_functions[0][0]
+    return None if view.grad_fn is None else view.grad_fn.next_functions[0][0]
 
 
 def explain_empty_parameters(zero: ZeroEngine, error: RuntimeError) -> None:
@@ -76,3 +82,32 @@ def explain_empty_parameters(zero: ZeroEngine, error: RuntimeError) -> None:
         "With zero_stage 3 most parameters are empty there",
         "Let the optimizer's weight_decay do it, or use zero_stage 1 or 2, where the penalty is right",
     ) from error
+
+
+@contextmanager
+def refusing_foreign_gradients(zero: ZeroEngine) -> Iterator[None]:
+    """Refuse that the backward of this engine reaches parameters that another engine trains.
+
+    That one's model may use them here only where no gradient of theirs is computed, as under `torch.no_grad()`.
+
+    Raises:
+        SteppingError: It has reached one.
+    """
+    handles = []
+    for name, parameter in zero.foreign.items():
+        refuse = partial(_refuse_gradient, type(zero.model).__name__, name)
+        handles.append(parameter.register_post_accumulate_grad_hook(refuse))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_gradient(model: str, name: str, _parameter: Tensor) -> None:
+    raise SteppingError(
+        f"The backward of {model} reached {name}, which another model has, too, and its engine trains",
+        "Under ZeRO each engine reduces the gradients of its own backward, and would miss those",
+        "Put both into one module that calls them, and prepare that with one optimizer; or run this part of the "
+        f"forward of {model} under torch.no_grad(); or use zero_stage 0 or strategy='ddp'",
+    )

@@ -358,6 +358,11 @@ def updates_any_of(optimizer: Optimizer, model: nn.Module) -> bool:
     return any(id(p) in own for p in parameters_in(optimizer))
 
 
+def updates_only(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer updates parameters of a model and no others."""
+    return {id(p) for p in parameters_in(optimizer)} <= {id(p) for p in model.parameters()}
+
+
 def as_groups(placeholder: DummyOptim) -> list[dict[str, Any]]:
     """A placeholder's groups with their explicit options; the configuration decides the others."""
     return [

@@ -59,7 +59,7 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 def _finds_nothing(zero: ZeroEngine, parameters: Sequence[Any]) -> bool:
     """Whether these parameters are of the engine, and torch finds no gradients that belong to them."""
     if not parameters:
-        return zero.hides_parameters
+        return zero.window_ended and zero.hides_parameters
     kept = zero.keeps_gradients_of
     return any(id(p) in kept and p.grad is None for p in parameters)
 

@@ -38,6 +38,7 @@ class ZeroEngine:
         window_ended: Whether a backward has ended the window, and no step has been taken since.
         is_clipped: Whether the gradients of this window were clipped.
         awaits_backward: Whether a forward ran whose loss has had no backward.
+        foreign: The model's parameters that another engine trains, by name; mostly none.
         step_counts: For each flat tensor by its `id`, its slice and the step counts that a checkpoint fills in.
     """
 
@@ -54,6 +55,7 @@ class ZeroEngine:
     window_ended: bool = False
     is_clipped: bool = False
     awaits_backward: bool = False
+    foreign: dict[str, nn.Parameter] = field(default_factory=dict)
     step_counts: dict[int, tuple[PartitionSlice, list[Tensor]]] = field(default_factory=dict)
 
     @property
@@ -104,6 +106,10 @@ class EngineRegistry:
     def engine_of(self, model: nn.Module) -> ZeroEngine | None:
         """The engine that trains a model, prepared or as the script made it."""
         return next((zero for zero in self._engines if zero.engine is model or zero.model is model), None)
+
+    def owners(self) -> dict[int, nn.Module]:
+        """The model whose engine trains a parameter, by the `id` of the parameter."""
+        return {id(p): zero.model for zero in self._engines for group in zero.groups for p in group}
 
     def source_of_loss(self) -> ZeroEngine:
         """The engine that a loss comes from: the one whose forward ran since its last backward.

@@ -39,7 +39,11 @@ from paceline.strategies.base import (
 from paceline.strategies.compilation import protect_linear
 from paceline.strategies.context import DistributedType
 from paceline.strategies.deepspeed import state as zero_state
-from paceline.strategies.deepspeed.backward_check import explain_empty_parameters, refuse_autograd
+from paceline.strategies.deepspeed.backward_check import (
+    explain_empty_parameters,
+    refuse_autograd,
+    refusing_foreign_gradients,
+)
 from paceline.strategies.deepspeed.build import (
     as_bytes,
     as_groups,
@@ -61,6 +65,7 @@ from paceline.strategies.deepspeed.build import (
     prepare_package,
     restore_exact,
     updates_any_of,
+    updates_only,
 )
 from paceline.strategies.deepspeed.clip_check import watch_clipping
 from paceline.strategies.deepspeed.engine import EngineRegistry, ZeroEngine
@@ -206,7 +211,7 @@ class DeepSpeedStrategy(Strategy):
         # Whether a script's own or one that an engine built in place of a DummyOptim, it has its model.
         free = [optimizer for optimizer in optimizers if self.engines.find(optimizer) is None]
         if self._stage > 0:
-            self._refuse_shared(models)
+            self._refuse_shared(models, free)
             watch_clipping(self.engines, refuses=not self.context.leniency.clip_inside_window)
         prepared: list[nn.Module] = []
         for model, move in zip(models, place, strict=True):
@@ -225,24 +230,29 @@ class DeepSpeedStrategy(Strategy):
             self._models.append(model)
             self._parameters = None
         self._refuse_late(free)
+        if self._stage > 0:
+            self._note_foreign()
         return prepared
 
-    def _refuse_shared(self, models: Sequence[nn.Module]) -> None:
-        """Refuse parameters that two engines would train: each would overwrite the steps of the other."""
-        owners = {id(p): zero.model for zero in self.engines for p in zero.model.parameters() if p.requires_grad}
+    def _refuse_shared(self, models: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        """Refuse parameters that two engines would step: each would overwrite the steps of the other."""
+        owners = self.engines.owners()
+        remaining = list(optimizers)
         for model in models:
-            shared = [(name, owners[id(p)]) for name, p in model.named_parameters() if id(p) in owners]
+            chosen = [optimizer for optimizer in remaining if updates_only(optimizer, model)]
+            remaining = [optimizer for optimizer in remaining if optimizer not in chosen]
+            stepped = {id(p) for optimizer in chosen for p in parameters_in(optimizer)}
+            shared = stepped & owners.keys()
             if shared:
-                raise PrepareError(
-                    f"{named([name for name, _ in shared], 4)} of {type(model).__name__} "
-                    f"{'is' if len(shared) == 1 else 'are'} in {type(shared[0][1]).__name__}, too, which was prepared "
-                    "as another model",
-                    "Each model has an engine of its own under ZeRO, with its own fp32 values of its parameters: one "
-                    "would overwrite the steps of the other",
-                    "Put both into one module that calls them, and prepare that with one optimizer; or use zero_stage "
-                    "0 or strategy='ddp'",
-                )
-            owners |= {id(p): model for p in model.parameters() if p.requires_grad}
+                raise _shared_error(model, shared, next(owners[key] for key in shared))
+            owners |= dict.fromkeys(stepped, model)
+
+    def _note_foreign(self) -> None:
+        """Note in each engine the parameters of its model that another one trains."""
+        owners = self.engines.owners()
+        for zero in self.engines:
+            named_parameters = zero.model.named_parameters()
+            zero.foreign = {name: p for name, p in named_parameters if owners.get(id(p), zero.model) is not zero.model}
 
     def _refuse_late(self, optimizers: Sequence[Optimizer]) -> None:
         """Refuse an optimizer whose model has an engine already; others may wait for their model."""
@@ -512,7 +522,7 @@ class DeepSpeedStrategy(Strategy):
         zero.engine.set_gradient_accumulation_boundary(ends_window)
         zero.awaits_backward, zero.is_clipped, zero.window_ended = False, False, ends_window
         try:
-            with self._noting_uses(zero):
+            with self._noting_uses(zero), refusing_foreign_gradients(zero):
                 zero.engine.backward(loss if scale is None else loss * scale, retain_graph=retain, scale_wrt_gas=False)
         except RuntimeError as error:
             explain_empty_parameters(zero, error)
@@ -747,6 +757,19 @@ class DeepSpeedStrategy(Strategy):
             if self._plugin.zero3_save_16bit_model:
                 table["saved"] = short
         return table
+
+
+def _shared_error(model: nn.Module, shared: Container[int], other: nn.Module) -> PrepareError:
+    """The error for parameters of a model, by their `id`, that another engine steps already."""
+    names = [name for name, p in model.named_parameters() if id(p) in shared]
+    return PrepareError(
+        f"{named(names, 4)} of {type(model).__name__} {'is' if len(names) == 1 else 'are'} in {type(other).__name__}, "
+        "too, which was prepared with another optimizer",
+        "Each optimizer has an engine of its own under ZeRO, with its own fp32 values of its parameters: one would "
+        "overwrite the steps of the other",
+        "Put both into one module that calls them, and prepare that with one optimizer; or use zero_stage 0 or "
+        "strategy='ddp'",
+    )
 
 
 def _refuse_copy(model: nn.Module, _memo: dict[int, Any]) -> NoReturn:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from paceline.errors import PrepareError, SteppingError, named
+from paceline.errors import PrepareError, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,33 +122,6 @@ def refuse_hooks_of_whole(model: nn.Module) -> None:
             "Register them after prepare() by register_post_accumulate_grad_hook(), where the averaged gradient is a "
             "DTensor, or change parameter.grad between backward() and step()",
         )
-
-
-def refuse_double_backward(model: nn.Module) -> None:
-    """Refuse gradients that are to be differentiated again, at the beginning of the backward that computes them.
-
-    FSDP2 calls what is replaced here in each backward, so that this costs nothing. It is called in grad mode only under
-    `create_graph=True`.
-    """
-    sharded: Any = model
-    state = sharded._get_fsdp_state()
-    pre_backward = state._pre_backward
-    if hasattr(pre_backward, "refuses_graph"):
-        return
-    name = type(model).__name__.removeprefix("FSDP")
-
-    def checked(gradient: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise SteppingError(
-                f"Gradients of {name} were computed with create_graph=True, as a gradient penalty does",
-                "FSDP2 drops the gathered weights after a backward, and the backward through it would need them",
-                "Use strategy='ddp', where a gradient penalty is right, or zero_stage 1 or 2, where "
-                "accelerator.unwrap_model(model) computes what is differentiated twice",
-            )
-        return pre_backward(gradient)
-
-    checked.refuses_graph = True  # type: ignore[attr-defined]
-    state._pre_backward = checked
 
 
 def materialize(

@@ -37,7 +37,6 @@ from paceline.strategies.fsdp.sharding import (
     initialize_meta,
     local_gradients,
     materialize,
-    refuse_double_backward,
     refuse_hooks_of_whole,
     sharded_axes,
 )
@@ -124,7 +123,6 @@ class FSDPStrategy(Strategy):
             if not isinstance(module, FSDPModule):
                 self._shard(module, ownership, ignored, placed, layers)
         ownership.check_ties(names)
-        refuse_double_backward(model)
         self._replacements.record(ownership)
         self._units[id(model)] = _units_in(model)
         self._kept += set_switches(model, units.names[::-1], plugin)
@@ -179,7 +177,6 @@ class FSDPStrategy(Strategy):
             # The previous run may have ended inside an accumulation window.
             unit.set_requires_gradient_sync(True, recurse=False)
             _drop_whole_gradients(unit)
-        refuse_double_backward(model)
         if not has_layers(model):
             self.fp8.convert(model)
         autocast_forward(model, self.context.precision)
@@ -322,16 +319,14 @@ class FSDPStrategy(Strategy):
 
     @override
     def backward(self, loss: Tensor, scale: Tensor | None = None, **kwargs: Any) -> None:
-        if isinstance(loss, DTensor):
-            raise SteppingError(
-                "backward() got a loss that is a DTensor: it has a term of the sharded parameters, such as a penalty "
-                "of weights",
-                "Torch cannot differentiate a sum of a DTensor and of a loss that each rank has of its own samples",
-                "Add what this rank's shards contribute, as in loss + 0.01 * sum(p.to_local().pow(2).sum() for p in "
-                "model.parameters()), or let the optimizer's weight_decay do it",
-            )
         self._has_unsharded_gradients = self._has_unsharded_gradients or bool(self._without_sync)
-        super().backward(loss, scale, **kwargs)
+        if isinstance(loss, DTensor) and self.context.group.size > 1:
+            raise _penalty_error()
+        try:
+            super().backward(loss, scale, **kwargs)
+        except RuntimeError as error:
+            _explain_backward_error(error)
+            raise
 
     def _drop_gathered(self) -> bool:
         """Drop gathered weights that a forward without a backward has left; they hide the shards and become stale."""
@@ -623,6 +618,34 @@ def _refuse_copy(module: nn.Module, memo: dict[int, Any]) -> NoReturn:
         "The copy would share its FSDP state with the original",
         "Copy the model before prepare(), and prepare both: model, average = prepare(model, AveragedModel(model))",
     )
+
+
+def _penalty_error() -> SteppingError:
+    return SteppingError(
+        "The loss has a term of the sharded parameters, such as a penalty of weights: it is a DTensor",
+        "Torch cannot differentiate a sum of a DTensor and of a loss that each rank has of its own samples, nor add a "
+        "gradient of all ranks to shards",
+        "Add what this rank's shards contribute, as in loss + 0.01 * sum(p.to_local().pow(2).sum() for p in "
+        "model.parameters()), or let the optimizer's weight_decay do it",
+    )
+
+
+def _explain_backward_error(error: RuntimeError) -> None:
+    """Explain what torch says of weights that FSDP2 has dropped or divided.
+
+    Raises:
+        SteppingError: It is one of these errors.
+    """
+    text = str(error)
+    if "mixed torch.Tensor and DTensor" in text:
+        raise _penalty_error() from error
+    if "out of bounds for storage of size 0" in text:
+        raise SteppingError(
+            "A gradient that was computed with create_graph=True is differentiated again, as in a gradient penalty",
+            "FSDP2 drops the gathered weights after a backward, and the backward through it needs them",
+            "Use strategy='ddp', where a gradient penalty is right, or zero_stage 1 or 2, where "
+            "accelerator.unwrap_model(model) computes what is differentiated twice",
+        ) from error
 
 
 def _refuse_shared(model: nn.Module, sharded: Iterable[tuple[str, DTensor]], prepared: Iterable[nn.Module]) -> None:

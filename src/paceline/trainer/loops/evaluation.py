@@ -110,8 +110,8 @@ class EvaluationLoop:
         self.accelerator = hooks.accelerator
         self.metric = hooks.compute_metrics
         self.stored = KeptBatches(self.args.eval_accumulation_steps)
-        self.loss_sum: Tensor | None = None
-        self.weight_sum: Tensor | None = None
+        # Of the losses, of their weights, and of the batches without a finite loss: shape [3].
+        self.loss_sums: Tensor | None = None
         self.num_samples = 0
         self._has_warned = False
         self.streamed: dict[str, float] = {}
@@ -209,12 +209,13 @@ class EvaluationLoop:
             weight = torch.full((), real, device=mean.device)
         if real == 0:
             weight = torch.zeros_like(weight)
-        if self.args.logging_nan_inf_filter:
-            weight = torch.where(torch.isfinite(mean), weight, 0)
         weight = weight.to(torch.float64 if mean.device.type == "cpu" else torch.float32)
-        part = torch.where(weight > 0, mean * weight, 0.0)
-        self.loss_sum = part if self.loss_sum is None else self.loss_sum + part
-        self.weight_sum = weight if self.weight_sum is None else self.weight_sum + weight
+        left_out = torch.zeros_like(weight)
+        if self.args.logging_nan_inf_filter:
+            left_out = (~torch.isfinite(mean) & (weight > 0)).to(weight.dtype)
+            weight = weight * (1 - left_out)
+        sums = torch.stack([torch.where(weight > 0, mean * weight, 0.0), weight, left_out])
+        self.loss_sums = sums if self.loss_sums is None else self.loss_sums + sums
 
     def _gather(self, outputs: dict[str, Any]) -> dict[str, Any]:
         as_objects = self.args.eval_use_gather_object
@@ -236,9 +237,15 @@ class EvaluationLoop:
 
     def _metrics(self, stored: Any) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        if self.loss_sum is not None and self.weight_sum is not None:
-            total, weight = self.accelerator.reduce(torch.stack([self.loss_sum, self.weight_sum]), "sum").tolist()
+        if self.loss_sums is not None:
+            total, weight, left_out = self.accelerator.reduce(self.loss_sums, "sum").tolist()
             metrics["loss"] = total / weight if weight else float("nan")
+            if left_out and weight:
+                logger.warning(
+                    "%d batches of the evaluation have no finite loss and are left out of its mean; "
+                    "logging_nan_inf_filter=False keeps them.",
+                    left_out,
+                )
         computed = self._computed_metrics(stored)
         if not isinstance(computed, Mapping):
             what, why = f"compute_metrics returned a {type(computed).__name__}", "Metrics are names and numbers"

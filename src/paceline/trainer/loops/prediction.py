@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +57,8 @@ def predict_batch(
     """
     labels = _labels_of(hooks, inputs, needs_labels=needs_labels)
     if has_own_loss or (labels is not None and (computes_loss or _takes_labels(call, inputs))):
-        items = count_items(hooks, call, inputs)
-        loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=items)
+        items = {"num_items_in_batch": count_items(hooks, call, inputs)} if _takes_items(type(hooks)) else {}
+        loss, outputs = hooks.compute_loss(model, inputs, return_outputs=True, **items)
     else:
         outputs = call(model, inputs if _takes_labels(call, inputs) else without_labels(inputs))
         loss = maybe_loss(outputs)
@@ -65,6 +67,13 @@ def predict_batch(
         return loss, None, None
     has_loss = maybe_loss(outputs) is not None
     return loss, _predictions_of(outputs, _ignored_outputs(hooks.model, ignore_keys), has_loss=has_loss), labels
+
+
+@lru_cache
+def _takes_items(trainer: type[TrainerHooks]) -> bool:
+    """Whether `compute_loss` takes `num_items_in_batch`; one that was written for evaluations need not."""
+    parameters = signature(trainer.compute_loss).parameters
+    return "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _takes_labels(call: ModelCall, inputs: Any) -> bool:

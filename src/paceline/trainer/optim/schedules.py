@@ -199,7 +199,9 @@ def make_schedule(
             followed; all that could only fail at a later step is found here.
     """
     function = SCHEDULES[name]
-    peak = float(optimizer.param_groups[0]["lr"])
+    group = optimizer.param_groups[0]
+    # An earlier schedule has changed "lr", and left what schedules multiply beside it.
+    peak = float(group.get("initial_lr", group["lr"]))
     if function is None:
         _check(name, ReduceLROnPlateau, arguments or {})
         return ReduceLROnPlateau(optimizer, **(arguments or {}))
@@ -282,7 +284,7 @@ def _check_length(warmup: int, total: int, options: Mapping[str, Any]) -> None:
             total,
         )
     decay = options.get("num_decay_steps", 0)
-    if options.get("num_stable_steps") is None and decay and 0 < total < warmup + decay:
+    if options.get("num_stable_steps") is None and decay and warmup <= total < warmup + decay and total > 0:
         what = f"{decay} with a warmup of {warmup} and a training of {total} steps"
         why = "the decay would begin before the warmup ends, and the rate would jump"
         hint = f"give at most {max(0, total - warmup)}, or train longer"

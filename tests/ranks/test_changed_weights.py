@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,36 @@ def test_what_was_not_changed_keeps_its_fp32_bits(strategy: str) -> None:
     right["0.bias"][3] = 0.25
     found = run_on_ranks(2, one_of_them, strategy)[0]
     assert all(torch.equal(found[name], value) for name, value in right.items())
+
+
+def reloaded(strategy: str, folder: str, states: bool) -> dict[str, Tensor]:
+    """DeepSpeed's own checkpoint of the second step is loaded after the fourth, as transformers' Trainer does."""
+    accelerator = make(strategy)
+    model: Any = fresh(accelerator.process_index)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def train(first: int, last: int) -> None:
+        for batch in batches()[first:last]:
+            accelerator.backward(model(batch[accelerator.process_index :: 2]).pow(2).mean())
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(0, 2)
+    model.save_checkpoint(folder)
+    train(2, 4)
+    model.load_checkpoint(folder, load_optimizer_states=states)
+    train(2, 4)
+    return accelerator.get_state_dict(model)
+
+
+@pytest.mark.parametrize("states", [True, False])
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
+def test_a_checkpoint_of_deepspeeds_own_is_loaded(strategy: str, states: bool, tmp_path: Path) -> None:
+    model = fresh()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in batches():
+        model(batch).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = run_on_ranks(2, reloaded, strategy, str(tmp_path), states)[0]
+    torch.testing.assert_close(found, model.state_dict(), rtol=1e-4, atol=1e-5)

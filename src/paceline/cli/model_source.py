@@ -107,7 +107,7 @@ def model_source(name: str, inputs: str | None, sequence_length: int | None) -> 
     """
     model = build_model(name, "MODEL")
     if inputs is not None:
-        return ModelSource(model, load_attribute(inputs, "--inputs"), "samples")
+        return ModelSource(model, _batch_function(inputs), "samples")
     if not hasattr(model, "main_input_name"):
         return ModelSource(model, None, "samples")
     return _with_own_batches(model, sequence_length)
@@ -170,6 +170,24 @@ def load_attribute(name: str, flag: str) -> Any:
     except (ImportError, FileNotFoundError) as error:
         raise UsageError(f"{flag} {name} cannot be imported: {error}", "", "Check the name") from error
     return found
+
+
+def _batch_function(name: str) -> Callable[..., Any]:
+    """The function that makes a batch.
+
+    Raises:
+        UsageError: There is none, or it does not take a number of samples.
+    """
+    function: Callable[..., Any] = load_attribute(name, "--inputs")
+    try:
+        inspect.signature(function).bind(1)
+    except TypeError as error:
+        what, why = f"--inputs {name} cannot be called with a number of samples", str(error)
+        raise UsageError(what, why, "Let it take one argument, the number of samples, and return a batch") from error
+    except ValueError:
+        # Functions of C code need not tell what they take.
+        pass
+    return function
 
 
 def _without_function(name: str, flag: str) -> UsageError:

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     Row = tuple[str, Any, Origin]
 
 _READ_WHEN = {
-    "fsdp_config": "under strategy fsdp, also where auto chooses it",
-    "deepspeed_config": "under strategy deepspeed",
-    "parallelism_config": "under strategy fsdp, also where auto chooses it",
-    "fp8_config": "under mixed_precision fp8",
-    "mpirun_config": "where mpirun starts the ranks",
-    "megatron_lm_config": "never, since Megatron-LM is not supported",
+    "fsdp_config": "is read under strategy fsdp, also where auto chooses it",
+    "deepspeed_config": "is read under strategy deepspeed",
+    "parallelism_config": "is read under strategy fsdp, also where auto chooses it",
+    "fp8_config": "is read under mixed_precision fp8",
+    "mpirun_config": "is read where mpirun starts the ranks",
+    "megatron_lm_config": "is never read: Megatron-LM is not supported",
 }
 """When a run reads the sections that have no values unless something sets them or the strategy needs them."""
 
@@ -94,7 +94,7 @@ def _table(rows: Iterable[Row], explain: bool) -> list[str]:
 def _sections_left_out(resolved: Resolved) -> str:
     """Name the sections of which nothing is listed, and say when a run reads them."""
     listed = {key.partition(".")[0] for key, _, _ in resolved.explain()}
-    left_out = [f"{name} is read {_READ_WHEN[name]}" for name in sections() if name not in listed]
+    left_out = [f"{name} {_READ_WHEN[name]}" for name in sections() if name not in listed]
     return f"Sections that nothing sets are not listed: {'; '.join(left_out)}."
 
 

@@ -95,7 +95,7 @@ def _tiles(run: Run, rates: Rates) -> str:
     if run.record.get("parameters"):
         tiles.append((short(run.record["parameters"]), "parameters"))
     if run.record.get("ranks"):
-        tiles.append((str(run.record["ranks"]), "ranks"))
+        tiles.append((str(run.record["ranks"]), "rank" if run.record["ranks"] == 1 else "ranks"))
     shown = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in tiles
     )

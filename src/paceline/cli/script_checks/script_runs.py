@@ -116,6 +116,8 @@ class ScriptRuns:
         import_torch()
         from paceline.launch import launch
 
+        if sys.stderr.isatty():
+            click.echo(f"running {where} ({name}) ...", err=True)
         try:
             with _inside(work):
                 launch(
@@ -188,7 +190,7 @@ def _report(failed: ScriptCheckFailed) -> None:
     if failed.failure is not None:
         report = str(failed.failure).rstrip()
         click.echo(report)
-        if "No such file" in report:
+        if "no such file" in report.lower():
             click.echo("hint     each run has its own folder: name what the script reads with --link")
     click.echo(f"FAIL     {failed.why}")
 

@@ -159,10 +159,10 @@ class _Diagnosis:
         if any(self.known[rank].fate for rank in responding):
             return "Every rank must make the same number of calls: look for a loop that ends earlier there"
         if calls:
-            return f"{_branch(calls)}; if a rank only needs longer, raise timeout"
+            return f"{_branch(calls)}; if a rank only needs longer, raise timeout, and hang_timeout if it is set"
         return (
             "Every rank must make the same calls in the same order; if a rank only needs longer, raise timeout "
-            "(seconds that a collective may take)"
+            "(seconds that a collective may take), and hang_timeout if it is set"
         )
 
     def _difference(self, stuck: Operation) -> tuple[str, str]:

@@ -324,6 +324,7 @@ class DeepSpeedStrategy(Strategy):
         configure_checkpointing(settings)
         partitions = partitions_of(engine, self._stage)
         weights = WeightCheck(partitions, list(model.named_parameters()))
+        weights.accept_loads(engine)
         zero = ZeroEngine(engine, model, optimizer, partitions, groups, dtypes, weights, self._new_use_check())
         engine.set_gradient_accumulation_boundary(True)
         self._watch(zero)

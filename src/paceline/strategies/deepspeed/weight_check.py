@@ -7,7 +7,8 @@ next forward, and is gone after the step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,6 +45,21 @@ class WeightCheck:
     def accept(self) -> None:
         """Take the weights as they are now for those of the engine."""
         self._versions = [p._version for _, p in self._parameters]
+
+    def accept_loads(self, engine: Any) -> None:
+        """Have weights that DeepSpeed's own `load_checkpoint` reads taken for the engine's.
+
+        Programs of transformers and Accelerate call it. It brings the fp32 values in step with the weights.
+        """
+        load = engine.load_checkpoint
+
+        @functools.wraps(load)
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            loaded = load(*args, **kwargs)
+            self.accept()
+            return loaded
+
+        engine.load_checkpoint = load_checkpoint
 
     def before_step(self) -> None:
         """Check before a step.

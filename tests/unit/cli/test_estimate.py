@@ -141,6 +141,7 @@ def test_json(script: str) -> None:
         (("{}",), r"It defines build, batch.*Write, for example"),
         (("nothing",), "cannot be found.*Hub are not looked up"),
         (("{}:build", "--inputs", "nothing"), "cannot be found"),
+        (("{}:build", "--inputs", "{}:build"), "cannot be called with a number of samples"),
         (("{}:build", "--optimizer", "adam"), "adamw, adamw_fused, sgd.*torch.optim:Adagrad"),
         (("{}:Depends", "--inputs", "{}:batch"), "cannot be traced"),
     ],

@@ -11,18 +11,10 @@ from torch import Tensor, nn
 
 from paceline.errors import CollectiveError, SteppingError
 from tests.support.engines import make, with_deepspeed
+from tests.support.models import tanh_batches, tanh_model
 from tests.support.ranks import run_on_ranks
 
 STEPS = 4
-
-
-def fresh(rank: int = 0) -> nn.Sequential:
-    torch.manual_seed(rank)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def batches() -> Tensor:
-    return torch.randn(STEPS, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
 def halve(model: nn.Module) -> None:
@@ -37,16 +29,16 @@ def clip_data(model: nn.Module) -> None:
 
 
 def load(model: nn.Module) -> None:
-    model.load_state_dict(fresh(7).state_dict())
+    model.load_state_dict(tanh_model(7).state_dict())
 
 
 CHANGES = {"written": halve, "clipped": clip_data, "loaded": load}
 
 
 def wanted(change: str, before: int) -> dict[str, Tensor]:
-    model = fresh()
+    model = tanh_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for number, batch in enumerate(batches()):
+    for number, batch in enumerate(tanh_batches(STEPS)):
         if number == before:
             CHANGES[change](model)
         model(batch).pow(2).mean().backward()
@@ -57,10 +49,10 @@ def wanted(change: str, before: int) -> dict[str, Tensor]:
 
 def trained(strategy: str, change: str, before: int, rank: int | None, precision: str = "no") -> dict[str, Tensor]:
     accelerator = make(strategy, mixed_precision=precision)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.01)
     model, optimizer = accelerator.prepare(model, optimizer)
-    for number, batch in enumerate(batches()):
+    for number, batch in enumerate(tanh_batches(STEPS)):
         if number == before and rank is None:
             CHANGES[change](accelerator.unwrap_model(model))
         elif number == before:
@@ -83,7 +75,7 @@ def test_all_ranks_train_on_from_what_one_changed(strategy: str, change: str, ra
 
 def not_there() -> str:
     accelerator = make("ddp")
-    model = accelerator.prepare(fresh())
+    model = accelerator.prepare(tanh_model())
     with pytest.raises(CollectiveError) as caught:
         accelerator.gather_parameters(model, modifier_rank=2)
     return str(caught.value)
@@ -120,7 +112,7 @@ def test_a_change_that_the_next_step_would_undo_is_refused(
 
 def saved_before_a_step(strategy: str) -> None:
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     halve(accelerator.unwrap_model(model))
     with pytest.raises(SteppingError, match=r"0\.weight"):
@@ -134,9 +126,9 @@ def test_weights_that_would_be_saved_without_a_change_are_refused(strategy: str)
 
 def diverged(strategy: str) -> bool:
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=float("nan")))
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
         accelerator.backward(model(batch).pow(2).mean())
         optimizer.step()
         optimizer.zero_grad()
@@ -150,7 +142,7 @@ def test_weights_that_are_no_numbers_were_not_changed_by_the_script(strategy: st
 
 def one_of_them(strategy: str) -> dict[str, Tensor]:
     accelerator = make(strategy, mixed_precision="bf16")
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     inner: Any = accelerator.unwrap_model(model)
     bias = inner[0].bias
@@ -162,7 +154,7 @@ def one_of_them(strategy: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("strategy", with_deepspeed(["zero2", "zero3"]))
 def test_what_was_not_changed_keeps_its_fp32_bits(strategy: str) -> None:
-    right = fresh().state_dict()
+    right = tanh_model().state_dict()
     right["0.bias"][3] = 0.25
     found = run_on_ranks(2, one_of_them, strategy)[0]
     assert all(torch.equal(found[name], value) for name, value in right.items())
@@ -171,11 +163,11 @@ def test_what_was_not_changed_keeps_its_fp32_bits(strategy: str) -> None:
 def reloaded(strategy: str, folder: str, states: bool) -> dict[str, Tensor]:
     """DeepSpeed's own checkpoint of the second step is loaded after the fourth, as transformers' Trainer does."""
     accelerator = make(strategy)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
     def train(first: int, last: int) -> None:
-        for batch in batches()[first:last]:
+        for batch in tanh_batches(STEPS)[first:last]:
             accelerator.backward(model(batch[accelerator.process_index :: 2]).pow(2).mean())
             optimizer.step()
             optimizer.zero_grad()
@@ -191,9 +183,9 @@ def reloaded(strategy: str, folder: str, states: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("states", [True, False])
 @pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
 def test_a_checkpoint_of_deepspeeds_own_is_loaded(strategy: str, states: bool, tmp_path: Path) -> None:
-    model = fresh()
+    model = tanh_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
         model(batch).pow(2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paceline.errors import PacelineError, PrepareError, SteppingError
 from tests.support.engines import ZERO_STAGES, make
+from tests.support.models import tanh_batches, tanh_model
 from tests.support.ranks import run_on_ranks
 
 STEPS = 4
@@ -48,19 +49,10 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def fresh(rank: int = 0) -> nn.Sequential:
-    torch.manual_seed(rank)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def batches() -> Tensor:
-    return torch.randn(STEPS, 4, 6, generator=torch.Generator().manual_seed(1))
-
-
 def wanted(kind: str) -> dict[str, Tensor]:
-    model = fresh()
+    model = tanh_model()
     optimizer = OPTIMIZERS[kind](model.parameters())
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
 
         def closure(batch: Tensor = batch) -> Tensor:
             optimizer.zero_grad()
@@ -74,10 +66,10 @@ def wanted(kind: str) -> dict[str, Tensor]:
 
 def trained(strategy: str, kind: str, bypasses: bool = False, **arguments: Any) -> dict[str, Tensor]:
     accelerator = make(strategy, **arguments)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     model, optimizer = accelerator.prepare(model, OPTIMIZERS[kind](model.parameters()))
     called = accelerator.unwrap_model(model) if bypasses else model
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
 
         def closure(batch: Tensor = batch) -> Any:
             optimizer.zero_grad()
@@ -110,9 +102,9 @@ def test_a_closure_cannot_fill_a_window(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["wolfe", "sgd"])
 def test_a_closure_may_go_through_the_micro_batches(kind: str) -> None:
     accelerator = make("single", gradient_accumulation_steps=2)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, OPTIMIZERS[kind](model.parameters()))
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
         parts = batch.split(2)
 
         def closure(parts: tuple[Tensor, ...] = parts) -> Any:
@@ -138,13 +130,13 @@ class Asks(torch.optim.SGD):
 
 def test_a_closure_gets_what_its_optimizer_passes() -> None:
     accelerator = make("single")
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, Asks(model.parameters(), lr=0.1))
     asked: list[bool] = []
 
     def closure(backward: bool = True) -> Any:
         asked.append(backward)
-        loss = model(batches()[0]).pow(2).mean()
+        loss = model(tanh_batches(STEPS)[0]).pow(2).mean()
         if backward:
             accelerator.backward(loss)
         return loss
@@ -155,7 +147,7 @@ def test_a_closure_gets_what_its_optimizer_passes() -> None:
 
 def refused(strategy: str) -> str:
     accelerator = make(strategy)
-    model = fresh()
+    model = tanh_model()
     with pytest.raises(PrepareError) as caught:
         accelerator.prepare(model, torch.optim.LBFGS(model.parameters()))
     return str(caught.value)
@@ -168,12 +160,12 @@ def test_lbfgs_is_refused_where_weights_are_in_pieces(strategy: str) -> None:
 
 def joined() -> str:
     accelerator = make("ddp")
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, torch.optim.LBFGS(model.parameters()))
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss: Tensor = model(batches()[0]).pow(2).mean()
+        loss: Tensor = model(tanh_batches(STEPS)[0]).pow(2).mean()
         accelerator.backward(loss)
         return loss
 

@@ -13,18 +13,9 @@ from paceline.accelerator.policies import Policies, use_policies
 from paceline.config import Leniency
 from paceline.errors import PrepareError, SteppingError
 from tests.support.engines import make, with_deepspeed
+from tests.support.models import tanh_batches, tanh_model
 from tests.support.ranks import run_on_ranks
 from tests.support.warned import warnings_of
-
-
-def fresh(rank: int = 0) -> nn.Sequential:
-    torch.manual_seed(rank)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def batches() -> Tensor:
-    return torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
-
 
 # The names that this module has imported itself, and those that it looks up.
 CLIPS: dict[str, Any] = {
@@ -37,9 +28,9 @@ CLIPS: dict[str, Any] = {
 
 
 def wanted(kind: str) -> dict[str, Tensor]:
-    model = fresh()
+    model = tanh_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for batch in batches():
+    for batch in tanh_batches(3):
         loss: Any = model(batch).pow(2).mean()
         loss.backward()
         CLIPS[kind](model, optimizer)
@@ -50,10 +41,10 @@ def wanted(kind: str) -> dict[str, Tensor]:
 
 def trained(strategy: str, kind: str) -> dict[str, Tensor] | str:
     accelerator = make(strategy)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     try:
-        for batch in batches():
+        for batch in tanh_batches(3):
             accelerator.backward(model(batch[accelerator.process_index :: 2]).pow(2).mean())
             CLIPS[kind](model, optimizer)
             optimizer.step()
@@ -80,10 +71,10 @@ def test_clipping_of_gradients_that_zero_keeps_is_refused(strategy: str, kind: s
 def tolerated(strategy: str) -> list[str]:
     with use_policies(Policies(leniency=Leniency(clip_inside_window=True))):
         accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with warnings_of() as said:
-        for batch in batches():
+        for batch in tanh_batches(3):
             accelerator.backward(model(batch).pow(2).mean())
             clip_grad_norm_(model.parameters(), 0.01)
             optimizer.step()
@@ -100,10 +91,10 @@ def test_programs_of_another_library_are_told_once(strategy: str) -> None:
 def beside(strategy: str) -> float:
     """Clip a model that no engine has, while there is one."""
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     other = nn.Linear(6, 1)
-    loss: Any = other(batches()[0]).sum()
+    loss: Any = other(tanh_batches(3)[0]).sum()
     loss.backward()
     clip_grad_norm_(other.parameters(), 0.5)
     return float(nn.utils.get_total_norm([p.grad for p in other.parameters() if p.grad is not None]))
@@ -116,7 +107,7 @@ def test_another_model_is_clipped_as_ever(strategy: str) -> None:
 
 def copied(strategy: str) -> str:
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(PrepareError) as caught:
         torch.optim.swa_utils.AveragedModel(model)

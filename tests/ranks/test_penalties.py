@@ -6,22 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paceline.errors import PacelineError
 from tests.support.engines import make, with_deepspeed
+from tests.support.models import tanh_batches, tanh_model
 from tests.support.ranks import run_on_ranks
 
 STEPS = 3
-
-
-def fresh(rank: int = 0) -> nn.Sequential:
-    torch.manual_seed(rank)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
-def batches() -> Tensor:
-    return torch.randn(STEPS, 4, 6, generator=torch.Generator().manual_seed(1))
 
 
 def gradient_penalty(model: Any, inner: Any, x: Tensor) -> Tensor:
@@ -71,9 +63,9 @@ LOSSES: dict[str, Any] = {
 
 
 def wanted(kind: str) -> dict[str, Tensor]:
-    model = fresh()
+    model = tanh_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for batch in batches():
+    for batch in tanh_batches(STEPS):
         LOSSES[kind](model, model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -82,11 +74,11 @@ def wanted(kind: str) -> dict[str, Tensor]:
 
 def trained(strategy: str, kind: str, unwraps: bool) -> dict[str, Tensor] | str:
     accelerator = make(strategy)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
     inner = accelerator.unwrap_model(model) if unwraps else model
     try:
-        for batch in batches():
+        for batch in tanh_batches(STEPS):
             accelerator.backward(LOSSES[kind](model, inner, batch[accelerator.process_index :: 2]))
             optimizer.step()
             optimizer.zero_grad()
@@ -143,9 +135,9 @@ def test_what_cannot_be_computed_is_refused(strategy: str, kind: str, words: str
 def in_two_parts(strategy: str) -> str:
     """The penalty is a loss of its own."""
     accelerator = make(strategy)
-    model: Any = fresh(accelerator.process_index)
+    model: Any = tanh_model(accelerator.process_index)
     model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
-    accelerator.backward(model(batches()[0]).pow(2).mean())
+    accelerator.backward(model(tanh_batches(STEPS)[0]).pow(2).mean())
     try:
         accelerator.backward(0.1 * sum(p.pow(2).sum() for p in model.parameters()))
     except PacelineError as error:
@@ -164,10 +156,10 @@ def test_a_penalty_that_is_a_loss_of_its_own(ranks: int, words: str) -> None:
 def differentiated(strategy: str, unwraps: bool) -> list[Tensor]:
     """Gradients by the inputs that nothing differentiates again."""
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     inner = accelerator.unwrap_model(prepared) if unwraps else prepared
-    x = batches()[0]
+    x = tanh_batches(STEPS)[0]
     by_function = torch.func.grad(lambda value: inner(value).sum())(x)
     return [by_function.detach()]
 
@@ -176,17 +168,17 @@ def differentiated(strategy: str, unwraps: bool) -> list[Tensor]:
     ("strategy", "unwraps"), [("fsdp", False), *with_deepspeed([("zero1", False), ("zero2", False)])]
 )
 def test_functional_gradients_are_computed(strategy: str, unwraps: bool) -> None:
-    x = batches()[0].requires_grad_()
-    (right,) = torch.autograd.grad(fresh()(x).sum(), x)
+    x = tanh_batches(STEPS)[0].requires_grad_()
+    (right,) = torch.autograd.grad(tanh_model()(x).sum(), x)
     torch.testing.assert_close(run_on_ranks(2, differentiated, strategy, unwraps)[0][0], right)
 
 
 def with_graph() -> str:
     accelerator = make("ddp")
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     try:
-        accelerator.backward(model(batches()[0]).pow(2).mean(), create_graph=True)
+        accelerator.backward(model(tanh_batches(STEPS)[0]).pow(2).mean(), create_graph=True)
     except PacelineError as error:
         return str(error)
     return ""
@@ -198,10 +190,10 @@ def test_averaged_gradients_have_no_graph() -> None:
 
 def direct(strategy: str) -> bool:
     accelerator = make(strategy)
-    model: Any = fresh()
+    model: Any = tanh_model()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     before = accelerator.get_state_dict(model)
-    model(batches()[0]).pow(2).mean().backward()
+    model(tanh_batches(STEPS)[0]).pow(2).mean().backward()
     optimizer.step()
     after = accelerator.get_state_dict(model)
     return any(not torch.equal(value, after[name]) for name, value in before.items())

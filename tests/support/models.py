@@ -54,3 +54,14 @@ def make_tokens(samples: int, length: int = 9, seed: int = 1) -> Tensor:
 def token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of each next token [batch, length - 1]."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), tokens[:, 1:], reduction="none")
+
+
+def tanh_model(seed: int = 0) -> nn.Sequential:
+    """A model of 6 inputs and 1 output, for tests of what a script does to weights and gradients."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def tanh_batches(count: int) -> Tensor:
+    """Batches of 4 samples for `tanh_model`: shape [count, 4, 6]."""
+    return torch.randn(count, 4, 6, generator=torch.Generator().manual_seed(1))

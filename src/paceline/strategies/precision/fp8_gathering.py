@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -74,16 +75,18 @@ class GatheredWeights:
         scales = [shard._precomputed_scale for shard in shards]
         for shard, rounded, scale in zip(shards, self._rounding(scales), scales, strict=True):
             # FSDP2 asks the shard itself; its class would cast.
-            shard.fsdp_pre_all_gather = _Rounded(rounded, scale).gathered
+            shard.fsdp_pre_all_gather = _Rounded(rounded, scale)
 
 
 class _Rounded:
-    """What is gathered of one shard."""
+    """What is gathered of one shard: the tensors, and what the gathered weight needs besides."""
+
+    # FSDP2 inspects the signature before each gather of each weight, which takes 7 us without this.
+    __signature__ = Signature([Parameter("mesh", Parameter.POSITIONAL_OR_KEYWORD)])
 
     def __init__(self, data: Tensor, scale: Tensor) -> None:
         self._data = data
         self._scale = scale
 
-    def gathered(self, mesh: Any) -> tuple[tuple[Tensor], tuple[Tensor]]:
-        """The tensors to gather, and what the gathered weight needs besides."""
+    def __call__(self, mesh: Any) -> tuple[tuple[Tensor], tuple[Tensor]]:
         return (self._data,), (self._scale,)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCRIPT = """
+    import os
     import sys
     import torch
     from torch import nn

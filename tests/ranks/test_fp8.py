@@ -157,6 +157,22 @@ def test_shards_are_rounded_once_a_step() -> None:
     run_on_ranks(2, rounded_once, 0)
 
 
+def scaled_alike(_: int) -> None:
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    accelerator, model, optimizer = run("fsdp", "fp8")
+    train(accelerator, model, optimizer, steps=2)
+    weights: list[Any] = [p for p in model.parameters() if hasattr(p._local_tensor, "_precomputed_scale")]
+    found = [weight._local_tensor._precomputed_scale for weight in weights]
+    precompute_float8_dynamic_scale_for_fsdp(model)
+    assert len(found) == 9
+    assert found == [weight._local_tensor._precomputed_scale for weight in weights]
+
+
+def test_scales_are_torchaos() -> None:
+    run_on_ranks(2, scaled_alike, 0)
+
+
 def changed_by_hand(_: int) -> None:
     """Weights that the script changes between steps are scaled anew; with old scales the loss is 24 in place of 14."""
     rows = []

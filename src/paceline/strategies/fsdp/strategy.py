@@ -30,6 +30,7 @@ from paceline.strategies.base import (
 )
 from paceline.strategies.blocks import find_units
 from paceline.strategies.context import DistributedType
+from paceline.strategies.fsdp.fused_steps import fuse_steps_of_shards
 from paceline.strategies.fsdp.overlap import check_switches, describe_switches, set_switches
 from paceline.strategies.fsdp.sharding import (
     Ownership,
@@ -69,6 +70,7 @@ class FSDPStrategy(Strategy):
     def __init__(self, context: RunContext) -> None:
         super().__init__(context)
         self._plugin = context.config.fsdp_config or FullyShardedDataParallelPlugin()
+        fuse_steps_of_shards()
         self._mesh = _build_mesh(context)
         self._mixed = _mixed_precision(context, self._plugin)
         self._replacements = Replacements()

@@ -5,11 +5,15 @@ from __future__ import annotations
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from paceline.strategies.precision.fp8_rounding import Rounding
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 __all__ = ["GatheredWeights"]
@@ -44,13 +48,28 @@ class GatheredWeights:
         """
         if not self._layers:
             return
-        from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
-
-        precompute_float8_dynamic_scale_for_fsdp(self._layers)
         self._weights = [layer.weight for layer in self._layers]
         shards = [weight._local_tensor for weight in self._weights]
         self._versions = [weight._version for weight in self._weights]
+        for shard, scale in zip(shards, self._scales(shards), strict=True):
+            shard._precomputed_scale = scale
         self._round(shards)
+
+    @torch.no_grad()
+    def _scales(self, shards: Sequence[Any]) -> Sequence[Tensor]:
+        """The scale of each weight, with one small collective.
+
+        It computes what torchao's `precompute_float8_dynamic_scale_for_fsdp` does, without DTensor's dispatch for each
+        weight.
+        """
+        from torchao.float8.float8_utils import amax_to_scale
+
+        largest = torch.stack(torch._foreach_norm([shard._tensor for shard in shards], float("inf")))
+        mesh = self._weights[0].device_mesh
+        # Replicas have the same shards.
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group(mesh.ndim - 1))
+        scales: Tensor = amax_to_scale(largest, shards[0]._dtype)
+        return scales.unbind()
 
     def check(self, *_: Any) -> None:
         """Forget scales if something else than a step has changed a weight; the next gather computes them."""

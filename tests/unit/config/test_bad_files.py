@@ -23,6 +23,9 @@ F, P, DS, DY, Q, M = (
 )
 
 TYPOS = [
+    ("use_fsdp: true\n", 1, "use_fsdp", "in a file, write distributed_type: FSDP"),
+    ("ddp: true\n", 1, "ddp", "in a file, write distributed_type: MULTI_GPU"),
+    ("cpu: true\n", 1, "cpu", "that is a flag; in a file, its key is use_cpu"),
     ("mixed_precison: bf16", 1, "mixed_precison", "did you mean mixed_precision?"),
     ("debug: true\nnum_proceses: 2", 2, "num_proceses", "did you mean num_processes?"),
     ("distribted_type: FSDP", 1, "distribted_type", "did you mean distributed_type?"),

@@ -21,6 +21,9 @@ PARADIGMS: Final = {
 }
 """Flags that set a `distributed_type`."""
 
+_STRATEGY_KEYS: Final = {"fsdp": "FSDP", "deepspeed": "DEEPSPEED", "ddp": "MULTI_GPU"}
+"""What a file is likely to call a `distributed_type`."""
+
 PARALLELISM_SWITCH: Final = "use_parallelism_config"
 
 _SWITCHES: Final = {
@@ -187,6 +190,11 @@ def key_hint(name: str, section: str) -> str:
     for place in sections():
         if place != section and name in _proper_names(place):
             return f"it belongs in {place}"
+    paradigm = {**PARADIGMS, **_STRATEGY_KEYS}.get(name)
+    if paradigm is not None:
+        return f"in a file, write distributed_type: {paradigm}"
+    if name in flag_names():
+        return f"that is a flag; in a file, its key is {flag_names()[name]}"
     here = did_you_mean(name, [*settings_by_key(section)])
     return here or _in_other_section(name, section)
 

@@ -66,8 +66,14 @@ FLOWS: dict[str, dict[str, Any]] = {
 FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 
 
-def recorder(base: type[Any], events: list[Any]) -> Any:
-    """A callback that writes down each event with the step and the flags, and asks for things at times."""
+def recorder(base: type[Any], events: list[Any], *, may_save: bool) -> Any:
+    """A callback that writes down each event with the step and the flags, and asks for things at times.
+
+    Args:
+        base: The library's class of callbacks.
+        events: Grows.
+        may_save: Whether it asks for a save as well. transformers drops that where only the best is saved.
+    """
 
     def note(name: str) -> Any:
         def event(_self: Any, _args: Any, state: Any, control: Any, **_things: Any) -> None:
@@ -75,7 +81,7 @@ def recorder(base: type[Any], events: list[Any]) -> Any:
             events.append([name, state.global_step, round(float(state.epoch or 0), 6), raised])
             if (name, state.global_step) == ("on_step_end", 5):
                 control.should_evaluate = control.should_epoch_stop = True
-            if (name, state.global_step) == ("on_evaluate", 5):
+            if (name, state.global_step) == ("on_evaluate", 5) and may_save:
                 control.should_save = True
             if (name, state.global_step) == ("on_log", 13):
                 control.should_training_stop = True
@@ -93,7 +99,8 @@ def flows(package: str, folder: str) -> dict[str, list[Any]]:
     for name, case in FLOWS.items():
         events = found[name] = []
         said = {"save_strategy": "steps", "save_steps": 5, **case, "max_steps": 15}
-        train(package, said, str(Path(folder, package, name)), callbacks=[recorder(library.TrainerCallback, events)])
+        callback = recorder(library.TrainerCallback, events, may_save=said["save_strategy"] != "best")
+        train(package, said, str(Path(folder, package, name)), callbacks=[callback])
     return found
 
 

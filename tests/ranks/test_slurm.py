@@ -156,7 +156,7 @@ def test_a_submitted_job_makes_room_and_goes_on_from_the_queue(slurm: Slurm, tmp
         "--tee",
     )
     said = slurm.run(*PACELINE, "launch", *flags, "--cpu", "--num_processes", "2", script, cwd=tmp_path)
-    found = re.search(r"job (\d+) submitted", said)
+    found = re.search(r"submitted job (\d+)", said)
     assert found is not None, said
     log = tmp_path / "job" / f"{found[1]}.log"
     assert f"tail -F {log}" in said

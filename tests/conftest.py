@@ -45,6 +45,9 @@ def _nothing_left_behind() -> Iterator[None]:
     if left:
         # A thread that ends with its owner outlives the test if the owner is in a cycle.
         gc.collect()
+        # On a busy machine one that was told to end may still be ending.
+        for thread in _threads_beside(threads):
+            thread.join(timeout=5)
         left = _threads_beside(threads)
     assert not left, f"threads left running: {left}"
     if dist.is_initialized() and not had_group:

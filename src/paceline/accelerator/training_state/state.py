@@ -359,7 +359,8 @@ class TrainingState:
             family = numbered("optimizer", index)
             for name, slots in state.slots.items():
                 shards.update((f"{family}/{name}/{key}", shard) for key, shard in slots.items())
-            states.append({"groups": state.groups, "numbers": state.numbers, "steps": wrapper.num_steps})
+            groups = to_plain(state.groups, f"{family}/groups")
+            states.append({"groups": groups, "numbers": state.numbers, "steps": wrapper.num_steps})
         return states
 
 

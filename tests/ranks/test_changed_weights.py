@@ -191,3 +191,24 @@ def test_a_checkpoint_of_deepspeeds_own_is_loaded(strategy: str, states: bool, t
         optimizer.zero_grad()
     found = run_on_ranks(2, reloaded, strategy, str(tmp_path), states)[0]
     torch.testing.assert_close(found, model.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def trained_with_a_weight_of_its_own_group(strategy: str) -> dict[str, Tensor]:
+    accelerator = make(strategy)
+    model: Any = tanh_model()
+    first, *others = model.parameters()
+    optimizer: Any = torch.optim.AdamW([{"params": [first], "lr": 0.001}, {"params": others}], lr=0.01)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    size, rank = accelerator.num_processes, accelerator.process_index
+    for batch in tanh_batches(STEPS):
+        accelerator.backward(model(batch[rank::size]).pow(2).mean())
+        optimizer.step()
+        optimizer.zero_grad()
+    return accelerator.get_state_dict(model)
+
+
+@pytest.mark.parametrize("strategy", with_deepspeed(["zero1", "zero2", "zero3"]))
+def test_a_weight_that_the_engine_writes_in_place_was_not_changed_by_the_script(strategy: str) -> None:
+    one = run_on_ranks(1, trained_with_a_weight_of_its_own_group, "single")[0]
+    found = run_on_ranks(2, trained_with_a_weight_of_its_own_group, strategy)[0]
+    torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)

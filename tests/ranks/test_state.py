@@ -42,11 +42,23 @@ PLAIN_LARGE = [FSDP_FOUR, HSDP]
 ENGINE = [*ZERO, ZERO_2_OFFLOADED, ZERO_PARAMETERS_OFFLOADED]
 BEFORE, AFTER = 3, 3
 
+
+def adagrad_of_two_groups(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Adagrad, which has a state before its first step."""
+    first, *others = model.parameters()
+    groups: list[dict[str, Any]] = [
+        {"params": others},
+        {"params": [first], "lr": 1e-3, "initial_accumulator_value": 0.5},
+    ]
+    return torch.optim.Adagrad(groups, lr=1e-2, initial_accumulator_value=0.1)
+
+
 OPTIMIZERS: dict[str, Any] = {
     "adamw": make_optimizer,
     "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
     "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
     "adafactor": lambda model: torch.optim.Adafactor(model.parameters(), lr=1e-2),
+    "adagrad": adagrad_of_two_groups,
     "plain": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2),
 }
 
@@ -148,7 +160,7 @@ def test_layouts_exchange_their_states(one: Layout, other: Layout) -> None:
         assert went_on == pytest.approx(losses, abs=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["amsgrad", *slowly(["momentum", "plain"])])
+@pytest.mark.parametrize("optimizer", ["amsgrad", "adagrad", *slowly(["momentum", "plain"])])
 @pytest.mark.parametrize("layout", [DDP, FSDP, *with_deepspeed([ZERO_2]), *slowly(with_deepspeed([ZERO_3]))], ids=str)
 def test_other_optimizers_move_as_well(layout: Layout, optimizer: str) -> None:
     state, losses = run_on_ranks(1, run_and_save, SINGLE, optimizer)[0]

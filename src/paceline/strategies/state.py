@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from paceline.checkpoint.format.json_state import to_plain
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
 from paceline.strategies.activation_checkpointing import plain_name
@@ -98,31 +100,46 @@ def saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's options that JSON can hold; a learning rate in a tensor becomes a number."""
-    values = {key: value.item() if _is_scalar(value) else value for key, value in group.items() if key != "params"}
-    return {key: value for key, value in values.items() if key not in _IMPLEMENTATION and _is_plain(value)}
+    """A parameter group's options that a checkpoint can hold; a learning rate in a tensor becomes a number."""
+    values = {key: _as_number(value) for key, value in group.items() if key != "params"}
+    return {key: value for key, value in values.items() if key not in _IMPLEMENTATION and _can_be_saved(value)}
 
 
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 0
+def _as_number(value: Any) -> Any:
+    """A tensor of one element, which may have shape [] or [1], and a NumPy scalar as the number that it is."""
+    if isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and tuple(value.shape) in ((), (1,))):
+        return value.item()
+    return value
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+def _can_be_saved(value: Any) -> bool:
+    try:
+        to_plain(value, "")
+    except StateError:
+        return False
+    return True
 
 
 def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
     """Restore a group's saved options, in the types that the group uses now."""
     for key, value in saved.items():
-        if key == "params" or key in _IMPLEMENTATION:
-            continue
-        current = group.get(key)
-        if isinstance(current, torch.Tensor):
-            current.fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
+        if key != "params" and key not in _IMPLEMENTATION:
+            group[key] = _in_type_of(group.get(key), value)
+
+
+def _in_type_of(current: Any, saved: Any) -> Any:
+    """A saved option as the type that it has now; a tensor stays the same tensor, which captured graphs read."""
+    if isinstance(current, torch.Tensor) and isinstance(saved, (bool, int, float, complex)):
+        return current.fill_(saved)
+    if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor) and current.shape == saved.shape:
+        return current.copy_(saved)
+    if isinstance(current, np.generic) and isinstance(saved, (bool, int, float, complex)):
+        return type(current)(saved)
+    if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)):
+        own = chain(current, repeat(None))
+        items = [_in_type_of(item, value) for item, value in zip(own, saved, strict=False)]
+        return tuple(items) if isinstance(current, tuple) else items
+    return saved
 
 
 def check_groups(groups: Sequence[Sequence[str]], saved: Sequence[Mapping[str, Any]]) -> None:

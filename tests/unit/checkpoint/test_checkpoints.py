@@ -776,3 +776,14 @@ def test_big_states_are_spread_over_files_that_an_index_lists(tmp_path: Path) ->
             }
     assert places["model/3"].file == files[1].name
     assert places["model/3"].offset == len(files[1].header) + 60
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_dtype_that_the_files_cannot_hold_is_named(tmp_path: Path, blocking: bool) -> None:
+    accelerator = Accelerator(cpu=True, strategy="single")
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("phases", torch.ones(3, dtype=torch.complex128))
+    accelerator.prepare(model)
+    with pytest.raises(CheckpointError, match=r"model/phases .* complex128.*view_as_real"):
+        accelerator.save_state(tmp_path / "state", blocking=blocking)
+    assert not list(tmp_path.iterdir())

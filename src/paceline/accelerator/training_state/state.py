@@ -21,7 +21,7 @@ from paceline.accelerator.training_state.registered_tensors import (
 )
 from paceline.checkpoint import Manifest, Slot, TensorShard, from_plain, numbered, rank_document, to_plain
 from paceline.checkpoint.folder import TRAINING
-from paceline.checkpoint.format.layout import dtype_named
+from paceline.checkpoint.format.layout import DTYPE_CODES, dtype_name, dtype_named
 from paceline.environment.logging import get_logger
 from paceline.environment.random_generators import get_rng_states, set_rng_states
 from paceline.errors import CheckpointError, StateError, counted, named
@@ -105,6 +105,7 @@ class TrainingState:
         common = Common()
         if self._rank == 0:
             common = Common({**whole, **buffers}, {TRAINING: json.dumps(training), **self._model_config()})
+        _refuse_dtypes({**shards, **buffers})
         content = Content(shards=shards, documents=documents, common=common, manifest=self._manifest())
         return content, self._updated_by_step(shards)
 
@@ -359,8 +360,23 @@ class TrainingState:
             family = numbered("optimizer", index)
             for name, slots in state.slots.items():
                 shards.update((f"{family}/{name}/{key}", shard) for key, shard in slots.items())
-            states.append({"groups": state.groups, "numbers": state.numbers, "steps": wrapper.num_steps})
+            groups = to_plain(state.groups, f"{family}/groups")
+            states.append({"groups": groups, "numbers": state.numbers, "steps": wrapper.num_steps})
         return states
+
+
+def _refuse_dtypes(shards: Mapping[str, TensorShard]) -> None:
+    """Refuse tensors of a dtype that the files cannot hold."""
+    unfit = {name: dtype_name(shard.dtype) for name, shard in shards.items()}
+    unfit = {name: dtype for name, dtype in unfit.items() if dtype not in DTYPE_CODES}
+    if unfit:
+        dtypes = named(sorted(set(unfit.values())))
+        raise StateError(
+            f"{named(list(unfit))} of the models or their optimizers have the dtype {dtypes}",
+            "safetensors files cannot hold it",
+            "Use another dtype, such as complex64; or store the parts of complex128 as float64 (torch.view_as_real) "
+            "and use torch.view_as_complex in the forward",
+        )
 
 
 def name_differences(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:

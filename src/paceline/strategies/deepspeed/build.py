@@ -21,7 +21,7 @@ from paceline.errors import PrepareError, named
 from paceline.strategies.placeholders import DummyOptim
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -334,6 +334,48 @@ def restore_exact(zero: ZeroEngine, exact: Mapping[int, Tensor] | None, context:
         context.group.broadcast(whole)
         shard.values.copy_(whole[shard.start : shard.stop])
     zero.partitions.write_back()
+
+
+@contextmanager
+def keeping_adagrad() -> Iterator[None]:
+    """Let ZeRO step its own Adagrad, which schedules and checkpoints hold, and not one that it makes in its place.
+
+    Adagrad has a state from the beginning, so DeepSpeed makes another one for its flat tensors: of one group, with the
+    default options, whose learning rate nobody changes.
+    """
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    classes = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+    originals = [each.initialize_optimizer_states for each in classes]
+
+    def keeping(original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def initialize(zero: Any) -> None:
+            own = zero.optimizer
+            original(zero)
+            if zero.optimizer is not own:
+                _move_sums(zero, own)
+
+        return initialize
+
+    for each, original in zip(classes, originals, strict=True):
+        each.initialize_optimizer_states = keeping(original)
+    try:
+        yield
+    finally:
+        for each, original in zip(classes, originals, strict=True):
+            each.initialize_optimizer_states = original
+
+
+def _move_sums(zero: Any, own: Optimizer) -> None:
+    made, zero.optimizer = zero.optimizer, own
+    # With stage 3 a group may have several flat tensors.
+    group_of = getattr(zero, "sub_group_to_group_id", None)
+    own.state.clear()
+    for index, (flat, state) in enumerate(made.state.items()):
+        group = own.param_groups[index if group_of is None else group_of[index]]
+        state["sum"].fill_(group["initial_accumulator_value"])
+        own.state[flat] = state
 
 
 def cast_inputs(value: Any, dtype: torch.dtype) -> Any:

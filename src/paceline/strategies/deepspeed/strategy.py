@@ -58,6 +58,7 @@ from paceline.strategies.deepspeed.build import (
     early_settings,
     engine_settings,
     exact_values,
+    keeping_adagrad,
     make_scheduler,
     mark_leaves,
     name_ranks,
@@ -310,7 +311,7 @@ class DeepSpeedStrategy(Strategy):
         placeholder = optimizer if isinstance(optimizer, DummyOptim) else None
         self.compiler.compile(model)
         config = engine_settings(settings, self._stage, self._sample_ranks, builds_optimizer=placeholder is not None)
-        with as_bytes(model, self._stage, self.context.group):
+        with as_bytes(model, self._stage, self.context.group), keeping_adagrad():
             engine = self._initialize(
                 model=model,
                 optimizer=optimizer if placeholder is None else None,
@@ -617,6 +618,8 @@ class DeepSpeedStrategy(Strategy):
         zero.weights.before_step()
         self._compare_uses(zero)
         zero.engine.step()
+        # Where a group is one weight that needs no padding, the engine writes into that very tensor.
+        zero.weights.accept()
         zero.window_ended = False
         return None
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class WeightCheck:
     """Compares the weights of one model with what its engine wrote into them.
 
-    Torch counts the writes to a tensor, and DeepSpeed's own are not counted, so that nothing has to be read. Writes
-    through `parameter.data` are not counted either: before steps 1, 2, 4 ... 128, 256, 512, 768 ... the values are
+    Torch counts the writes to a tensor, so that nothing has to be read; those of a step are accepted after it. Writes
+    through `parameter.data` are not counted: before steps 1, 2, 4 ... 128, 256, 512, 768 ... the values are
     compared as well.
 
     Args:

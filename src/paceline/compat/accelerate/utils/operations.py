@@ -405,7 +405,11 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
         pad_first: Put the padding before the data.
     """
     flat: list[torch.Tensor] = []
-    recursively_apply(flat.append, tensor, error_on_other_type=True)
+
+    def pad_across_processes(leaf: torch.Tensor) -> None:  # an error names it
+        flat.append(leaf)
+
+    recursively_apply(pad_across_processes, tensor, error_on_other_type=True)
     dense = [leaf for leaf in flat if not leaf.is_nested]
     _check_dimensions(dense)
     if len(dense) < len(flat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
     from paceline.config import ProfileKwargs
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
 def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profile]:
-    """Profile the body; with `output_trace_dir`, write `profile_{rank}.json` at the end."""
+    """Profile the body; with `output_trace_dir`, write `profile_{rank}.json` at the end, if anything was recorded."""
     schedule = torch.profiler.schedule(**settings.schedule_option) if settings.schedule_option else None
     profiler = torch.profiler.profile(
         activities=_activities(settings.activities),
@@ -34,7 +37,15 @@ def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profi
     )
     with profiler:
         yield profiler
-    if settings.output_trace_dir is not None:
+    if settings.output_trace_dir is None:
+        return
+    if profiler.profiler is None:  # the loop ended before the schedule's first active step
+        _LOG.warning(
+            "[rank %d] profile() recorded nothing and writes no trace: schedule_option=%s waits longer than the loop.",
+            rank,
+            dict(settings.schedule_option or {}),
+        )
+    else:
         folder = Path(settings.output_trace_dir)
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import (
     Accelerator,
+    AutocastKwargs,
     DataLoaderConfiguration,
     DeepSpeedPlugin,
     DistributedType,
@@ -260,6 +261,17 @@ def test_each_rank_writes_its_trace(tmp_path: Path) -> None:
     assert all(json.loads(file.read_text())["traceEvents"] for file in files)
 
 
+def test_a_loop_that_ends_before_the_schedule_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "traces"
+    settings = ProfileKwargs(
+        schedule_option={"wait": 5, "warmup": 1, "active": 1}, output_trace_dir=str(folder), activities=("cpu",)
+    )
+    with make_plain().profile(settings) as profiler:
+        profiler.step()
+    assert not folder.exists()
+    assert "recorded nothing and writes no trace" in caplog.text
+
+
 # What it says, and what it refuses
 
 
@@ -416,3 +428,16 @@ def test_what_the_constructor_refuses(arguments: dict[str, Any], error: type[Pac
     with pytest.raises(error) as raised:
         make_plain(**arguments)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("handlers", "words"),
+    [
+        (AutocastKwargs(), r"a AutocastKwargs and not a list; write \[AutocastKwargs\(…\)\]"),
+        ([AutocastKwargs], r"the class AutocastKwargs; pass an instance, AutocastKwargs\(…\)"),
+        ([3], "a int; handlers are"),
+    ],
+)
+def test_what_is_no_list_of_handlers(handlers: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_plain(kwargs_handlers=handlers)

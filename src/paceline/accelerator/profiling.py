@@ -37,18 +37,17 @@ def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profi
     )
     with profiler:
         yield profiler
-    if settings.output_trace_dir is None:
+    if settings.output_trace_dir is not None:
+        write_trace(profiler, Path(settings.output_trace_dir), rank)
+
+
+def write_trace(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
+    """Write `profile_{rank}.json`; warn if the loop ended before the schedule's first active step."""
+    if profiler.profiler is None:
+        _LOG.warning("[rank %d] profile() recorded nothing: its schedule waits longer than the loop. No trace.", rank)
         return
-    if profiler.profiler is None:  # the loop ended before the schedule's first active step
-        _LOG.warning(
-            "[rank %d] profile() recorded nothing and writes no trace: schedule_option=%s waits longer than the loop.",
-            rank,
-            dict(settings.schedule_option or {}),
-        )
-    else:
-        folder = Path(settings.output_trace_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
 
 
 def _activities(names: Any) -> list[ProfilerActivity] | None:

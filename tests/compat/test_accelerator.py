@@ -28,6 +28,7 @@ from paceline.compat.accelerate.utils.dataclasses import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     GradScalerKwargs,
+    ProfileKwargs,
     ProjectConfiguration,
     TorchDynamoPlugin,
 )
@@ -641,3 +642,12 @@ def test_nothing_compiles_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch) 
     assert section.backend == "no", "paceline's own default compiles on a GPU"
     monkeypatch.setenv("PACELINE_DYNAMO_BACKEND", "auto")
     assert dynamo_section(TorchDynamoPlugin()) is None, "the configuration says it"
+
+
+def test_a_loop_that_ends_before_its_profile_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    schedule = {"wait": 5, "warmup": 1, "active": 1}
+    handler = ProfileKwargs(activities=["cpu"], schedule_option=schedule, output_trace_dir=str(tmp_path / "traces"))
+    with fresh(), Accelerator(cpu=True).profile(handler) as profiler:
+        profiler.step()
+    assert not (tmp_path / "traces").exists()
+    assert "profile() recorded nothing" in caplog.text

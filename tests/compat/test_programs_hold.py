@@ -248,6 +248,11 @@ def test_ranks_that_pad_tensors_of_different_dimensions_hear_of_it_in_debug_mode
         assert "rank 0: [2]; rank 1: [3]" in text
 
 
+def test_what_cannot_be_padded_is_said_of_padding() -> None:
+    with pytest.raises(TypeError, match="pad_across_processes got a NoneType"):
+        pad_across_processes({"a": torch.ones(1), "b": None})
+
+
 # The harness for Accelerate's own tests
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -61,6 +63,38 @@ def test_tensorboard_writes_where_accelerate_does(tmp_path: Path) -> None:
     assert events.Tags()["images"]
     (written,) = (tmp_path / "project").glob("*/hparams.yml")
     assert yaml.safe_load(written.read_text()) == {"lr": 0.1, "name": "x", "deep": True}
+
+
+class Schedule(str, enum.Enum):
+    LINEAR = "linear"
+
+
+def test_settings_of_every_type_are_written(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker("project", tmp_path)
+    tracker.start()
+    values = {
+        "lr": np.float64(0.5),
+        "steps": np.int64(3),
+        "schedule": Schedule.LINEAR,
+        "folder": tmp_path,
+        "betas": (0.5, torch.tensor(0.25)),
+        "dtype": torch.float32,
+        "none": None,
+        "deep": {"kind": Schedule.LINEAR, "weights": np.ones(2)},
+    }
+    tracker.store_init_configuration(values)
+    tracker.finish()
+    (written,) = (tmp_path / "project").glob("*/hparams.yml")
+    assert yaml.safe_load(written.read_text()) == {
+        "lr": 0.5,
+        "steps": 3,
+        "schedule": "linear",
+        "folder": str(tmp_path),
+        "betas": [0.5, 0.25],
+        "dtype": "torch.float32",
+        "none": None,
+        "deep": {"kind": "linear", "weights": [1.0, 1.0]},
+    }
 
 
 def test_all_constructors_need_no_package() -> None:

@@ -11,7 +11,8 @@ import re
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from paceline import (
     Accelerator,
+    AutocastKwargs,
     DataLoaderConfiguration,
     DeepSpeedPlugin,
     DistributedType,
@@ -30,7 +32,7 @@ from paceline import (
 )
 from paceline.config import resolve
 from paceline.config.schema.names import all_settings
-from paceline.errors import ConfigError, PacelineError, PrepareError
+from paceline.errors import CollectiveError, ConfigError, PacelineError, PrepareError
 from paceline.strategies import load_strategy
 from tests.support.engines import ZERO_STAGES, make, whole_gradients, with_deepspeed
 from tests.support.models import TinyTransformer
@@ -38,6 +40,9 @@ from tests.support.ranks import run_on_ranks
 from tests.support.state import prepared_models
 from tests.support.warned import warnings_of
 from tests.unit.data.support import Numbers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def make_plain(**arguments: Any) -> Accelerator:
@@ -260,6 +265,44 @@ def test_each_rank_writes_its_trace(tmp_path: Path) -> None:
     assert all(json.loads(file.read_text())["traceEvents"] for file in files)
 
 
+def test_a_loop_that_ends_before_the_schedule_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "traces"
+    settings = ProfileKwargs(
+        schedule_option={"wait": 5, "warmup": 1, "active": 1}, output_trace_dir=str(folder), activities=("cpu",)
+    )
+    with make_plain().profile(settings) as profiler:
+        profiler.step()
+    assert not folder.exists()
+    assert "recorded nothing: its schedule waits longer than the loop" in caplog.text
+
+
+def mismatched() -> list[str]:
+    with mock.patch.dict(os.environ, {"PACELINE_DEBUG": "true"}):
+        one = make_plain()
+    other: list[Callable[[], object]] = [
+        lambda: one.gather_object(1),
+        lambda: one.broadcast_object_list([1]),
+        lambda: one.pad_across_processes(torch.ones(1)),
+        one.wait_for_everyone,
+        one.check_trigger,
+    ]
+    said = []
+    for call in other:
+        own = call if one.process_index == 1 else lambda: one.gather(torch.ones(1))
+        with pytest.raises(CollectiveError) as caught:
+            own()
+        said.append(str(caught.value))
+    return said
+
+
+def test_debug_names_every_method_that_only_one_rank_is_in() -> None:
+    """Not compared, such ranks abort in gloo, with the advice to set debug."""
+    names = ["gather_object", "broadcast_object_list", "pad_across_processes", "wait_for_everyone", "check_trigger"]
+    for said in run_on_ranks(2, mismatched):
+        for name, text in zip(names, said, strict=True):
+            assert re.match(rf"Rank 1 is in {name}.* where rank 0 is in gather", text)
+
+
 # What it says, and what it refuses
 
 
@@ -416,3 +459,16 @@ def test_what_the_constructor_refuses(arguments: dict[str, Any], error: type[Pac
     with pytest.raises(error) as raised:
         make_plain(**arguments)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("handlers", "words"),
+    [
+        (AutocastKwargs(), r"a AutocastKwargs and not a list; write \[AutocastKwargs\(…\)\]"),
+        ([AutocastKwargs], r"the class AutocastKwargs; pass an instance, AutocastKwargs\(…\)"),
+        ([3], "a int; handlers are"),
+    ],
+)
+def test_what_is_no_list_of_handlers(handlers: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_plain(kwargs_handlers=handlers)

@@ -54,6 +54,8 @@ class Handlers:
         """
         by_kind: dict[type, Any] = {}
         problems: list[Problem] = []
+        if isinstance(handlers, _HANDLERS):
+            raise ConfigError([_single_handler(handlers)])
         for handler in handlers:
             kind = next((known for known in _HANDLERS if isinstance(handler, known)), None)
             if kind is None or kind in by_kind:
@@ -76,8 +78,16 @@ def _handler_problem(handler: object, *, repeated: bool) -> Problem:
     name = type(handler).__name__
     if repeated:
         return Problem("Accelerator(…)", "kwargs_handlers", f"two {name}", hint="keep one of them")
+    if handler in _HANDLERS:
+        kind = getattr(handler, "__name__", "")
+        return Problem("Accelerator(…)", "kwargs_handlers", f"the class {kind}", hint=f"pass an instance, {kind}(…)")
     known = ", ".join(kind.__name__ for kind in _HANDLERS)
     return Problem("Accelerator(…)", "kwargs_handlers", f"a {name}", hint=f"handlers are {known}")
+
+
+def _single_handler(handler: object) -> Problem:
+    name = type(handler).__name__
+    return Problem("Accelerator(…)", "kwargs_handlers", f"a {name} and not a list", hint=f"write [{name}(…)]")
 
 
 def compile_settings(plugin: TorchDynamoPlugin | None, backend: str | None) -> TorchDynamoPlugin | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from paceline import collectives
+from paceline.collectives.agreement import check_agreement
 from paceline.errors import CollectiveError, named_ranks
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Communicator:
 
     def gather_object(self, value: Any) -> list[Any]:
         """See `Accelerator.gather_object`."""
-        return collectives.gather_object(self._group, value)
+        return collectives.gather_object(self._group, value, debug=self._debug)
 
     def reduce(self, tensor: Any, reduction: Reduction, scale: float) -> Any:
         """See `Accelerator.reduce`."""
@@ -71,11 +72,13 @@ class Communicator:
 
     def broadcast_object_list(self, object_list: list[Any], from_process: int) -> list[Any]:
         """See `Accelerator.broadcast_object_list`."""
-        return collectives.broadcast_object_list(self._group, object_list, from_process)
+        return collectives.broadcast_object_list(self._group, object_list, from_process, debug=self._debug)
 
     def pad_across_processes(self, tensor: Any, dim: int, pad_index: int, pad_first: bool) -> Any:
         """See `Accelerator.pad_across_processes`."""
-        return collectives.pad_across_processes(self._group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+        return collectives.pad_across_processes(
+            self._group, tensor, dim=dim, pad_index=pad_index, pad_first=pad_first, debug=self._debug
+        )
 
     def split_between_processes(self, inputs: Any, apply_padding: bool) -> AbstractContextManager[Any]:
         """See `Accelerator.split_between_processes`."""
@@ -83,6 +86,8 @@ class Communicator:
 
     def wait_for_everyone(self) -> None:
         """See `Accelerator.wait_for_everyone`."""
+        if self._debug:
+            check_agreement(self._group, "wait_for_everyone", None)
         self._group.barrier()
 
     def main_process_first(self) -> AbstractContextManager[None]:
@@ -101,6 +106,8 @@ class Communicator:
 
     def check_trigger(self) -> bool:
         """See `Accelerator.check_trigger`."""
+        if self._debug:
+            check_agreement(self._group, "check_trigger", None)
         flag = torch.tensor(int(self._trigger))
         is_set = bool(self._group.all_reduce(flag, "max").item())
         self._trigger = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 
     from paceline.config import ProfileKwargs
 
+_LOG = logging.getLogger(__name__)
+
 
 @contextmanager
 def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profile]:
-    """Profile the body; with `output_trace_dir`, write `profile_{rank}.json` at the end."""
+    """Profile the body; with `output_trace_dir`, write `profile_{rank}.json` at the end, if anything was recorded."""
     schedule = torch.profiler.schedule(**settings.schedule_option) if settings.schedule_option else None
     profiler = torch.profiler.profile(
         activities=_activities(settings.activities),
@@ -35,9 +38,16 @@ def profile(settings: ProfileKwargs, rank: int) -> Iterator[torch.profiler.profi
     with profiler:
         yield profiler
     if settings.output_trace_dir is not None:
-        folder = Path(settings.output_trace_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
+        write_trace(profiler, Path(settings.output_trace_dir), rank)
+
+
+def write_trace(profiler: torch.profiler.profile, folder: Path, rank: int) -> None:
+    """Write `profile_{rank}.json`; warn if the loop ended before the schedule's first active step."""
+    if profiler.profiler is None:
+        _LOG.warning("[rank %d] profile() recorded nothing: its schedule waits longer than the loop. No trace.", rank)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"profile_{rank}.json"))
 
 
 def _activities(names: Any) -> list[ProfilerActivity] | None:

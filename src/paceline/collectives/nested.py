@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -18,8 +18,10 @@ from paceline.errors import CollectiveError
 
 __all__ = [
     "Path",
+    "common_order",
     "concatenate",
     "find_batch_size",
+    "in_own_order",
     "is_flat",
     "is_namedtuple",
     "leaves",
@@ -36,6 +38,8 @@ __all__ = [
 
 # The way from the top to a leaf: a position of a sequence, a key of a mapping, a field of a dataclass.
 Path: TypeAlias = tuple[object, ...]
+
+T = TypeVar("T")
 
 
 def is_namedtuple(value: object) -> bool:
@@ -149,6 +153,25 @@ def tensors(data: Any) -> Iterator[torch.Tensor]:
     for _, leaf in leaves(data):
         if isinstance(leaf, torch.Tensor):
             yield leaf
+
+
+def common_order(paths: Sequence[Path]) -> list[int]:
+    """Return the indices of leaves in an order that is the same on all ranks.
+
+    Ranks may have put the keys of their mappings in at different times, such as the losses of tasks by name. Only keys
+    that are text or integers have an order; with any other, it is that of the leaves.
+
+    Args:
+        paths: Of each leaf.
+    """
+    if not all(isinstance(key, str | int) for path in paths for key in path):
+        return list(range(len(paths)))
+    return sorted(range(len(paths)), key=lambda index: [(isinstance(key, str), key) for key in paths[index]])
+
+
+def in_own_order(values: Iterable[T], order: Sequence[int]) -> list[T]:
+    """Bring values of the leaves from an order that `common_order` returned back into the order of the leaves."""
+    return [value for _, value in sorted(zip(order, values, strict=True), key=lambda pair: pair[0])]
 
 
 def path_text(path: Path, root: str = "data") -> str:

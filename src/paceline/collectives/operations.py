@@ -1,12 +1,13 @@
 """Collectives on nested batches, with a few exchanges for all leaves.
 
 `data` is a tensor, or tensors in lists, tuples, named tuples, mappings and dataclasses at any depth; the result has the
-same structure. With `debug=True` the ranks first compare what they pass, in one more exchange, and an error names the
-ranks that differ.
+same structure. A mapping may have its keys in another order on each rank. With `debug=True` the ranks first compare
+what they pass, in one more exchange, and an error names the ranks that differ.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
@@ -18,12 +19,23 @@ from paceline.collectives.coalescing import (
     broadcast_coalesced,
     check_dense,
 )
-from paceline.collectives.nested import is_flat, leaves, map_tensors, path_text, rebuild_tensors, send_to_device
+from paceline.collectives.nested import (
+    common_order,
+    in_own_order,
+    is_flat,
+    leaves,
+    map_tensors,
+    path_text,
+    rebuild_tensors,
+    send_to_device,
+)
 from paceline.collectives.samples import BatchCounts, gather_samples
 from paceline.collectives.splitting import split_between_processes
 from paceline.errors import CollectiveError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from paceline.collectives.group import Group
 
 __all__ = [
@@ -66,14 +78,14 @@ def gather(group: Group, data: Any, *, debug: bool = False) -> Any:
     """
     if debug:
         check_agreement(group, "gather", data)
-    tensors = tensors_only(data, "gather")
+    ordered = _OrderedTensors.of(data, "gather")
     if group.size == 1:
         return map_tensors(_at_least_1d, data)
-    if len(tensors) <= FEW_TENSORS:
-        for tensor in tensors:
+    if len(ordered.tensors) <= FEW_TENSORS:
+        for tensor in ordered.tensors:
             check_dense(tensor)
-        return rebuild_tensors(data, group.concatenate_all(tensors))
-    return rebuild_tensors(data, map(_ranks_concatenated, all_gather_coalesced(group, tensors)))
+        return ordered.replaced(group.concatenate_all(ordered.tensors))
+    return ordered.replaced(map(_ranks_concatenated, all_gather_coalesced(group, ordered.tensors)))
 
 
 def gather_object(group: Group, obj: Any, *, debug: bool = False) -> list[Any]:
@@ -128,13 +140,12 @@ def reduce(group: Group, data: Any, reduction: Reduction = "mean", scale: float 
         )
     if debug:
         check_agreement(group, f"reduce({reduction!r})", data)
-    tensors = tensors_only(data, "reduce")
+    ordered = _OrderedTensors.of(data, "reduce")
     if reduction == "none":
-        reduced = [tensor.detach().clone() for tensor in tensors]
+        reduced = [tensor.detach().clone() for tensor in ordered.tensors]
     else:
-        reduced = all_reduce_coalesced(group, tensors, reduction)
-    results = iter(reduced)
-    return map_tensors(lambda _: _scaled(next(results), scale), data)
+        reduced = all_reduce_coalesced(group, ordered.tensors, reduction)
+    return ordered.replaced(_scaled(tensor, scale) for tensor in reduced)
 
 
 def broadcast(group: Group, data: T, from_process: int = 0, *, debug: bool = False) -> T:
@@ -157,7 +168,7 @@ def broadcast(group: Group, data: T, from_process: int = 0, *, debug: bool = Fal
     group.check_source(from_process)
     if debug:
         check_agreement(group, f"broadcast(from_process={from_process})", data)
-    tensors = tensors_only(data, "broadcast")
+    tensors = _OrderedTensors.of(data, "broadcast").tensors
     if group.size > 1:
         broadcast_coalesced(group, tensors, from_process)
     return data
@@ -218,29 +229,50 @@ def pad_across_processes(
     if debug:
         call = f"pad_across_processes(dim={dim})"
         check_agreement(group, call, data, lambda tensor: dim if _has_dim(tensor, dim) else None)
-    tensors = tensors_only(data, "pad_across_processes")
-    if group.size == 1 or not tensors:
+    ordered = _OrderedTensors.of(data, "pad_across_processes")
+    if group.size == 1 or not ordered.tensors:
         return data
     # In host memory: reading the result back from a device would synchronize with it.
-    sizes = torch.tensor([tensor.shape[dim] if _has_dim(tensor, dim) else -1 for tensor in tensors])
-    largest = iter(group.all_gather(sizes).amax(0).tolist())
-    return map_tensors(lambda tensor: _padded(tensor, dim, next(largest), pad_index, pad_first), data)
+    sizes = torch.tensor([tensor.shape[dim] if _has_dim(tensor, dim) else -1 for tensor in ordered.tensors])
+    largest = group.all_gather(sizes).amax(0).tolist()
+    return ordered.replaced(
+        _padded(tensor, dim, size, pad_index, pad_first) for tensor, size in zip(ordered.tensors, largest, strict=True)
+    )
 
 
-def tensors_only(data: Any, operation: str) -> list[torch.Tensor]:
-    """Return all leaves, depth first; raise `CollectiveError` if one is not a tensor."""
-    if is_flat(data):
-        return list(data)
-    tensors = []
-    for path, leaf in leaves(data):
-        if not isinstance(leaf, torch.Tensor):
-            raise CollectiveError(
-                f"{operation} got {path_text(path)}, a {type(leaf).__name__}",
-                "It exchanges only tensors",
-                "Use gather_object for other objects, or convert it to a tensor",
-            )
-        tensors.append(leaf)
-    return tensors
+@dataclass(frozen=True, slots=True)
+class _OrderedTensors:
+    """The leaves of a nested batch, in an order that is the same on all ranks.
+
+    Attributes:
+        data: The batch.
+        tensors: Its leaves in that order.
+        order: For each of these, its index among the leaves.
+    """
+
+    data: Any
+    tensors: list[torch.Tensor]
+    order: list[int]
+
+    @classmethod
+    def of(cls, data: Any, operation: str) -> _OrderedTensors:
+        """Find all leaves; raise `CollectiveError` if one is not a tensor."""
+        if is_flat(data):
+            return cls(data, list(data), list(range(len(data))))
+        found = list(leaves(data))
+        for path, leaf in found:
+            if not isinstance(leaf, torch.Tensor):
+                raise CollectiveError(
+                    f"{operation} got {path_text(path)}, a {type(leaf).__name__}",
+                    "It exchanges only tensors",
+                    "Use gather_object for other objects, or convert it to a tensor",
+                )
+        order = common_order([path for path, _ in found])
+        return cls(data, [found[index][1] for index in order], order)
+
+    def replaced(self, results: Iterable[torch.Tensor]) -> Any:
+        """Return the structure of the batch with other tensors, one for each of `tensors`."""
+        return rebuild_tensors(self.data, in_own_order(results, self.order))
 
 
 def _at_least_1d(tensor: torch.Tensor) -> torch.Tensor:

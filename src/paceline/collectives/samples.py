@@ -11,7 +11,15 @@ import torch
 
 from paceline.collectives.agreement import check_agreement
 from paceline.collectives.coalescing import all_gather_coalesced, check_dense
-from paceline.collectives.nested import leaves, map_leaves, maybe_children, path_text, send_to_device
+from paceline.collectives.nested import (
+    common_order,
+    in_own_order,
+    leaves,
+    map_leaves,
+    maybe_children,
+    path_text,
+    send_to_device,
+)
 from paceline.collectives.per_sample import (
     SampleEvidence,
     is_ambiguous,
@@ -161,7 +169,13 @@ class _SampleGather:
 
     def run(self, data: Any) -> Any:
         self._classify_sequences(data)
-        parts = list(leaves(data, self._is_part))
+        found = list(leaves(data, self._is_part))
+        order = common_order([path for path, _ in found])
+        replacements = iter(in_own_order(self._join(data, [found[index] for index in order]), order))
+        return map_leaves(lambda _: next(replacements), data, self._is_part)
+
+    def _join(self, data: Any, parts: list[tuple[Path, Any]]) -> list[Any]:
+        """Exchange the parts of `data`, which are in the same order on all ranks, and join each of them."""
         tensors = [(path, part.detach()) for path, part in parts if self._is_sent_as_tensor(part)]
         objects = [(path, part) for path, part in parts if not self._is_sent_as_tensor(part)]
         shapes, objects_by_rank = self._exchange(
@@ -176,11 +190,7 @@ class _SampleGather:
             [self._join_objects(path, values) for (path, _), values in zip(objects, objects_by_rank, strict=True)]
         )
         joined_tensors = iter(self._gather_tensors(contributions))
-
-        def replacement(part: Any) -> Any:
-            return next(joined_tensors if self._is_sent_as_tensor(part) else joined_objects)
-
-        return map_leaves(replacement, data, self._is_part)
+        return [next(joined_tensors if self._is_sent_as_tensor(part) else joined_objects) for _, part in parts]
 
     def comparable(self, data: Any) -> Any:
         """Return the structure without what may differ between ranks: entries, pickled tensors, padded lengths."""
@@ -230,6 +240,7 @@ class _SampleGather:
             ambiguous = [(path, value) for path, value in candidates if self._is_ambiguous(value)]
             if not ambiguous:
                 return
+            ambiguous = [ambiguous[index] for index in common_order([path for path, _ in ambiguous])]
             local = [SampleEvidence.of(value, samples) for _, value in ambiguous]
             by_rank = self.group.all_gather_object(local)
             for (path, value), evidence in zip(ambiguous, zip(*by_rank, strict=True), strict=True):

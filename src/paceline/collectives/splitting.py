@@ -41,8 +41,8 @@ def split_between_processes(
 
     Args:
         group: The ranks.
-        inputs: A list, tuple or other sequence, a tensor or array (split along dimension 0), anything with `select`, or
-            a mapping, named tuple or dataclass of these, all of one length.
+        inputs: A list, tuple or other sequence, a tensor or array (split along dimension 0), a data set with `select`,
+            or a mapping, named tuple or dataclass of these, all of one length.
         apply_padding: Give every rank the same number, by repeating its last input.
         debug: Compare the number of inputs over the ranks first. Then it is a collective: every rank must call it.
 
@@ -103,15 +103,17 @@ def _length(inputs: Any) -> int:
     if not has_rows or isinstance(inputs, str | bytes):
         raise CollectiveError(
             f"split_between_processes got a {type(inputs).__name__}",
-            "It has no rows to split",
-            "Pass a list, tuple, tensor, array or dataset, or a dict of those",
+            "It has no rows that could be split",
+            "Pass a list, tuple, tensor, array or dataset, or a dict of those; for a table, split range(len(table)) "
+            "and take those rows",
         )
     return len(inputs)
 
 
 def _is_selectable(inputs: Any) -> bool:
-    # A tensor's `select` does something else.
-    return isinstance(inputs, Selectable) and not isinstance(inputs, torch.Tensor)
+    # A tensor's `select` does something else, and that of a table (pandas, Polars, Arrow) selects columns.
+    is_table = isinstance(inputs, torch.Tensor) or hasattr(inputs, "columns")
+    return not is_table and isinstance(inputs, Selectable)
 
 
 def _pick(inputs: Any, indices: list[int]) -> Any:

@@ -107,7 +107,8 @@ class RankLogger(_Adapter):
             args: Values of the placeholders.
             kwargs: As in `log`.
         """
-        text = str(msg) % args if args else str(msg)
+        # Not formatted here: `logging` formats a single mapping in its own way, and survives a wrong placeholder.
+        text = repr((str(msg), args))
         if text not in self._warned:
             self._warned.add(text)
             kwargs["stacklevel"] = kwargs.get("stacklevel", 2) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from paceline.environment.world import World
+from paceline.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,14 +33,16 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     True
 
     Args:
-        seed: Any integer.
+        seed: Any integer, also one of NumPy or a tensor.
         device_specific: Add this process's rank, so that dropout and augmentation differ between ranks.
         deterministic: Make torch use deterministic kernels; operations without one raise.
         rank: The rank to add; None takes it from the process group or the launcher's variables.
 
     Raises:
+        UsageError: The seed is not an integer.
         WorldError: The rank is taken from the launcher's variables, and they contradict each other.
     """
+    seed = _as_integer(seed)
     if device_specific:
         seed += _own_rank() if rank is None else rank
     random.seed(seed)
@@ -46,6 +50,17 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     torch.manual_seed(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
+
+
+def _as_integer(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise UsageError(
+            f"set_seed got {seed!r}, a {type(seed).__name__}",
+            "A seed is an integer: Python, NumPy and torch have no other kind in common",
+            "Pass an int, or leave the call out if the run needs no seed",
+        ) from None
 
 
 def is_seeded() -> bool:

@@ -85,9 +85,11 @@ def plain(value: Any) -> Any:
         return {name: plain(part) for name, part in value.items()}
     if hasattr(value, "detach"):
         value = value.detach()
+        if value.is_sparse:
+            value = value.to_dense()
         if value.is_floating_point():
             value = value.float()  # numpy has no bfloat16
-        value = value.numpy().copy()
+        value = value.resolve_conj().resolve_neg().numpy().copy()
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         return value.item()
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from paceline.tracking.base import Backend
@@ -35,16 +36,28 @@ class Tracker(Backend):
         self._run.flush()
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write numbers as scalars, mappings as scalars in one plot, text as text, arrays as histograms."""
+        """Write numbers as scalars, those of a mapping in one plot, text as text, arrays of numbers as histograms."""
         for name, value in values.items():
-            if isinstance(value, bool | int | float):
-                self._run.add_scalar(name, value, step, **kwargs)
-            elif isinstance(value, str):
-                self._run.add_text(name, value, step)
-            elif isinstance(value, dict):
-                self._run.add_scalars(name, value, step)
-            elif hasattr(value, "shape"):
-                self._run.add_histogram(name, value, step)
+            if isinstance(value, dict):
+                self._log_mapping(name, value, step, kwargs)
+            else:
+                self._log_value(name, value, step, kwargs)
+
+    def _log_mapping(self, name: str, parts: dict[str, Any], step: int | None, settings: dict[str, Any]) -> None:
+        """Write numbers in one plot, and anything else as `name/part`."""
+        curves = {part: value for part, value in parts.items() if isinstance(value, Real)}
+        if curves:
+            self._run.add_scalars(name, curves, step)
+        rest = {f"{name}/{part}": value for part, value in parts.items() if part not in curves}
+        self.log(rest, step, **settings)
+
+    def _log_value(self, name: str, value: Any, step: int | None, settings: dict[str, Any]) -> None:
+        if isinstance(value, Real):
+            self._run.add_scalar(name, value, step, **settings)
+        elif isinstance(value, str):
+            self._run.add_text(name, value, step)
+        elif getattr(value, "size", 0) and value.dtype.kind in "biuf":
+            self._run.add_histogram(name, value, step)
 
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Write batches of images; `dataformats` gives their layout, NHWC by default."""

@@ -297,6 +297,28 @@ def a_few_tensors_may_lie_otherwise_on_each_rank(group: Group) -> None:
     same(gather(group, [conjugate, rows])[0], torch.complex(everyone, -everyone))
 
 
+def keys_may_come_in_another_order_on_each_rank(group: Group) -> None:
+    """Such as the losses of tasks by name: `a` would be mixed with `b`, silently where their shapes are the same."""
+    names = ["a", "b", 10, 2, "c", "d"]
+    turn = group.rank % len(names)
+    batch: Any = {name: torch.tensor([float(names.index(name))]) for name in (*names[turn:], *names[:turn])}
+    for count in (len(names), 2):  # several tensors are exchanged otherwise than a few
+        part = {"first": {name: value for name, value in batch.items() if name in names[:count]}}
+        for joined in (gather(group, part), gather_samples(group, part, None)):
+            assert list(joined["first"]) == list(part["first"])
+            for name, value in joined["first"].items():
+                assert value.tolist() == [names.index(name)] * group.size
+        for name, value in reduce(group, part)["first"].items():
+            assert value.tolist() == [names.index(name)]
+    lengths = {name: value.expand(1 + names.index(name)) for name, value in batch.items()}
+    assert all(pad_across_processes(group, lengths)[name] is value for name, value in lengths.items())
+    text = {name: [str(name)] for name in batch}
+    assert gather_samples(group, text, None) == {name: [str(name)] * group.size for name in batch}
+    sent = {name: value + group.rank for name, value in batch.items()}
+    broadcast(group, sent)
+    assert {name: value.item() for name, value in sent.items()} == {name: names.index(name) for name in names}
+
+
 def gather_refuses_objects(group: Group) -> None:
     with pytest.raises(CollectiveError, match=r"data\['text'\]\[0\], a str.*gather_object"):
         gather(group, {"loss": torch.ones(1), "text": ["a"]})
@@ -723,6 +745,7 @@ CASES: dict[str, Callable[[Group], None]] = {
         all_reduce_takes_odd_tensors, all_reduce_refuses, broadcast_overwrites_in_place, objects_travel,
         started_scatters_may_overlap, gather_keeps_the_structure,
         gather_takes_one_exchange, a_few_tensors_of_any_kind, a_few_tensors_may_lie_otherwise_on_each_rank,
+        keys_may_come_in_another_order_on_each_rank,
         large_tensors_travel_alone, gather_refuses_objects, gather_object_joins_lists,
         reduce_leaves_its_input_alone, reduce_none_exchanges_nothing, reduce_takes_one_exchange_per_dtype,
         broadcast_fills_a_nested_batch, pad_makes_sizes_equal, every_sample_is_gathered_once,

@@ -92,3 +92,20 @@ def test_counts_must_make_sense() -> None:
         BatchCounts(rows=(2, 2), real=(2, 3))
     with pytest.raises(CollectiveError, match=r"got rows=\(2,\) and real=\(2, 2\)"):
         BatchCounts(rows=(2,), real=(2, 2))
+
+
+class Table:
+    """As those of pandas, Polars and Arrow: `select` takes columns."""
+
+    columns = ("a", "b")
+
+    def __len__(self) -> int:
+        return 4
+
+    def select(self, columns: list[int]) -> list[str]:
+        return [self.columns[column] for column in columns]
+
+
+def test_a_table_is_not_split_by_its_columns() -> None:
+    with pytest.raises(CollectiveError, match=r"got a Table.* split range\(len\(table\)\) and take those rows"):
+        split(2, Table())

@@ -122,3 +122,10 @@ def test_ranks_write_in_order(tmp_path: Path) -> None:
         "[rank 0] again",
         "[rank 1] again",
     ]
+
+
+def test_warning_once_takes_what_logging_takes(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = get_logger(name, env={})
+    for step in (1, 1, 2):
+        logger.warning_once("at step %(step)d", {"step": step})
+    assert caplog.messages == ["at step 1", "at step 2"]

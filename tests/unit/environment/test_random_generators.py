@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from paceline import set_seed
+from paceline.errors import UsageError
 
 
 def drawn() -> tuple[float, float, float]:
@@ -45,3 +47,17 @@ def test_device_specific_finds_the_rank_out_by_itself(monkeypatch: pytest.Monkey
     assert drawn() == tenth
     set_seed(9, device_specific=True, rank=1)
     assert drawn() == tenth
+
+
+def test_a_seed_is_any_integer() -> None:
+    set_seed(7)
+    first = drawn()
+    for seed in (np.int64(7), torch.tensor(7)):
+        set_seed(seed)  # type: ignore[arg-type]
+        assert drawn() == first
+
+
+@pytest.mark.parametrize("seed", [None, 1.5, "7"])
+def test_what_is_no_seed(seed: Any) -> None:
+    with pytest.raises(UsageError, match=f"set_seed got {seed!r}, a {type(seed).__name__}"):
+        set_seed(seed)

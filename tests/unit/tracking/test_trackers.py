@@ -330,3 +330,47 @@ def test_a_crash_closes_the_trackers(launched: bool, tmp_path: Path) -> None:
     assert start["crashed"] is True
     assert len(lines(tmp_path)) == 1
     assert (tmp_path / "ends").read_text(encoding="utf-8") == "crashed package", "before a package ends its run itself"
+
+
+def test_tensorboard_goes_on_after_a_value_that_is_no_curve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    accelerator.init_trackers("p")
+    odd: list[Any] = [
+        {"f1": 0.5, "best": "second", "unknown": None, "by_class": {"cat": 0.25}, "counts": torch.tensor([1, 2])},
+        torch.empty(0),
+        np.array(["a", "b"]),
+        np.array([1, None], dtype=object),
+        torch.tensor([1j, 2.0]),
+    ]
+    for step, value in enumerate(odd):
+        accelerator.log({"eval": value}, step=step)
+    accelerator.log({"loss": 0.75}, step=9)
+    accelerator.end_training()
+    assert "failed" not in caplog.text
+    events = EventAccumulator(str(tmp_path / "p")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == [0.75]
+    assert [event.value for event in EventAccumulator(str(tmp_path / "p" / "eval_f1")).Reload().Scalars("eval")] == [
+        0.5
+    ]
+    by_class = EventAccumulator(str(tmp_path / "p" / "eval_by_class_cat")).Reload().Scalars("eval/by_class")
+    assert [event.value for event in by_class] == [0.25]
+    assert events.Tags()["histograms"] == ["eval/counts"]
+    assert [tag for tag in events.Tags()["tensors"] if "best" in tag] == ["eval/best/text_summary"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.tensor([1 + 2j]).conj().imag, -2.0),
+        (torch.tensor([1 + 2j, 0]).conj(), ["(1-2j)", "-0j"]),
+        (torch.eye(2).to_sparse(), [[1.0, 0.0], [0.0, 1.0]]),
+    ],
+)
+def test_tensors_that_numpy_cannot_view_are_logged(tensor: torch.Tensor, expected: Any, tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, project_dir=tmp_path)
+    accelerator.init_trackers("p")
+    accelerator.log({"value": tensor}, step=1)
+    accelerator.end_training()
+    assert lines(tmp_path)[0]["value"] == expected

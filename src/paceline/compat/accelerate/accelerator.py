@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from paceline.accelerator import accelerator as core
 from paceline.accelerator.policies import use_policies
+from paceline.accelerator.profiling import write_trace
 from paceline.compat.accelerate.bridge import sections
 from paceline.compat.accelerate.bridge.deepspeed_values import fill_configuration
 from paceline.compat.accelerate.bridge.rules import LoaderRules, PreparedKinds, rules_of
@@ -994,9 +995,7 @@ class Accelerator:
             yield profiler
         if handler.output_trace_dir is None:
             return
-        folder = Path(handler.output_trace_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"profile_{self.process_index}.json"))
+        write_trace(profiler, Path(handler.output_trace_dir), self.process_index)
         self.wait_for_everyone()
 
     def deepspeed_ulysses_dl_adapter(self, dl: Any, model: Any) -> Any:

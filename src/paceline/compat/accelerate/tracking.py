@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import json
 import logging
@@ -22,6 +23,7 @@ from paceline.compat.accelerate.state import PartialState
 from paceline.compat.accelerate.utils import imports
 from paceline.compat.accelerate.utils.operations import listify
 from paceline.tracking.clearml import plot_and_curve
+from paceline.tracking.log_values import to_json
 from paceline.tracking.registry import load_backend
 
 if TYPE_CHECKING:
@@ -70,6 +72,20 @@ def on_main_process(function: F) -> F:
         return function(self, *args, **kwargs)
 
     return limited  # type: ignore[return-value]
+
+
+class _SettingsDumper(yaml.SafeDumper):
+    """Writes plain YAML; what it has no notation for becomes a number, a list or text."""
+
+    def represent_other(self, value: Any) -> yaml.Node:
+        """Represent a value of any type that YAML does not know."""
+        portable = value.value if isinstance(value, enum.Enum) else to_json(value)
+        if type(portable) not in self.yaml_representers:
+            portable = str(portable)
+        return self.represent_data(portable)
+
+
+_SettingsDumper.add_multi_representer(object, _SettingsDumper.represent_other)
 
 
 class GeneralTracker:
@@ -239,7 +255,7 @@ class TensorBoardTracker(_ImageTracker):
         super().store_init_configuration(values)
         folder = self.logging_dir / str(time.time())
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hparams.yml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        (folder / "hparams.yml").write_text(yaml.dump(values, Dumper=_SettingsDumper), encoding="utf-8")
 
     @on_main_process
     def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:

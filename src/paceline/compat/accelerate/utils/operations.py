@@ -405,11 +405,16 @@ def pad_across_processes(tensor: Any, dim: int = 0, pad_index: float = 0, pad_fi
         pad_first: Put the padding before the data.
     """
     flat: list[torch.Tensor] = []
-    recursively_apply(flat.append, tensor, error_on_other_type=True)
+
+    def pad_across_processes(leaf: torch.Tensor) -> None:  # an error names it
+        flat.append(leaf)
+
+    recursively_apply(pad_across_processes, tensor, error_on_other_type=True)
     dense = [leaf for leaf in flat if not leaf.is_nested]
     _check_dimensions(dense)
-    if len(dense) < len(flat):
-        warnings.warn("Nested tensors are not padded", CannotPadNestedTensorWarning, stacklevel=2)
+    if len(dense) == len(flat):
+        return collectives.pad_across_processes(current_group(), tensor, dim, pad_index, pad_first)
+    warnings.warn("Nested tensors are not padded", CannotPadNestedTensorWarning, stacklevel=2)
     padded = iter(collectives.pad_across_processes(current_group(), dense, dim, pad_index, pad_first))
     return recursively_apply(lambda leaf: leaf if leaf.is_nested else next(padded), tensor)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from paceline.errors import PrepareError, named
+from paceline.strategies.precision import short_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,6 +103,32 @@ def _like(value: Any, parameter: nn.Parameter) -> Any:
     mesh = parameter.device_mesh
     sharded = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)
     return sharded.to(parameter.to_local().device)
+
+
+def refuse_mixed_dtypes(units: Iterable[tuple[str, nn.Module]], ignored: Iterable[nn.Module]) -> None:
+    """Refuse a unit whose trainable parameters have several dtypes; torch would, in the first forward.
+
+    Args:
+        units: Each with its name, units inside others first.
+        ignored: Modules that are not sharded.
+
+    Raises:
+        PrepareError: It names a parameter of each dtype.
+    """
+    seen = {id(p) for module in ignored for p in module.parameters()}
+    for unit, module in units:
+        first: dict[torch.dtype, str] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                first.setdefault(parameter.dtype, f"{unit}.{name}" if unit else name)
+            seen.add(id(parameter))
+        if len(first) > 1:
+            found = ", ".join(f"{name} is {short_dtype(dtype)}" for dtype, name in first.items())
+            raise PrepareError(
+                f"One FSDP2 unit has trainable parameters of {len(first)} dtypes: {found}",
+                "FSDP2 gathers the parameters of a unit together, in one dtype",
+                "Convert the model before prepare(), as by model.float(); mixed_precision chooses what it computes in",
+            )
 
 
 def refuse_hooks_of_whole(model: nn.Module) -> None:

@@ -39,6 +39,7 @@ from paceline.strategies.fsdp.sharding import (
     local_gradients,
     materialize,
     refuse_hooks_of_whole,
+    refuse_mixed_dtypes,
     sharded_axes,
 )
 from paceline.strategies.precision import DTYPES, autocast_forward, short_dtype
@@ -47,7 +48,7 @@ from paceline.strategies.protocols import multiply
 from paceline.strategies.use_check import UseCheck
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
@@ -108,6 +109,7 @@ class FSDPStrategy(Strategy):
         check_switches(plugin)
         units = find_units(model, plugin, source=f"{self.context.source_of(_BLOCK_CLASSES)}: {_BLOCK_CLASSES}")
         ignored = self._ignored_modules(model)
+        refuse_mixed_dtypes([*((name, model.get_submodule(name)) for name in units.names), ("", model)], ignored)
         names = {id(p): name for name, p in model.named_parameters()}
         ownership = Ownership(model)
         if self.context.group.rank == 0:
@@ -328,6 +330,14 @@ class FSDPStrategy(Strategy):
             super().backward(loss, scale, **kwargs)
         except RuntimeError as error:
             _explain_backward_error(error)
+            raise
+
+    @override
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+        try:
+            return super().step(optimizer, closure)
+        except RuntimeError as error:
+            _explain_step_error(optimizer, error)
             raise
 
     def _drop_gathered(self) -> bool:
@@ -647,6 +657,21 @@ def _explain_backward_error(error: RuntimeError) -> None:
             "FSDP2 drops the gathered weights after a backward, and the backward through it needs them",
             "Use strategy='ddp', where a gradient penalty is right, or zero_stage 1 or 2, where "
             "accelerator.unwrap_model(model) computes what is differentiated twice",
+        ) from error
+
+
+def _explain_step_error(optimizer: Optimizer, error: RuntimeError) -> None:
+    """Explain what torch says where an optimizer cannot update shards.
+
+    Raises:
+        SteppingError: It is such an error.
+    """
+    text = str(error)
+    if "sharding strategy registered" in text or "placement" in text:
+        raise SteppingError(
+            f"{type(optimizer).__name__} cannot step on FSDP2's shards: {text.splitlines()[0]}",
+            "It computes with whole parameters, or with operations for which DTensor has no rule",
+            "Use an optimizer that treats each element alone, such as AdamW or SGD, or train with strategy='ddp'",
         ) from error
 
 

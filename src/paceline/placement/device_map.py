@@ -13,6 +13,7 @@ from torch import nn
 
 from paceline.errors import PlacementError, counted
 from paceline.placement.sizes import (
+    can_split,
     class_names,
     compute_module_sizes,
     compute_module_total_buffer_size,
@@ -244,7 +245,7 @@ class _Allocation:
         return False
 
     def _can_split(self, module: Any) -> bool:
-        return _has_children(module) and type(module).__name__ not in self.whole
+        return can_split(module, self.whole)
 
     def _use_fallback(self, candidate: _Candidate) -> bool:
         """Put a later module that fits before this one, where the device would stay empty."""
@@ -283,10 +284,6 @@ class _Allocation:
         if self.too_small:
             needs = ", ".join(f"{device} (needs {size:.0f} bytes)" for device, size in self.too_small.items())
             logger.info("No module was placed on these devices, due to insufficient memory: %s", needs)
-
-
-def _has_children(module: Any) -> bool:
-    return isinstance(module, nn.Module) and next(module.children(), None) is not None
 
 
 def _parts(name: str, module: nn.Module) -> list[Named]:
@@ -370,7 +367,7 @@ def fallback_allocate(
         size, _, _ = get_module_size_with_ties(_tied_outside(name, ties), module_sizes[name], module_sizes, search)
         if size <= limit:
             return name, module, _without(modules, name)
-        if _has_children(module) and type(module).__name__ not in whole:
+        if can_split(module, whole):
             search = [*_parts(name, module), *search]
     return None, None, modules
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ _running = _Running()
 
 
 @contextmanager
-def guarded(module: nn.Module) -> Iterator[None]:
+def guarded(module: nn.Module, lock: ForwardLock | None = None) -> Iterator[None]:
     """Refuse weights without values while a module runs on the CPU.
 
     A product with a weight on the meta device does not fail there: it returns whatever is in memory. Accelerators
@@ -55,14 +55,13 @@ def guarded(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module.
+        lock: Held meanwhile.
     """
+    is_outermost = not _running.modules and not torch.compiler.is_compiling()
     _running.modules.append(module)
     try:
-        if len(_running.modules) > 1 or torch.compiler.is_compiling():
+        with lock or nullcontext(), _NoWeightsWithoutValues() if is_outermost else nullcontext():
             yield
-        else:
-            with _NoWeightsWithoutValues():
-                yield
     finally:
         _running.modules.pop()
 

@@ -198,6 +198,84 @@ def test_attention_of_torch_needs_no_hint(tmp_path: Path) -> None:
     assert torch.equal(layer(X[None]), expected)
 
 
+class Scaled(nn.Module):
+    """Has a tensor of its own, and multiplies with the weight of a layer that it does not call."""
+
+    shift: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.5))
+        self.register_buffer("shift", torch.tensor(3))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, *, borrow: bool = False) -> torch.Tensor:
+        out = x @ self.inner.weight if borrow else self.inner(x)
+        return out * self.scale + self.shift
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"scale": "disk", "shift": "cpu", "inner": "disk"}])
+def test_a_weight_without_values_is_not_computed_with_by_a_model_that_is_offloaded_itself(
+    tmp_path: Path, device_map: dict[str, Any]
+) -> None:
+    model = Scaled()
+    dispatch_model(model, device_map, offload_dir=tmp_path)
+    with pytest.raises(OffloadedModelError, match=r"used a weight of shape \(8, 8\), as inner.weight has"):
+        model(X, borrow=True)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_tensors_of_the_model_itself_may_be_on_disk(tmp_path: Path, offload_buffers: bool) -> None:
+    original = Scaled()
+    save_file(original.state_dict(), tmp_path / "model.safetensors")
+    model = load_checkpoint_and_dispatch(
+        empty(Scaled),
+        tmp_path,
+        {"scale": "disk", "shift": "disk", "inner": "cpu"},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=offload_buffers,
+    )
+    assert model.scale.device.type == "meta"
+    assert torch.equal(model(X), original(X))
+    state = get_state_dict_offloaded_model(model)
+    remove_hook_from_submodules(model)
+    for name, value in original.state_dict().items():
+        assert torch.equal(state[name], value)
+
+
+def attention() -> Any:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+
+def test_attention_of_torch_is_not_split(tmp_path: Path) -> None:
+    """It multiplies with the weights of its output layer, which may not be somewhere else."""
+    expected = attention()(X[None])
+    maps = [infer_auto_device_map(attention(), {"cpu": limit}) for limit in range(0, 5000, 100)]
+    assert not any(name.startswith("self_attn.") for each in maps for name in each)
+    assert len({tuple(each.values()) for each in maps}) > 3
+    for index, device_map in enumerate(maps):
+        model = dispatch_model(attention(), device_map, offload_dir=tmp_path / str(index))
+        assert torch.equal(model(X[None]), expected)
+
+
+def test_a_module_that_a_map_splits_gets_all_its_weights_at_once(tmp_path: Path) -> None:
+    model = attention()
+    expected = model(X[None])
+    names = [name for name, _ in model.named_parameters() if "out_proj" not in name]
+    device_map = {**dict.fromkeys(names, "cpu"), "self_attn.out_proj": "disk"}
+    dispatch_model(model, device_map, offload_dir=tmp_path / "attention")
+    assert torch.equal(model(X[None]), expected)
+
+    borrowing = nn.Sequential(Borrowing(), nn.Linear(8, 8))
+    expected = borrowing(X)
+    split = {"0.inner": "disk", "0.own": "cpu", "1": "cpu"}
+    dispatch_model(borrowing, split, offload_dir=tmp_path / "borrowing", preload_module_classes=["Borrowing"])
+    assert torch.equal(borrowing(X), expected)
+    remove_hook_from_submodules(borrowing)
+    assert torch.equal(borrowing(X), expected)
+
+
 def test_threads_take_turns(tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)]).requires_grad_(False)
     x = torch.rand(16, 128)

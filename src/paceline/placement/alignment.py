@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from paceline.collectives.nested import send_to_device, tensors
-from paceline.placement.guard import ForwardLock, guarded
+from paceline.placement.guard import ForwardLock, check_output, guarded
 from paceline.placement.hooks import ModelHook, SequentialHook, add_hook_to_module, not_compiled
 from paceline.placement.offload_folder import OffloadedWeightsLoader, PrefixedDataset, source_of
 from paceline.placement.sizes import class_names
@@ -142,6 +142,11 @@ class AlignDevicesHook(ModelHook):
             remove_non_persistent=persistent,
         )
 
+    @property
+    def offloaded(self) -> list[str]:
+        """The names of the tensors that are kept in `weights_map` between forwards."""
+        return self._offloaded
+
     @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Bring inputs and weights onto the device."""
@@ -163,6 +168,8 @@ class AlignDevicesHook(ModelHook):
             if type(module).__name__ == "Linear8bitLt":
                 _forget_scales(module)
         if self.io_same_device and self.input_device is not None:
+            if self.guards and self.input_device != META:
+                check_output(module, tensors(output))
             output = send_to_device(output, self.input_device, skip_keys=self.skip_keys)
         return output
 

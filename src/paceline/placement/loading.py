@@ -21,6 +21,7 @@ from paceline.placement.device_map import (
     warn_if_untied,
 )
 from paceline.placement.offload_folder import load_offloaded_weight, make_folder, offload_weight, save_offload_index
+from paceline.placement.offloaded_state import refuse_offloaded
 from paceline.placement.tensors import (
     META,
     Device,
@@ -220,6 +221,8 @@ def load_checkpoint_in_model(
     ties = find_tied_parameters(model)
     warn_if_untied(model, ties)
     if device_map is None:
+        if dtype is not None:
+            _convert(model, as_dtype(dtype), keep_in_fp32_modules or ())
         unexpected = _load_in_place(model, files, ties, strict, full_state_dict, broadcast_from_rank0)
     else:
         check_devices(device_map)
@@ -286,6 +289,7 @@ def _load_in_place(
     for file in files:
         reads = not broadcast_from_rank0 or torch.distributed.get_rank() == 0
         weights: dict[str, Any] = dict(load_state_dict(file)) if reads else {}
+        refuse_offloaded(model, weights)
         found |= set(weights)
         # A file may be one of several: what is missing is known after the last one.
         if META in devices and not torch.distributed.is_initialized():
@@ -303,6 +307,23 @@ def _load_in_place(
         found = known[0]
     _report_missing(model, found, ties, strict)
     return found - names
+
+
+def _convert(model: nn.Module, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> None:
+    """Give the tensors that are to be loaded another dtype, where they are."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor) or is_number_kept(tensor.dtype):
+            continue
+        if type(tensor.data) is not torch.Tensor:
+            logger.warning("dtype=%s has no effect on %s: a %s keeps its own.", dtype, name, type(tensor.data).__name__)
+            return
+        tensor.data = tensor.data.to(_dtype_of(name, dtype, keep_in_fp32))
+
+
+def _dtype_of(name: str, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> torch.dtype:
+    """What a floating-point tensor is converted to."""
+    is_kept = any(f"{key}." in name or key == name for key in keep_in_fp32)
+    return torch.float32 if is_kept and dtype == torch.float16 else dtype
 
 
 def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -356,7 +377,9 @@ class _Loading:
 
     def load(self, path: Path) -> None:
         """Load one file."""
-        for name, value, scales in self._weights(path):
+        weights = list(self._weights(path))
+        refuse_offloaded(self._model, [name for name, _, _ in weights])
+        for name, value, scales in weights:
             if name not in self._names:
                 self.unexpected.add(name)
                 continue
@@ -423,8 +446,7 @@ class _Loading:
         """What a weight is converted to; None for what the model has."""
         if self._dtype is None or is_number_kept(dtype):
             return self._dtype
-        is_kept = any(f"{key}." in name or key == name for key in self._keep_in_fp32)
-        return torch.float32 if is_kept and self._dtype == torch.float16 else self._dtype
+        return _dtype_of(name, self._dtype, self._keep_in_fp32)
 
     def _leave_on_disk(
         self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None, stored_as: str

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from paceline.errors import PlacementError
 from paceline.placement.alignment import align_hooks
-from paceline.placement.tensors import META, Device, set_module_tensor_to_device
+from paceline.placement.tensors import META, Device, set_module_tensor_to_device, shortened
 
 __all__ = [
     "align_module_device",
     "get_state_dict_from_offload",
     "get_state_dict_offloaded_model",
     "has_offloaded_params",
+    "refuse_offloaded",
 ]
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,31 @@ logger = logging.getLogger(__name__)
 def has_offloaded_params(module: nn.Module) -> bool:
     """Whether a hook keeps a module's parameters somewhere else between forwards."""
     return any(hook.offload for hook in align_hooks(module))
+
+
+def refuse_offloaded(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse to load weights that hooks keep somewhere else.
+
+    Args:
+        model: The model.
+        names: What is to be loaded.
+
+    Raises:
+        PlacementError: A hook keeps one of them.
+    """
+    kept = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for hook in align_hooks(module)
+        for name in hook.offloaded
+    ]
+    refused = [name for name in kept if name in names]
+    if refused:
+        raise PlacementError(
+            f"{shortened(refused)} of {type(model).__name__} are to be loaded",
+            "Hooks keep these weights in host memory or on disk, and would bring the old ones back for each forward",
+            "Load the checkpoint before the model is spread, or call remove_hook_from_submodules(model) first",
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +275,78 @@ def test_a_module_that_a_map_splits_gets_all_its_weights_at_once(tmp_path: Path)
     assert torch.equal(borrowing(X), expected)
     remove_hook_from_submodules(borrowing)
     assert torch.equal(borrowing(X), expected)
+
+
+class Lists(nn.Module):
+    """Has parameters in a list, which is never called, and an output of nothing but them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.own = nn.ParameterList([torch.rand(8), torch.rand(8)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[0](x), self.own[0] * self.own[1]
+
+
+def test_an_output_without_values_is_refused(tmp_path: Path) -> None:
+    split = {"layers": "cpu", "own": "disk"}
+    model = dispatch_model(Lists(), split, offload_dir=tmp_path / "a")
+    with pytest.raises(OffloadedModelError, match=r"Lists returned a tensor of shape \(8,\) .*preload_module_classes"):
+        model(X)
+    original = Lists()
+    expected = original(X)
+    model = disk_offload(original, tmp_path / "b", preload_module_classes=["Lists"])
+    assert all(map(torch.equal, model(X), expected))
+
+
+def test_a_model_with_lists_can_be_pickled(tmp_path: Path) -> None:
+    """A list has no forward, and so no method that a pickle could name."""
+    original = Lists()
+    expected = original(X)
+    model = dispatch_model(original, {"layers": "disk", "own": "cpu"}, offload_dir=tmp_path)
+    for each in (model, pickle.loads(pickle.dumps(model))):
+        assert all(map(torch.equal, each(X), expected))
+        remove_hook_from_submodules(each)
+        assert all(map(torch.equal, each(X), expected))
+        assert not any(hasattr(module, "_hf_hook") for module in each.modules())
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+def test_nothing_is_loaded_into_an_offloaded_model(tmp_path: Path, device_map: dict[str, Any] | None) -> None:
+    """Its hooks would bring the old weights for each forward."""
+    save_file(layers(seed=1).state_dict(), tmp_path / "model.safetensors")
+    model = dispatch_model(layers(), {"0": "disk", "1": "cpu", "2": "cpu"}, offload_dir=tmp_path / "offload")
+    with pytest.raises(PlacementError, match=r"0.weight, 0.bias of Sequential are to be loaded.*remove_hook_from_sub"):
+        load_checkpoint_in_model(model, tmp_path, device_map)
+    remove_hook_from_submodules(model)
+    load_checkpoint_in_model(model, tmp_path, device_map)
+    assert torch.equal(model(X), layers(seed=1)(X))
+
+
+class Statistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+
+
+@pytest.mark.parametrize("build", [Statistics, lambda: empty(Statistics)])
+def test_dtypes_without_a_map(tmp_path: Path, build: Callable[[], Any]) -> None:
+    original = Statistics()
+    save_file(original.state_dict(), tmp_path / "model.safetensors")
+    model = build()
+    load_checkpoint_in_model(model, tmp_path, dtype="float16", keep_in_fp32_modules=["norm"])
+    assert {name: each.dtype for name, each in model.state_dict().items()} == {
+        "linear.weight": torch.float16,
+        "linear.bias": torch.float16,
+        "norm.weight": torch.float32,
+        "norm.bias": torch.float32,
+        "norm.running_mean": torch.float32,
+        "norm.running_var": torch.float32,
+        "norm.num_batches_tracked": torch.int64,
+    }
+    assert torch.equal(model.linear.weight, original.linear.weight.half())
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from paceline.placement.sizes import (
     get_max_layer_size,
     get_max_memory,
 )
-from paceline.placement.tensors import Device, as_device, find_tied_parameters, shortened
+from paceline.placement.tensors import Device, as_device, find_tied_parameters, is_extra_state, shortened
 
 __all__ = [
     "check_device_map",
@@ -415,7 +415,8 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     _warn_about_unknown_names(model, device_map)
     if "" in device_map:
         return
-    homeless = [name for name in model.state_dict() if not any(_is_inside(name, module) for module in device_map)]
+    weights = [name for name in model.state_dict() if not is_extra_state(name)]
+    homeless = [name for name in weights if not any(_is_inside(name, module) for module in device_map)]
     if homeless:
         raise PlacementError(
             f"device_map has no device for {shortened(homeless)}", "Every tensor needs one", "Add these modules"

@@ -30,6 +30,7 @@ from paceline.placement.tensors import (
     check_shape,
     find_owner,
     find_tied_parameters,
+    is_extra_state,
     is_number_kept,
     retie_parameters,
     set_module_tensor_to_device,
@@ -155,11 +156,15 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             "could run code on loading",
             todo,
         ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+    if not isinstance(weights, Mapping) or not all(map(_is_state, weights, weights.values())):
         kind = type(weights).__name__
         inside = f" with {shortened([str(name) for name in weights])}" if isinstance(weights, Mapping) else ""
         raise PlacementError(f"{path} holds a {kind}{inside}", "It must hold tensors by name, and nothing else", todo)
     return dict(weights)
+
+
+def _is_state(name: object, value: object) -> bool:
+    return isinstance(value, torch.Tensor) or is_extra_state(str(name))
 
 
 def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: PathLike) -> None:
@@ -312,7 +317,7 @@ def _load_in_place(
 def _convert(model: nn.Module, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> None:
     """Give the tensors that are to be loaded another dtype, where they are."""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor) or is_number_kept(tensor.dtype):
+        if is_extra_state(name) or is_number_kept(tensor.dtype):
             continue
         if type(tensor.data) is not torch.Tensor:
             logger.warning("dtype=%s has no effect on %s: a %s keeps its own.", dtype, name, type(tensor.data).__name__)
@@ -330,10 +335,18 @@ def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]
     """Load into a model on the meta device: its tensors get memory."""
     places = model.state_dict()
     for name, value in weights.items():
-        if name in places:
+        if name in places and is_extra_state(name):
+            _set_extra_state(model, name, value)
+        elif name in places:
             check_shape(places[name], value.shape, name)
             device = "cpu" if places[name].device == META else places[name].device
             set_module_tensor_to_device(model, name, device, value=value)
+
+
+def _set_extra_state(model: nn.Module, name: str, value: Any) -> None:
+    """Give a module what it had added to the state dict."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    owner.set_extra_state(_as_tensor(value).clone() if isinstance(value, (FileSlice, torch.Tensor)) else value)
 
 
 class _Loading:
@@ -384,6 +397,9 @@ class _Loading:
                 self.unexpected.add(name)
                 continue
             self.loaded.add(name)
+            if is_extra_state(name):
+                _set_extra_state(self._model, name, value)
+                continue
             self._place(name, value, path, scales)
             if name in self._tied:
                 self._sources[name] = (value, path, scales)
@@ -411,7 +427,8 @@ class _Loading:
         for name, value in found.items():
             if "SCB" not in name:
                 scales = found.get(name.replace("weight", "SCB")) if "weight" in name else None
-                yield name, value, _as_tensor(scales) if value.dtype == torch.int8 and scales is not None else None
+                is_scaled = not is_extra_state(name) and value.dtype == torch.int8
+                yield name, value, _as_tensor(scales) if is_scaled and scales is not None else None
 
     def _place(
         self,

@@ -12,7 +12,7 @@ from torch import nn
 
 from paceline.errors import PlacementError
 from paceline.placement.alignment import align_hooks
-from paceline.placement.tensors import META, Device, set_module_tensor_to_device, shortened
+from paceline.placement.tensors import META, Device, is_extra_state, set_module_tensor_to_device, shortened
 
 __all__ = [
     "align_module_device",
@@ -92,13 +92,15 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
     Args:
         model: The model.
     """
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
     missing: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module has two names
         # Weights that the hook of an enclosing module brings are found there.
         with align_module_device(module, "cpu" if has_offloaded_params(module) else None):
             for key, tensor in module.state_dict(prefix=f"{prefix}." if prefix else "").items():
-                if tensor.device == META:
+                if is_extra_state(key):
+                    state[key] = tensor
+                elif tensor.device == META:
                     missing.add(key)
                 else:
                     state[key] = tensor.to("cpu")

@@ -349,6 +349,40 @@ def test_dtypes_without_a_map(tmp_path: Path, build: Callable[[], Any]) -> None:
     assert torch.equal(model.linear.weight, original.linear.weight.half())
 
 
+class Counted(nn.Linear):
+    """Adds an object to the state dict that is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.steps: Any = {"steps": 0}
+
+    def get_extra_state(self) -> Any:
+        return self.steps
+
+    def set_extra_state(self, state: Any) -> None:
+        self.steps = state
+
+
+@pytest.mark.parametrize("steps", [{"steps": 7}, torch.tensor([7])])
+def test_what_modules_add_to_the_state(tmp_path: Path, steps: Any) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(Counted(), nn.Linear(8, 8))
+
+    original = build()
+    original[0].steps = steps
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    split = {"0.weight": "disk", "0.bias": "cpu", "1": "cpu"}
+    for index, device_map in enumerate([{"": "cpu"}, split, None]):
+        folder = tmp_path / str(index)
+        model = empty(build)
+        load_checkpoint_and_dispatch(model, tmp_path, device_map, offload_folder=folder, strict=True)
+        assert model[0].steps == steps
+        assert get_state_dict_offloaded_model(model)["0._extra_state"] == steps
+    assert torch.equal(cpu_offload(build())(X), original(X))
+    assert torch.equal(disk_offload(build(), tmp_path / "own")(X), original(X))
+
+
 def test_threads_take_turns(tmp_path: Path) -> None:
     model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(4)]).requires_grad_(False)
     x = torch.rand(16, 128)

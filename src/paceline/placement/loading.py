@@ -204,7 +204,8 @@ def load_checkpoint_in_model(
         checkpoint: A file of weights, the index of a sharded checkpoint, or a folder with either.
         device_map: Devices by name of a module; by default weights go where the model has them.
         offload_folder: Where weights that belong on disk are listed, or written if they are in no safetensors file.
-        dtype: What floating-point weights are converted to; by default they become what the model has.
+        dtype: What floating-point weights are converted to, with a `device_map`; by default they become what the model
+            has.
         offload_state_dict: Accepted, and without effect: a checkpoint's weights take host memory only where they stay.
         offload_buffers: Buffers of modules on disk stay there, too.
         keep_in_fp32_modules: Names of modules whose weights become float32 where `dtype` is float16.
@@ -227,7 +228,7 @@ def load_checkpoint_in_model(
     warn_if_untied(model, ties)
     if device_map is None:
         if dtype is not None:
-            _convert(model, as_dtype(dtype), keep_in_fp32_modules or ())
+            logger.warning("dtype=%s has no effect without device_map: weights keep the model's dtypes.", dtype)
         unexpected = _load_in_place(model, files, ties, strict, full_state_dict, broadcast_from_rank0)
     else:
         check_devices(device_map)
@@ -312,17 +313,6 @@ def _load_in_place(
         found = known[0]
     _report_missing(model, found, ties, strict)
     return found - names
-
-
-def _convert(model: nn.Module, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> None:
-    """Give the tensors that are to be loaded another dtype, where they are."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if is_extra_state(name) or is_number_kept(tensor.dtype):
-            continue
-        if type(tensor.data) is not torch.Tensor:
-            logger.warning("dtype=%s has no effect on %s: a %s keeps its own.", dtype, name, type(tensor.data).__name__)
-            return
-        tensor.data = tensor.data.to(_dtype_of(name, dtype, keep_in_fp32))
 
 
 def _dtype_of(name: str, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> torch.dtype:

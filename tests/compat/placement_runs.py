@@ -301,8 +301,8 @@ def transformers_device_maps(folder: Path) -> Any:
             {"device_map": "cpu"},
             {"device_map": "auto"},
             {"device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "a"},
-            {"device_map": "balanced", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "b"},
-            {"device_map": "sequential", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "c"},
+            {"device_map": "balanced", "max_memory": {"cpu": "60KB"}, "offload_folder": folder / "b"},
+            {"device_map": "sequential", "max_memory": {"cpu": "60KB"}, "offload_folder": folder / "c"},
             {
                 "device_map": "auto", "max_memory": {"cpu": 60_000}, "offload_folder": folder / "d",
                 "offload_buffers": True,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from paceline.compat.accelerate.utils import get_max_memory
 from tests.compat.compare import TOLERANCE, numbers, verdict
 from tests.compat.placement_runs import CRASH, RUNS
 
@@ -33,6 +34,12 @@ def _leave_out_crashes(expected: Any, found: Any) -> None:
         for index in crashes:
             assert found[index][0] != CRASH
             found[index] = expected[index]
+
+
+def test_sizes_in_words_become_numbers_where_the_caller_has_them() -> None:
+    """transformers compares the dict that it got from `from_pretrained(max_memory=)` with the answer."""
+    given: dict[int | str, float | str] = {"cpu": "60KB"}
+    assert get_max_memory(given) == given == {"cpu": 60_000}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from paceline.collectives.nested import send_to_device, tensors
-from paceline.placement.guard import ForwardLock, guarded
+from paceline.placement.guard import ForwardLock, check_output, guarded
 from paceline.placement.hooks import ModelHook, SequentialHook, add_hook_to_module, not_compiled
 from paceline.placement.offload_folder import OffloadedWeightsLoader, PrefixedDataset, source_of
 from paceline.placement.sizes import class_names
@@ -98,9 +99,9 @@ class AlignDevicesHook(ModelHook):
 
     def context(self, module: nn.Module) -> AbstractContextManager[Any] | None:
         """Return what is entered while the module runs: its weights are for one thread at a time."""
-        if self.guards and not self.offload:
-            return guarded(module)
-        return self._lock if self.offload else None
+        if not self.guards:
+            return self._lock if self.offload else None
+        return guarded(module, self._lock if self.offload else None)
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Put the module's tensors where they belong between forwards."""
@@ -141,6 +142,11 @@ class AlignDevicesHook(ModelHook):
             remove_non_persistent=persistent,
         )
 
+    @property
+    def offloaded(self) -> list[str]:
+        """The names of the tensors that are kept in `weights_map` between forwards."""
+        return self._offloaded
+
     @not_compiled
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Bring inputs and weights onto the device."""
@@ -162,6 +168,8 @@ class AlignDevicesHook(ModelHook):
             if type(module).__name__ == "Linear8bitLt":
                 _forget_scales(module)
         if self.io_same_device and self.input_device is not None:
+            if self.guards and self.input_device != META:
+                check_output(module, tensors(output))
             output = send_to_device(output, self.input_device, skip_keys=self.skip_keys)
         return output
 
@@ -634,6 +642,13 @@ def attach_align_device_hook_on_blocks(
     blocks.attach(module, module_name, devices, offloaded)
 
 
+def _entry(name: str, module: str, devices: Mapping[str, Any]) -> str:
+    """The innermost entry inside a module that a tensor of it is in; empty if there is none."""
+    while name != module and name not in devices:
+        name = name.rpartition(".")[0]
+    return "" if name == module else name
+
+
 class _Blocks:
     """Adds hooks to the blocks of a model; the arguments are those of `attach_align_device_hook_on_blocks`."""
 
@@ -661,46 +676,63 @@ class _Blocks:
         self, module: nn.Module, name: str, devices: Mapping[str, Device | None], offloaded: Mapping[str, bool]
     ) -> None:
         """Add hooks to a module and those inside it."""
-        is_root = not name
         if name in devices and name in offloaded:
             device = devices[name]
             if offloaded[name]:
                 self.attach_offloaded(module, name, device, self._preload)
                 if not hasattr(module, "_hf_hook"):
-                    add_hook_to_module(module, self.hook(device, io_same_device=is_root))
+                    add_hook_to_module(module, self.hook(device, io_same_device=not name))
                 attach_execution_device_hook(module, device, self._skip_keys, self._preload, self._tied)
             else:
                 resident = self.hook(
-                    device, io_same_device=is_root, place_submodules=True, offload_buffers=self._offload_buffers
+                    device, io_same_device=not name, place_submodules=True, offload_buffers=self._offload_buffers
                 )
                 add_hook_to_module(module, resident)
                 attach_execution_device_hook(module, device, self._skip_keys, None, self._tied)
-        elif is_root:
-            add_hook_to_module(module, self.hook(devices.get(""), io_same_device=True))
-        else:
-            self._attach_to_tensors(module, name, devices, offloaded)
+        elif self._attach_to_tensors(module, name, devices, offloaded):
+            return
         for child_name, child in module.named_children():
             self.attach(child, f"{name}.{child_name}" if name else child_name, devices, offloaded)
 
     def _attach_to_tensors(
         self, module: nn.Module, name: str, devices: Mapping[str, Device | None], offloaded: Mapping[str, bool]
-    ) -> None:
-        """Add a hook to a module that was split: its own tensors have devices, but not the module."""
-        own = {key: tensor for key, tensor in named_module_tensors(module) if f"{name}.{key}" in devices}
-        if not own:
-            return
-        device = devices[f"{name}.{next(iter(own))}"]
-        if not any(offloaded.get(f"{name}.{key}") for key in own):
-            add_hook_to_module(module, self.hook(device))
-            return
-        stored = self._weights or {}
-        weights = {
-            key: stored[f"{name}.{key}"] if f"{name}.{key}" in stored else tensor.to("cpu")
-            for key, tensor in own.items()
+    ) -> bool:
+        """Add a hook to a module that was split: its tensors have devices, but not the module.
+
+        Returns:
+            Whether the hook brings the weights of the modules inside it, too, so that these need none.
+        """
+        prefix = f"{name}." if name else ""
+        is_whole = _needs_all_weights(module, self._preload)
+        tensors_of = functools.partial(named_module_tensors, module, recurse=is_whole)
+        entries = {key: _entry(f"{prefix}{key}", name, devices) for key, _ in tensors_of()}
+        device = next((devices[entry] for entry in entries.values() if entry), None) if name else devices.get("")
+        movable = dict(tensors_of(include_buffers=self._offload_buffers, remove_non_persistent=True))
+        if any(entries[key] and offloaded.get(entries[key]) for key in movable):
+            hook = self.hook(
+                device,
+                io_same_device=not name,
+                offload=True,
+                weights_map=self._stored(movable, prefix),
+                offload_buffers=self._offload_buffers,
+                place_submodules=is_whole,
+            )
+            hook.stream = self._stream
+            add_hook_to_module(module, hook)
+            return is_whole
+        if any(entries.values()) or not name:
+            add_hook_to_module(module, self.hook(device, io_same_device=not name))
+        return False
+
+    def _stored(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> Weights:
+        """The weights of a module that is brought as a whole, also of those that only have them in the module."""
+        stored = {} if self._weights is None else self._weights
+        if all(f"{prefix}{key}" in stored for key in tensors):
+            return PrefixedDataset(stored, prefix)
+        return {
+            key: stored[f"{prefix}{key}"] if f"{prefix}{key}" in stored else tensor.to("cpu")
+            for key, tensor in tensors.items()
         }
-        hook = self.hook(device, offload=True, weights_map=weights, offload_buffers=self._offload_buffers)
-        hook.stream = self._stream
-        add_hook_to_module(module, hook)
 
     def attach_offloaded(
         self, module: nn.Module, name: str, device: Device | None, preload: Sequence[str] | None

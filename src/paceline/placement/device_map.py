@@ -13,6 +13,7 @@ from torch import nn
 
 from paceline.errors import PlacementError, counted
 from paceline.placement.sizes import (
+    can_split,
     class_names,
     compute_module_sizes,
     compute_module_total_buffer_size,
@@ -20,7 +21,7 @@ from paceline.placement.sizes import (
     get_max_layer_size,
     get_max_memory,
 )
-from paceline.placement.tensors import Device, as_device, find_tied_parameters, shortened
+from paceline.placement.tensors import Device, as_device, find_tied_parameters, is_extra_state, shortened
 
 __all__ = [
     "check_device_map",
@@ -244,7 +245,7 @@ class _Allocation:
         return False
 
     def _can_split(self, module: Any) -> bool:
-        return _has_children(module) and type(module).__name__ not in self.whole
+        return can_split(module, self.whole)
 
     def _use_fallback(self, candidate: _Candidate) -> bool:
         """Put a later module that fits before this one, where the device would stay empty."""
@@ -283,10 +284,6 @@ class _Allocation:
         if self.too_small:
             needs = ", ".join(f"{device} (needs {size:.0f} bytes)" for device, size in self.too_small.items())
             logger.info("No module was placed on these devices, due to insufficient memory: %s", needs)
-
-
-def _has_children(module: Any) -> bool:
-    return isinstance(module, nn.Module) and next(module.children(), None) is not None
 
 
 def _parts(name: str, module: nn.Module) -> list[Named]:
@@ -370,7 +367,7 @@ def fallback_allocate(
         size, _, _ = get_module_size_with_ties(_tied_outside(name, ties), module_sizes[name], module_sizes, search)
         if size <= limit:
             return name, module, _without(modules, name)
-        if _has_children(module) and type(module).__name__ not in whole:
+        if can_split(module, whole):
             search = [*_parts(name, module), *search]
     return None, None, modules
 
@@ -418,7 +415,8 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     _warn_about_unknown_names(model, device_map)
     if "" in device_map:
         return
-    homeless = [name for name in model.state_dict() if not any(_is_inside(name, module) for module in device_map)]
+    weights = [name for name in model.state_dict() if not is_extra_state(name)]
+    homeless = [name for name in weights if not any(_is_inside(name, module) for module in device_map)]
     if homeless:
         raise PlacementError(
             f"device_map has no device for {shortened(homeless)}", "Every tensor needs one", "Add these modules"

@@ -38,6 +38,7 @@ from paceline.placement.tensors import (
     find_owner,
     find_tied_parameters,
     get_non_persistent_buffers,
+    is_extra_state,
     named_module_tensors,
     retie_parameters,
     shortened,
@@ -151,7 +152,12 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _with_values(model: nn.Module) -> dict[str, torch.Tensor]:
     """The part of a model's state dict that is not on the meta device."""
-    return {name: tensor for name, tensor in model.state_dict().items() if tensor.device != META}
+    return {name: tensor for name, tensor in _weights_of(model).items() if tensor.device != META}
+
+
+def _weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state dict without what its modules add to it, which stays with them."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not is_extra_state(name)}
 
 
 def _write(model: nn.Module, folder: PathLike, state: dict[str, torch.Tensor], offload_buffers: bool) -> None:
@@ -329,7 +335,7 @@ class _Dispatch:
     ) -> OffloadedWeightsLoader | None:
         """The weights of modules in host memory and on disk; None if there are none."""
         if state_dict is None and self._on_cpu:
-            state_dict = extract_submodules_state_dict(self._model.state_dict(), self._on_cpu)
+            state_dict = extract_submodules_state_dict(_weights_of(self._model), self._on_cpu)
         on_disk = self._modules_on("disk")
         if on_disk and index is None:
             self._write(on_disk, folder, offload_buffers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from paceline.errors import OffloadedModelError
 from paceline.placement.tensors import META, shortened
 
-__all__ = ["ForwardLock", "guarded"]
+__all__ = ["ForwardLock", "check_output", "guarded"]
 
 
 class ForwardLock:
@@ -47,7 +47,7 @@ _running = _Running()
 
 
 @contextmanager
-def guarded(module: nn.Module) -> Iterator[None]:
+def guarded(module: nn.Module, lock: ForwardLock | None = None) -> Iterator[None]:
     """Refuse weights without values while a module runs on the CPU.
 
     A product with a weight on the meta device does not fail there: it returns whatever is in memory. Accelerators
@@ -55,14 +55,13 @@ def guarded(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module.
+        lock: Held meanwhile.
     """
+    is_outermost = not _running.modules and not torch.compiler.is_compiling()
     _running.modules.append(module)
     try:
-        if len(_running.modules) > 1 or torch.compiler.is_compiling():
+        with lock or nullcontext(), _NoWeightsWithoutValues() if is_outermost else nullcontext():
             yield
-        else:
-            with _NoWeightsWithoutValues():
-                yield
     finally:
         _running.modules.pop()
 
@@ -96,6 +95,27 @@ def _used_without_values(weight: torch.Tensor) -> OffloadedModelError:
     which = f", as {shortened(names, 3)} has," if names else ""
     return OffloadedModelError(
         f"{kind} used a weight of shape {tuple(weight.shape)}{which} that has no values now",
+        *_advice(kind),
+    )
+
+
+def check_output(module: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse an output that was computed from nothing but weights without values, which fails nowhere before.
+
+    Args:
+        module: The module.
+        tensors: Its output.
+    """
+    empty = next(filter(_is_empty, tensors), None)
+    if empty is not None:
+        kind = type(module).__name__
+        raise OffloadedModelError(
+            f"{kind} returned a tensor of shape {tuple(empty.shape)} that has no values", *_advice(kind)
+        )
+
+
+def _advice(kind: str) -> tuple[str, str]:
+    return (
         "Offloaded weights have values only while the forward of the module that has them runs",
         f"Call that module instead of using its weight, or name {kind}, or the class inside it that does this, in "
         "preload_module_classes",

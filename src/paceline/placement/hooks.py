@@ -188,15 +188,21 @@ def add_hook_to_module(module: M, hook: ModelHook, append: bool = False) -> M:
         hook = SequentialHook(earlier, hook)
     elif earlier is not None:
         earlier.detach_hook(module)
+    state._hf_hook = hook
+    if not _has_forward(module):  # a list or dict of modules or parameters
+        return hook.init_hook(module)  # type: ignore[return-value]
     if not hasattr(module, "_old_forward"):
         # Not a method of the class: somebody replaced it in this object before.
         state._had_own_forward = "forward" in vars(module)
         state._old_forward = module.forward
-    state._hf_hook = hook
     module = hook.init_hook(module)  # type: ignore[assignment]
     state = module
     state.forward = functools.update_wrapper(functools.partial(_forward, module), state._old_forward)
     return module
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
 def remove_hook_from_module(module: M, recurse: bool = False) -> M:

@@ -21,6 +21,7 @@ from paceline.placement.device_map import (
     warn_if_untied,
 )
 from paceline.placement.offload_folder import load_offloaded_weight, make_folder, offload_weight, save_offload_index
+from paceline.placement.offloaded_state import refuse_offloaded
 from paceline.placement.tensors import (
     META,
     Device,
@@ -29,6 +30,7 @@ from paceline.placement.tensors import (
     check_shape,
     find_owner,
     find_tied_parameters,
+    is_extra_state,
     is_number_kept,
     retie_parameters,
     set_module_tensor_to_device,
@@ -154,11 +156,15 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             "could run code on loading",
             todo,
         ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(each, torch.Tensor) for each in weights.values()):
+    if not isinstance(weights, Mapping) or not all(map(_is_state, weights, weights.values())):
         kind = type(weights).__name__
         inside = f" with {shortened([str(name) for name in weights])}" if isinstance(weights, Mapping) else ""
         raise PlacementError(f"{path} holds a {kind}{inside}", "It must hold tensors by name, and nothing else", todo)
     return dict(weights)
+
+
+def _is_state(name: object, value: object) -> bool:
+    return isinstance(value, torch.Tensor) or is_extra_state(str(name))
 
 
 def load_offloaded_weights(model: nn.Module, index: Mapping[str, Any] | None, offload_folder: PathLike) -> None:
@@ -198,7 +204,8 @@ def load_checkpoint_in_model(
         checkpoint: A file of weights, the index of a sharded checkpoint, or a folder with either.
         device_map: Devices by name of a module; by default weights go where the model has them.
         offload_folder: Where weights that belong on disk are listed, or written if they are in no safetensors file.
-        dtype: What floating-point weights are converted to; by default they become what the model has.
+        dtype: What floating-point weights are converted to, with a `device_map`; by default they become what the model
+            has.
         offload_state_dict: Accepted, and without effect: a checkpoint's weights take host memory only where they stay.
         offload_buffers: Buffers of modules on disk stay there, too.
         keep_in_fp32_modules: Names of modules whose weights become float32 where `dtype` is float16.
@@ -220,6 +227,8 @@ def load_checkpoint_in_model(
     ties = find_tied_parameters(model)
     warn_if_untied(model, ties)
     if device_map is None:
+        if dtype is not None:
+            logger.warning("dtype=%s has no effect without device_map: weights keep the model's dtypes.", dtype)
         unexpected = _load_in_place(model, files, ties, strict, full_state_dict, broadcast_from_rank0)
     else:
         check_devices(device_map)
@@ -286,6 +295,7 @@ def _load_in_place(
     for file in files:
         reads = not broadcast_from_rank0 or torch.distributed.get_rank() == 0
         weights: dict[str, Any] = dict(load_state_dict(file)) if reads else {}
+        refuse_offloaded(model, weights)
         found |= set(weights)
         # A file may be one of several: what is missing is known after the last one.
         if META in devices and not torch.distributed.is_initialized():
@@ -305,14 +315,28 @@ def _load_in_place(
     return found - names
 
 
+def _dtype_of(name: str, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> torch.dtype:
+    """What a floating-point tensor is converted to."""
+    is_kept = any(f"{key}." in name or key == name for key in keep_in_fp32)
+    return torch.float32 if is_kept and dtype == torch.float16 else dtype
+
+
 def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load into a model on the meta device: its tensors get memory."""
     places = model.state_dict()
     for name, value in weights.items():
-        if name in places:
+        if name in places and is_extra_state(name):
+            _set_extra_state(model, name, value)
+        elif name in places:
             check_shape(places[name], value.shape, name)
             device = "cpu" if places[name].device == META else places[name].device
             set_module_tensor_to_device(model, name, device, value=value)
+
+
+def _set_extra_state(model: nn.Module, name: str, value: Any) -> None:
+    """Give a module what it had added to the state dict."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    owner.set_extra_state(_as_tensor(value).clone() if isinstance(value, (FileSlice, torch.Tensor)) else value)
 
 
 class _Loading:
@@ -356,11 +380,16 @@ class _Loading:
 
     def load(self, path: Path) -> None:
         """Load one file."""
-        for name, value, scales in self._weights(path):
+        weights = list(self._weights(path))
+        refuse_offloaded(self._model, [name for name, _, _ in weights])
+        for name, value, scales in weights:
             if name not in self._names:
                 self.unexpected.add(name)
                 continue
             self.loaded.add(name)
+            if is_extra_state(name):
+                _set_extra_state(self._model, name, value)
+                continue
             self._place(name, value, path, scales)
             if name in self._tied:
                 self._sources[name] = (value, path, scales)
@@ -388,7 +417,8 @@ class _Loading:
         for name, value in found.items():
             if "SCB" not in name:
                 scales = found.get(name.replace("weight", "SCB")) if "weight" in name else None
-                yield name, value, _as_tensor(scales) if value.dtype == torch.int8 and scales is not None else None
+                is_scaled = not is_extra_state(name) and value.dtype == torch.int8
+                yield name, value, _as_tensor(scales) if is_scaled and scales is not None else None
 
     def _place(
         self,
@@ -423,8 +453,7 @@ class _Loading:
         """What a weight is converted to; None for what the model has."""
         if self._dtype is None or is_number_kept(dtype):
             return self._dtype
-        is_kept = any(f"{key}." in name or key == name for key in self._keep_in_fp32)
-        return torch.float32 if is_kept and self._dtype == torch.float16 else self._dtype
+        return _dtype_of(name, self._dtype, self._keep_in_fp32)
 
     def _leave_on_disk(
         self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None, stored_as: str

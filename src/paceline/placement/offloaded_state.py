@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from paceline.errors import PlacementError
 from paceline.placement.alignment import align_hooks
-from paceline.placement.tensors import META, Device, set_module_tensor_to_device
+from paceline.placement.tensors import META, Device, is_extra_state, set_module_tensor_to_device, shortened
 
 __all__ = [
     "align_module_device",
     "get_state_dict_from_offload",
     "get_state_dict_offloaded_model",
     "has_offloaded_params",
+    "refuse_offloaded",
 ]
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,31 @@ logger = logging.getLogger(__name__)
 def has_offloaded_params(module: nn.Module) -> bool:
     """Whether a hook keeps a module's parameters somewhere else between forwards."""
     return any(hook.offload for hook in align_hooks(module))
+
+
+def refuse_offloaded(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse to load weights that hooks keep somewhere else.
+
+    Args:
+        model: The model.
+        names: What is to be loaded.
+
+    Raises:
+        PlacementError: A hook keeps one of them.
+    """
+    kept = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for hook in align_hooks(module)
+        for name in hook.offloaded
+    ]
+    refused = [name for name in kept if name in names]
+    if refused:
+        raise PlacementError(
+            f"{shortened(refused)} of {type(model).__name__} are to be loaded",
+            "Hooks keep these weights in host memory or on disk, and would bring the old ones back for each forward",
+            "Load the checkpoint before the model is spread, or call remove_hook_from_submodules(model) first",
+        )
 
 
 @contextmanager
@@ -65,13 +92,15 @@ def get_state_dict_offloaded_model(model: nn.Module) -> dict[str, torch.Tensor]:
     Args:
         model: The model.
     """
-    state: dict[str, torch.Tensor] = {}
+    state: dict[str, Any] = {}
     missing: set[str] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):  # a shared module has two names
         # Weights that the hook of an enclosing module brings are found there.
         with align_module_device(module, "cpu" if has_offloaded_params(module) else None):
             for key, tensor in module.state_dict(prefix=f"{prefix}." if prefix else "").items():
-                if tensor.device == META:
+                if is_extra_state(key):
+                    state[key] = tensor
+                elif tensor.device == META:
                     missing.add(key)
                 else:
                     state[key] = tensor.to("cpu")

@@ -141,14 +141,25 @@ def get_max_layer_size(
     return largest, [name for name, size in sizes.items() if size == largest]
 
 
+def can_split(module: Any, whole: Collection[str]) -> bool:
+    """Whether the modules inside a module may be on different devices.
+
+    Args:
+        module: The module, or a tensor in the place of one.
+        whole: Classes of modules that stay whole.
+    """
+    if not isinstance(module, nn.Module) or next(module.children(), None) is None:
+        return False
+    # It uses the weights of its output layer without calling that.
+    return not isinstance(module, nn.MultiheadAttention) and type(module).__name__ not in whole
+
+
 def _layers(modules: Sequence[tuple[str, Any]], whole: Collection[str]) -> Iterator[tuple[str, Any]]:
     for name, module in modules:
-        # A parameter may stand in the place of a module.
-        children = list(module.named_children()) if isinstance(module, nn.Module) else []
-        if not children or type(module).__name__ in whole:
-            yield name, module
+        if can_split(module, whole):
+            yield from _layers([(f"{name}.{child}", each) for child, each in module.named_children()], whole)
         else:
-            yield from _layers([(f"{name}.{child}", each) for child, each in children], whole)
+            yield name, module
 
 
 def calculate_maximum_sizes(model: nn.Module) -> tuple[float, tuple[float, list[str]]]:

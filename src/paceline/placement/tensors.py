@@ -19,6 +19,7 @@ __all__ = [
     "as_dtype",
     "find_tied_parameters",
     "get_non_persistent_buffers",
+    "is_extra_state",
     "named_module_tensors",
     "retie_parameters",
     "set_module_tensor_to_device",
@@ -168,6 +169,11 @@ def retie_parameters(model: nn.Module, tied_params: Sequence[Sequence[str]]) -> 
         if shared is not None:
             for owner, name in owners:
                 setattr(owner, name, shared)
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state dict is what a module adds by `get_extra_state`: any object, and no weight."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +197,173 @@ def test_attention_of_torch_needs_no_hint(tmp_path: Path) -> None:
     expected = layer(X[None])
     disk_offload(layer, tmp_path)
     assert torch.equal(layer(X[None]), expected)
+
+
+class Scaled(nn.Module):
+    """Has a tensor of its own, and multiplies with the weight of a layer that it does not call."""
+
+    shift: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.5))
+        self.register_buffer("shift", torch.tensor(3))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, *, borrow: bool = False) -> torch.Tensor:
+        out = x @ self.inner.weight if borrow else self.inner(x)
+        return out * self.scale + self.shift
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"scale": "disk", "shift": "cpu", "inner": "disk"}])
+def test_a_weight_without_values_is_not_computed_with_by_a_model_that_is_offloaded_itself(
+    tmp_path: Path, device_map: dict[str, Any]
+) -> None:
+    model = Scaled()
+    dispatch_model(model, device_map, offload_dir=tmp_path)
+    with pytest.raises(OffloadedModelError, match=r"used a weight of shape \(8, 8\), as inner.weight has"):
+        model(X, borrow=True)
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_tensors_of_the_model_itself_may_be_on_disk(tmp_path: Path, offload_buffers: bool) -> None:
+    original = Scaled()
+    save_file(original.state_dict(), tmp_path / "model.safetensors")
+    model = load_checkpoint_and_dispatch(
+        empty(Scaled),
+        tmp_path,
+        {"scale": "disk", "shift": "disk", "inner": "cpu"},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=offload_buffers,
+    )
+    assert model.scale.device.type == "meta"
+    assert torch.equal(model(X), original(X))
+    state = get_state_dict_offloaded_model(model)
+    remove_hook_from_submodules(model)
+    for name, value in original.state_dict().items():
+        assert torch.equal(state[name], value)
+
+
+def attention() -> Any:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+
+def test_attention_of_torch_is_not_split(tmp_path: Path) -> None:
+    """It multiplies with the weights of its output layer, which may not be somewhere else."""
+    expected = attention()(X[None])
+    maps = [infer_auto_device_map(attention(), {"cpu": limit}) for limit in range(0, 5000, 100)]
+    assert not any(name.startswith("self_attn.") for each in maps for name in each)
+    assert len({tuple(each.values()) for each in maps}) > 3
+    for index, device_map in enumerate(maps):
+        model = dispatch_model(attention(), device_map, offload_dir=tmp_path / str(index))
+        assert torch.equal(model(X[None]), expected)
+
+
+def test_a_module_that_a_map_splits_gets_all_its_weights_at_once(tmp_path: Path) -> None:
+    model = attention()
+    expected = model(X[None])
+    names = [name for name, _ in model.named_parameters() if "out_proj" not in name]
+    device_map = {**dict.fromkeys(names, "cpu"), "self_attn.out_proj": "disk"}
+    dispatch_model(model, device_map, offload_dir=tmp_path / "attention")
+    assert torch.equal(model(X[None]), expected)
+
+    borrowing = nn.Sequential(Borrowing(), nn.Linear(8, 8))
+    expected = borrowing(X)
+    split = {"0.inner": "disk", "0.own": "cpu", "1": "cpu"}
+    dispatch_model(borrowing, split, offload_dir=tmp_path / "borrowing", preload_module_classes=["Borrowing"])
+    assert torch.equal(borrowing(X), expected)
+    remove_hook_from_submodules(borrowing)
+    assert torch.equal(borrowing(X), expected)
+
+
+class Lists(nn.Module):
+    """Has parameters in a list, which is never called, and an output of nothing but them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+        self.own = nn.ParameterList([torch.rand(8), torch.rand(8)])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers[0](x), self.own[0] * self.own[1]
+
+
+def test_an_output_without_values_is_refused(tmp_path: Path) -> None:
+    split = {"layers": "cpu", "own": "disk"}
+    model = dispatch_model(Lists(), split, offload_dir=tmp_path / "a")
+    with pytest.raises(OffloadedModelError, match=r"Lists returned a tensor of shape \(8,\) .*preload_module_classes"):
+        model(X)
+    original = Lists()
+    expected = original(X)
+    model = disk_offload(original, tmp_path / "b", preload_module_classes=["Lists"])
+    assert all(map(torch.equal, model(X), expected))
+
+
+def test_a_model_with_lists_can_be_pickled(tmp_path: Path) -> None:
+    """A list has no forward, and so no method that a pickle could name."""
+    original = Lists()
+    expected = original(X)
+    model = dispatch_model(original, {"layers": "disk", "own": "cpu"}, offload_dir=tmp_path)
+    for each in (model, pickle.loads(pickle.dumps(model))):
+        assert all(map(torch.equal, each(X), expected))
+        remove_hook_from_submodules(each)
+        assert all(map(torch.equal, each(X), expected))
+        assert not any(hasattr(module, "_hf_hook") for module in each.modules())
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+def test_nothing_is_loaded_into_an_offloaded_model(tmp_path: Path, device_map: dict[str, Any] | None) -> None:
+    """Its hooks would bring the old weights for each forward."""
+    save_file(layers(seed=1).state_dict(), tmp_path / "model.safetensors")
+    model = dispatch_model(layers(), {"0": "disk", "1": "cpu", "2": "cpu"}, offload_dir=tmp_path / "offload")
+    with pytest.raises(PlacementError, match=r"0.weight, 0.bias of Sequential are to be loaded.*remove_hook_from_sub"):
+        load_checkpoint_in_model(model, tmp_path, device_map)
+    remove_hook_from_submodules(model)
+    load_checkpoint_in_model(model, tmp_path, device_map)
+    assert torch.equal(model(X), layers(seed=1)(X))
+
+
+def test_a_dtype_without_a_map_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file(layers(seed=1).state_dict(), tmp_path / "model.safetensors")
+    model = layers()
+    load_checkpoint_in_model(model, tmp_path, dtype="float16")
+    assert "dtype=float16 has no effect without device_map" in caplog.text
+    assert torch.equal(model(X), layers(seed=1)(X))
+
+
+class Counted(nn.Linear):
+    """Adds an object to the state dict that is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.steps: Any = {"steps": 0}
+
+    def get_extra_state(self) -> Any:
+        return self.steps
+
+    def set_extra_state(self, state: Any) -> None:
+        self.steps = state
+
+
+@pytest.mark.parametrize("steps", [{"steps": 7}, torch.tensor([7])])
+def test_what_modules_add_to_the_state(tmp_path: Path, steps: Any) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(Counted(), nn.Linear(8, 8))
+
+    original = build()
+    original[0].steps = steps
+    torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
+    split = {"0.weight": "disk", "0.bias": "cpu", "1": "cpu"}
+    for index, device_map in enumerate([{"": "cpu"}, split, None]):
+        folder = tmp_path / str(index)
+        model = empty(build)
+        load_checkpoint_and_dispatch(model, tmp_path, device_map, offload_folder=folder, strict=True)
+        assert model[0].steps == steps
+        assert get_state_dict_offloaded_model(model)["0._extra_state"] == steps
+    assert torch.equal(cpu_offload(build())(X), original(X))
+    assert torch.equal(disk_offload(build(), tmp_path / "own")(X), original(X))
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:

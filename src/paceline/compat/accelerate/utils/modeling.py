@@ -11,6 +11,7 @@ import torch
 from paceline.compat.accelerate.settings.enums import DistributedType
 from paceline.compat.accelerate.state import AcceleratorState, PartialState
 from paceline.compat.accelerate.utils.other import extract_model_from_parallel, id_tensor_storage
+from paceline.placement import sizes
 from paceline.placement.device_map import (
     check_device_map,
     check_tied_parameters_in_config,
@@ -35,7 +36,6 @@ from paceline.placement.sizes import (
     dtype_byte_size,
     get_balanced_memory,
     get_max_layer_size,
-    get_max_memory,
     get_module_leaves,
 )
 from paceline.placement.tensors import (
@@ -85,6 +85,19 @@ __all__ = [
     "retie_parameters",
     "set_module_tensor_to_device",
 ]
+
+
+def get_max_memory(max_memory: dict[int | str, float | str] | None = None) -> dict[int | str, float]:
+    """Return the free bytes of every device by number, and of the host as "cpu"; accelerators come first.
+
+    Args:
+        max_memory: Sizes to use instead, as numbers or text such as "5GB"; text is replaced by numbers in it.
+    """
+    found = sizes.get_max_memory(max_memory)
+    if max_memory is not None:
+        # transformers compares what is returned with its own dict.
+        max_memory.update(found)
+    return found
 
 
 def is_peft_model(model: Any) -> bool:

@@ -125,6 +125,8 @@ def parameters(function: Any) -> str:
     """`name, name=default, *name, **name`; a lone `*` is before the keyword-only ones."""
     texts: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
+        if parameter.name == "merge_extra":  # Python 3.13 adds it to logging.LoggerAdapter
+            continue
         kind = parameter.kind
         if kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in texts):
             texts.append("*")

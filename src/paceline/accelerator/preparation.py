@@ -22,7 +22,6 @@ from paceline.accelerator.unprepared import FirstSteps, check_model_is_prepared
 from paceline.environment.logging import get_logger
 from paceline.errors import ForeignOptimizerError, PrepareError, UnassignedParametersError, counted, named
 from paceline.strategies.base import offloaded_modules
-from paceline.strategies.own_positions import trust_own_positions
 from paceline.strategies.placeholders import DummyScheduler, placeholder_error
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ class Preparer:
             return model
         place = self._placement(device_placement)
         if evaluation_mode:
-            trust_own_positions(model)
+            _trust_own_positions([model])
             return self._selector.select([model]).prepare_evaluation(model, place=place)
         with self._prepared.undone_on_error():
             prepared: nn.Module = self._prepare_trained([model], [], {id(model): place})[id(model)]
@@ -280,8 +279,7 @@ class Preparer:
         done: dict[int, Any] = {id(optimizer): self._wrap_optimizer(optimizer) for optimizer in optimizers}
         if strategy is not None:
             strategy.attention.use()
-            for model in models:
-                trust_own_positions(model)
+            _trust_own_positions(models)
             where = [self._placement(place.get(id(model))) for model in models]
             # Optimizers prepared before their model still have its original parameters.
             known = [wrapper.optimizer for wrapper in self._prepared.optimizers]
@@ -383,6 +381,15 @@ class Preparer:
         if missing:
             raise UnassignedParametersError(missing)
         return strategy
+
+
+def _trust_own_positions(models: Iterable[nn.Module]) -> None:
+    """Spare models of transformers a wait in each forward."""
+    # Needed with the first model.
+    from paceline.strategies.own_positions import trust_own_positions
+
+    for model in models:
+        trust_own_positions(model)
 
 
 def _log_pending(warnings: list[str]) -> None:

@@ -154,14 +154,18 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(os.path.expanduser(folder))  # noqa: PTH111 - Path.expanduser refuses names such as ~backup
     try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:
+        resolved = path.resolve()
+    except (OSError, RuntimeError):
         # Python before 3.13 raises RuntimeError for a loop.
+        resolved = None
+    # Since 3.13 the link of a loop remains in the path.
+    if resolved is None or any(part.is_symlink() for part in (resolved, *resolved.parents)):
         raise DamagedCheckpointError(
             f"{path} cannot be followed",
             "It is, or lies behind, a link that leads back to itself",
             "Remove the link, or name the folder itself",
-        ) from error
+        )
+    return resolved
 
 
 def rank_document(rank: int) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from paceline.checkpoint.format.json_state import to_plain
 from paceline.checkpoint.format.shards import TensorShard
 from paceline.errors import StateError, named
 from paceline.strategies.activation_checkpointing import plain_name
@@ -113,6 +112,9 @@ def _as_number(value: Any) -> Any:
 
 
 def _can_be_saved(value: Any) -> bool:
+    # Only checkpoints need it.
+    from paceline.checkpoint.format.json_state import to_plain
+
     try:
         to_plain(value, "")
     except StateError:

@@ -121,11 +121,15 @@ def _method(value: Any) -> Any:
     return parameters(value) if inspect.isfunction(value) else None
 
 
+# What versions of Python have added to EnumMeta and logging.LoggerAdapter.
+_BY_VERSION = ("boundary", "_simple", "merge_extra")
+
+
 def parameters(function: Any) -> str:
     """`name, name=default, *name, **name`; a lone `*` is before the keyword-only ones."""
     texts: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "merge_extra":  # Python 3.13 adds it to logging.LoggerAdapter
+        if parameter.name in _BY_VERSION:
             continue
         kind = parameter.kind
         if kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in texts):

@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from paceline.data.epochs import set_worker_epoch
 from paceline.environment.object_state import OwnGenerators
-from paceline.environment.random_generators import set_rng_states
+from paceline.environment.random_generators import set_rng_states, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -94,7 +94,7 @@ def read_global_rngs() -> dict[str, Any]:
     Not as lists, which takes longer: this is called for each batch of some streams.
     """
     return {
-        "torch": torch.default_generator.get_state(),
+        "torch": state_of(torch.default_generator),
         "python": random.getstate(),
         "numpy": np.random.get_state(),
     }
@@ -230,7 +230,7 @@ class IsolatedRng:
 
     def _read(self) -> _RngState:
         return _RngState(
-            [generator.get_state() for generator in self._generators],
+            [state_of(generator) for generator in self._generators],
             random.getstate(),
             _NUMPY.random.get_bit_generator(),
             _read_cached_normal(),

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from paceline.environment.random_generators import state_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -657,6 +659,8 @@ def generator_state(generator: Any) -> Any:
     """Return a generator's state, as tuples, dicts, numbers, arrays and tensors."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, torch.Generator):
+        return state_of(generator)
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 

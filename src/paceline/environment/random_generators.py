@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 import os
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from paceline.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["get_rng_states", "is_seeded", "set_rng_states", "set_seed"]
+__all__ = ["get_rng_states", "is_seeded", "set_rng_states", "set_seed", "state_of"]
 
 # Scripts use seeds that NumPy accepts too; torch itself begins with 64 random bits.
 _LARGEST_SEED = 2**32
@@ -78,6 +80,29 @@ def _own_rank() -> int:
     return World.read(os.environ).rank
 
 
+def state_of(generator: torch.Generator) -> torch.Tensor:
+    """Read a generator's state, in whichever thread.
+
+    torch locks the generator while it makes the tensor. A collection of garbage then may free another tensor and let
+    another thread run; if that reads the same generator, both wait for ever. So no garbage is collected meanwhile: the
+    three calls are made by C code, between which the interpreter does not change threads.
+
+    Args:
+        generator: Of any device.
+
+    Returns:
+        Its state, as `generator.get_state()` returns it.
+    """
+    calls: tuple[partial[Any], ...] = (
+        partial(gc.disable),
+        partial(generator.get_state),
+        partial(gc.enable if gc.isenabled() else gc.disable),
+    )
+    state: torch.Tensor
+    _, state, _ = map(partial.__call__, calls)
+    return state
+
+
 def get_rng_states(device: torch.device) -> dict[str, Any]:
     """Read the states of the generators of Python, NumPy, torch and a device.
 
@@ -92,7 +117,7 @@ def get_rng_states(device: torch.device) -> dict[str, Any]:
     state: dict[str, Any] = {
         "python": [version, list(words), cached],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
+        "torch": state_of(torch.default_generator),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -61,3 +63,36 @@ def test_a_seed_is_any_integer() -> None:
 def test_what_is_no_seed(seed: Any) -> None:
     with pytest.raises(UsageError, match=f"set_seed got {seed!r}, a {type(seed).__name__}"):
         set_seed(seed)
+
+
+_THREADS = """
+import gc, os, sys, threading, time
+import torch
+from paceline.environment.random_generators import state_of
+
+class Node:
+    pass
+
+def read():
+    while time.monotonic() < end:
+        node = Node()
+        node.itself, node.tensor = node, torch.ones(1)
+        del node
+        state_of(torch.default_generator)
+
+sys.setswitchinterval(1e-6)
+gc.set_threshold(1, 1, 1)
+end = time.monotonic() + 2
+threads = [threading.Thread(target=read) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("all ended", gc.isenabled())
+"""
+
+
+def test_threads_that_read_one_generator_do_not_wait_for_ever() -> None:
+    """With `generator.get_state()` in its place they do, within a second."""
+    done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "all ended True\n"

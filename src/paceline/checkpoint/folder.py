@@ -159,7 +159,7 @@ def real_folder(folder: str | os.PathLike[str]) -> Path:
         # Python before 3.13 raises RuntimeError for a loop.
         resolved = None
     # Since 3.13 the link of a loop remains in the path.
-    if resolved is None or any(part.is_symlink() for part in (resolved, *resolved.parents)):
+    if resolved is None or any(os.path.islink(part) for part in (resolved, *resolved.parents)):  # noqa: PTH114 - no errors
         raise DamagedCheckpointError(
             f"{path} cannot be followed",
             "It is, or lies behind, a link that leads back to itself",

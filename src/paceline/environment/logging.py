@@ -107,8 +107,11 @@ class RankLogger(_Adapter):
             args: Values of the placeholders.
             kwargs: As in `log`.
         """
-        # Not formatted here: `logging` formats a single mapping in its own way, and survives a wrong placeholder.
-        text = repr((str(msg), args))
+        try:
+            # `logging` formats a single mapping in its own way.
+            text = logging.LogRecord(self.name, logging.WARNING, "", 0, msg, args, None).getMessage()
+        except (TypeError, ValueError, KeyError):  # a wrong placeholder, of which `logging` tells
+            text = repr((str(msg), args))
         if text not in self._warned:
             self._warned.add(text)
             kwargs["stacklevel"] = kwargs.get("stacklevel", 2) + 1

@@ -23,10 +23,10 @@ __all__ = ["trust_own_positions"]
 
 
 class _Forwards(local):
-    """The forwards that this thread is in, the innermost last: each module, and whether it makes its position ids."""
+    """The forwards that this thread is in, the innermost last: a module's `id` and class, and if its ids are trusted."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[nn.Module, bool]] = []
+        self.stack: list[tuple[int, type, bool]] = []
 
 
 _FORWARDS = _Forwards()
@@ -46,7 +46,7 @@ def trust_own_positions(model: nn.Module) -> None:
     if modeling is None or find is None:
         return
     for module in model.modules():
-        if isinstance(module, modeling.PreTrainedModel) and type(module).__module__.startswith("transformers."):
+        if isinstance(module, modeling.PreTrainedModel):
             _watch(module)
     if not isinstance(find, _FindPacked):
         masks.find_packed_sequence_indices = _FindPacked(find)
@@ -56,8 +56,11 @@ def _watch(module: nn.Module) -> None:
     names = list(inspect.signature(type(module).forward).parameters)
     if "position_ids" not in names or any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values()):
         return
-    # Without `self`.
-    module.register_forward_pre_hook(_Enter(names.index("position_ids") - 1), with_kwargs=True)
+    # Without `self`. Others may make ids that are not consecutive.
+    is_of_transformers = type(module).__module__.startswith("transformers.")
+    module.register_forward_pre_hook(
+        _Enter(names.index("position_ids") - 1, may_trust=is_of_transformers), with_kwargs=True
+    )
     module.register_forward_hook(_leave, always_call=True)
 
 
@@ -66,22 +69,33 @@ class _Enter:
 
     Args:
         place: Of `position_ids` among the positional arguments.
+        may_trust: Whether ids that the module makes are consecutive.
     """
 
-    def __init__(self, place: int) -> None:
+    def __init__(self, place: int, *, may_trust: bool) -> None:
         self._place = place
+        self._may_trust = may_trust
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         given = args[self._place] if len(args) > self._place else kwargs.get("position_ids")
-        _FORWARDS.stack.append((module, given is None))
+        # A later hook, or another forward in place of the class's, may pass ids.
+        is_last = next(reversed(module._forward_pre_hooks.values())) is self and "forward" not in vars(module)
+        _drop(module)
+        _FORWARDS.stack.append((id(module), type(module), self._may_trust and is_last and given is None))
 
 
 def _leave(module: nn.Module, *_: Any) -> None:
-    # After an error in another hook, the forward may not have been noted.
-    if _FORWARDS.stack and _FORWARDS.stack[-1][0] is module:
-        _FORWARDS.stack.pop()
+    _drop(module)
+
+
+def _drop(module: nn.Module) -> None:
+    """End a module's forward and those inside it; an interrupt may have left some."""
+    stack = _FORWARDS.stack
+    place = next((i for i, (key, _, _) in enumerate(stack) if key == id(module)), None)
+    if place is not None:
+        del stack[place:]
 
 
 class _FindPacked:
@@ -95,13 +109,13 @@ class _FindPacked:
         self._find = find
 
     def __call__(self, position_ids: Tensor) -> Tensor | None:
-        module, makes_ids = _FORWARDS.stack[-1] if _FORWARDS.stack else (None, False)
-        if not makes_ids or torch.compiler.is_compiling():
+        _, kind, is_trusted = _FORWARDS.stack[-1] if _FORWARDS.stack else (0, object, False)
+        if not is_trusted or torch.compiler.is_compiling():
             found: Tensor | None = self._find(position_ids)
             return found
-        if type(module) in _CONSECUTIVE:
+        if kind in _CONSECUTIVE:
             return None
         found = self._find(position_ids)
         if found is None:
-            _CONSECUTIVE.add(type(module))
+            _CONSECUTIVE.add(kind)
         return found

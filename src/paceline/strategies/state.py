@@ -136,7 +136,9 @@ def _in_type_of(current: Any, saved: Any) -> Any:
     if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor) and current.shape == saved.shape:
         return current.copy_(saved)
     if isinstance(current, np.generic) and isinstance(saved, (bool, int, float, complex)):
-        return type(current)(saved)
+        typed = type(current)(saved)
+        # A rate that began as an integer may have become a fraction.
+        return typed if typed == saved else saved
     if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)):
         own = chain(current, repeat(None))
         items = [_in_type_of(item, value) for item, value in zip(own, saved, strict=False)]

@@ -129,3 +129,29 @@ def test_prepared_and_copied_again(searched: list[torch.Tensor]) -> None:
     before = len(searched)
     copied(input_ids=make_batch())
     assert len(searched) == before
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_ids_put_in_on_the_way_are_read(searched: list[torch.Tensor], how: str) -> None:
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    model: Any = Accelerator(cpu=True).prepare(make_model())
+    model(input_ids=make_batch())
+    expected = model(input_ids=make_batch(), position_ids=packed).logits
+    inner, forward = model.model, model.model.forward
+    if how == "hook":
+        inner.register_forward_pre_hook(lambda _, a, k: (a, {**k, "position_ids": packed}), with_kwargs=True)
+    else:
+        inner.forward = lambda *a, **k: forward(*a, **{**k, "position_ids": packed})
+    assert torch.equal(model(input_ids=make_batch()).logits, expected)
+
+
+def test_an_interrupt_leaves_nothing_for_the_next_forward(searched: list[torch.Tensor]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model: Any = Accelerator(cpu=True).prepare(make_model())
+    handle = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=make_batch())
+    handle.remove()
+    model(input_ids=make_batch())

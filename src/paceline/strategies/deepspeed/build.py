@@ -369,13 +369,8 @@ def keeping_adagrad() -> Iterator[None]:
 
 def _move_sums(zero: Any, own: Optimizer) -> None:
     made, zero.optimizer = zero.optimizer, own
-    # With stage 3 a group may have several flat tensors.
-    group_of = getattr(zero, "sub_group_to_group_id", None)
     own.state.clear()
-    for index, (flat, state) in enumerate(made.state.items()):
-        group = own.param_groups[index if group_of is None else group_of[index]]
-        state["sum"].fill_(group["initial_accumulator_value"])
-        own.state[flat] = state
+    own.state.update(made.state)
 
 
 def cast_inputs(value: Any, dtype: torch.dtype) -> Any:

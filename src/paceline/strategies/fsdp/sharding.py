@@ -119,7 +119,8 @@ def refuse_mixed_dtypes(units: Iterable[tuple[str, nn.Module]], ignored: Iterabl
     for unit, module in units:
         first: dict[torch.dtype, str] = {}
         for name, parameter in module.named_parameters():
-            if parameter.requires_grad and id(parameter) not in seen:
+            is_whole = not isinstance(parameter, DTensor)
+            if is_whole and parameter.requires_grad and id(parameter) not in seen:
                 first.setdefault(parameter.dtype, f"{unit}.{name}" if unit else name)
             seen.add(id(parameter))
         if len(first) > 1:

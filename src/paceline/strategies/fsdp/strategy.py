@@ -337,7 +337,8 @@ class FSDPStrategy(Strategy):
         try:
             return super().step(optimizer, closure)
         except RuntimeError as error:
-            _explain_step_error(optimizer, error)
+            if closure is None:
+                _explain_step_error(optimizer, error)
             raise
 
     def _drop_gathered(self) -> bool:
@@ -667,7 +668,7 @@ def _explain_step_error(optimizer: Optimizer, error: RuntimeError) -> None:
         SteppingError: It is such an error.
     """
     text = str(error)
-    if "sharding strategy registered" in text or "placement" in text:
+    if "sharding strategy registered" in text or "require placement changes" in text:
         raise SteppingError(
             f"{type(optimizer).__name__} cannot step on FSDP2's shards: {text.splitlines()[0]}",
             "It computes with whole parameters, or with operations for which DTensor has no rule",

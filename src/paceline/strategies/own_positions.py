@@ -23,7 +23,7 @@ __all__ = ["trust_own_positions"]
 
 
 class _Forwards(local):
-    """The forwards that this thread is in, the innermost last: a module's `id` and class, and if its ids are trusted."""
+    """The forwards of this thread, the innermost last: `id` and class of a module, and whether its ids are trusted."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[int, type, bool]] = []

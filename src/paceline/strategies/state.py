@@ -129,6 +129,13 @@ def load_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
             group[key] = _in_type_of(group.get(key), value)
 
 
+def _as_numpy(kind: type[Any], saved: complex) -> Any:
+    """A number in a type of NumPy; as it is if that cannot hold it: a rate of 1 may have become a fraction."""
+    if isinstance(saved, float) and not saved.is_integer() and not issubclass(kind, np.inexact):
+        return saved
+    return kind(saved)
+
+
 def _in_type_of(current: Any, saved: Any) -> Any:
     """A saved option as the type that it has now; a tensor stays the same tensor, which captured graphs read."""
     if isinstance(current, torch.Tensor) and isinstance(saved, (bool, int, float, complex)):
@@ -136,9 +143,7 @@ def _in_type_of(current: Any, saved: Any) -> Any:
     if isinstance(current, torch.Tensor) and isinstance(saved, torch.Tensor) and current.shape == saved.shape:
         return current.copy_(saved)
     if isinstance(current, np.generic) and isinstance(saved, (bool, int, float, complex)):
-        typed = type(current)(saved)
-        # A rate that began as an integer may have become a fraction.
-        return typed if typed == saved else saved
+        return _as_numpy(type(current), saved)
     if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)):
         own = chain(current, repeat(None))
         items = [_in_type_of(item, value) for item, value in zip(own, saved, strict=False)]

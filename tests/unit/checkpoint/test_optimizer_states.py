@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, MultiplicativeLR
 
 from paceline import Accelerator
+from paceline.strategies.state import load_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,3 +100,10 @@ def assert_resumes(make_optimizer: Callable[[Any], Any], make_schedule: Callable
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_of_every_type_are_resumed(case: str, tmp_path: Path) -> None:
     assert_resumes(*OPTIONS[case], tmp_path / "state")
+
+
+def test_a_rate_that_began_as_an_integer_keeps_its_fraction() -> None:
+    group: dict[str, Any] = {"lr": np.int64(1), "momentum": np.float32(0.1), "power": np.int64(2)}
+    load_options(group, {"lr": 0.5, "momentum": 0.25, "power": 3})
+    assert group == {"lr": 0.5, "momentum": 0.25, "power": 3}
+    assert type(group["momentum"]) is np.float32

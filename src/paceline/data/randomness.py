@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import random
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch.utils.data import get_worker_info
 
 from paceline.data.epochs import set_worker_epoch
 from paceline.environment.object_state import OwnGenerators
-from paceline.environment.random_generators import set_rng_states, state_of
+from paceline.environment.random_generators import set_rng_states, state_of, uninterrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -126,20 +125,16 @@ def _read_cached_normal() -> float | None:
 
     They come in pairs, and `set_bit_generator` drops the second. `np.random.get_state` has it, too, but takes twenty
     times as long, because it copies the whole state; so the bit generator is away while it is read. No other code
-    sees that: the three calls are made by C code, between which the interpreter does not change threads, and no
-    garbage is collected meanwhile, because a finalizer in Python would let it.
+    sees that, because no other thread runs meanwhile.
     """
     generator: Any = np.random.mtrand._rand
     bit_generator = generator._bit_generator
     stand_in = SimpleNamespace(state={"bit_generator": "none", "state": None})
-    calls: tuple[partial[Any], ...] = (
-        partial(gc.disable),
+    _, state, _ = uninterrupted(
         partial(setattr, generator, "_bit_generator", stand_in),
         partial(generator.get_state, legacy=False),
         partial(setattr, generator, "_bit_generator", bit_generator),
-        partial(gc.enable if gc.isenabled() else gc.disable),
     )
-    _, _, state, _, _ = map(partial.__call__, calls)
     return state["gauss"] if state["has_gauss"] else None
 
 

@@ -19,7 +19,7 @@ from paceline.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["get_rng_states", "is_seeded", "set_rng_states", "set_seed", "state_of"]
+__all__ = ["get_rng_states", "is_seeded", "set_rng_states", "set_seed", "state_of", "uninterrupted"]
 
 # Scripts use seeds that NumPy accepts too; torch itself begins with 64 random bits.
 _LARGEST_SEED = 2**32
@@ -80,12 +80,28 @@ def _own_rank() -> int:
     return World.read(os.environ).rank
 
 
+def uninterrupted(*calls: partial[Any]) -> list[Any]:
+    """Call functions in C one after another, while no other thread runs and no garbage is collected.
+
+    The interpreter changes threads between calls made by Python code, and not between these. A collection could run a
+    finalizer, or free a tensor, and either lets another thread run.
+
+    Args:
+        calls: Of functions that do not release the interpreter themselves.
+
+    Returns:
+        What they return, in order.
+    """
+    restore = gc.enable if gc.isenabled() else gc.disable
+    _, *results, _ = map(partial.__call__, (partial(gc.disable), *calls, partial(restore)))
+    return results
+
+
 def state_of(generator: torch.Generator) -> torch.Tensor:
     """Read a generator's state, in whichever thread.
 
-    torch locks the generator while it makes the tensor. A collection of garbage then may free another tensor and let
-    another thread run; if that reads the same generator, both wait for ever. So no garbage is collected meanwhile: the
-    three calls are made by C code, between which the interpreter does not change threads.
+    torch locks the generator while it makes the tensor. If another thread ran meanwhile and read the same generator,
+    both would wait for ever.
 
     Args:
         generator: Of any device.
@@ -93,13 +109,8 @@ def state_of(generator: torch.Generator) -> torch.Tensor:
     Returns:
         Its state, as `generator.get_state()` returns it.
     """
-    calls: tuple[partial[Any], ...] = (
-        partial(gc.disable),
-        partial(generator.get_state),
-        partial(gc.enable if gc.isenabled() else gc.disable),
-    )
     state: torch.Tensor
-    _, state, _ = map(partial.__call__, calls)
+    (state,) = uninterrupted(partial(generator.get_state))
     return state
 
 

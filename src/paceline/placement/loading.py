@@ -315,12 +315,6 @@ def _load_in_place(
     return found - names
 
 
-def _dtype_of(name: str, dtype: torch.dtype, keep_in_fp32: Sequence[str]) -> torch.dtype:
-    """What a floating-point tensor is converted to."""
-    is_kept = any(f"{key}." in name or key == name for key in keep_in_fp32)
-    return torch.float32 if is_kept and dtype == torch.float16 else dtype
-
-
 def _load_into_host_memory(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
     """Load into a model on the meta device: its tensors get memory."""
     places = model.state_dict()
@@ -453,7 +447,8 @@ class _Loading:
         """What a weight is converted to; None for what the model has."""
         if self._dtype is None or is_number_kept(dtype):
             return self._dtype
-        return _dtype_of(name, self._dtype, self._keep_in_fp32)
+        is_kept = any(f"{key}." in name or key == name for key in self._keep_in_fp32)
+        return torch.float32 if is_kept and self._dtype == torch.float16 else self._dtype
 
     def _leave_on_disk(
         self, name: str, value: torch.Tensor | FileSlice, path: Path, dtype: torch.dtype | None, stored_as: str
